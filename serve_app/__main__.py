@@ -1,0 +1,35 @@
+"""The command line: `python -m serve_app serve` and `python -m serve_app doctor`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from serve_app.errors import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0 good, 1 failed, 2 a setting to mend."""
+    parser = argparse.ArgumentParser(prog="python -m serve_app", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="run serve_config.yaml on this machine")
+    serve.add_argument("--config", default="serve_config.yaml", help="default: %(default)s")
+    serve.add_argument("--model", default=None, help="in place of the configured one")
+    commands.add_parser("doctor", help="check this machine", add_help=False)
+    arguments, rest = parser.parse_known_args(argv)
+    try:
+        if arguments.command == "doctor":
+            from serve_app import doctor
+
+            return doctor.run(rest)
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        from serve_app import launcher
+
+        return launcher.serve(arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

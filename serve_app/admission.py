@@ -1,0 +1,193 @@
+"""Who runs, who waits and who is turned away: the bounded queue in front of the engine.
+
+As many sequences run as the engine batches, so that it is always full and its own queue always
+short; a bounded number of requests wait in order of arrival; the rest are turned away at once,
+which costs a header and no engine time. Then throughput at ten times the capacity is throughput
+at capacity, and everyone who was let in is served.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.errors import GatewayTimeout, RequestError, TooManyRequests, Unavailable
+from serve_app.limits import RequestSize
+from serve_app.settings import Limits
+
+GENERATION_PATHS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/generative_scoring",
+        "/v1/systemone",
+    }
+)
+
+
+class Admission:
+    """Counts sequences that run and requests that wait. For one event loop.
+
+    Args:
+        max_running: sequences that may run at once.
+        max_queued: requests that may wait; one more is `TooManyRequests`.
+    """
+
+    def __init__(self, max_running: int, max_queued: int, retry_after_s: float) -> None:
+        self.max_running = max_running
+        self.max_queued = max_queued
+        self.retry_after_s = retry_after_s
+        self.running = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def queued(self) -> int:
+        return len(self._waiting)
+
+    @contextlib.asynccontextmanager
+    async def slot(self, sequences: int, queue_timeout_s: float) -> AsyncIterator[None]:
+        """Hold room for `sequences` sequences, waiting for it in order of arrival.
+
+        Raises:
+            TooManyRequests: the queue is full.
+            Unavailable: no room within `queue_timeout_s`.
+        """
+        # A request larger than the whole engine still runs, alone.
+        weight = min(sequences, self.max_running)
+        if self._waiting or self.running + weight > self.max_running:
+            await self._wait(weight, queue_timeout_s)
+        else:
+            self.running += weight
+        try:
+            yield
+        finally:
+            self.running -= weight
+            self._wake()
+
+    async def _wait(self, weight: int, timeout_s: float) -> None:
+        if len(self._waiting) >= self.max_queued:
+            raise TooManyRequests(
+                f"{self.running} sequences run and {self.queued} requests wait, which is all this "
+                "replica takes. Try again later.",
+                retry_after_s=self.retry_after_s,
+            )
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (weight, turn)
+        self._waiting.append(entry)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await turn
+        except TimeoutError:
+            self._leave(entry)
+            raise Unavailable(
+                f"No room within {timeout_s:g} s. Try again later.",
+                retry_after_s=self.retry_after_s,
+            ) from None
+        except asyncio.CancelledError:
+            self._leave(entry)
+            raise
+
+    def _leave(self, entry: tuple[int, asyncio.Future[None]]) -> None:
+        """Give up a place in the queue, or the room that was given in the same moment."""
+        if entry in self._waiting:
+            self._waiting.remove(entry)
+        else:
+            self.running -= entry[0]
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiting and self.running + self._waiting[0][0] <= self.max_running:
+            weight, turn = self._waiting.popleft()
+            if not turn.done():
+                self.running += weight
+                turn.set_result(None)
+
+
+class AdmissionGate:
+    """ASGI middleware: admits generation requests, and bounds the time of every request.
+
+    Args:
+        healthy: whether the engine can answer; while it cannot, 503 with Retry-After.
+    """
+
+    def __init__(
+        self, app: ASGIApp, admission: Admission, limits: Limits, healthy: Callable[[], bool]
+    ) -> None:
+        self.app = app
+        self.admission = admission
+        self.limits = limits
+        self.healthy = healthy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in GENERATION_PATHS:
+            await self.app(scope, receive, send)
+            return
+        response = _Response(send, self._engine_error)
+        size: RequestSize = scope.get("state", {}).get("size") or RequestSize()
+        try:
+            async with asyncio.timeout(self.limits.request_timeout_s):
+                if not self.healthy():
+                    raise self._unavailable()
+                async with self.admission.slot(size.sequences, self.limits.queue_timeout_s):
+                    await self.app(scope, receive, response.send)
+            await response.end(scope)
+        except TimeoutError:
+            bound_s = self.limits.request_timeout_s
+            await response.fail(GatewayTimeout(f"Not finished within {bound_s:g} s."), scope)
+        except RequestError as error:
+            await response.fail(error, scope)
+
+    def _engine_error(self, status: int) -> RequestError | None:
+        """What to answer instead of vLLM's 500 for a request whose engine died under it."""
+        return self._unavailable() if status == 500 and not self.healthy() else None
+
+    def _unavailable(self) -> Unavailable:
+        return Unavailable(
+            "The engine stopped and is being replaced. Try again.",
+            retry_after_s=self.limits.retry_after_s,
+        )
+
+
+class _Response:
+    """The response under way: an error becomes a response before it began, an event after."""
+
+    def __init__(self, send: Send, instead: Callable[[int], RequestError | None]) -> None:
+        self._send = send
+        self._instead = instead
+        self._started = False
+        self._streaming = False
+        self._replaced: RequestError | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._replaced = self._instead(message["status"])
+            if self._replaced is None:
+                self._started = True
+                self._streaming = any(
+                    name == b"content-type" and value.startswith(b"text/event-stream")
+                    for name, value in message["headers"]
+                )
+        if self._replaced is None:
+            await self._send(message)
+
+    async def end(self, scope: Scope) -> None:
+        """Send what was put in the place of the application's own answer, if anything was."""
+        if self._replaced is not None:
+            await self._replaced(scope, _no_message, self._send)
+
+    async def fail(self, error: RequestError, scope: Scope) -> None:
+        if not self._started:
+            await error(scope, _no_message, self._send)
+        elif self._streaming:
+            event = b"event: error\n" if scope["path"] == "/v1/messages" else b""
+            data = b"data: " + error.body() + b"\n\n"
+            await self._send({"type": "http.response.body", "body": event + data})
+
+
+async def _no_message() -> Message:
+    return {"type": "http.disconnect"}

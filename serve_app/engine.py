@@ -1,0 +1,276 @@
+"""The engine of one replica: vLLM's AsyncLLM and vLLM's own ASGI application.
+
+The only module that imports vllm, because what it touches moves between releases. Everything else
+sees `Engine`: start it, serve `app()`, `warm_up()` once, `probe()` now and then, `stop()` it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import psutil
+import vllm.v1.engine.async_llm as async_llm
+from starlette.types import ASGIApp
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from serve_app.errors import ConfigError, nearest
+from serve_app.pacing import Pacer
+
+# The CPU build of vLLM 0.32 compiles wrong code, so without a GPU it always runs eagerly. The KV
+# cache is bounded because vLLM would otherwise take half of the machine for each replica.
+CPU_DEFAULTS: Mapping[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+
+
+class Engine:
+    """A running engine, with the application that serves it.
+
+    Attributes:
+        max_running_requests: sequences that the engine batches at once.
+        max_model_len: prompt and output tokens of one request, together.
+        last_sign_s: when the engine was last heard of, on the monotonic clock.
+    """
+
+    def __init__(self, llm: async_llm.AsyncLLM, args: argparse.Namespace) -> None:
+        self._llm = llm
+        self._args = args
+        self.last_sign_s = time.monotonic()
+        self.max_running_requests: int = llm.vllm_config.scheduler_config.max_num_seqs
+        self.max_model_len: int = llm.model_config.max_model_len
+
+    @classmethod
+    def start(cls, arguments: Mapping[str, Any], pacer: Pacer) -> "Engine":
+        """Load the model; blocks until the engine's processes are ready.
+
+        Args:
+            arguments: vLLM's engine and API server arguments, by their Python names.
+            pacer: decides when tokens of a stream travel together.
+
+        Raises:
+            ConfigError: for an argument that vLLM does not know or cannot honour.
+        """
+        args = parse(arguments)
+        # The usage context sets vLLM's default batch limits: this one is `vllm serve`'s.
+        context = UsageContext.OPENAI_API_SERVER
+        try:
+            config = AsyncEngineArgs.from_cli_args(args).create_engine_config(context)
+        except (ValueError, OSError) as error:
+            raise ConfigError("engine", args.model, _first_sentence(error)) from error
+        if pacer.max_gap_s > 0:
+            # AsyncLLM builds its collectors by this name, and offers no other way in.
+            async_llm.RequestOutputCollector = _collector(pacer)  # type: ignore[misc]
+        llm = async_llm.AsyncLLM.from_vllm_config(
+            config, usage_context=context, disable_log_stats=args.disable_log_stats
+        )
+        engine = cls(llm, args)
+        engine._observe(pacer)
+        return engine
+
+    async def app(self) -> ASGIApp:
+        """vLLM's ASGI application, every endpoint of it."""
+        # What `vllm serve` does before its first request.
+        await self._llm.reset_mm_cache()
+        tasks = await self._llm.get_supported_tasks()
+        app = build_app(self._args, tasks, self._llm.model_config)
+        await init_app_state(self._llm, app.state, self._args, tasks)
+        # vLLM's error handlers tell this object to exit when the engine dies; here the replica's
+        # own supervisor does, and it must first let the other requests hear of it.
+        app.state.server = SimpleNamespace(should_exit=False)
+        asgi: ASGIApp = app
+        return asgi
+
+    async def warm_up(self) -> None:
+        """Generate a token, so that 'ready' means that an answer was made."""
+        params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY)
+        prompt = {"prompt_token_ids": [0]}
+        async for _ in self._llm.generate(prompt, params, request_id="warm-up"):  # type: ignore[arg-type]
+            return
+
+    @property
+    def dead(self) -> bool:
+        return bool(self._llm.errored)
+
+    async def probe(self) -> None:
+        """Return once every process of the engine has answered; a hung one never does."""
+        await self._llm.collective_rpc("check_health")
+        self.last_sign_s = time.monotonic()
+
+    def _observe(self, pacer: Pacer) -> None:
+        """Note each message of the engine core, and tell the pacer how old its outputs are."""
+        processor = self._llm.output_processor
+        process, update = processor.process_outputs, processor.update_scheduler_stats
+
+        def process_outputs(outputs: Any, timestamp: float, *rest: Any, **named: Any) -> Any:
+            # Both clocks are this machine's monotonic one: the engine core is a local process.
+            pacer.observe(time.monotonic() - timestamp)
+            return process(outputs, timestamp, *rest, **named)
+
+        def update_scheduler_stats(stats: Any) -> None:
+            # Called for every message, also for a step that gave no output, as in a long prefill.
+            self.last_sign_s = time.monotonic()
+            update(stats)
+
+        processor.process_outputs = process_outputs
+        processor.update_scheduler_stats = update_scheduler_stats
+
+    def processes(self) -> list[psutil.Process]:
+        """The engine's processes: its core and workers."""
+        return psutil.Process().children(recursive=True)
+
+    def kill(self) -> None:
+        """End a hung engine's processes at once; its requests then fail instead of waiting."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End the engine's processes; returns when they have ended."""
+        mine = self.processes()
+        self._llm.shutdown(timeout=5)
+        _, alive = psutil.wait_procs(mine, timeout=5)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=5)
+
+
+def parse(arguments: Mapping[str, Any]) -> argparse.Namespace:
+    """vLLM's parsed arguments, checked against vLLM's own definition.
+
+    Raises:
+        ConfigError: naming the argument, its value and the nearest valid choice.
+    """
+    parser = make_arg_parser(_Parser(add_help=False))
+    known = {action.dest: action for action in parser._actions}
+    argv: list[str] = []
+    for key, value in arguments.items():
+        if key not in known:
+            raise ConfigError(f"engine.{key}", value, "unknown to vLLM", nearest(key, known))
+        choices = known[key].choices
+        if choices is not None and isinstance(value, str) and value not in choices:
+            words = [str(choice) for choice in choices]
+            near = nearest(value, words)
+            raise ConfigError(f"engine.{key}", value, f"not one of {', '.join(words)}", near)
+        argv += _argv(key, value)
+    try:
+        args = parser.parse_args(argv)
+        validate_parsed_serve_args(args)
+    except _Unparsable as error:
+        key = error.argument.lstrip("-").replace("-", "_")
+        raise ConfigError(f"engine.{key}", arguments.get(key), error.problem) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError("engine", dict(arguments), _first_sentence(error)) from error
+    return args
+
+
+class _Unparsable(Exception):
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(problem)
+        self.argument, self.problem = argument, problem
+
+
+class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
+    """vLLM's parser, raising where a command line would exit."""
+
+    def error(self, message: str) -> NoReturn:
+        # "argument --max-model-len: invalid value" or a sentence about the whole.
+        subject, _, problem = message.removeprefix("argument ").partition(": ")
+        raise _Unparsable(subject.split("/")[0], problem or message)
+
+
+def _argv(key: str, value: Any) -> list[str]:
+    flag = "--" + key.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(value)]
+    if isinstance(value, list | tuple):
+        return [flag, *(json.dumps(v) if isinstance(v, Mapping) else str(v) for v in value)]
+    return [flag, str(value)]
+
+
+def _first_sentence(error: Exception) -> str:
+    """The part of vLLM's often many-lined messages that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # pydantic: "1 validation error for ModelConfig", then "  Value error, what is wrong [type=..."
+    for line in lines:
+        if line.startswith("Value error, "):
+            return line.removeprefix("Value error, ").split(" [type=")[0]
+    return lines[0] if lines else type(error).__name__
+
+
+def _collector(pacer: Pacer) -> type[RequestOutputCollector]:
+    """vLLM's per-stream mailbox, opened no more often than the pacer allows.
+
+    The first output and the last leave at once. What comes in between is merged by vLLM's own
+    `RequestOutput.add`, as it is whenever a consumer is late.
+    """
+
+    class PacedCollector(RequestOutputCollector):
+        def __init__(self, output_kind: RequestOutputKind, request_id: str) -> None:
+            super().__init__(output_kind, request_id)
+            self._last_s: float | None = None
+            self._timer: asyncio.TimerHandle | None = None
+
+        def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
+            if not self.aggregate or isinstance(output, Exception):
+                super().put(output)
+                return
+            if self.output is None:
+                self.output = output
+            else:
+                self.output.add(output, aggregate=True)
+            if self.ready.is_set():
+                return
+            if output.finished or self._last_s is None:
+                self._open()
+                return
+            if self._timer is not None:
+                return
+            hold_s = pacer.hold_s(time.monotonic() - self._last_s)
+            if hold_s <= 0:
+                self._open()
+            else:
+                self._timer = asyncio.get_running_loop().call_later(hold_s, self._open)
+
+        def _open(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._last_s = time.monotonic()
+            self.ready.set()
+
+        async def get(self) -> RequestOutput | PoolingRequestOutput:
+            await self.ready.wait()
+            return await super().get()
+
+        def get_nowait(self) -> RequestOutput | PoolingRequestOutput | None:
+            return super().get_nowait() if self.ready.is_set() else None
+
+    return PacedCollector
+
+
+def configure_cpu(threads: int) -> None:
+    """Share the machine's cores between replicas; call before the engine starts.
+
+    Args:
+        threads: OpenMP threads of one engine worker. vLLM would bind every replica's workers to
+            the same first cores.
+    """
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))

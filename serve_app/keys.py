@@ -1,0 +1,100 @@
+"""API keys: where they come from, and the gate that asks for them.
+
+Every route but health is behind the gate. vLLM's own check guards some prefixes and leaves others
+(/tokenize, /metrics, /invocations) open, so it is not used.
+"""
+
+import hashlib
+import hmac
+import os
+import time
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve_app.errors import Unauthorized
+from serve_app.settings import ApiKeys
+
+# What a load balancer must be able to ask without a key.
+OPEN_PATHS = frozenset({"/health", "/ping"})
+# A rotated file takes effect within this time; stat() on every request would cost more than a key.
+_REREAD_S = 1.0
+
+
+class KeyRing:
+    """The accepted keys, as digests. A configured source that is empty or missing accepts none.
+
+    The file holds one key a line; blank lines and lines that start with # are skipped. It is read
+    again when it changes. The environment variable holds keys separated by commas.
+    """
+
+    def __init__(self, source: ApiKeys) -> None:
+        self.required = source.configured
+        self._file = Path(source.file) if source.file is not None else None
+        self._from_env = _digests(os.environ.get(source.env or "", "").split(","))
+        self._from_file: tuple[bytes, ...] = ()
+        self._signature: tuple[int, int, int] | None = None
+        self._read_at = -_REREAD_S
+
+    def accepts(self, key: str) -> bool:
+        """Whether `key` is one of the keys, in a time that does not tell how nearly."""
+        self._reread()
+        given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        known = [hmac.compare_digest(given, digest) for digest in self._from_env + self._from_file]
+        return any(known)
+
+    def __len__(self) -> int:
+        self._reread()
+        return len(self._from_env) + len(self._from_file)
+
+    def _reread(self) -> None:
+        now = time.monotonic()
+        if self._file is None or now - self._read_at < _REREAD_S:
+            return
+        self._read_at = now
+        try:
+            stat = self._file.stat()
+            # A mounted Secret is replaced by renaming a link: the inode tells where mtime may not.
+            signature = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            if signature != self._signature:
+                lines = self._file.read_text(encoding="utf-8").splitlines()
+                self._from_file = _digests([w for w in lines if not w.lstrip().startswith("#")])
+                self._signature = signature
+        except (OSError, UnicodeDecodeError):
+            # Fails closed: a secret that was taken away no longer opens the door.
+            self._from_file, self._signature = (), None
+
+
+def _digests(words: list[str]) -> tuple[bytes, ...]:
+    return tuple(hashlib.sha256(w.strip().encode()).digest() for w in words if w.strip())
+
+
+class KeyGate:
+    """ASGI middleware: 401 without an accepted key.
+
+    The key is read from `Authorization: Bearer` (OpenAI) or `x-api-key` (Anthropic, and wherever a
+    platform keeps the Authorization header for itself).
+    """
+
+    def __init__(self, app: ASGIApp, ring: KeyRing) -> None:
+        self.app = app
+        self.ring = ring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or not self.ring.required:
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = Headers(scope=scope)
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        candidates = [headers.get("x-api-key", "")]
+        if scheme.lower() == "bearer":
+            candidates.append(bearer.strip())
+        if any([self.ring.accepts(key) for key in candidates if key]):
+            await self.app(scope, receive, send)
+        else:
+            error = Unauthorized("Missing or unknown API key: send 'Authorization: Bearer KEY'.")
+            await error(scope, receive, send)

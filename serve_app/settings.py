@@ -1,0 +1,155 @@
+"""The deployment's settings: the `args` of serve_config.yaml, parsed once, typed and frozen.
+
+Anything unknown or impossible is a `ConfigError`, one sentence that names the key, the value and
+the nearest valid choice. vLLM's own arguments (`engine`) are only carried here: engine.py checks
+them against vLLM's definition, since no other module knows vLLM.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from serve_app.errors import ConfigError, nearest
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+def _count_or_auto(value: object) -> object:
+    if value == "auto":
+        return None
+    if isinstance(value, str):
+        raise ValueError(f"neither a number nor 'auto'; did you mean {nearest(value, ['auto']) or 1}?")
+    return value
+
+
+# A number, or None for 'auto': decided from the hardware when the application is built.
+CountOrAuto = Annotated[Count | None, BeforeValidator(_count_or_auto)]
+
+
+class _Frozen(BaseModel):
+    # Strict: YAML has types of its own, and `replicas: "2"` or `keys: yes` is a mistake to name.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Replicas(_Frozen):
+    """Bounds of the number of replicas, and what one replica should have in flight.
+
+    `min == max` is a fixed number; `min: 0` scales to zero.
+    """
+
+    min: Annotated[int, Field(ge=0)] = 1
+    max: Count = 1
+    target_ongoing_requests: Count = 32
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed(cls, value: object) -> object:
+        """A plain number of replicas is a range of one."""
+        return {"min": value, "max": value} if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Replicas":
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+    @property
+    def fixed(self) -> bool:
+        return self.min == self.max
+
+
+class ApiKeys(_Frozen):
+    """Where the accepted keys come from; both may be given, their keys are joined.
+
+    A source that is named and empty lets nobody in: an unmounted secret must not open the door.
+    """
+
+    env: str | None = None
+    file: str | None = None
+
+    @property
+    def configured(self) -> bool:
+        return self.env is not None or self.file is not None
+
+
+class Limits(_Frozen):
+    """What one request, and all of them together, may ask of one replica."""
+
+    max_body_bytes: Count = 4 * 2**20
+    max_prompt_tokens: Count | None = None
+    max_tokens: Count | None = None
+    max_n: Count = 8
+    max_running_requests: Count | None = None
+    max_queued_requests: Annotated[int, Field(ge=0)] = 256
+    queue_timeout_s: Seconds = 30.0
+    request_timeout_s: Seconds = 600.0
+    body_timeout_s: Seconds = 20.0
+    retry_after_s: Seconds = 1.0
+
+
+class Settings(_Frozen):
+    """Everything a replica needs to know. See serve_config.yaml for each value's meaning."""
+
+    model: Annotated[str, Field(min_length=1)] = "auto"
+    served_model_name: str | None = None
+    tensor_parallel_size: CountOrAuto = None
+    pipeline_parallel_size: CountOrAuto = None
+    replicas: Replicas = Field(default_factory=Replicas)
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
+    engine: dict[str, Any] = Field(default_factory=dict)
+    limits: Limits = Field(default_factory=Limits)
+    api_keys: ApiKeys = Field(default_factory=ApiKeys)
+    allow_unauthenticated_network: bool = False
+    stream_gap_ms: Annotated[float, Field(ge=0, le=1000)] = 50.0
+    drain_s: Seconds = 60.0
+    hang_timeout_s: Seconds = 20.0
+
+    @classmethod
+    def parse(cls, args: Mapping[str, Any]) -> "Settings":
+        """Settings from the `args` mapping of serve_config.yaml.
+
+        Raises:
+            ConfigError: for the first value that is unknown or impossible.
+        """
+        try:
+            settings = cls.model_validate(dict(args))
+        except ValidationError as invalid:
+            raise _sentence(args, invalid) from None
+        for key in settings.engine:
+            if key in _OWNED:
+                raise ConfigError(f"engine.{key}", settings.engine[key], _OWNED[key])
+        return settings
+
+
+# Engine arguments that have a key of their own here, and two places for one value would disagree.
+_OWNED = {
+    "model": "set the top-level key 'model' instead",
+    "served_model_name": "set the top-level key 'served_model_name' instead",
+    "tensor_parallel_size": "set the top-level key 'tensor_parallel_size' instead",
+    "pipeline_parallel_size": "set the top-level key 'pipeline_parallel_size' instead",
+    "distributed_executor_backend": "follows from tensor_parallel_size and pipeline_parallel_size",
+    "api_key": "set 'api_keys' instead, which guards every route and can be rotated",
+    "host": "set http_options.host instead",
+    "port": "set http_options.port instead",
+}
+
+
+def _sentence(args: Mapping[str, Any], invalid: ValidationError) -> ConfigError:
+    """The first of pydantic's errors, as one sentence about one key."""
+    error = invalid.errors()[0]
+    path = [str(word) for word in error["loc"]]
+    key, value = ".".join(path), error["input"]
+    if error["type"] == "extra_forbidden":
+        return ConfigError(key, value, "unknown key", nearest(path[-1], _fields_of(path[:-1])))
+    problem = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return ConfigError(key, value, problem.replace("must be a valid", "must be a"))
+
+
+def _fields_of(path: list[str]) -> list[str]:
+    """The keys that are valid inside `path`, a list of keys from the top."""
+    model: type[BaseModel] = Settings
+    for key in path:
+        model = model.model_fields[key].annotation  # type: ignore[assignment]
+    return list(model.model_fields)

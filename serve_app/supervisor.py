@@ -1,0 +1,156 @@
+"""Notices an engine that died or hangs, and sees to it that no process outlives its replica.
+
+Ray Serve replaces a replica whose process ends within one health check, so an engine that is past
+help is answered by ending the replica: its requests are told first, then it exits. vLLM's own
+check sees a dead engine and not a hung one; the probe here is a round trip through the engine core
+and every worker, and silence is what counts: no answer to a probe and no output of a step.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import psutil
+
+logger = logging.getLogger("serve_app")
+
+# How often the engine is asked, and the longest that its requests may take to hear of its end.
+_PROBE_S = 1.0
+_FAREWELL_S = 3.0
+
+
+class Supervised(Protocol):
+    """What the supervisor needs of an engine."""
+
+    @property
+    def dead(self) -> bool: ...
+    @property
+    def last_sign_s(self) -> float: ...
+    async def probe(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+class Supervisor:
+    """Watches one engine from the replica's event loop.
+
+    Args:
+        hang_timeout_s: silence after which the engine counts as hung.
+        in_flight: number of requests that have not been answered.
+        leave: ends this process; `os._exit`, since an orderly exit waits for what hangs.
+    """
+
+    def __init__(
+        self,
+        engine: Supervised,
+        hang_timeout_s: float,
+        in_flight: Callable[[], int],
+        leave: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._engine = engine
+        self._hang_timeout_s = hang_timeout_s
+        self._in_flight = in_flight
+        self._leave = leave
+        self.failure: str | None = None
+
+    @property
+    def healthy(self) -> bool:
+        return self.failure is None and not self._engine.dead
+
+    async def watch(self) -> None:
+        """Run until the engine fails; then tell its requests and leave."""
+        while self.failure is None:
+            self.failure = await self._look()
+            if self.failure is None:
+                await asyncio.sleep(_PROBE_S)
+        logger.error("%s; this replica ends and is replaced", self.failure)
+        # A hung engine's requests wait for ever; a dead one's fail, each with its own error.
+        self._engine.kill()
+        deadline_s = time.monotonic() + _FAREWELL_S
+        while self._in_flight() and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        self._leave(1)
+
+    async def _look(self) -> str | None:
+        """What is wrong with the engine, or None."""
+        if self._engine.dead:
+            return "the engine died"
+        probe = asyncio.ensure_future(self._engine.probe())
+        try:
+            # A long step answers late, so each round waits for the probe and for outputs alike.
+            while not (await asyncio.wait({probe}, timeout=_PROBE_S))[0]:
+                if self._engine.dead:
+                    return "the engine died"
+                silent_s = time.monotonic() - self._engine.last_sign_s
+                if silent_s > self._hang_timeout_s:
+                    return f"the engine has been silent for {silent_s:.0f} s"
+            if (error := probe.exception()) is not None:
+                return f"the engine failed its probe: {type(error).__name__}"
+            return None
+        finally:
+            probe.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await probe
+
+
+class Reaper:
+    """A tiny process that kills the engine's processes if the replica is gone without a word.
+
+    A replica that receives SIGKILL cannot stop its engine, and the engine does not always notice.
+    The reaper waits at the end of a pipe: each line names a process to kill at end-of-file, and
+    the line `done` says that all ended in order.
+    """
+
+    _SCRIPT = 'while read -r l; do [ "$l" = done ] && exit 0; p="$p $l"; done; kill -9 $p 2>&-'
+
+    def __init__(self) -> None:
+        # In a session of its own: a Ctrl-C in the terminal must not end it before its time.
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", self._SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+
+    def guard(self, pids: Iterable[int]) -> None:
+        """Kill these processes, too, should this one vanish."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("".join(f"{pid}\n" for pid in pids).encode())
+        self._process.stdin.flush()
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Guard every process that this one starts in the meantime, as soon as it is there."""
+        over = threading.Event()
+        guarded = {self.pid}
+
+        def follow() -> None:
+            last = False
+            while not last:
+                last = over.wait(0.2)
+                new = {p.pid for p in psutil.Process().children(recursive=True)} - guarded
+                self.guard(new)
+                guarded.update(new)
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            over.set()
+            follower.join()
+
+    def dismiss(self) -> None:
+        """The guarded processes have ended: there is nothing left to kill."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(b"done\n")
+            self._process.stdin.close()
+        self._process.wait()

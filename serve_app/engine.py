@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import time
 from collections.abc import Mapping
@@ -19,8 +18,8 @@ import psutil
 import vllm.v1.engine.async_llm as async_llm
 from starlette.types import ASGIApp
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -30,10 +29,6 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from serve_app.errors import ConfigError, nearest
 from serve_app.pacing import Pacer
-
-# The CPU build of vLLM 0.32 compiles wrong code, so without a GPU it always runs eagerly. The KV
-# cache is bounded because vLLM would otherwise take half of the machine for each replica.
-CPU_DEFAULTS: Mapping[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 
 
 class Engine:
@@ -263,14 +258,3 @@ def _collector(pacer: Pacer) -> type[RequestOutputCollector]:
             return super().get_nowait() if self.ready.is_set() else None
 
     return PacedCollector
-
-
-def configure_cpu(threads: int) -> None:
-    """Share the machine's cores between replicas; call before the engine starts.
-
-    Args:
-        threads: OpenMP threads of one engine worker. vLLM would bind every replica's workers to
-            the same first cores.
-    """
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -7,6 +7,7 @@ exit with one sentence, and ends everything it started when told to stop.
 
 import argparse
 import contextlib
+import ctypes
 import os
 import queue
 import signal
@@ -27,6 +28,7 @@ import psutil
 import yaml
 
 from serve_app.errors import ConfigError
+from serve_app.plan import find
 from serve_app.progress import FAILED, MARK, READY
 from serve_app.settings import Settings
 
@@ -45,12 +47,15 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     # A dead server is found by its closed port; a check a second finds one that went silent.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    # Ray starts its workers at niceness 15, below whatever else the machine runs.
+    "RAY_worker_niceness": "0",
     # Every line that a replica says is shown, also when its neighbour says the same.
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 # From a ready replica to an answering HAProxy.
 _INGRESS_S = 60.0
 # What an orderly stop takes beyond the requests in flight.
@@ -64,6 +69,8 @@ def serve(arguments: argparse.Namespace) -> int:
     http = config.get("http_options") or {}
     host, port = str(http.get("host", "0.0.0.0")), int(http.get("port", 8000))
     _require_free(host, port)
+    find(settings, ())  # A folder that is not there needs no cluster to be missed.
+    _adopt_orphans()
     with _effective(config, Path(arguments.config), arguments.model) as path, _signals() as stop:
         # Within _signals: a child inherits an ignored SIGINT, as a script's background job has it.
         child = _Child(path)
@@ -196,7 +203,6 @@ class _Child:
             errors="replace",
             start_new_session=True,
         )
-        self._family: set[psutil.Process] = set()
         threading.Thread(target=self._read, args=(descriptor,), daemon=True).start()
 
     def _read(self, descriptor: int) -> None:
@@ -214,20 +220,13 @@ class _Child:
 
     def line(self, timeout_s: float) -> str | None:
         """The next line of this application, or None."""
-        self._remember()
         try:
             return self._lines.get(timeout=timeout_s)
         except queue.Empty:
             return None
 
-    def _remember(self) -> None:
-        # Remembered while alive: what survives its parent is no longer found from it.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._family.update(psutil.Process(self._process.pid).children(recursive=True))
-
     def end(self, timeout_s: float) -> None:
         """Stop in order, within `timeout_s`; what is left then is killed, and said."""
-        self._remember()
         if not self.ended:
             # `serve run` drains and shuts down on SIGINT; SIGTERM would kill the cluster.
             self._process.send_signal(signal.SIGINT)
@@ -237,10 +236,32 @@ class _Child:
                 _show("not finished in time: killing what is left")
                 self._process.kill()
                 self._process.wait()
-        _, alive = psutil.wait_procs(self._family, timeout=5)
-        for process in alive:
+        left = _wait_for_orphans(5)
+        for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 _show(f"killing process {process.pid} ({process.name()})")
                 process.kill()
-        psutil.wait_procs(alive, timeout=5)
+        _wait_for_orphans(5)
         _show("stopped")
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends: none can escape `end`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _wait_for_orphans(timeout_s: float) -> list[psutil.Process]:
+    """Reap adopted processes as they end. Returns those that are alive after `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
+    while alive := psutil.Process().children(recursive=True):
+        try:
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+        except ChildProcessError:
+            return []
+        if time.monotonic() > deadline_s:
+            return [process for process in alive if process.is_running()]
+        time.sleep(0.05)
+    return []

@@ -4,6 +4,7 @@ Decided once, where the application is built, so that every replica is the same 
 cannot succeed fails before anything is loaded.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,20 @@ from typing import Any
 
 from serve_app import embedded
 from serve_app.errors import ConfigError
+from serve_app.hardware import Gpu, cluster_nodes
 from serve_app.placement import Placement, place
 from serve_app.settings import Settings
+from serve_app.sizing import (
+    DEFAULT_UTILIZATION,
+    QWEN25,
+    ModelShape,
+    choose_model,
+    choose_tensor_parallel_size,
+)
+
+# The CPU build of vLLM 0.32 compiles wrong code, so without a GPU it always runs eagerly. The KV
+# cache is bounded because vLLM would otherwise take half of the machine for each replica.
+CPU_DEFAULTS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Plan:
             "tensor_parallel_size": self.placement.tensor_parallel_size,
             "pipeline_parallel_size": self.placement.pipeline_parallel_size,
         }
+        if self.cpu_threads is not None:
+            arguments |= CPU_DEFAULTS
         if self.placement.executor is not None:
             arguments["distributed_executor_backend"] = self.placement.executor
         if self.model.startswith("s3://"):
@@ -95,32 +110,78 @@ class Plan:
 
 
 def decide(settings: Settings) -> Plan:
-    """The plan for these settings on this cluster.
+    """The plan for these settings on this Ray cluster.
 
     Raises:
         ConfigError: for a model that is not there or does not fit, needed and found stated.
     """
-    model = settings.model if settings.model != "auto" else embedded.NAME
-    if model.startswith(("/", ".", "~")):
-        model = str(Path(model).expanduser())
-        if not (Path(model) / "config.json").is_file():
-            raise ConfigError("model", model, "no such folder, or it holds no config.json")
+    nodes = cluster_nodes()
+    # Replicas are alike, so they are sized for the node with the most GPUs.
+    gpus = max((node.gpus for node in nodes), key=len, default=())
+    model = find(settings, gpus)
+    placement = parallelism(settings, model, gpus)
     cores = len(os.sched_getaffinity(0))
     return Plan(
         model=model,
         served_model_name=settings.served_model_name or _short_name(model),
-        placement=place(
-            tensor_parallel_size=settings.tensor_parallel_size or 1,
-            pipeline_parallel_size=settings.pipeline_parallel_size or 1,
-            gpus_per_node=0,
-        ),
-        cpu_threads=max(1, cores // max(1, settings.replicas.max)),
+        placement=placement,
+        cpu_threads=None if gpus else max(1, cores // max(1, settings.replicas.max)),
     )
+
+
+def find(settings: Settings, gpus: tuple[Gpu, ...]) -> str:
+    """The model to serve: the configured one, or for 'auto' the largest that fits.
+
+    Raises:
+        ConfigError: the folder is not there, or nothing fits.
+    """
+    model = settings.model
+    if model == "auto":
+        return choose_model(gpus, *_memory_settings(settings)) if gpus else embedded.NAME
+    if model.startswith(("/", ".", "~")):
+        model = str(Path(model).expanduser().resolve())
+        if not (Path(model) / "config.json").is_file():
+            raise ConfigError("model", settings.model, "no such folder, or it has no config.json")
+    return model
+
+
+def parallelism(settings: Settings, model: str, gpus: tuple[Gpu, ...]) -> Placement:
+    """How many GPUs a replica takes and where.
+
+    Raises:
+        ConfigError: the model does not fit them, or they do not fit the nodes.
+    """
+    tp, pp = settings.tensor_parallel_size, settings.pipeline_parallel_size or 1
+    if tp is None:
+        tp = 1
+        shape = shape_of(model) if gpus else None
+        if shape is not None:
+            max_len, utilization = _memory_settings(settings)
+            tp = choose_tensor_parallel_size(model, shape, gpus, max_len, utilization, pp)
+    return place(tp, pp, len(gpus), settings.cpus_per_replica)
+
+
+def shape_of(model: str) -> ModelShape | None:
+    """The model's dimensions if they are known without fetching anything, else None."""
+    if model in QWEN25:
+        return QWEN25[model]
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return ModelShape.from_config(json.loads(config.read_text(encoding="utf-8")))
+    except KeyError:
+        return None  # Another architecture: vLLM will measure what it needs.
+    except ValueError as error:
+        raise ConfigError("model", model, f"its config.json is not JSON: {error}") from None
+
+
+def _memory_settings(settings: Settings) -> tuple[int | None, float]:
+    utilization = settings.engine.get("gpu_memory_utilization", DEFAULT_UTILIZATION)
+    return settings.engine.get("max_model_len"), float(utilization)
 
 
 def _short_name(model: str) -> str:
     """A hub id as it is; of a folder or an address, its last part."""
     is_path = model.startswith(("/", "s3://"))
     return model.rstrip("/").rsplit("/", 1)[-1] if is_path else model
-
-

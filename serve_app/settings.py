@@ -20,7 +20,9 @@ def _count_or_auto(value: object) -> object:
     if value == "auto":
         return None
     if isinstance(value, str):
-        raise ValueError(f"neither a number nor 'auto'; did you mean {nearest(value, ['auto']) or 1}?")
+        raise ValueError(
+            f"neither a number nor 'auto'; did you mean {nearest(value, ['auto']) or 1}?"
+        )
     return value
 
 

@@ -81,13 +81,17 @@ class Supervisor:
         if self._engine.dead:
             return "the engine died"
         probe = asyncio.ensure_future(self._engine.probe())
+        silent_s, sign_s = 0.0, self._engine.last_sign_s
         try:
             # A long step answers late, so each round waits for the probe and for outputs alike.
             while not (await asyncio.wait({probe}, timeout=_PROBE_S))[0]:
                 if self._engine.dead:
                     return "the engine died"
-                silent_s = time.monotonic() - self._engine.last_sign_s
-                if silent_s > self._hang_timeout_s:
+                # Counted in rounds and not by the clock: when this process was itself stopped, or
+                # the machine was, the engine had no time to answer either.
+                silent_s = silent_s + _PROBE_S if sign_s == self._engine.last_sign_s else 0.0
+                sign_s = self._engine.last_sign_s
+                if silent_s >= self._hang_timeout_s:
                     return f"the engine has been silent for {silent_s:.0f} s"
             if (error := probe.exception()) is not None:
                 return f"the engine failed its probe: {type(error).__name__}"

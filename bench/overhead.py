@@ -1,0 +1,372 @@
+"""What the serving layers cost: this application beside a bare vLLM, in one run.
+
+    python -m bench.overhead --model FOLDER [--systems bare,ours,classic] [--rounds 3]
+
+Every system serves the same model with the same engine arguments and is measured by the same
+client, one at a time, in interleaved rounds: bare, ours, classic, bare, ... A machine that drifts
+then drifts under all of them. The systems that wait are stopped (SIGSTOP), so that their idle
+loops take nothing from the one that is measured.
+
+Reported are ratios to the bare engine: the median over rounds, with the lowest and the highest.
+The last line is one JSON object.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from serve_app.launcher import ENVIRONMENT
+
+NAME = "bench"
+# Engine arguments of every system: a small KV cache, and one thread, since the machine is shared
+# by the engine, its front end and the client.
+ENGINE: Mapping[str, Any] = {
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 2**28,
+    "block_size": 32,
+    "dtype": "float32",
+    "max_model_len": 2048,
+}
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@dataclass
+class Sample:
+    """One measured load: what every stream saw. Times in seconds."""
+
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    ttft_s: list[float] = field(default_factory=list)
+    itl_s: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.elapsed_s
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "tokens_per_s": self.tokens_per_s,
+            "ttft_p50_ms": _percentile(self.ttft_s, 50) * 1e3,
+            "ttft_p99_ms": _percentile(self.ttft_s, 99) * 1e3,
+            "itl_p50_ms": _percentile(self.itl_s, 50) * 1e3,
+            "itl_p99_ms": _percentile(self.itl_s, 99) * 1e3,
+        }
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
+
+
+# --- the client -----------------------------------------------------------------------------
+
+
+async def stream(port: int, body: bytes, sample: Sample) -> None:
+    """One streamed completion over a connection of its own; counts its tokens and gaps.
+
+    Written on raw sockets: the client shares the machine with the server, and an HTTP library
+    would cost more than what is measured.
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    sent_s = time.perf_counter()
+    writer.write(head.encode() + body)
+    buffer, last_s = b"", 0.0
+    while b"data: [DONE]" not in buffer:
+        chunk = await reader.read(2**16)
+        now_s = time.perf_counter()
+        if not chunk:
+            raise ConnectionError(f"the stream ended early: {buffer[-300:]!r}")
+        if b'"text"' in chunk:
+            if last_s:
+                sample.itl_s.append(now_s - last_s)
+            else:
+                sample.ttft_s.append(now_s - sent_s)
+            last_s = now_s
+        buffer = (buffer + chunk)[-2048:]
+    usage = buffer.rfind(b'"completion_tokens":')
+    if usage < 0:
+        raise ValueError(f"no usage in the last event: {buffer!r}")
+    digits = buffer[usage + 20 : usage + 30].split(b",")[0].split(b"}")[0]
+    sample.tokens += int(digits)
+    writer.close()
+
+
+async def load(port: int, concurrency: int, requests: int, output_tokens: int) -> Sample:
+    """`requests` streams, `concurrency` at a time."""
+    body = json.dumps(
+        {
+            "model": NAME,
+            "prompt": "The quick brown fox jumps over the lazy dog, and then it",
+            "max_tokens": output_tokens,
+            "min_tokens": output_tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
+    sample, left = Sample(), iter(range(requests))
+
+    async def user() -> None:
+        for _ in left:
+            await stream(port, body, sample)
+
+    started_s = time.perf_counter()
+    await asyncio.gather(*(user() for _ in range(concurrency)))
+    sample.elapsed_s = time.perf_counter() - started_s
+    if sample.tokens != requests * output_tokens:
+        raise ValueError(f"{sample.tokens} tokens instead of {requests * output_tokens}")
+    return sample
+
+
+# --- the systems ----------------------------------------------------------------------------
+
+
+@dataclass
+class System:
+    """A server under test: its process tree and where it listens."""
+
+    name: str
+    port: int
+    process: subprocess.Popen[bytes]
+    ready_s: float
+
+    def family(self) -> list[psutil.Process]:
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def signal(self, number: signal.Signals) -> None:
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
+def _bare(model: str, port: int) -> tuple[list[str], dict[str, str]]:
+    arguments = [
+        f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in ENGINE.items()
+    ]
+    command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model, "--served-model-name", NAME, "--host", "127.0.0.1"]
+    return [*command, "--port", str(port), "--disable-uvicorn-access-log", *arguments], {}
+
+
+def _ours(model: str, port: int, folder: Path, **args: Any) -> tuple[list[str], dict[str, str]]:
+    config = yaml.safe_load(Path("serve_config.yaml").read_text())
+    config["http_options"]["port"] = port
+    application = config["applications"][0]["args"]
+    application |= {"model": model, "served_model_name": NAME, **args}
+    application["engine"] = dict(ENGINE)
+    path = folder / f"{port}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    serve = str(Path(sys.executable).with_name("serve"))
+    return [serve, "run", str(path)], dict(ENVIRONMENT)
+
+
+def _command(name: str, model: str, port: int, folder: Path) -> tuple[list[str], dict[str, str]]:
+    if name == "bare":
+        return _bare(model, port)
+    if name == "ours":
+        return _ours(model, port, folder)
+    if name == "ours-every-token":
+        return _ours(model, port, folder, stream_gap_ms=0.0)
+    if name == "classic":
+        command, environment = _ours(model, port, folder)
+        return command, {k: v for k, v in environment.items() if not k.startswith("RAY_SERVE")}
+    raise SystemExit(f"unknown system {name!r}: bare, ours, ours-every-token, classic")
+
+
+def apart(port: int) -> dict[str, str]:
+    """Environment that keeps the Ray cluster and HAProxy of `port` apart from any other's."""
+    folder = f"/tmp/haproxy-{port}"
+    return {
+        "RAY_TMPDIR": f"/tmp/ray-{port}",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(port + 1001),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(port + 1002),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port + 22000),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 22050),
+    }
+
+
+@contextlib.contextmanager
+def running(name: str, model: str, port: int, folder: Path) -> Iterator[System]:
+    """Start a system, wait until it answers, and stop it in the end, with all it started."""
+    command, environment = _command(name, model, port, folder)
+    log = open(folder / f"{name}.log", "wb")  # noqa: SIM115
+    started_s = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **QUIET, **environment, **apart(port)},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    system = System(name, port, process, 0.0)
+    try:
+        _wait(system, Path(log.name))
+        system.ready_s = time.perf_counter() - started_s
+        yield system
+    finally:
+        log.close()
+        _stop(system)
+
+
+def _wait(system: System, log: Path, timeout_s: float = 400.0) -> None:
+    deadline_s = time.perf_counter() + timeout_s
+    while time.perf_counter() < deadline_s:
+        if system.process.poll() is not None:
+            raise SystemExit(f"{system.name} ended: {log.read_text()[-2000:]}")
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{system.port}/v1/models", timeout=5).close()
+            return
+        time.sleep(0.2)
+    raise SystemExit(f"{system.name} is not ready after {timeout_s:g} s: {log.read_text()[-2000:]}")
+
+
+def _stop(system: System) -> None:
+    if system.process.poll() is not None:
+        return
+    system.signal(signal.SIGCONT)
+    family = system.family()
+    system.process.send_signal(signal.SIGINT)
+    _, alive = psutil.wait_procs(family, timeout=90)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+# --- the comparison -------------------------------------------------------------------------
+
+
+def measure(systems: list[System], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every concurrency, every round, every system in turn. One row for each."""
+    rows = []
+    for system in systems:
+        system.signal(signal.SIGSTOP)
+    for round_ in range(options.rounds + 1):
+        for concurrency in options.concurrency:
+            for system in systems:
+                system.signal(signal.SIGCONT)
+                time.sleep(0.5)
+                requests = max(4, concurrency * options.waves)
+                sample = asyncio.run(
+                    load(system.port, concurrency, requests, options.output_tokens)
+                )
+                system.signal(signal.SIGSTOP)
+                if round_ == 0:
+                    continue  # Every path runs once before it counts.
+                row = {"system": system.name, "round": round_, "concurrency": concurrency}
+                rows.append({**row, **sample.summary()})
+                print(json.dumps({k: _short(v) for k, v in rows[-1].items()}), file=sys.stderr)
+    for system in systems:
+        system.signal(signal.SIGCONT)
+    return rows
+
+
+def _short(value: Any) -> Any:
+    return round(value, 2) if isinstance(value, float) else value
+
+
+def compare(rows: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
+    """For each system and concurrency: its ratio to the reference of the same round."""
+    compared = []
+    keys = sorted({(row["concurrency"], row["system"]) for row in rows})
+    for concurrency, name in keys:
+        mine, theirs = (
+            [r for r in rows if r["concurrency"] == concurrency and r["system"] == system]
+            for system in (name, reference)
+        )
+        entry: dict[str, Any] = {"system": name, "concurrency": concurrency}
+        for metric in ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms"):
+            ratios = [a[metric] / b[metric] for a, b in zip(mine, theirs, strict=True)]
+            entry[metric] = round(statistics.median(row[metric] for row in mine), 3)
+            entry[metric + "_ratio"] = {
+                "median": round(statistics.median(ratios), 3),
+                "min": round(min(ratios), 3),
+                "max": round(max(ratios), 3),
+            }
+        compared.append(entry)
+    return compared
+
+
+def table(compared: list[dict[str, Any]]) -> str:
+    lines = [
+        f"{'system':18}{'conc':>5}{'tok/s':>8}{'ratio':>7} (min-max)    {'TTFT p50':>9}{'ratio':>7}{'p99':>7}{'ITL p50':>9}{'ratio':>7}{'p99':>7}"
+    ]
+    for row in compared:
+        ratio = row["tokens_per_s_ratio"]
+        lines.append(
+            f"{row['system']:18}{row['concurrency']:>5}{row['tokens_per_s']:>8.0f}"
+            f"{ratio['median']:>7.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+            f"{row['ttft_p50_ms']:>10.1f}{row['ttft_p50_ms_ratio']['median']:>8.2f}"
+            f"{row['ttft_p99_ms_ratio']['median']:>7.2f}{row['itl_p50_ms']:>9.2f}"
+            f"{row['itl_p50_ms_ratio']['median']:>7.2f}{row['itl_p99_ms_ratio']['median']:>7.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a local model folder")
+    parser.add_argument("--systems", default="bare,ours,classic")
+    parser.add_argument("--concurrency", default="1,8,32,64")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--waves", type=int, default=2, help="requests of each user")
+    parser.add_argument("--output-tokens", type=int, default=64)
+    options = parser.parse_args()
+    options.concurrency = [int(word) for word in options.concurrency.split(",")]
+    names = options.systems.split(",")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overhead.")))
+        systems = []
+        for index, name in enumerate(names):
+            port = 8100 + 10 * index
+            systems.append(stack.enter_context(running(name, options.model, port, folder)))
+            print(f"{name} is ready after {systems[-1].ready_s:.1f} s", file=sys.stderr)
+            systems[-1].signal(signal.SIGSTOP)
+        for system in systems:
+            system.signal(signal.SIGCONT)
+        rows = measure(systems, options)
+    compared = compare(rows, names[0])
+    print(table(compared))
+    ready = {system.name: round(system.ready_s, 1) for system in systems}
+    print(
+        json.dumps(
+            {"benchmark": "overhead", "reference": names[0], "ready_s": ready, "results": compared}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Greedy tokens equal those of transformers on the same weights, alone and in a batch."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server import Server
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NEW_TOKENS = 24
+TEXT = (
+    "The history of the railway begins long before the steam engine. Wagons ran on wooden rails "
+    "in the mines of Europe, pushed by men and drawn by horses, and the gauge of those wagons "
+    "decided the gauge of everything that followed. When iron became cheap the rails became iron, "
+    "and when the steam engine became small enough to move itself, it was set on the same rails. "
+    "The first public railways carried coal to the sea; passengers were an afterthought, and the "
+    "directors were surprised to find that people would pay to sit behind a boiler for an hour. "
+) * 2
+
+
+@pytest.fixture(scope="module")
+def reference(smollm: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.bfloat16)
+
+    def generate(prompt: list[int]) -> list[int]:
+        with torch.inference_mode():
+            output = model.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS
+            )
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        return tokens
+
+    generate.tokenizer = tokenizer  # type: ignore[attr-defined]
+    return generate
+
+
+def prompts(tokenizer: Any) -> list[list[int]]:
+    tokens = tokenizer(TEXT)["input_ids"]
+    plain = [tokens[:length] for length in (5, 17, 37, 64, 100, 150, 200)]
+    chats = [
+        [{"role": "user", "content": "Name three colours."}],
+        [
+            {"role": "system", "content": "You are brief."},
+            {"role": "user", "content": "What is 2 + 2?"},
+            {"role": "assistant", "content": "4"},
+            {"role": "user", "content": "And twice that?"},
+        ],
+    ]
+    rendered = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        for chat in chats
+    ]
+    return plain + [tokenizer(text)["input_ids"] for text in rendered]
+
+
+async def served(server: Server, http: httpx.AsyncClient, prompt: list[int]) -> list[int]:
+    body = {
+        "model": MODEL,
+        "prompt": prompt,
+        "temperature": 0,
+        "max_tokens": NEW_TOKENS,
+        "return_token_ids": True,
+    }
+    response = await http.post(f"{server.url}/v1/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    tokens: list[int] = response.json()["choices"][0]["token_ids"]
+    return tokens
+
+
+async def test_alone_and_batched(server: Server, reference: Any) -> None:
+    asked = prompts(reference.tokenizer)
+    assert {5, 200} <= {len(prompt) for prompt in asked}
+    expected = [reference(prompt) for prompt in asked]
+    async with httpx.AsyncClient() as http:
+        alone = [await served(server, http, prompt) for prompt in asked]
+        batched = await asyncio.gather(*(served(server, http, prompt) for prompt in asked))
+    assert alone == expected
+    assert batched == expected

@@ -1,0 +1,82 @@
+"""serve_config.yaml's args: what is accepted, and the sentence that refuses the rest."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from serve_app.errors import ConfigError
+from serve_app.settings import Settings
+
+CONFIG = Path(__file__).parent.parent / "serve_config.yaml"
+
+
+def test_the_shipped_configuration_states_the_defaults() -> None:
+    args = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
+    shipped = Settings.parse(args)
+    assert shipped.model_copy(update={"engine": {}}) == Settings.parse({})
+
+
+def test_every_line_of_the_shipped_configuration_is_commented() -> None:
+    lines = CONFIG.read_text().splitlines()
+    bare = [
+        line
+        for number, line in enumerate(lines)
+        if line.strip()
+        and "#" not in line
+        # A comment on the line above speaks for a value, and a list's first line for the list.
+        and not lines[number - 1].strip().startswith("#")
+        and line.strip() not in ("http_options:", "logging_config:", "applications:", "args:")
+    ]
+    assert bare == []
+
+
+def test_a_number_of_replicas_is_a_range_of_one() -> None:
+    replicas = Settings.parse({"replicas": 3}).replicas
+    assert (replicas.min, replicas.max, replicas.fixed) == (3, 3, True)
+    assert not Settings.parse({"replicas": {"min": 0, "max": 2}}).replicas.fixed
+
+
+def test_auto_and_numbers_are_parallel_sizes() -> None:
+    settings = Settings.parse({"tensor_parallel_size": "auto", "pipeline_parallel_size": 2})
+    assert (settings.tensor_parallel_size, settings.pipeline_parallel_size) == (None, 2)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings.parse({}).model = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"modell": "x"}, "modell = 'x': unknown key; did you mean 'model'?"),
+        (
+            {"limits": {"max_body_byte": 1}},
+            "limits.max_body_byte = 1: unknown key; did you mean 'max_body_bytes'?",
+        ),
+        ({"replicas": {"mim": 3}}, "replicas.mim = 3: unknown key; did you mean 'min'?"),
+        (
+            {"tensor_parallel_size": "aut"},
+            "tensor_parallel_size = 'aut': neither a number nor 'auto'; did you mean 'auto'?",
+        ),
+        (
+            {"tensor_parallel_size": 0},
+            "tensor_parallel_size = 0: must be greater than or equal to 1",
+        ),
+        (
+            {"replicas": {"min": 3, "max": 2}},
+            "replicas = {'min': 3, 'max': 2}: min (3) is above max (2)",
+        ),
+        ({"limits": {"max_n": "3"}}, "limits.max_n = '3': must be a integer"),
+        ({"drain_s": 0}, "drain_s = 0: must be greater than 0"),
+        (
+            {"engine": {"model": "m"}},
+            "engine.model = 'm': set the top-level key 'model' instead",
+        ),
+    ],
+)
+def test_a_bad_value_is_one_sentence(args: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Settings.parse(args)
+    assert str(error.value) == sentence

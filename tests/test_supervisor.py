@@ -1,0 +1,139 @@
+"""Dead and hung engines are noticed, and no guarded process outlives its replica."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from serve_app import supervisor
+from serve_app.supervisor import Reaper, Supervisor
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.dead = False
+        self.last_sign_s = 0.0
+        self.answers = True
+        self.killed = False
+
+    async def probe(self) -> None:
+        while not self.answers:
+            await asyncio.sleep(0.001)
+        self.last_sign_s += 1
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    monkeypatch.setattr(supervisor, "_PROBE_S", 0.01)
+    return FakeEngine()
+
+
+async def watched(engine: FakeEngine, in_flight: list[int], hang_s: float = 0.05) -> Supervisor:
+    left: list[int] = []
+    watch = Supervisor(engine, hang_s, lambda: in_flight[0], left.append)
+    await asyncio.wait_for(watch.watch(), 5)
+    assert left == [1]
+    return watch
+
+
+async def test_a_dead_engine_ends_the_replica(engine: FakeEngine) -> None:
+    asyncio.get_running_loop().call_later(0.05, setattr, engine, "dead", True)
+    watch = await watched(engine, [0])
+    assert watch.failure == "the engine died"
+    assert not watch.healthy
+
+
+async def test_a_hung_engine_is_killed_and_its_requests_told_first(engine: FakeEngine) -> None:
+    engine.answers = False
+    in_flight = [3]
+    asyncio.get_running_loop().call_later(0.2, in_flight.__setitem__, 0, 0)
+    began_s = time.monotonic()
+    watch = await watched(engine, in_flight)
+    assert "silent" in str(watch.failure)
+    assert engine.killed
+    assert time.monotonic() - began_s >= 0.2
+
+
+async def test_an_engine_in_a_long_step_is_not_hung(engine: FakeEngine) -> None:
+    engine.answers = False
+    watch = Supervisor(engine, 0.05, lambda: 0, lambda status: None)
+    task = asyncio.create_task(watch.watch())
+    for _ in range(30):  # Outputs come, the probe waits its turn.
+        engine.last_sign_s += 1
+        await asyncio.sleep(0.01)
+    assert watch.healthy
+    engine.answers = True
+    await asyncio.sleep(0.05)
+    assert watch.healthy
+    task.cancel()
+
+
+async def test_a_probe_that_fails_is_a_failure(engine: FakeEngine) -> None:
+    async def broken() -> None:
+        raise RuntimeError("worker gone")
+
+    engine.probe = broken  # type: ignore[method-assign]
+    assert "RuntimeError" in str((await watched(engine, [0])).failure)
+
+
+_REPLICA = """
+import subprocess, sys, time
+from serve_app.supervisor import Reaper
+reaper = Reaper()
+with reaper.following():
+    child = subprocess.Popen(["sleep", "300"])
+    time.sleep(0.5)
+print(child.pid, reaper.pid, flush=True)
+{then}
+"""
+
+
+def replica(then: str) -> tuple[subprocess.Popen[str], int, int]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _REPLICA.format(then=then)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    child, reaper = map(int, process.stdout.readline().split())
+    return process, child, reaper
+
+
+def gone(pid: int, within_s: float = 10.0) -> bool:
+    deadline_s = time.monotonic() + within_s
+    while time.monotonic() < deadline_s:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_killed_replica_leaves_no_process() -> None:
+    process, child, reaper = replica("time.sleep(300)")
+    assert psutil.pid_exists(child)
+    process.kill()
+    process.wait()
+    assert gone(child)
+    assert gone(reaper)
+
+
+def test_a_dismissed_reaper_kills_nothing() -> None:
+    process, child, reaper = replica("reaper.dismiss()")
+    process.wait(10)
+    assert gone(reaper)
+    assert psutil.pid_exists(child)
+    os.kill(child, 9)
+
+
+def test_a_reaper_without_anything_to_guard_just_ends() -> None:
+    reaper = Reaper()
+    reaper.dismiss()
+    assert gone(reaper.pid)

@@ -49,7 +49,7 @@ $(VENV)/installed-cpu: constraints-cpu.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) --retries 1 install --no-deps \
 		'torch==2.13.0+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
-	@$(PIP) install --no-deps --no-compile -r constraints-cpu.txt
+	@$(PIP) install --no-deps -r constraints-cpu.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -62,7 +62,7 @@ $(VENV)/installed-gpu: constraints-gpu.txt pyproject.toml
 # Needs uv. Writes what is installed now (cpu), and what the resolver finds (gpu).
 constraints:
 	@{ sed -n '/^#/p' constraints-cpu.txt; uv pip freeze --python $(BIN)/python --exclude-editable \
-		| grep -viE '^(torch|uv|pip|setuptools)=='; } > constraints-cpu.new && mv constraints-cpu.new constraints-cpu.txt
+		| grep -viE '^(torch|uv|pip)=='; } > constraints-cpu.new && mv constraints-cpu.new constraints-cpu.txt
 	@{ sed -n '/^#/p' constraints-gpu.txt; uv pip compile pyproject.toml --extra gpu --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q; } > constraints-gpu.new && mv constraints-gpu.new constraints-gpu.txt
 

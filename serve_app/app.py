@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
 
+from serve_app import forkserver
 from serve_app.admission import Admission, AdmissionGate
 from serve_app.errors import ConfigError
 from serve_app.keys import KeyGate, KeyRing
@@ -53,6 +54,8 @@ class Replica:
         self._began_s = time.monotonic()
         self._pacer = Pacer(settings.stream_gap_ms / 1000)
         self._reaper = Reaper()
+        os.environ.update(plan.environment)
+        forkserver.start()
         with reported("the replica"):
             self._ring = KeyRing(settings.api_keys)
             self._check_exposure()

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import psutil
 import vllm.v1.engine.async_llm as async_llm
+import vllm.v1.engine.utils as engine_processes
 from starlette.types import ASGIApp
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -27,6 +28,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from serve_app import forkserver
 from serve_app.errors import ConfigError, nearest
 from serve_app.pacing import Pacer
 
@@ -65,6 +67,8 @@ class Engine:
             config = AsyncEngineArgs.from_cli_args(args).create_engine_config(context)
         except (ValueError, OSError) as error:
             raise ConfigError("engine", args.model, _first_sentence(error)) from error
+        # In a Ray worker vLLM spawns its engine process, and offers no other way.
+        engine_processes.get_mp_context = forkserver.Context
         if pacer.max_gap_s > 0:
             # AsyncLLM builds its collectors by this name, and offers no other way in.
             async_llm.RequestOutputCollector = _collector(pacer)  # type: ignore[misc]
@@ -136,6 +140,7 @@ class Engine:
         """End the engine's processes; returns when they have ended."""
         mine = self.processes()
         self._llm.shutdown(timeout=5)
+        forkserver.stop()
         _, alive = psutil.wait_procs(mine, timeout=5)
         for process in alive:
             process.kill()

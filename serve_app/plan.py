@@ -44,6 +44,17 @@ class Plan:
     placement: Placement
     cpu_threads: int | None
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of a replica, read when its libraries are loaded."""
+        if self.cpu_threads is None:
+            return {}
+        # vLLM would bind the workers of every replica to the same first cores.
+        return {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(self.cpu_threads),
+        }
+
     def deployment_options(self, settings: Settings) -> dict[str, Any]:
         """Options of the Ray Serve deployment."""
         options: dict[str, Any] = {
@@ -125,7 +136,8 @@ def decide(settings: Settings) -> Plan:
         model=model,
         served_model_name=settings.served_model_name or _short_name(model),
         placement=placement,
-        cpu_threads=None if gpus else max(1, cores // max(1, settings.replicas.max)),
+        # One core of each replica is left to its front end.
+        cpu_threads=None if gpus else max(1, cores // settings.replicas.max - 1),
     )
 
 

@@ -23,6 +23,9 @@ logger = logging.getLogger("serve_app")
 # How often the engine is asked, and the longest that its requests may take to hear of its end.
 _PROBE_S = 1.0
 _FAREWELL_S = 3.0
+# How often it is asked while nobody waits for it. vLLM's workers spin for a second after each
+# message, so a probe a second would keep a core of each busy for ever.
+_IDLE_PROBE_S = 10.0
 
 
 class Supervised(Protocol):
@@ -67,7 +70,7 @@ class Supervisor:
         while self.failure is None:
             self.failure = await self._look()
             if self.failure is None:
-                await asyncio.sleep(_PROBE_S)
+                await self._rest()
         logger.error("%s; this replica ends and is replaced", self.failure)
         # A hung engine's requests wait for ever; a dead one's fail, each with its own error.
         self._engine.kill()
@@ -75,6 +78,15 @@ class Supervisor:
         while self._in_flight() and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
         self._leave(1)
+
+    async def _rest(self) -> None:
+        """Until the next look: soon while requests are in flight, later while none are."""
+        rested_s = 0.0
+        while rested_s < _IDLE_PROBE_S and not self._engine.dead:
+            await asyncio.sleep(_PROBE_S)
+            rested_s += _PROBE_S
+            if self._in_flight():
+                return
 
     async def _look(self) -> str | None:
         """What is wrong with the engine, or None."""

@@ -59,6 +59,11 @@ class Server:
                     found.append(process)
         return sorted(found, key=lambda process: process.create_time())
 
+    def metric(self, name: str) -> float:
+        """The sum of a metric of vLLM over its labels."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
     def ready(self, timeout_s: float = 240) -> bool:
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s and self.process.poll() is None:

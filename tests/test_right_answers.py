@@ -23,22 +23,27 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def reference(smollm: Path) -> Any:
+    """What transformers would answer, greedily.
+
+    `follow(prompt, answer)` is the token that it puts after the prompt and after each token of the
+    answer but the last. That equals `answer` exactly if greedy decoding gives `answer`; one pass
+    shows it, where generating would take one for each token.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm)
-    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.bfloat16)
+    # The engine runs beside it; two threads that wait for each other would wait for it, too.
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
 
-    def generate(prompt: list[int]) -> list[int]:
+    def follow(prompt: list[int], answer: list[int]) -> list[int]:
         with torch.inference_mode():
-            output = model.generate(
-                torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS
-            )
-        tokens: list[int] = output[0, len(prompt) :].tolist()
+            logits = model(torch.tensor([prompt + answer[:-1]])).logits[0]
+        tokens: list[int] = logits[len(prompt) - 1 :].argmax(-1).tolist()
         return tokens
 
-    generate.tokenizer = tokenizer  # type: ignore[attr-defined]
-    return generate
+    follow.tokenizer = AutoTokenizer.from_pretrained(smollm)  # type: ignore[attr-defined]
+    return follow
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:
@@ -77,9 +82,10 @@ async def served(server: Server, http: httpx.AsyncClient, prompt: list[int]) -> 
 async def test_alone_and_batched(server: Server, reference: Any) -> None:
     asked = prompts(reference.tokenizer)
     assert {5, 200} <= {len(prompt) for prompt in asked}
-    expected = [reference(prompt) for prompt in asked]
     async with httpx.AsyncClient() as http:
         alone = [await served(server, http, prompt) for prompt in asked]
         batched = await asyncio.gather(*(served(server, http, prompt) for prompt in asked))
-    assert alone == expected
-    assert batched == expected
+    assert alone == [reference(*pair) for pair in zip(asked, alone, strict=True)]
+    assert batched == alone
+    # Answers to another prompt are not taken for right ones.
+    assert reference(asked[0], alone[1]) != alone[1]

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -24,18 +25,18 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
-from serve_app.launcher import ENVIRONMENT
-
 NAME = "bench"
-# Engine arguments of every system: a small KV cache, and one thread, since the machine is shared
-# by the engine, its front end and the client.
+# Engine arguments of every system, unless --engine says others: a small KV cache, and one thread,
+# since the engine, its front end and the client share the machine.
 ENGINE: Mapping[str, Any] = {
     "enforce_eager": True,
     "kv_cache_memory_bytes": 2**28,
@@ -77,6 +78,8 @@ class Sample:
 
 
 def _percentile(values: list[float], percent: int) -> float:
+    if not values:
+        return math.nan  # Each stream came in one piece: there was no gap to measure.
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
 
@@ -91,7 +94,10 @@ async def stream(port: int, body: bytes, sample: Sample) -> None:
     would cost more than what is measured.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
     sent_s = time.perf_counter()
     writer.write(head.encode() + body)
     buffer, last_s = b"", 0.0
@@ -116,7 +122,7 @@ async def stream(port: int, body: bytes, sample: Sample) -> None:
 
 
 async def load(port: int, concurrency: int, requests: int, output_tokens: int) -> Sample:
-    """`requests` streams, `concurrency` at a time."""
+    """`requests` streams of `output_tokens` tokens, `concurrency` at a time."""
     body = json.dumps(
         {
             "model": NAME,
@@ -138,9 +144,41 @@ async def load(port: int, concurrency: int, requests: int, output_tokens: int) -
     started_s = time.perf_counter()
     await asyncio.gather(*(user() for _ in range(concurrency)))
     sample.elapsed_s = time.perf_counter() - started_s
+    # A run with fewer tokens than were asked for is not a slower run, it is another one.
     if sample.tokens != requests * output_tokens:
         raise ValueError(f"{sample.tokens} tokens instead of {requests * output_tokens}")
     return sample
+
+
+def _load(port: int, concurrency: int, requests: int, output_tokens: int) -> Sample:
+    return asyncio.run(load(port, concurrency, requests, output_tokens))
+
+
+class Clients:
+    """Client processes that share a load evenly, so that one Python is not what is measured."""
+
+    def __init__(self, processes: int) -> None:
+        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+        self._processes = processes
+        list(self._pool.map(abs, range(processes)))  # Each has started and imported.
+
+    def load(self, port: int, concurrency: int, requests: int, output_tokens: int) -> Sample:
+        processes = min(self._processes, concurrency)
+        shares = [
+            (concurrency // processes) + (index < concurrency % processes)
+            for index in range(processes)
+        ]
+        futures = [
+            self._pool.submit(_load, port, share, requests * share // concurrency, output_tokens)
+            for share in shares
+        ]
+        samples = [future.result() for future in futures]
+        return Sample(
+            tokens=sum(sample.tokens for sample in samples),
+            elapsed_s=max(sample.elapsed_s for sample in samples),
+            ttft_s=[value for sample in samples for value in sample.ttft_s],
+            itl_s=[value for sample in samples for value in sample.itl_s],
+        )
 
 
 # --- the systems ----------------------------------------------------------------------------
@@ -165,37 +203,42 @@ class System:
                 process.send_signal(number)
 
 
-def _bare(model: str, port: int) -> tuple[list[str], dict[str, str]]:
+def _bare(engine: Mapping[str, Any], model: str, port: int) -> list[str]:
     arguments = [
-        f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in ENGINE.items()
+        f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in engine.items()
     ]
     command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model, "--served-model-name", NAME, "--host", "127.0.0.1"]
-    return [*command, "--port", str(port), "--disable-uvicorn-access-log", *arguments], {}
+    return [*command, "--port", str(port), "--disable-uvicorn-access-log", *arguments]
 
 
-def _ours(model: str, port: int, folder: Path, **args: Any) -> tuple[list[str], dict[str, str]]:
+def _configuration(
+    engine: Mapping[str, Any], model: str, port: int, folder: Path, **args: Any
+) -> str:
     config = yaml.safe_load(Path("serve_config.yaml").read_text())
     config["http_options"]["port"] = port
     application = config["applications"][0]["args"]
     application |= {"model": model, "served_model_name": NAME, **args}
-    application["engine"] = dict(ENGINE)
+    application["engine"] = dict(engine)
     path = folder / f"{port}.yaml"
     path.write_text(yaml.safe_dump(config))
-    serve = str(Path(sys.executable).with_name("serve"))
-    return [serve, "run", str(path)], dict(ENVIRONMENT)
+    return str(path)
 
 
-def _command(name: str, model: str, port: int, folder: Path) -> tuple[list[str], dict[str, str]]:
+def _command(
+    name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path
+) -> list[str]:
+    ours = [sys.executable, "-m", "serve_app", "serve", "--config"]
     if name == "bare":
-        return _bare(model, port)
+        return _bare(engine, model, port)
     if name == "ours":
-        return _ours(model, port, folder)
+        return [*ours, _configuration(engine, model, port, folder)]
     if name == "ours-every-token":
-        return _ours(model, port, folder, stream_gap_ms=0.0)
+        return [*ours, _configuration(engine, model, port, folder, stream_gap_ms=0.0)]
     if name == "classic":
-        command, environment = _ours(model, port, folder)
-        return command, {k: v for k, v in environment.items() if not k.startswith("RAY_SERVE")}
+        # Without the launcher nobody turns HAProxy on.
+        serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
+        return [*serve, _configuration(engine, model, port, folder)]
     raise SystemExit(f"unknown system {name!r}: bare, ours, ours-every-token, classic")
 
 
@@ -211,20 +254,24 @@ def apart(port: int) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(port + 1001),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(port + 1002),
+        # Two clusters of one machine would share the port, and each answer for the other.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(port + 1003),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port + 22000),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 22050),
     }
 
 
 @contextlib.contextmanager
-def running(name: str, model: str, port: int, folder: Path) -> Iterator[System]:
+def running(
+    name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path
+) -> Iterator[System]:
     """Start a system, wait until it answers, and stop it in the end, with all it started."""
-    command, environment = _command(name, model, port, folder)
+    command = _command(name, engine, model, port, folder)
     log = open(folder / f"{name}.log", "wb")  # noqa: SIM115
     started_s = time.perf_counter()
     process = subprocess.Popen(
         command,
-        env={**os.environ, **QUIET, **environment, **apart(port)},
+        env={**os.environ, **QUIET, **apart(port)},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -270,6 +317,7 @@ def _stop(system: System) -> None:
 def measure(systems: list[System], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every concurrency, every round, every system in turn. One row for each."""
     rows = []
+    clients = Clients(options.clients)
     for system in systems:
         system.signal(signal.SIGSTOP)
     for round_ in range(options.rounds + 1):
@@ -278,9 +326,7 @@ def measure(systems: list[System], options: argparse.Namespace) -> list[dict[str
                 system.signal(signal.SIGCONT)
                 time.sleep(0.5)
                 requests = max(4, concurrency * options.waves)
-                sample = asyncio.run(
-                    load(system.port, concurrency, requests, options.output_tokens)
-                )
+                sample = clients.load(system.port, concurrency, requests, options.output_tokens)
                 system.signal(signal.SIGSTOP)
                 if round_ == 0:
                     continue  # Every path runs once before it counts.
@@ -320,7 +366,8 @@ def compare(rows: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
 
 def table(compared: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'system':18}{'conc':>5}{'tok/s':>8}{'ratio':>7} (min-max)    {'TTFT p50':>9}{'ratio':>7}{'p99':>7}{'ITL p50':>9}{'ratio':>7}{'p99':>7}"
+        f"{'system':18}{'conc':>5}{'tok/s':>8}{'ratio':>7} (min-max)    "
+        f"{'TTFT p50':>9}{'ratio':>7}{'p99':>7}{'ITL p50':>9}{'ratio':>7}{'p99':>7}"
     ]
     for row in compared:
         ratio = row["tokens_per_s_ratio"]
@@ -344,6 +391,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--waves", type=int, default=2, help="requests of each user")
     parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=1, help="client processes")
+    parser.add_argument("--engine", type=json.loads, default=ENGINE, help="arguments as JSON")
     options = parser.parse_args()
     options.concurrency = [int(word) for word in options.concurrency.split(",")]
     names = options.systems.split(",")
@@ -352,7 +401,8 @@ def main() -> None:
         systems = []
         for index, name in enumerate(names):
             port = 8100 + 10 * index
-            systems.append(stack.enter_context(running(name, options.model, port, folder)))
+            start = running(name, options.engine, options.model, port, folder)
+            systems.append(stack.enter_context(start))
             print(f"{name} is ready after {systems[-1].ready_s:.1f} s", file=sys.stderr)
             systems[-1].signal(signal.SIGSTOP)
         for system in systems:

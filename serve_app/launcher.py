@@ -194,7 +194,7 @@ class _Child:
         # In a session of its own: Ctrl-C in the terminal would otherwise reach every process of
         # Ray at once, and nothing could finish.
         self._process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("serve")), "run", str(config)],
+            [sys.executable, "-m", "ray.serve.scripts", "run", str(config)],
             env={**ENVIRONMENT, **os.environ, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

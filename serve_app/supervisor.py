@@ -75,7 +75,7 @@ class Supervisor:
         # A hung engine's requests wait for ever; a dead one's fail, each with its own error.
         self._engine.kill()
         deadline_s = time.monotonic() + _FAREWELL_S
-        while self._in_flight() and time.monotonic() < deadline_s:
+        while self._in_flight() and time.monotonic() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         self._leave(1)
 

@@ -21,7 +21,7 @@ class FakeEngine:
         self.killed = False
 
     async def probe(self) -> None:
-        while not self.answers:
+        while not self.answers:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         self.last_sign_s += 1
 

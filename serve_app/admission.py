@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +29,9 @@ GENERATION_PATHS = frozenset(
         "/v1/systemone",
     }
 )
+
+# How long the application may take to end what it was told to leave.
+_FAREWELL_S = 3.0
 
 
 class Admission:
@@ -134,13 +138,45 @@ class AdmissionGate:
                 if not self.healthy():
                     raise self._unavailable()
                 async with self.admission.slot(size.sequences, self.limits.queue_timeout_s):
-                    await self.app(scope, receive, response.send)
+                    await self._answer(scope, receive, response)
             await response.end(scope)
         except TimeoutError:
             bound_s = self.limits.request_timeout_s
             await response.fail(GatewayTimeout(f"Not finished within {bound_s:g} s."), scope)
         except RequestError as error:
             await response.fail(error, scope)
+
+    async def _answer(self, scope: Scope, receive: Receive, response: "_Response") -> None:
+        """Run the application, so that a cancellation also ends the engine's work.
+
+        vLLM works on a request that is not streamed in a task of its own, which it ends when the
+        client leaves, but not when it is cancelled; and cancelling is what Ray Serve does when the
+        client leaves, and what a timeout does. So a cancellation is told as a client that left.
+        Returns, or raises, once the engine is done with the request: only then is its room free.
+        """
+        left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def receive_or_leave() -> Message:
+            message = asyncio.ensure_future(receive())
+            either: set[asyncio.Future[Any]] = {message, left}
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                return message.result() if message.done() else {"type": "http.disconnect"}
+            finally:
+                message.cancel()
+
+        answer = asyncio.ensure_future(self.app(scope, receive_or_leave, response.send))
+        try:
+            await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            response.abandoned = True
+            if response.started:
+                answer.cancel()  # A stream has no task of its own.
+            else:
+                left.set_result(None)
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                await asyncio.wait_for(answer, _FAREWELL_S)
+            raise
 
     def _engine_error(self, status: int) -> RequestError | None:
         """What to answer instead of vLLM's 500 for a request whose engine died under it."""
@@ -154,20 +190,28 @@ class AdmissionGate:
 
 
 class _Response:
-    """The response under way: an error becomes a response before it began, an event after."""
+    """The response under way: an error becomes a response before it began, an event after.
+
+    Attributes:
+        started: whether the client has been sent anything.
+        abandoned: what the application still sends is dropped.
+    """
 
     def __init__(self, send: Send, instead: Callable[[int], RequestError | None]) -> None:
         self._send = send
         self._instead = instead
-        self._started = False
+        self.started = False
+        self.abandoned = False
         self._streaming = False
         self._replaced: RequestError | None = None
 
     async def send(self, message: Message) -> None:
+        if self.abandoned:
+            return
         if message["type"] == "http.response.start":
             self._replaced = self._instead(message["status"])
             if self._replaced is None:
-                self._started = True
+                self.started = True
                 self._streaming = any(
                     name == b"content-type" and value.startswith(b"text/event-stream")
                     for name, value in message["headers"]
@@ -181,7 +225,7 @@ class _Response:
             await self._replaced(scope, _no_message, self._send)
 
     async def fail(self, error: RequestError, scope: Scope) -> None:
-        if not self._started:
+        if not self.started:
             await error(scope, _no_message, self._send)
         elif self._streaming:
             event = b"event: error\n" if scope["path"] == "/v1/messages" else b""

@@ -41,7 +41,9 @@ def build(args: dict[str, Any]) -> Application:
             "keeps about half of the engine's throughput; start with `make serve`, or set "
             "RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_THROUGHPUT_OPTIMIZED=1 before Ray starts"
         )
-    return Replica.options(**plan.deployment_options(settings)).bind(settings, plan)
+    # mypy does not follow what a class decorator returns.
+    options = plan.deployment_options(settings)
+    return Replica.options(**options).bind(settings, plan)  # type: ignore[attr-defined]
 
 
 @serve.deployment(name="engine")

@@ -71,7 +71,7 @@ class Engine:
         engine_processes.get_mp_context = forkserver.Context
         if pacer.max_gap_s > 0:
             # AsyncLLM builds its collectors by this name, and offers no other way in.
-            async_llm.RequestOutputCollector = _collector(pacer)  # type: ignore[misc]
+            async_llm.RequestOutputCollector = _collector(pacer)
         llm = async_llm.AsyncLLM.from_vllm_config(
             config, usage_context=context, disable_log_stats=args.disable_log_stats
         )
@@ -96,7 +96,7 @@ class Engine:
         """Generate a token, so that 'ready' means that an answer was made."""
         params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY)
         prompt = {"prompt_token_ids": [0]}
-        async for _ in self._llm.generate(prompt, params, request_id="warm-up"):  # type: ignore[arg-type]
+        async for _ in self._llm.generate(prompt, params, request_id="warm-up"):
             return
 
     @property
@@ -166,7 +166,7 @@ def parse(arguments: Mapping[str, Any]) -> argparse.Namespace:
             raise ConfigError(f"engine.{key}", value, f"not one of {', '.join(words)}", near)
         argv += _argv(key, value)
     try:
-        args = parser.parse_args(argv)
+        args: argparse.Namespace = parser.parse_args(argv)
         validate_parsed_serve_args(args)
     except _Unparsable as error:
         key = error.argument.lstrip("-").replace("-", "_")
@@ -221,7 +221,9 @@ def _collector(pacer: Pacer) -> type[RequestOutputCollector]:
     `RequestOutput.add`, as it is whenever a consumer is late.
     """
 
-    class PacedCollector(RequestOutputCollector):
+    class PacedCollector(RequestOutputCollector):  # type: ignore[misc]
+        output: Any
+
         def __init__(self, output_kind: RequestOutputKind, request_id: str) -> None:
             super().__init__(output_kind, request_id)
             self._last_s: float | None = None

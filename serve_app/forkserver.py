@@ -9,7 +9,6 @@ imports at the same time as the replica, on another core, and an engine then sta
 import multiprocessing.forkserver as stdlib
 import os
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
 
 # What an engine process imports. Names, so that nothing is imported here. Ray is what the main
 # module of a Ray worker imports, which a child of it does again.
@@ -47,4 +46,4 @@ class _Process(ForkServerProcess):
 class Context(ForkServerContext):
     """What `multiprocessing.get_context("forkserver")` returns, with these processes."""
 
-    Process: Any = _Process
+    Process = _Process

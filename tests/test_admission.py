@@ -161,3 +161,68 @@ async def test_an_honest_500_stays_one() -> None:
 
     async with gate(broken) as http:
         assert (await http.post("/v1/chat/completions")).status_code == 500
+
+
+def worker(ended: asyncio.Event) -> Any:
+    """An application as vLLM's is: it works in a task, and ends that when its client leaves."""
+
+    async def app(request: Request) -> Response:
+        async def leave() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        work = asyncio.create_task(asyncio.sleep(10))
+        work.add_done_callback(lambda _: ended.set())
+        await request.body()
+        leaving = asyncio.create_task(leave())
+        _, pending = await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        return JSONResponse(None)
+
+    return app
+
+
+async def test_a_late_answer_is_no_longer_worked_on() -> None:
+    ended = asyncio.Event()
+    async with gate(worker(ended), request_timeout_s=0.05) as http:
+        response = await http.post("/v1/chat/completions")
+    assert response.status_code == 504
+    assert ended.is_set()
+
+
+async def test_a_cancelled_request_is_no_longer_worked_on_and_then_leaves_its_room() -> None:
+    ended = asyncio.Event()
+    async with gate(worker(ended)) as http:
+        asking = asyncio.create_task(http.post("/v1/chat/completions"))
+        await asyncio.sleep(0.05)
+        # There is room for one, and no queue.
+        assert (await http.post("/v1/chat/completions")).status_code == 429
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert ended.is_set()
+        again = asyncio.create_task(http.post("/v1/chat/completions"))
+        await asyncio.sleep(0.05)
+        assert not again.done()
+        again.cancel()
+
+
+async def test_a_cancelled_stream_ends() -> None:
+    ended = asyncio.Event()
+
+    async def endless(request: Request) -> Response:
+        async def events() -> AsyncIterator[str]:
+            try:
+                while True:
+                    yield "data: one\n\n"
+                    await asyncio.sleep(0.01)
+            finally:
+                ended.set()
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async with gate(endless, request_timeout_s=0.1) as http:
+        response = await http.post("/v1/chat/completions")
+    assert ended.is_set()
+    assert "timeout_error" in response.text.strip().split("\n\n")[-1]

@@ -133,8 +133,8 @@ def test_a_named_tool_is_called(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_call_as_qwen_writes_it_is_parsed(client: openai.OpenAI, stream: bool) -> None:
-    # The grammar makes the small model write what Qwen2.5 writes by itself. A strict tool would bring
-    # a grammar of its own.
+    # The grammar makes the small model write what Qwen2.5 writes by itself; a strict tool would
+    # bring a grammar of its own.
     tool = {"type": "function", "function": {**TOOL["function"], "strict": False}}
     qwen = r'<tool_call>\n\{"name": "get_weather", "arguments": \{"city": "Rome"\}\}\n</tool_call>'
     answer = client.chat.completions.create(

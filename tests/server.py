@@ -59,9 +59,10 @@ class Server:
                     found.append(process)
         return sorted(found, key=lambda process: process.create_time())
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, **headers: str) -> float:
         """The sum of a metric of vLLM over its labels."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        answer = httpx.get(f"{self.url}/metrics", headers=headers, timeout=30)
+        lines = answer.raise_for_status().text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
 
     def ready(self, timeout_s: float = 240) -> bool:

@@ -1,0 +1,335 @@
+"""Life and death of a real server: killed, hung, stopped, started in vain, split, adapted."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.server import Server, configuration, launched
+
+PORT = 8740
+TOKENS = 1900
+PROMPT = "The quick brown fox jumps over the lazy dog, and then it"
+# From the death of an engine to an answer of the next: a start of the engine, several times over.
+_BACK_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    config = configuration(PORT, model=str(tiny), hang_timeout_s=3.0, drain_s=90.0)
+    with launched(config, tmp_path_factory.mktemp("life")) as running:
+        assert running.ready(), running.output()
+        yield running
+
+
+class Stream(threading.Thread):
+    """A greedy stream in the background, and how it ended.
+
+    Attributes:
+        tokens: what its usage counted; None if it did not come to that.
+        error: the error event, or what broke the connection.
+    """
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self._url = f"{server.url}/v1/completions"
+        self.began = threading.Event()
+        self.tokens: int | None = None
+        self.error: str | None = None
+        self.done = False
+        self.start()
+        assert self.began.wait(60), "no stream"
+
+    def run(self) -> None:
+        body = {
+            "model": "tiny",
+            "prompt": PROMPT,
+            "max_tokens": TOKENS,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        try:
+            with httpx.stream("POST", self._url, json=body, timeout=120) as response:
+                for line in response.iter_lines():
+                    self._take(line)
+        except httpx.HTTPError as error:
+            self.error = repr(error)
+
+    def _take(self, line: str) -> None:
+        self.done = self.done or line == "data: [DONE]"
+        if not line.startswith("data: {"):
+            return
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            self.error = json.dumps(event["error"])
+        elif event.get("usage"):
+            self.tokens = event["usage"]["completion_tokens"]
+        else:
+            self.began.set()
+
+    def heard_of_the_end(self, within_s: float) -> bool:
+        """Whether it ended in time and not as if it were whole."""
+        self.join(within_s)
+        whole = self.tokens is not None or (self.done and self.error is None)
+        return not self.is_alive() and not whole
+
+
+def engine(server: Server) -> list[psutil.Process]:
+    """The engine of the only replica: its core first, then its workers."""
+    (replica,) = replicas(server)
+    inside = []
+    for process in replica.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Its own children are what the engine is forked from, and what watches over it.
+            helper = "resource_tracker" in " ".join(process.cmdline())
+            if process.ppid() != replica.pid and not helper:
+                inside.append(process)
+    return sorted(inside, key=lambda process: process.create_time())
+
+
+def replicas(server: Server) -> list[psutil.Process]:
+    return server.named("ServeReplica")
+
+
+def wait(until: Callable[[], bool], timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if until():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def gone(processes: list[psutil.Process], within_s: float = 30.0) -> bool:
+    return wait(lambda: not any(alive(process) for process in processes), within_s)
+
+
+def alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def of(port: int) -> list[psutil.Process]:
+    """Every process on this machine that was started for the server of `port`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get("RAY_TMPDIR") == f"/tmp/ray-{port}" and alive(process):
+                found.append(process)
+    return found
+
+
+# --- one server, four deaths, in this order -------------------------------------------------
+
+
+def test_a_killed_engine_is_replaced_and_its_clients_hear_of_it(server: Server) -> None:
+    old, stream = engine(server), Stream(server)
+    old[0].kill()
+    assert stream.heard_of_the_end(within_s=30)
+    assert gone(old)
+    assert server.answers(_BACK_S)
+    new = engine(server)
+    assert len(new) == len(old)
+    assert not {p.pid for p in new} & {p.pid for p in old}
+
+
+def test_a_hung_engine_is_noticed_and_replaced(server: Server) -> None:
+    old, stream = engine(server), Stream(server)
+    old[0].suspend()
+    try:
+        # Silent for 3 s, then 3 s in which its requests are told.
+        assert stream.heard_of_the_end(within_s=60)
+        assert gone(old)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            old[0].resume()
+    assert server.answers(_BACK_S)
+    assert len(engine(server)) == len(old)
+
+
+def test_a_killed_replica_leaves_no_engine_and_is_replaced(server: Server) -> None:
+    (replica,) = replicas(server)
+    old, stream = replica.children(recursive=True), Stream(server)
+    # An engine that runs notices at times by itself; one that cannot run must be gone all the same.
+    core = engine(server)[0]
+    assert core in old
+    core.suspend()
+    replica.kill()
+    try:
+        assert stream.heard_of_the_end(within_s=60)
+        assert gone(old)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            core.kill()
+    assert server.answers(_BACK_S)
+    assert len(replicas(server)) == 1
+
+
+def test_sigterm_lets_a_stream_finish_and_leaves_nothing(server: Server) -> None:
+    family, stream = server.family(), Stream(server)
+    assert server.stop() == 0
+    stream.join(30)
+    assert (stream.error, stream.done, stream.tokens) == (None, True, TOKENS)
+    assert gone(family)
+    assert of(PORT) == []
+    assert server.output().splitlines()[-1] == "stopped"
+
+
+# --- starts in vain -------------------------------------------------------------------------
+
+
+def fails(tmp_path: Path, port: int, timeout_s: float = 200, **args: Any) -> str:
+    """The one message of a start that cannot succeed."""
+    with launched(configuration(port, **args), tmp_path) as server:
+        status = server.process.wait(timeout_s)
+        output = server.output()
+    assert status != 0, output
+    assert "Traceback" not in output
+    assert of(port) == []
+    (message,) = [x for x in output.splitlines() if x.startswith(("error: ", "failed: "))]
+    return message
+
+
+def test_no_such_model_is_said(tmp_path: Path) -> None:
+    message = fails(tmp_path, 8760, model="/no/such/folder")
+    assert "model = '/no/such/folder': no such folder" in message
+
+
+def test_a_taken_port_is_said(tmp_path: Path, tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 8760)):
+        message = fails(tmp_path, 8760, model=str(tiny))
+    assert "http_options.port = 8760: cannot listen on 127.0.0.1" in message
+
+
+def test_an_unknown_engine_argument_is_said_with_the_nearest(tmp_path: Path, tiny: Path) -> None:
+    message = fails(tmp_path, 8770, model=str(tiny), engine={"max_model_length": 10})
+    assert "engine.max_model_length = 10" in message
+    assert "did you mean 'max_model_len'?" in message
+
+
+def test_an_impossible_engine_argument_is_said(tmp_path: Path, tiny: Path) -> None:
+    message = fails(tmp_path, 8780, model=str(tiny), engine={"max_model_len": 100_000_000})
+    assert "max_model_len" in message
+    assert "100000000" in message.replace("_", "").replace(",", "")
+
+
+# --- split over two workers, with an adapter ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT adapter of the tiny model, as `peft` would save it."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((tiny / "config.json").read_text())
+    hidden, rank = config["hidden_size"], 8
+    torch.manual_seed(1)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module in ("q_proj", "v_proj"):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, hidden)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(hidden, rank)
+    folder = tmp_path_factory.mktemp("adapter")
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(tiny),
+        "r": rank,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(tiny: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    config = configuration(
+        8750,
+        model=str(tiny),
+        tensor_parallel_size=2,
+        engine={
+            "dtype": "float32",
+            "enable_lora": True,
+            "max_lora_rank": 8,
+            "lora_modules": [{"name": "tiny-lora", "path": str(adapter)}],
+        },
+    )
+    with launched(config, tmp_path_factory.mktemp("split")) as running:
+        assert running.ready(), running.output()
+        yield running
+
+
+def greedy(server: Server, model: str) -> list[int]:
+    body = {
+        "model": model,
+        "prompt": PROMPT,
+        "temperature": 0,
+        "max_tokens": 16,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    tokens: list[int] = response.json()["choices"][0]["token_ids"]
+    return tokens
+
+
+def expected(tiny: Path, adapter: Path | None = None) -> list[int]:
+    """What transformers answers on the whole weights, the adapter's added to them."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    if adapter is not None:
+        tensors = load_file(str(adapter / "adapter_model.safetensors"))
+        for name in [n for n in tensors if n.endswith("lora_A.weight")]:
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            low, high = tensors[name], tensors[name.replace("lora_A", "lora_B")]
+            model.get_submodule(path).weight.data += high @ low * (16 / 8)
+    prompt = AutoTokenizer.from_pretrained(tiny)(PROMPT, return_tensors="pt")["input_ids"]
+    tokens = prompt
+    with torch.inference_mode():
+        for _ in range(16):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    answer: list[int] = tokens[0, prompt.shape[1] :].tolist()
+    return answer
+
+
+def test_two_workers_give_the_answer_of_one(split: Server, tiny: Path) -> None:
+    core, *workers = engine(split)
+    assert len(workers) == 2
+    assert all(worker.ppid() == core.pid for worker in workers)
+    assert greedy(split, "tiny") == expected(tiny)
+
+
+def test_an_adapter_is_asked_for_by_its_name(split: Server, tiny: Path, adapter: Path) -> None:
+    models = httpx.get(f"{split.url}/v1/models", timeout=30).json()["data"]
+    assert {model["id"] for model in models} == {"tiny", "tiny-lora"}
+    adapted = greedy(split, "tiny-lora")
+    assert adapted == expected(tiny, adapter)
+    assert adapted != greedy(split, "tiny")
+
+
+def test_a_split_server_stops_without_a_trace(split: Server) -> None:
+    family = split.family()
+    assert split.stop() == 0
+    assert gone(family)
+    assert of(8750) == []

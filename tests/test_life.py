@@ -16,7 +16,7 @@ import pytest
 from tests.server import Server, configuration, launched
 
 PORT = 8740
-TOKENS = 1900
+TOKENS = 4000
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it"
 # From the death of an engine to an answer of the next: a start of the engine, several times over.
 _BACK_S = 240.0
@@ -24,22 +24,25 @@ _BACK_S = 240.0
 
 @pytest.fixture(scope="module")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    config = configuration(PORT, model=str(tiny), hang_timeout_s=3.0, drain_s=90.0)
+    config = configuration(
+        PORT, model=str(tiny), hang_timeout_s=3.0, drain_s=90.0, engine={"max_model_len": 4096}
+    )
     with launched(config, tmp_path_factory.mktemp("life")) as running:
         assert running.ready(), running.output()
         yield running
 
 
 class Stream(threading.Thread):
-    """A greedy stream in the background, and how it ended.
+    """A stream in the background, and how it ended. More choices take longer.
 
     Attributes:
         tokens: what its usage counted; None if it did not come to that.
         error: the error event, or what broke the connection.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, choices: int = 8) -> None:
         super().__init__(daemon=True)
+        self._choices = choices
         self._url = f"{server.url}/v1/completions"
         self.began = threading.Event()
         self.tokens: int | None = None
@@ -53,6 +56,7 @@ class Stream(threading.Thread):
             "model": "tiny",
             "prompt": PROMPT,
             "max_tokens": TOKENS,
+            "n": self._choices,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -159,10 +163,10 @@ def test_a_hung_engine_is_noticed_and_replaced(server: Server) -> None:
 
 def test_a_killed_replica_leaves_no_engine_and_is_replaced(server: Server) -> None:
     (replica,) = replicas(server)
-    old, stream = replica.children(recursive=True), Stream(server)
-    # An engine that runs notices at times by itself; one that cannot run must be gone all the same.
-    core = engine(server)[0]
+    old, core = replica.children(recursive=True), engine(server)[0]
     assert core in old
+    stream = Stream(server)
+    # An engine that runs notices at times by itself; one that cannot run must be gone all the same.
     core.suspend()
     replica.kill()
     try:
@@ -176,7 +180,7 @@ def test_a_killed_replica_leaves_no_engine_and_is_replaced(server: Server) -> No
 
 
 def test_sigterm_lets_a_stream_finish_and_leaves_nothing(server: Server) -> None:
-    family, stream = server.family(), Stream(server)
+    family, stream = server.family(), Stream(server, choices=1)
     assert server.stop() == 0
     stream.join(30)
     assert (stream.error, stream.done, stream.tokens) == (None, True, TOKENS)

@@ -316,7 +316,7 @@ def test_fuzzed_input_is_never_the_servers_fault(
         suppress_health_check=list(HealthCheck),
     )
     @given(case=cases)
-    def fuzz(case: Case) -> None:
+    def fuzz(case: Case[Any]) -> None:
         case.body = bounded(case.body, path)
         response = case.call(timeout=60)
         assert response.status_code < 500, (response.text, case.body)

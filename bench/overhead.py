@@ -324,7 +324,8 @@ def measure(systems: list[System], options: argparse.Namespace) -> list[dict[str
         for concurrency in options.concurrency:
             for system in systems:
                 system.signal(signal.SIGCONT)
-                time.sleep(0.5)
+                # What was stopped first catches up with its timers.
+                time.sleep(options.settle)
                 requests = max(4, concurrency * options.waves)
                 sample = clients.load(system.port, concurrency, requests, options.output_tokens)
                 system.signal(signal.SIGSTOP)
@@ -391,6 +392,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--waves", type=int, default=2, help="requests of each user")
     parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--settle", type=float, default=4.0, help="seconds before each load")
     parser.add_argument("--clients", type=int, default=1, help="client processes")
     parser.add_argument("--engine", type=json.loads, default=ENGINE, help="arguments as JSON")
     options = parser.parse_args()

@@ -10,6 +10,8 @@ import multiprocessing.forkserver as stdlib
 import os
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
+import setproctitle
+
 # What an engine process imports. Names, so that nothing is imported here. Ray is what the main
 # module of a Ray worker imports, which a child of it does again.
 _PRELOAD = ["ray", "vllm.v1.engine.async_llm", "vllm.v1.worker.gpu_worker"]
@@ -39,6 +41,8 @@ class _Process(ForkServerProcess):
         super().start()
 
     def run(self) -> None:
+        # It finds the title's memory beside the environment's, which moves when that is changed.
+        setproctitle.getproctitle()
         os.environ.update(self._environment | {"VLLM_WORKER_MULTIPROC_METHOD": "fork"})
         super().run()
 

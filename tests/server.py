@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,16 @@ def configuration(port: int, **args: Any) -> dict[str, Any]:
     engine = {**application["engine"], **ENGINE, **args.pop("engine", {})}
     config["applications"][0]["args"] = {**application, **args, "engine": engine}
     return config
+
+
+def wait(until: Callable[[], bool], timeout_s: float = 60) -> bool:
+    """Whether `until` comes true in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if until():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @dataclass

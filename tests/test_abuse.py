@@ -6,7 +6,6 @@ By hand first, then fuzzed from the server's own OpenAPI description.
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 
-from tests.server import Server
+from tests.server import Server, wait
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -238,15 +237,6 @@ def test_a_client_that_leaves_aborts_its_work(
     assert settled(server)
     # Had it run to its end, all of them would be there.
     assert server.metric("vllm:generation_tokens_total") - before < tokens / 2
-
-
-def wait(until: Callable[[], bool], timeout_s: float = 60) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        if until():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def settled(server: Server) -> bool:

@@ -4,8 +4,7 @@ import contextlib
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.server import Server, configuration, launched
+from tests.server import Server, configuration, launched, wait
 
 PORT = 8740
 TOKENS = 4000
@@ -102,15 +101,6 @@ def engine(server: Server) -> list[psutil.Process]:
 
 def replicas(server: Server) -> list[psutil.Process]:
     return server.named("ServeReplica")
-
-
-def wait(until: Callable[[], bool], timeout_s: float) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        if until():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def gone(processes: list[psutil.Process], within_s: float = 30.0) -> bool:

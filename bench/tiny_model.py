@@ -42,7 +42,7 @@ def write(folder: Path) -> Path:
         num_attention_heads=2,
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
-        max_position_embeddings=4096,
+        max_position_embeddings=16384,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=2,

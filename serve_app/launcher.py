@@ -47,6 +47,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     # A dead server is found by its closed port; a check a second finds one that went silent.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    # More threads than cores spin on the cores that the front end needs.
+    "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 2))),
     # Ray starts its workers at niceness 15, below whatever else the machine runs.
     "RAY_worker_niceness": "0",
     # Every line that a replica says is shown, also when its neighbour says the same.

@@ -49,10 +49,13 @@ class Plan:
         """Environment of a replica, read when its libraries are loaded."""
         if self.cpu_threads is None:
             return {}
-        # vLLM would bind the workers of every replica to the same first cores.
         return {
+            # vLLM would bind the workers of every replica to the same first cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(self.cpu_threads),
+            # A worker process would be there to set these two. Beside it the engine's core spins
+            # on the cores that the front end needs: without this, one process is the engine.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
 
     def deployment_options(self, settings: Settings) -> dict[str, Any]:

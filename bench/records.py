@@ -1,0 +1,75 @@
+"""What came back: one record a request, with the raw times that every latency is derived from.
+
+All times are seconds since the start of the run, on the one clock that the load was started by.
+Nothing here is derived: `measure.py` is the only place that turns times into latencies.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+
+
+class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One request, from the time it was planned for to its last byte or its failure.
+
+    Attributes:
+        index: place in the plan of its repeat, from 0.
+        repeat: which repetition of the run, from 0.
+        kind: class of the request in its workload ("short", "long", "group 3"), for fairness.
+        actor: which load actor sent it.
+        user: which user of a closed loop sent it; None in an open loop.
+        planned_s: when it was to be sent. In a closed loop: when its user became free.
+        sent_s: when its first byte was written; None if it never was.
+        headers_s: when the status line and headers had arrived.
+        chunk_s: when each event that carried output arrived; the first is the first token.
+        end_s: when the response was complete, or had failed.
+        status: HTTP status; 0 when there was no response.
+        error: why it failed; empty for a success.
+        asked_input_tokens, asked_output_tokens: what the workload meant to ask for.
+        input_tokens, output_tokens: what the server's usage says; None if it said nothing.
+        cached_tokens: prompt tokens that the server's usage says came from its prefix cache.
+        finish_reason: of the first choice.
+        text: what was generated; empty unless the run keeps texts.
+    """
+
+    index: int
+    planned_s: float
+    repeat: int = 0
+    kind: str = ""
+    actor: int = 0
+    user: int | None = None
+    sent_s: float | None = None
+    headers_s: float | None = None
+    chunk_s: list[float] = msgspec.field(default_factory=list)
+    end_s: float | None = None
+    status: int = 0
+    error: str = ""
+    asked_input_tokens: int | None = None
+    asked_output_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    finish_reason: str = ""
+    text: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.error
+
+
+_encoder, _decoder = msgspec.json.Encoder(), msgspec.json.Decoder(Record)
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Add records to a JSONL file, so that what was measured survives what comes next."""
+    with open(path, "ab") as file:
+        file.write(_encoder.encode_lines(list(records)))
+
+
+def read(path: Path) -> Iterator[Record]:
+    """The records of a JSONL file; a last line that was cut is left out."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield _decoder.decode(line)

@@ -56,14 +56,14 @@ $(VENV)/installed-cpu: constraints-cpu.txt pyproject.toml
 $(VENV)/installed-gpu: constraints-gpu.txt pyproject.toml
 	@echo "installing the GPU environment into $(VENV) (several GB, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install -c constraints-gpu.txt --editable '.[gpu,dev]'
+	@$(PIP) install -c constraints-gpu.txt --editable '.[gpu,bench,dev]'
 	@touch $@
 
 # Needs uv. Writes what is installed now (cpu), and what the resolver finds (gpu).
 constraints:
 	@{ sed -n '/^#/p' constraints-cpu.txt; uv pip freeze --python $(BIN)/python --exclude-editable \
 		| grep -viE '^(torch|uv|pip)=='; } > constraints-cpu.new && mv constraints-cpu.new constraints-cpu.txt
-	@{ sed -n '/^#/p' constraints-gpu.txt; uv pip compile pyproject.toml --extra gpu --python-version 3.11 \
+	@{ sed -n '/^#/p' constraints-gpu.txt; uv pip compile pyproject.toml --extra gpu --extra bench --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q; } > constraints-gpu.new && mv constraints-gpu.new constraints-gpu.txt
 
 clean: ## Remove what make created.

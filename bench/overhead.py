@@ -191,7 +191,9 @@ class System:
     name: str
     port: int
     process: subprocess.Popen[bytes]
-    ready_s: float
+    log: Path
+    started_s: float
+    ready_s: float = 0.0
 
     def family(self) -> list[psutil.Process]:
         root = psutil.Process(self.process.pid)
@@ -265,7 +267,7 @@ def apart(port: int) -> dict[str, str]:
 def running(
     name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path
 ) -> Iterator[System]:
-    """Start a system, wait until it answers, and stop it in the end, with all it started."""
+    """Start a system, and stop it in the end, with all it started."""
     command = _command(name, engine, model, port, folder)
     log = open(folder / f"{name}.log", "wb")  # noqa: SIM115
     started_s = time.perf_counter()
@@ -277,26 +279,27 @@ def running(
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    system = System(name, port, process, 0.0)
+    system = System(name, port, process, Path(log.name), started_s)
     try:
-        _wait(system, Path(log.name))
-        system.ready_s = time.perf_counter() - started_s
         yield system
     finally:
         log.close()
         _stop(system)
 
 
-def _wait(system: System, log: Path, timeout_s: float = 400.0) -> None:
+def _wait(system: System, timeout_s: float = 400.0) -> None:
     deadline_s = time.perf_counter() + timeout_s
     while time.perf_counter() < deadline_s:
         if system.process.poll() is not None:
-            raise SystemExit(f"{system.name} ended: {log.read_text()[-2000:]}")
+            raise SystemExit(f"{system.name} ended: {system.log.read_text()[-2000:]}")
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"http://127.0.0.1:{system.port}/v1/models", timeout=5).close()
+            system.ready_s = time.perf_counter() - system.started_s
+            print(f"{system.name} is ready after {system.ready_s:.1f} s", file=sys.stderr)
             return
         time.sleep(0.2)
-    raise SystemExit(f"{system.name} is not ready after {timeout_s:g} s: {log.read_text()[-2000:]}")
+    said = system.log.read_text()[-2000:]
+    raise SystemExit(f"{system.name} is not ready after {timeout_s:g} s: {said}")
 
 
 def _stop(system: System) -> None:
@@ -393,6 +396,9 @@ def main() -> None:
     parser.add_argument("--waves", type=int, default=2, help="requests of each user")
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--settle", type=float, default=4.0, help="seconds before each load")
+    parser.add_argument(
+        "--start-together", action="store_true", help="all at once; then ready_s says little"
+    )
     parser.add_argument("--clients", type=int, default=1, help="client processes")
     parser.add_argument("--engine", type=json.loads, default=ENGINE, help="arguments as JSON")
     options = parser.parse_args()
@@ -405,10 +411,13 @@ def main() -> None:
             port = 8100 + 10 * index
             start = running(name, options.engine, options.model, port, folder)
             systems.append(stack.enter_context(start))
-            print(f"{name} is ready after {systems[-1].ready_s:.1f} s", file=sys.stderr)
-            systems[-1].signal(signal.SIGSTOP)
+            if not options.start_together:
+                _wait(systems[-1])
+                systems[-1].signal(signal.SIGSTOP)
         for system in systems:
             system.signal(signal.SIGCONT)
+            if options.start_together:
+                _wait(system)
         rows = measure(systems, options)
     compared = compare(rows, names[0])
     print(table(compared))

@@ -1,0 +1,233 @@
+"""Two results side by side: what differs, by how much, and whether that is more than noise.
+
+Pure; `compare` takes two results as `result.json` holds them. A difference is called one only where
+the 95% interval of its ratio excludes 1. As that is so for every metric by itself, one in twenty
+equal metrics is called different by chance.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, geometric_mean
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from bench import interval
+from bench.errors import ResultError
+from bench.measure import METRICS
+
+# Where nothing can be said, as of a single repeat, the verdict is "unknown".
+Verdict = Literal["better", "worse", "noise", "unknown"]
+
+_ROUNDING = 1e-9
+# Keys that should agree where the difference is to be that of the servers.
+_SETTING = ("benchmark", "workload", "load", "actors", "slo", "machine")
+
+
+class Row(msgspec.Struct, kw_only=True, frozen=True):
+    """One metric of both results.
+
+    Attributes:
+        cell: of a matrix; empty for a run.
+        better: which way is better, "higher" or "lower".
+        a, b: means over repeats.
+        ratio: b / a, of pairs the geometric mean over them; low and high are its interval, None
+            where there is none.
+        verdict: of b.
+    """
+
+    metric: str
+    cell: str = ""
+    better: str
+    a: float
+    b: float
+    ratio: float
+    low: float | None
+    high: float | None
+    verdict: Verdict
+
+
+def compare(
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    interleaved: bool | None = None,
+    confidence: float = interval.CONFIDENCE,
+) -> list[Row]:
+    """Each metric that both have, as the ratio of b to a.
+
+    Args:
+        a, b: results with repeats (a run, Locust), or with cells (a matrix, an offline baseline),
+            of which those are compared that both have.
+        interleaved: whether repeats were taken in turn, a, b, a, b. If so, and also if nobody
+            knows (None), the first is compared with the first and so on: that is right in either
+            case, and what both share, as a colder first repeat, cancels. False: Welch's interval,
+            which is narrower where the repeats have nothing in common. That is also taken where
+            the numbers of repeats differ.
+
+    Raises:
+        ResultError: one has neither repeats nor cells, or they have nothing in common.
+    """
+    ours, theirs = _repeats(a, "first"), _repeats(b, "second")
+    cells = [cell for cell in ours if cell in theirs]
+    if not cells:
+        raise ResultError(
+            "the results have nothing in common: "
+            f"{', '.join(map(_named, ours))} against {', '.join(map(_named, theirs))}"
+        )
+    rows = [
+        _row(cell, metric, ours[cell], theirs[cell], interleaved, confidence)
+        for cell in cells
+        for metric in METRICS
+    ]
+    return [row for row in rows if row is not None]
+
+
+def notes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What a reader should know before the ratios: doubts, other settings, failures."""
+    found = [
+        f"{name} is doubtful: {doubt}"
+        for name, result in (("A", a), ("B", b))
+        for doubt in result.get("doubts") or []
+    ]
+    found += [
+        f"{key} differs: {_short(a.get(key))} against {_short(b.get(key))}"
+        for key in _SETTING
+        if a.get(key) != b.get(key)
+    ]
+    ours, theirs = _wholes(a), _wholes(b)
+    found += [
+        note
+        for cell in ours
+        if cell in theirs and (note := _failures(cell, ours[cell], theirs[cell]))
+    ]
+    return found
+
+
+def table(rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
+    """Text for a console: a line for each row, then how many differ, then the notes."""
+    lines = [("", "A", "B", "B/A", "interval", "")]
+    for row in rows:
+        between = "" if row.low is None else f"{row.low:.3f} to {row.high:.3f}"
+        name = f"{row.cell}: {row.metric}" if row.cell else row.metric
+        lines.append(
+            (name, f"{row.a:.4g}", f"{row.b:.4g}", f"{row.ratio:.3f}", between, row.verdict)
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(6)]
+    text = [
+        f"{line[0]:<{widths[0]}}  "
+        + "  ".join(
+            f"{value:>{width}}" for value, width in zip(line[1:5], widths[1:5], strict=True)
+        )
+        + f"  {line[5]}"
+        for line in lines
+    ]
+    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in get_args(Verdict)}
+    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    return "\n".join([*(line.rstrip() for line in text), said, *(f"! {note}" for note in notes)])
+
+
+def as_json(rows: Sequence[Row], notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The same for a program."""
+    return {"benchmark": "compare", "rows": msgspec.to_builtins(rows), "notes": list(notes)}
+
+
+def _repeats(result: Mapping[str, Any], which: str) -> dict[str, list[Mapping[str, Any]]]:
+    """The measures of the repeats of each cell; those of a run are under ""."""
+    found = _by_cell(result, "repeats")
+    if not found:
+        kind = result.get("benchmark")
+        raise ResultError(f"the {which} result has neither repeats nor cells: benchmark = {kind!r}")
+    return found
+
+
+def _wholes(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    return _by_cell(result, "whole") or _by_cell(result, "repeats")
+
+
+def _by_cell(result: Mapping[str, Any], key: str) -> dict[str, list[Mapping[str, Any]]]:
+    if result.get("cells"):
+        return {_cell(cell): list(cell[key]) for cell in result["cells"] if cell.get(key)}
+    return {"": list(result[key])} if result.get(key) else {}
+
+
+def _cell(cell: Mapping[str, Any]) -> str:
+    """What tells cells apart, the same for served and for offline ones."""
+    about = cell.get("cell")
+    if isinstance(about, Mapping):
+        return str(about.get("name") or json.dumps(about, sort_keys=True))
+    return str(about or cell.get("name") or "")
+
+
+def _named(cell: str) -> str:
+    return cell or "a run"
+
+
+def _row(
+    cell: str,
+    metric: str,
+    a: Sequence[Mapping[str, Any]],
+    b: Sequence[Mapping[str, Any]],
+    interleaved: bool | None,
+    confidence: float,
+) -> Row | None:
+    """None where one side has no value, or a mean of 0, which has no ratio."""
+    ours, theirs = [each.get(metric) for each in a], [each.get(metric) for each in b]
+    paired = interleaved is not False and len(ours) == len(theirs)
+    if paired:  # A repeat without a value takes its partner with it.
+        pairs = [(x, y) for x, y in zip(ours, theirs, strict=True) if None not in (x, y)]
+        ours, theirs = [x for x, _ in pairs], [y for _, y in pairs]
+    over = [float(value) for value in theirs if value is not None]
+    under = [float(value) for value in ours if value is not None]
+    if not over or not under or not (fmean(over) and fmean(under)):
+        return None
+    of = interval.of_paired_ratio if paired else interval.of_ratio
+    bounds = of(over, under, confidence)
+    low, high = bounds or (None, None)
+    ratio = fmean(over) / fmean(under)
+    if paired and bounds:
+        ratio = geometric_mean(over) / geometric_mean(under)
+    return Row(
+        metric=metric,
+        cell=cell,
+        better=METRICS[metric],
+        a=fmean(under),
+        b=fmean(over),
+        ratio=ratio,
+        low=low,
+        high=high,
+        verdict=_verdict(bounds, METRICS[metric]),
+    )
+
+
+def _verdict(bounds: interval.Bounds | None, better: str) -> Verdict:
+    if bounds is None:
+        return "unknown"
+    if bounds[0] <= 1 + _ROUNDING and bounds[1] >= 1 - _ROUNDING:
+        return "noise"
+    return "better" if (bounds[0] > 1) == (better == "higher") else "worse"
+
+
+def _failures(
+    cell: str, a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """Said apart, as 0 failures have no ratio; None where the difference may be chance."""
+    ours, theirs = _failed(a), _failed(b)
+    bounds = interval.of_share_difference(*theirs, *ours)
+    if bounds is None or bounds[0] <= 0 <= bounds[1]:
+        return None
+    more = "more" if bounds[0] > 0 else "less"
+    where = f" in {cell}" if cell else ""
+    return (
+        f"B fails {more} often{where}: {theirs[0]} of {theirs[1]} requests "
+        f"against {ours[0]} of {ours[1]}"
+    )
+
+
+def _failed(repeats: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    each = [(int(r.get("failed") or 0), int(r.get("requests") or 0)) for r in repeats]
+    return sum(failed for failed, _ in each), sum(requests for _, requests in each)
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,442 @@
+"""Users that chat with an OpenAI-compatible endpoint, for Locust.
+
+    locust -f bench/locustfile.py --headless -u 100 -r 10 -t 60s --host URL --bench-out DIR
+
+Each user streams one chat completion after another. Locust shows two rows: POST is the whole
+answer, TTFT the time until its first token. A stream that ends before `[DONE]` has failed, and
+the text of a failure is the server's own. Beside Locust's statistics, `DIR/records.jsonl` gets
+the raw times of every request, and `DIR/result.json` what `bench.measure` derives from them and a
+few example prompts that were asked during the full load, with the answers. Locust's exit status
+is kept, but a run in which nothing was answered ends with 1.
+
+Answers are read line by line off geventhttpclient, Locust's fast client. The usual ways do not
+show when tokens come: `iter_lines` of FastHttpUser waits for 1024 bytes, and that of requests
+for 512 where a response is not chunked.
+"""
+
+import shlex
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import msgspec
+from gevent import GreenletExit  # type: ignore[import-untyped]
+from geventhttpclient import HTTPClient
+from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
+from locust import User, events
+from locust.exception import StopTest
+from locust.runners import MasterRunner, WorkerRunner
+
+from bench import locust_report, machine, records, workload
+from bench.client import Target, encode
+from bench.errors import WorkloadError
+from bench.records import Record
+from bench.sse import Events, error_text
+
+EXAMPLES = (
+    "What is a black hole? Answer in two sentences.",
+    "Write a haiku about the sea.",
+    "Give three tips for a good night's sleep.",
+    "Translate into French: The train to Paris leaves at noon.",
+)
+_EXAMPLE_TOKENS, _EXAMPLE_EVERY_S = 96, 1.0
+_WORKLOAD = "synthetic:input=100,output=64"
+# Answers in flight when the time is up are waited for, unless --stop-timeout says otherwise:
+# leaving them out would leave out the slowest.
+_DRAIN_S = 30.0
+# A user whose request failed waits: refused users would do nothing but hammer.
+_PAUSE_AFTER_FAILURE_S = 1.0
+_FLUSH_RECORDS, _FLUSH_S = 64, 1.0
+
+
+def _arguments(parser: Any) -> None:
+    def add(name: str, text: str, **options: Any) -> None:
+        variable = "LOCUST_" + name.strip("-").replace("-", "_").upper()
+        parser.add_argument(name, env_var=variable, include_in_web_ui=False, help=text, **options)
+
+    add("--bench-out", "folder for records.jsonl and result.json", default="")
+    add("--bench-model", "model to ask; by default the first that is served", default="")
+    add("--bench-workload", "what to send, as bench.workload says it", default=_WORKLOAD)
+    add("--bench-seed", "seed of the workload", type=int, default=0)
+    add("--bench-think", "seconds a user waits between requests", type=float, default=0.0)
+    add("--bench-timeout", "seconds without a byte until it failed", type=float, default=300.0)
+    add("--bench-api-key", "bearer token; better as the variable", default="", is_secret=True)
+    add("--bench-examples", "file of example prompts, one a line", default="")
+
+
+# --- one request ----------------------------------------------------------------------------
+
+
+def stream(
+    http: HTTPClient,
+    path: str,
+    body: bytes,
+    headers: dict[str, str],
+    record: Record,
+    now_s: Callable[[], float],
+) -> None:
+    """Send a request and read its answer into `record`; a failure becomes its error.
+
+    `sent_s` is when the client set about sending: where a connection must be made, before that.
+    """
+    record.sent_s = now_s()
+    answer = Events(record, keep_text=True)
+    try:
+        response = http.request("POST", path, body=body, headers=headers)
+        record.headers_s, record.status = now_s(), response.status_code
+        try:
+            if record.status == 200:
+                _feed(answer, response, now_s)
+                answer.end()
+            else:
+                text = error_text(response.read())
+                record.error = f"http {record.status}: {text}" if text else f"http {record.status}"
+        finally:
+            response.release()
+    except (OSError, HTTPParseError) as error:
+        if not answer.done:
+            record.error = record.error or _reason(error, record)
+        answer.end()
+    except GreenletExit:
+        record.error = "interrupted: the run was stopped"
+        answer.end()
+        raise
+    finally:
+        record.end_s = now_s()
+
+
+def _feed(answer: Events, response: Any, now_s: Callable[[], float]) -> None:
+    """Hand on the lines up to each empty one, which ends an event, as soon as it is there."""
+    lines = b""
+    while line := response.readline(b"\n"):
+        lines += line
+        if line in (b"\n", b"\r\n"):
+            answer.feed(lines, now_s())
+            lines = b""
+    answer.feed(lines + response.read(), now_s())
+
+
+def _reason(error: Exception, record: Record) -> str:
+    """The same failure in the same words as from bench's own client."""
+    if isinstance(error, TimeoutError):
+        return "timeout: nothing came for as long as --bench-timeout allows"
+    if isinstance(error, HTTPParseError | ConnectionResetError) and record.status:
+        return (
+            f"cut: connection {'reset' if isinstance(error, OSError) else 'closed'} in the response"
+        )
+    if isinstance(error, HTTPConnectionClosed):
+        return "connection closed without a response"
+    if isinstance(error, HTTPParseError):
+        return f"bad response: not HTTP: {error}"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(error, ConnectionResetError):
+        return "connection reset"
+    if isinstance(error, ssl.SSLError):
+        return f"tls: {error.reason or error}"
+    if isinstance(error, socket.gaierror):
+        return "unknown host"
+    return f"connection failed: {error}"
+
+
+# --- the run --------------------------------------------------------------------------------
+
+
+class Run:
+    """What this process has asked and heard since the test began.
+
+    In a distributed run each worker has one, and sends what it heard to the master's.
+    """
+
+    def __init__(self, environment: Any) -> None:
+        self._environment = environment
+        self.options = options = environment.parsed_options
+        self.runner = environment.runner
+        self._worker = isinstance(self.runner, WorkerRunner)
+        self._out = Path(options.bench_out) if options.bench_out and not self._worker else None
+        if self._out:
+            self._out.mkdir(parents=True, exist_ok=True)
+        self.model: str = options.bench_model
+        self._examples = _examples(options.bench_examples)
+        self.begin()
+
+    def begin(self) -> None:
+        """The clock starts. Called again where the web page runs the test again."""
+        # Workers send different prompts, or a prefix cache would answer for all but one.
+        self.actor = max(0, getattr(self.runner, "worker_index", 0))
+        self._workload = workload.parse(
+            self.options.bench_workload, self.options.bench_seed + 7919 * self.actor
+        )
+        self._started = datetime.now(UTC)
+        self._epoch_s, self._start_s = time.time(), time.perf_counter()
+        self._start_cpu_s = time.process_time()
+        self._heard: list[Record] = []
+        self._pending: list[Record] = []
+        self._asked: dict[int, str] = {}  # The prompt of an example, by the index of its record.
+        self._cpu: dict[str, float] = {}
+        self._users, self._hatched = 0, 0
+        self._index, self._taken = -1, 0
+        self._example_due_s, self._flushed_s = float("inf"), 0.0
+        if self._out:
+            (self._out / "records.jsonl").write_bytes(b"")
+
+    def now_s(self) -> float:
+        return time.perf_counter() - self._start_s
+
+    def number(self) -> int:
+        """The number of the next user, another one in each process."""
+        self._hatched += 1
+        return self._hatched - 1 + 100_000 * self.actor
+
+    def next(self) -> tuple[int, workload.Request]:
+        """The next request of the workload, or an example where one is due."""
+        self._index += 1
+        asked = len(self._asked)
+        if not self.actor and asked < len(self._examples) and self.now_s() > self._example_due_s:
+            self._example_due_s = self.now_s() + _EXAMPLE_EVERY_S
+            prompt = self._asked[self._index] = self._examples[asked]
+            return self._index, workload.Request(
+                prompt=prompt, output_tokens=_EXAMPLE_TOKENS, kind="example"
+            )
+        # A workload that has an end, such as a file, begins again.
+        place = self._taken % (self._workload.length or sys.maxsize)
+        self._taken += 1
+        return self._index, self._workload.request(place)
+
+    def all_users_are_there(self, user_count: int) -> None:
+        self._users = user_count
+        self._example_due_s = self.now_s()
+
+    def hear(self, heard: list[Record]) -> None:
+        self._heard += heard
+        self._pending += heard
+        if len(self._pending) >= _FLUSH_RECORDS or self.now_s() >= self._flushed_s + _FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """What was heard goes to the disk as it comes, so that it survives what comes next."""
+        self._flushed_s = self.now_s()
+        pending, self._pending = self._pending, []
+        if self._worker:
+            self.runner.send_message("bench", self._parcel(pending))
+        elif self._out:
+            records.append(self._out / "records.jsonl", pending)
+
+    def _parcel(self, heard: list[Record]) -> dict[str, Any]:
+        return {
+            "epoch_s": self._epoch_s,
+            "actor": self.actor,
+            "model": self.model,
+            "cpu": self._busy(),
+            "asked": list(self._asked.items()),
+            "records": msgspec.json.encode(heard),
+        }
+
+    def receive(self, environment: Any, msg: Any) -> None:
+        """On the master: what a worker heard, put on the master's clock."""
+        parcel = msg.data
+        shift_s = parcel["epoch_s"] - self._epoch_s
+        heard = msgspec.json.decode(parcel["records"], type=list[Record])
+        self.model = self.model or parcel["model"]
+        self._cpu[f"worker {parcel['actor']}"] = parcel["cpu"]
+        self._asked.update((index, prompt) for index, prompt in parcel["asked"])
+        self.hear([_shifted(record, shift_s) for record in heard])
+
+    def _busy(self) -> float:
+        """The share of one core that this process has used."""
+        return (time.process_time() - self._start_cpu_s) / max(1e-9, self.now_s())
+
+    def judge(self) -> None:
+        """A run in which nothing was answered has failed, whatever else Locust thinks of it."""
+        if not self._worker and not any(record.ok for record in self._heard):
+            self._environment.process_exit_code = self._environment.process_exit_code or 1
+
+    def close(self) -> None:
+        """Write the result, and print what it says in one line."""
+        if self._worker:
+            return
+        self.flush()
+        users = self._users or self.options.num_users or 1
+        cpu = self._cpu or {"locust": self._busy()}
+        found = locust_report.result(self._heard, self._asked, users, cpu, self._about())
+        if self._out:
+            text = msgspec.json.format(msgspec.json.encode(found), indent=1)
+            (self._out / "result.json").write_bytes(text + b"\n")
+        brief = {name: value for name, value in found.items() if name not in _LONG}
+        print(msgspec.json.encode(brief).decode(), flush=True)
+
+    def _about(self) -> dict[str, Any]:
+        options = self.options
+        load = f"users={options.num_users or 1}, {options.spawn_rate or 1:g} more a second"
+        return {
+            "name": "locust",
+            "command": _command(sys.argv, options.bench_api_key),
+            "started": self._started.isoformat(timespec="seconds"),
+            "commit": machine.commit(),
+            "machine": machine.machine(),
+            "target": {
+                "url": self._environment.host,
+                "model": self.model,
+                "endpoint": "chat",
+            },
+            "workload": options.bench_workload,
+            "load": load + (f", for {options.run_time} s" if options.run_time else ""),
+            "seed": options.bench_seed,
+            "actors": max(1, len(self._cpu)),
+        }
+
+
+_LONG = ("machine", "repeats", "whole", "summary", "examples", "cpu", "server", "command")
+
+
+def _command(arguments: list[str], secret: str) -> str:
+    """What was typed, without the key."""
+    shown = ["locust", *arguments[1:]]
+    return shlex.join(one.replace(secret, "...") if secret else one for one in shown)
+
+
+def _shifted(record: Record, by_s: float) -> Record:
+    """The record on a clock that began `by_s` earlier."""
+    times = {"sent_s": record.sent_s, "headers_s": record.headers_s, "end_s": record.end_s}
+    moved = {name: None if at_s is None else at_s + by_s for name, at_s in times.items()}
+    return msgspec.structs.replace(
+        record,
+        planned_s=record.planned_s + by_s,
+        chunk_s=[at_s + by_s for at_s in record.chunk_s],
+        **moved,
+    )
+
+
+def _examples(path: str) -> list[str]:
+    if not path:
+        return list(EXAMPLES)
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise WorkloadError.of("bench-examples", path, str(error)) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+class RequestFailed(Exception):
+    """What Locust shows of a failure: its text."""
+
+
+class Visitor(User):  # type: ignore[misc]
+    """A user who streams one answer after another."""
+
+    def __init__(self, environment: Any) -> None:
+        super().__init__(environment)
+        parts = urlsplit(self.host or "")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            _stop(environment, f"--host = {self.host!r}: is not http://host:port or https://host")
+        self._run: Run = environment.bench
+        options, base = self._run.options, parts.path.rstrip("/") or "/v1"
+        self._path = base + "/chat/completions"
+        self._headers = {"Content-Type": "application/json"}
+        if options.bench_api_key:
+            self._headers["Authorization"] = f"Bearer {options.bench_api_key}"
+        self._http = HTTPClient(
+            parts.hostname,
+            parts.port,
+            ssl=parts.scheme == "https",
+            network_timeout=options.bench_timeout,
+            connection_timeout=options.bench_timeout,
+        )
+        self._run.model = self._run.model or self._first_model(base + "/models")
+        self._target = Target(url=str(self.host), model=self._run.model, endpoint="chat")
+        self._number = self._run.number()
+        self._free_s, self._failed = self._run.now_s(), False
+
+    def _first_model(self, path: str) -> str:
+        try:
+            response = self._http.request("GET", path, headers=self._headers)
+            return str(msgspec.json.decode(response.read())["data"][0]["id"])
+        except (OSError, HTTPParseError, ValueError, LookupError, TypeError) as error:
+            _stop(self.environment, f"{self.host}{path} does not name a model: {error!r}")
+
+    def wait_time(self) -> float:
+        wait_s: float = self._run.options.bench_think
+        if self._failed:
+            wait_s = max(wait_s, _PAUSE_AFTER_FAILURE_S)
+        self._free_s = self._run.now_s() + wait_s
+        return wait_s
+
+    def ask(self) -> None:
+        index, request = self._run.next()
+        record = Record(
+            index=index,
+            planned_s=self._free_s,
+            kind=request.kind,
+            actor=self._run.actor,
+            user=self._number,
+            asked_input_tokens=request.input_tokens,
+            asked_output_tokens=request.output_tokens,
+        )
+        try:
+            body = encode(self._target, request)
+            stream(self._http, self._path, body, self._headers, record, self._run.now_s)
+        finally:
+            # Answers are kept for examples only: those of the others are of no use to anyone.
+            size, self._failed = len(record.text), not record.ok
+            record.text = record.text if record.kind == "example" else ""
+            self._run.hear([record])
+        self._show(record, size)
+
+    def _show(self, record: Record, size: int) -> None:
+        """Locust's own statistics."""
+        assert record.sent_s is not None
+        assert record.end_s is not None
+        fire, common = self.environment.events.request.fire, {"name": self._path, "context": {}}
+        if record.chunk_s:
+            first_ms = (record.chunk_s[0] - record.planned_s) * 1e3
+            fire(
+                request_type="TTFT",
+                response_time=first_ms,
+                response_length=0,
+                exception=None,
+                **common,
+            )
+        fire(
+            request_type="POST",
+            response_time=(record.end_s - record.planned_s) * 1e3,
+            response_length=size,
+            exception=RequestFailed(record.error) if record.error else None,
+            **common,
+        )
+
+
+Visitor.tasks = [Visitor.ask]
+
+
+def _stop(environment: Any, why: str) -> NoReturn:
+    environment.process_exit_code = 1
+    raise StopTest(why)
+
+
+# --- the life of the test -------------------------------------------------------------------
+
+
+def _init(environment: Any, runner: Any, **_: Any) -> None:
+    try:
+        run = environment.bench = Run(environment)
+    except (WorkloadError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    if isinstance(runner, MasterRunner):
+        runner.register_message("bench", run.receive)
+    environment.stop_timeout = environment.stop_timeout or _DRAIN_S
+    listeners = environment.events
+    listeners.test_start.add_listener(lambda **_: run.begin())
+    listeners.spawning_complete.add_listener(run.all_users_are_there)
+    listeners.test_stop.add_listener(lambda **_: run.flush())
+    listeners.quitting.add_listener(lambda **_: run.judge())
+    listeners.quit.add_listener(lambda **_: run.close())
+
+
+events.init_command_line_parser.add_listener(_arguments)
+events.init.add_listener(_init)

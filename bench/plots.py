@@ -1,0 +1,342 @@
+"""Plots of a report: numbers in, an SVG that can be inlined in a page out.
+
+The functions draw what they are given and derive no metric. Drawing is done once for light and
+dark pages: every colour is a placeholder in matplotlib and becomes a CSS variable of the page in
+the SVG (`--ink`, `--muted`, `--grid`, `--series-0` ..), backgrounds are transparent, and text
+stays text in the page's own font. Heat maps are rasterised, in tones that both backgrounds bear.
+Ids are prefixed, since those of matplotlib repeat from one SVG to the next.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import msgspec
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+SERIES_COLOURS = 6
+_INK, _MUTED, _GRID = "#0a0b10", "#0a0b11", "#0a0b12"
+_SERIES = [f"#0a0b0{index}" for index in range(SERIES_COLOURS)]
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _GRID: "var(--grid)",
+    **{colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES)},
+}
+# Blue to orange differ for every common kind of colour blindness; faint to opaque reads as
+# few to many on white and on black alike.
+_HEAT = LinearSegmentedColormap.from_list(
+    "heat", [(0.29, 0.56, 0.78, 0.22), (0.29, 0.56, 0.78, 0.9), (0.91, 0.45, 0.1, 1.0)]
+)
+# A second cue beside the colour.
+_DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1)), "-"]
+_MARKERS = "osD^vP"
+_LINE_POINTS = 300
+_WIDTH_IN = 10.4
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": _INK,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _MUTED,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "text.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+}
+
+
+class Curve(msgspec.Struct, kw_only=True):
+    """Points of one line, named in the legend. `note` is written at each point where given."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    notes: Sequence[str] = ()
+
+
+class Panel(msgspec.Struct, kw_only=True):
+    """One strip of a timeline: lines over the common clock, filled where `fill` says so."""
+
+    title: str
+    y_title: str
+    curves: list[Curve]
+    fill: bool = False
+    bars: bool = False
+    top: float | None = None
+
+
+class Ratio(msgspec.Struct, kw_only=True):
+    """One line of a comparison: a ratio with its interval and what it was found to be."""
+
+    label: str
+    ratio: float
+    low: float | None
+    high: float | None
+    verdict: str
+
+
+def cdfs(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[float]]]]], prefix: str) -> str:
+    """Cumulative distributions side by side.
+
+    Args:
+        panels: (title, [(legend, latencies in seconds), ..]) for each metric; a legend keeps
+            its colour from panel to panel by its place.
+    """
+    with _figure(_WIDTH_IN, 3.3) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, series) in zip(axes, panels, strict=True):
+            for index, (label, values_s) in enumerate(series):
+                x, y = _ecdf(values_s)
+                axis.plot(x, y, label=label, **_line(index), drawstyle="steps-post")
+            axis.set(title=title, xscale="log", ylim=(0, 100.5), xlabel="seconds (log)")
+            _log_ticks(axis.xaxis)
+        axes[0].set(ylabel="share of requests answered within (%)", yticks=[0, 25, 50, 75, 95, 100])
+        _legend_below(figure, axes)
+        return _svg(figure, prefix, "Cumulative distributions of latency")
+
+
+def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, prefix: str) -> str:
+    """Latency over throughput: one panel for each (title, y title, curves), log y."""
+    with _figure(_WIDTH_IN, 3.5) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, y_title, lines) in zip(axes, panels, strict=True):
+            for index, curve in enumerate(lines):
+                axis.plot(
+                    curve.x,
+                    curve.y,
+                    label=curve.label,
+                    marker=_MARKERS[index % len(_MARKERS)],
+                    markersize=4,
+                    **_line(index),
+                )
+                for x, y, note in zip(curve.x, curve.y, curve.notes, strict=False):
+                    axis.annotate(
+                        note,
+                        (x, y),
+                        xytext=(0, 6),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=7.5,
+                        color=_MUTED,
+                    )
+            axis.set(title=title, xlabel=x_title, ylabel=y_title, yscale="log")
+            axis.margins(x=0.08, y=0.16)
+            axis.set_xlim(left=0)
+            _log_ticks(axis.yaxis)
+        _legend_below(figure, axes)
+        return _svg(figure, prefix, "Latency over throughput")
+
+
+def timeline(
+    panels: Sequence[Panel],
+    prefix: str,
+    shaded_s: Sequence[tuple[float, float]] = (),
+    events: Sequence[tuple[float, str]] = (),
+) -> str:
+    """Panels over one clock.
+
+    Args:
+        shaded_s: spans that were measured, in seconds of the clock.
+        events: what happened when; drawn through all panels and named in the first.
+    """
+    heights = [1.0 if panel.bars else 1.5 for panel in panels]
+    with _figure(_WIDTH_IN, 0.7 + 1.05 * sum(heights)) as figure:
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[
+            :, 0
+        ]
+        for axis, panel in zip(axes, panels, strict=True):
+            for index, curve in enumerate(panel.curves):
+                _strip(axis, curve, panel, index)
+            axis.set(title=panel.title, ylabel=panel.y_title)
+            axis.set_ylim(bottom=0, top=panel.top)
+            for from_s, to_s in shaded_s:
+                axis.axvspan(from_s, to_s, color=_GRID, alpha=0.45, linewidth=0, zorder=0)
+            for at_s, _ in events:
+                axis.axvline(at_s, color=_SERIES[1], linewidth=1, linestyle=(0, (2, 2)))
+            if len(panel.curves) > 1:
+                axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
+        for at_s, what in events:
+            axes[0].annotate(
+                what[:60],
+                (at_s, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -9),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=_SERIES[1],
+            )
+        axes[-1].set(xlabel="seconds since the start of the run")
+        axes[0].margins(x=0.005)
+        figure.align_ylabels(axes)
+        return _svg(figure, prefix, "Timeline of the run")
+
+
+def heat(at_s: Sequence[float], values_s: Sequence[float], y_title: str, prefix: str) -> str:
+    """Counts of `values_s` (log bins) over the time `at_s` (linear bins). Neither may be empty."""
+    times, values = np.asarray(at_s), np.maximum(np.asarray(values_s), 1e-5)
+    with _figure(_WIDTH_IN, 3.3) as figure:
+        axis = figure.subplots()
+        low, high = np.log10(values.min()) - 0.05, np.log10(values.max()) + 0.05
+        x_edges = np.linspace(min(0.0, times.min()), max(times.max(), 1e-3), 121)
+        y_edges = np.logspace(low, high, 57)
+        counts, _, _ = np.histogram2d(times, values, bins=[x_edges, y_edges])
+        shown = np.where(counts.T > 0, counts.T, np.nan)
+        norm = LogNorm(1, max(2.0, counts.max()))
+        mesh = axis.pcolormesh(x_edges, y_edges, shown, cmap=_HEAT, norm=norm, rasterized=True)
+        axis.set(yscale="log", xlabel="seconds since the start of the run", ylabel=y_title)
+        axis.grid(False)
+        _log_ticks(axis.yaxis)
+        bar = figure.colorbar(mesh, ax=axis, pad=0.015, aspect=28)
+        bar.set_label("gaps in the cell (log)")
+        bar.outline.set_visible(False)
+        bar.ax.minorticks_off()
+        if bar.solids is not None:
+            bar.solids.set(rasterized=True, edgecolor="none")
+        return _svg(figure, prefix, "Heat map of the gaps between tokens over time")
+
+
+def ratios(rows: Sequence[Ratio], x_title: str, prefix: str) -> str:
+    """Ratios with intervals on a log axis about 1; colour and marker say the verdict."""
+    colours = {"better": (_SERIES[2], "o"), "worse": (_SERIES[1], "s")}
+    with _figure(_WIDTH_IN, 0.9 + 0.27 * len(rows)) as figure:
+        axis = figure.subplots()
+        axis.axvline(1, color=_MUTED, linewidth=1)
+        for place, row in enumerate(reversed(rows)):
+            colour, marker = colours.get(row.verdict, (_SERIES[5], "D"))
+            if row.low is not None and row.high is not None:
+                axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2.2)
+            axis.plot([row.ratio], [place], marker, color=colour, markersize=6)
+        axis.set(
+            yticks=range(len(rows)),
+            yticklabels=[row.label for row in reversed(rows)],
+            xscale="log",
+            xlabel=x_title,
+            ylim=(-0.7, len(rows) - 0.3),
+        )
+        ends = [end for row in rows for end in (row.low, row.high, row.ratio) if end]
+        span = max(1.1, *(max(end, 1 / end) for end in ends)) ** 1.1
+        axis.set_xlim(1 / span, span)
+        axis.xaxis.set_major_locator(LogLocator(base=10, subs=_steps(span)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(axis="y", length=0, labelcolor=_INK)
+        axis.spines["left"].set_visible(False)
+        return _svg(figure, prefix, "Ratios with their intervals")
+
+
+# --- drawing --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _figure(width_in: float, height_in: float) -> Iterator[Figure]:
+    """A figure of its own: no pyplot, hence nothing global to close."""
+    with matplotlib.rc_context(_STYLE):
+        yield Figure(figsize=(width_in, height_in), layout="constrained", dpi=110)
+
+
+def _line(index: int) -> dict[str, Any]:
+    return {
+        "color": _SERIES[index % SERIES_COLOURS],
+        "linestyle": _DASHES[index % len(_DASHES)],
+    }
+
+
+def _strip(axis: Any, curve: Curve, panel: Panel, index: int) -> None:
+    colour = _SERIES[index % SERIES_COLOURS]
+    if panel.bars:
+        width = curve.x[1] - curve.x[0] if len(curve.x) > 1 else 1.0
+        axis.bar(curve.x, curve.y, width=width, align="edge", color=_SERIES[1], label=curve.label)
+        return
+    axis.plot(curve.x, curve.y, label=curve.label, **_line(index), drawstyle="steps-post")
+    if panel.fill and index == 0:
+        axis.fill_between(curve.x, curve.y, step="post", color=colour, alpha=0.18, linewidth=0)
+
+
+def _ecdf(values: Sequence[float]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Steps of the distribution in percent; thinned evenly in rank where there are many."""
+    ordered = np.sort(np.asarray(values, dtype=float))
+    rank = np.arange(1, len(ordered) + 1) * (100 / len(ordered))
+    if len(ordered) > _LINE_POINTS:
+        kept = np.unique(np.linspace(0, len(ordered) - 1, _LINE_POINTS).round().astype(int))
+        ordered, rank = ordered[kept], rank[kept]
+    x, y = np.maximum(ordered, 1e-5), rank
+    return np.concatenate([x[:1], x]), np.concatenate([[0.0], y])
+
+
+def _log_ticks(axis: Any) -> None:
+    """Plain numbers on a log axis; also 2 and 5 where less than two decades are shown."""
+    low, high = axis.get_view_interval()
+    subs = (1.0,) if high / max(low, 1e-12) > 300 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _steps(span: float) -> tuple[float, ...]:
+    if span < 1.6:
+        return tuple(value / 10 for value in range(10, 100))
+    return (1, 1.5, 2, 3, 5, 7) if span < 8 else (1, 2, 5)
+
+
+def _legend_below(figure: Figure, axes: Sequence[Any]) -> None:
+    """One legend for all panels, as every legend keeps its colour in each."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if len(found) > 1:
+        figure.legend(
+            list(found.values()), list(found), loc="outside lower left", ncols=min(3, len(found))
+        )
+
+
+# --- SVG ------------------------------------------------------------------------------------
+
+
+def _svg(figure: Figure, prefix: str, label: str) -> str:
+    """The figure as an SVG element for a page: own ids, the page's colours and font."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
+    text = re.sub(r'(xlink:href|href)="#', rf'\1="#{prefix}-', text)
+    text = re.sub(r"(font: [^;\"]*?px )[^;\"]+", r"\1var(--plot-font)", text)
+    text = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", text, count=1)
+    text = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", text, count=1)
+    text = re.sub(r"\n\s*", "\n", text)
+    return text.replace("<svg ", f'<svg class="plot" role="img" aria-label="{label}" ', 1)

@@ -1,0 +1,78 @@
+"""`bench sweep` and `bench search`: the controllers of search.py, joined to a real load.
+
+Each probe is one plan of its own seed, sent from Ray actors; its records stay on disk, numbered by
+probe (`repeat`), so that a search that was interrupted can be read.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import load, result, run, schedule, search, workload
+from bench.progress import Line, Progress
+from bench.records import Record, append
+from bench.run import Job
+
+
+async def sweep(job: Job, folder: Path, start: int, most: int, gain: float) -> dict[str, Any]:
+    """Double the users until throughput no longer grows by `gain`."""
+    controller = search.Sweep(start, most=most, gain=gain)
+    return await _search(job, folder, "sweep", controller, lambda users: f"users={users:g}")
+
+
+async def highest_rate(
+    job: Job, folder: Path, start: float, most: float, precision: float
+) -> dict[str, Any]:
+    """Find the highest Poisson rate that keeps the job's SLO, to within `precision`."""
+    assert job.slo is not None
+    controller = search.RateSearch(job.slo, start, most=most, precision=precision)
+    return await _search(job, folder, "search", controller, lambda rate: f"poisson:rate={rate!r}")
+
+
+async def _search(
+    job: Job,
+    folder: Path,
+    benchmark: str,
+    controller: search.Controller[Any],
+    load_of: Callable[[float], str],
+) -> dict[str, Any]:
+    """Probe until the controller knows enough, or until it is interrupted."""
+    await run.check(job.target)
+    head = result.header(benchmark, job.name or f"{benchmark} {job.workload}")
+    path = result.prepare(folder)
+    load.connect()
+    await run.warm_up(job)
+    doubts: list[str] = []
+    probes = 0
+
+    async def probe(x: float, count: int) -> list[Record]:
+        nonlocal probes
+        when, seed = load_of(x), job.seed + probes
+        what = workload.parse(job.workload, seed)
+        plan = schedule.plan(what, schedule.parse(when), count, None, seed)
+        line = Line(label=f"{when} ")
+
+        def take(records: list[Record], progress: Progress) -> None:
+            append(path, records)
+            line(progress)
+
+        outcome = await load.run(plan, job.target, job.actors, take, repeat=probes)
+        line.close()
+        probes += 1
+        if outcome.interrupted:
+            raise asyncio.CancelledError
+        doubts.extend(f"{when}: {lost}" for lost in outcome.lost_actors)
+        return outcome.records
+
+    try:
+        found = await search.run(controller, probe)
+    except asyncio.CancelledError:
+        doubts.append("interrupted: the search was not over")
+        found = controller.result
+    if not found.resolved:
+        doubts.append(f"not resolved: {found.reason}")
+    told = head | run.asked(job) | search.as_json(found)
+    told |= {"valid": not doubts, "doubts": doubts, "events": []}
+    result.write(folder, told)
+    return told

@@ -1,0 +1,139 @@
+"""A result: what a run writes beside its records, and what reports and comparisons read.
+
+DIR/result.json is a superset of what `vllm bench serve --save-result` writes, so tools that read
+that read this. DIR/records.csv is records.jsonl for spreadsheets, without the time of each chunk.
+"""
+
+import csv
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench import machine, measure
+from bench.errors import ResultError
+from bench.load import Outcome
+from bench.measure import Measures, Slo
+from bench.records import Record
+from bench.scrape import Sample
+
+SCHEMA = 1
+RESULT, RECORDS, CSV, REPORT = "result.json", "records.jsonl", "records.csv", "report.html"
+
+
+def header(benchmark: str, name: str) -> dict[str, Any]:
+    """What every result begins with: what was measured, where, when and by which command."""
+    return {
+        "benchmark": benchmark,
+        "schema": SCHEMA,
+        "name": name,
+        "command": machine.command(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "machine": machine.machine(),
+    }
+
+
+def prepare(folder: Path) -> Path:
+    """Make the folder, with an empty DIR/records.jsonl, which is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RECORDS
+    path.write_bytes(b"")
+    return path
+
+
+class Repeat(msgspec.Struct, kw_only=True):
+    """One repetition: its outcome, and what the server said meanwhile."""
+
+    outcome: Outcome
+    server: list[Sample] = []
+
+
+def figures(
+    repeats: Sequence[Repeat], slo: Slo | None, users: int | None, ramp_s: float = 0.0
+) -> dict[str, Any]:
+    """What is said of a run that was repeated: its figures, its doubts and whether it is valid.
+
+    A run is valid if it was not interrupted, lost no actor and no repeat gives cause for doubt.
+    """
+    steady: list[Measures] = []
+    whole: list[Measures] = []
+    doubts: list[str] = []
+    events: list[dict[str, Any]] = []
+    for number, repeat in enumerate(repeats):
+        outcome = repeat.outcome
+        everything = measure.measure(outcome.records, slo)
+        window = measure.window(outcome.records, users, ramp_s)
+        inside = measure.measure(outcome.records, slo, window) if window else everything
+        whole.append(everything)
+        steady.append(inside)
+        found = measure.doubts(inside, outcome.cpu, everything)
+        found += outcome.lost_actors
+        if outcome.interrupted:
+            found.append("interrupted: the rest of the load was not sent")
+        doubts += [f"repeat {number + 1}: {doubt}" for doubt in found]
+        events += [{"repeat": number, "at_s": e.at_s, "what": e.what} for e in outcome.events]
+    return {
+        "valid": bool(repeats) and not doubts,
+        "doubts": doubts,
+        "events": events,
+        "repeats": msgspec.to_builtins(steady),
+        "whole": msgspec.to_builtins(whole),
+        "summary": measure.summary(steady),
+        "actors": [
+            {
+                "where": repeat.outcome.actors,
+                "cpu": repeat.outcome.cpu,
+                "cpu_peak": repeat.outcome.cpu_peak,
+                "clock_offset_s": repeat.outcome.clock_offset_s,
+                "clock_error_s": repeat.outcome.clock_error_s,
+            }
+            for repeat in repeats
+        ],
+        "server": [msgspec.to_builtins(repeat.server) for repeat in repeats],
+    }
+
+
+def write(folder: Path, result: dict[str, Any], records: Sequence[Record] | None = None) -> None:
+    """Write DIR/result.json and, from `records`, DIR/records.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = msgspec.json.format(msgspec.json.encode(result), indent=1)
+    (folder / RESULT).write_bytes(text + b"\n")
+    if records is not None:
+        _write_csv(folder / CSV, records)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The result of a folder.
+
+    Raises:
+        ResultError: there is none, or it is not one.
+    """
+    path = folder / RESULT if folder.is_dir() else folder
+    try:
+        result = msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise ResultError(f"{path}: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise ResultError(f"{path}: not JSON: {error}") from None
+    if not isinstance(result, dict) or "benchmark" not in result:
+        raise ResultError(f"{path}: not a result of bench")
+    return result
+
+
+def _write_csv(path: Path, records: Sequence[Record]) -> None:
+    names = [name for name in Record.__struct_fields__ if name not in ("chunk_s", "text")]
+    latencies = {
+        "ttft_s": measure.ttft_s,
+        "tpot_s": measure.tpot_s,
+        "e2e_s": measure.e2e_s,
+        "lag_s": measure.lag_s,
+    }
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, "chunks", *latencies])
+        for record in records:
+            row = [getattr(record, name) for name in names]
+            writer.writerow([*row, len(record.chunk_s), *(of(record) for of in latencies.values())])

@@ -1,0 +1,193 @@
+"""`bench run`: one load, sent several times, measured and written down.
+
+Reads top to bottom in `run`: check the target, warm it up; for each repeat, plan what to send and
+when, send it from Ray actors while the server is scraped, and put the records on disk as they come;
+then work out the figures.
+"""
+
+import asyncio
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench import load, measure, result, schedule, workload
+from bench.client import Client, Target
+from bench.errors import TargetError, nearest
+from bench.measure import Slo
+from bench.progress import Line, Progress
+from bench.records import Record, append
+from bench.result import Repeat
+from bench.scrape import Scraper, samples
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A load on a target.
+
+    Attributes:
+        target: what is asked.
+        workload, load: what to send and when, as specs.
+        count, duration_s: what ends a repeat; None for the workload's or the load's own end.
+        repeats: how often the load is sent; each time with other prompts and arrival times.
+        seed: of the first repeat.
+        actors: load actors.
+        warm_up: requests sent before the first repeat, and not recorded.
+        slo: what counts as good.
+        metrics: where the server's metrics are.
+        name: of the run, in reports.
+    """
+
+    target: Target
+    workload: str
+    load: str
+    count: int | None = None
+    duration_s: float | None = None
+    repeats: int = 3
+    seed: int = 0
+    actors: int = 1
+    warm_up: int = 4
+    slo: Slo | None = None
+    metrics: tuple[str, ...] = ()
+    name: str = ""
+
+
+async def run(job: Job, folder: Path) -> dict[str, Any]:
+    """Do the job; what came back is in `folder`/records.jsonl as it comes, the rest at the end.
+
+    Interrupted, it breaks off and still returns a result, which says so.
+
+    Raises:
+        BenchError: the job is impossible, or the target does not answer.
+    """
+    when = schedule.parse(job.load)
+    plans = [
+        schedule.plan(
+            workload.parse(job.workload, job.seed + repeat),
+            when,
+            job.count,
+            job.duration_s,
+            job.seed + repeat,
+        )
+        for repeat in range(job.repeats)
+    ]
+    await check(job.target)
+    head = result.header("run", job.name or f"{job.workload} {job.load}")
+    records_path = result.prepare(folder)
+    load.connect()
+    await warm_up(job)
+    repeats: list[Repeat] = []
+    for number, plan in enumerate(plans):
+        repeats.append(await _repeat(job, plan, number, records_path))
+        if repeats[-1].outcome.interrupted:
+            break
+    users = when.users if isinstance(when, schedule.Closed) else None
+    ramp_s = when.duration_s if isinstance(when, schedule.Ramp) else 0.0
+    found = head | asked(job) | result.figures(repeats, job.slo, users, ramp_s)
+    if len(repeats) < job.repeats:
+        found["doubts"].append(f"{len(repeats)} of {job.repeats} repeats were run")
+        found["valid"] = False
+    records = [record for repeat in repeats for record in repeat.outcome.records]
+    found |= measure.vllm_names(
+        records,
+        model=job.target.model,
+        endpoint=job.target.endpoint,
+        date=time.strftime("%Y%m%d-%H%M%S"),
+        slo=job.slo,
+        request_rate=getattr(when, "rate", None),
+        burstiness=getattr(when, "cv", 1.0) ** -2,
+        max_concurrency=users,
+    )
+    result.write(folder, found, records)
+    return found
+
+
+async def _repeat(job: Job, plan: schedule.Plan, number: int, path: Path) -> Repeat:
+    """Send one plan, while the server is scraped."""
+    line = Line(label=f"{number + 1}/{job.repeats} ")
+
+    def take(records: list[Record], progress: Progress) -> None:
+        append(path, records)
+        line(progress)
+
+    async with Scraper(job.metrics).running() as scraper:
+        outcome = await load.run(plan, job.target, job.actors, take, repeat=number)
+    line.close()
+    # The scraper's clock is the machine's, the load's starts with the load.
+    start_s = time.time() - (time.perf_counter() - outcome.start_s)
+    return Repeat(outcome=outcome, server=samples(scraper.scrapes, start_s))
+
+
+async def check(target: Target) -> None:
+    """
+    Raises:
+        TargetError: the target does not answer, or does not serve the model.
+    """
+    served = await models(target)
+    if served and target.model not in served:
+        near = nearest(target.model, served)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise TargetError(f"model = {target.model!r}: not served{hint} ({', '.join(served)})")
+
+
+async def models(target: Target) -> list[str]:
+    """What the target serves.
+
+    Raises:
+        TargetError: it does not answer.
+    """
+    with contextlib.closing(Client(target, time.perf_counter)) as client:
+        return await client.models()
+
+
+async def warm_up(job: Job) -> None:
+    """Send the first requests of the workload, one by one, so that no repeat pays for a first use.
+
+    Raises:
+        TargetError: one of them fails; so would the run.
+    """
+    # Of a seed that no repeat has: a repeat must not find its prompts in the prefix cache.
+    requests = workload.parse(job.workload, job.seed - 1).take(job.warm_up)
+    with contextlib.closing(Client(job.target, time.perf_counter)) as client:
+        for index, request in enumerate(requests):
+            record = Record(index=index, planned_s=time.perf_counter())
+            record = await client.ask(request, record)
+            if record.error:
+                raise TargetError(f"url = {job.target.url!r}: the warm-up failed: {record.error}")
+
+
+def asked(job: Job) -> dict[str, Any]:
+    """The part of a result that says what was asked for; no key and no header of the target."""
+    return {
+        "target": {
+            "url": job.target.url,
+            "model": job.target.model,
+            "endpoint": job.target.endpoint,
+        },
+        "workload": job.workload,
+        "load": job.load,
+        "count": job.count,
+        "duration_s": job.duration_s,
+        "seed": job.seed,
+        "slo": msgspec.to_builtins(job.slo),
+    }
+
+
+def with_model(target: Target) -> Target:
+    """The target, with the model that it serves where none was named.
+
+    Raises:
+        TargetError: it does not answer, or serves several.
+    """
+    if target.model:
+        return target
+    served = asyncio.run(models(target))
+    if len(served) != 1:
+        raise TargetError(f"url = {target.url!r}: say with --model which of: {', '.join(served)}")
+    return msgspec.structs.replace(target, model=served[0])
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

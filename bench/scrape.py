@@ -1,0 +1,128 @@
+"""What the server says of itself during a run: its Prometheus metrics, sampled on the run's clock.
+
+vLLM's names, summed over everything that is scraped; counters count from the first sample. A
+series that the server does not have stays None, and a scrape that failed leaves a gap: neither
+is a zero.
+"""
+
+import asyncio
+import contextlib
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterable, Mapping
+
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+_GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "kv_usage",
+    "ray_serve_deployment_replica_healthy": "replicas",
+}
+_COUNTERS = {
+    "vllm:prompt_tokens_total": "prompt_tokens",
+    "vllm:generation_tokens_total": "generation_tokens",
+    "vllm:num_preemptions_total": "preemptions",
+    "vllm:prefix_cache_queries_total": "prefix_queries",
+    "vllm:prefix_cache_hits_total": "prefix_hits",
+}
+
+
+class Sample(msgspec.Struct, kw_only=True):
+    """One scrape.
+
+    Attributes:
+        t_s: when, seconds since the start of the run.
+        running, waiting: requests in the engines.
+        kv_usage: share of the KV cache in use, 0 to 1, the mean over engines.
+        replicas: healthy replicas.
+        prompt_tokens, generation_tokens, preemptions: since the first sample.
+        prefix_hit_rate: share of prompt tokens found in the prefix cache since the first sample.
+    """
+
+    t_s: float
+    running: float | None = None
+    waiting: float | None = None
+    kv_usage: float | None = None
+    replicas: float | None = None
+    prompt_tokens: float | None = None
+    generation_tokens: float | None = None
+    preemptions: float | None = None
+    prefix_hit_rate: float | None = None
+
+
+def totals(texts: Iterable[str]) -> dict[str, float]:
+    """The series this module knows, over the expositions of several servers.
+
+    Sums, but for the KV cache's use, which is the mean over engines.
+    """
+    values: dict[str, list[float]] = {}
+    names = _GAUGES | _COUNTERS
+    for text in texts:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name in names:
+                    values.setdefault(names[sample.name], []).append(sample.value)
+    found = {name: sum(each) for name, each in values.items()}
+    if "kv_usage" in found:
+        found["kv_usage"] /= len(values["kv_usage"])
+    return found
+
+
+def samples(scrapes: Iterable[tuple[float, Mapping[str, float]]], start_s: float) -> list[Sample]:
+    """Samples on the run's clock, from (time, totals) pairs on the clock of `start_s`."""
+    result: list[Sample] = []
+    first: dict[str, float] = {}
+    for at_s, found in scrapes:
+        for name in _COUNTERS.values():
+            if name in found:
+                first.setdefault(name, found[name])
+        since = {name: found[name] - first[name] for name in _COUNTERS.values() if name in found}
+        queries = since.pop("prefix_queries", 0.0)
+        hits = since.pop("prefix_hits", 0.0)
+        gauges = {name: found[name] for name in _GAUGES.values() if name in found}
+        rate = hits / queries if queries else None
+        result.append(Sample(t_s=at_s - start_s, prefix_hit_rate=rate, **gauges, **since))
+    return result
+
+
+class Scraper:
+    """Scrapes while it runs. `scrapes` holds (unix time, totals); `failed` counts what did not."""
+
+    def __init__(self, urls: Iterable[str], period_s: float = 1.0) -> None:
+        self.urls = list(urls)
+        self.period_s = period_s
+        self.scrapes: list[tuple[float, dict[str, float]]] = []
+        self.failed = 0
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["Scraper"]:
+        task = asyncio.create_task(self._run()) if self.urls else None
+        try:
+            yield self
+        finally:
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def _run(self) -> None:
+        while True:
+            began_s = time.time()
+            try:
+                texts = await asyncio.gather(*(asyncio.to_thread(_get, url) for url in self.urls))
+                found = await asyncio.to_thread(totals, texts)
+                self.scrapes.append(((began_s + time.time()) / 2, found))
+            except (OSError, ValueError):
+                self.failed += 1
+            await asyncio.sleep(max(0.0, began_s + self.period_s - time.time()))
+
+
+def _get(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return str(response.read().decode())
+    except urllib.error.HTTPError as error:
+        raise OSError(f"{url}: {error}") from error

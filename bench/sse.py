@@ -1,0 +1,225 @@
+"""Reads a response of the OpenAI API into a record: events of a stream, a whole answer, an error.
+
+Pure: it is given bytes with the time at which they arrived, cut anywhere, and keeps what
+`records.Record` has a place for. An event counts as output when it shows the user something: text,
+reasoning or a part of a tool call; the first event of a chat, which names only the role, does not.
+"""
+
+from typing import Any
+
+import msgspec
+
+from bench.records import Record
+
+# Enough to tell errors apart in a table; servers answer with whole tracebacks.
+_SHORT = 200
+
+
+class _Delta(msgspec.Struct, gc=False):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # What vLLM calls it since 0.12.
+    refusal: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    text: str | None = None
+    delta: _Delta | None = None
+    message: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Details(msgspec.Struct, gc=False):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct, gc=False):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+
+
+class _Event(msgspec.Struct, gc=False):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+    object: str | None = None
+    message: Any = None
+    detail: Any = None
+
+
+_event = msgspec.json.Decoder(_Event)
+
+
+class Events:
+    """The events of one streamed response. `feed` it with its bytes, then `end` it.
+
+    Lines may end with LF, CR LF or CR, comments are skipped, and the bytes may be cut anywhere: a
+    character that takes several bytes is only decoded once its event is whole.
+    """
+
+    __slots__ = ("_cr", "_data", "_done", "_kind", "_line", "_record", "_text")
+
+    def __init__(self, record: Record, keep_text: bool) -> None:
+        self._record = record
+        self._text: list[str] | None = [] if keep_text else None
+        self._line = b""  # The beginning of a line whose end has not come.
+        self._data: list[bytes] = []  # Data lines of an event whose end has not come.
+        self._kind = b""
+        self._cr = False  # Whether a LF that comes next belongs to a CR that has come.
+        self._done = False
+
+    def feed(self, data: bytes, at_s: float) -> None:
+        """Add what arrived at `at_s`: it is the time of every event that this completes."""
+        if data.startswith(b"data: {") and not (self._line or self._data or self._kind):
+            # Nearly every read is one whole event. JSON allows the blank line after it, and
+            # nothing else: several events, or a part of one, do not pass for one.
+            try:
+                event = _event.decode(data[6:])
+            except msgspec.DecodeError:
+                self._lines(data, at_s)
+            else:
+                if data.endswith(b"\n\n"):
+                    self._cr = False
+                    self._take(event, at_s)
+                else:
+                    self._lines(data, at_s)
+        else:
+            self._lines(data, at_s)
+
+    def end(self) -> None:
+        """The response is over: it was cut unless it said that it is done."""
+        record = self._record
+        if self._text:
+            record.text = "".join(self._text)
+        if record.error:
+            return
+        if not self._done:
+            record.error = "cut: the stream ended without [DONE]"
+        elif not record.finish_reason:
+            record.error = "cut: the stream ended without a finish_reason"
+
+    @property
+    def done(self) -> bool:
+        """Whether [DONE] has come."""
+        return self._done
+
+    def _lines(self, data: bytes, at_s: float) -> None:
+        """Any bytes, by the rules of server-sent events."""
+        if self._cr and data.startswith(b"\n"):
+            data = data[1:]
+            if not data:
+                self._cr = False
+                return
+        self._cr = data.endswith(b"\r")
+        lines = (self._line + data).splitlines(keepends=True)
+        self._line = b""
+        if lines and not lines[-1].endswith((b"\r", b"\n")):
+            self._line = lines.pop()
+        for line in lines:
+            line = line.rstrip(b"\r\n")
+            if line:
+                self._field(line)
+            else:
+                self._dispatch(at_s)
+
+    def _field(self, line: bytes) -> None:
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            self._data.append(value.removeprefix(b" "))
+        elif name == b"event":
+            self._kind = value.removeprefix(b" ")
+
+    def _dispatch(self, at_s: float) -> None:
+        """A blank line: the event is whole."""
+        data, kind = b"\n".join(self._data), self._kind
+        self._data, self._kind = [], b""
+        if data.strip() == b"[DONE]":
+            self._done = True
+        elif kind == b"error":
+            self._fail(f"error event: {error_text(data)}")
+        elif data:
+            try:
+                event = _event.decode(data)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                self._fail(f"bad event: {_short(data.decode(errors='replace'))}")
+            else:
+                self._take(event, at_s)
+
+    def _take(self, event: _Event, at_s: float) -> None:
+        if event.choices:
+            choice = event.choices[0]
+            said, record = choice.delta, self._record
+            text = choice.text
+            if said:
+                text = said.content or said.reasoning_content or said.reasoning or said.refusal
+            if text or (said and said.tool_calls):
+                record.chunk_s.append(at_s)
+                if text and self._text is not None:
+                    self._text.append(text)
+            if choice.finish_reason:
+                record.finish_reason = choice.finish_reason
+        if event.usage:
+            _use(self._record, event.usage)
+        if event.error or event.object == "error":
+            self._fail(f"error event: {_message(event) or 'without a message'}")
+
+    def _fail(self, error: str) -> None:
+        """The first error is the cause."""
+        self._record.error = self._record.error or error
+
+
+def read_whole(record: Record, body: bytes, at_s: float, keep_text: bool) -> None:
+    """An answer with status 200 that is not streamed: all its output came at `at_s`."""
+    try:
+        answer = _event.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        record.error = f"bad response: {_short(body.decode(errors='replace')) or 'empty'}"
+        return
+    if answer.usage:
+        _use(record, answer.usage)
+    if answer.error or not answer.choices:
+        record.error = f"bad response: {_message(answer) or 'no choices'}"
+        return
+    choice = answer.choices[0]
+    said = choice.message
+    text = choice.text
+    if said:
+        text = said.content or said.reasoning_content or said.reasoning or said.refusal
+    if text or (said and said.tool_calls):
+        record.chunk_s.append(at_s)
+    record.finish_reason = choice.finish_reason or ""
+    if keep_text:
+        record.text = text or ""
+
+
+def error_text(body: bytes) -> str:
+    """What the body of an error says, in one short line; empty where it says nothing."""
+    try:
+        said = _message(_event.decode(body))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        said = ""
+    return said or _short(body.decode(errors="replace"))
+
+
+def _use(record: Record, usage: _Usage) -> None:
+    record.input_tokens = usage.prompt_tokens
+    record.output_tokens = usage.completion_tokens
+    if usage.prompt_tokens_details:
+        record.cached_tokens = usage.prompt_tokens_details.cached_tokens
+
+
+def _message(event: _Event) -> str:
+    """The message of an error as OpenAI, older vLLM, FastAPI and others write it."""
+    error = event.error or event.message or event.detail
+    if isinstance(error, dict):
+        error = error.get("message") or error
+    if not error:
+        return ""
+    return _short(error if isinstance(error, str) else msgspec.json.encode(error).decode())
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHORT else line[: _SHORT - 1] + "…"

@@ -1,0 +1,281 @@
+"""Traces: what of a file becomes a request, when, how long, and which text it shares."""
+
+import itertools
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from bench import trace
+from bench.errors import WorkloadError
+from bench.trace import Cut, Row
+from bench.workload import Request, parse
+
+TRACES = Path(__file__).parents[3] / "shared" / "traces"
+CONVERSATION = TRACES / "azure-llm-2023-conv.csv"
+CODE = TRACES / "azure-llm-2023-code.csv"
+
+
+def words(request: Request) -> list[str]:
+    assert isinstance(request.prompt, str)
+    return request.prompt.split(" ")
+
+
+def azure(folder: Path, *lines: str, head: str = "TIMESTAMP,ContextTokens,GeneratedTokens") -> Path:
+    path = folder / "trace.csv"
+    path.write_bytes("\r\n".join([head, *lines]).encode())
+    return path
+
+
+def jsonl(folder: Path, *rows: tuple[float, int, int, list[int] | None]) -> Path:
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    lines = [dict(zip(names, row, strict=True)) for row in rows]
+    for line in lines:
+        if line["hash_ids"] is None:
+            del line["hash_ids"]
+    path = folder / "trace.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+# --- the real traces ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not CONVERSATION.exists(), reason=f"{CONVERSATION.name} is not here")
+def test_the_conversation_trace_is_as_published() -> None:
+    rows = trace.read("azure", CONVERSATION)
+    assert len(rows) == 19366
+    assert rows[-1].at_s == pytest.approx(3501.722, abs=0.001)
+    gaps = [b.at_s - a.at_s for a, b in itertools.pairwise(rows)]
+    assert statistics.stdev(gaps) / statistics.fmean(gaps) == pytest.approx(1.09, abs=0.01)
+    assert statistics.median(row.input_tokens for row in rows) == 1020
+    assert statistics.median(row.output_tokens for row in rows) == 129
+    assert (rows[0].input_tokens, rows[0].output_tokens, rows[0].at_s) == (374, 44, 0.0)
+    assert rows[1].at_s == pytest.approx(4.3145790, abs=1e-6)
+
+
+@pytest.mark.skipif(not CODE.exists(), reason=f"{CODE.name} is not here")
+def test_the_code_trace_is_as_published_and_replays_scaled_down() -> None:
+    rows = trace.read("azure", CODE)
+    assert len(rows) == 8819
+    gaps = [b.at_s - a.at_s for a, b in itertools.pairwise(rows)]
+    assert statistics.stdev(gaps) / statistics.fmean(gaps) == pytest.approx(13, abs=0.5)
+    workload = parse(f"azure:{CODE},scale=0.1,max_input=300,speed=10,duration_s=600", 0)
+    wanted = [row for row in rows if row.at_s < 600]
+    assert workload.length == len(wanted)
+    for row, request in zip(wanted, workload.take(200), strict=False):
+        assert request.at_s == pytest.approx(row.at_s / 10)
+        assert len(words(request)) == request.input_tokens
+        assert request.input_tokens == min(300, max(1, round(row.input_tokens * 0.1)))
+
+
+# --- formats --------------------------------------------------------------------------------
+
+
+def test_azure_times_count_from_the_first_request_whatever_their_zone_and_order(
+    tmp_path: Path,
+) -> None:
+    path = azure(
+        tmp_path,
+        "2024-05-10 00:00:02.500000+00:00,30,3",
+        "2024-05-10 00:00:00.009930+00:00,10,1",
+        "2024-05-10 00:00:01+00:00,20,0",
+    )
+    rows = trace.read("azure", path)
+    assert [row.at_s for row in rows] == pytest.approx([0, 0.99007, 2.49007])
+    assert [(row.input_tokens, row.output_tokens) for row in rows] == [(10, 1), (20, 0), (30, 3)]
+
+
+def test_mooncake_counts_milliseconds_and_vllm_seconds(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, (500, 600, 5, [7, 8]), (3500, 700, 6, None))
+    expected = [Row(0.0, 600, 5, (7, 8)), Row(3.0, 700, 6)]
+    assert trace.read("mooncake", path) == expected
+    assert [row.at_s for row in trace.read("vllm", path)] == [0.0, 3000.0]
+    assert trace.read("vllm", path, tick_s=0.001) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("2023-11-16 18:17:03.97,12,", "invalid literal"),
+        ("2023-11-16 18:17:03.97,12", "int()"),
+        ("2023-11-16 18:17:03.97,-1,5", "a length is below 0"),
+        ("2023-11-16 18:17:03.97,1,-5", "a length is below 0"),
+        ("yesterday,1,5", "Invalid isoformat"),
+    ],
+)
+def test_a_bad_azure_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    path = azure(tmp_path, "2023-11-16 18:17:03.9799600,4808,10", line)
+    with pytest.raises(WorkloadError) as caught:
+        trace.read("azure", path)
+    assert f"azure = '{path}:3': not a request: " in str(caught.value)
+    assert problem in str(caught.value)
+
+
+def test_an_azure_file_needs_its_columns(tmp_path: Path) -> None:
+    path = azure(tmp_path, "1,2,3", head="TIMESTAMP,Context,GeneratedTokens")
+    with pytest.raises(WorkloadError, match="no column 'ContextTokens'"):
+        trace.read("azure", path)
+    path.write_bytes(b"")
+    with pytest.raises(WorkloadError, match="no column 'TIMESTAMP'"):
+        trace.read("azure", path)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"timestamp": 5, "input_length": 6}', "missing required field `output_length`"),
+        ('{"timestamp": "x", "input_length": 6, "output_length": 1}', r"$.timestamp"),
+        ('{"timestamp": 5, "input_length": -6, "output_length": 1}', "a length is below 0"),
+        ('{"timestamp": 5, "input_length": 6, "output_le', "truncated"),
+        ("\x00", "malformed"),
+    ],
+)
+def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    path = jsonl(tmp_path, (0, 6, 5, []))
+    path.write_text(path.read_text() + "\n" + line)
+    with pytest.raises(WorkloadError) as caught:
+        trace.read("mooncake", path)
+    assert f"mooncake = '{path}:3': not a request: " in str(caught.value)
+    assert problem in str(caught.value)
+
+
+def test_a_trace_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match="holds no request"):
+        trace.read("azure", azure(tmp_path))
+    path = jsonl(tmp_path, (0, 6, 5, None), (1000, 6, 5, None))
+    with pytest.raises(
+        WorkloadError, match=r"no request in the part of start_s=2, duration_s=None"
+    ):
+        parse(f"mooncake:{path},start_s=2", 0)
+
+
+# --- cutting --------------------------------------------------------------------------------
+
+ROWS = [Row(float(n), 100 * n, 10 * n, (n,)) for n in range(10)]
+
+
+def test_without_options_a_trace_is_as_it_was_but_for_empty_prompts_and_answers() -> None:
+    assert Cut()(ROWS) == [Row(0.0, 1, 1, (0,)), *ROWS[1:]]
+
+
+def test_a_part_starts_at_0_and_is_measured_in_the_time_of_the_trace() -> None:
+    rows = Cut(start_s=2.5, duration_s=3.0, speed=2.0)(ROWS)
+    assert [row.at_s for row in rows] == [0.25, 0.75, 1.25]
+    assert [row.input_tokens for row in rows] == [300, 400, 500]
+
+
+def test_the_part_holds_its_start_and_not_its_end() -> None:
+    assert [row.hashes for row in Cut(start_s=2.0, duration_s=2.0)(ROWS)] == [(2,), (3,)]
+
+
+def test_lengths_are_scaled_and_then_clipped() -> None:
+    rows = Cut(start_s=1.0, scale=0.125, max_input=60, max_output=4)(ROWS)
+    assert [row.input_tokens for row in rows] == [12, 25, 38, 50, 60, 60, 60, 60, 60]
+    assert [row.output_tokens for row in rows] == [1, 2, 4, 4, 4, 4, 4, 4, 4]
+
+
+def test_a_limit_counts_within_the_part() -> None:
+    assert [row.hashes for row in Cut(start_s=4.0, limit=2)(ROWS)] == [(4,), (5,)]
+
+
+def test_blocks_are_as_long_as_the_prompt() -> None:
+    assert list(trace.blocks(Row(0, 1024, 1, (5, 6)), 512)) == [(5, 512), (6, 512)]
+    assert list(trace.blocks(Row(0, 600, 1, (5, 6)), 512)) == [(5, 512), (6, 88)]
+    assert list(trace.blocks(Row(0, 500, 1, (5, 6)), 512)) == [(5, 500)]
+    assert list(trace.blocks(Row(0, 1100, 1, (5, 6)), 512)) == [(5, 512), (6, 512), (None, 76)]
+    assert list(trace.blocks(Row(0, 9, 1, ()), 512)) == [(None, 9)]
+    assert list(trace.blocks(Row(0, 8, 1, (5, 6, 7, 8)), 2.5)) == [(5, 2), (6, 3), (7, 2), (8, 1)]
+
+
+# --- texts ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mooncake(tmp_path: Path) -> Path:
+    return jsonl(
+        tmp_path,
+        (0, 1300, 5, [1, 2, 3]),
+        (1000, 1536, 5, [1, 2, 4]),
+        (2000, 1200, 5, [1, 2, 3]),
+        (2000, 1024, 5, [9, 2]),
+        (4000, 700, 5, [1]),
+        (5000, 700, 5, [1]),
+    )
+
+
+def test_equal_hashes_are_equal_text_and_others_are_not(mooncake: Path) -> None:
+    taken = [words(request) for request in parse(f"mooncake:{mooncake}", 3).take(9)]
+    assert [len(each) for each in taken] == [1300, 1536, 1200, 1024, 700, 700]
+    blocks = {
+        (place, hash_): [taken[row][512 * place : 512 * (place + 1)] for row in rows]
+        for (place, hash_), rows in {
+            (0, 1): (0, 1, 2, 4, 5),
+            (1, 2): (0, 1, 2, 3),
+        }.items()
+    }
+    for texts in blocks.values():
+        assert all(each == texts[0] for each in texts)
+    # The last block of one hash, cut at two lengths: the shorter begins the longer.
+    assert taken[0][1024 : 1024 + 176] == taken[2][1024:]
+    # Hash 4 is not 3, 9 is not 1, and what no hash speaks for is nobody else's.
+    for one, other in (
+        (taken[1][1024:], taken[0][1024:]),
+        (taken[3][:512], taken[0][:512]),
+        (taken[4][512:], taken[5][512:]),
+    ):
+        assert one[:4] != other[:4]
+        assert sum(a == b for a, b in zip(one, other, strict=False)) < 0.05 * len(other)
+
+
+def test_equal_blocks_are_equal_bytes(mooncake: Path) -> None:
+    first, second = parse(f"mooncake:{mooncake}", 3).take(2)
+    end = len(" ".join(words(first)[:1024]))
+    assert str(first.prompt)[:end] == str(second.prompt)[:end]
+    assert str(first.prompt)[: end + 10] != str(second.prompt)[: end + 10]
+
+
+def test_sharing_keeps_its_shape_when_scaled_and_clipped(mooncake: Path) -> None:
+    taken = [words(r) for r in parse(f"mooncake:{mooncake},scale=0.1,max_input=125", 3).take(9)]
+    assert [len(each) for each in taken] == [125, 125, 120, 102, 70, 70]
+    # Blocks of 51.2 words.
+    assert taken[0][:102] == taken[1][:102] == taken[2][:102]
+    assert taken[0][102:106] != taken[1][102:106]
+    assert taken[3][:4] != taken[0][:4]
+    assert taken[3][51:] == taken[0][51:102]
+    assert taken[4][:51] == taken[5][:51]
+    assert taken[4][51:55] != taken[5][51:55]
+
+
+def test_another_seed_replays_the_same_trace_with_other_words(mooncake: Path) -> None:
+    one, other = (parse(f"mooncake:{mooncake}", seed).take(9) for seed in (1, 2))
+    for a, b in zip(one, other, strict=True):
+        assert (a.at_s, a.input_tokens, a.output_tokens) == (
+            b.at_s,
+            b.input_tokens,
+            b.output_tokens,
+        )
+        assert words(a)[:4] != words(b)[:4]
+    assert parse(f"mooncake:{mooncake}", 1).take(9) == one
+
+
+def test_vllm_blocks_are_16_tokens_unless_said(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, (0, 40, 5, [1, 2]), (1.5, 40, 5, [1, 3]))
+    one, other = parse(f"vllm:{path}", 0).take(2)
+    assert other.at_s == 1.5
+    assert words(one)[:16] == words(other)[:16]
+    assert words(one)[16:20] != words(other)[16:20]
+    one, other = parse(f"vllm:{path},block=20,tick_s=0.001", 0).take(2)
+    assert other.at_s == 0.0015
+    assert words(one)[:20] == words(other)[:20]
+    assert words(one)[20:24] != words(other)[20:24]
+
+
+def test_an_azure_trace_shares_nothing(tmp_path: Path) -> None:
+    lines = [f"2023-11-16 18:17:{n:02}.9799600,50,10" for n in range(50)]
+    workload = parse(f"azure:{azure(tmp_path, *lines)}", 0)
+    assert workload.timed
+    taken = workload.take(50)
+    assert len({words(request)[0] for request in taken}) == 50
+    assert [request.at_s for request in taken] == pytest.approx(list(range(50)))

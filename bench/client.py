@@ -22,7 +22,7 @@ import msgspec
 
 from bench.errors import TargetError
 from bench.records import Record
-from bench.sse import Events, error_text, read_whole
+from bench.sse import UNREADABLE, Events, error_text, read_whole
 from bench.workload import Request
 
 # Events decoded before the loop may look for new ones: a fraction of a millisecond.
@@ -281,7 +281,7 @@ class Client:
             raise TargetError(f"url = {self._target.url!r}: {error}")
         try:
             return [model.id for model in msgspec.json.decode(body, type=_Models).data]
-        except msgspec.DecodeError as problem:
+        except UNREADABLE as problem:
             raise TargetError(f"url = {self._target.url!r}: no list of models: {problem}") from None
 
     def close(self) -> None:

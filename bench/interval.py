@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 Bounds = tuple[float, float]
 Samples = Sequence[float] | NDArray[np.float64]
 CONFIDENCE = 0.95
-_BLOCKS = 20
-_BLOCK_LEAST = 5
+_BLOCKS = 10
 
 
 def of_mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Bounds | None:
@@ -150,22 +149,16 @@ def inflation(values: Samples) -> float:
     """How many of these samples, in order of time, are worth one independent; >= 1.
 
     Requests that are under way together wait in the same queue, so latencies come in runs, and an
-    interval that takes them for independent is too narrow. The variance of the means of 20 blocks
-    is compared with what independent samples would give; of ranks, so that outliers and
-    infinities count as what they are: the highest. Never more than a block is long, so it is
+    interval that takes them for independent is too narrow. The variance of the means of ten blocks
+    is compared with what independent samples would give. Never more than a block is long, so it is
     too low where runs are longer than that, and 1 where there are too few samples to say.
     """
-    length = len(values) // _BLOCKS or _BLOCK_LEAST
-    blocks = len(values) // length
-    if blocks < 2:
-        return 1.0
-    kept = np.asarray(values[: blocks * length], dtype=float)
-    _, place, times = np.unique(kept, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(times) - (times - 1) / 2)[place]
-    spread = float(ranks.var())
+    length = len(values) // _BLOCKS
+    kept = np.asarray(values[: _BLOCKS * length], dtype=float)
+    spread = float(kept.var()) if length > 1 else 0.0
     if spread == 0:
         return 1.0
-    means = ranks.reshape(blocks, length).mean(axis=1)
+    means = kept.reshape(_BLOCKS, length).mean(axis=1)
     return max(1.0, length * float(means.var(ddof=1)) / spread)
 
 

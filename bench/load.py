@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import ray
 
-from bench.client import Target
+from bench.client import Client, Target
 from bench.errors import LoadError
 from bench.progress import Progress
 from bench.records import Record
@@ -30,6 +30,7 @@ LOST = "lost: load actor died"
 _ROUND_TRIPS = 20
 _READY_S = 120.0
 _STOP_S = 10.0
+_CPU = 0.01
 # The lag that is shown is of so many requests.
 _RECENT = 1000
 
@@ -115,7 +116,7 @@ async def run(
     *,
     repeat: int = 0,
     start_delay_s: float = 0.5,
-    on_start: Callable[[float], None] | None = None,
+    on_start: Callable[[float, dict[int, str]], None] | None = None,
 ) -> Outcome:
     """Send a plan from Ray actors; Ray must be initialised (`connect`).
 
@@ -127,7 +128,8 @@ async def run(
             raises ends the run.
         repeat: which repetition this is, for the records.
         start_delay_s: from the order to start to the start, so that it reaches all in time.
-        on_start: called with the instant of the start, `time.perf_counter()` of this process.
+        on_start: called before the start with its instant, `time.perf_counter()` of this process,
+            and with where each actor runs.
 
     Returns:
         The outcome. Cancelled (Ctrl-C under `asyncio.run`), it breaks off what is under way,
@@ -135,13 +137,15 @@ async def run(
 
     Raises:
         LoadError: the actors do not start.
+        TargetError: the target's URL is not one.
     """
+    Client(target, time.perf_counter)  # What is wrong with it is better said here than there.
     crew = _Crew(deal(plan, actors, repeat), plan, on_batch)
     try:
         await crew.hire(target)
         start_s = time.perf_counter() + start_delay_s
         if on_start:
-            on_start(start_s)
+            on_start(start_s, crew.where())
         await crew.work(start_s)
     except asyncio.CancelledError:
         task = asyncio.current_task()
@@ -222,9 +226,14 @@ class _Crew:
 
     async def hire(self, target: Target) -> None:
         """Start the actors, wait until all answer, and compare clocks."""
-        # It asks for no CPU: in a cluster that is full, a load that waits for one never starts.
+        # Ray spreads only what asks for something, and what asks for more than is free never
+        # starts: a hundredth of a core, or nothing where the cluster is full.
+        free = ray.available_resources().get("CPU", 0.0) >= _CPU * len(self._shares)
         remote = ray.remote(Sender).options(
-            num_cpus=0, scheduling_strategy="SPREAD", max_restarts=0, max_concurrency=100
+            num_cpus=_CPU if free else 0,
+            scheduling_strategy="SPREAD",
+            max_restarts=0,
+            max_concurrency=100,
         )
         self._members = [_Member(share, remote.remote(share, target)) for share in self._shares]
         try:
@@ -303,13 +312,16 @@ class _Crew:
     def _now_s(self) -> float:
         return time.perf_counter() - self._outcome.start_s
 
+    def where(self) -> dict[int, str]:
+        return {member.share.actor: member.where for member in self._members}
+
     def outcome(self) -> Outcome:
         outcome = self._outcome
         outcome.duration_s = self._now_s() if outcome.start_s else 0.0
         outcome.records.sort(key=lambda record: record.index)
+        outcome.actors = self.where()
         for member in self._members:
             actor = member.share.actor
-            outcome.actors[actor] = member.where
             outcome.cpu[actor], outcome.cpu_peak[actor] = member.utilisation()
             outcome.clock_offset_s[actor] = member.offset_s
             outcome.clock_error_s[actor] = member.error_s

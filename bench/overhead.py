@@ -34,6 +34,11 @@ from typing import Any
 import psutil
 import yaml
 
+from bench import measure
+from bench.client import Answer, Client, Target
+from bench.records import Record
+from bench.workload import Request
+
 NAME = "bench"
 # Engine arguments of every system, unless --engine says others: a small KV cache, and one thread,
 # since the engine, its front end and the client share the machine.
@@ -87,67 +92,42 @@ def _percentile(values: list[float], percent: int) -> float:
 # --- the client -----------------------------------------------------------------------------
 
 
-async def stream(port: int, body: bytes, sample: Sample) -> None:
-    """One streamed completion over a connection of its own; counts its tokens and gaps.
-
-    Written on raw sockets: the client shares the machine with the server, and an HTTP library
-    would cost more than what is measured.
-    """
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    )
-    sent_s = time.perf_counter()
-    writer.write(head.encode() + body)
-    buffer, last_s = b"", 0.0
-    while b"data: [DONE]" not in buffer:
-        chunk = await reader.read(2**16)
-        now_s = time.perf_counter()
-        if not chunk:
-            raise ConnectionError(f"the stream ended early: {buffer[-300:]!r}")
-        if b'"text"' in chunk:
-            if last_s:
-                sample.itl_s.append(now_s - last_s)
-            else:
-                sample.ttft_s.append(now_s - sent_s)
-            last_s = now_s
-        buffer = (buffer + chunk)[-2048:]
-    usage = buffer.rfind(b'"completion_tokens":')
-    if usage < 0:
-        raise ValueError(f"no usage in the last event: {buffer!r}")
-    digits = buffer[usage + 20 : usage + 30].split(b",")[0].split(b"}")[0]
-    sample.tokens += int(digits)
-    writer.close()
-
-
 async def load(port: int, concurrency: int, requests: int, output_tokens: int) -> Sample:
     """`requests` streams of `output_tokens` tokens, `concurrency` at a time."""
-    body = json.dumps(
-        {
-            "model": NAME,
-            "prompt": "The quick brown fox jumps over the lazy dog, and then it",
-            "max_tokens": output_tokens,
-            "min_tokens": output_tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
-    sample, left = Sample(), iter(range(requests))
+    target = Target(
+        url=f"http://127.0.0.1:{port}",
+        model=NAME,
+        fresh_connections=True,
+        extra={"ignore_eos": True, "min_tokens": output_tokens, "temperature": 0},
+    )
+    request = Request(
+        prompt="The quick brown fox jumps over the lazy dog, and then it",
+        output_tokens=output_tokens,
+    )
+    client, left = Client(target, time.perf_counter), iter(range(requests))
+    answers: list[Answer] = []
 
     async def user() -> None:
-        for _ in left:
-            await stream(port, body, sample)
+        for index in left:
+            answers.append(Answer(Record(index=index, planned_s=time.perf_counter()), False))
+            await client.exchange(request, answers[-1])
 
     started_s = time.perf_counter()
     await asyncio.gather(*(user() for _ in range(concurrency)))
-    sample.elapsed_s = time.perf_counter() - started_s
-    # A run with fewer tokens than were asked for is not a slower run, it is another one.
-    if sample.tokens != requests * output_tokens:
-        raise ValueError(f"{sample.tokens} tokens instead of {requests * output_tokens}")
-    return sample
+    elapsed_s = time.perf_counter() - started_s
+    # Decoded when it is over: the client shares the machine with the server.
+    records = [answer.read() for answer in answers]
+    for record in records:
+        # A run with fewer tokens than were asked for is not a slower run, it is another one.
+        if record.error or record.output_tokens != output_tokens:
+            raise ValueError(f"{record.output_tokens} of {output_tokens} tokens: {record.error}")
+    return Sample(
+        tokens=requests * output_tokens,
+        elapsed_s=elapsed_s,
+        ttft_s=[ttft for record in records if (ttft := measure.ttft_s(record)) is not None],
+        # Events that came in one read are one gap: this is what a reader of the stream sees.
+        itl_s=[gap for record in records for gap in measure.itl_s(record) if gap > 0],
+    )
 
 
 def _load(port: int, concurrency: int, requests: int, output_tokens: int) -> Sample:
@@ -317,7 +297,7 @@ def _stop(system: System) -> None:
 # --- the comparison -------------------------------------------------------------------------
 
 
-def measure(systems: list[System], options: argparse.Namespace) -> list[dict[str, Any]]:
+def interleaved(systems: list[System], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every concurrency, every round, every system in turn. One row for each."""
     rows = []
     clients = Clients(options.clients)
@@ -418,7 +398,7 @@ def main() -> None:
             system.signal(signal.SIGCONT)
             if options.start_together:
                 _wait(system)
-        rows = measure(systems, options)
+        rows = interleaved(systems, options)
     compared = compare(rows, names[0])
     print(table(compared))
     ready = {system.name: round(system.ready_s, 1) for system in systems}

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 SERIES_COLOURS = 6
 _INK, _MUTED, _GRID = "#0a0b10", "#0a0b11", "#0a0b12"
@@ -41,6 +41,7 @@ _LINE_POINTS = 300
 _WIDTH_IN = 10.4
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -82,13 +83,19 @@ class Curve(msgspec.Struct, kw_only=True):
 
 
 class Panel(msgspec.Struct, kw_only=True):
-    """One strip of a timeline: lines over the common clock, filled where `fill` says so."""
+    """One strip of a timeline: lines over the common clock.
+
+    Attributes:
+        filled: numbers of the curves below which the strip is filled.
+        low: less high than others.
+        top: end of the y axis; by default what the curves need.
+    """
 
     title: str
     y_title: str
     curves: list[Curve]
-    fill: bool = False
-    bars: bool = False
+    filled: tuple[int, ...] = ()
+    low: bool = False
     top: float | None = None
 
 
@@ -117,7 +124,7 @@ def cdfs(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[float]]]]], pr
                 axis.plot(x, y, label=label, **_line(index), drawstyle="steps-post")
             axis.set(title=title, xscale="log", ylim=(0, 100.5), xlabel="seconds (log)")
             _log_ticks(axis.xaxis)
-        axes[0].set(ylabel="share of requests answered within (%)", yticks=[0, 25, 50, 75, 95, 100])
+        axes[0].set(ylabel="share of requests answered within (%)", yticks=[0, 25, 50, 75, 95])
         _legend_below(figure, axes)
         return _svg(figure, prefix, "Cumulative distributions of latency")
 
@@ -140,9 +147,9 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, pre
                     axis.annotate(
                         note,
                         (x, y),
-                        xytext=(0, 6),
+                        xytext=(-4, 4),
                         textcoords="offset points",
-                        ha="center",
+                        ha="right",
                         fontsize=7.5,
                         color=_MUTED,
                     )
@@ -166,22 +173,19 @@ def timeline(
         shaded_s: spans that were measured, in seconds of the clock.
         events: what happened when; drawn through all panels and named in the first.
     """
-    heights = [1.0 if panel.bars else 1.5 for panel in panels]
-    with _figure(_WIDTH_IN, 0.7 + 1.05 * sum(heights)) as figure:
+    heights = [0.75 if panel.low else 1.2 for panel in panels]
+    with _figure(_WIDTH_IN, 0.5 + 0.32 * len(panels) + 0.9 * sum(heights)) as figure:
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[
             :, 0
         ]
         for axis, panel in zip(axes, panels, strict=True):
-            for index, curve in enumerate(panel.curves):
-                _strip(axis, curve, panel, index)
-            axis.set(title=panel.title, ylabel=panel.y_title)
-            axis.set_ylim(bottom=0, top=panel.top)
+            _strip(axis, panel)
             for from_s, to_s in shaded_s:
                 axis.axvspan(from_s, to_s, color=_GRID, alpha=0.45, linewidth=0, zorder=0)
             for at_s, _ in events:
                 axis.axvline(at_s, color=_SERIES[1], linewidth=1, linestyle=(0, (2, 2)))
-            if len(panel.curves) > 1:
-                axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
+        if events:  # Room for their names above the curve.
+            axes[0].set_ylim(top=axes[0].get_ylim()[1] * 1.25)
         for at_s, what in events:
             axes[0].annotate(
                 what[:60],
@@ -217,39 +221,45 @@ def heat(at_s: Sequence[float], values_s: Sequence[float], y_title: str, prefix:
         bar.set_label("gaps in the cell (log)")
         bar.outline.set_visible(False)
         bar.ax.minorticks_off()
+        _log_ticks(bar.ax.yaxis)
         if bar.solids is not None:
             bar.solids.set(rasterized=True, edgecolor="none")
         return _svg(figure, prefix, "Heat map of the gaps between tokens over time")
 
 
-def ratios(rows: Sequence[Ratio], x_title: str, prefix: str) -> str:
-    """Ratios with intervals on a log axis about 1; colour and marker say the verdict."""
-    colours = {"better": (_SERIES[2], "o"), "worse": (_SERIES[1], "s")}
-    with _figure(_WIDTH_IN, 0.9 + 0.27 * len(rows)) as figure:
-        axis = figure.subplots()
-        axis.axvline(1, color=_MUTED, linewidth=1)
-        for place, row in enumerate(reversed(rows)):
-            colour, marker = colours.get(row.verdict, (_SERIES[5], "D"))
-            if row.low is not None and row.high is not None:
-                axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2.2)
-            axis.plot([row.ratio], [place], marker, color=colour, markersize=6)
-        axis.set(
-            yticks=range(len(rows)),
-            yticklabels=[row.label for row in reversed(rows)],
-            xscale="log",
-            xlabel=x_title,
-            ylim=(-0.7, len(rows) - 0.3),
-        )
-        ends = [end for row in rows for end in (row.low, row.high, row.ratio) if end]
-        span = max(1.1, *(max(end, 1 / end) for end in ends)) ** 1.1
-        axis.set_xlim(1 / span, span)
-        axis.xaxis.set_major_locator(LogLocator(base=10, subs=_steps(span)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.grid(axis="y", visible=False)
-        axis.tick_params(axis="y", length=0, labelcolor=_INK)
-        axis.spines["left"].set_visible(False)
+def ratios(panels: Sequence[tuple[str, Sequence[Ratio]]], x_title: str, prefix: str) -> str:
+    """Ratios with intervals on a log axis about 1; colour and marker say the verdict.
+
+    Args:
+        panels: (title, rows) side by side. Each has the same labels in the same order.
+    """
+    labels = [row.label for row in panels[0][1]]
+    with _figure(_WIDTH_IN, 0.95 + 0.25 * len(labels)) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, rows) in zip(axes, panels, strict=True):
+            _forest(axis, rows)
+            axis.set(title=title, xlabel=x_title)
+        axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.3, -0.7))
         return _svg(figure, prefix, "Ratios with their intervals")
+
+
+def _forest(axis: Any, rows: Sequence[Ratio]) -> None:
+    colours = {"better": (_SERIES[2], "o"), "worse": (_SERIES[1], "s")}
+    axis.axvline(1, color=_MUTED, linewidth=1)
+    for place, row in enumerate(rows):
+        colour, marker = colours.get(row.verdict, (_SERIES[5], "D"))
+        if row.low is not None and row.high is not None:
+            axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2.2)
+        axis.plot([row.ratio], [place], marker, color=colour, markersize=6)
+    ends = [end for row in rows for end in (row.low, row.high, row.ratio) if end]
+    span = max(1.02, *(max(end, 1 / end) for end in ends)) ** 1.1
+    axis.set(xscale="log", xlim=(1 / span, span))
+    axis.xaxis.set_major_locator(FixedLocator(_about_one(span)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.grid(axis="y", visible=False)
+    axis.tick_params(axis="y", length=0, labelcolor=_INK)
+    axis.spines["left"].set_visible(False)
 
 
 # --- drawing --------------------------------------------------------------------------------
@@ -269,15 +279,21 @@ def _line(index: int) -> dict[str, Any]:
     }
 
 
-def _strip(axis: Any, curve: Curve, panel: Panel, index: int) -> None:
-    colour = _SERIES[index % SERIES_COLOURS]
-    if panel.bars:
-        width = curve.x[1] - curve.x[0] if len(curve.x) > 1 else 1.0
-        axis.bar(curve.x, curve.y, width=width, align="edge", color=_SERIES[1], label=curve.label)
-        return
-    axis.plot(curve.x, curve.y, label=curve.label, **_line(index), drawstyle="steps-post")
-    if panel.fill and index == 0:
-        axis.fill_between(curve.x, curve.y, step="post", color=colour, alpha=0.18, linewidth=0)
+def _strip(axis: Any, panel: Panel) -> None:
+    for index, curve in enumerate(panel.curves):
+        filled = index in panel.filled
+        line = _line(index) | ({"linestyle": "-"} if filled else {})
+        axis.plot(curve.x, curve.y, label=curve.label, **line, drawstyle="steps-post")
+        if filled:
+            axis.fill_between(
+                curve.x, curve.y, step="post", color=line["color"], alpha=0.2, linewidth=0
+            )
+    axis.set(title=panel.title, ylabel=panel.y_title)
+    highest = max((y for curve in panel.curves for y in curve.y), default=0.0)
+    axis.set_ylim(bottom=0, top=panel.top or (None if highest > 0 else 1.0))
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=3 if panel.low else 4, integer=highest >= 1))
+    if len(panel.curves) > 1:
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 
 
 def _ecdf(values: Sequence[float]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -296,14 +312,17 @@ def _log_ticks(axis: Any) -> None:
     low, high = axis.get_view_interval()
     subs = (1.0,) if high / max(low, 1e-12) > 300 else (1.0, 2.0, 5.0)
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _steps(span: float) -> tuple[float, ...]:
-    if span < 1.6:
-        return tuple(value / 10 for value in range(10, 100))
-    return (1, 1.5, 2, 3, 5, 7) if span < 8 else (1, 2, 5)
+def _about_one(span: float) -> list[float]:
+    """Round ratios from 1/span to span, 1 among them."""
+    for step in (0.01, 0.02, 0.05, 0.1, 0.2):
+        if span - 1 / span <= 6 * step:
+            return [round(1 + step * count, 2) for count in range(-6, 7) if count * step > -1]
+    steps = [1.5, 2, 3, 5, 10] if span < 12 else [10.0**power for power in range(1, 7)]
+    return [1 / step for step in reversed(steps)] + [1.0, *map(float, steps)]
 
 
 def _legend_below(figure: Figure, axes: Sequence[Any]) -> None:

@@ -29,13 +29,15 @@ Probe = Callable[[float, int], Awaitable[list[Record]]]
 
 _LOOKS = 4
 # How many more requests than the fewest that could pass, as some count for less than one.
-_SPARE = 1.5
+_SPARE = 2.0
 _FEWEST = 24
 # With fewer requests under way than this on average, they hardly ever meet.
 _IDLE = 0.5
 _SLICES = 10
-# A user is to have this many requests in a probe: the first and the last are not steady.
+# Requests in a probe for each that is under way at a time: the first and the last are not steady.
 _TURNS = 12
+# Shares of a limit below this are far from it, and above its inverse far over it.
+_FAR = 0.5
 _ROUNDING = 1e-9
 
 
@@ -192,6 +194,7 @@ class RateSearch:
         # So many must all be good for the interval to clear the target.
         fewest = math.log(error / looks) / math.log(self._target)
         self._first = max(_FEWEST, math.ceil(fewest * _SPARE / 4))
+        self._turned = 0
         self._points: dict[float, RatePoint] = {}
         self._point: RatePoint | None = RatePoint(rate=start)
 
@@ -201,7 +204,8 @@ class RateSearch:
         # A quarter of what could pass, which is enough to fail by; then the rest; then as many
         # again as there were.
         looks = self._point.looks
-        return self._point.rate, self._first * (2**looks if looks > 1 else 1 + 2 * looks)
+        count = self._first * (2**looks if looks > 1 else 1 + 2 * looks)
+        return self._point.rate, max(count, self._turned)
 
     def tell(self, records: Sequence[Record]) -> None:
         point = self._point
@@ -212,6 +216,7 @@ class RateSearch:
         if point.verdict != "unresolved" or point.looks >= self._looks:
             following = self._following()
             self._point = None if following is None else RatePoint(rate=following)
+            self._turned = 0
 
     @property
     def result(self) -> RateResult:
@@ -237,27 +242,34 @@ class RateSearch:
             (record for record in records if from_s <= record.planned_s <= to_s),
             key=lambda record: record.planned_s,
         )
-        self._add(point.share, [self._slo.used(record) for record in counted])
+        used = [self._slo.used(record) for record in counted]
+        turned = _TURNS * (measures.mean_running or 0)
+        self._turned = math.ceil(2 * turned)
+        # The server begins empty: what was too short for it to fill up flatters it. That can fail
+        # a rate, but is no part of what passes one.
+        if window and len(used) >= turned and not measure.falls_behind(measures):
+            point.share = self._with(point.share, used)
+            if point.share.low > self._target:
+                point.verdict = "pass"
+        elif (alone := self._with(Share(), used)).high < self._target:
+            point.share = alone
         if point.share.high < self._target:
             point.verdict = "fail"
-        elif point.share.low > self._target and not _filling_up(measures):
-            point.verdict = "pass"
 
-    def _add(self, share: Share, used: Sequence[float]) -> None:
-        """Count the requests of one more probe; `used` is how much of a limit each used."""
-        share.good += sum(one <= 1 for one in used)
-        share.counted += len(used)
-        share.independent += int(len(used) / interval.inflation(used))
-        if not share.counted:
-            return
+    def _with(self, share: Share, used: Sequence[float]) -> Share:
+        """The requests of one more probe added; `used` is how much of a limit each used."""
+        good = share.good + sum(one <= 1 for one in used)
+        counted = share.counted + len(used)
+        if not counted:
+            return share
+        near = [min(max(one, _FAR), 1 / _FAR) for one in used]
+        independent = share.independent + int(len(used) / interval.inflation(near))
         # Rounded against either verdict: a part of a miss is one for a pass, and none for a fail.
-        count = share.independent
-        missed = (share.counted - share.good) * count / share.counted
-        most_missed = min(count, math.ceil(missed - _ROUNDING))
-        share.low, _ = interval.of_share_exact(count - most_missed, count, self._confidence)
-        _, share.high = interval.of_share_exact(
-            count - math.floor(missed + _ROUNDING), count, self._confidence
-        )
+        missed = (counted - good) * independent / counted
+        most, least = math.ceil(missed - _ROUNDING), math.floor(missed + _ROUNDING)
+        low, _ = interval.of_share_exact(max(0, independent - most), independent, self._confidence)
+        _, high = interval.of_share_exact(independent - least, independent, self._confidence)
+        return Share(good=good, counted=counted, independent=independent, low=low, high=high)
 
     def _hopeless(self) -> str:
         """Why no lower rate need be tried; empty where one may pass."""
@@ -312,11 +324,6 @@ class RateSearch:
         goodputs = [measures.goodput_per_s for measures in self._points[rate].measures]
         known = [goodput for goodput in goodputs if goodput is not None]
         return fmean(known) if known else None
-
-
-def _filling_up(measures: Measures) -> bool:
-    """Whether the load was still building up, so that latencies flatter the server."""
-    return not measures.steady or measure.falls_behind(measures)
 
 
 # --- where throughput saturates -------------------------------------------------------------

@@ -50,6 +50,8 @@ class _Event(msgspec.Struct, gc=False):
 
 
 _event = msgspec.json.Decoder(_Event)
+# What it raises: for what is not JSON or another JSON, for text that is not UTF-8, for an abyss.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Events:
@@ -77,7 +79,7 @@ class Events:
             # nothing else: several events, or a part of one, do not pass for one.
             try:
                 event = _event.decode(data[6:])
-            except msgspec.DecodeError:
+            except UNREADABLE:
                 self._lines(data, at_s)
             else:
                 if data.endswith(b"\n\n"):
@@ -142,7 +144,7 @@ class Events:
         elif data:
             try:
                 event = _event.decode(data)
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except UNREADABLE:
                 self._fail(f"bad event: {_short(data.decode(errors='replace'))}")
             else:
                 self._take(event, at_s)
@@ -174,7 +176,7 @@ def read_whole(record: Record, body: bytes, at_s: float, keep_text: bool) -> Non
     """An answer with status 200 that is not streamed: all its output came at `at_s`."""
     try:
         answer = _event.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         record.error = f"bad response: {_short(body.decode(errors='replace')) or 'empty'}"
         return
     if answer.usage:
@@ -198,7 +200,7 @@ def error_text(body: bytes) -> str:
     """What the body of an error says, in one short line; empty where it says nothing."""
     try:
         said = _message(_event.decode(body))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         said = ""
     return said or _short(body.decode(errors="replace"))
 

@@ -1,0 +1,187 @@
+"""Results that were never measured: records with known times, written as bench writes them."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench import locust_report, measure, result, workload
+from bench.load import Happening, Outcome
+from bench.measure import Slo
+from bench.records import Record, append
+from bench.result import Repeat
+from bench.scrape import Sample
+
+MACHINE = {
+    "processor": "A processor",
+    "cores": 8,
+    "memory_gib": 64.0,
+    "system": "Linux",
+    "gpus": [{"name": "A GPU", "memory_gib": 80.0, "driver": "1"}],
+    "versions": {"python": "3.11", "vllm": "0.32.0"},
+}
+
+
+def records(
+    count: int,
+    *,
+    repeat: int = 0,
+    rate: float = 8.0,
+    tokens: int = 40,
+    ttft_s: float = 0.12,
+    itl_s: float = 0.012,
+    stall_at_s: float = 1e9,
+    stall_s: float = 2.0,
+    fails: float = 0.0,
+    users: int | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """Poisson arrivals, or `users` in turn; gaps vary, and all stand still for `stall_s` once."""
+    rng = random.Random(f"{seed}/{repeat}")
+    free_s = [0.05 * user for user in range(users or 0)]
+    found, now_s = [], 0.0
+    for index in range(count):
+        user = index % users if users else None
+        now_s = now_s + rng.expovariate(rate) if user is None else free_s[user]
+
+        def held(at_s: float) -> float:
+            return at_s + stall_s if at_s > stall_at_s else at_s
+
+        record = Record(
+            index=index,
+            repeat=repeat,
+            planned_s=now_s,
+            sent_s=now_s + rng.uniform(1e-4, 6e-4),
+            user=user,
+            status=200,
+            asked_output_tokens=tokens,
+            input_tokens=100,
+            output_tokens=tokens,
+            finish_reason="length",
+        )
+        at_s = now_s + ttft_s * rng.lognormvariate(0, 0.35)
+        for _ in range(tokens):
+            record.chunk_s.append(held(at_s) if now_s < stall_at_s else at_s + 0.0)
+            at_s += itl_s * rng.lognormvariate(0, 0.25) * (4 if rng.random() < 0.04 else 1)
+        record.headers_s, record.end_s = record.chunk_s[0], record.chunk_s[-1] + 1e-4
+        if rng.random() < fails:
+            record.error, record.chunk_s = "http 429: rate limit reached", []
+            record.status, record.output_tokens, record.end_s = 429, None, now_s + 0.01
+        if user is not None:
+            free_s[user] = record.end_s
+        found.append(record)
+    return found
+
+
+def header(benchmark: str, name: str, **more: Any) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark,
+        "schema": 1,
+        "name": name,
+        "command": f"python -m bench {benchmark} --url http://127.0.0.1:8000 --out results/x",
+        "started": "2026-01-02T03:04:05+00:00",
+        "commit": "abc1234",
+        "machine": MACHINE,
+        "target": {"url": "http://127.0.0.1:8000", "model": "m", "endpoint": "completions"},
+        **more,
+    }
+
+
+def run(
+    folder: Path,
+    name: str,
+    repeats: list[list[Record]],
+    *,
+    users: int | None = None,
+    slo: Slo | None = None,
+    server: list[Sample] | None = None,
+    events: list[Happening] | None = None,
+    interrupted: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """A run's folder. Returns its result."""
+    outcomes = [
+        Repeat(
+            outcome=Outcome(records=each, events=events or [], interrupted=interrupted),
+            server=server or [],
+        )
+        for each in repeats
+    ]
+    about = {"workload": "synthetic:input=100,output=40", "load": "poisson:rate=8", "seed": 0}
+    found = header("run", name, **about, slo=msgspec.to_builtins(slo))
+    found |= result.figures(outcomes, slo, users) | more
+    path = result.prepare(folder)
+    append(path, [record for each in repeats for record in each])
+    result.write(folder, found)
+    return found
+
+
+def cells(
+    folder: Path, benchmark: str, name: str, speed: float = 1.0, per_user: int = 8
+) -> dict[str, Any]:
+    """A matrix or a baseline: every cell under load by its users."""
+    done = []
+    for place, cell in enumerate(workload.matrix()):
+        scale = speed * (1 + 0.06 * cell.users)
+        each = [
+            records(
+                cell.users * per_user,
+                repeat=repeat,
+                users=cell.users,
+                tokens=cell.output_tokens,
+                ttft_s=(0.03 + cell.input_tokens * 2e-4) * scale,
+                itl_s=0.01 * scale,
+                seed=place,
+            )
+            for repeat in range(3)
+        ]
+        found = result.figures([Repeat(outcome=Outcome(records=one)) for one in each], None, None)
+        done.append({"cell": msgspec.to_builtins(cell), "name": cell.name, **found})
+    found = header(benchmark, name) | {"valid": True, "doubts": [], "cells": done}
+    result.write(folder, found)
+    return found
+
+
+def locust(
+    folder: Path, heard: list[Record], asked: dict[int, str], users: int, **more: Any
+) -> dict[str, Any]:
+    about = header("locust", "locust", workload="synthetic:input=100,output=40", load="users=100")
+    found = locust_report.result(heard, asked, users, {"locust": 0.4}, about) | more
+    path = result.prepare(folder)
+    append(path, heard)
+    result.write(folder, found)
+    return found
+
+
+def sweep(folder: Path, name: str) -> dict[str, Any]:
+    """Throughput that saturates as users double."""
+    points = []
+    for users in (1, 2, 4, 8, 16, 32, 64):
+        slow = max(1.0, users / 16)
+        each = records(
+            users * 12, users=users, ttft_s=0.05 * slow**1.5, itl_s=0.008 * slow, seed=users
+        )
+        measures = measure.measure(each, window=measure.window(each, users))
+        points.append(
+            {
+                "users": users,
+                "looks": 1,
+                "resolved": True,
+                "tokens_per_s": measures.output_tokens_per_s,
+                "measures": [msgspec.to_builtins(measures)],
+                "summary": measure.summary([measures]),
+                "doubts": [],
+            }
+        )
+    found = header("sweep", name) | {
+        "users": 16,
+        "tokens_per_s": points[4]["tokens_per_s"],
+        "resolved": True,
+        "reason": "",
+        "points": points,
+        "valid": True,
+        "doubts": [],
+    }
+    result.write(folder, found)
+    return found

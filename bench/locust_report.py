@@ -23,6 +23,7 @@ def result(
     users: int,
     cpu: Mapping[str, float],
     about: Mapping[str, Any],
+    cut_short: str = "",
 ) -> dict[str, Any]:
     """The result.json of a run.
 
@@ -32,6 +33,7 @@ def result(
         users: how many were meant to be there at a time.
         cpu: CPU time over time of each process of Locust.
         about: what was run: command, machine, target, workload.
+        cut_short: why it is not the run that was asked for.
 
     Returns:
         `about`; at the top what a demo shows, of the steady state where there was one;
@@ -40,7 +42,7 @@ def result(
     whole = measure(heard)
     steady = measure(heard, window=window(heard, users))
     shown = steady if steady.steady else whole
-    found = doubts(shown, cpu, whole)
+    found = doubts(shown, cpu, whole) + ([cut_short] if cut_short else [])
     return {
         "benchmark": "locust",
         "schema": 1,

@@ -7,7 +7,7 @@ answer, TTFT the time until its first token. A stream that ends before `[DONE]` 
 the text of a failure is the server's own. Beside Locust's statistics, `DIR/records.jsonl` gets
 the raw times of every request, and `DIR/result.json` what `bench.measure` derives from them and a
 few example prompts that were asked during the full load, with the answers. Locust's exit status
-is kept, but a run in which nothing was answered ends with 1.
+is kept, but a run that was broken off, or in which nothing was answered, ends with 1.
 
 Answers are read line by line off geventhttpclient, Locust's fast client. The usual ways do not
 show when tokens come: `iter_lines` of FastHttpUser waits for 1024 bytes, and that of requests
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -35,7 +35,7 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from bench import locust_report, machine, records, workload
 from bench.client import Target, encode
-from bench.errors import WorkloadError
+from bench.errors import BenchError, TargetError, WorkloadError
 from bench.records import Record
 from bench.sse import Events, error_text
 
@@ -68,6 +68,55 @@ def _arguments(parser: Any) -> None:
     add("--bench-timeout", "seconds without a byte until it failed", type=float, default=300.0)
     add("--bench-api-key", "bearer token; better as the variable", default="", is_secret=True)
     add("--bench-examples", "file of example prompts, one a line", default="")
+
+
+# --- the endpoint ---------------------------------------------------------------------------
+
+
+def connect(host: str | None, options: Any) -> tuple[HTTPClient, str]:
+    """A client of the host, and the path of its API, such as "/v1".
+
+    Raises:
+        TargetError: the host is not a URL.
+    """
+    parts = urlsplit(host or "")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise TargetError.of("host", host, "is not http://host:port or https://host")
+    client = HTTPClient(
+        parts.hostname,
+        parts.port,
+        ssl=parts.scheme == "https",
+        network_timeout=options.bench_timeout,
+        connection_timeout=options.bench_timeout,
+    )
+    return client, parts.path.rstrip("/") or "/v1"
+
+
+def first_model(http: HTTPClient, base: str, options: Any) -> str:
+    """The model to ask where none is named.
+
+    Raises:
+        TargetError: the endpoint cannot be reached, or names none.
+    """
+    path = f"{base}/models"
+    try:
+        response = http.request("GET", path, headers=_headers(options))
+        body = response.read()
+        if response.status_code != 200:
+            raise TargetError(f"{path}: http {response.status_code}: {error_text(body)}")
+        return str(msgspec.json.decode(body)["data"][0]["id"])
+    except (OSError, HTTPParseError) as error:
+        where = f"{http.host}:{http.port}"
+        raise TargetError(f"{where} cannot be reached: {error}") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise TargetError(f"{path} does not name a model: {error!r}") from None
+
+
+def _headers(options: Any) -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    if options.bench_api_key:
+        headers["Authorization"] = f"Bearer {options.bench_api_key}"
+    return headers
 
 
 # --- one request ----------------------------------------------------------------------------
@@ -181,6 +230,7 @@ class Run:
         self._asked: dict[int, str] = {}  # The prompt of an example, by the index of its record.
         self._cpu: dict[str, float] = {}
         self._users, self._hatched = 0, 0
+        self._stopped_s: float | None = None
         self._index, self._taken = -1, 0
         self._example_due_s, self._flushed_s = float("inf"), 0.0
         if self._out:
@@ -212,6 +262,9 @@ class Run:
     def all_users_are_there(self, user_count: int) -> None:
         self._users = user_count
         self._example_due_s = self.now_s()
+
+    def stopping(self) -> None:
+        self._stopped_s = self.now_s()
 
     def hear(self, heard: list[Record]) -> None:
         self._heard += heard
@@ -252,9 +305,18 @@ class Run:
         """The share of one core that this process has used."""
         return (time.process_time() - self._start_cpu_s) / max(1e-9, self.now_s())
 
+    def _cut_short(self) -> str:
+        """Why the run is not the one that was asked for; empty where it is."""
+        asked_s, ran_s = self.options.run_time, self._stopped_s or self.now_s()
+        if not asked_s or ran_s > asked_s - 1:
+            return ""
+        return f"interrupted: stopped after {ran_s:.1f} s of {asked_s} s"
+
     def judge(self) -> None:
-        """A run in which nothing was answered has failed, whatever else Locust thinks of it."""
-        if not self._worker and not any(record.ok for record in self._heard):
+        """A run that was broken off, or in which nothing was answered, has failed anyway."""
+        if self._worker:
+            return
+        if self._cut_short() or not any(record.ok for record in self._heard):
             self._environment.process_exit_code = self._environment.process_exit_code or 1
 
     def close(self) -> None:
@@ -262,9 +324,14 @@ class Run:
         if self._worker:
             return
         self.flush()
-        users = self._users or self.options.num_users or 1
-        cpu = self._cpu or {"locust": self._busy()}
-        found = locust_report.result(self._heard, self._asked, users, cpu, self._about())
+        found = locust_report.result(
+            self._heard,
+            self._asked,
+            self._users or self.options.num_users or 1,
+            self._cpu or {"locust": self._busy()},
+            self._about(),
+            self._cut_short(),
+        )
         if self._out:
             text = msgspec.json.format(msgspec.json.encode(found), indent=1)
             (self._out / "result.json").write_bytes(text + b"\n")
@@ -332,33 +399,19 @@ class Visitor(User):  # type: ignore[misc]
 
     def __init__(self, environment: Any) -> None:
         super().__init__(environment)
-        parts = urlsplit(self.host or "")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            _stop(environment, f"--host = {self.host!r}: is not http://host:port or https://host")
         self._run: Run = environment.bench
-        options, base = self._run.options, parts.path.rstrip("/") or "/v1"
-        self._path = base + "/chat/completions"
-        self._headers = {"Content-Type": "application/json"}
-        if options.bench_api_key:
-            self._headers["Authorization"] = f"Bearer {options.bench_api_key}"
-        self._http = HTTPClient(
-            parts.hostname,
-            parts.port,
-            ssl=parts.scheme == "https",
-            network_timeout=options.bench_timeout,
-            connection_timeout=options.bench_timeout,
-        )
-        self._run.model = self._run.model or self._first_model(base + "/models")
+        try:
+            self._http, base = connect(self.host, self._run.options)
+            # Known since the start, unless the web page has asked for the host.
+            self._run.model = self._run.model or first_model(self._http, base, self._run.options)
+        except TargetError as error:
+            environment.process_exit_code = 1
+            raise StopTest(str(error)) from None
+        self._path = f"{base}/chat/completions"
+        self._headers = _headers(self._run.options)
         self._target = Target(url=str(self.host), model=self._run.model, endpoint="chat")
         self._number = self._run.number()
         self._free_s, self._failed = self._run.now_s(), False
-
-    def _first_model(self, path: str) -> str:
-        try:
-            response = self._http.request("GET", path, headers=self._headers)
-            return str(msgspec.json.decode(response.read())["data"][0]["id"])
-        except (OSError, HTTPParseError, ValueError, LookupError, TypeError) as error:
-            _stop(self.environment, f"{self.host}{path} does not name a model: {error!r}")
 
     def wait_time(self) -> float:
         wait_s: float = self._run.options.bench_think
@@ -414,18 +467,16 @@ class Visitor(User):  # type: ignore[misc]
 Visitor.tasks = [Visitor.ask]
 
 
-def _stop(environment: Any, why: str) -> NoReturn:
-    environment.process_exit_code = 1
-    raise StopTest(why)
-
-
 # --- the life of the test -------------------------------------------------------------------
 
 
 def _init(environment: Any, runner: Any, **_: Any) -> None:
     try:
         run = environment.bench = Run(environment)
-    except (WorkloadError, OSError) as error:
+        if environment.host and not run.model:
+            http, base = connect(environment.host, run.options)
+            run.model = first_model(http, base, run.options)
+    except (BenchError, OSError) as error:
         raise SystemExit(str(error)) from error
     if isinstance(runner, MasterRunner):
         runner.register_message("bench", run.receive)
@@ -433,6 +484,7 @@ def _init(environment: Any, runner: Any, **_: Any) -> None:
     listeners = environment.events
     listeners.test_start.add_listener(lambda **_: run.begin())
     listeners.spawning_complete.add_listener(run.all_users_are_there)
+    listeners.test_stopping.add_listener(lambda **_: run.stopping())
     listeners.test_stop.add_listener(lambda **_: run.flush())
     listeners.quitting.add_listener(lambda **_: run.judge())
     listeners.quit.add_listener(lambda **_: run.close())

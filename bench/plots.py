@@ -9,6 +9,7 @@ Ids are prefixed, since those of matplotlib repeat from one SVG to the next.
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,7 @@ _HEAT = LinearSegmentedColormap.from_list(
 _DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1)), "-"]
 _MARKERS = "osD^vP"
 _LINE_POINTS = 300
+_LABEL = 60
 _WIDTH_IN = 10.4
 _STYLE = {
     "svg.fonttype": "none",
@@ -121,7 +123,7 @@ def cdfs(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[float]]]]], pr
         for axis, (title, series) in zip(axes, panels, strict=True):
             for index, (label, values_s) in enumerate(series):
                 x, y = _ecdf(values_s)
-                axis.plot(x, y, label=label, **_line(index), drawstyle="steps-post")
+                axis.plot(x, y, label=short(label), **_line(index), drawstyle="steps-post")
             axis.set(title=title, xscale="log", ylim=(0, 100.5), xlabel="seconds (log)")
             _log_ticks(axis.xaxis)
         axes[0].set(ylabel="share of requests answered within (%)", yticks=[0, 25, 50, 75, 95])
@@ -138,7 +140,7 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, pre
                 axis.plot(
                     curve.x,
                     curve.y,
-                    label=curve.label,
+                    label=short(curve.label),
                     marker=_MARKERS[index % len(_MARKERS)],
                     markersize=4,
                     **_line(index),
@@ -156,6 +158,9 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, pre
             axis.set(title=title, xlabel=x_title, ylabel=y_title, yscale="log")
             axis.margins(x=0.08, y=0.16)
             axis.set_xlim(left=0)
+            low, high = axis.get_ylim()
+            if high < 1.4 * low:  # Magnified, noise would look like a trend.
+                axis.set_ylim(low / 1.2, high * 1.2)
             _log_ticks(axis.yaxis)
         _legend_below(figure, axes)
         return _svg(figure, prefix, "Latency over throughput")
@@ -188,7 +193,7 @@ def timeline(
             axes[0].set_ylim(top=axes[0].get_ylim()[1] * 1.25)
         for at_s, what in events:
             axes[0].annotate(
-                what[:60],
+                short(what),
                 (at_s, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(3, -9),
@@ -233,7 +238,7 @@ def ratios(panels: Sequence[tuple[str, Sequence[Ratio]]], x_title: str, prefix: 
     Args:
         panels: (title, rows) side by side. Each has the same labels in the same order.
     """
-    labels = [row.label for row in panels[0][1]]
+    labels = [short(row.label) for row in panels[0][1]]
     with _figure(_WIDTH_IN, 0.95 + 0.25 * len(labels)) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (title, rows) in zip(axes, panels, strict=True):
@@ -260,6 +265,16 @@ def _forest(axis: Any, rows: Sequence[Ratio]) -> None:
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0, labelcolor=_INK)
     axis.spines["left"].set_visible(False)
+
+
+def short(text: str) -> str:
+    """A name that fits in a plot: one line, of characters that can be seen.
+
+    Matplotlib takes a leading underscore for "not in the legend".
+    """
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = line if len(line) <= _LABEL else f"{line[: _LABEL - 1]}…"
+    return f" {line}" if line.startswith("_") else line
 
 
 # --- drawing --------------------------------------------------------------------------------
@@ -326,15 +341,15 @@ def _about_one(span: float) -> list[float]:
 
 
 def _legend_below(figure: Figure, axes: Sequence[Any]) -> None:
-    """One legend for all panels, as every legend keeps its colour in each."""
-    found: dict[str, Any] = {}
+    """One legend for all panels, as every curve keeps its look in each."""
+    found: dict[tuple[str, Any], Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+            found.setdefault((label, handle.get_color()), handle)
     if len(found) > 1:
-        figure.legend(
-            list(found.values()), list(found), loc="outside lower left", ncols=min(3, len(found))
-        )
+        labels = [label for label, _ in found]
+        columns = min(3, len(found))
+        figure.legend(list(found.values()), labels, loc="outside lower left", ncols=columns)
 
 
 # --- SVG ------------------------------------------------------------------------------------
@@ -343,7 +358,9 @@ def _legend_below(figure: Figure, axes: Sequence[Any]) -> None:
 def _svg(figure: Figure, prefix: str, label: str) -> str:
     """The figure as an SVG element for a page: own ids, the page's colours and font."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": prefix}):
+    with matplotlib.rc_context({"svg.hashsalt": prefix}), warnings.catch_warnings():
+        # Matplotlib only lays text out; the page's fonts draw what its own do not have.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -354,7 +371,7 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     text = re.sub(r'(xlink:href|href)="#', rf'\1="#{prefix}-', text)
-    text = re.sub(r"(font: [^;\"]*?px )[^;\"]+", r"\1var(--plot-font)", text)
+    text = re.sub(r"font-family: [^;\"]+", "font-family: var(--plot-font)", text)
     text = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", text, count=1)
     text = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", text, count=1)
     text = re.sub(r"\n\s*", "\n", text)

@@ -58,13 +58,15 @@ class Loaded(msgspec.Struct, kw_only=True):
 
     Attributes:
         data: result.json; made up from the records where there is none.
-        records: all that can be read; `records_absent` says why there are none.
+        records: all that can be read; `records_absent` says why there are no more.
+        namesake: whether another result of the report has the same name.
     """
 
     folder: Path
     data: dict[str, Any]
     records: list[Record] = []
     records_absent: str = ""
+    namesake: bool = False
 
     @property
     def kind(self) -> str:
@@ -72,7 +74,9 @@ class Loaded(msgspec.Struct, kw_only=True):
 
     @property
     def name(self) -> str:
-        return str(self.data.get("name") or self.folder.name)
+        """Its own name, and its folder's where another result of the report has the same."""
+        own = str(self.data.get("name") or self.folder.name)
+        return f"{own} ({self.folder.name})" if self.namesake else own
 
     def of_repeat(self, repeat: int) -> list[Record]:
         return [record for record in self.records if record.repeat == repeat]
@@ -159,13 +163,21 @@ def report(folders: Sequence[Path], out: Path, against: Path | None = None) -> N
             unreadable.append(str(error))
     if not loaded:
         raise ResultError("; ".join(unreadable) or "no folders were given")
-    page = _page(loaded, unreadable, load(against) if against else None)
+    base = load(against) if against else None
+    _tell_apart([*loaded, base] if base else loaded)
+    page = _page(loaded, unreadable, base)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(page)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8", errors="replace")
+
+
+def _tell_apart(loaded: Sequence[Loaded]) -> None:
+    names = [one.name for one in loaded]
+    for one, name in zip(loaded, names, strict=True):
+        one.namesake = names.count(name) > 1
 
 
 def _page(

@@ -30,14 +30,16 @@ Probe = Callable[[float, int], Awaitable[list[Record]]]
 _LOOKS = 4
 # How many more requests than the fewest that could pass, as some count for less than one.
 _SPARE = 2.0
-_FEWEST = 24
+_FEWEST = 64
 # With fewer requests under way than this on average, they hardly ever meet.
 _IDLE = 0.5
 _SLICES = 10
-# Requests in a probe for each that is under way at a time: the first and the last are not steady.
-_TURNS = 12
-# Shares of a limit below this are far from it, and above its inverse far over it.
-_FAR = 0.5
+# Requests of a probe for each that is under way at a time. A queue forgets that it began empty
+# only over many of them; a user of a closed loop has a first and a last one that are not steady.
+_RATE_TURNS, _USER_TURNS = 24, 12
+# Below this share of a limit a latency is far from it, and above that one far over it: there it
+# does not matter how they vary.
+_FAR, _FAR_OVER = 0.2, 2.0
 _ROUNDING = 1e-9
 
 
@@ -46,12 +48,15 @@ class Share(msgspec.Struct, kw_only=True):
 
     Attributes:
         good, counted: requests; failures are counted and not good.
-        independent: as how many independent ones they count.
+        inflation: how many of them are worth one independent; the most that a probe showed, as a
+            probe that is lucky with its queue also shows less of how its requests hang together.
+        independent: counted / inflation.
         low, high: interval for the share, at the confidence of one look.
     """
 
     good: int = 0
     counted: int = 0
+    inflation: float = 1.0
     independent: int = 0
     low: float = 0.0
     high: float = 1.0
@@ -243,7 +248,7 @@ class RateSearch:
             key=lambda record: record.planned_s,
         )
         used = [self._slo.used(record) for record in counted]
-        turned = _TURNS * (measures.mean_running or 0)
+        turned = _RATE_TURNS * (measures.mean_running or 0)
         self._turned = math.ceil(2 * turned)
         # The server begins empty: what was too short for it to fill up flatters it. That can fail
         # a rate, but is no part of what passes one.
@@ -262,14 +267,22 @@ class RateSearch:
         counted = share.counted + len(used)
         if not counted:
             return share
-        near = [min(max(one, _FAR), 1 / _FAR) for one in used]
-        independent = share.independent + int(len(used) / interval.inflation(near))
+        near = [min(max(one, _FAR), _FAR_OVER) for one in used]
+        inflation = max(share.inflation, interval.inflation(near))
+        independent = int(counted / inflation)
         # Rounded against either verdict: a part of a miss is one for a pass, and none for a fail.
         missed = (counted - good) * independent / counted
         most, least = math.ceil(missed - _ROUNDING), math.floor(missed + _ROUNDING)
         low, _ = interval.of_share_exact(max(0, independent - most), independent, self._confidence)
         _, high = interval.of_share_exact(independent - least, independent, self._confidence)
-        return Share(good=good, counted=counted, independent=independent, low=low, high=high)
+        return Share(
+            good=good,
+            counted=counted,
+            inflation=inflation,
+            independent=independent,
+            low=low,
+            high=high,
+        )
 
     def _hopeless(self) -> str:
         """Why no lower rate need be tried; empty where one may pass."""
@@ -362,7 +375,7 @@ class Sweep:
         if self._point is None:
             return None
         users = self._point.users
-        return users, max(self._least, _TURNS * users) * 2**self._point.looks
+        return users, max(self._least, _USER_TURNS * users) * 2**self._point.looks
 
     def tell(self, records: Sequence[Record]) -> None:
         point = self._point

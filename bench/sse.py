@@ -83,7 +83,6 @@ class Events:
                 self._lines(data, at_s)
             else:
                 if data.endswith(b"\n\n"):
-                    self._cr = False
                     self._take(event, at_s)
                 else:
                     self._lines(data, at_s)

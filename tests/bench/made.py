@@ -185,3 +185,33 @@ def sweep(folder: Path, name: str) -> dict[str, Any]:
     }
     result.write(folder, found)
     return found
+
+
+def search(folder: Path, name: str) -> dict[str, Any]:
+    """A search for the highest rate, which ended without a clear answer."""
+    points = []
+    for rate, verdict, good in ((4.0, "pass", 400), (6.0, "unresolved", 396), (8.0, "fail", 200)):
+        measures = measure.measure(records(400, rate=rate), Slo(ttft_s=0.5))
+        points.append(
+            {
+                "rate": rate,
+                "verdict": verdict,
+                "looks": 2,
+                "share": {"good": good, "counted": 400, "independent": 400, "low": 0, "high": 1},
+                "measures": [msgspec.to_builtins(measures)],
+                "summary": measure.summary([measures]),
+                "resolved": verdict != "unresolved",
+            }
+        )
+    found = header("search", name) | {
+        "rate": 4.0,
+        "fails_at": 8.0,
+        "resolved": False,
+        "reason": "the rates in between are too near the objective to tell with 4 probes each",
+        "goodput_per_s": 3.9,
+        "points": points,
+        "valid": True,
+        "doubts": [],
+    }
+    result.write(folder, found)
+    return found

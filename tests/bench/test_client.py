@@ -7,12 +7,13 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -149,6 +150,7 @@ def test_the_time_of_an_event_is_when_its_last_byte_came() -> None:
     half = len(event("a")) + 2 + 10
     assert read([stream[:half], stream[half:]]).chunk_s == [1.0, 2.0]
     assert read([stream]).chunk_s == [1.0, 1.0]
+    assert read([stream[: half - 11], stream[half - 11 :]]).chunk_s == [2.0, 2.0]
     assert read([stream[:4], stream[4:20], stream[20:]]).chunk_s == [3.0, 3.0]
 
 
@@ -190,6 +192,15 @@ def test_an_event_of_a_chat_counts_if_it_shows_something(
 )
 def test_what_is_wrong_with_a_stream_is_said(stream: str, error: str) -> None:
     assert read([stream.encode(errors="surrogateescape")]).error == error
+
+
+def test_a_line_that_came_before_belongs_to_the_event() -> None:
+    assert read([b"event: error\n", b'data: {"message": "no"}\n\n']).error == "error event: no"
+
+
+def test_the_first_error_is_the_cause() -> None:
+    stream = b'data: {"error": "out of memory"}\n\ndata: {"error": "aborted"}\n\n'
+    assert read([stream]).error == "error event: out of memory"
 
 
 def test_the_text_of_an_error_is_one_short_line() -> None:
@@ -599,35 +610,49 @@ async def test_check_says_what_is_wrong_with_a_target() -> None:
             await check(target(url=f"http://127.0.0.1:{PORT}/v2"))
 
 
-@pytest.mark.parametrize("files", [True, False])
-async def test_an_alarm_never_rings_early(files: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the timers of Linux, and with the event loop's own."""
-    if not files:
-        monkeypatch.setattr(alarm, "_LIBRARY", None)
-    for wait_s in (-1.0, 0.0, 0.0003, 0.002, 0.0101):
-        at_s = time.perf_counter() + wait_s
-        await asyncio.wait_for(alarm.sleep_until(at_s), 5)
-        assert time.perf_counter() >= at_s
+# --- time -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files", [True, False])
-async def test_an_alarm_can_be_set_anew_and_stopped(
-    files: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not files:
+@pytest.fixture(params=["file", "loop", "uvloop"])
+def runner(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[asyncio.Runner]:
+    """With the timers of Linux, and with those of the event loops, which are coarse."""
+    if request.param != "file":
         monkeypatch.setattr(alarm, "_LIBRARY", None)
+    factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as made:
+        yield made
+
+
+def test_an_alarm_never_rings_early(runner: asyncio.Runner) -> None:
+    async def sleep() -> None:
+        for wait_s in (-1.0, 0.0, 0.0003, 0.0011, 0.0025, 0.0038, 0.0101):
+            at_s = time.perf_counter() + wait_s
+            await asyncio.wait_for(alarm.sleep_until(at_s), 5)
+            assert time.perf_counter() >= at_s
+
+    runner.run(sleep())
+
+
+def test_an_alarm_can_be_set_anew_and_stopped(runner: asyncio.Runner) -> None:
     rung: list[float] = []
-    made = alarm.Alarm(asyncio.get_running_loop(), lambda: rung.append(time.perf_counter()))
-    made.set(time.perf_counter() + 0.01)
-    made.set(at_s := time.perf_counter() + 0.05)
-    assert await comes(lambda: bool(rung))
-    await asyncio.sleep(0.02)
-    assert len(rung) == 1
-    assert rung[0] >= at_s
-    made.set(time.perf_counter() + 0.01)
-    made.stop()
-    await asyncio.sleep(0.03)
-    made.set(time.perf_counter() + 0.01)
-    made.close()
-    await asyncio.sleep(0.03)
-    assert len(rung) == 1
+
+    async def ring() -> None:
+        loop = asyncio.get_running_loop()
+        made = alarm.Alarm(loop, lambda: rung.append(time.perf_counter()))
+        made.set(time.perf_counter() + 0.01)
+        made.set(at_s := time.perf_counter() + 0.05)
+        assert await comes(lambda: bool(rung))
+        await asyncio.sleep(0.02)
+        assert len(rung) == 1
+        assert rung[0] >= at_s
+        made.set(time.perf_counter() + 0.01)
+        made.stop()
+        await asyncio.sleep(0.03)
+        made.set(time.perf_counter() + 0.01)
+        made.close()
+        await asyncio.sleep(0.03)
+        assert len(rung) == 1
+
+    runner.run(ring())

@@ -103,9 +103,10 @@ def _report(options: Options) -> dict[str, Any]:
 def _compare(options: Options) -> dict[str, Any]:
     from bench import compare, result
 
-    rows = compare.compare(result.read(options.a), result.read(options.b))
-    print(compare.table(rows), file=sys.stderr)
-    return {"benchmark": "compare", "a": str(options.a), "b": str(options.b), "rows": rows}
+    a, b = result.read(options.a), result.read(options.b)
+    rows, notes = compare.compare(a, b), compare.notes(a, b)
+    print(compare.table(rows, notes), file=sys.stderr)
+    return compare.as_json(rows, notes)
 
 
 COMMANDS: Mapping[str, Callable[[Options], dict[str, Any]]] = {

@@ -19,6 +19,7 @@ Bounds = tuple[float, float]
 Samples = Sequence[float] | NDArray[np.float64]
 CONFIDENCE = 0.95
 _BLOCKS = 10
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(80)
 
 
 def of_mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Bounds | None:
@@ -172,13 +173,12 @@ def t_quantile(probability: float, freedom: float) -> float:
     """
     if not 0.5 <= probability < 1 or freedom < 1:
         raise ValueError(f"no quantile of {probability} with {freedom} degrees of freedom")
-    nodes, weights = np.polynomial.legendre.leggauss(80)
     log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
     scale = 2 * math.exp(log_scale) / math.sqrt(math.pi)
 
     def within(angle: float) -> float:
-        angles = angle / 2 * (nodes + 1)
-        return scale * angle / 2 * float(weights @ np.cos(angles) ** (freedom - 1))
+        angles = angle / 2 * (_NODES + 1)
+        return scale * angle / 2 * float(_WEIGHTS @ np.cos(angles) ** (freedom - 1))
 
     sought = 2 * probability - 1
     # Beyond 40 standard deviations, or a right angle, there is nothing to find.

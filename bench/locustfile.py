@@ -213,10 +213,16 @@ class Run:
             self._out.mkdir(parents=True, exist_ok=True)
         self.model: str = options.bench_model
         self._examples = _examples(options.bench_examples)
-        self.begin()
+        self._reset()
 
     def begin(self) -> None:
         """The clock starts. Called again where the web page runs the test again."""
+        self._reset()
+        if self._out:  # Not before: a mistake in the command must not cost an older result.
+            (self._out / "result.json").unlink(missing_ok=True)
+            (self._out / "records.jsonl").write_bytes(b"")
+
+    def _reset(self) -> None:
         # Workers send different prompts, or a prefix cache would answer for all but one.
         self.actor = max(0, getattr(self.runner, "worker_index", 0))
         self._workload = workload.parse(
@@ -233,8 +239,6 @@ class Run:
         self._stopped_s: float | None = None
         self._index, self._taken = -1, 0
         self._example_due_s, self._flushed_s = float("inf"), 0.0
-        if self._out:
-            (self._out / "records.jsonl").write_bytes(b"")
 
     def now_s(self) -> float:
         return time.perf_counter() - self._start_s

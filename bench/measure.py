@@ -10,12 +10,11 @@ one request and `window` for the span of time that is measured:
     e2e_s     end_s - planned_s                                 until the response was complete
     lag_s     sent_s - planned_s                                how late bench itself was
 
-    requests_per_s       successes that ended in the window / its duration
-    output_tokens_per_s  output tokens of successes / duration; a request's tokens are spread evenly
-                         over its chunks, and those that came in the window count
-    total_tokens_per_s   the same and input tokens, which count when the first chunk comes
+    requests_per_s       successes / duration
+    output_tokens_per_s  output tokens of successes / duration
+    total_tokens_per_s   input and output tokens of successes / duration
+    goodput_per_s        successes that met the SLO / duration
     user_tokens_per_s    output tokens of successes / the sum of their e2e_s: what one user gets
-    goodput_per_s        successes that ended in the window and met the SLO / its duration
     good_share           requests that met the SLO / requests; a failure has not met it
     failed_share         failures / requests
     max_running, mean_running   requests under way (sent, not ended) at a time
@@ -26,9 +25,12 @@ counted, and has no latency: as a zero it would make a failing server look fast.
 None where there are too few samples to say how far off it may be (`interval.samples_needed`: 368
 for the 99th); percentiles are linear between samples and deviations divide by n, as in numpy.
 
-Which requests count: those planned in the window, however late they ended; leaving out the
-unfinished would leave out the slow. Without a window that is every request, from the first planned
-time to the last end.
+Which requests count: for latencies and shares those planned in the window, however late they
+ended; leaving out the unfinished would leave out the slow. For what is per second a request counts,
+with its tokens, by the share of its time (planned to end) that lies in the window. Counting what
+ends in the window, or the chunks that come in it, is off by up to half a request for each user, as
+at the beginning of the window all are at the same point of their first request. Without a window
+that is every request as a whole, from the first planned time to the last end.
 """
 
 import math
@@ -330,22 +332,17 @@ def measure(
 ) -> Measures:
     """The figures of one repeat, in `window` or, without one, of the whole.
 
-    Events in a window are those after its beginning and until its end, as it begins and ends with
-    an event. Rates are None for a duration of 0.
+    Rates are None for a duration of 0.
     """
     everything = list(records)
     from_s, to_s = window or _whole(everything)
-    begin_s = from_s if window else -math.inf  # What is first in the whole is in it.
     counted = [record for record in everything if from_s <= record.planned_s <= to_s]
     ok = [record for record in counted if record.ok]
-    ended = [
-        record
-        for record in everything
-        if record.end_s is not None and begin_s < record.end_s <= to_s
-    ]
-    output, total = _tokens_inside(everything, begin_s, to_s)
+    shares = [(r, _share_inside(r, from_s, to_s)) for r in everything if r.ok]
+    ended = sum(from_s < record.end_s <= to_s for record in everything if record.end_s is not None)
+    output, total = _tokens_inside(shares)
     good = sum(map(slo.met_by, counted)) if slo else None
-    good_ended = sum(map(slo.met_by, ended)) if slo else None
+    good_inside = sum(share for r, share in shares if slo.met_by(r)) if slo else None
     latencies = {"ttft": _known(map(ttft_s, ok)), "tpot": _known(map(tpot_s, ok))}
     latencies["e2e"] = _known(map(e2e_s, ok))
     lags = _known(map(lag_s, counted))
@@ -363,7 +360,7 @@ def measure(
         ok=len(ok),
         failed=len(counted) - len(ok),
         planned_per_s=per_s(len(counted)),
-        backlog=len(counted) - len(ended),
+        backlog=len(counted) - ended,
         failures=_counts(reason(record) for record in counted if not record.ok),
         failure_texts={reason(record): record.error for record in counted[::-1] if not record.ok},
         statuses=_counts(str(record.status) for record in counted),
@@ -372,11 +369,11 @@ def measure(
         input_tokens=_sum(record.input_tokens for record in ok),
         output_tokens=_sum(record.output_tokens for record in ok),
         cached_tokens=_sum(record.cached_tokens for record in ok),
-        requests_per_s=per_s(sum(record.ok for record in ended)),
+        requests_per_s=per_s(sum(share for _, share in shares)),
         output_tokens_per_s=per_s(output),
         total_tokens_per_s=per_s(total),
         user_tokens_per_s=_user_tokens_per_s(ok),
-        goodput_per_s=per_s(good_ended),
+        goodput_per_s=per_s(good_inside),
         good_share=good / len(counted) if good is not None and counted else None,
         failed_share=(len(counted) - len(ok)) / len(counted) if counted else None,
         max_running=max_running,
@@ -538,7 +535,7 @@ def timeline(records: Iterable[Record], step_s: float = 1.0) -> Timeline:
 
 
 def output_tokens_by_slice(records: Iterable[Record], window: Window, slices: int) -> list[float]:
-    """Output tokens per second in each of `slices` equal parts of a window."""
+    """Output tokens per second in each of `slices` equal parts of a window, as chunks came."""
     token_s, tokens = _token_events(list(records))
     counts, edges = np.histogram(token_s, slices, range=window, weights=tokens)
     return [float(count) for count in counts / (edges[1] - edges[0])]
@@ -557,21 +554,25 @@ def _token_events(records: Iterable[Record]) -> tuple[_Values, _Values]:
     return np.concatenate(times), np.concatenate(amounts)
 
 
-def _tokens_inside(
-    records: Sequence[Record], after_s: float, until_s: float
-) -> tuple[float | None, float | None]:
-    """Output tokens, and output and input tokens, in a span; None where no usage named any."""
-    ok = [record for record in records if record.ok]
-    if all(record.output_tokens is None for record in ok):
+def _share_inside(record: Record, from_s: float, to_s: float) -> float:
+    """Which share of a request's time lies in a span; 0 where it never ended."""
+    if record.end_s is None:
+        return 0.0
+    took_s = record.end_s - record.planned_s
+    if took_s <= 0:
+        return float(from_s <= record.planned_s <= to_s)
+    return max(0.0, min(record.end_s, to_s) - max(record.planned_s, from_s)) / took_s
+
+
+def _tokens_inside(shares: Sequence[tuple[Record, float]]) -> tuple[float | None, float | None]:
+    """Output tokens, and output and input tokens, of successes that count by these shares.
+
+    None where no usage named output tokens.
+    """
+    if all(record.output_tokens is None for record, _ in shares):
         return None, None
-    times, amounts = _token_events(ok)
-    output = float(amounts[(times > after_s) & (times <= until_s)].sum())
-    read = sum(
-        record.input_tokens or 0
-        for record in ok
-        if after_s < (record.chunk_s[0] if record.chunk_s else _last_known_s(record)) <= until_s
-    )
-    return output, output + read
+    output = sum((record.output_tokens or 0) * share for record, share in shares)
+    return output, output + sum((record.input_tokens or 0) * share for record, share in shares)
 
 
 def _spans(records: Iterable[Record]) -> tuple[_Values, _Values]:

@@ -145,16 +145,6 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, pre
                     markersize=4,
                     **_line(index),
                 )
-                for x, y, note in zip(curve.x, curve.y, curve.notes, strict=False):
-                    axis.annotate(
-                        note,
-                        (x, y),
-                        xytext=(-4, 4),
-                        textcoords="offset points",
-                        ha="right",
-                        fontsize=7.5,
-                        color=_MUTED,
-                    )
             axis.set(title=title, xlabel=x_title, ylabel=y_title, yscale="log")
             axis.margins(x=0.08, y=0.16)
             axis.set_xlim(left=0)
@@ -162,6 +152,7 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, pre
             if high < 1.4 * low:  # Magnified, noise would look like a trend.
                 axis.set_ylim(low / 1.2, high * 1.2)
             _log_ticks(axis.yaxis)
+            _notes(axis, lines)
         _legend_below(figure, axes)
         return _svg(figure, prefix, "Latency over throughput")
 
@@ -248,6 +239,26 @@ def ratios(panels: Sequence[tuple[str, Sequence[Ratio]]], x_title: str, prefix: 
         return _svg(figure, prefix, "Ratios with their intervals")
 
 
+def _notes(axis: Any, lines: Sequence[Curve]) -> None:
+    """Write the notes at their points, but none over another."""
+    placed: list[tuple[float, float]] = []
+    for curve in lines:
+        for x, y, note in zip(curve.x, curve.y, curve.notes, strict=False):
+            across, up = axis.transData.transform((x, y))
+            if any(abs(across - a) < 45 and abs(up - u) < 16 for a, u in placed):
+                continue
+            placed.append((across, up))
+            axis.annotate(
+                note,
+                (x, y),
+                xytext=(-4, 4),
+                textcoords="offset points",
+                ha="right",
+                fontsize=7.5,
+                color=_MUTED,
+            )
+
+
 def _forest(axis: Any, rows: Sequence[Ratio]) -> None:
     colours = {"better": (_SERIES[2], "o"), "worse": (_SERIES[1], "s")}
     axis.axvline(1, color=_MUTED, linewidth=1)
@@ -260,7 +271,7 @@ def _forest(axis: Any, rows: Sequence[Ratio]) -> None:
     span = max(1.02, *(max(end, 1 / end) for end in ends)) ** 1.1
     axis.set(xscale="log", xlim=(1 / span, span))
     axis.xaxis.set_major_locator(FixedLocator(_about_one(span)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(_plain))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0, labelcolor=_INK)
@@ -327,8 +338,13 @@ def _log_ticks(axis: Any) -> None:
     low, high = axis.get_view_interval()
     subs = (1.0,) if high / max(low, 1e-12) > 300 else (1.0, 2.0, 5.0)
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.set_major_formatter(FuncFormatter(_plain))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float, _: object = None) -> str:
+    """A tick without an exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _about_one(span: float) -> list[float]:

@@ -465,7 +465,10 @@ def _cdfs(loaded: Sequence[Loaded]) -> dict[str, Any]:
     if curves and len(drawn) < len(panels):
         absent += [f"{title}: no request has it" for title, _ in panels if (title, _) not in drawn]
     svg = plots.cdfs(drawn, "cdf") if drawn else ""
-    return {"svg": Markup(svg), "absent": absent if curves or absent else ["no run is in it"]}
+    return {
+        "svg": Markup(svg),
+        "absent": absent if curves or absent else ["no single run is in this report"],
+    }
 
 
 def _throughput(loaded: Sequence[Loaded]) -> dict[str, Any]:
@@ -477,7 +480,7 @@ def _throughput(loaded: Sequence[Loaded]) -> dict[str, Any]:
         for place, (name, lines) in enumerate(found)
         if (svg := _curves(lines, f"throughput{place}"))
     ]
-    why = "nothing was measured at more than one load: run `sweep`, `search` or `matrix`"
+    why = "nothing was measured at more than one load: that takes a sweep, a search or a matrix"
     return {"figures": figures, "absent": [] if figures else [why]}
 
 
@@ -527,7 +530,7 @@ def _curve(name: str, points: _Points, metric: str) -> Curve:
 
 
 def _load_of(point: Mapping[str, Any]) -> str:
-    return f"{point['users']}" if "users" in point else f"{point.get('rate', 0):g}/s"
+    return f"{point['users']}" if "users" in point else f"{point.get('rate', 0):.3g}/s"
 
 
 def _found_point(one: Loaded) -> tuple[Mapping[str, Any], str] | None:
@@ -535,7 +538,7 @@ def _found_point(one: Loaded) -> tuple[Mapping[str, Any], str] | None:
         at = one.data.get(key)
         for point in one.data["points"]:
             if at is not None and point.get(key) == at:
-                return point, f"at {at:g} {what}"
+                return point, f"at {at:.3g} {what}"
     return None
 
 
@@ -573,8 +576,8 @@ def _verdict(data: Mapping[str, Any]) -> dict[str, Any]:
     resolved, reason = bool(data.get("resolved")), str(data.get("reason") or "")
     if "rate" in data:
         rate, fails = data["rate"], data.get("fails_at")
-        text = "no rate passed" if rate is None else f"{rate:g} requests/s kept the objective"
-        text += f"; {fails:g} did not" if fails is not None else ""
+        text = "no rate passed" if rate is None else f"{rate:.3g} requests/s kept the objective"
+        text += f"; {fails:.3g} did not" if fails is not None else ""
     else:
         users, tokens = data.get("users"), data.get("tokens_per_s")
         text = "nothing was answered"
@@ -742,6 +745,19 @@ def _shade(cells: Iterable[dict[str, Any]]) -> None:
 # --- Locust ---------------------------------------------------------------------------------
 
 
+def _took(example: Mapping[str, Any]) -> str:
+    """How long an example took, as far as it is known."""
+    whole = "failed after" if example.get("error") else "whole answer"
+    texts = []
+    for label, metric in (("first token", "ttft_s"), (whole, "e2e_s")):
+        unit, scale = _scale(metric)
+        if example.get(metric) is not None:
+            texts.append(f"{label} {number(example[metric] * scale)} {unit}")
+    if example.get("output_tokens") is not None:
+        texts.append(f"{example['output_tokens']} tokens")
+    return ", ".join(texts)
+
+
 def _failed(data: Mapping[str, Any]) -> str:
     failed, requests = data.get("failed"), data.get("requests")
     return "—" if failed is None or requests is None else f"{failed:,} of {requests:,}"
@@ -767,19 +783,7 @@ def _locust(one: Loaded) -> dict[str, Any]:
             for label, metric in (*tiles, *latencies)
         ],
         "errors": data.get("errors") or [],
-        "examples": [
-            {
-                **example,
-                "times": [
-                    (label, _plain(example.get(metric), metric, 0)["text"], unit)
-                    for label, metric, unit in (
-                        ("first token", "ttft_s", "ms"),
-                        ("whole answer", "e2e_s", "s"),
-                    )
-                ],
-            }
-            for example in data.get("examples") or []
-        ],
+        "examples": [{**example, "took": _took(example)} for example in data.get("examples") or []],
         "examples_absent": data.get("examples_absent") or "none were asked",
     }
 

@@ -15,6 +15,7 @@ then closes in on it from both sides.
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -98,8 +99,9 @@ class UsersPoint(msgspec.Struct, kw_only=True):
 
     Attributes:
         tokens_per_s: mean of slices of time; low and high are its interval, where it has one.
-        resolved: whether the interval is as narrow as the gain to be seen asks for.
-        gain, gain_low, gain_high: throughput over that of the point before, with the interval.
+        gain: throughput over that of the point before; gain_low and gain_high are its interval,
+            at the confidence of one look.
+        resolved: whether that interval tells growth from none.
     """
 
     users: int
@@ -121,7 +123,7 @@ class SweepResult(msgspec.Struct, kw_only=True):
     Attributes:
         users: the fewest whose throughput is within the gain of the greatest; None before any.
         tokens_per_s: the greatest throughput of a point.
-        resolved: whether saturation was reached, and the intervals of the last gains say so too.
+        resolved: whether saturation was reached, and at every step growth was told from none.
         reason: why not; empty where it is.
     """
 
@@ -346,7 +348,8 @@ class Sweep:
     """Doubles the users until throughput grows by less than `gain` twice in a row.
 
     Throughput is the mean over slices of the steady state, ten a probe, whose spread says how
-    sure it is; a point is probed again until its interval is narrow enough to see the gain.
+    sure it is. Where the interval of the growth from one point to the next includes `gain`, the
+    less sure of the two is probed again.
 
     Args:
         start, most: users.
@@ -366,9 +369,9 @@ class Sweep:
     ) -> None:
         if not 1 <= start <= most:
             raise ValueError(f"users must be 1 <= {start} <= {most}")
-        self._most, self._gain, self._looks, self._least = most, gain, looks, least_count
-        self._points: list[UsersPoint] = []
+        self._most, self._grown, self._looks, self._least = most, 1 + gain, looks, least_count
         self._slices: dict[int, list[float]] = {}
+        self._points: list[UsersPoint] = []
         self._point: UsersPoint | None = UsersPoint(users=start)
 
     def ask(self) -> tuple[float, int] | None:
@@ -378,22 +381,19 @@ class Sweep:
         return users, max(self._least, _USER_TURNS * users) * 2**self._point.looks
 
     def tell(self, records: Sequence[Record]) -> None:
-        point = self._point
-        if point is None:
+        if self._point is None:
             raise ValueError("the search is over: nothing was asked for")
-        if not point.looks:
-            self._points.append(point)
-        self._look(point, records)
-        if not point.resolved and point.looks < self._looks:
-            return
-        self._point = None
-        if not self._flat() and point.users < self._most:
-            self._point = UsersPoint(users=min(self._most, point.users * 2))
+        if not self._point.looks:
+            self._points.append(self._point)
+        self._look(self._point, records)
+        for before, point in pairwise(self._points):
+            self._compare(before, point)
+        self._point = self._following()
 
     @property
     def result(self) -> SweepResult:
         best = max((point.tokens_per_s for point in self._points), default=0.0)
-        enough = [p.users for p in self._points if p.tokens_per_s * (1 + self._gain) >= best]
+        enough = [p.users for p in self._points if p.tokens_per_s * self._grown >= best]
         reason = self._reason()
         return SweepResult(
             users=min(enough) if best else None,
@@ -410,31 +410,35 @@ class Sweep:
         point.measures.append(measures)
         point.doubts = measure.doubts(measures)
         slices = self._slices.setdefault(point.users, [])
-        if window:  # Else the probe was too short, and is made again with twice the requests.
-            slices += measure.output_tokens_by_slice(records, window, _SLICES)
+        if window:  # Else the probe was too short, and shows no throughput but its start and end.
+            slices += _slices(records, window, measures.output_tokens_per_s or 0.0)
         point.tokens_per_s = fmean(slices) if slices else measures.output_tokens_per_s or 0.0
         point.low, point.high = interval.of_mean(slices) or (None, None)
-        if point.low is not None and point.high is not None:
-            # Two such intervals tell a gain from none.
-            narrow = self._gain / 2.5 * point.tokens_per_s
-            point.resolved = (point.high - point.low) / 2 <= narrow
-        self._compare(point)
 
-    def _compare(self, point: UsersPoint) -> None:
-        if len(self._points) < 2:
-            return
-        before = self._points[-2]
+    def _compare(self, before: UsersPoint, point: UsersPoint) -> None:
         if before.tokens_per_s > 0:
             point.gain = point.tokens_per_s / before.tokens_per_s
-        bounds = interval.of_ratio(self._slices[point.users], self._slices[before.users])
+        slices = self._slices[point.users], self._slices[before.users]
+        bounds = interval.of_ratio(*slices, 1 - (1 - interval.CONFIDENCE) / self._looks)
         point.gain_low, point.gain_high = bounds or (None, None)
+        point.resolved = bounds is not None and not bounds[0] <= self._grown <= bounds[1]
+
+    def _following(self) -> UsersPoint | None:
+        """The point to probe next, which may be one of before; None where the search is over."""
+        last = self._points[-1]
+        if not last.tokens_per_s:
+            return None
+        unsure = [point for point in self._points[-2:] if point.looks < self._looks]
+        if not last.resolved and unsure and len(self._points) > 1:
+            return max(unsure, key=_spread)
+        if self._flat() or last.users >= self._most:
+            return None
+        return UsersPoint(users=min(self._most, last.users * 2))
 
     def _flat(self) -> bool:
-        """Whether the last two steps brought less than the gain, or nothing comes any more."""
-        if not self._points[-1].tokens_per_s:
-            return True
+        """Whether the last two steps brought less than the gain."""
         last = self._points[-2:]
-        return len(self._points) > 2 and all((p.gain or 0) < 1 + self._gain for p in last)
+        return len(self._points) > 2 and all((p.gain or 0) < self._grown for p in last)
 
     def _reason(self) -> str:
         if not self._points:
@@ -444,10 +448,27 @@ class Sweep:
         if not self._points[-1].tokens_per_s:
             return f"nothing was answered with {self._points[-1].users} users"
         if not self._flat():
-            return f"throughput still grew at the most users that may be probed: {self._most}"
-        if any((p.gain_high or math.inf) >= 1 + self._gain for p in self._points[-2:]):
-            return "throughput varies too much to tell the last gains from growth"
+            return f"throughput was not seen to stop growing up to {self._most} users"
+        unsure = [str(point.users) for point in self._points[1:] if not point.resolved]
+        if unsure:
+            return (
+                f"throughput varies too much to tell growth from none at {', '.join(unsure)} users"
+            )
         return ""
+
+
+def _slices(records: Sequence[Record], window: measure.Window, tokens_per_s: float) -> list[float]:
+    """Throughput in equal parts of a window: the mean as `measure` defines it, varied as seen."""
+    seen = measure.output_tokens_by_slice(records, window, _SLICES)
+    scale = tokens_per_s / fmean(seen) if any(seen) else 0.0
+    return [one * scale for one in seen]
+
+
+def _spread(point: UsersPoint) -> float:
+    """Width of the interval over the mean; infinite where there is no interval."""
+    if point.low is None or point.high is None:
+        return math.inf
+    return (point.high - point.low) / point.tokens_per_s
 
 
 # --- the result -----------------------------------------------------------------------------

@@ -8,14 +8,15 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from bench import load
+from bench import load, sender
 from bench.client import Target
 from bench.errors import LoadError, TargetError
 from bench.load import LOST, Outcome
@@ -23,7 +24,7 @@ from bench.progress import Line, Progress
 from bench.records import Record
 from bench.schedule import Closed, Plan, Planned
 from bench.workload import Request
-from tests.services.openai_server import Options, launched
+from tests.services.openai_server import Options, launched, serving
 
 PORT = 8855
 NODES = 3
@@ -248,6 +249,7 @@ async def test_a_dead_actor_of_a_timed_closed_loop_loses_what_was_under_way(
     killed: list[int] = []
 
     def heard(records: list[Record], progress: Progress) -> None:
+        run.heard(records, progress)
         if progress.sent >= 4 and not killed:
             killed.append(run.process(1))
             os.kill(killed[0], signal.SIGKILL)
@@ -258,6 +260,7 @@ async def test_a_dead_actor_of_a_timed_closed_loop_loses_what_was_under_way(
     assert by_error(lost) == {LOST: 2}
     assert all(record.actor == 1 for record in lost)
     assert by_error([r for r in outcome.records if r.actor == 0]).keys() == {""}
+    assert run.progress[-1].running == 0
 
 
 async def test_the_server_dies(cluster: Cluster) -> None:
@@ -302,7 +305,8 @@ async def test_an_interrupted_run_keeps_what_came(cluster: Cluster) -> None:
 
 async def test_what_cannot_write_ends_the_run(cluster: Cluster) -> None:
     def heard(records: list[Record], progress: Progress) -> None:
-        raise OSError("no space left on device")
+        if any(record.actor == 0 for record in records):
+            raise OSError("no space left on device")
 
     with launched(PORT, Options()):
         plan = Plan(planned([0.05 * at for at in range(2000)]))
@@ -318,6 +322,50 @@ async def test_what_cannot_start_says_so(cluster: Cluster, monkeypatch: pytest.M
     monkeypatch.setattr(load, "_READY_S", 0.0)
     with pytest.raises(LoadError, match="actors = '1': not all of them run"):
         await Run(plan, actors=1).go()
+
+
+# --- one actor, without Ray ---------------------------------------------------------------
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process does to be a good instrument is not for the process of the tests."""
+    monkeypatch.setattr(sender, "_settle", lambda: None)
+
+
+async def collect(sending: sender.Sender, pause_s: float = 0.0) -> AsyncIterator[list[Record]]:
+    async for data in sending.send(time.perf_counter()):
+        yield sender.decoder.decode(data).records
+        await asyncio.sleep(pause_s)
+
+
+async def test_nothing_is_forgotten_while_a_batch_is_handed_over(settled: None) -> None:
+    share = sender.Share(actor=0, repeat=0, planned=planned([0.03 * at for at in range(20)]))
+    async with serving(Options(), PORT):
+        sending = sender.Sender(share, Target(url=f"http://127.0.0.1:{PORT}", model="fake"))
+        records = [one for batch in [b async for b in collect(sending, 0.4)] for one in batch]
+    assert sorted(record.index for record in records) == list(range(20))
+
+
+async def test_all_that_is_broken_off_is_decoded_and_handed_over(settled: None) -> None:
+    users = 200
+    plan = planned([None] * users, tokens=500)
+    share = sender.Share(actor=0, repeat=0, planned=plan, users=list(range(users)))
+    async with serving(Options(itl_ms=10), PORT):
+        sending = sender.Sender(share, Target(url=f"http://127.0.0.1:{PORT}", model="fake"))
+        records: list[Record] = []
+        async for batch in collect(sending):
+            records += batch
+            await sending.stop()
+    assert by_error(records) == {"interrupted: the run was stopped": users}
+    assert all(record.chunk_s and record.end_s for record in records)
+
+
+async def test_stopped_before_it_began(settled: None) -> None:
+    share = sender.Share(actor=0, repeat=0, planned=planned([0.0]))
+    sending = sender.Sender(share, Target(url=f"http://127.0.0.1:{PORT}", model="fake"))
+    await sending.stop()
+    assert [batch async for batch in collect(sending)] == [[]]
 
 
 # --- progress -------------------------------------------------------------------------------

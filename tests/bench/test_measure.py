@@ -1,0 +1,643 @@
+"""The metrics against values worked out by hand, and against vLLM's own code where it is there."""
+
+import ast
+import importlib.util
+import json
+import random
+import types
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from bench import measure
+from bench.errors import BenchError
+from bench.measure import Measures, Slo
+from bench.records import Record
+
+
+def answered(index: int = 0, at_s: float = 0.0, **changes: Any) -> Record:
+    """5 tokens in 3 chunks: TTFT 1 s, 2 s from the first to the last chunk, 3.5 s in all."""
+    record = Record(
+        index=index,
+        planned_s=at_s,
+        sent_s=at_s + 0.25,
+        headers_s=at_s + 0.5,
+        chunk_s=[at_s + 1, at_s + 2.5, at_s + 3],
+        end_s=at_s + 3.5,
+        status=200,
+        input_tokens=10,
+        output_tokens=5,
+        finish_reason="stop",
+    )
+    return msgspec.structs.replace(record, **changes)
+
+
+def failed(index: int = 0, at_s: float = 0.0, **changes: Any) -> Record:
+    record = Record(
+        index=index,
+        planned_s=at_s,
+        sent_s=at_s,
+        end_s=at_s + 0.001,
+        status=503,
+        error="http 503: overloaded",
+        asked_input_tokens=7,
+    )
+    return msgspec.structs.replace(record, **changes)
+
+
+def many(count: int, **changes: Any) -> list[Record]:
+    return [answered(index, float(index), **changes) for index in range(count)]
+
+
+# --- one request ----------------------------------------------------------------------------
+
+
+def test_the_latencies_of_a_request_count_from_its_planned_time() -> None:
+    record = answered(at_s=100.0)
+    assert measure.ttft_s(record) == 1.0
+    assert measure.e2e_s(record) == 3.5
+    assert measure.lag_s(record) == 0.25
+    assert measure.itl_s(record) == [1.5, 0.5]
+
+
+def test_tpot_divides_by_the_tokens_of_the_usage_and_not_by_chunks() -> None:
+    assert measure.tpot_s(answered()) == pytest.approx(2 / 4)
+    assert measure.tpot_s(answered(output_tokens=3)) == 1.0
+    assert measure.tpot_s(answered(output_tokens=None)) is None
+    assert measure.tpot_s(answered(output_tokens=1)) is None
+
+
+def test_what_did_not_happen_has_no_latency() -> None:
+    never = Record(index=0, planned_s=1.0, error="lost: load actor died")
+    latencies = (measure.ttft_s, measure.tpot_s, measure.e2e_s, measure.lag_s)
+    assert [latency(never) for latency in latencies] == [None] * 4
+    assert measure.itl_s(never) == []
+
+
+# --- objectives -----------------------------------------------------------------------------
+
+
+def test_an_objective_is_met_only_within_all_its_limits() -> None:
+    assert Slo(ttft_s=1.0, tpot_s=0.5).met_by(answered())
+    assert not Slo(ttft_s=0.99, tpot_s=0.5).met_by(answered())
+    assert not Slo(ttft_s=1.0, tpot_s=0.49).met_by(answered())
+    assert not Slo(e2e_s=3.4).met_by(answered())
+    assert Slo(ttft_s=2.0, tpot_s=0.4).used(answered()) == pytest.approx(1.25)
+
+
+def test_a_failure_and_an_unknown_speed_do_not_meet_an_objective() -> None:
+    assert not Slo(ttft_s=9.0).met_by(failed())
+    assert not Slo(tpot_s=9.0).met_by(answered(output_tokens=None))
+    assert Slo(tpot_s=0.1).met_by(answered(output_tokens=1))
+
+
+def test_objectives_are_parsed() -> None:
+    assert measure.parse_slo("mlperf-server") == Slo(ttft_s=2.0, tpot_s=0.1, percentile=99)
+    assert measure.parse_slo("mlperf-interactive") == Slo(ttft_s=0.5, tpot_s=0.03)
+    own = measure.parse_slo("ttft_ms=250,percentile=95")
+    assert own == Slo(ttft_s=0.25, percentile=95)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("mlperf-servr", "did you mean 'mlperf-server'"),
+        ("tttf_ms=5", "did you mean 'ttft_ms'"),
+        ("ttft_ms=0", "above 0"),
+        ("percentile=95", "limits nothing"),
+        ("ttft_ms=1,percentile=100", "99.99"),
+    ],
+)
+def test_a_wrong_objective_is_named(text: str, said: str) -> None:
+    with pytest.raises(BenchError, match=said):
+        measure.parse_slo(text)
+
+
+# --- a whole run ----------------------------------------------------------------------------
+
+
+def test_a_run_by_hand() -> None:
+    records = [
+        answered(0, 0.0, cached_tokens=4),
+        answered(1, 2.0, output_tokens=9, finish_reason="length"),
+        failed(2, 3.0),
+        Record(index=3, planned_s=4.0, end_s=10.0, error="lost: load actor died"),
+    ]
+    found = measure.measure(records, Slo(ttft_s=1.5, tpot_s=0.3))
+    assert (found.steady, found.from_s, found.to_s, found.duration_s) == (False, 0.0, 10.0, 10.0)
+    assert (found.requests, found.sent, found.ok, found.failed) == (4, 3, 2, 2)
+    assert found.failures == {"http 503": 1, "lost": 1}
+    assert found.failure_texts["lost"] == "lost: load actor died"
+    assert found.statuses == {"200": 2, "503": 1, "0": 1}
+    assert found.finish_reasons == {"stop": 1, "length": 1}
+    assert (found.input_tokens, found.output_tokens, found.cached_tokens) == (20, 14, 4)
+    assert found.planned_per_s == 0.4
+    assert found.requests_per_s == 0.2
+    assert found.output_tokens_per_s == pytest.approx(1.4)
+    assert found.total_tokens_per_s == pytest.approx(3.4)
+    assert found.user_tokens_per_s == pytest.approx(14 / 7)
+    # The first needs 0.5 s a token, the second 0.25.
+    assert found.goodput_per_s == pytest.approx(0.1)
+    assert (found.good_share, found.failed_share) == (0.25, 0.5)
+    assert found.max_running == 3
+    assert found.mean_running == pytest.approx((3.25 + 3.25 + 0.001) / 10)
+    assert (found.ttft_mean_s, found.ttft_std_s) == (1.0, 0.0)
+    assert found.tpot_mean_s == pytest.approx((0.5 + 0.25) / 2)
+    assert found.tpot_std_s == pytest.approx(0.125)
+    assert (found.itl_mean_s, found.e2e_mean_s) == (1.0, 3.5)
+    assert found.lag_max_s == 0.25
+
+
+def test_a_failure_has_no_latency_and_is_not_a_zero() -> None:
+    with_failures = measure.measure([*many(400), *(failed(400 + n, 1.0) for n in range(400))])
+    without = measure.measure(many(400))
+    for latency in ("ttft", "tpot", "itl", "e2e"):
+        for statistic in ("mean", "p50", "p99"):
+            name = f"{latency}_{statistic}_s"
+            assert getattr(with_failures, name) == getattr(without, name) is not None
+    assert with_failures.failed_share == 0.5
+
+
+def test_a_cut_answer_is_no_success_though_tokens_came() -> None:
+    found = measure.measure([answered(0, error="cut: the response ended early"), answered(1)])
+    assert (found.ok, found.failures, found.output_tokens) == (1, {"cut": 1}, 5)
+    assert found.output_tokens_per_s == pytest.approx(5 / 3.5)
+    assert found.e2e_mean_s == 3.5
+
+
+def test_tokens_are_those_of_the_usage_and_never_chunks() -> None:
+    silent = measure.measure([answered(0, output_tokens=None, input_tokens=None)])
+    assert silent.output_tokens is None
+    assert silent.output_tokens_per_s is None
+    assert silent.total_tokens_per_s is None
+    assert silent.user_tokens_per_s is None
+    assert silent.without_usage == 1
+    one_silent = measure.measure([answered(0, output_tokens=None), answered(1, output_tokens=40)])
+    assert (one_silent.output_tokens, one_silent.without_usage) == (40, 1)
+
+
+def test_nothing_at_all_is_measured_without_numbers() -> None:
+    found = measure.measure([])
+    assert (found.requests, found.requests_per_s, found.failed_share) == (0, None, None)
+    assert found.ttft_mean_s is None
+
+
+def test_a_run_that_failed_at_once_has_no_rates() -> None:
+    found = measure.measure([Record(index=0, planned_s=0.0, end_s=0.0, error="connection refused")])
+    assert (found.failed, found.requests_per_s, found.mean_running) == (1, None, None)
+
+
+@pytest.mark.parametrize(("percent", "needed"), [(50, 6), (90, 36), (95, 72), (99, 368)])
+def test_no_percentile_from_too_few_requests(percent: int, needed: int) -> None:
+    name = f"ttft_p{percent}_s"
+    few, enough = measure.measure(many(needed - 1)), measure.measure(many(needed))
+    assert getattr(few, name) is None
+    assert getattr(enough, name) == pytest.approx(1.0)
+    assert name in enough.intervals
+    assert name not in few.intervals
+
+
+def test_failures_do_not_help_to_a_percentile() -> None:
+    records = [*many(367), *(failed(367 + n) for n in range(100))]
+    assert measure.measure(records).ttft_p99_s is None
+    assert measure.vllm_names(records)["p99_ttft_ms"] is None
+
+
+def test_percentiles_and_their_intervals() -> None:
+    records = [answered(n, 0.0, chunk_s=[(n + 1) / 100]) for n in range(100)]
+    found = measure.measure(records)
+    assert found.ttft_p50_s == pytest.approx(0.505)
+    assert found.ttft_p95_s == pytest.approx(np.percentile(np.arange(1, 101) / 100, 95))
+    assert found.intervals["ttft_p50_s"] == (pytest.approx(0.40), pytest.approx(0.61))
+
+
+def test_kinds_and_fairness() -> None:
+    fast = [answered(n, kind="short") for n in range(6)]
+    slow = [answered(n, kind="long", end_s=7.0) for n in range(6, 12)]
+    found = measure.measure([*fast, *slow, failed(12, kind="long")])
+    assert list(found.kinds) == ["long", "short"]
+    assert (found.kinds["long"].requests, found.kinds["long"].failed) == (7, 1)
+    assert found.kinds["short"].user_tokens_per_s == pytest.approx(5 / 3.5)
+    assert found.kinds["long"].user_tokens_per_s == pytest.approx(5 / 7)
+    assert found.kinds["long"].e2e_p50_s == 7.0
+    assert found.fairness == pytest.approx((2 + 1) ** 2 / (2 * (4 + 1)))
+    assert measure.measure(fast).fairness is None
+    assert measure.measure(many(3)).kinds == {}
+
+
+def test_the_summary_over_repeats_has_t_intervals() -> None:
+    repeats = [
+        measure.measure([answered(0, output_tokens=tokens, end_s=4.0)]) for tokens in (4, 8, 12)
+    ]
+    found = measure.summary(repeats)["output_tokens_per_s"]
+    assert found["mean"] == pytest.approx(2.0)
+    assert found["low"] == pytest.approx(2 - 4.30265 / 3**0.5, abs=1e-4)
+    assert measure.summary(repeats[:1])["output_tokens_per_s"]["low"] is None
+    assert "ttft_p99_s" not in measure.summary(repeats)
+    assert measure.summary([]) == {}
+
+
+def test_a_result_survives_json() -> None:
+    found = measure.measure([*many(40), failed(40, kind="x")], Slo(ttft_s=1.0))
+    text = json.dumps(msgspec.to_builtins(found))
+    assert msgspec.json.decode(text, type=Measures) == found
+
+
+# --- the steady state -----------------------------------------------------------------------
+
+
+def closed_loop(users: int, turns: int, first_s: float = 0.1) -> list[Record]:
+    """User u starts u/10 s late; each answer takes 1 s, its first of 20 tokens `first_s`."""
+    return [
+        Record(
+            index=turn * users + user,
+            user=user,
+            planned_s=user / 10 + turn,
+            sent_s=user / 10 + turn,
+            chunk_s=list(user / 10 + turn + np.linspace(first_s, 1, 20)),
+            end_s=user / 10 + turn + 1,
+            output_tokens=20,
+            status=200,
+        )
+        for turn in range(turns)
+        for user in range(users)
+    ]
+
+
+def test_a_closed_loop_is_steady_from_the_last_first_token_to_the_first_idle_user() -> None:
+    found = measure.window(closed_loop(users=4, turns=5), users=4)
+    assert found == (pytest.approx(0.3 + 0.1), pytest.approx(5.0))
+
+
+def test_a_user_who_stops_early_ends_the_steady_state() -> None:
+    records = [r for r in closed_loop(4, 9) if not (r.user == 2 and r.planned_s > 4)]
+    assert measure.window(records, 4) == (pytest.approx(0.4), pytest.approx(4.2))
+
+
+def test_a_closed_loop_too_short_is_not_steady() -> None:
+    assert measure.window(closed_loop(4, 1), 4) is None
+    assert measure.window(closed_loop(4, 5), 5) is None
+    assert measure.window([], 1) is None
+    silent = [r for r in closed_loop(2, 5) if r.user == 0]
+    silent += [failed(9, 0.0, user=1, end_s=5.0)]
+    assert measure.window(silent, 2) is None
+
+
+def test_a_request_that_never_ended_does_not_break_the_rule() -> None:
+    records = closed_loop(2, 4)
+    records[-1].end_s = None
+    records[-1].error = "interrupted"
+    assert measure.window(records, 2) == (pytest.approx(0.2), pytest.approx(4.0))
+    lost = Record(index=99, planned_s=2.0, end_s=2.0, error="lost: load actor died")
+    assert measure.window([*records, lost], 2) == (pytest.approx(0.2), pytest.approx(4.0))
+
+
+def open_loop(count: int, took_s: float) -> list[Record]:
+    """One request a second."""
+    return [
+        answered(n, float(n), sent_s=float(n), chunk_s=[n + took_s], end_s=n + took_s)
+        for n in range(count)
+    ]
+
+
+def test_an_open_loop_is_steady_once_as_many_ended_as_are_under_way() -> None:
+    # 4.5 s each: at 8.5 s five have ended and four are under way; at 7.5 s four and four.
+    assert measure.window(open_loop(20, 4.5), None) == (7.5, 19.0)
+    assert measure.window(open_loop(20, 0.5), None) == (0.5, 19.0)
+
+
+def test_the_planned_ramp_is_left_out() -> None:
+    assert measure.window(open_loop(20, 0.5), None, ramp_s=10.0) == (10.0, 19.0)
+    assert measure.window(open_loop(20, 0.5), None, ramp_s=30.0) is None
+
+
+def test_an_open_loop_too_short_is_not_steady() -> None:
+    assert measure.window(open_loop(5, 60.0), None) is None
+    assert measure.window(open_loop(12, 5.5), None) is None
+    assert measure.window([], None) is None
+    never = [Record(index=n, planned_s=float(n), error="lost: x") for n in range(9)]
+    assert measure.window(never, None) is None
+
+
+def test_a_window_counts_what_was_planned_in_it_however_late_it_ended() -> None:
+    records = open_loop(20, 4.5)
+    found = measure.measure(records, window=(7.5, 19.0))
+    # Planned at 8, .., 19; ended at 8.5, .., 18.5, as that at 7.5 is what begins the window.
+    assert (found.steady, found.requests, found.backlog) == (True, 12, 1)
+    assert found.e2e_mean_s == 4.5
+    assert found.planned_per_s == pytest.approx(12 / 11.5)
+    assert found.requests_per_s == pytest.approx(1.0, rel=0.02)
+    assert found.max_running == 5
+    assert found.mean_running == pytest.approx(4.5, rel=0.02)
+
+
+def test_a_request_counts_by_the_share_of_its_time_inside_a_window() -> None:
+    record = answered(output_tokens=35)  # from 0 to 3.5 s: 10 tokens for each second
+    found = measure.measure([record], Slo(ttft_s=9.0), window=(1.0, 3.0))
+    assert found.requests_per_s == pytest.approx(2 / 3.5 / 2)
+    assert found.goodput_per_s == found.requests_per_s
+    assert found.output_tokens_per_s == pytest.approx(10.0)
+    assert found.total_tokens_per_s == pytest.approx(10 + 10 / 3.5)
+    outside = measure.measure([record], window=(3.5, 9.0))
+    assert (outside.requests_per_s, outside.output_tokens_per_s) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("first_s", [0.01, 0.5, 0.95])
+@pytest.mark.parametrize("turns", [3, 10])
+def test_the_throughput_of_a_steady_state_is_that_of_the_server(first_s: float, turns: int) -> None:
+    """4 users who get 20 tokens a second each, however short the run and late the first token."""
+    records = closed_loop(4, turns, first_s)
+    inside = measure.measure(records, window=measure.window(records, 4))
+    assert inside.steady
+    assert inside.output_tokens_per_s == pytest.approx(80.0)
+    assert inside.requests_per_s == pytest.approx(4.0)
+    assert inside.mean_running == pytest.approx(4.0)
+    whole = measure.measure(records)
+    assert whole.output_tokens_per_s == pytest.approx(80 * turns / (turns + 0.3))
+
+
+# --- over time ------------------------------------------------------------------------------
+
+
+def test_a_timeline_by_hand() -> None:
+    found = measure.timeline([answered(0, 0.0, output_tokens=6), failed(1, 1.5)], step_s=2.0)
+    assert found.t_s == [0.0, 2.0]
+    assert found.planned_per_s == [1.0, 0.0]
+    assert found.failed_per_s == [0.5, 0.0]
+    assert found.output_tokens_per_s == [1.0, 2.0]  # 2 at 1 s; 2 at 2.5 s and 2 at 3 s
+    assert found.running == [pytest.approx((1.75 + 0.001) / 2), pytest.approx(0.75)]
+
+
+def test_a_timeline_of_nothing_is_empty_and_no_error() -> None:
+    assert measure.timeline([]).output_tokens_per_s == [0.0]
+
+
+def test_slices_of_a_window() -> None:
+    record = answered(output_tokens=6)
+    assert measure.output_tokens_by_slice([record], (0.0, 4.0), 4) == [0.0, 2.0, 2.0, 2.0]
+
+
+# --- doubts ---------------------------------------------------------------------------------
+
+
+def steady(count: int = 400, **changes: Any) -> Measures:
+    records = [
+        answered(n, float(n), sent_s=n + 0.001, chunk_s=[n + 1.0], end_s=n + 1.5, **changes)
+        for n in range(count)
+    ]
+    return measure.measure(records, window=measure.window(records, None))
+
+
+def test_a_clean_run_is_not_doubted() -> None:
+    assert measure.doubts(steady(), {0: 0.5, 1: 0.89}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steady": False}, "no steady state"),
+        ({"lag_p99_s": 0.051}, "lag up to 51.0 ms"),
+        ({"lag_p99_s": None, "lag_max_s": 0.06}, "lag up to 60.0 ms"),
+        ({"ttft_p50_s": None, "lag_p99_s": 0.0051}, "lag up to 5.1 ms"),
+        ({"failed_share": 0.02, "failed": 8, "failures": {"cut": 8}}, "failed: 8 cut"),
+        ({"ok": 0, "failures": {"connection refused": 400}}, "nothing succeeded: 400 connection"),
+        ({"without_usage": 3}, "usage is missing for 3"),
+        ({"backlog": 150}, "fell behind"),
+    ],
+)
+def test_each_doubt_is_said(changes: dict[str, Any], said: str) -> None:
+    found = measure.doubts(msgspec.structs.replace(steady(), **changes))
+    assert [said in doubt for doubt in found] == [True]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lag_p99_s": 0.049},
+        {"lag_p99_s": 0.001, "lag_max_s": 3.0},
+        {"failed_share": 0.01, "failed": 4},
+        {"backlog": 39},
+    ],
+)
+def test_what_is_within_bounds_is_not_doubted(changes: dict[str, Any]) -> None:
+    assert measure.doubts(msgspec.structs.replace(steady(), **changes)) == []
+
+
+def test_a_busy_actor_is_named() -> None:
+    assert "load actor 1 used 95%" in measure.doubts(steady(), {0: 0.2, 1: 0.95})[0]
+
+
+def test_failures_outside_the_window_count_too() -> None:
+    whole = msgspec.structs.replace(steady(), failed=40, failed_share=0.1, failures={"cut": 40})
+    assert "40 of 398 requests failed: 40 cut" in measure.doubts(steady(), whole=whole)[0]
+
+
+def test_an_overloaded_server_falls_behind() -> None:
+    records = [
+        answered(n, n / 10, sent_s=n / 10, chunk_s=[n / 5 + 0.1], end_s=n / 5 + 0.1)
+        for n in range(400)
+    ]
+    found = measure.measure(records, window=measure.window(records, None))
+    assert measure.falls_behind(found)
+    assert "fell behind" in " ".join(measure.doubts(found))
+
+
+# --- vLLM -----------------------------------------------------------------------------------
+
+
+def vllm_serve() -> ast.Module:
+    """The source of `vllm bench serve`; not imported, as that takes as long as all tests here."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("vLLM is not installed")
+    path = Path(found.submodule_search_locations[0]) / "benchmarks" / "serve.py"
+    return ast.parse(path.read_text())
+
+
+def functions(module: ast.Module) -> dict[str, ast.stmt]:
+    wanted = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {node.name: node for node in module.body if isinstance(node, wanted)}
+
+
+def vllm_calculate(module: ast.Module) -> Any:
+    """vLLM's own `calculate_metrics`."""
+    names = ("BenchmarkMetrics", "calculate_metrics")
+    body: list[ast.stmt] = [
+        ast.ImportFrom("__future__", [ast.alias("annotations")], 0),
+        *(functions(module)[name] for name in names),
+    ]
+    code = compile(ast.fix_missing_locations(ast.Module(body, type_ignores=[])), "serve.py", "exec")
+    scope: dict[str, Any] = {
+        "__name__": __name__,
+        "np": np,
+        "dataclass": dataclass,
+        "warnings": warnings,
+        "TERM_PLOTLIB_AVAILABLE": False,
+        "MILLISECONDS_TO_SECONDS_CONVERSION": 1000,
+    }
+    exec(code, scope)
+    return scope["calculate_metrics"]
+
+
+def as_vllm_sees_it(record: Record) -> Any:
+    """What its request function returns for the same events."""
+    sent_s, chunk_s = record.sent_s or 0.0, record.chunk_s
+    return types.SimpleNamespace(
+        success=record.ok,
+        error=record.error,
+        start_time=sent_s,
+        ttft=chunk_s[0] - sent_s if chunk_s else 0.0,
+        itl=[float(gap) for gap in np.diff(chunk_s)],
+        latency=chunk_s[-1] - sent_s if record.ok else 0.0,
+        output_tokens=record.output_tokens or 0,
+        prompt_len=record.input_tokens or record.asked_input_tokens,
+        generated_text="",
+        input_audio_duration=0.0,
+    )
+
+
+def some_load(seed: int, count: int) -> list[Record]:
+    """An open loop with lag, chunks of several tokens, answers of one token, and failures."""
+    draw = random.Random(seed)
+    records, at_s = [], 0.0
+    for index in range(count):
+        at_s += draw.expovariate(20)
+        sent_s = at_s + draw.random() / 50
+        if draw.random() < 0.05:
+            records.append(failed(index, at_s, sent_s=sent_s))
+            continue
+        chunk_s = [sent_s + draw.random() / 2]
+        for _ in range(draw.randrange(60)):
+            chunk_s.append(chunk_s[-1] + draw.expovariate(30))
+        records.append(
+            Record(
+                index=index,
+                planned_s=at_s,
+                sent_s=sent_s,
+                chunk_s=chunk_s,
+                end_s=chunk_s[-1] + 0.004,
+                status=200,
+                input_tokens=draw.randrange(1, 500),
+                output_tokens=len(chunk_s) * draw.choice([1, 1, 2]),
+            )
+        )
+    return records
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_vllm_itself_computes_the_same_from_the_same_requests(
+    seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = some_load(seed, 600)
+    ours = measure.vllm_names(records, slo=Slo(ttft_s=0.4, tpot_s=0.04, e2e_s=2.0), detailed=True)
+    theirs, lens = vllm_calculate(vllm_serve())(
+        input_requests=[],
+        outputs=[as_vllm_sees_it(record) for record in records],
+        dur_s=ours["duration"],
+        tokenizer=None,
+        selected_percentiles=[50, 90, 95, 99],
+        goodput_config_dict={"ttft": 400, "tpot": 40, "e2el": 2000},
+    )
+    capsys.readouterr()
+    assert ours["output_lens"] == lens
+    for latency in ("ttft", "tpot", "itl", "e2el"):
+        for statistic in ("mean", "median", "std"):
+            name = f"{statistic}_{latency}_ms"
+            assert ours[name] == pytest.approx(getattr(theirs, name)), name
+        for percent, value in getattr(theirs, f"percentiles_{latency}_ms"):
+            assert ours[f"p{percent}_{latency}_ms"] == pytest.approx(value)
+    same = {
+        "completed": "completed",
+        "failed": "failed",
+        "total_input_tokens": "total_input",
+        "total_output_tokens": "total_output",
+        "request_throughput": "request_throughput",
+        "request_goodput": "request_goodput",
+        "output_throughput": "output_throughput",
+        "total_token_throughput": "total_token_throughput",
+        "max_output_tokens_per_s": "max_output_tokens_per_s",
+        "max_concurrent_requests": "max_concurrent_requests",
+    }
+    for name, theirs_name in same.items():
+        assert ours[name] == pytest.approx(getattr(theirs, theirs_name)), name
+    assert 0 < ours["request_goodput"] < ours["request_throughput"]
+
+
+def test_every_name_of_vllms_result_is_there() -> None:
+    module = functions(vllm_serve())
+    named = {
+        key.value
+        for node in ast.walk(module["benchmark"])
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+        if isinstance(key, ast.Constant) and isinstance(key.value, str)
+    }
+    assert {"duration", "completed", "itls", "queue_times", "rtfx"} <= named
+    # Of other kinds of requests, of optional extras, or not of the result.
+    other = ("probe_", "rps", "timestamp", "num_drafts", "draft_tokens", "accepted", "acceptance")
+    other += ("per_position", "denoising", "canvas", "committed", "steps_per", "input_sequence")
+    other += ("total_input_sequences",)
+    named = {name for name in named if not name.startswith(other)}
+    setup = {
+        node.slice.value
+        for node in ast.walk(module["main_async"])
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "result_json"
+        and isinstance(node.slice, ast.Constant)
+    } - {"ramp_up_strategy", "ramp_up_start_rps", "ramp_up_end_rps"}
+    assert "max_concurrency" in setup
+    ours = measure.vllm_names(many(3), detailed=True, max_concurrency=4)
+    assert named | setup <= set(ours)
+    for latency in ("ttft", "tpot", "itl", "e2el", "client_queue_time"):
+        for statistic in ("mean", "median", "std", "p99"):
+            assert f"{statistic}_{latency}_ms" in ours
+
+
+def test_vllms_names_by_hand() -> None:
+    """Its times run from when a request was sent to its last chunk."""
+    records = [answered(0, 0.0), failed(1, 1.0, text="")]
+    found = measure.vllm_names(records, model="m", request_rate=2.0, date="20260101-000000")
+    assert found["duration"] == 3.5
+    assert found["mean_ttft_ms"] == 750.0
+    assert found["mean_e2el_ms"] == 2750.0
+    assert found["mean_tpot_ms"] == 500.0
+    assert found["median_itl_ms"] == 1000.0
+    assert (found["completed"], found["failed"], found["num_prompts"]) == (1, 1, 2)
+    assert found["latencies"] == [2.75, 0.0]
+    assert (found["request_rate"], found["model_id"]) == (2.0, "m")
+    assert found["p99_ttft_ms"] is None
+    assert "ttfts" not in found
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_vllms_details_say_which_request_failed() -> None:
+    found = measure.vllm_names([failed(1), answered(0, text="hello")], detailed=True)
+    assert found["errors"] == ["", "http 503: overloaded"]
+    assert found["ttfts"] == [0.75, 0.0]
+    assert found["itls"] == [[1.5, 0.5], []]
+    assert (found["input_lens"], found["output_lens"]) == ([10, 7], [5, 0])
+    assert found["start_times"] == [0.25, 0.0]
+    assert found["generated_texts"] == ["hello", ""]
+
+
+def test_the_durations_of_repeats_add_up() -> None:
+    records = [answered(0, 0.0), answered(0, 0.0, repeat=1)]
+    found = measure.vllm_names(records)
+    assert (found["duration"], found["request_throughput"]) == (7.0, pytest.approx(2 / 7))
+    assert found["max_concurrent_requests"] == 1
+
+
+def test_nothing_answered_has_no_statistics_in_vllms_names_either() -> None:
+    found = measure.vllm_names([failed(0)])
+    assert (found["completed"], found["mean_ttft_ms"], found["max_output_tokens_per_s"]) == (
+        0,
+        None,
+        0.0,
+    )

@@ -191,17 +191,22 @@ def _binomial_cdf(count: int, share: float) -> NDArray[np.float64]:
     """P(at most k of `count`) for k = 0 .. count."""
     if share <= 0 or share >= 1:
         return np.append(np.full(count, 1.0 if share <= 0 else 0.0), 1.0)
-    k = np.arange(1, count + 1)
-    choices = np.concatenate([[0.0], np.cumsum(np.log((count - k + 1) / k))])
-    logs = choices + np.arange(count + 1) * math.log(share)
-    logs += np.arange(count, -1, -1) * math.log1p(-share)
+    k = np.arange(count + 1)
+    logs = _log_choices(count) + k * math.log(share) + (count - k) * math.log1p(-share)
     cdf: NDArray[np.float64] = np.minimum(np.cumsum(np.exp(logs)), 1.0)
     return cdf
 
 
+@lru_cache(maxsize=8)
+def _log_choices(count: int) -> NDArray[np.float64]:
+    """Logs of the binomial coefficients of `count` over 0 .. count."""
+    k = np.arange(1, count + 1)
+    return np.concatenate([[0.0], np.cumsum(np.log((count - k + 1) / k))])
+
+
 def _bisect(below: Callable[[float], bool], low: float, high: float) -> float:
     """Where `below` turns from true to false."""
-    for _ in range(60):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if below(middle) else (low, middle)
     return (low + high) / 2

@@ -341,8 +341,9 @@ def measure(
     shares = [(r, _share_inside(r, from_s, to_s)) for r in everything if r.ok]
     ended = sum(from_s < record.end_s <= to_s for record in everything if record.end_s is not None)
     output, total = _tokens_inside(shares)
-    good = sum(map(slo.met_by, counted)) if slo else None
-    good_inside = sum(share for r, share in shares if slo.met_by(r)) if slo else None
+    good = {id(record) for record in everything if slo and slo.met_by(record)}
+    good_inside = sum(share for record, share in shares if id(record) in good)
+    good_share = sum(id(r) in good for r in counted) / len(counted) if counted else None
     latencies = {"ttft": _known(map(ttft_s, ok)), "tpot": _known(map(tpot_s, ok))}
     latencies["e2e"] = _known(map(e2e_s, ok))
     lags = _known(map(lag_s, counted))
@@ -373,8 +374,8 @@ def measure(
         output_tokens_per_s=per_s(output),
         total_tokens_per_s=per_s(total),
         user_tokens_per_s=_user_tokens_per_s(ok),
-        goodput_per_s=per_s(good_inside),
-        good_share=good / len(counted) if good is not None and counted else None,
+        goodput_per_s=per_s(good_inside) if slo else None,
+        good_share=good_share if slo else None,
         failed_share=(len(counted) - len(ok)) / len(counted) if counted else None,
         max_running=max_running,
         mean_running=mean_running,
@@ -430,8 +431,13 @@ def _counts(values: Iterable[str]) -> dict[str, int]:
 
 
 def _gaps(records: Iterable[Record]) -> _Values:
-    gaps = [np.diff(record.chunk_s) for record in records if len(record.chunk_s) > 1]
-    return np.concatenate(gaps) if gaps else np.empty(0)
+    lists = [record.chunk_s for record in records if record.chunk_s]
+    if not lists:
+        return np.empty(0)
+    gaps = np.diff(np.concatenate(lists))
+    between = np.cumsum([len(chunk_s) for chunk_s in lists])[:-1] - 1
+    kept: _Values = np.delete(gaps, between)  # From the end of one request to the next.
+    return kept
 
 
 def _percentile(values: _Values, percent: int) -> float | None:

@@ -201,7 +201,8 @@ class RateSearch:
         # So many must all be good for the interval to clear the target.
         fewest = math.log(error / looks) / math.log(self._target)
         self._first = max(_FEWEST, math.ceil(fewest * _SPARE / 4))
-        self._turned = 0
+        self._asked = 0
+        self._latency_s = 0.0
         self._points: dict[float, RatePoint] = {}
         self._point: RatePoint | None = RatePoint(rate=start)
 
@@ -212,7 +213,10 @@ class RateSearch:
         # again as there were.
         looks = self._point.looks
         count = self._first * (2**looks if looks > 1 else 1 + 2 * looks)
-        return self._point.rate, max(count, self._turned)
+        # And as many as it takes for the queue to forget that it began empty.
+        turned = math.ceil(2 * _RATE_TURNS * self._point.rate * self._latency_s)
+        count = max(count, min(turned, 4 * self._asked) if looks else turned // 4)
+        return self._point.rate, count
 
     def tell(self, records: Sequence[Record]) -> None:
         point = self._point
@@ -223,7 +227,6 @@ class RateSearch:
         if point.verdict != "unresolved" or point.looks >= self._looks:
             following = self._following()
             self._point = None if following is None else RatePoint(rate=following)
-            self._turned = 0
 
     @property
     def result(self) -> RateResult:
@@ -250,11 +253,11 @@ class RateSearch:
             key=lambda record: record.planned_s,
         )
         used = [self._slo.used(record) for record in counted]
-        turned = _RATE_TURNS * (measures.mean_running or 0)
-        self._turned = math.ceil(2 * turned)
+        running = measures.mean_running or 0.0
+        self._asked, self._latency_s = len(records), running / point.rate
         # The server begins empty: what was too short for it to fill up flatters it. That can fail
         # a rate, but is no part of what passes one.
-        if window and len(used) >= turned and not measure.falls_behind(measures):
+        if window and len(used) >= _RATE_TURNS * running and not measure.falls_behind(measures):
             point.share = self._with(point.share, used)
             if point.share.low > self._target:
                 point.verdict = "pass"
@@ -336,9 +339,9 @@ class RateSearch:
     def _goodput_per_s(self, rate: float | None) -> float | None:
         if rate is None:
             return None
-        goodputs = [measures.goodput_per_s for measures in self._points[rate].measures]
-        known = [goodput for goodput in goodputs if goodput is not None]
-        return fmean(known) if known else None
+        steady = [measures for measures in self._points[rate].measures if measures.steady]
+        good = sum((m.goodput_per_s or 0.0) * m.duration_s for m in steady)
+        return good / sum(measures.duration_s for measures in steady)
 
 
 # --- where throughput saturates -------------------------------------------------------------

@@ -15,7 +15,8 @@ from bench.search import RateResult, RateSearch, Sweep, SweepResult
 
 
 def answered(index: int, at_s: float, first_s: float, end_s: float, user: int | None) -> Record:
-    chunk_s = [first_s + (end_s - first_s) * part / 7 for part in range(8)]
+    parts = 8 if user is not None else 2
+    chunk_s = [first_s + (end_s - first_s) * part / (parts - 1) for part in range(parts)]
     return Record(
         index=index,
         user=user,
@@ -195,7 +196,7 @@ async def test_nothing_is_called_resolved_that_is_not_where_requests_queue(
     """Neighbours in a queue are not independent: what cannot be told is left open."""
     slo = Slo(ttft_s=limit_s, percentile=90.0)
     results = []
-    for seed in range(6):
+    for seed in range(4):
         server = Queue(servers, seed)
         result = await search.run(RateSearch(slo), server.probe)
         limit = server.limit(slo)
@@ -243,18 +244,18 @@ async def test_a_share_that_equals_the_target_stays_open() -> None:
     class Even(Server):
         def serve(self, x: float, count: int) -> list[Record]:
             return [
-                answered(n, at_s, at_s + (2.0 if self.draw.random() < 0.1 else 0.2), at_s + 3, None)
+                answered(n, at_s, at_s + (2.0 if self.draw.random() < 0.1 else 0.2), at_s + 2, None)
                 for n, at_s in enumerate(self.arrivals(x, count))
             ]
 
     verdicts = []
-    for seed in range(30):
-        controller = RateSearch(Slo(ttft_s=1.0, percentile=90.0), start=50.0, least=50.0, most=50.0)
+    for seed in range(20):
+        controller = RateSearch(Slo(ttft_s=1.0, percentile=90.0), start=9.0, least=9.0, most=9.0)
         result = await search.run(controller, Even(seed).probe)
         assert not result.resolved
         verdicts += [point.verdict for point in result.points]
-    assert len(verdicts) == 30
-    assert verdicts.count("unresolved") >= 27
+    assert len(verdicts) == 20
+    assert verdicts.count("unresolved") >= 18
 
 
 async def test_an_overload_too_short_to_hurt_does_not_pass() -> None:
@@ -338,10 +339,10 @@ async def test_saturation_is_found(slots: int, users: int) -> None:
 
 
 async def test_noise_is_not_taken_for_growth_nor_for_its_end() -> None:
-    """Answers that vary by half: what is resolved is right, and the rest says that it is not."""
+    """Answers that vary a lot: what is resolved is right, and the rest says that it is not."""
     resolved = 0
     for seed in range(6):
-        result = await search.run(Sweep(), Slots(8, noise=0.5, seed=seed).probe)
+        result = await search.run(Sweep(), Slots(8, noise=0.35, seed=seed).probe)
         if result.resolved:
             resolved += 1
             assert result.users == 8
@@ -352,7 +353,7 @@ async def test_noise_is_not_taken_for_growth_nor_for_its_end() -> None:
                 assert (point.gain_low or 0) > 1.05
             elif point.resolved:
                 assert (point.gain_high or 0) < 1.05
-    assert resolved >= 1
+    assert resolved >= 2
 
 
 async def test_the_sweep_ends_at_the_most_users() -> None:

@@ -199,12 +199,15 @@ def search(try_rate: Callable[[int], Reading], first: int, steps: int, tries: in
 
 
 def _describe(name: str, reading: Reading) -> str:
-    return (
-        f"{name:5} {reading.streams:5} streams {reading.offered_per_s:8.0f}/s offered "
-        f"{reading.arrived_per_s:8.0f}/s arrived  lag p50 {reading.lag_p50_s * 1e3:6.2f} "
-        f"p99 {reading.lag_p99_s * 1e3:7.2f} ms  cpu {reading.cpu:4.2f} ({reading.cpu_us_per_event:.1f} us/event)  failed {reading.failed}  "
-        f"server late {reading.server_late_s * 1e3:.2f} ms"
-    )
+    parts = [
+        f"{name:5} {reading.streams:5} streams",
+        f"{reading.offered_per_s:8.0f}/s offered {reading.arrived_per_s:8.0f}/s arrived",
+        f"lag p50 {reading.lag_p50_s * 1e3:6.2f} p99 {reading.lag_p99_s * 1e3:7.2f} ms",
+        f"cpu {reading.cpu:4.2f} ({reading.cpu_us_per_event:.1f} us/event)",
+        f"failed {reading.failed}",
+        f"server late {reading.server_late_s * 1e3:.2f} ms",
+    ]
+    return "  ".join(parts)
 
 
 def measure(

@@ -39,9 +39,7 @@ def gpus() -> list[dict[str, Any]]:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         name = pynvml.nvmlDeviceGetName(handle)
-        found.append(
-            {"name": name, "memory_gib": round(memory.total / 2**30, 1), "driver": driver}
-        )
+        found.append({"name": name, "memory_gib": round(memory.total / 2**30, 1), "driver": driver})
     return found
 
 

@@ -92,6 +92,7 @@ def test_an_objective_is_met_only_within_all_its_limits() -> None:
 
 def test_a_failure_and_an_unknown_speed_do_not_meet_an_objective() -> None:
     assert not Slo(ttft_s=9.0).met_by(failed())
+    assert not Slo(ttft_s=9.0).met_by(answered(error="cut: the response ended early"))
     assert not Slo(tpot_s=9.0).met_by(answered(output_tokens=None))
     assert Slo(tpot_s=0.1).met_by(answered(output_tokens=1))
 
@@ -615,6 +616,13 @@ def test_vllms_names_by_hand() -> None:
     assert found["p99_ttft_ms"] is None
     assert "ttfts" not in found
     assert json.loads(json.dumps(found)) == found
+
+
+def test_vllms_goodput_is_by_its_own_times() -> None:
+    records, slo = [answered()], Slo(ttft_s=0.75, e2e_s=2.75)
+    assert measure.vllm_names(records, slo=slo)["request_goodput"] == pytest.approx(1 / 3.5)
+    assert measure.measure(records, slo).goodput_per_s == 0.0
+    assert measure.vllm_names(records)["request_goodput"] is None
 
 
 def test_vllms_details_say_which_request_failed() -> None:

@@ -189,14 +189,14 @@ async def test_from_above_the_rate_is_halved() -> None:
     assert [rate for rate, _ in server.probes[:4]] == [16.0, 8.0, 4.0, 2.0]
 
 
-@pytest.mark.parametrize(("servers", "limit_s"), [(8, 0.5), (32, 0.2)])
+@pytest.mark.parametrize(("servers", "limit_s", "seeds"), [(8, 0.5, 4), (32, 0.2, 2)])
 async def test_nothing_is_called_resolved_that_is_not_where_requests_queue(
-    servers: int, limit_s: float
+    servers: int, limit_s: float, seeds: int
 ) -> None:
     """Neighbours in a queue are not independent: what cannot be told is left open."""
     slo = Slo(ttft_s=limit_s, percentile=90.0)
     results = []
-    for seed in range(4):
+    for seed in range(seeds):
         server = Queue(servers, seed)
         result = await search.run(RateSearch(slo), server.probe)
         limit = server.limit(slo)
@@ -249,13 +249,13 @@ async def test_a_share_that_equals_the_target_stays_open() -> None:
             ]
 
     verdicts = []
-    for seed in range(20):
+    for seed in range(12):
         controller = RateSearch(Slo(ttft_s=1.0, percentile=90.0), start=9.0, least=9.0, most=9.0)
         result = await search.run(controller, Even(seed).probe)
         assert not result.resolved
         verdicts += [point.verdict for point in result.points]
-    assert len(verdicts) == 20
-    assert verdicts.count("unresolved") >= 18
+    assert len(verdicts) == 12
+    assert verdicts.count("unresolved") >= 11
 
 
 async def test_an_overload_too_short_to_hurt_does_not_pass() -> None:
@@ -334,6 +334,9 @@ async def test_saturation_is_found(slots: int, users: int) -> None:
         assert result.resolved, result.reason
         assert result.users == users
         assert result.tokens_per_s == pytest.approx(16 * slots, rel=0.03)
+        for point in result.points:
+            if point.looks == 1:
+                assert point.tokens_per_s == pytest.approx(point.measures[0].output_tokens_per_s)
         # Two points after the last that grew, and no more.
         assert [point.users for point in result.points][-1] == users * 4
 
@@ -354,6 +357,26 @@ async def test_noise_is_not_taken_for_growth_nor_for_its_end() -> None:
             elif point.resolved:
                 assert (point.gain_high or 0) < 1.05
     assert resolved >= 2
+
+
+async def test_growth_that_equals_the_gain_stays_open() -> None:
+    """Two users get 1.05 times what one gets: neither growth nor the end of it."""
+
+    class Creeping(Server):
+        def serve(self, x: float, count: int) -> list[Record]:
+            users, records = int(x), []
+            free_s = [0.0] * users
+            for index in range(count):
+                user = min(range(users), key=free_s.__getitem__)
+                at_s = free_s[user]
+                took_s = self.draw.lognormvariate(0, 0.2) * (1 if users == 1 else 2 / 1.05)
+                free_s[user] = at_s + took_s
+                records.append(answered(index, at_s, at_s + took_s / 9, free_s[user], user))
+            return records
+
+    points = [(await search.run(Sweep(most=2), Creeping(n).probe)).points for n in range(12)]
+    assert sum(two.resolved for _, two in points) <= 1
+    assert all(1 <= (two.gain or 0) <= 1.1 for _, two in points)
 
 
 async def test_the_sweep_ends_at_the_most_users() -> None:

@@ -1,0 +1,595 @@
+"""`bench simulate`: a load against several policies, on fleets of engines that are a model.
+
+    python -m bench simulate --workload azure:PATH --policy ours --policy 'serve:target=8|16|32' ..
+
+Every policy meets the same requests at the same times, with the same fleet at the start. What comes
+out are records, as of a run, so that `measure.py` says what they mean. The engine is one of a data
+sheet (--gpu, --model) or one fitted to measured runs (--engine), and --validate says how far such a
+fit can be trusted. See policies.py, demand.py, fleet.py and enginemodel.py for what is modelled.
+
+A policy with alternatives stands for the best of them: the fewest GPU-hours among those that hold
+the objective or, where none does, the one that comes nearest. So do `static` and `foresight`
+without a value; for them the search ends with the first that holds it, from cheap to dear.
+"""
+
+import argparse
+import html
+import string
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from bench import demand, enginefit, enginemodel, fleet, measure, plots, policies, records, result
+from bench.enginemodel import Engine, Job
+from bench.errors import BenchError
+from bench.fleet import Fleet, Outcome
+from bench.measure import Measures, Slo
+from bench.records import Record
+from serve_app.scaling import Goal
+
+# From cheap to dear.
+_SHARES = (1.3, 1.15, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+_INITIAL_SHARE = 0.6  # How busy the replicas of the start are in the load's first minute.
+_FIRST_S = 60.0
+_POINTS = 400  # Of a curve in a plot.
+_MINUTE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is simulated, apart from the policies.
+
+    Attributes:
+        workload, load, copies, seed: specs of what comes; see demand.py.
+        count, duration_s: where it ends.
+        slo: what every policy is judged by, and what ours aims for.
+        fleet: the engines, and their bounds.
+    """
+
+    workload: str
+    load: str
+    fleet: Fleet
+    slo: Slo
+    count: int | None = None
+    duration_s: float | None = None
+    copies: int = 1
+    seed: int = 0
+
+    @property
+    def goal(self) -> Goal:
+        return Goal(
+            ttft_s=self.slo.ttft_s,
+            itl_s=self.slo.tpot_s,
+            percentile=self.slo.percentile,
+            min_replicas=self.fleet.min_replicas,
+            max_replicas=self.fleet.max_replicas,
+        )
+
+    def jobs(self) -> list[Job]:
+        return demand.jobs(
+            self.workload,
+            self.load,
+            self.fleet.engine,
+            count=self.count,
+            duration_s=self.duration_s,
+            copies=self.copies,
+            seed=self.seed,
+        )
+
+
+@dataclass
+class Trial:
+    """One policy, one run.
+
+    Attributes:
+        spec: of the policy, without alternatives.
+        kept: share of requests that met the whole objective; of its TTFT; of its TPOT.
+        gpu_hours: paid for, from when each replica is asked for until it is gone.
+        changes, reversals: how often what is wanted changed, and how often from up to down or back.
+        timeline: see fleet.Timeline; `kept` holds (minute, share) over time.
+    """
+
+    spec: str
+    kept: float
+    kept_ttft: float
+    kept_tpot: float
+    gpu_hours: float
+    measures: Measures
+    unfinished: int
+    changes: int
+    reversals: int
+    preempted: int
+    replicas_mean: float
+    replicas_most: int
+    timeline: fleet.Timeline
+    decisions: list[tuple[float, int, str]]
+    kept_by_minute: list[tuple[float, float]] = field(default_factory=list)
+    took_s: float = 0.0
+
+    def holds(self, slo: Slo) -> bool:
+        return self.kept >= slo.percentile / 100
+
+
+def simulate(case: Case, texts: Sequence[str], folder: Path | None = None) -> dict[str, Any]:
+    """Every policy's best trial; written to `folder`, with a page and the records, if given.
+
+    Raises BenchError for a policy, workload or load that cannot be understood, before any run.
+    """
+    jobs = case.jobs()
+    searches = [list(_alternatives(text, case)) for text in texts]
+    for choices in searches:
+        for text in choices:
+            policies.parse(text, case.goal, case.fleet, jobs[:1])
+    found = []
+    if folder is not None:
+        result.prepare(folder)
+    for text, choices in zip(texts, searches, strict=True):
+        trials, kept_records = _search(case, jobs, choices, stops=text in _SEARCHED)
+        best = _best(trials, case.slo)
+        _say(f"{best.spec}: {best.kept:.2%} kept the objective, {best.gpu_hours:.2f} GPU-hours")
+        found.append((text, best, trials))
+        if folder is not None:
+            records.append(folder / result.RECORDS, kept_records)
+    data = _result(case, jobs, found)
+    if folder is not None:
+        result.write(folder, data)
+        (folder / result.REPORT).write_text(page(data), encoding="utf-8")
+    print(table(data), file=sys.stderr)
+    return data
+
+
+_SEARCHED = ("static", "foresight")
+
+
+def _alternatives(text: str, case: Case) -> Iterator[str]:
+    if text == "static":
+        for count in range(max(1, case.fleet.min_replicas), case.fleet.max_replicas + 1):
+            yield f"static:n={count}"
+    elif text == "foresight":
+        for share in _SHARES:
+            yield f"foresight:share={share}"
+    else:
+        yield from policies.alternatives(text)
+
+
+def _search(
+    case: Case, jobs: Sequence[Job], choices: Sequence[str], stops: bool
+) -> tuple[list[Trial], list[Record]]:
+    """A trial of each choice, and the records of the best."""
+    trials: list[Trial] = []
+    best_records: list[Record] = []
+    for text in choices:
+        trial, heard = trial_of(case, jobs, text)
+        trials.append(trial)
+        if _best(trials, case.slo) is trial:
+            best_records = heard
+        if stops and trial.holds(case.slo):
+            break
+    return trials, best_records
+
+
+def _best(trials: Sequence[Trial], slo: Slo) -> Trial:
+    holding = [trial for trial in trials if trial.holds(slo)]
+    if holding:
+        return min(holding, key=lambda trial: trial.gpu_hours)
+    return max(trials, key=lambda trial: trial.kept)
+
+
+def trial_of(case: Case, jobs: Sequence[Job], text: str) -> tuple[Trial, list[Record]]:
+    """One policy against the load."""
+    began_s = time.perf_counter()
+    its_fleet = case.fleet
+    if text.startswith("static:"):
+        count = int(text.partition("=")[2])
+        its_fleet = replace(its_fleet, initial=min(max(count, its_fleet.min_replicas), 10**6))
+    outcome = fleet.run(its_fleet, jobs, policies.parse(text, case.goal, its_fleet, jobs))
+    return _judged(text, outcome, case, time.perf_counter() - began_s), outcome.records
+
+
+def _judged(text: str, outcome: Outcome, case: Case, took_s: float) -> Trial:
+    slo, heard = case.slo, outcome.records
+    line = outcome.timeline
+    paid = np.add(np.add(line.serving, line.starting), line.draining)
+    steps = np.diff([wanted for _, wanted, _ in _from_start(outcome, case)])
+    return Trial(
+        spec=text,
+        kept=_share(heard, slo),
+        kept_ttft=_share(heard, Slo(ttft_s=slo.ttft_s)),
+        kept_tpot=_share(heard, Slo(tpot_s=slo.tpot_s)),
+        gpu_hours=outcome.replica_s * case.fleet.engine.gpus / 3600,
+        measures=measure.measure(heard, slo),
+        unfinished=sum(not record.ok for record in heard),
+        changes=len(outcome.decisions),
+        reversals=int(np.sum(np.sign(steps[1:]) != np.sign(steps[:-1]))),
+        preempted=outcome.preempted,
+        replicas_mean=outcome.replica_s / max(outcome.end_s, 1e-9),
+        replicas_most=int(paid.max(initial=0)),
+        timeline=line,
+        decisions=outcome.decisions,
+        kept_by_minute=_kept_by_minute(heard, slo),
+        took_s=took_s,
+    )
+
+
+def _from_start(outcome: Outcome, case: Case) -> list[tuple[float, int, str]]:
+    return [(0.0, case.fleet.initial, "the start"), *outcome.decisions]
+
+
+def _share(heard: Sequence[Record], slo: Slo) -> float:
+    return sum(map(slo.met_by, heard)) / len(heard) if heard else 1.0
+
+
+def _kept_by_minute(heard: Sequence[Record], slo: Slo) -> list[tuple[float, float]]:
+    minutes: dict[int, list[bool]] = {}
+    for record in heard:
+        minutes.setdefault(int(record.planned_s / _MINUTE_S), []).append(slo.met_by(record))
+    return [(minute * _MINUTE_S, sum(met) / len(met)) for minute, met in sorted(minutes.items())]
+
+
+# --- what is told ---------------------------------------------------------------------------
+
+
+def _result(
+    case: Case, jobs: Sequence[Job], found: Sequence[tuple[str, Trial, list[Trial]]]
+) -> dict[str, Any]:
+    settings = {
+        "workload": case.workload,
+        "load": case.load,
+        "copies": case.copies,
+        "seed": case.seed,
+        "requests": len(jobs),
+        "duration_s": jobs[-1].at_s if jobs else 0.0,
+        "slo": msgspec.to_builtins(case.slo),
+        "fleet": asdict(case.fleet),
+        "requests_per_s": _per_minute(jobs),
+    }
+    rows = [
+        {
+            "policy": text,
+            **_plain(best),
+            "holds": best.holds(case.slo),
+            "tried": [
+                {"spec": trial.spec, "kept": trial.kept, "gpu_hours": trial.gpu_hours}
+                for trial in trials
+            ],
+        }
+        for text, best, trials in found
+    ]
+    head = result.header("simulate", f"{case.workload} {case.load}")
+    return head | settings | {"valid": True, "doubts": [], "policies": rows}
+
+
+def _plain(trial: Trial) -> dict[str, Any]:
+    built: dict[str, Any] = msgspec.to_builtins(trial)
+    return built
+
+
+def _per_minute(jobs: Sequence[Job]) -> list[tuple[float, float]]:
+    counts = np.bincount([int(job.at_s / _MINUTE_S) for job in jobs]) if jobs else []
+    return [(minute * _MINUTE_S, float(count) / _MINUTE_S) for minute, count in enumerate(counts)]
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+_COLUMNS = (
+    "policy",
+    "kept %",
+    "GPU-h",
+    "TTFT p50/p95/p99 s",
+    "TPOT p50/p95/p99 ms",
+    "changes",
+    "replicas",
+)
+
+
+def table(data: dict[str, Any]) -> str:
+    """The result as text: one line a policy, and its replicas over time."""
+    rows = [list(_COLUMNS)]
+    for row in data["policies"]:
+        rows.append([row["spec"], *cells(row)])
+    widths = [max(len(row[place]) for row in rows) for place in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    most = max((row["replicas_most"] for row in data["policies"]), default=1)
+    lines += ["", f"replicas over time, of {most}"]
+    lines += [f"{bar(row, most)}  {row['spec']}" for row in data["policies"]]
+    return "\n".join(lines)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """The figures of one policy, as text; without its name."""
+    measures = row["measures"]
+    return [
+        f"{100 * row['kept']:.2f}" + ("" if row["holds"] else " (not held)"),
+        f"{row['gpu_hours']:.2f}",
+        "/".join(_number(measures[f"ttft_p{percent}_s"], 2) for percent in (50, 95, 99)),
+        "/".join(_number(measures[f"tpot_p{percent}_s"], 0, 1e3) for percent in (50, 95, 99)),
+        f"{row['changes']} ({row['reversals']} back)",
+        f"{row['replicas_mean']:.2f}, at most {row['replicas_most']}",
+    ]
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    return "-" if value is None else f"{value * scale:.{digits}f}"
+
+
+def bar(row: dict[str, Any], most: int, width: int = 80) -> str:
+    """Replicas that are paid for, over time."""
+    paid = _paid(row)
+    if not len(paid):
+        return ""
+    parts = np.array_split(paid, min(width, len(paid)))
+    return "".join(
+        _BARS[min(len(_BARS) - 1, int(part.mean() / max(most, 1) * len(_BARS)))] for part in parts
+    )
+
+
+def _paid(row: dict[str, Any]) -> Any:
+    line = row["timeline"]
+    return np.add(np.add(line["serving"], line["starting"]), line["draining"])
+
+
+# --- the page -------------------------------------------------------------------------------
+
+
+_PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+:root {
+  --paper: #ffffff; --ink: #16191d; --muted: #59616b; --grid: #e2e5e9;
+  --series-0: #0067a5; --series-1: #c4500a; --series-2: #00896a; --series-3: #a5487f;
+  --series-4: #8f6a00; --series-5: #59616b; --plot-font: system-ui, sans-serif;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14171b; --ink: #e8eaed; --muted: #a0a8b2; --grid: #31373e;
+    --series-0: #62b5ec; --series-1: #ff9049; --series-2: #3fc79d; --series-3: #e398c5;
+    --series-4: #e3bb3f; --series-5: #a0a8b2;
+  }
+}
+body { margin: 0 auto; padding: 2.5rem 1.5rem; max-width: 75rem; font: 16px/1.5 var(--plot-font);
+  color: var(--ink); background: var(--paper); }
+p { color: var(--muted); max-width: 46rem; }
+div { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--grid); }
+</style>
+</head>
+<body>
+<h1>Policies under one load, simulated</h1>
+<p>$about</p>
+<div><table><tr>$heads</tr>
+$rows</table></div>
+<h2>Over time</h2>
+$timeline
+<h2>What it costs</h2>
+<p>Each point is one setting of a policy: further left is cheaper, further down is better.</p>
+$price
+</body>
+</html>
+""")
+
+
+def page(data: dict[str, Any]) -> str:
+    """The result as an HTML page that needs nothing else."""
+    slo, size = Slo(**data["slo"]), data["fleet"]
+    limits = [
+        f"{name} {value * 1e3:g} ms"
+        for name, value in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s), ("whole", slo.e2e_s))
+        if value is not None
+    ]
+    about = (
+        f"{data['requests']} requests of {data['workload']}, {data['load']}, {data['copies']} of "
+        f"each; {size['engine']['name']}; a replica starts in {size['start_s']:g} s, "
+        f"{size['min_replicas']} to {size['max_replicas']} of them. Objective: "
+        f"{slo.percentile:g} % of requests with {', '.join(limits)}."
+    )
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in (row["spec"], *cells(row)))
+        + "</tr>\n"
+        for row in data["policies"]
+    )
+    return _PAGE.substitute(
+        title="Policies under one load",
+        about=html.escape(about),
+        heads="".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS),
+        rows=rows,
+        timeline=_timeline(data),
+        price=_price(data),
+    )
+
+
+def _timeline(data: dict[str, Any]) -> str:
+    t_s, per_s = zip(*data["requests_per_s"], strict=True) if data["requests_per_s"] else ((), ())
+    rows = data["policies"]
+    replicas = [_curve(row, _paid(row)) for row in rows]
+    waiting = [_curve(row, row["timeline"]["waiting"]) for row in rows]
+    kept = [
+        plots.Curve(
+            label=row["spec"],
+            x=[at_s for at_s, _ in row["kept_by_minute"]],
+            y=[100 * share for _, share in row["kept_by_minute"]],
+        )
+        for row in rows
+    ]
+    offered = [plots.Curve(label="offered", x=t_s, y=per_s)]
+    panels = [
+        plots.Panel(title="Load", y_title="requests/s", curves=offered, filled=(0,), low=True),
+        plots.Panel(title="Replicas paid for", y_title="replicas", curves=replicas),
+        plots.Panel(title="Waiting requests", y_title="requests", curves=waiting),
+        plots.Panel(title="Kept the objective, by minute", y_title="%", curves=kept, top=101),
+    ]
+    return plots.timeline(panels, "simulate")
+
+
+def _curve(row: dict[str, Any], values: Any) -> plots.Curve:
+    """Thinned to the greatest value of each stretch."""
+    t_s = np.asarray(row["timeline"]["t_s"])
+    values = np.asarray(values, dtype=float)
+    if len(t_s) > _POINTS:
+        starts = np.linspace(0, len(t_s), _POINTS, endpoint=False).astype(int)
+        t_s, values = t_s[starts], np.maximum.reduceat(values, starts)
+    return plots.Curve(label=row["spec"], x=t_s.tolist(), y=values.tolist())
+
+
+def _price(data: dict[str, Any]) -> str:
+    least = 50 / max(1, data["requests"])  # Half a request: a log axis has no 0.
+    curves = []
+    for row in data["policies"]:
+        tried = sorted(row["tried"], key=lambda trial: trial["gpu_hours"])
+        curves.append(
+            plots.Curve(
+                label=row["policy"],
+                x=[trial["gpu_hours"] for trial in tried],
+                y=[max(least, 100 * (1 - trial["kept"])) for trial in tried],
+                notes=[trial["spec"].partition(":")[2] for trial in tried],
+            )
+        )
+    panel = ("Requests that missed the objective", "% (log)", curves)
+    return plots.curves([panel], "GPU-hours", "price")
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+DEFAULT_POLICIES = (
+    "ours",
+    "serve:target=8|16|32|64,up=0|30,down=120|600",
+    "spare:kv=0.6|0.8,queue=5,kv_spare=0.1|0.3",
+    "waiting:per=1|5",
+    "static",
+    "foresight",
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the result")
+    add("--workload", help="what is sent: see bench/workload.py")
+    add("--load", default="trace", help="when: see bench/schedule.py and bench/demand.py")
+    add("--requests", type=int, help="the first so many")
+    add("--duration", type=float, help="seconds of it")
+    add("--copies", type=int, default=1, help="of each request")
+    add("--policy", action="append", help="see bench/policies.py; several times")
+    add("--slo", default="ttft_ms=2000,tpot_ms=100,percentile=99", help="as of `bench search`")
+    add("--seed", type=int, default=0)
+    add("--gpu", default="H100", help=f"of the engines: {', '.join(enginemodel.GPUS)}")
+    add("--gpus", type=int, default=1, help="of one replica")
+    add("--model", default="Qwen2.5-7B", help=", ".join(enginemodel.MODELS))
+    add("--engine", type=Path, help="instead: the result of --validate, or a file with an engine")
+    add("--start", type=float, default=120.0, help="seconds until a replica serves")
+    add("--start-spread", type=float, default=0.0, help="its share by which that varies")
+    add("--period", type=float, default=5.0, help="seconds between decisions")
+    add("--min", type=int, default=1, help="replicas at least")
+    add("--max", type=int, default=16, help="replicas at most")
+    add("--initial", type=int, help="replicas at the start; what the first minute needs")
+    add("--validate", type=Path, action="append", help="folder of a measured run; several times")
+    for name in ("max_num_seqs", "token_budget", "kv_blocks", "block_tokens"):
+        add(f"--{name.replace('_', '-')}", type=int, help="of the engine")
+
+
+def command(options: argparse.Namespace) -> dict[str, Any]:
+    """What `python -m bench simulate` does; the last line of its output."""
+    engine = _engine(options)
+    if options.validate:
+        return _validated(options, engine)
+    if not options.workload:
+        raise BenchError.of("workload", "", "needs one, as in --workload azure:PATH")
+    fleet_of = Fleet(
+        engine,
+        start_s=options.start,
+        start_spread=options.start_spread,
+        period_s=options.period,
+        percentile=99.0,
+        min_replicas=options.min,
+        max_replicas=options.max,
+        initial=max(options.min, 1),
+        seed=options.seed,
+    )
+    slo = measure.parse_slo(options.slo)
+    case = Case(
+        options.workload,
+        options.load,
+        replace(fleet_of, percentile=slo.percentile),
+        slo,
+        count=options.requests,
+        duration_s=options.duration,
+        copies=options.copies,
+        seed=options.seed,
+    )
+    initial = options.initial if options.initial is not None else first(case)
+    case = replace(case, fleet=replace(case.fleet, initial=initial))
+    data = simulate(case, options.policy or DEFAULT_POLICIES, options.out)
+    keys = ("spec", "kept", "holds", "gpu_hours", "changes", "replicas_mean")
+    return {
+        "benchmark": "simulate",
+        "name": data["name"],
+        "valid": True,
+        "out": str(options.out),
+        "report": str(options.out / result.REPORT),
+        "policies": [{key: row[key] for key in keys} for row in data["policies"]],
+    }
+
+
+def first(case: Case) -> int:
+    """Replicas that the first minute of a load needs: every policy begins with a fleet that fits,
+    as if it had been there before, and none is judged by how it gets there."""
+    size = case.fleet
+    busy = policies.busy(case.jobs(), size.engine, case.slo.ttft_s or 2.0)[: int(_FIRST_S)]
+    needed = int(np.ceil(busy.max(initial=0.0) / _INITIAL_SHARE))
+    return min(max(needed, size.min_replicas, 1), size.max_replicas)
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    if options.engine:
+        engine = enginefit.from_json(options.engine)
+    else:
+        engine = enginemodel.roofline(options.gpu, options.model, options.gpus)
+    names = ("max_num_seqs", "token_budget", "kv_blocks", "block_tokens")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(engine, **given) if given else engine
+
+
+def _validated(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
+    """The engine fitted to measured runs, and how well such a fit foretells one it has not seen."""
+    measured = enginefit.loads(options.validate)
+    whole = enginefit.fit(measured, engine)
+    foretold = enginefit.validate(measured, engine)
+    errors = enginefit.summary(foretold)
+    fitted = replace(engine, costs=whole.costs, name=f"fitted to {len(measured)} measured loads")
+    data = result.header("simulate", "validation") | {
+        "valid": True,
+        "doubts": [],
+        "engine": enginefit.to_json(fitted),
+        "fit": msgspec.to_builtins(whole),
+        "loads": msgspec.to_builtins(foretold),
+        "errors": errors,
+    }
+    result.write(options.out, data)
+    print(enginefit.table(whole, foretold), file=sys.stderr)
+    return {
+        "benchmark": "simulate",
+        "name": "validation",
+        "valid": True,
+        "out": str(options.out),
+        "costs": asdict(whole.costs),
+        "errors": errors,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -145,11 +145,13 @@ def fit(measured: Sequence[Load], engine: Engine) -> Fit:
     Raises ResultError where there are fewer usable requests than constants.
     """
     parts = [_rows(repeat, engine) for load in measured for repeat in load.repeats]
-    rows, took_s, clear = (np.concatenate(each) for each in zip(*parts, strict=True))
+    rows = np.concatenate([part for part, _, _ in parts])
+    took_s = np.concatenate([took for _, took, _ in parts])
+    clear: NDArray[np.bool_] = np.concatenate([one for _, _, one in parts])
     # Of each equation, the rows that are not clear are only used where there are no others.
     for kind in (rows[:, _REQUEST] > 0, rows[:, _REQUEST] == 0):
         if (kind & clear).sum() < _LEAST_CLEAR:
-            clear |= kind
+            clear = clear | kind
     rows, took_s = rows[clear], took_s[clear]
     if len(took_s) <= len(_NAMES):
         raise ResultError(f"{len(took_s)} usable requests are too few for {len(_NAMES)} constants")
@@ -167,7 +169,7 @@ def fit(measured: Sequence[Load], engine: Engine) -> Fit:
 
 def _least_squares(rows: _Rows, values: _Rows) -> _Rows:
     """Without negative ones: the most negative is set to 0, until none is left."""
-    used = rows.any(axis=0)
+    used: NDArray[np.bool_] = np.asarray(rows.any(axis=0))
     found = np.zeros(rows.shape[1])
     scale = np.where(used, np.sqrt((rows**2).mean(axis=0)), 1.0)
     while used.any():

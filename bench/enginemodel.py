@@ -305,8 +305,10 @@ class Batch:
         return len(self._waiting) + len(self._coming)
 
     @property
-    def waiting_tokens(self) -> int:
-        return self._waiting_tokens
+    def unread_tokens(self) -> int:
+        """Prompt tokens of all that have no first token yet, the one being read among them."""
+        filling = self._filling
+        return self._waiting_tokens + (filling.input_tokens if filling else 0)
 
     @property
     def kv_usage(self) -> float:

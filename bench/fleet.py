@@ -37,7 +37,7 @@ class Fleet:
         start_s: from when a replica is asked for until it serves.
         start_spread: its share by which that varies, evenly, from replica to replica.
         period_s: how often the policy is asked.
-        window_s: how far back the reports of a replica look.
+        window_s: how far back the reports of a replica look; as serve_app/signals.py does.
         percentile: of the latencies in them.
         min_replicas, max_replicas: bounds, whatever the policy says.
         initial: replicas that serve at the start.
@@ -181,7 +181,7 @@ class _Replica:
         return ReplicaLoad(
             running=batch.running,
             waiting=batch.waiting,
-            queued_tokens=batch.waiting_tokens,
+            queued_tokens=batch.unread_tokens,
             kv_usage=batch.kv_usage,
             max_running=batch.engine.max_num_seqs,
             ttft_s=_recent_ttft_s(batch, now_s - window_s, percentile),
@@ -197,7 +197,10 @@ def _recent_ttft_s(batch: Batch, since_s: float, percentile: float) -> float | N
     firsts = batch.first_tokens
     while firsts and firsts[0][0] < since_s:
         firsts.popleft()
-    return float(np.percentile([took_s for _, took_s in firsts], percentile)) if firsts else None
+    if not firsts:
+        return None
+    took_s = sorted(took_s for _, took_s in firsts)
+    return took_s[max(0, math.ceil(percentile / 100 * len(took_s)) - 1)]
 
 
 def _recent_itl_s(batch: Batch, since_s: float, percentile: float) -> float | None:
@@ -357,16 +360,10 @@ class _Run:
             job.record(self.all[job.replica].batch.step_end_s if job.replica is not None else ())
             for job in self.jobs
         ]
-        spans = [
-            (
-                replica.asked_s,
-                replica.ready_s
-                if replica.batch.now_s >= replica.ready_s
-                and (replica.gone_s is None or replica.gone_s > replica.ready_s)
-                else None,
-                now_s if replica.gone_s is None else replica.gone_s,
-            )
-            for replica in self.all
-        ]
+        spans = []
+        for replica in self.all:
+            gone_s = now_s if replica.gone_s is None else replica.gone_s
+            served_s = replica.ready_s if replica.ready_s <= gone_s else None
+            spans.append((replica.asked_s, served_s, gone_s))
         preempted = sum(replica.batch.preempted for replica in self.all)
         return Outcome(records, self.timeline, self.decisions, spans, now_s, preempted)

@@ -143,7 +143,7 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
         return self.used(record) <= 1
 
 
-# The limits of MLPerf Inference for its server and interactive scenarios of Llama 2 70B.
+# Named for the scenarios of MLPerf Inference.
 SLOS: Mapping[str, Slo] = {
     "mlperf-server": Slo(ttft_s=2.0, tpot_s=0.1),
     "mlperf-interactive": Slo(ttft_s=0.5, tpot_s=0.03),

@@ -182,6 +182,8 @@ class _Hold:
     def __call__(self, now_s: float, answer: int, current: int) -> int:
         """`answer`, or less of a step down from `current`."""
         answers = self._answers
+        if not answers:  # What was there before counts as an answer.
+            answers.append((now_s, current))
         answers.append((now_s, answer))
         while answers[0][0] < now_s - self._hold_s:
             answers.popleft()
@@ -212,7 +214,7 @@ class Waiting:
         wanted = math.ceil(waiting / self._per)
         if current and abs(waiting / (self._per * current) - 1) <= 0.1:
             wanted = current
-        wanted = min(max(wanted, 1 if waiting else 0), max(2 * current, current + 4))
+        wanted = min(wanted, max(2 * current, current + 4))
         return Decision(self._hold(now_s, wanted, current), f"{waiting} waiting requests")
 
 
@@ -375,4 +377,5 @@ def _trailing(amounts: NDArray[np.float64], span_s: float) -> NDArray[np.float64
     """The mean a second over the last `span_s`, for each bin."""
     bins = max(1, round(span_s / _BIN_S))
     summed = np.concatenate([np.zeros(bins), np.cumsum(amounts)])
-    return (summed[bins:] - summed[:-bins]) / (bins * _BIN_S)
+    spans: NDArray[np.float64] = summed[bins:] - summed[:-bins]
+    return spans / (bins * _BIN_S)

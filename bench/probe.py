@@ -70,6 +70,12 @@ async def _search(
     except asyncio.CancelledError:
         doubts.append("interrupted: the search was not over")
         found = controller.result
+    # What was found stands on this point.
+    best = found.users if isinstance(found, search.SweepResult) else found.rate
+    for point in found.points:
+        x = point.users if isinstance(point, search.UsersPoint) else point.rate
+        if x == best:
+            doubts.extend(f"{load_of(x)}: {doubt}" for doubt in point.doubts)
     if not found.resolved:
         doubts.append(f"not resolved: {found.reason}")
     told = head | run.asked(job) | search.as_json(found)

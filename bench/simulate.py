@@ -17,6 +17,7 @@ import html
 import string
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -271,8 +272,9 @@ def _plain(trial: Trial) -> dict[str, Any]:
 
 
 def _per_minute(jobs: Sequence[Job]) -> list[tuple[float, float]]:
-    counts = np.bincount([int(job.at_s / _MINUTE_S) for job in jobs]) if jobs else []
-    return [(minute * _MINUTE_S, float(count) / _MINUTE_S) for minute, count in enumerate(counts)]
+    counts = Counter(int(job.at_s / _MINUTE_S) for job in jobs)
+    minutes = range(max(counts, default=-1) + 1)
+    return [(minute * _MINUTE_S, counts[minute] / _MINUTE_S) for minute in minutes]
 
 
 _BARS = "▁▂▃▄▅▆▇█"

@@ -180,6 +180,21 @@ async def test_the_limit_is_found_and_bracketed(capacity: float, percentile: flo
         assert result.goodput_per_s == pytest.approx(result.rate, rel=0.15)
 
 
+async def test_a_slow_server_gets_the_time_to_fill_up() -> None:
+    """Answers take 20 s: 64 requests at 4 a second would all be sent before the first ended."""
+
+    class Slow(Server):
+        def serve(self, x: float, count: int) -> list[Record]:
+            times = self.arrivals(x, count)
+            return [answered(n, at_s, at_s + 1, at_s + 20, None) for n, at_s in enumerate(times)]
+
+    server = Slow()
+    await search.run(RateSearch(Slo(ttft_s=2.0, percentile=90.0), most=4.0, looks=3), server.probe)
+    first = {rate: count for rate, count in reversed(server.probes)}
+    assert first[1.0] == 64
+    assert first[4.0] >= 12 * 4 * 20 * 0.9
+
+
 async def test_from_above_the_rate_is_halved() -> None:
     slo = Slo(ttft_s=1.0, percentile=90.0)
     server = Knee(2.0)

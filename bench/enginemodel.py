@@ -218,9 +218,22 @@ class Job:
     left: int = 0
     first: int = -1
 
-    def record(self, step_end_s: Sequence[float], user: int | None = None) -> Record:
-        """What a client would have noted, had `step_end_s` been its server's steps."""
-        chunks = [at_s for first, count in self.spans for at_s in step_end_s[first : first + count]]
+    def record(
+        self, step_end_s: Sequence[float], user: int | None = None, whole: bool = True
+    ) -> Record:
+        """What a client would have noted, had `step_end_s` been its server's steps.
+
+        Without `whole` only the first and the last chunk are in it, which is quick, and enough for
+        every latency but the one between two chunks.
+        """
+        chunks: list[float] = []
+        if whole:
+            for first, count in self.spans:
+                chunks.extend(step_end_s[first : first + count])
+        elif self.spans:
+            (first, _), (begin, count) = self.spans[0], self.spans[-1]
+            last = begin + count - 1
+            chunks = [step_end_s[step] for step in ((first, last) if last > first else (first,))]
         ended = self.end_s is not None
         error = self.error or ("" if ended else "unfinished: the simulation ended before it")
         return Record(

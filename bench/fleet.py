@@ -113,7 +113,8 @@ class Outcome:
     """What came of a run.
 
     Attributes:
-        records: of every job, in their order; those that were refused or never ended say so.
+        jobs: as they ended, in the order of their times.
+        steps_s: of every replica's engine, the end of each step.
         timeline: see there.
         decisions: (when, replicas, reason) of each change of what is wanted.
         spans: (asked for, served from, gone) of every replica; served from is None for one that
@@ -122,7 +123,8 @@ class Outcome:
         preempted: sequences that lost their blocks, over all replicas.
     """
 
-    records: list[Record]
+    jobs: list[Job]
+    steps_s: list[Sequence[float]]
     timeline: Timeline
     decisions: list[tuple[float, int, str]]
     spans: list[tuple[float, float | None, float]]
@@ -133,6 +135,16 @@ class Outcome:
     def replica_s(self) -> float:
         """Seconds that are paid for, summed over replicas."""
         return sum(gone_s - asked_s for asked_s, _, gone_s in self.spans)
+
+    def records(self, whole: bool = True) -> list[Record]:
+        """Of every job, in their order; those that were refused or never ended say so.
+
+        Without `whole` as in `Job.record`: for those who only ask whether limits were kept.
+        """
+        return [
+            job.record(self.steps_s[job.replica] if job.replica is not None else (), whole=whole)
+            for job in self.jobs
+        ]
 
 
 class _Replica:
@@ -356,14 +368,12 @@ class _Run:
         line.kv_usage.append(max((load.kv_usage for load in loads), default=0.0))
 
     def _outcome(self, now_s: float) -> Outcome:
-        records = [
-            job.record(self.all[job.replica].batch.step_end_s if job.replica is not None else ())
-            for job in self.jobs
-        ]
         spans = []
         for replica in self.all:
             gone_s = now_s if replica.gone_s is None else replica.gone_s
             served_s = replica.ready_s if replica.ready_s <= gone_s else None
             spans.append((replica.asked_s, served_s, gone_s))
         preempted = sum(replica.batch.preempted for replica in self.all)
-        return Outcome(records, self.timeline, self.decisions, spans, now_s, preempted)
+        steps_s: list[Sequence[float]] = [replica.batch.step_end_s for replica in self.all]
+        told = (self.timeline, self.decisions, spans, now_s, preempted)
+        return Outcome(self.jobs, steps_s, *told)

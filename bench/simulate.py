@@ -93,7 +93,7 @@ class Trial:
         kept: share of requests that met the whole objective; of its TTFT; of its TPOT.
         gpu_hours: paid for, from when each replica is asked for until it is gone.
         changes, reversals: how often what is wanted changed, and how often from up to down or back.
-        timeline: see fleet.Timeline; `kept` holds (minute, share) over time.
+        timeline: see fleet.Timeline; `kept_by_minute` holds (from when, share).
     """
 
     spec: str
@@ -101,7 +101,6 @@ class Trial:
     kept_ttft: float
     kept_tpot: float
     gpu_hours: float
-    measures: Measures
     unfinished: int
     changes: int
     reversals: int
@@ -131,12 +130,12 @@ def simulate(case: Case, texts: Sequence[str], folder: Path | None = None) -> di
     if folder is not None:
         result.prepare(folder)
     for text, choices in zip(texts, searches, strict=True):
-        trials, kept_records = _search(case, jobs, choices, stops=text in _SEARCHED)
+        trials, heard = _search(case, jobs, choices, stops=text in _SEARCHED)
         best = _best(trials, case.slo)
         _say(f"{best.spec}: {best.kept:.2%} kept the objective, {best.gpu_hours:.2f} GPU-hours")
-        found.append((text, best, trials))
+        found.append((text, best, measure.measure(heard, case.slo), trials))
         if folder is not None:
-            records.append(folder / result.RECORDS, kept_records)
+            records.append(folder / result.RECORDS, heard)
     data = _result(case, jobs, found)
     if folder is not None:
         result.write(folder, data)
@@ -164,15 +163,15 @@ def _search(
 ) -> tuple[list[Trial], list[Record]]:
     """A trial of each choice, and the records of the best."""
     trials: list[Trial] = []
-    best_records: list[Record] = []
+    outcomes: list[Outcome] = []
     for text in choices:
-        trial, heard = trial_of(case, jobs, text)
+        trial, outcome = trial_of(case, jobs, text)
         trials.append(trial)
         if _best(trials, case.slo) is trial:
-            best_records = heard
+            outcomes = [outcome]
         if stops and trial.holds(case.slo):
             break
-    return trials, best_records
+    return trials, outcomes[0].records()
 
 
 def _best(trials: Sequence[Trial], slo: Slo) -> Trial:
@@ -182,29 +181,29 @@ def _best(trials: Sequence[Trial], slo: Slo) -> Trial:
     return max(trials, key=lambda trial: trial.kept)
 
 
-def trial_of(case: Case, jobs: Sequence[Job], text: str) -> tuple[Trial, list[Record]]:
+def trial_of(case: Case, jobs: Sequence[Job], text: str) -> tuple[Trial, Outcome]:
     """One policy against the load."""
     began_s = time.perf_counter()
-    its_fleet = case.fleet
-    if text.startswith("static:"):
+    size = case.fleet
+    if text.startswith("static:"):  # Its fleet is there from the start.
         count = int(text.partition("=")[2])
-        its_fleet = replace(its_fleet, initial=min(max(count, its_fleet.min_replicas), 10**6))
-    outcome = fleet.run(its_fleet, jobs, policies.parse(text, case.goal, its_fleet, jobs))
-    return _judged(text, outcome, case, time.perf_counter() - began_s), outcome.records
+        size = replace(size, initial=min(max(count, size.min_replicas), size.max_replicas))
+    outcome = fleet.run(size, jobs, policies.parse(text, case.goal, size, jobs))
+    return _judged(text, outcome, case, time.perf_counter() - began_s), outcome
 
 
 def _judged(text: str, outcome: Outcome, case: Case, took_s: float) -> Trial:
-    slo, heard = case.slo, outcome.records
+    slo, heard = case.slo, outcome.records(whole=False)
+    met = [slo.met_by(record) for record in heard]
     line = outcome.timeline
     paid = np.add(np.add(line.serving, line.starting), line.draining)
     steps = np.diff([wanted for _, wanted, _ in _from_start(outcome, case)])
     return Trial(
         spec=text,
-        kept=_share(heard, slo),
+        kept=sum(met) / len(met) if met else 1.0,
         kept_ttft=_share(heard, Slo(ttft_s=slo.ttft_s)),
         kept_tpot=_share(heard, Slo(tpot_s=slo.tpot_s)),
         gpu_hours=outcome.replica_s * case.fleet.engine.gpus / 3600,
-        measures=measure.measure(heard, slo),
         unfinished=sum(not record.ok for record in heard),
         changes=len(outcome.decisions),
         reversals=int(np.sum(np.sign(steps[1:]) != np.sign(steps[:-1]))),
@@ -213,7 +212,7 @@ def _judged(text: str, outcome: Outcome, case: Case, took_s: float) -> Trial:
         replicas_most=int(paid.max(initial=0)),
         timeline=line,
         decisions=outcome.decisions,
-        kept_by_minute=_kept_by_minute(heard, slo),
+        kept_by_minute=_by_minute([record.planned_s for record in heard], met),
         took_s=took_s,
     )
 
@@ -226,18 +225,18 @@ def _share(heard: Sequence[Record], slo: Slo) -> float:
     return sum(map(slo.met_by, heard)) / len(heard) if heard else 1.0
 
 
-def _kept_by_minute(heard: Sequence[Record], slo: Slo) -> list[tuple[float, float]]:
+def _by_minute(at_s: Sequence[float], met: Sequence[bool]) -> list[tuple[float, float]]:
     minutes: dict[int, list[bool]] = {}
-    for record in heard:
-        minutes.setdefault(int(record.planned_s / _MINUTE_S), []).append(slo.met_by(record))
-    return [(minute * _MINUTE_S, sum(met) / len(met)) for minute, met in sorted(minutes.items())]
+    for planned_s, one in zip(at_s, met, strict=True):
+        minutes.setdefault(int(planned_s / _MINUTE_S), []).append(one)
+    return [(minute * _MINUTE_S, sum(mine) / len(mine)) for minute, mine in sorted(minutes.items())]
 
 
 # --- what is told ---------------------------------------------------------------------------
 
 
 def _result(
-    case: Case, jobs: Sequence[Job], found: Sequence[tuple[str, Trial, list[Trial]]]
+    case: Case, jobs: Sequence[Job], found: Sequence[tuple[str, Trial, Measures, list[Trial]]]
 ) -> dict[str, Any]:
     settings = {
         "workload": case.workload,
@@ -254,13 +253,14 @@ def _result(
         {
             "policy": text,
             **_plain(best),
+            "measures": msgspec.to_builtins(measures),
             "holds": best.holds(case.slo),
             "tried": [
                 {"spec": trial.spec, "kept": trial.kept, "gpu_hours": trial.gpu_hours}
                 for trial in trials
             ],
         }
-        for text, best, trials in found
+        for text, best, measures, trials in found
     ]
     head = result.header("simulate", f"{case.workload} {case.load}")
     return head | settings | {"valid": True, "doubts": [], "policies": rows}

@@ -1,0 +1,99 @@
+"""What a server does at ten times its capacity: tokens/s kept, and how soon the rest are refused.
+
+    python -m bench.overload --url URL --users N [--times 10] [--rounds 3] [--seconds 20]
+
+In turn: a closed loop of N users, which is as many as the server serves at once, for its capacity;
+then an open loop of `times` the requests/s that it just answered. Said are, over rounds, tokens/s
+under overload as a ratio to capacity, the time to a refusal (429 or 503, from the planned time),
+and whether every request that was let in was served whole. The last line is one JSON object.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bench import interval, load, measure, run, schedule, workload
+from bench.client import Target
+from bench.records import Record
+
+REFUSED = (429, 503)
+
+
+def send(target: Target, options: argparse.Namespace, when: str, seed: int) -> list[Record]:
+    """One load of `seconds`; prompts of its own seed."""
+    what, how = workload.parse(options.workload, seed), schedule.parse(when)
+    plan = schedule.plan(what, how, None, options.seconds, seed)
+    outcome = asyncio.run(load.run(plan, target, options.actors, lambda records, progress: None))
+    return outcome.records
+
+
+def one_round(target: Target, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Capacity, then overload."""
+    records = send(target, options, f"users={options.users}", seed)
+    capacity = measure.measure(records, window=measure.window(records, options.users))
+    rate = options.times * (capacity.requests_per_s or 0.0)
+    records = send(target, options, f"poisson:rate={rate!r}", seed + 1)
+    # The server is full within a second; what is still under way at the end is left out.
+    to_s = max(record.planned_s for record in records)
+    over = measure.measure(records, window=(min(1.0, to_s / 4), to_s))
+    refused = [record for record in records if record.status in REFUSED]
+    waits_s = [wait for record in refused if (wait := measure.e2e_s(record)) is not None]
+    return {
+        "capacity_tokens_per_s": capacity.output_tokens_per_s,
+        "offered_per_s": rate,
+        "overload_tokens_per_s": over.output_tokens_per_s,
+        "ratio": (over.output_tokens_per_s or 0.0) / (capacity.output_tokens_per_s or 1.0),
+        "sent": len(records),
+        "served": sum(record.ok for record in records),
+        "refused": len(refused),
+        # Neither served whole nor refused: of these there should be none.
+        "broken": sum(not record.ok and record.status not in REFUSED for record in records),
+        "refusal_p50_ms": _ms(waits_s, 0.5),
+        "refusal_p99_ms": _ms(waits_s, 0.99),
+        "lag_p99_ms": _ms([measure.lag_s(record) or 0.0 for record in records], 0.99),
+    }
+
+
+def _ms(values_s: Sequence[float], share: float) -> float | None:
+    """None where there are too few."""
+    if len(values_s) < interval.samples_needed(share):
+        return None
+    return sorted(values_s)[int(share * (len(values_s) - 1))] * 1e3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--users", type=int, required=True, help="as many as it serves at once")
+    parser.add_argument("--workload", default="synthetic:input=20,output=256,exact=yes")
+    parser.add_argument("--times", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--actors", type=int, default=1)
+    options = parser.parse_args()
+    target = run.with_model(Target(url=options.url, model="", extra={"temperature": 0}))
+    load.connect()
+    rounds = []
+    for number in range(options.rounds):
+        rounds.append(one_round(target, options, 2 * number))
+        print(json.dumps(rounds[-1]), file=sys.stderr)
+    ratios = [each["ratio"] for each in rounds]
+    found = {
+        "benchmark": "overload",
+        "times": options.times,
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "broken": sum(each["broken"] for each in rounds),
+        "rounds": rounds,
+    }
+    print(json.dumps(found))
+    return 1 if found["broken"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 MIB = 2**20
 
@@ -103,3 +104,12 @@ def _accelerator(resources: dict[str, float]) -> Gpu:
     if local := local_gpus():
         return local[0]
     raise HardwareError(f"unknown accelerator {names or '(unnamed)'}: set model and sizes by hand")
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself, or may: what is not known is yes."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    return "bf16" in flags  # avx512_bf16, amx_bf16; on ARM bf16.

@@ -20,6 +20,11 @@ from bench.run import Job
 from bench.workload import Cell
 
 
+# Cells differ in their seeds by more than repeats do: prompts of one must not be found in the prefix
+# cache that another filled.
+_SEEDS = 1000
+
+
 async def served(job: Job, per_user: int, folder: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     """Every cell as a closed loop on the job's target, `per_user` requests a user and repeat.
 
@@ -27,11 +32,12 @@ async def served(job: Job, per_user: int, folder: Path, cells: Sequence[Cell]) -
     """
     head = result.header("matrix", job.name or "baseline matrix")
     done: list[dict[str, Any]] = []
-    for cell in cells:
-        run.say(f"{cell.name} ({len(done) + 1} of {len(cells)})")
+    for place, cell in enumerate(cells):
+        run.say(f"{cell.name} ({place + 1} of {len(cells)})")
         one = msgspec.structs.replace(
             job,
             name=cell.name,
+            seed=job.seed + _SEEDS * place,
             workload=cell.workload,
             load=f"users={cell.users}",
             count=cell.users * per_user,
@@ -62,9 +68,10 @@ def in_process(
     engine = Engine(model, arguments)
     head["load_s"] = time.time() - began_s
     done: list[dict[str, Any]] = []
-    for cell in cells:
-        run.say(f"{cell.name} ({len(done) + 1} of {len(cells)})")
-        done.append(_batches(engine, cell, repeats, seed, folder / cell.name))
+    for place, cell in enumerate(cells):
+        run.say(f"{cell.name} ({place + 1} of {len(cells)})")
+        mine = seed + _SEEDS * place
+        done.append(_batches(engine, cell, repeats, mine, folder / cell.name))
     return _write(folder, head, done, len(cells))
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from bench import machine, measure, result, run, scrape
+from bench import machine, matrix, measure, result, run, scrape, workload
 from bench.client import Target
 from bench.load import Happening, Outcome
 from bench.records import Record, read
 from bench.result import Repeat
+from bench.run import Job
 from tests.services.openai_server import ROOT, Options, launched
 
 PORT = 8880
@@ -217,6 +218,30 @@ def test_a_comparison_reads_two_results(environment: dict[str, str], tmp_path: P
     assert rows["tpot_p50_s"]["ratio"] == pytest.approx(2.0, abs=0.02)
     assert rows["ttft_p50_s"]["verdict"] == "noise"
     assert "tpot_p50_s" in table
+
+
+async def test_no_cell_of_the_matrix_asks_what_another_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    async def measured(job: Job, folder: Path) -> dict[str, Any]:
+        asked.extend(
+            str(request.prompt)
+            for repeat in range(job.repeats)
+            for request in workload.parse(job.workload, job.seed + repeat).take(job.count or 0)
+        )
+        return {"name": job.name, "doubts": [], "events": [], "summary": {}}
+
+    monkeypatch.setattr(run, "run", measured)
+    cells = [cell for cell in workload.matrix() if cell.input_tokens == 200]
+    job = Job(target=Target(url=URL, model="fake"), workload="", load="", repeats=3)
+    found = await matrix.served(job, 2, tmp_path, cells)
+    assert found["valid"]
+    assert len(asked) == 2 * 3 * (1 + 4 + 8) * 2
+    # A cache holds blocks of 16 tokens or more.
+    beginnings = {" ".join(prompt.split()[:16]) for prompt in asked}
+    assert len(beginnings) == len(asked)
 
 
 # --- the parts ------------------------------------------------------------------------------

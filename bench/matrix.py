@@ -19,9 +19,8 @@ from bench.result import Repeat
 from bench.run import Job
 from bench.workload import Cell
 
-
-# Cells differ in their seeds by more than repeats do: prompts of one must not be found in the prefix
-# cache that another filled.
+# Cells differ in their seeds by more than repeats do: prompts of one must not be found in the
+# prefix cache that another filled.
 _SEEDS = 1000
 
 

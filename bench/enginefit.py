@@ -9,10 +9,10 @@ their caches, and read every prompt whose first token came. So for each request
                          + decode_seq_s * tokens written meanwhile
                          + kv_token_s * cache tokens read for those
 
-and for each that met no other prompt on its way
+and for each that met no prompt on its way, but those that came with it
 
     first token - sent = request_s + step_s * (its own steps, and half of one it had to wait for)
-                         + prefill_token_s * its prompt + the part of the sequences beside it
+                         + prefill_token_s * those prompts + the part of the sequences beside it
 
 are linear in the constants. They are solved together by least squares of relative errors, without
 negative constants. Chunks of several tokens do no harm: only sums are used. Loads that are all
@@ -41,6 +41,7 @@ from bench.records import Record, read
 _NAMES = tuple(field.name for field in fields(Costs))
 _REQUEST = _NAMES.index("request_s")
 _LEAST_CLEAR = 8  # Clear rows of an equation, to do without the others.
+_TOGETHER = 0.1  # Of a TTFT: requests this near at both ends were read in the same step.
 _SHORTEST_S = 1e-6  # Between two chunks.
 _LEAST_TOKENS = 8  # Of a request whose gaps are used: fewer are mostly jitter.
 _PARTS = 8  # Of the rows, for the errors of the constants.
@@ -204,8 +205,8 @@ def _rows(records: Sequence[Record], engine: Engine) -> tuple[_Rows, _Rows, NDAr
                 not meanwhile.prompts(first_s, first_s) + meanwhile.prompts(last_s, last_s)
             )
         sent_s = _sent_s(record)
-        if meanwhile.prompts(sent_s, first_s) == 1 and first_s > sent_s:
-            tokens = _read(record)
+        tokens = meanwhile.together(sent_s, first_s) if first_s > sent_s else 0.0
+        if tokens:
             seqs, kv_tokens = meanwhile.beside(sent_s)
             steps = -(-tokens // engine.token_budget) + (0.5 if seqs else 0.0)
             rows.append([steps, tokens, seqs * steps, kv_tokens * steps, 1.0])
@@ -246,10 +247,11 @@ class _Meanwhile:
                     record.chunk_s[-1],
                     record.input_tokens or 0,
                     record.output_tokens or 0,
+                    _read(record),
                 )
                 for record in records
             ]
-        ).reshape(-1, 5)
+        ).reshape(-1, 6)
 
     def __call__(self, from_s: float, to_s: float) -> tuple[float, float, float]:
         """Prompt tokens read, tokens written after first ones, and cache tokens read for them."""
@@ -267,13 +269,22 @@ class _Meanwhile:
         spans = self._spans
         return int(np.sum((spans[:, 0] < to_s) & (spans[:, 1] > from_s)))
 
+    def together(self, sent_s: float, first_s: float) -> float:
+        """Prompt tokens of a request and of those that came and were read with it; 0 where any
+        other was about to be read."""
+        spans = self._spans
+        waited = spans[(spans[:, 0] < first_s) & (spans[:, 1] > sent_s)]
+        near_s = _TOGETHER * (first_s - sent_s)
+        same = (abs(waited[:, 0] - sent_s) <= near_s) & (abs(waited[:, 1] - first_s) <= near_s)
+        return float(waited[:, 5].sum()) if same.all() else 0.0
+
     def beside(self, at_s: float) -> tuple[int, float]:
         """How many requests wrote at a time, and what they had in the cache."""
         spans = self._spans
         writing = spans[(spans[:, 1] <= at_s) & (spans[:, 2] > at_s)]
         if not len(writing):
             return 0, 0.0
-        _, first_s, last_s, inputs, outputs = writing.T
+        _, first_s, last_s, inputs, outputs, _ = writing.T
         done = (at_s - first_s) / (last_s - first_s)
         return len(writing), float((inputs + outputs * done).sum())
 

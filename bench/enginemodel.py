@@ -28,6 +28,8 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from bench.errors import BenchError
 from bench.records import Record
 
@@ -54,6 +56,8 @@ class Engine:
         token_budget: tokens of one step (`max_num_batched_tokens`).
         kv_blocks, block_tokens: the KV cache.
         prefix_caching: prompts that begin like an earlier one are not read again.
+        accept_s: what the server's front end needs for a request, one at a time. However small, it
+            makes the first of many that come at once begin alone, and the others a step later.
         gpus: of one replica.
         name: what it is, in reports.
     """
@@ -64,6 +68,7 @@ class Engine:
     kv_blocks: int = 4096
     block_tokens: int = 16
     prefix_caching: bool = False
+    accept_s: float = 0.0
     gpus: int = 1
     name: str = "an engine"
 
@@ -136,7 +141,7 @@ MODELS: Mapping[str, Model] = {
 # What kernels reach of the data sheet, and what does not shrink with the model: the host's share of
 # a step, of a sequence in it (sampling, detokenizing, sending), and of a request.
 _FLOPS_SHARE, _BANDWIDTH_SHARE = 0.55, 0.8
-_HOST_STEP_S, _HOST_SEQ_S, _HOST_REQUEST_S = 1.5e-3, 2e-5, 5e-3
+_HOST_STEP_S, _HOST_SEQ_S, _HOST_REQUEST_S, _ACCEPT_S = 1.5e-3, 2e-5, 5e-3, 5e-4
 _ALL_REDUCE_S = 1.5e-5  # Two a layer, with tensor parallelism.
 _MEMORY_SHARE, _WORKSPACE_BYTES = 0.92, 2e9
 # vLLM's own limits for a server: larger ones from 70 GB on, but not for an A100.
@@ -175,7 +180,8 @@ def roofline(gpu: str, model: str, gpus: int = 1) -> Engine:
         request_s=_HOST_REQUEST_S,
     )
     name = f"{model} on {f'{gpus} ' if gpus > 1 else ''}{gpu}, by roofline"
-    return Engine(costs, seqs, budget, blocks, 16, gpus=gpus, name=name)
+    limits = (seqs, budget, blocks, 16)
+    return Engine(costs, *limits, accept_s=_ACCEPT_S, gpus=gpus, name=name)
 
 
 # --- requests -------------------------------------------------------------------------------
@@ -272,6 +278,12 @@ def clone(job: Job) -> Job:
 # --- the batch ------------------------------------------------------------------------------
 
 
+# j, and j * (j - 1) / 2: what the end of the j-th step of a stretch is made of.
+_STEPS = np.arange(1.0, 4097.0)
+_PAIRS = _STEPS * (_STEPS - 1) / 2
+_FEW = 40  # Up to so many steps a loop is faster.
+
+
 class Batch:
     """The requests of one engine, from when they come to their last token.
 
@@ -280,7 +292,9 @@ class Batch:
         step_end_s, step_seqs, step_prefill: of every step: its end, the sequences that got a token
             besides the first ones, and the prompt tokens that were read.
         first_tokens: (when, TTFT) of every request that got one, in order.
-        prefilled, decoded, preempted: totals: prompt tokens read, tokens written, blocks lost.
+        prefilled, decoded, preempted, arrived: totals: prompt tokens read, tokens written,
+            sequences that lost their blocks, requests that came.
+        busy_s: how long all steps together took.
     """
 
     def __init__(self, engine: Engine, start_s: float = 0.0) -> None:
@@ -291,7 +305,9 @@ class Batch:
         self.step_prefill = array("l")
         self.first_tokens: deque[tuple[float, float]] = deque()
         self.prefilled = self.decoded = self.preempted = self.arrived = 0
+        self.busy_s = 0.0
         self._coming: deque[tuple[float, Job]] = deque()  # Not yet at the engine.
+        self._accepted_s = -math.inf
         self._waiting: deque[Job] = deque()
         self._waiting_tokens = 0
         self._running: dict[Job, None] = {}  # In the order in which they were let in.
@@ -331,6 +347,21 @@ class Batch:
     def idle(self) -> bool:
         return not (self._running or self._waiting or self._coming)
 
+    def next_end_s(self) -> float:
+        """A time before which no request ends unless another comes: `advance` can wait until then.
+
+        Blocks that run out only make it later.
+        """
+        if self.idle:
+            return math.inf
+        if self._coming or self._filling is not None or self._can_admit() or not self._ends:
+            return self.now_s
+        steps = self._next_end() - len(self.step_end_s) + 1
+        first_s = self.engine.step_time_s(0, self._seqs, self._kv_tokens)
+        more_s = self.engine.costs.kv_token_s * self._seqs
+        # A millionth less, as sums of floats differ by the way they are made.
+        return self.now_s + (steps * first_s + more_s * steps * (steps - 1) / 2) * (1 - 1e-6)
+
     def add(self, job: Job, at_s: float) -> None:
         """A request comes, not before one that came earlier.
 
@@ -341,7 +372,9 @@ class Batch:
             job.error = "http 400: longer than the KV cache"
             return
         job.base = job.input_tokens
-        self._coming.append((at_s + self.engine.costs.request_s, job))
+        before_s = self._accepted_s + self.engine.accept_s
+        self._accepted_s = max(at_s + self.engine.costs.request_s, before_s)
+        self._coming.append((self._accepted_s, job))
         self._waiting_tokens += job.input_tokens
 
     def advance(self, until_s: float, stop: bool = False) -> list[Job]:
@@ -404,7 +437,9 @@ class Batch:
             if not job.left:
                 read.append(job)
         seqs, kv_tokens = self._seqs, self._kv_tokens
-        self.now_s += self.engine.step_time_s(total, seqs, kv_tokens)
+        step_s = self.engine.step_time_s(total, seqs, kv_tokens)
+        self.now_s += step_s
+        self.busy_s += step_s
         self.step_end_s.append(self.now_s)
         self.step_seqs.append(seqs)
         self.step_prefill.append(total)
@@ -427,12 +462,21 @@ class Batch:
         more_s = costs.kv_token_s * seqs  # By which each step is longer than the one before.
         steps = min(steps, _begun(until_s - self.now_s, first_s, more_s))
         now_s, long_s = self.now_s, first_s
-        for _ in range(steps):
-            now_s += long_s
-            long_s += more_s
-            self.step_end_s.append(now_s)
+        for done in range(0, steps, len(_STEPS)):
+            count = min(steps - done, len(_STEPS))
+            if count > _FEW:
+                ends_s = now_s + long_s * _STEPS[:count] + more_s * _PAIRS[:count]
+                self.step_end_s.frombytes(ends_s.tobytes())
+                now_s = float(ends_s[-1])
+                long_s += more_s * count
+                continue
+            for _ in range(count):
+                now_s += long_s
+                long_s += more_s
+                self.step_end_s.append(now_s)
         self.step_seqs.extend([seqs] * steps)
         self.step_prefill.extend([0] * steps)
+        self.busy_s += now_s - self.now_s
         self.now_s = now_s
         self._free -= self._new_blocks(step, steps)
         self._kv_tokens += seqs * steps

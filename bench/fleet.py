@@ -158,21 +158,27 @@ class _Replica:
         self.open = 0
         self.used = 0  # The turn in which it last got a request.
         self._ending: deque[float] = deque()  # Ends of requests that are still to come.
-        # (when, arrived, prefilled, decoded, preempted) at past reports.
-        self._totals: deque[tuple[float, int, int, int, int]] = deque([(ready_s, 0, 0, 0, 0)])
+        self._next_end_s = ready_s  # Until then its engine can be left alone,
+        self.due_s = ready_s  # and until then all of it.
+        self._totals = deque([self._total(ready_s)])  # At past reports.
 
-    def advance(self, now_s: float) -> None:
-        """Bring its engine to `now_s`, and count the requests that are open then."""
+    def advance(self, now_s: float, whole: bool = False) -> None:
+        """Count the requests that are open at `now_s`; with `whole`, bring its engine there."""
+        if whole or now_s >= self._next_end_s:
+            ended = self.batch.advance(now_s)
+            self._ending.extend(job.end_s or 0.0 for job in ended)
+            self._next_end_s = self.batch.next_end_s()
         ending = self._ending
-        if self.batch.now_s < now_s:
-            ending.extend(job.end_s or 0.0 for job in self.batch.advance(now_s))
         while ending and ending[0] <= now_s:
             ending.popleft()
             self.open -= 1
+        self.due_s = min(self._next_end_s, ending[0]) if ending else self._next_end_s
 
     def take(self, job: Job, now_s: float, turn: int) -> None:
+        self.advance(now_s, whole=True)
         job.replica = self.name
         self.batch.add(job, now_s)
+        self._next_end_s = self.due_s = now_s
         if not job.error:
             self.open += 1
         self.used = turn
@@ -180,14 +186,13 @@ class _Replica:
     def load(self, now_s: float, window_s: float, percentile: float) -> ReplicaLoad:
         """Its report: counts of now, rates and latencies of the last `window_s`."""
         batch = self.batch
+        now = self._total(now_s)
         totals = self._totals
-        now = (now_s, batch.arrived, batch.prefilled, batch.decoded, batch.preempted)
         while len(totals) > 1 and totals[1][0] <= now_s - window_s:
             totals.popleft()
-        then = totals[0]
-        span_s = max(now_s - then[0], 1e-9)
-        arrived, prefilled, decoded, preempted = (
-            (after - before) / span_s for after, before in zip(now[1:], then[1:], strict=True)
+        span_s = max(now_s - totals[0][0], 1e-9)
+        arrived, prefilled, decoded, preempted, steps, busy_s = (
+            (after - before) / span_s for after, before in zip(now[1:], totals[0][1:], strict=True)
         )
         totals.append(now)
         return ReplicaLoad(
@@ -202,7 +207,15 @@ class _Replica:
             decode_tokens_per_s=decoded,
             preemptions_per_s=preempted,
             arrivals_per_s=arrived,
+            steps_per_s=steps,
+            busy=min(1.0, busy_s),
         )
+
+    def _total(self, now_s: float) -> tuple[float, ...]:
+        """What its engine has done until now, and how long that took."""
+        batch = self.batch
+        counts = (batch.arrived, batch.prefilled, batch.decoded, batch.preempted)
+        return (now_s, *counts, len(batch.step_end_s), batch.busy_s)
 
 
 def _recent_ttft_s(batch: Batch, since_s: float, percentile: float) -> float | None:
@@ -282,13 +295,20 @@ class _Run:
     # Requests.
 
     def _dispatch(self, job: Job, now_s: float) -> None:
-        if not self.serving:
+        least: _Replica | None = None
+        for replica in self.serving:
+            if replica.due_s <= now_s:
+                replica.advance(now_s)
+            if (
+                least is None
+                or replica.open < least.open
+                or (replica.open == least.open and replica.used < least.used)
+            ):
+                least = replica
+        if least is None:
             self.pending.append(job)
             return
-        for replica in self.serving:
-            replica.advance(now_s)
         self.turn += 1
-        least = min(self.serving, key=lambda replica: (replica.open, replica.used))
         least.take(job, now_s, self.turn)
 
     def _ready(self, replica: _Replica, now_s: float) -> None:
@@ -305,7 +325,7 @@ class _Run:
     def _control(self, now_s: float) -> None:
         fleet = self.fleet
         for replica in self.serving + self.draining:
-            replica.advance(now_s)
+            replica.advance(now_s, whole=True)
         self._let_end(now_s)
         loads = tuple(
             replica.load(now_s, fleet.window_s, fleet.percentile) for replica in self.serving

@@ -28,7 +28,7 @@ from bench import spec
 from bench.enginemodel import Engine, Job
 from bench.errors import BenchError
 from bench.fleet import Fleet, Policy, View
-from serve_app.scaling import Decision, Goal
+from serve_app.scaling import Decision, Goal, State, decide
 
 KINDS = {
     "ours": (),
@@ -98,10 +98,12 @@ class Ours:
     """What the application runs, with the goal of the run."""
 
     def __init__(self, goal: Goal) -> None:
-        self.goal = goal
+        self._goal = goal
+        self._state = State()
 
     def __call__(self, view: View) -> Decision:
-        raise NotImplementedError
+        decision, self._state = decide(view.snapshot, self._goal, self._state)
+        return decision
 
 
 class Serve:

@@ -13,8 +13,6 @@ without a value; for them the search ends with the first that holds it, from che
 """
 
 import argparse
-import html
-import string
 import sys
 import time
 from collections import Counter
@@ -26,7 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench import demand, enginefit, enginemodel, fleet, measure, plots, policies, records, result
+from bench import demand, enginefit, enginemodel, fleet, measure, policies, records, result
 from bench.enginemodel import Engine, Job
 from bench.errors import BenchError
 from bench.fleet import Fleet, Outcome
@@ -38,7 +36,6 @@ from serve_app.scaling import Goal
 _SHARES = (1.3, 1.15, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 _INITIAL_SHARE = 0.6  # How busy the replicas of the start are in the load's first minute.
 _FIRST_S = 60.0
-_POINTS = 400  # Of a curve in a plot.
 _MINUTE_S = 60.0
 
 
@@ -116,8 +113,12 @@ class Trial:
         return self.kept >= slo.percentile / 100
 
 
-def simulate(case: Case, texts: Sequence[str], folder: Path | None = None) -> dict[str, Any]:
-    """Every policy's best trial; written to `folder`, with a page and the records, if given.
+def simulate(
+    case: Case, texts: Sequence[str], folder: Path | None = None, keep: bool = False
+) -> dict[str, Any]:
+    """Every policy's best trial; written to `folder`, with a page, if given.
+
+    With `keep` also the records of it, each policy a repeat: a gigabyte for an hour of traffic.
 
     Raises BenchError for a policy, workload or load that cannot be understood, before any run.
     """
@@ -127,20 +128,22 @@ def simulate(case: Case, texts: Sequence[str], folder: Path | None = None) -> di
         for text in choices:
             policies.parse(text, case.goal, case.fleet, jobs[:1])
     found = []
-    if folder is not None:
-        result.prepare(folder)
-    for text, choices in zip(texts, searches, strict=True):
+    path = result.prepare(folder) if folder is not None and keep else None
+    for number, (text, choices) in enumerate(zip(texts, searches, strict=True)):
         trials, heard = _search(case, jobs, choices, stops=text in _SEARCHED)
         best = _best(trials, case.slo)
         _say(f"{best.spec}: {best.kept:.2%} kept the objective, {best.gpu_hours:.2f} GPU-hours")
         found.append((text, best, measure.measure(heard, case.slo), trials))
-        if folder is not None:
-            records.append(folder / result.RECORDS, heard)
+        if path is not None:
+            records.append(path, (msgspec.structs.replace(r, repeat=number) for r in heard))
     data = _result(case, jobs, found)
+    from bench import simulation_page  # Not for those who only ask what the options are.
+
     if folder is not None:
         result.write(folder, data)
-        (folder / result.REPORT).write_text(page(data), encoding="utf-8")
-    print(table(data), file=sys.stderr)
+        page = simulation_page.page(data)
+        (folder / result.REPORT).write_text(page, encoding="utf-8")
+    _say(simulation_page.table(data))
     return data
 
 
@@ -232,7 +235,7 @@ def _by_minute(at_s: Sequence[float], met: Sequence[bool]) -> list[tuple[float, 
     return [(minute * _MINUTE_S, sum(mine) / len(mine)) for minute, mine in sorted(minutes.items())]
 
 
-# --- what is told ---------------------------------------------------------------------------
+# --- the result -----------------------------------------------------------------------------
 
 
 def _result(
@@ -277,193 +280,6 @@ def _per_minute(jobs: Sequence[Job]) -> list[tuple[float, float]]:
     return [(minute * _MINUTE_S, counts[minute] / _MINUTE_S) for minute in minutes]
 
 
-_BARS = "▁▂▃▄▅▆▇█"
-_COLUMNS = (
-    "policy",
-    "kept %",
-    "GPU-h",
-    "TTFT p50/p95/p99 s",
-    "TPOT p50/p95/p99 ms",
-    "changes",
-    "replicas",
-)
-
-
-def table(data: dict[str, Any]) -> str:
-    """The result as text: one line a policy, and its replicas over time."""
-    rows = [list(_COLUMNS)]
-    for row in data["policies"]:
-        rows.append([row["spec"], *cells(row)])
-    widths = [max(len(row[place]) for row in rows) for place in range(len(_COLUMNS))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    most = max((row["replicas_most"] for row in data["policies"]), default=1)
-    lines += ["", f"replicas over time, of {most}"]
-    lines += [f"{bar(row, most)}  {row['spec']}" for row in data["policies"]]
-    return "\n".join(lines)
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """The figures of one policy, as text; without its name."""
-    measures = row["measures"]
-    return [
-        f"{100 * row['kept']:.2f}" + ("" if row["holds"] else " (not held)"),
-        f"{row['gpu_hours']:.2f}",
-        "/".join(_number(measures[f"ttft_p{percent}_s"], 2) for percent in (50, 95, 99)),
-        "/".join(_number(measures[f"tpot_p{percent}_s"], 0, 1e3) for percent in (50, 95, 99)),
-        f"{row['changes']} ({row['reversals']} back)",
-        f"{row['replicas_mean']:.2f}, at most {row['replicas_most']}",
-    ]
-
-
-def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
-    return "-" if value is None else f"{value * scale:.{digits}f}"
-
-
-def bar(row: dict[str, Any], most: int, width: int = 80) -> str:
-    """Replicas that are paid for, over time."""
-    paid = _paid(row)
-    if not len(paid):
-        return ""
-    parts = np.array_split(paid, min(width, len(paid)))
-    return "".join(
-        _BARS[min(len(_BARS) - 1, int(part.mean() / max(most, 1) * len(_BARS)))] for part in parts
-    )
-
-
-def _paid(row: dict[str, Any]) -> Any:
-    line = row["timeline"]
-    return np.add(np.add(line["serving"], line["starting"]), line["draining"])
-
-
-# --- the page -------------------------------------------------------------------------------
-
-
-_PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root {
-  --paper: #ffffff; --ink: #16191d; --muted: #59616b; --grid: #e2e5e9;
-  --series-0: #0067a5; --series-1: #c4500a; --series-2: #00896a; --series-3: #a5487f;
-  --series-4: #8f6a00; --series-5: #59616b; --plot-font: system-ui, sans-serif;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14171b; --ink: #e8eaed; --muted: #a0a8b2; --grid: #31373e;
-    --series-0: #62b5ec; --series-1: #ff9049; --series-2: #3fc79d; --series-3: #e398c5;
-    --series-4: #e3bb3f; --series-5: #a0a8b2;
-  }
-}
-body { margin: 0 auto; padding: 2.5rem 1.5rem; max-width: 75rem; font: 16px/1.5 var(--plot-font);
-  color: var(--ink); background: var(--paper); }
-p { color: var(--muted); max-width: 46rem; }
-div { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--grid); }
-</style>
-</head>
-<body>
-<h1>Policies under one load, simulated</h1>
-<p>$about</p>
-<div><table><tr>$heads</tr>
-$rows</table></div>
-<h2>Over time</h2>
-$timeline
-<h2>What it costs</h2>
-<p>Each point is one setting of a policy: further left is cheaper, further down is better.</p>
-$price
-</body>
-</html>
-""")
-
-
-def page(data: dict[str, Any]) -> str:
-    """The result as an HTML page that needs nothing else."""
-    slo, size = Slo(**data["slo"]), data["fleet"]
-    limits = [
-        f"{name} {value * 1e3:g} ms"
-        for name, value in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s), ("whole", slo.e2e_s))
-        if value is not None
-    ]
-    about = (
-        f"{data['requests']} requests of {data['workload']}, {data['load']}, {data['copies']} of "
-        f"each; {size['engine']['name']}; a replica starts in {size['start_s']:g} s, "
-        f"{size['min_replicas']} to {size['max_replicas']} of them. Objective: "
-        f"{slo.percentile:g} % of requests with {', '.join(limits)}."
-    )
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in (row["spec"], *cells(row)))
-        + "</tr>\n"
-        for row in data["policies"]
-    )
-    return _PAGE.substitute(
-        title="Policies under one load",
-        about=html.escape(about),
-        heads="".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS),
-        rows=rows,
-        timeline=_timeline(data),
-        price=_price(data),
-    )
-
-
-def _timeline(data: dict[str, Any]) -> str:
-    t_s, per_s = zip(*data["requests_per_s"], strict=True) if data["requests_per_s"] else ((), ())
-    rows = data["policies"]
-    replicas = [_curve(row, _paid(row)) for row in rows]
-    waiting = [_curve(row, row["timeline"]["waiting"]) for row in rows]
-    kept = [
-        plots.Curve(
-            label=row["spec"],
-            x=[at_s for at_s, _ in row["kept_by_minute"]],
-            y=[100 * share for _, share in row["kept_by_minute"]],
-        )
-        for row in rows
-    ]
-    offered = [plots.Curve(label="offered", x=t_s, y=per_s)]
-    panels = [
-        plots.Panel(title="Load", y_title="requests/s", curves=offered, filled=(0,), low=True),
-        plots.Panel(title="Replicas paid for", y_title="replicas", curves=replicas),
-        plots.Panel(title="Waiting requests", y_title="requests", curves=waiting),
-        plots.Panel(title="Kept the objective, by minute", y_title="%", curves=kept, top=101),
-    ]
-    return plots.timeline(panels, "simulate")
-
-
-def _curve(row: dict[str, Any], values: Any) -> plots.Curve:
-    """Thinned to the greatest value of each stretch."""
-    t_s = np.asarray(row["timeline"]["t_s"])
-    values = np.asarray(values, dtype=float)
-    if len(t_s) > _POINTS:
-        starts = np.linspace(0, len(t_s), _POINTS, endpoint=False).astype(int)
-        t_s, values = t_s[starts], np.maximum.reduceat(values, starts)
-    return plots.Curve(label=row["spec"], x=t_s.tolist(), y=values.tolist())
-
-
-def _price(data: dict[str, Any]) -> str:
-    least = 50 / max(1, data["requests"])  # Half a request: a log axis has no 0.
-    curves = []
-    for row in data["policies"]:
-        tried = sorted(row["tried"], key=lambda trial: trial["gpu_hours"])
-        curves.append(
-            plots.Curve(
-                label=row["policy"],
-                x=[trial["gpu_hours"] for trial in tried],
-                y=[max(least, 100 * (1 - trial["kept"])) for trial in tried],
-                notes=[trial["spec"].partition(":")[2] for trial in tried],
-            )
-        )
-    panel = ("Requests that missed the objective", "% (log)", curves)
-    return plots.curves([panel], "GPU-hours", "price")
-
-
 # --- the command ----------------------------------------------------------------------------
 
 
@@ -499,6 +315,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--min", type=int, default=1, help="replicas at least")
     add("--max", type=int, default=16, help="replicas at most")
     add("--initial", type=int, help="replicas at the start; what the first minute needs")
+    add("--records", action="store_true", help="keep them, with the time of every token")
     add("--validate", type=Path, action="append", help="folder of a measured run; several times")
     for name in ("max_num_seqs", "token_budget", "kv_blocks", "block_tokens"):
         add(f"--{name.replace('_', '-')}", type=int, help="of the engine")
@@ -535,7 +352,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     )
     initial = options.initial if options.initial is not None else first(case)
     case = replace(case, fleet=replace(case.fleet, initial=initial))
-    data = simulate(case, options.policy or DEFAULT_POLICIES, options.out)
+    data = simulate(case, options.policy or DEFAULT_POLICIES, options.out, options.records)
     keys = ("spec", "kept", "holds", "gpu_hours", "changes", "replicas_mean")
     return {
         "benchmark": "simulate",
@@ -582,7 +399,7 @@ def _validated(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
         "errors": errors,
     }
     result.write(options.out, data)
-    print(enginefit.table(whole, foretold), file=sys.stderr)
+    _say(enginefit.table(whole, foretold))
     return {
         "benchmark": "simulate",
         "name": "validation",

@@ -2,9 +2,60 @@
 
 The types here are the contract between the signals of a replica (signals.py), the policy, its
 binding to Ray Serve (autoscaler.py) and the simulator of bench.
+
+`decide` asks four questions, one function each:
+
+    _costs      What does a step of this engine cost? A step takes a fixed time and some for each
+                token that it reads or writes. Time spent, steps and tokens are reported; the three
+                costs are what explains them best. Nothing about model or GPU is configured.
+    _load       How many replicas would be just full now? Work in engines: the time that the tokens
+                take which came, those that still queue included. A replica is full at the share of
+                work at which a step takes as long as the goal allows a token to, or when its batch
+                or its KV cache is.
+    _forecast   What load must be ready for when a replica that is asked for now will serve? Of
+                guesses between "as now" and "as ever", the one that has led to the fewest replicas,
+                plus what demand has been above it before, over the same time.
+    decide      Up at once. Down when the forecast has asked for fewer, with a margin, all through a
+                time in proportion to the start: what is let go must be worth its next start.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+# A step's costs are learnt from about the last so many seconds, and what a prompt brings with it:
+# the mix of requests changes over hours, noise over seconds.
+_COSTS_S, _MIX_S = 1800.0, 600.0
+# Reports of an engine that did almost nothing tell of overhead, not of costs.
+_LEAST_BUSY = 0.02
+# Weight of "every cost is small" against the reports: decides only what they leave open.
+_RIDGE = 1e-3
+# No replica is planned to be busier: the last twentieth is where queues grow without end.
+_MOST_WORK = 0.95
+# Above this share of its KV cache an engine is about to take blocks from sequences that run.
+_MOST_KV = 0.9
+# Queued tokens come and go with each prompt: their growth is looked at over this time.
+_QUEUE_S = 10.0
+# Forecasts are made of so many means over the time that a start takes; shorter ones are noise.
+_PARTS, _LEAST_PART_S = 12, 5.0
+# From "as now" to "as ever": the share of each new mean in a guess.
+_GUESSES = (1.0, 0.5, 0.2, 0.07, 0.02)
+# How far back demand is remembered, and in how many starts a surprise loses most of its weight.
+_MEMORY_S, _MEMORY_STARTS, _FORGET_STARTS = 1800.0, 40.0, 8.0
+# Headroom as a share of the highest load, until the first forecast can be compared with what came.
+_UNKNOWN = 0.3
+# Of the requests that come while there is more to do than foreseen, about one in so many misses the
+# goal; but the forecast is never as likely to be exceeded as not.
+_MISSING, _LEAST_COVER = 4.0, 0.75
+# Share of an exponential tail that is taken to lie beyond the few surprises seen so far.
+_TAIL = 0.5
+# To go down, as many must do with so much more load, for so many starts, and at least so long.
+_MARGIN, _PATIENCE_STARTS, _LEAST_PATIENCE_S = 0.05, 2.5, 30.0
+# A backlog is worked off within one start, and never is so little time left for it.
+_LEAST_DRAIN_S = 15.0
+# When requests are late though there is room, the estimate is wrong: as long as all are, the load
+# is taken to grow by so much a second, at most to so much of itself, and forgotten this slowly.
+_STRAIN_A_S, _MOST_STRAIN, _STRAIN_S = 0.005, 2.0, 3600.0
 
 
 @dataclass(frozen=True)
@@ -14,13 +65,15 @@ class ReplicaLoad:
     Attributes:
         running, waiting: sequences in the engine's batch, and requests that wait for room, in the
             engine and in the queue before it.
-        queued_tokens: prompt tokens of the requests that wait.
+        queued_tokens: prompt tokens of the requests without a first token.
         kv_usage: share of the KV cache in use, 0 to 1.
         max_running: sequences that the engine batches at most.
         ttft_s, itl_s: recent latencies at the goal's percentile; None where nothing was measured.
         prefill_tokens_per_s, decode_tokens_per_s: recent rates.
         preemptions_per_s: sequences that lost their KV blocks to others.
         arrivals_per_s: requests that came.
+        steps_per_s: steps of the engine.
+        busy: share of the time in which it was in one, 0 to 1.
     """
 
     running: int = 0
@@ -34,6 +87,8 @@ class ReplicaLoad:
     decode_tokens_per_s: float = 0.0
     preemptions_per_s: float = 0.0
     arrivals_per_s: float = 0.0
+    steps_per_s: float = 0.0
+    busy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,9 +117,11 @@ class Goal:
     """What to hold, and within which bounds.
 
     Attributes:
-        ttft_s, itl_s: limits at the percentile; None for no limit.
+        ttft_s, itl_s: limits at the percentile; None for no limit. The time between tokens is the
+            mean of a stream.
         percentile: 0 to 100.
         min_replicas, max_replicas: bounds; min 0 lets an idle application go.
+        idle_s: how long nothing must have come before the last replica goes.
     """
 
     ttft_s: float | None = 2.0
@@ -72,11 +129,331 @@ class Goal:
     percentile: float = 95.0
     min_replicas: int = 1
     max_replicas: int = 1
+    idle_s: float = 300.0
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How many replicas there should be, and why, in one line."""
+    """How many replicas there should be, and why, in one line.
+
+    Attributes:
+        load, forecast: in replicas that are just full: now, and when one asked for now will serve.
+    """
 
     replicas: int
     reason: str
+    load: float = 0.0
+    forecast: float = 0.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of an engine: a step, a token written, a token of a prompt read."""
+
+    step_s: float = 0.0
+    decode_s: float = 0.0
+    prefill_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class State:
+    """What `decide` remembers; bounded.
+
+    Attributes:
+        began_s, now_s: the first call and the last.
+        sums: of products of steps, tokens and time, from which the costs are found.
+        work, prompt_tokens, arrivals: recent totals: engine seconds, and what they were for.
+        queue: (when, queued tokens) of the last seconds.
+        means: load, as means over equal times, oldest first.
+        part_s, part_from_s: the part of the next mean that is over: load times seconds, its start.
+        ahead: the forecast; how it was made.
+        wishes: (when, replicas that would do) over the time of patience.
+        busy_s: when there was last anything to do.
+        strain: factor of the load, from requests that were late though there was room.
+    """
+
+    began_s: float | None = None
+    now_s: float = 0.0
+    sums: tuple[float, ...] = (0.0,) * 9
+    work: float = 0.0
+    prompt_tokens: float = 0.0
+    arrivals: float = 0.0
+    queue: tuple[tuple[float, int], ...] = ()
+    means: tuple[float, ...] = ()
+    part: float = 0.0
+    part_from_s: float = 0.0
+    ahead: float = 0.0
+    wishes: tuple[tuple[float, int], ...] = ()
+    busy_s: float = 0.0
+    strain: float = 1.0
+
+
+_NEW = State()
+
+
+@dataclass(frozen=True)
+class _Load:
+    """The load of now, in parts that the reason can name."""
+
+    replicas: float = 0.0
+    work: float = 0.0
+    full: float = _MOST_WORK
+    held: float = 0.0
+    backlog: float = 0.0
+    costs: Costs = field(default_factory=Costs)
+
+
+def decide(snapshot: Snapshot, goal: Goal, state: State = _NEW) -> tuple[Decision, State]:
+    """How many replicas there should be; call it about once a second, with the state it returned.
+
+    The number counts those that start. It is within the goal's bounds and, unless there are more
+    already, what the cluster can hold.
+    """
+    now_s, start_s = snapshot.now_s, snapshot.start_s
+    target = len(snapshot.replicas) + snapshot.starting
+    if state.began_s is None:
+        state = replace(state, began_s=now_s, now_s=now_s, part_from_s=now_s, busy_s=now_s)
+    passed_s = max(0.0, now_s - state.now_s)
+    state, load = _learn(snapshot, goal, state, passed_s)
+    state = _remember(snapshot, goal, state, load, passed_s)
+
+    ahead = max(state.ahead, load.replicas) + load.backlog / max(_LEAST_DRAIN_S, start_s)
+    need = math.ceil(ahead - 1e-9)
+    patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_STARTS * start_s)
+    wish = math.ceil(ahead * (1 + _MARGIN) - 1e-9)
+    # The highest of the time is all that is asked of it: lower ones before the last are no news.
+    wishes = tuple(old for old in state.wishes if old[0] >= now_s - patience_s and old[1] > wish)
+    wishes = (*wishes, (now_s, wish))
+    state = replace(state, wishes=wishes)
+    if need > target:
+        wanted = need
+    elif now_s - (state.began_s or 0.0) >= patience_s:
+        wanted = min(target, max(need, wishes[0][1]))
+    else:
+        wanted = target
+
+    idle = goal.min_replicas == 0 and now_s - state.busy_s >= (goal.idle_s if target else 0.0)
+    wanted = 0 if idle else max(wanted, 1)
+    placeable = goal.max_replicas
+    if snapshot.placeable is not None:
+        placeable = max(snapshot.placeable, len(snapshot.replicas))
+    most = max(goal.min_replicas, min(goal.max_replicas, placeable))
+    bounded = min(max(wanted, goal.min_replicas), most)
+    reason = _reason(snapshot, state, load, ahead)
+    if idle:
+        reason = f"idle for {now_s - state.busy_s:.0f} s"
+    elif wanted > bounded:
+        by = "the cluster holds" if most < goal.max_replicas else "max is"
+        reason = f"{wanted} would be right, {by} {bounded}; {reason}"
+    return Decision(bounded, reason, load.replicas, ahead), state
+
+
+def _reason(snapshot: Snapshot, state: State, load: _Load, ahead: float) -> str:
+    """The numbers that decided."""
+    loads = snapshot.replicas
+    if not loads:
+        return f"no replica serves, {snapshot.starting} start, {snapshot.pending} requests wait"
+    waiting = snapshot.pending + sum(x.waiting for x in loads)
+    said = [
+        f"load {load.replicas:.2f} on {len(loads)}",
+        f"{ahead:.2f} to be ready for in {snapshot.start_s:.0f} s",
+        f"work {load.work:.2f} at {load.full:.0%} a replica",
+        f"held {load.held:.2f}",
+        f"{sum(x.running for x in loads)} run and {waiting} wait",
+    ]
+    if load.backlog:
+        said.append(f"backlog {load.backlog:.1f} s")
+    if state.strain > 1.01:
+        said.append(f"late with room: load taken {state.strain:.2f}-fold")
+    for name, values in (
+        ("TTFT", [x.ttft_s for x in loads if x.ttft_s is not None]),
+        ("ITL", [x.itl_s for x in loads if x.itl_s is not None]),
+    ):
+        if values:
+            said.append(f"{name} {max(values):.3g} s")
+    if snapshot.starting:
+        said.append(f"{snapshot.starting} start")
+    return ", ".join(said)
+
+
+# --- what there is to do --------------------------------------------------------------------
+
+
+def _learn(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> tuple[State, _Load]:
+    """What this snapshot teaches, and the load that it shows."""
+    now_s, loads = snapshot.now_s, snapshot.replicas
+    sums = _summed(state.sums, loads, passed_s)
+    costs = _costs(sums)
+    work = sum(
+        costs.decode_s * load.decode_tokens_per_s + costs.prefill_s * load.prefill_tokens_per_s
+        for load in loads
+    )
+    arrivals_per_s = sum(load.arrivals_per_s for load in loads)
+    prefill_per_s = sum(load.prefill_tokens_per_s for load in loads)
+    queued, waiting = sum(x.queued_tokens for x in loads), sum(x.waiting for x in loads)
+    kept = math.exp(-passed_s / _MIX_S)
+    queue = tuple(entry for entry in state.queue if entry[0] >= now_s - _QUEUE_S)
+    active = bool(arrivals_per_s or waiting or snapshot.pending or any(x.running for x in loads))
+    after = replace(
+        state,
+        now_s=now_s,
+        sums=sums,
+        work=state.work * kept + work * passed_s,
+        prompt_tokens=state.prompt_tokens * kept + prefill_per_s * passed_s,
+        arrivals=state.arrivals * kept + arrivals_per_s * passed_s,
+        queue=(*queue, (now_s, queued)),
+        busy_s=now_s if active else state.busy_s,
+    )
+    # An engine that is full does no more than it can. What came besides is in the queue, or was
+    # turned away at its end.
+    a_token = after.work / after.prompt_tokens if after.prompt_tokens else 0.0
+    then_s, then = after.queue[0]
+    work += a_token * max(0.0, queued - then) / max(now_s - then_s, 1.0)
+    if waiting and after.arrivals:
+        work = max(work, arrivals_per_s * after.work / after.arrivals)
+    full = _full(costs, goal)
+    held = sum(_held(load) for load in loads)
+    # What is read before it is late is no backlog.
+    in_time = len(loads) * full * (goal.ttft_s or _LEAST_DRAIN_S)
+    backlog = max(0.0, a_token * queued - in_time) / full
+    return after, _Load(max(work / full * state.strain, held), work, full, held, backlog, costs)
+
+
+def _held(load: ReplicaLoad) -> float:
+    """How full a replica is by what it holds: places in its batch, KV blocks."""
+    kv_usage = 1.0 if load.preemptions_per_s else load.kv_usage
+    return max(kv_usage / _MOST_KV, load.running / load.max_running)
+
+
+def _full(costs: Costs, goal: Goal) -> float:
+    """The share of its time that a replica may spend on tokens.
+
+    Steps follow each other: with a share w of the time spent on tokens, the rest is the fixed time
+    of steps, so that a step, which is the time between two tokens, takes step_s / (1 - w).
+    """
+    if goal.itl_s is None or costs.step_s >= goal.itl_s:
+        return _MOST_WORK
+    return min(_MOST_WORK, 1 - costs.step_s / goal.itl_s)
+
+
+def _summed(
+    sums: tuple[float, ...], loads: Sequence[ReplicaLoad], passed_s: float
+) -> tuple[float, ...]:
+    """The sums of least squares, older reports with less weight."""
+    kept = math.exp(-passed_s / _COSTS_S)
+    found = [value * kept for value in sums]
+    for load in loads:
+        if load.busy < _LEAST_BUSY:
+            continue
+        s, d, p = load.steps_per_s, load.decode_tokens_per_s, load.prefill_tokens_per_s
+        b = load.busy
+        for place, product in enumerate((s * s, s * d, s * p, d * d, d * p, p * p)):
+            found[place] += product * passed_s
+        for place, product in enumerate((s * b, d * b, p * b), 6):
+            found[place] += product * passed_s
+    return tuple(found)
+
+
+def _costs(sums: Sequence[float]) -> Costs:
+    """The costs, none below 0, that explain best how busy the engines were."""
+    ss, sd, sp, dd, dp, pp, sb, db, pb = sums
+    # By their own size, so that a token weighs as much as a step.
+    size = [math.sqrt(value) or 1.0 for value in (ss, dd, pp)]
+    square = [[ss, sd, sp], [sd, dd, dp], [sp, dp, pp]]
+    square = [[square[i][j] / (size[i] * size[j]) for j in range(3)] for i in range(3)]
+    right = [sb / size[0], db / size[1], pb / size[2]]
+    found = [0.0, 0.0, 0.0]
+    for _ in range(200):  # Coordinate descent; a few rounds, unless two of them go together.
+        change = 0.0
+        for i in range(3):
+            others = sum(square[i][j] * found[j] for j in range(3) if j != i)
+            value = max(0.0, (right[i] - others) / (square[i][i] + _RIDGE))
+            change = max(change, abs(value - found[i]))
+            found[i] = value
+        if change <= 1e-9 * max(found):
+            break
+    return Costs(*(value / scale for value, scale in zip(found, size, strict=True)))
+
+
+# --- what there will be to do ---------------------------------------------------------------
+
+
+def _remember(snapshot: Snapshot, goal: Goal, state: State, load: _Load, passed_s: float) -> State:
+    """Note the load; at the end of a part, make the forecast anew."""
+    now_s, start_s = snapshot.now_s, snapshot.start_s
+    if not snapshot.replicas and (snapshot.starting or snapshot.pending):
+        # Nobody is there to say what the load is.
+        return replace(state, part=0.0, part_from_s=now_s)
+    state = replace(
+        state,
+        part=state.part + load.replicas * passed_s,
+        strain=_strain(snapshot, goal, state, load, passed_s),
+    )
+    part_s = max(_LEAST_PART_S, start_s / _PARTS)
+    over_s = now_s - state.part_from_s
+    if over_s < part_s - 1e-6:
+        return state
+    if state.part_from_s == state.began_s:
+        # The first reports are of no time at all, and the costs are not known yet.
+        return replace(state, part=0.0, part_from_s=now_s)
+    memory_s = max(_MEMORY_S, _MEMORY_STARTS * start_s)
+    means = (*state.means, state.part / over_s)[-max(2, int(memory_s / part_s)) :]
+    cover = max(_LEAST_COVER, 1 - _MISSING * (1 - goal.percentile / 100))
+    ahead = _forecast(means, max(1, math.ceil(start_s / part_s)), cover)
+    return replace(state, part=0.0, part_from_s=now_s, means=means, ahead=ahead)
+
+
+def _strain(snapshot: Snapshot, goal: Goal, state: State, load: _Load, passed_s: float) -> float:
+    """Above 1 while first tokens are late though, by the estimate, there is room."""
+    strain = 1 + (state.strain - 1) * math.exp(-passed_s / _STRAIN_S)
+    limit_s, loads = goal.ttft_s, snapshot.replicas
+    room = not snapshot.starting and not load.backlog and load.replicas <= len(loads)
+    if limit_s is None or not room:
+        return strain
+    late = sum(x.arrivals_per_s for x in loads if x.ttft_s is not None and x.ttft_s > limit_s)
+    share = late / max(sum(x.arrivals_per_s for x in loads), 1e-9)
+    return min(strain + _STRAIN_A_S * passed_s * share, _MOST_STRAIN)
+
+
+def _forecast(means: Sequence[float], parts: int, cover: float) -> float:
+    """The load that will not be exceeded, `parts` means from now, with the chance `cover`.
+
+    Each guess is a running mean; how far what came `parts` later was above it, in the past, is what
+    is put on top. Weighed by load, since it is requests that count, and the older the less.
+    """
+    count = len(means)
+    if count <= parts:
+        return max(means) * (1 + _UNKNOWN)
+    ages = [math.exp(-(count - 1 - i) / (parts * _FORGET_STARTS)) for i in range(count)]
+    weights = [(means[i] + 1e-9) * ages[i] for i in range(parts, count)]
+    total = sum(weights)
+    # Surprises one after the other are one surprise: so many starts, so many of them.
+    unseen = max(0.0, -math.log((1 - cover) * ((count - parts) / parts + 1)))
+    best: tuple[float, float] | None = None
+    for share in _GUESSES:
+        guess, guesses = means[0], []
+        for mean in means:
+            guess += share * (mean - guess)
+            guesses.append(guess)
+        above = [means[i] - guesses[i - parts] for i in range(parts, count)]
+        mean_above = sum(max(0.0, a) * w for a, w in zip(above, weights, strict=True)) / total
+        mean_guess = sum(guesses) / count
+        # Surprises as large as the load itself come in bursts, and the largest is still to come;
+        # those of a tenth of it are noise, which has an end.
+        burst = min(1.0, mean_above / max(mean_guess, 1e-9))
+        margin = max(0.0, _quantile(above, weights, cover * total))
+        margin += _TAIL * burst * mean_above * unseen
+        price = mean_guess + margin
+        if best is None or price < best[0]:
+            best = price, guess + margin
+    assert best is not None
+    return best[1]
+
+
+def _quantile(values: Sequence[float], weights: Sequence[float], wanted: float) -> float:
+    reached = 0.0
+    for value, weight in sorted(zip(values, weights, strict=True)):
+        reached += weight
+        if reached >= wanted:
+            return value
+    return max(values)

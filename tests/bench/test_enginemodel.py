@@ -108,6 +108,13 @@ def test_what_a_request_spends_before_the_engine() -> None:
     assert measure.ttft_s(record) == pytest.approx(0.5 + 0.015)
 
 
+def test_the_first_of_many_that_come_at_once_begins_alone() -> None:
+    engine = replace(ENGINE, accept_s=0.001)
+    found = serve(engine, [Job(index, 0.0, 10, 1) for index in range(4)])
+    firsts_s = [record.chunk_s[0] for record in found]
+    assert firsts_s == pytest.approx([0.011, *[0.011 + 0.01 + 30e-4] * 3])
+
+
 def test_users_of_a_closed_loop_send_when_they_are_answered() -> None:
     found = serve_closed(ENGINE, [Job(index, 0.0, 10, 5) for index in range(6)], users=2, think_s=1)
     for user in (0, 1):
@@ -200,6 +207,7 @@ def test_a_longer_load_takes_as_long_as_its_steps_say() -> None:
         for written in range(job.output_tokens - 1)
     )
     assert batch.step_end_s[-1] == pytest.approx(busy_s + cached)
+    assert batch.busy_s == pytest.approx(busy_s + cached)
 
 
 def test_littles_law() -> None:

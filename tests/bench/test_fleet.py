@@ -42,14 +42,14 @@ def every(gap_s: float, count: int, write: int = 1) -> list[Job]:
 def test_the_replica_with_the_fewest_open_requests_is_next_in_turn() -> None:
     outcome = fleet.run(replace(FLEET, initial=3), every(0.1, 7), always(3))
     # Three at once, then three that wait one each, then one more; each takes a second.
-    ends_s = [record.end_s for record in outcome.records]
+    ends_s = [record.end_s for record in outcome.records()]
     assert ends_s == pytest.approx([1.0, 1.1, 1.2, 2.0, 2.1, 2.2, 3.0])
 
 
 def test_requests_wait_where_no_replica_is_and_keep_their_order() -> None:
     nothing = replace(FLEET, min_replicas=0, initial=0)
     outcome = fleet.run(nothing, every(0.5, 6), at((0, 0), (3, 1)))
-    ends_s = [record.end_s for record in outcome.records]
+    ends_s = [record.end_s for record in outcome.records()]
     assert ends_s == pytest.approx([14.0 + place for place in range(6)])
     assert outcome.spans == [(3.0, 13.0, outcome.end_s)]
     assert max(outcome.timeline.waiting) == 6
@@ -58,9 +58,9 @@ def test_requests_wait_where_no_replica_is_and_keep_their_order() -> None:
 def test_a_policy_that_never_starts_one_fails_what_waits() -> None:
     nothing = replace(FLEET, min_replicas=0, initial=0, patience_s=60.0)
     outcome = fleet.run(nothing, every(0.5, 6), always(0))
-    assert all(record.error.startswith("unfinished") for record in outcome.records)
+    assert all(record.error.startswith("unfinished") for record in outcome.records())
     assert outcome.replica_s == 0
-    assert measure.measure(outcome.records).failed == 6
+    assert measure.measure(outcome.records()).failed == 6
 
 
 # --- replicas -------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_one_that_is_let_go_ends_its_requests_and_gets_no_more() -> None:
     late = [Job(2 + index, 6.0 + index, 10, 1) for index in range(5)]
     engine = replace(ENGINE, max_num_seqs=8)
     outcome = fleet.run(replace(FLEET, engine=engine, initial=2), long + late, at((0, 2), (5, 1)))
-    assert all(record.ok for record in outcome.records)
+    assert all(record.ok for record in outcome.records())
     gone_s = min(gone_s for _, _, gone_s in outcome.spans)
     assert gone_s == pytest.approx(21.0)  # The second request ends at 20.1: the next look.
     assert outcome.timeline.draining[10] == 1
@@ -104,7 +104,8 @@ def test_start_times_vary_with_the_seed_and_only_with_it() -> None:
         fleet.run(replace(spread, seed=seed), every(0.5, 60), at((0, 1), (5, 4)))
         for seed in (1, 1, 2)
     ]
-    assert runs[0] == runs[1]
+    assert runs[0].spans == runs[1].spans
+    assert runs[0].records() == runs[1].records()
     assert runs[0].spans != runs[2].spans
     served_s = [served_s for _, served_s, _ in runs[0].spans[1:]]
     assert all(10.0 <= at_s <= 20.0 for at_s in served_s if at_s is not None)
@@ -150,6 +151,8 @@ def test_what_replicas_report() -> None:
     assert load.prefill_tokens_per_s == pytest.approx(200)
     assert load.decode_tokens_per_s == pytest.approx(2 * 8, abs=2)
     assert load.arrivals_per_s == pytest.approx(3)
+    assert load.steps_per_s == pytest.approx(8, abs=1)
+    assert load.busy == 1.0
     assert load.kv_usage == pytest.approx(2 * 11 / 100)
     assert load.max_running == 2
     later = seen[4].snapshot.replicas[0]  # The window is over for what came at the start.
@@ -157,6 +160,19 @@ def test_what_replicas_report() -> None:
     assert later.ttft_s is None
     assert seen[1].ongoing == 3
     assert seen[1].target == 1
+
+
+def test_an_engine_is_busy_while_it_is_in_a_step() -> None:
+    seen: list[View] = []
+
+    def look(view: View) -> Decision:
+        seen.append(view)
+        return Decision(1, "a look")
+
+    fleet.run(replace(FLEET, window_s=10.0), every(4.0, 6), look)  # A second of work every four.
+    load = seen[20].snapshot.replicas[0]
+    assert load.busy == pytest.approx(0.25, abs=0.06)
+    assert load.steps_per_s == pytest.approx(0.25, abs=0.06)
 
 
 def test_a_step_of_many_sequences_weighs_more() -> None:
@@ -194,8 +210,8 @@ def test_nothing_is_lost_whatever_the_policy_does(seed: int) -> None:
         mine,
         lambda view: Decision(changes.randint(0, 6), "a whim"),
     )
-    assert [record.index for record in outcome.records] == list(range(400))
-    for job, record in zip(mine, outcome.records, strict=True):
+    assert [record.index for record in outcome.records()] == list(range(400))
+    for job, record in zip(mine, outcome.records(), strict=True):
         assert record.ok
         assert len(record.chunk_s) == job.output_tokens
         assert record.chunk_s == sorted(record.chunk_s)
@@ -217,5 +233,5 @@ def test_more_replicas_are_never_slower() -> None:
     waits_s = []
     for count in (2, 3, 4):
         outcome = fleet.run(replace(FLEET, initial=count), mine, always(count))
-        waits_s.append(measure.measure(outcome.records).ttft_mean_s or 0)
+        waits_s.append(measure.measure(outcome.records()).ttft_mean_s or 0)
     assert waits_s[0] > waits_s[1] > waits_s[2] > 1.0

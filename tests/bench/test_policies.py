@@ -8,6 +8,7 @@ from bench import fleet, policies
 from bench.enginemodel import Costs, Engine, Job, roofline
 from bench.errors import BenchError
 from bench.fleet import Fleet, Policy, View
+from serve_app import scaling
 from serve_app.scaling import Goal, ReplicaLoad, Snapshot
 
 ENGINE = roofline("A100", "Qwen2.5-7B")
@@ -48,6 +49,19 @@ def answers(
             break
         now_s += step_s
     return found
+
+
+# --- ours -----------------------------------------------------------------------------------
+
+
+def test_ours_is_the_policy_of_the_application_and_remembers() -> None:
+    decide, state = policy("ours"), scaling.State()
+    for second in range(0, 200, 5):
+        load = ReplicaLoad(running=second, max_running=100, busy=0.5, steps_per_s=50.0)
+        seen = view(float(second), [load, load], starting=second // 100)
+        expected, state = scaling.decide(seen.snapshot, GOAL, state)
+        assert decide(seen) == expected
+    assert expected.replicas > 3
 
 
 # --- Ray Serve ------------------------------------------------------------------------------

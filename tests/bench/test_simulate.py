@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import demand, records, result, simulate
+from bench import demand, records, result, simulate, simulation_page
 from bench.demand import Surge, Wave
 from bench.enginemodel import Costs, Engine, Job, serve, serve_closed
 from bench.errors import BenchError, LoadError
@@ -107,7 +107,7 @@ POLICIES = ("static:n=1|2|6", "serve:target=8,up=0,down=30", "foresight")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("simulated")
-    return simulate.simulate(CASE, POLICIES, folder) | {"folder": folder}
+    return simulate.simulate(CASE, POLICIES, folder, keep=True) | {"folder": folder}
 
 
 def test_the_best_is_the_cheapest_that_holds(data: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ def test_the_best_is_the_cheapest_that_holds(data: dict[str, Any]) -> None:
 def test_where_none_holds_the_nearest_is_told() -> None:
     data = simulate.simulate(CASE, ["static:n=1"])
     assert not data["policies"][0]["holds"]
-    assert "(not held)" in simulate.table(data)
+    assert "(not held)" in simulation_page.table(data)
 
 
 def test_foresight_is_no_dearer_than_a_fleet_for_the_peak(data: dict[str, Any]) -> None:
@@ -169,7 +169,9 @@ def test_the_folder_holds_result_records_and_page(data: dict[str, Any]) -> None:
     read = result.read(folder)
     assert read["benchmark"] == "simulate"
     assert [row["policy"] for row in read["policies"]] == list(POLICIES)
-    assert len(list(records.read(folder / result.RECORDS))) == 3 * read["requests"]
+    kept = list(records.read(folder / result.RECORDS))
+    assert len(kept) == 3 * read["requests"]
+    assert {record.repeat for record in kept} == {0, 1, 2}
     page = (folder / result.REPORT).read_text()
     assert page.count("<svg") == 2
     assert all(row["spec"] in page for row in read["policies"])
@@ -178,10 +180,10 @@ def test_the_folder_holds_result_records_and_page(data: dict[str, Any]) -> None:
 
 
 def test_the_table_has_a_line_and_a_bar_for_each(data: dict[str, Any]) -> None:
-    lines = simulate.table(data).splitlines()
+    lines = simulation_page.table(data).splitlines()
     for row in data["policies"]:
         assert sum(row["spec"] in line for line in lines) == 2
-    assert simulate.bar(data["policies"][0], 6).count("█") in (0, 41, 42, 43)
+    assert simulation_page.bar(data["policies"][0], 6).count("█") in (0, 41, 42, 43)
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -203,7 +205,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(json.dumps(found)) == found
     assert [row["spec"] for row in found["policies"]] == ["static:n=1", "waiting"]
     assert found["policies"][0]["kept"] == 1.0
-    assert (tmp_path / "report.html").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "result.json"}
     assert "replicas over time" in capsys.readouterr().err
 
 
@@ -268,5 +270,5 @@ def test_an_open_load_on_one_engine_is_a_fleet_of_one() -> None:
     alone = serve(ENGINE, jobs)
     case = replace(CASE, fleet=replace(CASE.fleet, max_replicas=1))
     _, found = simulate.trial_of(case, jobs, "static:n=1")
-    for one, other in zip(alone, found, strict=True):
+    for one, other in zip(alone, found.records(), strict=True):
         assert one.chunk_s == pytest.approx(other.chunk_s)

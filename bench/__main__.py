@@ -5,6 +5,7 @@
     baseline  the same matrix on an engine in this process
     sweep     more and more users, until the endpoint is saturated
     search    the highest rate that keeps an SLO
+    simulate  a load against scaling policies, on fleets of engines that are a model
     report    one page from results
     compare   two results: which differences are more than noise
 
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import measure, run, workload
+from bench import measure, run, simulate, workload
 from bench.client import Target
 from bench.errors import BenchError
 from bench.run import Job
@@ -115,6 +116,7 @@ COMMANDS: Mapping[str, Callable[[Options], dict[str, Any]]] = {
     "baseline": _baseline,
     "sweep": _sweep,
     "search": _search,
+    "simulate": simulate.command,
     "report": _report,
     "compare": _compare,
 }
@@ -215,6 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--start", type=float, default=1.0, help="requests/s of the first point")
     search.add_argument("--most", type=float, default=10_000.0, help="requests/s at most")
     search.add_argument("--precision", type=float, default=0.05)
+
+    simulate.arguments(commands.add_parser("simulate", help="scaling policies on a model"))
 
     report = commands.add_parser("report", help="one page from results")
     report.add_argument("folders", type=Path, nargs="+")

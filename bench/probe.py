@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import load, result, run, schedule, search, workload
+from bench.client import check
 from bench.progress import Line, Progress
 from bench.records import Record, append
 from bench.run import Job
@@ -38,7 +39,7 @@ async def _search(
     load_of: Callable[[float], str],
 ) -> dict[str, Any]:
     """Probe until the controller knows enough, or until it is interrupted."""
-    await run.check(job.target)
+    await check(job.target)
     head = result.header(benchmark, job.name or f"{benchmark} {job.workload}")
     path = result.prepare(folder)
     load.connect()

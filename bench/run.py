@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from bench import load, measure, result, schedule, workload
-from bench.client import Client, Target
-from bench.errors import TargetError, nearest
+from bench.client import Client, Target, check
+from bench.errors import TargetError
 from bench.measure import Slo
 from bench.progress import Line, Progress
 from bench.records import Record, append
@@ -118,18 +118,6 @@ async def _repeat(job: Job, plan: schedule.Plan, number: int, path: Path) -> Rep
     # The scraper's clock is the machine's, the load's starts with the load.
     start_s = time.time() - (time.perf_counter() - outcome.start_s)
     return Repeat(outcome=outcome, server=samples(scraper.scrapes, start_s))
-
-
-async def check(target: Target) -> None:
-    """
-    Raises:
-        TargetError: the target does not answer, or does not serve the model.
-    """
-    served = await models(target)
-    if served and target.model not in served:
-        near = nearest(target.model, served)
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise TargetError(f"model = {target.model!r}: not served{hint} ({', '.join(served)})")
 
 
 async def models(target: Target) -> list[str]:

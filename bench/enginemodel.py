@@ -10,9 +10,10 @@ place (`max_num_seqs`) and its whole prompt fits in the KV cache, and when a seq
 the one let in last gives its blocks up and is read again from its start.
 
 What it leaves out, because it is small beside what a policy must tell apart: attention of a prompt
-to itself, which is quadratic (a tenth of a 4,000 token prompt's cost for 7B); speculation; the KV
-blocks that requests with a common prefix share (each is charged for all of its own). A prompt's
-blocks are taken when it is let in, not chunk by chunk.
+to itself, which is quadratic (a tenth of a 4,000 token prompt's cost for 7B); speculation;
+asynchronous scheduling, with which a request is let in a step later; the KV blocks that requests
+with a common prefix share (each is charged for all of its own). A prompt's blocks are taken when it
+is let in, not chunk by chunk.
 
 Time is not stepped through. Between two events (a request comes, a prompt is read, one ends, the
 cache is full) every step has the same sequences, so that its length grows by a constant and the

@@ -131,10 +131,11 @@ class Outcome:
     end_s: float
     preempted: int
 
-    @property
-    def replica_s(self) -> float:
-        """Seconds that are paid for, summed over replicas."""
-        return sum(gone_s - asked_s for asked_s, _, gone_s in self.spans)
+    def replica_s(self, from_s: float = 0.0) -> float:
+        """Seconds that are paid for from a time on, summed over replicas."""
+        return sum(
+            gone_s - max(asked_s, from_s) for asked_s, _, gone_s in self.spans if gone_s > from_s
+        )
 
     def records(self, whole: bool = True) -> list[Record]:
         """Of every job, in their order; those that were refused or never ended say so.

@@ -47,6 +47,8 @@ class Case:
         workload, load, copies, seed: specs of what comes; see demand.py.
         count, duration_s: where it ends.
         slo: what every policy is judged by, and what ours aims for.
+        judged_from_s: what came and was paid before is left out: a policy that learns is seen after
+            it has, as on any day but its first.
         fleet: the engines, and their bounds.
     """
 
@@ -58,6 +60,7 @@ class Case:
     duration_s: float | None = None
     copies: int = 1
     seed: int = 0
+    judged_from_s: float = 0.0
 
     @property
     def goal(self) -> Goal:
@@ -133,7 +136,8 @@ def simulate(
         trials, heard = _search(case, jobs, choices, stops=text in _SEARCHED)
         best = _best(trials, case.slo)
         _say(f"{best.spec}: {best.kept:.2%} kept the objective, {best.gpu_hours:.2f} GPU-hours")
-        found.append((text, best, measure.measure(heard, case.slo), trials))
+        measures = measure.measure(_judged_of(case, heard), case.slo)
+        found.append((text, best, measures, trials))
         if path is not None:
             records.append(path, (msgspec.structs.replace(r, repeat=number) for r in heard))
     data = _result(case, jobs, found)
@@ -196,7 +200,8 @@ def trial_of(case: Case, jobs: Sequence[Job], text: str) -> tuple[Trial, Outcome
 
 
 def _judged(text: str, outcome: Outcome, case: Case, took_s: float) -> Trial:
-    slo, heard = case.slo, outcome.records(whole=False)
+    slo, heard = case.slo, _judged_of(case, outcome.records(whole=False))
+    paid_s = outcome.replica_s(case.judged_from_s)
     met = [slo.met_by(record) for record in heard]
     line = outcome.timeline
     paid = np.add(np.add(line.serving, line.starting), line.draining)
@@ -206,18 +211,22 @@ def _judged(text: str, outcome: Outcome, case: Case, took_s: float) -> Trial:
         kept=sum(met) / len(met) if met else 1.0,
         kept_ttft=_share(heard, Slo(ttft_s=slo.ttft_s)),
         kept_tpot=_share(heard, Slo(tpot_s=slo.tpot_s)),
-        gpu_hours=outcome.replica_s * case.fleet.engine.gpus / 3600,
+        gpu_hours=paid_s * case.fleet.engine.gpus / 3600,
         unfinished=sum(not record.ok for record in heard),
         changes=len(outcome.decisions),
         reversals=int(np.sum(np.sign(steps[1:]) != np.sign(steps[:-1]))),
         preempted=outcome.preempted,
-        replicas_mean=outcome.replica_s / max(outcome.end_s, 1e-9),
+        replicas_mean=paid_s / max(outcome.end_s - case.judged_from_s, 1e-9),
         replicas_most=int(paid.max(initial=0)),
         timeline=line,
         decisions=outcome.decisions,
         kept_by_minute=_by_minute([record.planned_s for record in heard], met),
         took_s=took_s,
     )
+
+
+def _judged_of(case: Case, heard: Sequence[Record]) -> list[Record]:
+    return [record for record in heard if record.planned_s >= case.judged_from_s]
 
 
 def _from_start(outcome: Outcome, case: Case) -> list[tuple[float, int, str]]:
@@ -248,6 +257,7 @@ def _result(
         "seed": case.seed,
         "requests": len(jobs),
         "duration_s": jobs[-1].at_s if jobs else 0.0,
+        "judged_from_s": case.judged_from_s,
         "slo": msgspec.to_builtins(case.slo),
         "fleet": asdict(case.fleet),
         "requests_per_s": _per_minute(jobs),
@@ -304,6 +314,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--copies", type=int, default=1, help="of each request")
     add("--policy", action="append", help="see bench/policies.py; several times")
     add("--slo", default="ttft_ms=2000,tpot_ms=100,percentile=99", help="as of `bench search`")
+    add("--judge-from", type=float, default=0.0, help="seconds that are simulated but not judged")
     add("--seed", type=int, default=0)
     add("--gpu", default="H100", help=f"of the engines: {', '.join(enginemodel.GPUS)}")
     add("--gpus", type=int, default=1, help="of one replica")
@@ -349,6 +360,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         duration_s=options.duration,
         copies=options.copies,
         seed=options.seed,
+        judged_from_s=options.judge_from,
     )
     initial = options.initial if options.initial is not None else first(case)
     case = replace(case, fleet=replace(case.fleet, initial=initial))

@@ -134,7 +134,8 @@ def page(data: dict[str, Any]) -> str:
         f"{data['requests']} requests of {data['workload']}, {data['load']}, {data['copies']} of "
         f"each; {size['engine']['name']}; a replica starts in {size['start_s']:g} s, "
         f"{size['min_replicas']} to {size['max_replicas']} of them. Objective: "
-        f"{slo.percentile:g} % of requests with {', '.join(limits)}."
+        f"{slo.percentile:g} % of requests with {', '.join(limits)}"
+        + (f", judged from {data['judged_from_s']:g} s on." if data["judged_from_s"] else ".")
     )
     rows = "".join(
         "<tr>"

@@ -59,7 +59,7 @@ def test_a_policy_that_never_starts_one_fails_what_waits() -> None:
     nothing = replace(FLEET, min_replicas=0, initial=0, patience_s=60.0)
     outcome = fleet.run(nothing, every(0.5, 6), always(0))
     assert all(record.error.startswith("unfinished") for record in outcome.records())
-    assert outcome.replica_s == 0
+    assert outcome.replica_s() == 0
     assert measure.measure(outcome.records()).failed == 6
 
 
@@ -69,7 +69,8 @@ def test_a_policy_that_never_starts_one_fails_what_waits() -> None:
 def test_a_replica_serves_when_it_has_started_and_costs_from_when_it_was_asked_for() -> None:
     outcome = fleet.run(FLEET, every(0.5, 60), at((0, 1), (5, 2)))
     assert outcome.spans == [(0.0, 0.0, outcome.end_s), (5.0, 15.0, outcome.end_s)]
-    assert outcome.replica_s == pytest.approx(2 * outcome.end_s - 5)
+    assert outcome.replica_s() == pytest.approx(2 * outcome.end_s - 5)
+    assert outcome.replica_s(from_s=10.0) == pytest.approx(2 * (outcome.end_s - 10))
     line = outcome.timeline
     states = dict(zip(line.t_s, zip(line.serving, line.starting, strict=True), strict=True))
     assert [states[t_s] for t_s in (4.0, 5.0, 14.0, 15.0)] == [(1, 0), (1, 1), (1, 1), (2, 0)]
@@ -219,7 +220,7 @@ def test_nothing_is_lost_whatever_the_policy_does(seed: int) -> None:
         assert job.end_s is None  # The caller's jobs are not touched.
     assert outcome.preempted > 0
     served_s = sum(gone_s - (from_s or gone_s) for _, from_s, gone_s in outcome.spans)
-    assert served_s <= outcome.replica_s
+    assert served_s <= outcome.replica_s()
     line = outcome.timeline
     assert all(after - before == pytest.approx(1.0) for before, after in pairwise(line.t_s))
     assert max(line.serving) + max(line.starting) > 3

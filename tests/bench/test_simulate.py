@@ -147,6 +147,16 @@ def test_a_static_fleet_costs_its_size_times_the_time(data: dict[str, Any]) -> N
     )
 
 
+def test_what_came_before_is_not_judged() -> None:
+    """Surges at 90 and 180 s: one replica keeps the objective before the first."""
+    whole, _ = simulate.trial_of(CASE, CASE.jobs(), "static:n=1")
+    late = replace(CASE, judged_from_s=85.0)
+    trial, _ = simulate.trial_of(late, CASE.jobs(), "static:n=1")
+    assert trial.kept < whole.kept < 1.0
+    assert trial.gpu_hours == pytest.approx(whole.gpu_hours - 85 / 3600)
+    assert trial.replicas_mean == pytest.approx(1.0)
+
+
 def test_the_same_seed_gives_the_same_result(data: dict[str, Any]) -> None:
     again = simulate.simulate(CASE, POLICIES)
     for before, after in zip(data["policies"], again["policies"], strict=True):

@@ -8,6 +8,7 @@ at capacity, and everyone who was let in is served.
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.errors import GatewayTimeout, RequestError, TooManyRequests, Unavailable
 from serve_app.limits import RequestSize
 from serve_app.settings import Limits
+from serve_app.signals import Signals
 
 GENERATION_PATHS = frozenset(
     {
@@ -47,14 +49,21 @@ class Admission:
         self.max_queued = max_queued
         self.retry_after_s = retry_after_s
         self.running = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: deque[tuple[int, int, asyncio.Future[None]]] = deque()
 
     @property
     def queued(self) -> int:
         return len(self._waiting)
 
+    @property
+    def queued_bytes(self) -> int:
+        """Of the bodies of the requests that wait."""
+        return sum(size for _, size, _ in self._waiting)
+
     @contextlib.asynccontextmanager
-    async def slot(self, sequences: int, queue_timeout_s: float) -> AsyncIterator[None]:
+    async def slot(
+        self, sequences: int, queue_timeout_s: float, body_bytes: int = 0
+    ) -> AsyncIterator[None]:
         """Hold room for `sequences` sequences, waiting for it in order of arrival.
 
         Raises:
@@ -64,7 +73,7 @@ class Admission:
         # A request larger than the whole engine still runs, alone.
         weight = min(sequences, self.max_running)
         if self._waiting or self.running + weight > self.max_running:
-            await self._wait(weight, queue_timeout_s)
+            await self._wait(weight, body_bytes, queue_timeout_s)
         else:
             self.running += weight
         try:
@@ -73,7 +82,7 @@ class Admission:
             self.running -= weight
             self._wake()
 
-    async def _wait(self, weight: int, timeout_s: float) -> None:
+    async def _wait(self, weight: int, body_bytes: int, timeout_s: float) -> None:
         if len(self._waiting) >= self.max_queued:
             raise TooManyRequests(
                 f"{self.running} sequences run and {self.queued} requests wait, which is all this "
@@ -81,7 +90,7 @@ class Admission:
                 retry_after_s=self.retry_after_s,
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (weight, turn)
+        entry = (weight, body_bytes, turn)
         self._waiting.append(entry)
         try:
             async with asyncio.timeout(timeout_s):
@@ -96,7 +105,7 @@ class Admission:
             self._leave(entry)
             raise
 
-    def _leave(self, entry: tuple[int, asyncio.Future[None]]) -> None:
+    def _leave(self, entry: tuple[int, int, asyncio.Future[None]]) -> None:
         """Give up a place in the queue, or the room that was given in the same moment."""
         if entry in self._waiting:
             self._waiting.remove(entry)
@@ -106,7 +115,7 @@ class Admission:
 
     def _wake(self) -> None:
         while self._waiting and self.running + self._waiting[0][0] <= self.max_running:
-            weight, turn = self._waiting.popleft()
+            weight, _, turn = self._waiting.popleft()
             if not turn.done():
                 self.running += weight
                 turn.set_result(None)
@@ -117,27 +126,40 @@ class AdmissionGate:
 
     Args:
         healthy: whether the engine can answer; while it cannot, 503 with Retry-After.
+        signals: is told who came, and how long each had to wait for room.
     """
 
     def __init__(
-        self, app: ASGIApp, admission: Admission, limits: Limits, healthy: Callable[[], bool]
+        self,
+        app: ASGIApp,
+        admission: Admission,
+        limits: Limits,
+        healthy: Callable[[], bool],
+        signals: Signals,
     ) -> None:
         self.app = app
         self.admission = admission
         self.limits = limits
         self.healthy = healthy
+        self.signals = signals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in GENERATION_PATHS:
             await self.app(scope, receive, send)
             return
         response = _Response(send, self._engine_error)
-        size: RequestSize = scope.get("state", {}).get("size") or RequestSize()
+        state = scope.get("state", {})
+        size: RequestSize = state.get("size") or RequestSize()
+        body_bytes: int = state.get("body_bytes", 0)
+        came_s = time.monotonic()
+        self.signals.arrived()
         try:
             async with asyncio.timeout(self.limits.request_timeout_s):
                 if not self.healthy():
                     raise self._unavailable()
-                async with self.admission.slot(size.sequences, self.limits.queue_timeout_s):
+                queue_timeout_s = self.limits.queue_timeout_s
+                async with self.admission.slot(size.sequences, queue_timeout_s, body_bytes):
+                    self.signals.admitted(time.monotonic() - came_s, body_bytes)
                     await self._answer(scope, receive, response)
             await response.end(scope)
         except TimeoutError:

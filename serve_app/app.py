@@ -18,7 +18,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
 
-from serve_app import forkserver
+from serve_app import autoscaler, forkserver
 from serve_app.admission import Admission, AdmissionGate
 from serve_app.errors import ConfigError
 from serve_app.keys import KeyGate, KeyRing
@@ -27,6 +27,7 @@ from serve_app.pacing import Pacer
 from serve_app.plan import Plan, decide
 from serve_app.progress import READY, reported, say, stage
 from serve_app.settings import Settings
+from serve_app.signals import Signals
 from serve_app.supervisor import Reaper, Supervisor
 
 
@@ -55,6 +56,7 @@ class Replica:
         self._settings = settings
         self._began_s = time.monotonic()
         self._pacer = Pacer(settings.stream_gap_ms / 1000)
+        self._signals = Signals(settings.replicas.percentile)
         self._reaper = Reaper()
         os.environ.update(plan.environment)
         forkserver.start()
@@ -67,7 +69,7 @@ class Replica:
                 # Imported here: `build` runs on a head node that may hold no engine.
                 from serve_app.engine import Engine
 
-                self._engine = Engine.start(arguments, self._pacer)
+                self._engine = Engine.start(arguments, self._pacer, self._signals)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
@@ -85,7 +87,11 @@ class Replica:
         )
         self._watch = asyncio.create_task(self._supervisor.watch())
         admitted = AdmissionGate(
-            answer, self._admission, limits, healthy=lambda: self._supervisor.healthy
+            answer,
+            self._admission,
+            limits,
+            healthy=lambda: self._supervisor.healthy,
+            signals=self._signals,
         )
         say(f"{READY}: {time.monotonic() - self._began_s:.1f} s after the replica began")
         return KeyGate(LimitGate(admitted, limits), self._ring)
@@ -94,6 +100,18 @@ class Replica:
         """Called by Ray Serve every `health_check_period_s`."""
         if not self._supervisor.healthy:
             raise RuntimeError(self._supervisor.failure or "the engine died")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve once a second, where replicas follow the load."""
+        queue = self._admission
+        load = self._signals.load(
+            max_running=queue.max_running,
+            in_engine=queue.running,
+            queued=queue.queued,
+            queued_bytes=queue.queued_bytes,
+            unread_tokens=self._engine.unread_tokens,
+        )
+        return autoscaler.report(load)
 
     def __del__(self) -> None:
         """Called by Ray Serve once the requests in flight are done."""

@@ -10,7 +10,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -29,10 +29,12 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app import forkserver
 from serve_app.errors import ConfigError, nearest
 from serve_app.pacing import Pacer
+from serve_app.signals import Signals
 
 
 class Engine:
@@ -52,12 +54,13 @@ class Engine:
         self.max_model_len: int = llm.model_config.max_model_len
 
     @classmethod
-    def start(cls, arguments: Mapping[str, Any], pacer: Pacer) -> "Engine":
+    def start(cls, arguments: Mapping[str, Any], pacer: Pacer, signals: Signals) -> "Engine":
         """Load the model; blocks until the engine's processes are ready.
 
         Args:
             arguments: vLLM's engine and API server arguments, by their Python names.
             pacer: decides when tokens of a stream travel together.
+            signals: is told what each step did.
 
         Raises:
             ConfigError: for an argument that vLLM does not know or cannot honour.
@@ -75,7 +78,10 @@ class Engine:
             # AsyncLLM builds its collectors by this name, and offers no other way in.
             async_llm.RequestOutputCollector = _collector(pacer)
         llm = async_llm.AsyncLLM.from_vllm_config(
-            config, usage_context=context, disable_log_stats=args.disable_log_stats
+            config,
+            usage_context=context,
+            stat_loggers=[_recorder(signals)],
+            disable_log_stats=args.disable_log_stats,
         )
         engine = cls(llm, args)
         engine._observe(pacer)
@@ -105,6 +111,11 @@ class Engine:
         prompt = {"prompt_token_ids": [0]}
         async for _ in self._llm.generate(prompt, params, request_id="warm-up"):
             return
+
+    @property
+    def unread_tokens(self) -> int:
+        """Prompt tokens of the requests that have no first token yet."""
+        return int(self._llm.get_num_queued_tokens())
 
     @property
     def dead(self) -> bool:
@@ -219,6 +230,38 @@ def _first_sentence(error: Exception) -> str:
         if line.startswith("Value error, "):
             return line.removeprefix("Value error, ").split(" [type=")[0]
     return lines[0] if lines else type(error).__name__
+
+
+def _recorder(signals: Signals) -> Callable[[Any, int], StatLoggerBase]:
+    """What vLLM calls after each step of an engine core, beside its own metrics."""
+
+    class Recorder(StatLoggerBase):  # type: ignore[misc]
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            self._engine = engine_index
+
+        def log_engine_initialized(self) -> None:
+            """Nothing to say."""
+
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, *rest: Any, **named: Any
+        ) -> None:
+            if scheduler_stats is not None:
+                signals.state(
+                    self._engine,
+                    scheduler_stats.num_running_reqs,
+                    scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+                    scheduler_stats.kv_cache_usage,
+                )
+            if iteration_stats is not None:
+                signals.step(
+                    iteration_stats.num_prompt_tokens,
+                    iteration_stats.num_generation_tokens,
+                    iteration_stats.num_preempted_reqs,
+                    iteration_stats.time_to_first_tokens_iter,
+                    iteration_stats.inter_token_latencies_iter,
+                )
+
+    return Recorder
 
 
 def _collector(pacer: Pacer) -> type[RequestOutputCollector]:

@@ -45,7 +45,8 @@ def _whole(value: Any) -> int:
 class LimitGate:
     """ASGI middleware: reads the body within its bounds, then checks the request's.
 
-    The request's size is left in `scope["state"]["size"]` for the admission behind it.
+    What the request asks for is left in `scope["state"]["size"]`, and how long its body was in
+    `scope["state"]["body_bytes"]`, for the admission behind it.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
@@ -61,7 +62,8 @@ class LimitGate:
                 raise NotFound(f"No such route: {scope['path']}")
             if scope["method"] == "POST":
                 body = await self._body(scope, receive)
-                scope.setdefault("state", {})["size"] = self._check(body)
+                state = scope.setdefault("state", {})
+                state["size"], state["body_bytes"] = self._check(body), len(body)
                 receive = _replay(body, receive)
         except RequestError as error:
             await error(scope, receive, send)

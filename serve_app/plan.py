@@ -6,7 +6,7 @@ cannot succeed fails before anything is loaded.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from serve_app import embedded
 from serve_app.errors import ConfigError
 from serve_app.hardware import Gpu, cluster_nodes, has_bfloat16
 from serve_app.placement import Placement, place
+from serve_app.scaling import Goal
 from serve_app.settings import Settings
 from serve_app.sizing import (
     DEFAULT_UTILIZATION,
@@ -26,6 +27,10 @@ from serve_app.sizing import (
 # The CPU build of vLLM 0.32 compiles wrong code, so without a GPU it always runs eagerly. The KV
 # cache is bounded because vLLM would otherwise take half of the machine for each replica.
 CPU_DEFAULTS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+
+
+# A request that is late hears of it within this time.
+_FAREWELL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Plan:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
 
+    @staticmethod
+    def leave_s(settings: Settings) -> float:
+        """How long a replica that leaves may take."""
+        return max(settings.drain_s, settings.limits.request_timeout_s + _FAREWELL_S)
+
     def deployment_options(self, settings: Settings) -> dict[str, Any]:
         """Options of the Ray Serve deployment."""
         options: dict[str, Any] = {
@@ -65,7 +75,10 @@ class Plan:
             # health checks and streams alike.
             "max_ongoing_requests": 100_000,
             "max_queued_requests": -1,
-            "graceful_shutdown_timeout_s": settings.drain_s,
+            # A replica that is not needed any more, or is replaced by one of a new version, ends
+            # what it has: that is as long as its longest request. When everything stops, run.py
+            # waits `drain_s`.
+            "graceful_shutdown_timeout_s": self.leave_s(settings),
             "graceful_shutdown_wait_loop_s": 0.5,
             "health_check_period_s": 2.0,
             "health_check_timeout_s": 10.0,
@@ -81,12 +94,47 @@ class Plan:
         if replicas.fixed:
             options["num_replicas"] = replicas.min
         else:
-            options["autoscaling_config"] = {
-                "min_replicas": replicas.min,
-                "max_replicas": replicas.max,
-                "target_ongoing_requests": replicas.target_ongoing_requests,
-            }
+            options["autoscaling_config"] = self._autoscaling(settings)
         return options
+
+    def _autoscaling(self, settings: Settings) -> dict[str, Any]:
+        """Ray Serve's autoscaling_config."""
+        replicas = settings.replicas
+        config: dict[str, Any] = {
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.max,
+            # A start has one replica, also where none need stay: only it shows that one can start.
+            "initial_replicas": max(1, replicas.min),
+        }
+        if not replicas.follow_slo:
+            return config | {"target_ongoing_requests": replicas.target_ongoing_requests}
+        goal = Goal(
+            ttft_s=replicas.ttft_s,
+            itl_s=replicas.itl_s,
+            percentile=replicas.percentile,
+            min_replicas=replicas.min,
+            max_replicas=replicas.max,
+            idle_s=replicas.idle_s,
+        )
+        whole = {"CPU": settings.cpus_per_replica, "GPU": float(self.placement.num_gpus)}
+        arguments = {
+            "goal": asdict(goal),
+            "start_s": replicas.start_s,
+            "bundles": [dict(bundle) for bundle in self.placement.bundles or (whole,)],
+        }
+        # Patience is the policy's own. Each replica reports once a second, and the report holds its
+        # own look back.
+        return config | {
+            "metrics_interval_s": 1.0,
+            "look_back_period_s": 5.0,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": 0.0,
+            "downscale_to_zero_delay_s": 0.0,
+            "policy": {
+                "policy_function": "serve_app.autoscaler:Autoscaler",
+                "policy_kwargs": arguments,
+            },
+        }
 
     def engine_arguments(self, settings: Settings) -> dict[str, Any]:
         """vLLM's arguments for one replica, with the weights on this machine (or in S3)."""

@@ -440,7 +440,7 @@ def _forecast(means: Sequence[float], parts: int, cover: float) -> float:
         mean_guess = sum(guesses) / count
         # Surprises as large as the load itself come in bursts, and the largest is still to come;
         # those of a tenth of it are noise, which has an end.
-        burst = min(1.0, mean_above / max(mean_guess, 1e-9))
+        burst = min(1.0, mean_above / max(mean_guess, 1e-9)) ** 2
         margin = max(0.0, _quantile(above, weights, cover * total))
         margin += _TAIL * burst * mean_above * unseen
         price = mean_guess + margin

@@ -6,7 +6,7 @@ them against vLLM's definition, since no other module knows vLLM.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -36,13 +36,19 @@ class _Frozen(BaseModel):
 
 
 class Replicas(_Frozen):
-    """Bounds of the number of replicas, and what one replica should have in flight.
+    """Bounds of the number of replicas, and what it follows between them.
 
-    `min == max` is a fixed number; `min: 0` scales to zero.
+    `min == max` is a fixed number; `min: 0` lets an idle application go.
     """
 
     min: Annotated[int, Field(ge=0)] = 1
     max: Count = 1
+    policy: Literal["slo", "ongoing_requests"] = "slo"
+    ttft_s: Seconds | None = 2.0
+    itl_s: Seconds | None = 0.1
+    percentile: Annotated[float, Field(gt=0, lt=100)] = 95.0
+    start_s: Seconds = 60.0
+    idle_s: Seconds = 300.0
     target_ongoing_requests: Count = 32
 
     @model_validator(mode="before")
@@ -55,11 +61,17 @@ class Replicas(_Frozen):
     def _ordered(self) -> "Replicas":
         if self.min > self.max:
             raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        if self.follow_slo and self.ttft_s is None and self.itl_s is None:
+            raise ValueError("policy 'slo' needs ttft_s, itl_s or both")
         return self
 
     @property
     def fixed(self) -> bool:
         return self.min == self.max
+
+    @property
+    def follow_slo(self) -> bool:
+        return not self.fixed and self.policy == "slo"
 
 
 class ApiKeys(_Frozen):

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from serve_app.admission import Admission, AdmissionGate
 from serve_app.errors import TooManyRequests, Unavailable
 from serve_app.settings import Limits
+from serve_app.signals import Signals
 
 
 async def hold(admission: Admission, release: asyncio.Event, order: list[str], name: str) -> None:
@@ -100,7 +101,7 @@ def gate(app: Any, healthy: bool = True, **limits: Any) -> httpx.AsyncClient:
     bounds = Limits(**limits)
     routes = [Route(p, app, methods=["POST"]) for p in ("/v1/chat/completions", "/v1/messages")]
     admission = Admission(1, 0, bounds.retry_after_s)
-    stack = AdmissionGate(Starlette(routes=routes), admission, bounds, lambda: healthy)
+    stack = AdmissionGate(Starlette(routes=routes), admission, bounds, lambda: healthy, Signals())
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=stack), base_url="http://test")
 
 
@@ -145,7 +146,7 @@ async def test_a_failed_engine_is_503_and_not_500() -> None:
 
     bounds = Limits()
     app = Starlette(routes=[Route("/v1/chat/completions", breaks, methods=["POST"])])
-    stack = AdmissionGate(app, Admission(1, 0, 1.0), bounds, lambda: health[0])
+    stack = AdmissionGate(app, Admission(1, 0, 1.0), bounds, lambda: health[0], Signals())
     transport = httpx.ASGITransport(app=stack)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         during = await http.post("/v1/chat/completions")

@@ -60,6 +60,12 @@ class Admission:
         """Of the bodies of the requests that wait."""
         return sum(size for _, size, _ in self._waiting)
 
+    def change(self, max_running: int, max_queued: int, retry_after_s: float) -> None:
+        """Other bounds from now on; who is in stays in."""
+        self.max_running, self.max_queued = max_running, max_queued
+        self.retry_after_s = retry_after_s
+        self._wake()
+
     @contextlib.asynccontextmanager
     async def slot(
         self, sequences: int, queue_timeout_s: float, body_bytes: int = 0
@@ -114,7 +120,10 @@ class Admission:
         self._wake()
 
     def _wake(self) -> None:
-        while self._waiting and self.running + self._waiting[0][0] <= self.max_running:
+        # One that is larger than the whole bound, which may have shrunk since, still runs alone.
+        while self._waiting and (
+            not self.running or self.running + self._waiting[0][0] <= self.max_running
+        ):
             weight, _, turn = self._waiting.popleft()
             if not turn.done():
                 self.running += weight

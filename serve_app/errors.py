@@ -12,7 +12,9 @@ One tree, so that whoever catches `ServeError` has caught them all:
         ├── PayloadTooLarge    413
         ├── TooManyRequests    429, with Retry-After
         ├── Unavailable        503, with Retry-After
-        └── GatewayTimeout     504  the answer took too long
+        ├── GatewayTimeout     504  the answer took too long
+        ├── CannotContinue     502  it broke off, and no other replica can go on with it exactly
+        └── Poison             500  replicas die of it
 
 The body of a `RequestError` is the one that OpenAI's clients parse
 (https://platform.openai.com/docs/guides/error-codes); its outer `type` makes it Anthropic's too.
@@ -36,10 +38,10 @@ class ConfigError(ServeError):
         hint = f"; did you mean {nearest}?" if nearest is not None else ""
         super().__init__(f"{key} = {value!r}: {problem}{hint}")
         # Ray pickles what a replica's constructor raises, and pickle calls __init__ again.
-        self._fields = (key, value, problem, nearest)
+        self.fields = (key, value, problem, nearest)
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[object, ...]]:
-        return type(self), self._fields
+        return type(self), self.fields
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
@@ -140,3 +142,15 @@ class GatewayTimeout(RequestError):
     status = 504
     kind = "timeout_error"
     code = "timeout"
+
+
+class CannotContinue(RequestError):
+    status = 502
+    kind = "server_error"
+    code = "cannot_continue"
+
+
+class Poison(RequestError):
+    status = 500
+    kind = "server_error"
+    code = "replicas_died"

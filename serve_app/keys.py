@@ -13,7 +13,8 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.errors import Unauthorized
+from serve_app.errors import ConfigError, Unauthorized
+from serve_app.progress import say
 from serve_app.settings import ApiKeys
 
 # What a load balancer must be able to ask without a key.
@@ -98,3 +99,32 @@ class KeyGate:
         else:
             error = Unauthorized("Missing or unknown API key: send 'Authorization: Bearer KEY'.")
             await error(scope, receive, send)
+
+
+def check_exposure(ring: KeyRing, allowed: bool) -> None:
+    """Without keys, only this machine may ask, unless the settings say otherwise.
+
+    Raises:
+        ConfigError: the server listens beyond this machine, and anybody could ask.
+    """
+    if ring.required and not len(ring):
+        say("warning: api_keys is configured and holds no key: every request is refused")
+    if ring.required or allowed:
+        return
+    host = http_host()
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        raise ConfigError(
+            "http_options.host",
+            host,
+            "listens beyond this machine and no api_keys are configured; set api_keys, or "
+            "host 127.0.0.1, or allow_unauthenticated_network: true",
+        )
+
+
+def http_host() -> str:
+    """The address that Ray Serve's HTTP server listens on."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    return str(ray.get(controller.get_http_config.remote()).host)

@@ -73,6 +73,41 @@ class Replicas(_Frozen):
     def follow_slo(self) -> bool:
         return not self.fixed and self.policy == "slo"
 
+    def check(self, ttft_s: float, itl_s: float) -> None:
+        """Whether an engine that takes so long for one request alone can hold the limits.
+
+        Raises:
+            ConfigError: it cannot, however many replicas there are.
+        """
+        if not self.follow_slo:
+            return
+        for key, limit_s, found_s in (
+            ("ttft_s", self.ttft_s, ttft_s),
+            ("itl_s", self.itl_s, itl_s),
+        ):
+            if limit_s is not None and found_s > limit_s:
+                raise ConfigError(
+                    f"replicas.{key}",
+                    limit_s,
+                    f"no replica can reach it: one request alone takes {found_s:.3g} s here",
+                )
+
+
+class Gateway(_Frozen):
+    """Whether requests go through a gateway, which goes on elsewhere with what broke off."""
+
+    enabled: bool = False
+    replicas: Count = 1
+    cpus: Annotated[float, Field(ge=0)] = 0.5
+    routing: Literal["prefix", "power_of_two", "least_outstanding", "round_robin", "random"] = (
+        "prefix"
+    )
+    session_header: Annotated[str, Field(min_length=1)] = "x-session-id"
+    stall_timeout_s: Seconds = 10.0
+    replica_timeout_s: Seconds = 30.0
+    max_attempts: Count = 5
+    max_deaths: Count = 2
+
 
 class ApiKeys(_Frozen):
     """Where the accepted keys come from; both may be given, their keys are joined.
@@ -114,6 +149,8 @@ class Settings(_Frozen):
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
     engine: dict[str, Any] = Field(default_factory=dict)
     limits: Limits = Field(default_factory=Limits)
+    gateway: Gateway = Field(default_factory=Gateway)
+    models: list[dict[str, Any]] = Field(default_factory=list)
     api_keys: ApiKeys = Field(default_factory=ApiKeys)
     allow_unauthenticated_network: bool = False
     stream_gap_ms: Annotated[float, Field(ge=0, le=1000)] = 50.0
@@ -134,8 +171,51 @@ class Settings(_Frozen):
         for key in settings.engine:
             if key in _OWNED:
                 raise ConfigError(f"engine.{key}", settings.engine[key], _OWNED[key])
+        if settings.models and not settings.gateway.enabled:
+            raise ConfigError(
+                "models", settings.models, "more than one needs gateway.enabled: true"
+            )
         return settings
 
+    def limits_with(self, user_config: Mapping[str, Any]) -> Limits:
+        """The limits, with those that a deployment's `user_config` replaces.
+
+        Raises:
+            ConfigError: for the first value that is unknown or impossible.
+        """
+        for key in user_config:
+            if key != "limits":
+                raise ConfigError(f"user_config.{key}", user_config[key], "only limits can change")
+        changed = user_config.get("limits") or {}
+        limits = {**self.limits.model_dump(), **changed}
+        try:
+            return Settings.model_validate({"limits": limits}).limits
+        except ValidationError as invalid:
+            raise _sentence(user_config, invalid) from None
+
+    def of_each_model(self) -> "list[Settings]":
+        """These settings for the model above, and for each of `models` with what it replaces.
+
+        Raises:
+            ConfigError: for the first value that is unknown or impossible.
+        """
+        base = {k: v for k, v in self.model_dump(exclude_unset=True).items() if k != "models"}
+        found = [self.model_copy(update={"models": []})]
+        for place, other in enumerate(self.models):
+            if shared := _SHARED & other.keys():
+                key = min(shared)
+                raise ConfigError(f"models.{place}.{key}", other[key], "is the same for all models")
+            named = {"served_model_name": None, **other}
+            try:
+                found.append(Settings.parse({**base, **named}))
+            except ConfigError as error:
+                key, value, problem, near = error.fields
+                raise ConfigError(f"models.{place}.{key}", value, problem, near) from None
+        return found
+
+
+# What belongs to the gateway, or to all.
+_SHARED = frozenset({"gateway", "models", "api_keys", "allow_unauthenticated_network"})
 
 # Engine arguments that have a key of their own here, and two places for one value would disagree.
 _OWNED = {

@@ -1,0 +1,205 @@
+"""How an answer that broke off goes on elsewhere: what is noted on the way, and what is sent again.
+
+An engine's replica marks each event of a stream with the tokens that it was made of, in comment
+lines before it, which the gateway takes out and keeps:
+
+    : how resume          once: by which method this answer could go on
+    : t 12 13             tokens, as the engine gave them out; more lines for more groups
+    : l [[[12, -0.5], ..  the last group's logprobs, where they were asked for
+    : end stop null       with the last group: why it ended
+    data: {...}
+
+When the stream breaks off, the gateway sends the same request to another replica with a `Progress`:
+the groups so far. The engine there puts them through vLLM's own output processing again, so that
+text, stop strings, tool calls, logprobs and usage are where they were; the events that come of it
+are the ones that the client already has, and the gateway drops as many as it sent.
+
+Tokens whose text was still held back (half of a character, what may become a stop string) were
+never marked: they are generated again, and nobody saw them.
+"""
+
+import enum
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+_COMMENT = b":"
+_HOW, _TOKENS, _LOGPROBS, _END = b": how ", b": t ", b": l ", b": end "
+
+# Of each token: its (id, logprob) and those of the likeliest others; and its rank.
+Logprobs = list[tuple[list[tuple[int, float]], int]]
+
+
+class Method(enum.StrEnum):
+    """How an answer goes on, decided by the engine from what was asked.
+
+    RESUME: from prompt and tokens so far. REPEAT: from the start, where the same tokens must come
+    again, each compared. NEVER: neither would be exact.
+    """
+
+    RESUME = "resume"
+    REPEAT = "repeat"
+    NEVER = "never"
+
+
+class Progress(msgspec.Struct):
+    """What an engine must know to go on with an answer.
+
+    Attributes:
+        groups: token ids, as they were given out.
+        logprobs: of the last group, whose events the client may have only in part.
+        finish, stop: why the last group was the last (vLLM's words); None if it was not.
+        repeat: generate all again and compare, instead of going on from the last token.
+    """
+
+    groups: list[list[int]] = msgspec.field(default_factory=list)
+    logprobs: Logprobs | None = None
+    finish: str | None = None
+    stop: int | str | None = None
+    repeat: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for group in self.groups for token in group]
+
+
+@dataclass
+class Marks:
+    """The engine's side of one stream: what to note before its next event."""
+
+    _lines: list[bytes] = field(default_factory=list)
+    _said: Method | None = None
+
+    def how(self, method: Method) -> None:
+        """Said once, and again if it gets worse: another sequence joined the same stream."""
+        if method is not self._said:
+            self._said = method
+            self._lines.append(_HOW + method.value.encode() + b"\n")
+
+    def group(self, tokens: Sequence[int], logprobs: Logprobs | None = None) -> None:
+        self._lines.append(_TOKENS + b" ".join(b"%d" % token for token in tokens) + b"\n")
+        if logprobs is not None:
+            self._lines.append(_LOGPROBS + msgspec.json.encode(logprobs) + b"\n")
+
+    def end(self, finish: str, stop: int | str | None) -> None:
+        self._lines.append(_END + finish.encode() + b" " + msgspec.json.encode(stop) + b"\n")
+
+    def take(self) -> bytes:
+        """The lines for the next event; empty where there is nothing new."""
+        if not self._lines:
+            return b""
+        lines = b"".join(self._lines)
+        self._lines.clear()
+        return lines
+
+
+class Stream:
+    """The gateway's side of one stream: splits it into events and keeps what the marks say.
+
+    Attributes:
+        progress: what another replica would need.
+        method: as the engine said; None before its first event.
+        sent: events that were given out, of all replicas together.
+    """
+
+    def __init__(self) -> None:
+        self.progress = Progress()
+        self.method: Method | None = None
+        self.sent = 0
+        self._rest = b""
+        self._fresh = self.progress
+        self._skip = 0
+        self._names = Names()
+
+    def again(self) -> None:
+        """The stream comes from its first event again, from another replica."""
+        self._rest = b""
+        self._fresh = Progress()
+        self._skip = self.sent
+        self._names.again()
+
+    def events(self, data: bytes) -> list[bytes]:
+        """The events that are complete now and not given out before, without their marks."""
+        if self._rest:
+            data = self._rest + data
+        *whole, self._rest = data.split(b"\n\n")
+        found = []
+        for event in whole:
+            if event.startswith(_COMMENT):
+                event = self._unmarked(event)
+                if not event:
+                    continue
+            if self._skip:
+                self._skip -= 1
+                self._names.repeated(event)
+            else:
+                found.append(self._names.given(event))
+        self.sent += len(found)
+        return found
+
+    def _unmarked(self, event: bytes) -> bytes:
+        while event.startswith(_COMMENT):
+            line, _, event = event.partition(b"\n")
+            self._note(line)
+        return event
+
+    def _note(self, line: bytes) -> None:
+        fresh = self._fresh
+        if line.startswith(_TOKENS):
+            fresh.groups.append([int(token) for token in line[len(_TOKENS) :].split()])
+            # An answer that goes on begins with the groups that are known: they count as lost
+            # again only once as many have come.
+            if len(fresh.groups) >= len(self.progress.groups):
+                self.progress = fresh
+        elif line.startswith(_LOGPROBS):
+            fresh.logprobs = msgspec.json.decode(line[len(_LOGPROBS) :], type=Logprobs)
+        elif line.startswith(_END):
+            finish, _, stop = line[len(_END) :].partition(b" ")
+            fresh.finish, fresh.stop = finish.decode(), msgspec.json.decode(stop)
+        elif line.startswith(_HOW):
+            self.method = Method(line[len(_HOW) :].decode())
+
+
+class Names:
+    """Ids and times that each replica makes anew: the client goes on seeing the first ones.
+
+    They come in the first events of a stream, and with each part of an answer that has an id of its
+    own. The same event is met again when another replica repeats it; what differs in it is renamed
+    in all that follows.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, bytes] = {}
+        self._at = 0
+        self._renamed: dict[bytes, bytes] = {}
+
+    def again(self) -> None:
+        self._at = 0
+        self._renamed.clear()
+
+    def given(self, event: bytes) -> bytes:
+        """The event, with the names that the client knows."""
+        for new, old in self._renamed.items():
+            event = event.replace(new, old)
+        if self._at < _HEAD or any(word in event for word in _NAMING):
+            self._kept[self._at] = event
+        self._at += 1
+        return event
+
+    def repeated(self, event: bytes) -> None:
+        """An event that the client has: learn what it is called now."""
+        if (first := self._kept.get(self._at)) is not None:
+            self._renamed.update(
+                (new, old)
+                for new, old in zip(_NAME.findall(event), _NAME.findall(first), strict=False)
+                if new != old
+            )
+        self._at += 1
+
+
+# The first events, and those of later parts, carry names.
+_HEAD = 4
+_NAMING = (b"output_item.added", b"content_part.added", b"content_block_start", b"-tool-")
+_NAME = re.compile(rb'"(?:\w*id|created|created_at)": ?(?:"[^"]*"|\d+)')

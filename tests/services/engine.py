@@ -1,0 +1,172 @@
+"""A small real HTTP server: answers as an engine's replica does, marks and all, and fails as told.
+
+Its answer to any request is the same: `length` tokens, one an event, whose text is their number. It
+goes on with an answer where a `Progress` is sent along, as an engine would.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from serve_app.backend import CONTINUE_HEADER, TOKEN_HEADER
+from serve_app.continuation import Progress
+
+
+@dataclass
+class Fault:
+    """What goes wrong with one request.
+
+    Attributes:
+        cut_after, stall_after: events until the connection ends, or falls silent. 0: before the
+            response begins.
+        status: answer with this instead.
+        half: cut within the next event.
+    """
+
+    cut_after: int | None = None
+    stall_after: int | None = None
+    status: int | None = None
+    half: bool = False
+
+
+@dataclass
+class EngineServer:
+    """One replica. `faults` holds one entry for each coming request; none: all goes well."""
+
+    name: str
+    length: int = 10
+    pause_s: float = 0.0
+    method: str = "resume"
+    faults: list[Fault | None] = field(default_factory=list)
+    asked: list[tuple[Progress | None, bytes]] = field(default_factory=list)
+    left: int = 0
+    deaf: bool = False
+    token: str = "secret"
+
+    async def start(self) -> "EngineServer":
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.address = "{}:{}".format(*self._server.sockets[0].getsockname()[:2])
+        self._writers: set[asyncio.StreamWriter] = set()
+        return self
+
+    async def stop(self) -> None:
+        """As SIGKILL does: nothing listens, and every connection is cut."""
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    @property
+    def found(self) -> tuple[str, dict[str, str]]:
+        return self.name, {"address": self.address, "token": self.token}
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            while await self._request(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError):
+            self.left += 1
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = await reader.readuntil(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines if line)
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        if self.deaf:
+            await asyncio.sleep(3600)
+        if first.startswith("GET /ping"):
+            writer.write(_whole(200, b""))
+            return True
+        assert headers[TOKEN_HEADER] == self.token
+        progress = None
+        if (length := headers.get(CONTINUE_HEADER)) is not None:
+            progress = msgspec.json.decode(body[: int(length)], type=Progress)
+            body = body[int(length) :]
+        self.asked.append((progress, body))
+        fault = (self.faults.pop(0) if self.faults else None) or Fault()
+        if fault.status is not None:
+            writer.write(_whole(fault.status, b'{"error": {"message": "told to"}}'))
+            return True
+        if json.loads(body or b"{}").get("stream"):
+            return await self._stream(reader, writer, progress, fault)
+        if fault.cut_after is not None:
+            return False
+        writer.write(
+            _whole(200, json.dumps({"text": "".join(map(_text, range(self.length)))}).encode())
+        )
+        return True
+
+    async def _stream(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        progress: Progress | None,
+        fault: Fault,
+    ) -> bool:
+        if fault.cut_after == 0:
+            return False
+        if fault.stall_after != 0:
+            writer.write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+                b"transfer-encoding: chunked\r\n\r\n"
+            )
+        gone = asyncio.ensure_future(reader.read(1))
+        for place, event in enumerate(self._events(progress)):
+            if place == fault.stall_after:
+                await asyncio.wait({gone})
+            if place == fault.cut_after:
+                if fault.half:
+                    writer.write(_chunk(event[:-9]))
+                    await writer.drain()
+                return False
+            writer.write(_chunk(event))
+            await writer.drain()
+            await asyncio.wait({gone}, timeout=self.pause_s)
+            if gone.done():
+                raise ConnectionResetError
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        gone.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await gone
+        return True
+
+    def _events(self, progress: Progress | None) -> Iterator[bytes]:
+        known = progress.groups if progress is not None else []
+        start = len(known) if progress is not None and not progress.repeat else 0
+        groups = [*known, *([token] for token in range(len(known), self.length))]
+        assert start <= self.length
+        for place, group in enumerate(groups):
+            marks = b": how " + self.method.encode() + b"\n" if place == 0 else b""
+            marks += b": t " + b" ".join(b"%d" % token for token in group) + b"\n"
+            if place == self.length - 1:
+                marks += b": end length null\n"
+            event = {
+                "id": self.name + "-0",
+                "created": sum(map(ord, self.name)),
+                "text": _text(group[0]),
+            }
+            yield marks + b"data: " + json.dumps(event).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+
+def _text(token: int) -> str:
+    return f"{token} "
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def _whole(status: int, body: bytes) -> bytes:
+    return (
+        b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\nretry-after: 7\r\n"
+        b"content-length: %d\r\n\r\n%s" % (status, len(body), body)
+    )

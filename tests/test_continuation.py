@@ -1,0 +1,287 @@
+"""An answer that broke off goes on exactly, whatever it was and wherever it broke off.
+
+A real engine, without Ray: each answer is taken whole, then cut after each of its events, and the
+rest asked for as a gateway would.
+"""
+
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import pytest_asyncio
+
+from serve_app import forkserver
+from serve_app.backend import CONTINUE_HEADER, TOKEN_HEADER, Backend
+from serve_app.continuation import Method, Stream
+from serve_app.engine import Engine
+from serve_app.pacing import Pacer
+from serve_app.plan import CPU_DEFAULTS
+from serve_app.signals import Signals
+from tests.server import ENGINE
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {}}}},
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def app(smollm: Path) -> AsyncIterator[Backend]:
+    os.environ.update(
+        VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0"
+    )
+    forkserver.start()
+    arguments = {
+        "model": str(smollm),
+        "served_model_name": ["m"],
+        "enable_auto_tool_choice": True,
+        "tool_call_parser": "hermes",
+        "dtype": "float32",
+        **CPU_DEFAULTS,
+        **ENGINE,
+    }
+    engine = Engine.start(arguments, Pacer(0.0), Signals(), continuing=True)
+    yield Backend(await engine.app(), "secret")
+    engine.stop()
+
+
+async def ask(app: Backend, path: str, body: dict[str, Any], stream: Stream | None = None) -> bytes:
+    """The raw answer; with a stream that broke off, as its continuation."""
+    headers = {TOKEN_HEADER: "secret", "content-type": "application/json", "x-request-id": "r"}
+    content = json.dumps(body).encode()
+    if stream is not None:
+        stream.again()
+        repeat = stream.method is Method.REPEAT
+        known = msgspec.json.encode(msgspec.structs.replace(stream.progress, repeat=repeat))
+        headers[CONTINUE_HEADER] = str(len(known))
+        content = known + content
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        answer = await client.post(path, content=content, headers=headers, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+def told(events: list[bytes]) -> dict[str, Any]:
+    """What a client makes of events, whatever their sizes: joined text, and all that comes once."""
+    said: dict[str, Any] = {}
+
+    def join(key: str, value: str | list[Any] | None) -> None:
+        if value:
+            said[key] = said[key] + value if key in said else value
+
+    for event in events:
+        line = next(part for part in event.split(b"\n") if part.startswith(b"data: "))
+        if line == b"data: [DONE]":
+            join("done", [1])
+            continue
+        data = json.loads(line[6:])
+        kind = data.get("type", "")
+        join("names", sorted({data["id"]} - set(said.get("names", []))) if "id" in data else None)
+        if created := data.get("created"):
+            said.setdefault("created", set()).add(created)
+        if usage := data.get("usage"):
+            usage.pop("prompt_tokens_details", None)
+            # With every event: how many there are differs with how tokens travel together.
+            said["usage"] = usage
+        for choice in data.get("choices", []):
+            delta = choice.get("delta", choice)
+            join("role", [delta["role"]] if delta.get("role") else None)
+            join("text", delta.get("content") or delta.get("text"))
+            join("ids", choice.get("token_ids"))
+            join("logprobs", _logprobs(choice.get("logprobs")))
+            join("finish", [choice["finish_reason"]] if choice.get("finish_reason") else None)
+            join("stop", [choice["stop_reason"]] if choice.get("stop_reason") else None)
+            for call in delta.get("tool_calls") or []:
+                join("call", call["function"].get("name"))
+                said.setdefault("calls", set()).update([call["id"]] if call.get("id") else [])
+                join("arguments", call["function"].get("arguments"))
+        if kind == "response.output_text.delta":
+            join("text", data["delta"])
+        elif kind == "response.completed":
+            usage = data["response"]["usage"]
+            join("usage", [[usage["input_tokens"], usage["output_tokens"]]])
+            join("ended", [data["response"]["output"][-1]["content"][0]["text"]])
+        elif kind == "content_block_delta":
+            join("text", data["delta"].get("text"))
+        elif kind == "message_delta":
+            join("finish", [data["delta"]["stop_reason"]])
+        if kind in ("response.created", "message_start"):
+            whole = data.get("response") or data["message"]
+            join("begun", [whole["id"]])
+        if kind in ("response.completed",):
+            join("begun", [data["response"]["id"]])
+        if "item_id" in data:
+            said.setdefault("items", set()).add(data["item_id"])
+    return said
+
+
+def _logprobs(given: dict[str, Any] | None) -> list[Any]:
+    if not given:
+        return []
+    if "content" in given:
+        return [
+            [c["token"], round(c["logprob"], 3), len(c["top_logprobs"])] for c in given["content"]
+        ]
+    pairs = zip(given["tokens"], given["token_logprobs"], given["text_offset"], strict=True)
+    return [[token, round(logprob, 1), offset] for token, logprob, offset in pairs]
+
+
+PROMPT = "The three primary colours are"
+CHAT = [{"role": "user", "content": "Name three colours, in words and as emoji."}]
+GREEDY: dict[str, Any] = {"model": "m", "stream": True, "temperature": 0}
+COMPLETION = GREEDY | {"prompt": PROMPT, "max_tokens": 24}
+ANSWERS: dict[str, tuple[str, dict[str, Any], Method]] = {
+    "completion": ("/v1/completions", COMPLETION, Method.RESUME),
+    "chat": (
+        "/v1/chat/completions",
+        GREEDY
+        | {"messages": CHAT, "max_tokens": 24, "stream_options": {"include_usage": True}}
+        | {"return_token_ids": True},
+        Method.RESUME,
+    ),
+    "usage with every event": (
+        "/v1/completions",
+        COMPLETION | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        Method.RESUME,
+    ),
+    # Several bytes each: a cut falls within a character.
+    "characters of several bytes": (
+        "/v1/completions",
+        COMPLETION | {"prompt": "Emoji: 🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧 and again: 🦊🐻🐼"},
+        Method.RESUME,
+    ),
+    "a stop string": (
+        "/v1/completions",
+        COMPLETION | {"prompt": "1, 2, 3, 4,", "stop": ["9, 10, 11, 12"], "max_tokens": 60},
+        Method.RESUME,
+    ),
+    "min_tokens": (
+        "/v1/completions",
+        COMPLETION | {"min_tokens": 20, "stop_token_ids": [28, 30, 284], "max_tokens": 40},
+        Method.RESUME,
+    ),
+    "max_tokens of one": ("/v1/completions", COMPLETION | {"max_tokens": 1}, Method.RESUME),
+    "repetition_penalty": (
+        "/v1/completions",
+        COMPLETION | {"repetition_penalty": 1.4},
+        Method.RESUME,
+    ),
+    "logit_bias": ("/v1/completions", COMPLETION | {"logit_bias": {"260": -8}}, Method.RESUME),
+    "logprobs": ("/v1/completions", COMPLETION | {"logprobs": 2}, Method.RESUME),
+    "logprobs of chat": (
+        "/v1/chat/completions",
+        GREEDY | {"messages": CHAT, "max_tokens": 16, "logprobs": True, "top_logprobs": 2},
+        Method.RESUME,
+    ),
+    "presence and frequency": (
+        "/v1/completions",
+        COMPLETION | {"presence_penalty": 0.7, "frequency_penalty": 0.6},
+        Method.REPEAT,
+    ),
+    "a seed": (
+        "/v1/completions",
+        COMPLETION | {"temperature": 0.9, "top_p": 0.95, "seed": 7},
+        Method.REPEAT,
+    ),
+    "bad_words": ("/v1/completions", COMPLETION | {"bad_words": ["red"]}, Method.REPEAT),
+    "a schema": (
+        "/v1/chat/completions",
+        GREEDY
+        | {"messages": CHAT, "max_tokens": 24}
+        | {"structured_outputs": {"regex": "(red|green|blue)( (red|green|blue)){6}"}},
+        Method.REPEAT,
+    ),
+    "a tool call": (
+        "/v1/chat/completions",
+        GREEDY
+        | {"messages": CHAT, "max_tokens": 40, "tools": [TOOL]}
+        | {"tool_choice": {"type": "function", "function": {"name": "look"}}},
+        Method.REPEAT,
+    ),
+    "responses": (
+        "/v1/responses",
+        GREEDY | {"input": PROMPT, "max_output_tokens": 16},
+        Method.RESUME,
+    ),
+    "messages": ("/v1/messages", GREEDY | {"messages": CHAT, "max_tokens": 16}, Method.RESUME),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+async def test_an_answer_goes_on_exactly_from_every_cut(app: Backend, name: str) -> None:
+    path, body, method = ANSWERS[name]
+    raw = await ask(app, path, body)
+    events = Stream().events(raw)
+    whole = told(events)
+    marked = [event + b"\n\n" for event in raw.split(b"\n\n")[:-1]]
+    assert len(marked) == len(events)
+    # The first and last events differ in kind; those between do not.
+    last = len(marked) - 1
+    cuts = sorted({cut for cut in (1, 2, last // 2, last - 1, last) if 0 < cut <= last})
+    for cut in cuts:
+        stream = Stream()
+        first = stream.events(b"".join(marked[:cut]) + marked[cut][:7])
+        if stream.progress.groups:
+            assert stream.method is method
+        rest = stream.events(await ask(app, path, body, stream))
+        found = told(first + rest)
+        # Made anew for each answer, unless the client has it already; one answer has one.
+        for key in ("calls", "begun", "items"):
+            assert len(set(found.pop(key, ()))) == len(set(whole.get(key, ())))
+        expected = {k: v for k, v in whole.items() if k not in ("calls", "begun", "items")}
+        assert found == expected, f"cut after {cut} of {len(marked)} events"
+
+
+async def test_an_answer_breaks_off_twice(app: Backend) -> None:
+    path, body, _ = ANSWERS["chat"]
+    raw = await ask(app, path, body)
+    marked = [event + b"\n\n" for event in raw.split(b"\n\n")[:-1]]
+    stream = Stream()
+    got = stream.events(b"".join(marked[:5]))
+    again = await ask(app, path, body, stream)
+    # Broken off while it repeats what is known: nothing is lost of that.
+    got += stream.events(again[: len(b"".join(marked[:3]))])
+    again = await ask(app, path, body, stream)
+    got += stream.events(b"".join(e + b"\n\n" for e in again.split(b"\n\n")[:9]))
+    got += stream.events(await ask(app, path, body, stream))
+    assert told(got) == told(Stream().events(raw))
+
+
+async def test_what_cannot_be_exact_says_so(app: Backend) -> None:
+    for different in (
+        {"temperature": 1.0, "frequency_penalty": 0.5},
+        {"n": 2, "temperature": 1.0},
+        {"prompt": ["a", "b"]},
+    ):
+        raw = await ask(app, "/v1/completions", COMPLETION | different)
+        stream = Stream()
+        stream.events(raw)
+        assert stream.method is Method.NEVER, different
+
+
+async def test_an_answer_that_comes_out_otherwise_is_an_error_after_what_was_sent(
+    app: Backend,
+) -> None:
+    path, body, _ = ANSWERS["a seed"]
+    raw = await ask(app, path, body)
+    marked = [event + b"\n\n" for event in raw.split(b"\n\n")[:-1]]
+    stream = Stream()
+    stream.events(b"".join(marked[:6]))
+    rest = stream.events(await ask(app, path, body | {"seed": 8}, stream))
+    assert b"error" in rest[0]
+    assert "text" not in told(rest[1:])
+
+
+async def test_without_its_token_nothing_is_told(app: Backend) -> None:
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        for headers in ({}, {TOKEN_HEADER: "other"}):
+            assert (await client.get("/v1/models", headers=headers)).status_code == 404

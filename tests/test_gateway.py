@@ -1,0 +1,151 @@
+"""Behind the gateway: real engines, killed under real clients. Ports 8790 to 8799."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.server import Server, configuration, launched, wait
+
+NAME = "SmolLM2-135M-Instruct"
+ASK = {"prompt": "Once upon a time there was", "max_tokens": 160, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two engines behind one gateway."""
+    config = configuration(
+        8790,
+        model=str(tiny),
+        served_model_name="m",
+        replicas=2,
+        cpus_per_replica=0.5,
+        gateway={"enabled": True, "cpus": 0.1},
+        engine={"dtype": "float32", "max_model_len": 4096},
+    )
+    with launched(config, tmp_path_factory.mktemp("gateway")) as running:
+        assert running.ready(), running.output()
+        yield running
+
+
+def engines(server: Server) -> list[psutil.Process]:
+    """The replicas' processes, the engines in them."""
+    return server.named("ServeReplica:llm:engine")
+
+
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def test_each_interface_answers(fleet: Server) -> None:
+    there = client(fleet)
+    assert [model.id for model in there.models.list().data] == ["m"]
+    whole = there.completions.create(model="m", **ASK)
+    parts = list(there.completions.create(model="m", stream=True, **ASK))
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+    answer = there.responses.create(model="m", input="hello", max_output_tokens=4)
+    assert answer.usage is not None
+    assert answer.usage.output_tokens == 4
+    with pytest.raises(openai.NotFoundError):
+        there.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        there.completions.create(model="m", prompt="x", max_tokens=-1)
+    assert httpx.get(f"{fleet.url}/health").status_code == 200
+
+
+def test_streams_outlive_the_replica_that_began_them(fleet: Server) -> None:
+    there = client(fleet)
+    ask = {**ASK, "max_tokens": 900}
+    right = there.completions.create(model="m", **ask)
+    assert right.usage is not None
+    texts: list[str] = []
+    begun = threading.Barrier(9)
+
+    def read() -> None:
+        events = there.completions.create(
+            model="m", stream=True, stream_options={"include_usage": True}, **ask
+        )
+        text, ends, usages = "", [], []
+        for place, event in enumerate(events):
+            if place == 3:
+                begun.wait(60)
+            text += "".join(choice.text for choice in event.choices)
+            ends += [choice.finish_reason for choice in event.choices if choice.finish_reason]
+            usages += [event.usage.completion_tokens] if event.usage else []
+        assert ends == ["length"]
+        assert usages == [900]
+        texts.append(text)
+
+    readers = [threading.Thread(target=read) for _ in range(8)]
+    for reader in readers:
+        reader.start()
+    begun.wait(60)
+    engines(fleet)[0].send_signal(signal.SIGKILL)
+    for reader in readers:
+        reader.join(120)
+    assert texts == [right.choices[0].text] * 8
+    # The replica is replaced, and is asked again.
+    assert wait(lambda: len(engines(fleet)) == 2, 60)
+
+
+def test_with_no_replica_503_and_service_resumes_by_itself(fleet: Server) -> None:
+    assert wait(lambda: len(engines(fleet)) == 2, 60)
+    for process in engines(fleet):
+        process.send_signal(signal.SIGKILL)
+    began_s = time.monotonic()
+    answer = httpx.post(f"{fleet.url}/v1/completions", json={"model": "m", **ASK}, timeout=120)
+    # It waits for a replica: either one came in time, or it says that none did.
+    assert answer.status_code in (200, 503)
+    assert time.monotonic() - began_s < 90
+    assert fleet.answers(120)
+
+
+def test_it_scales_to_zero_and_the_next_request_is_answered(
+    tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = configuration(
+        8792,
+        model=str(tiny),
+        served_model_name="m",
+        replicas={"min": 0, "max": 2, "idle_s": 3.0, "start_s": 20.0},
+        cpus_per_replica=0.5,
+        gateway={"enabled": True, "cpus": 0.1, "replica_timeout_s": 120.0},
+        engine={"dtype": "float32"},
+    )
+    with launched(config, tmp_path_factory.mktemp("zero")) as running:
+        assert running.ready(), running.output()
+        assert running.answers(60)
+        assert wait(lambda: not engines(running), 120), running.output()
+        there = client(running)
+        assert there.completions.create(model="m", **ASK).choices[0].text
+        assert len(engines(running)) == 1
+
+
+def test_several_models_by_name(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    config = configuration(
+        8794,
+        model=str(tiny),
+        served_model_name="first",
+        cpus_per_replica=0.5,
+        gateway={"enabled": True, "cpus": 0.1},
+        models=[{"served_model_name": "second", "engine": {"max_model_len": 64}}],
+        engine={"dtype": "float32"},
+    )
+    with launched(config, tmp_path_factory.mktemp("models")) as running:
+        assert running.ready(), running.output()
+        there = client(running)
+        assert [model.id for model in there.models.list().data] == ["first", "second"]
+        for name in ("first", "second"):
+            assert there.completions.create(model=name, prompt="x", max_tokens=2).model == name
+        with pytest.raises(openai.NotFoundError, match="first, second"):
+            there.completions.create(model="third", prompt="x")
+        long = "word " * 80
+        there.completions.create(model="first", prompt=long, max_tokens=2)
+        with pytest.raises(openai.BadRequestError):
+            there.completions.create(model="second", prompt=long, max_tokens=2)

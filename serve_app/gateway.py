@@ -24,7 +24,7 @@ from serve_app import routing
 from serve_app.errors import ConfigError, NotFound, Unavailable
 from serve_app.keys import KeyGate, KeyRing, check_exposure
 from serve_app.limits import LimitGate
-from serve_app.progress import READY, reported, say
+from serve_app.progress import reported, say
 from serve_app.relay import Ask, Relay
 from serve_app.replicas import Found, Replicas, listen
 from serve_app.settings import Settings
@@ -52,10 +52,7 @@ class Gateway:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
         for name, handle in self._engines.items():
             self._relays[name] = self._relay(handle)
-        # Serve starts the engines first: they are known as soon as the handle is.
-        for relay in self._relays.values():
-            await relay.replicas.some(self._settings.gateway.replica_timeout_s)
-        say(f"{READY}: gateway, {time.monotonic() - self._began_s:.1f} s after it began")
+        say(f"gateway: {time.monotonic() - self._began_s:.1f} s")
         models = Models(self._relays, self._settings)
         self._limited = LimitGate(models, self._settings.limits)
         return KeyGate(self._limited, self._ring)

@@ -12,13 +12,17 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 FLAVOUR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 INSTALLED = $(VENV)/installed-$(FLAVOUR)
 
-.PHONY: serve test lint format types doctor install bench-overhead constraints clean
+.PHONY: serve test test-slow lint format types doctor install bench-overhead constraints clean \
+	eks-preflight eks-up eks-status eks-down runpod-up runpod-status runpod-logs runpod-down
 
 serve: install ## Serve the model on port 8000.
 	@$(BIN)/python -m serve_app serve --config $(CONFIG) $(if $(MODEL),--model $(MODEL))
 
 test: install ## Run the tests.
 	$(BIN)/python -m pytest
+
+test-slow: install ## The tests that take several minutes each.
+	$(BIN)/python -m pytest -m slow
 
 doctor: install ## Check this machine.
 	@$(BIN)/python -m serve_app doctor --config $(CONFIG) $(if $(MODEL),--model $(MODEL))
@@ -37,6 +41,39 @@ format: install
 bench-overhead: install ## What the layers around the engine cost, beside a bare vLLM.
 	$(BIN)/python -m bench.tiny_model $(VENV)/tiny-model
 	$(BIN)/python -m bench.overhead --model $(VENV)/tiny-model
+
+# Runpod (runpod/README.md): needs RUNPOD_API_KEY and no installation.
+NAME ?= qwen-ray-serve
+MODE ?= load_balancer
+RUNPOD = $(PYTHON) runpod/deploy.py
+
+runpod-up: ## Deploy IMAGE, after saying what it costs, and wait until it answers.
+	@$(RUNPOD) up --name $(NAME) --mode $(MODE) --image '$(IMAGE)' $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+runpod-status: ## What there is, and what it bills.
+	@$(RUNPOD) status --name $(NAME) $(ARGS)
+
+runpod-logs: ## Of the pod, or of every worker.
+	@$(RUNPOD) logs --name $(NAME) $(ARGS)
+
+runpod-down: ## Delete all of it, and prove that nothing is left.
+	@$(RUNPOD) down --name $(NAME) $(ARGS)
+
+# EKS (kuberay/README.md): needs AWS credentials, eksctl, kubectl and helm. ARGS goes on, for example
+# ARGS='--overlay tp2 --name mine --ttl-hours 4'.
+EKS = $(BIN)/python -m kuberay
+
+eks-preflight: install ## Will this account hold it, and what will it cost?
+	@$(EKS) preflight $(ARGS)
+
+eks-up: install ## From nothing to an answer of the model, after saying what it costs.
+	@$(EKS) up $(ARGS)
+
+eks-status: install ## What there is, what it bills, and how long it may stay.
+	@$(EKS) status $(ARGS)
+
+eks-down: install ## Delete all of it, and prove that nothing is left.
+	@$(EKS) down $(ARGS)
 
 install: $(INSTALLED)
 

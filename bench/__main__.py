@@ -6,6 +6,13 @@
     sweep     more and more users, until the endpoint is saturated
     search    the highest rate that keeps an SLO
     simulate  a load against scaling policies, on fleets of engines that are a model
+    chaos     a load while replicas are killed, and whether every answer was right
+    roofline  what the hardware allows: ceilings, and the least times of a model
+    profile   where the time of an engine's steps goes, from traces
+    tune      the engine settings that serve most, found on real engines
+    kv        what becomes of the KV cache under a load
+    scheduler who waits for whom: long prompts among short ones
+    scale     tensor parallelism against replicas, on the GPUs there are
     report    one page from results
     compare   two results: which differences are more than noise
 
@@ -22,7 +29,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import measure, run, simulate, workload
+from bench import (
+    ceilings,
+    chaos,
+    kvcache,
+    measure,
+    profile,
+    roofline,
+    run,
+    scale,
+    scheduler,
+    simulate,
+    tune,
+    workload,
+)
 from bench.client import Target
 from bench.errors import BenchError
 from bench.run import Job
@@ -49,6 +69,7 @@ def main() -> int:
 
 def _run(options: Options) -> dict[str, Any]:
     found = asyncio.run(run.run(_job(options), options.out))
+    _held_against(found, options)
     return _told(found, options, summary=found["summary"])
 
 
@@ -57,6 +78,7 @@ def _matrix(options: Options) -> dict[str, Any]:
 
     job, cells = _job(options), workload.matrix()
     found = asyncio.run(matrix.served(job, options.per_user, options.out, cells))
+    _held_against(found, options)
     return _told(found, options, cells=_cells(found))
 
 
@@ -66,6 +88,7 @@ def _baseline(options: Options) -> dict[str, Any]:
     cells = workload.matrix()
     arguments = (options.engine, options.repeats, options.seed, options.out, cells)
     found = matrix.in_process(options.model, *arguments)
+    _held_against(found, options)
     return _told(found, options, cells=_cells(found))
 
 
@@ -97,7 +120,10 @@ def _search(options: Options) -> dict[str, Any]:
 def _report(options: Options) -> dict[str, Any]:
     from bench import report
 
-    report.report(options.folders, options.out, options.against)
+    if options.story:
+        report.tell_story(options.folders, options.out)
+    else:
+        report.report(options.folders, options.out, options.against)
     return {"benchmark": "report", "report": str(options.out)}
 
 
@@ -117,9 +143,28 @@ COMMANDS: Mapping[str, Callable[[Options], dict[str, Any]]] = {
     "sweep": _sweep,
     "search": _search,
     "simulate": simulate.command,
+    "chaos": chaos.command,
+    "roofline": ceilings.command,
+    "profile": profile.command,
+    "tune": tune.command,
+    "kv": kvcache.command,
+    "scheduler": scheduler.command,
+    "scale": scale.command,
     "report": _report,
     "compare": _compare,
 }
+
+
+def _held_against(found: dict[str, Any], options: Options) -> None:
+    """Add to a result, and to its file, what the hardware would allow, where that is known."""
+    from bench import result
+
+    # Only an engine of this process is known to run on this machine's GPU.
+    here = found["benchmark"] == "baseline"
+    model, engine = (options.model, options.engine) if here else ("", {})
+    known = ceilings.known(options.roofline, model, engine)
+    if known is not None:
+        result.write(options.out, roofline.attach(found, *known))
 
 
 def _told(found: dict[str, Any], options: Options, **more: Any) -> dict[str, Any]:
@@ -192,10 +237,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--load", required=True, help="when to send: see bench/schedule.py")
     one.add_argument("--requests", type=int, help="requests of each repeat")
     one.add_argument("--duration", type=float, help="seconds of each repeat")
+    _add_roofline(one)
 
     matrix = commands.add_parser("matrix", help="the baseline matrix on an endpoint")
     _add_target(matrix)
-    matrix.add_argument("--per-user", type=int, default=4, help="requests of each user and repeat")
+    about = "requests of each user and repeat; 1: a batch, as the baseline has it"
+    matrix.add_argument("--per-user", type=int, default=4, help=about)
+    _add_roofline(matrix)
 
     baseline = commands.add_parser("baseline", help="the baseline matrix on an engine alone")
     baseline.add_argument("--model", required=True, help="a local folder or a hub id")
@@ -203,6 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     baseline.add_argument("--repeats", type=int, default=3)
     baseline.add_argument("--seed", type=int, default=0)
     baseline.add_argument("--out", type=Path, required=True)
+    _add_roofline(baseline)
 
     sweep = commands.add_parser("sweep", help="more and more users, until saturation")
     _add_target(sweep)
@@ -219,16 +268,32 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--precision", type=float, default=0.05)
 
     simulate.arguments(commands.add_parser("simulate", help="scaling policies on a model"))
+    chaos.arguments(commands.add_parser("chaos", help="a load while replicas are killed"))
+
+    ceilings.arguments(commands.add_parser("roofline", help="what the hardware allows"))
+    profile.arguments(commands.add_parser("profile", help="traces of an engine, and what they say"))
+
+    tune.arguments(commands.add_parser("tune", help="the best engine settings for a goal"))
+    kvcache.arguments(commands.add_parser("kv", help="the KV cache under a load"))
+    scheduler.arguments(commands.add_parser("scheduler", help="who waits for whom"))
+    scale.arguments(commands.add_parser("scale", help="tensor parallelism against replicas"))
 
     report = commands.add_parser("report", help="one page from results")
     report.add_argument("folders", type=Path, nargs="+")
     report.add_argument("--out", type=Path, required=True, help="the HTML file")
     report.add_argument("--against", type=Path, help="a result that is the baseline")
+    about = "a page of chapters instead: hardware, baseline, profile, tuned, more GPUs"
+    report.add_argument("--story", action="store_true", help=about)
 
     compare = commands.add_parser("compare", help="which differences are more than noise")
     compare.add_argument("a", type=Path)
     compare.add_argument("b", type=Path)
     return parser
+
+
+def _add_roofline(parser: argparse.ArgumentParser) -> None:
+    about = "a result of `bench roofline`: say what share of the hardware was used"
+    parser.add_argument("--roofline", type=Path, help=about)
 
 
 def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:

@@ -27,6 +27,8 @@ _SEEDS = 1000
 async def served(job: Job, per_user: int, folder: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     """Every cell as a closed loop on the job's target, `per_user` requests a user and repeat.
 
+    With one request a user a cell is a batch, as it is in process.
+
     A cell is left out of the result once one was interrupted.
     """
     head = result.header("matrix", job.name or "baseline matrix")
@@ -88,9 +90,8 @@ def _batches(engine: Any, cell: Cell, repeats: int, seed: int, folder: Path) -> 
             append(path, records)
             everything += records
             outcomes.append(Repeat(outcome=Outcome(records=records)))
-    found = result.figures(outcomes, None, None)
-    # A batch is all there is: it has no steady state to be away from.
-    found |= {"valid": True, "doubts": [], "gpu": msgspec.to_builtins(gpus)}
+    found = result.figures(outcomes, None, None, batch=True)
+    found |= {"gpu": msgspec.to_builtins(gpus)}
     result.write(folder, result.header("run", cell.name) | found, everything)
     return {"cell": msgspec.to_builtins(cell), "name": cell.name, **found}
 

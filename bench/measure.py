@@ -604,7 +604,10 @@ def _running(records: Iterable[Record], from_s: float, to_s: float) -> tuple[int
 
 
 def doubts(
-    measures: Measures, cpu: Mapping[Any, float] | None = None, whole: Measures | None = None
+    measures: Measures,
+    cpu: Mapping[Any, float] | None = None,
+    whole: Measures | None = None,
+    batch: bool = False,
 ) -> list[str]:
     """Why a repeat should not be trusted, one sentence each; empty where nothing is wrong.
 
@@ -612,9 +615,10 @@ def doubts(
         measures: of the window, or of the whole where there was no steady state.
         cpu: for each load actor, CPU time over time; 1 is one core.
         whole: of the whole repeat, as failures outside the window count too.
+        batch: all was sent at once, and the whole of it is what is measured.
     """
     everything = whole or measures
-    found = [] if measures.steady else [_NOT_STEADY]
+    found = [] if measures.steady or batch else [_NOT_STEADY]
     if (lag := _doubtful_lag_s(measures)) is not None:
         found.append(
             f"requests were sent late: lag up to {lag * 1e3:.1f} ms, with a median TTFT of "

@@ -215,13 +215,18 @@ def _command(
         return _bare(engine, model, port)
     if name == "ours":
         return [*ours, _configuration(engine, model, port, folder)]
+    if name == "ours-gateway":
+        gateway = {"enabled": True}
+        return [*ours, _configuration(engine, model, port, folder, gateway=gateway)]
     if name == "ours-every-token":
         return [*ours, _configuration(engine, model, port, folder, stream_gap_ms=0.0)]
     if name == "classic":
         # Without the launcher nobody turns HAProxy on.
         serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
         return [*serve, _configuration(engine, model, port, folder)]
-    raise SystemExit(f"unknown system {name!r}: bare, ours, ours-every-token, classic")
+    raise SystemExit(
+        f"unknown system {name!r}: bare, ours, ours-gateway, ours-every-token, classic"
+    )
 
 
 def apart(port: int) -> dict[str, str]:

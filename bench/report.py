@@ -3,7 +3,8 @@
     report([Path("results/run"), Path("results/locust")], Path("report.html"), against=None)
 
 Any kinds of results may stand in one report: runs, matrices, searches, in-process baselines,
-Locust. What is shown was worked out by `measure`, `search` and `compare`; here it is only laid out.
+Locust; what is not about a load (hardware, profile, tuning, scaling) has a chapter (`story.py`).
+What is shown was worked out by `measure`, `search` and `compare`; here it is only laid out.
 Whatever is missing (no records, no server metrics, too few samples for a percentile) is said
 with its reason, and never drawn as zero. Model output and error texts are escaped by the
 template, which loads nothing from anywhere: the file can be mailed.
@@ -18,7 +19,7 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
-from bench import compare, interval, measure, plots, records, result
+from bench import compare, interval, measure, plots, records, result, story
 from bench.errors import ResultError
 from bench.plots import Curve, Panel, Ratio
 from bench.records import Record
@@ -167,11 +168,28 @@ def report(folders: Sequence[Path], out: Path, against: Path | None = None) -> N
     _tell_apart([*loaded, base] if base else loaded)
     page = _page(loaded, unreadable, base)
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(_TEMPLATE.parent),
     )
     html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(page)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8", errors="replace")
+
+
+def tell_story(folders: Sequence[Path], out: Path) -> None:
+    """Write one page of chapters: hardware, baseline, profile, tuned, more GPUs.
+
+    Raises:
+        ResultError: a folder cannot be read, or none of them has a chapter.
+    """
+    loaded = [load(folder) for folder in folders]
+    results = [one.data for one in loaded]
+    if not story.chapters(results):
+        raise ResultError("none of these results has a chapter in a story")
+    story.page(results, out, [each["text"] for each in _machines(loaded)])
 
 
 def _tell_apart(loaded: Sequence[Loaded]) -> None:
@@ -184,15 +202,18 @@ def _page(
     loaded: Sequence[Loaded], unreadable: Sequence[str], against: Loaded | None
 ) -> dict[str, Any]:
     """Everything the template shows, section by section."""
+    everything = loaded
+    loaded = [one for one in loaded if one.kind not in story.ONLY_CHAPTERS]
     locusts = [one for one in loaded if one.kind == "locust"]
     return {
-        "title": _title(loaded),
-        "started": _span([str(one.data.get("started") or "") for one in loaded]),
-        "not_valid": [one.name for one in loaded if not one.data.get("valid", True)],
+        "title": _title(everything),
+        "started": _span([str(one.data.get("started") or "") for one in everything]),
+        "not_valid": [one.name for one in everything if not one.data.get("valid", True)],
         "unreadable": len(unreadable),
-        "ran": [_ran(one) for one in loaded],
-        "machines": _machines(loaded),
-        "doubts": _doubts(loaded, unreadable),
+        "ran": [_ran(one) for one in everything],
+        "machines": _machines(everything),
+        "doubts": _doubts(everything, unreadable),
+        "chapters": story.chapters([one.data for one in everything]),
         "headline": _headline(loaded),
         "kinds": _kinds(loaded),
         "cdfs": _cdfs(loaded),

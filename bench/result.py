@@ -52,11 +52,16 @@ class Repeat(msgspec.Struct, kw_only=True):
 
 
 def figures(
-    repeats: Sequence[Repeat], slo: Slo | None, users: int | None, ramp_s: float = 0.0
+    repeats: Sequence[Repeat],
+    slo: Slo | None,
+    users: int | None,
+    ramp_s: float = 0.0,
+    batch: bool = False,
 ) -> dict[str, Any]:
     """What is said of a run that was repeated: its figures, its doubts and whether it is valid.
 
-    A run is valid if it was not interrupted, lost no actor and no repeat gives cause for doubt.
+    A run is valid if it was not interrupted, lost no actor and no repeat gives cause for doubt. A
+    batch, which is all sent at once, is measured whole: it has no steady state to be away from.
     """
     steady: list[Measures] = []
     whole: list[Measures] = []
@@ -65,17 +70,18 @@ def figures(
     for number, repeat in enumerate(repeats):
         outcome = repeat.outcome
         everything = measure.measure(outcome.records, slo)
-        window = measure.window(outcome.records, users, ramp_s)
+        window = None if batch else measure.window(outcome.records, users, ramp_s)
         inside = measure.measure(outcome.records, slo, window) if window else everything
         whole.append(everything)
         steady.append(inside)
-        found = measure.doubts(inside, outcome.cpu, everything)
+        found = measure.doubts(inside, outcome.cpu, everything, batch)
         found += outcome.lost_actors
         if outcome.interrupted:
             found.append("interrupted: the rest of the load was not sent")
         doubts += [f"repeat {number + 1}: {doubt}" for doubt in found]
         events += [{"repeat": number, "at_s": e.at_s, "what": e.what} for e in outcome.events]
     return {
+        "batch": batch,
         "valid": bool(repeats) and not doubts,
         "doubts": doubts,
         "events": events,

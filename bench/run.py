@@ -85,7 +85,8 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
             break
     users = when.users if isinstance(when, schedule.Closed) else None
     ramp_s = when.duration_s if isinstance(when, schedule.Ramp) else 0.0
-    found = head | asked(job) | result.figures(repeats, job.slo, users, ramp_s)
+    batch = users is not None and job.count == users
+    found = head | asked(job) | result.figures(repeats, job.slo, users, ramp_s, batch)
     if len(repeats) < job.repeats:
         found["doubts"].append(f"{len(repeats)} of {job.repeats} repeats were run")
         found["valid"] = False

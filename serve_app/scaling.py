@@ -34,6 +34,8 @@ _RIDGE = 1e-3
 _MOST_WORK = 0.95
 # Above this share of its KV cache an engine is about to take blocks from sequences that run.
 _MOST_KV = 0.9
+# A batch without a place left is more than full: what comes next waits.
+_NO_PLACE = 1.1
 # Queued tokens come and go with each prompt: their growth is looked at over this time.
 _QUEUE_S = 10.0
 # Forecasts are made of so many means over the time that a start takes; shorter ones are noise.
@@ -50,7 +52,9 @@ _MISSING, _LEAST_COVER = 4.0, 0.75
 # Share of an exponential tail that is taken to lie beyond the few surprises seen so far.
 _TAIL = 0.5
 # To go down, as many must do with so much more load, for so many starts, and at least so long.
-_MARGIN, _PATIENCE_STARTS, _LEAST_PATIENCE_S = 0.05, 2.5, 30.0
+_MARGIN, _PATIENCE_STARTS, _LEAST_PATIENCE_S = 0.05, 2.5, 60.0
+# Down by no more than this share at a time, and after the last change was looked at for so long.
+_STEP_DOWN, _LOOK_S = 0.2, 20.0
 # A backlog is worked off within one start, and never is so little time left for it.
 _LEAST_DRAIN_S = 15.0
 # When requests are late though there is room, the estimate is wrong: as long as all are, the load
@@ -169,6 +173,7 @@ class State:
         ahead: the forecast; how it was made.
         wishes: (when, replicas that would do) over the time of patience.
         busy_s: when there was last anything to do.
+        target, changed_s: how many there are to be, and since when.
         strain: factor of the load, from requests that were late though there was room.
     """
 
@@ -185,6 +190,8 @@ class State:
     ahead: float = 0.0
     wishes: tuple[tuple[float, int], ...] = ()
     busy_s: float = 0.0
+    target: int = -1
+    changed_s: float = 0.0
     strain: float = 1.0
 
 
@@ -232,7 +239,18 @@ def decide(snapshot: Snapshot, goal: Goal, state: State = _NEW) -> tuple[Decisio
     else:
         wanted = target
 
-    idle = goal.min_replicas == 0 and now_s - state.busy_s >= (goal.idle_s if target else 0.0)
+    if target != state.target:
+        state = replace(state, target=target, changed_s=now_s)
+    if wanted < target:
+        # While nothing changes, one pair of rates is all that is known, which many costs explain.
+        # A step down shows which, and is small enough to be wrong.
+        rested = now_s - state.changed_s >= _LOOK_S and not _late(snapshot, goal)
+        wanted = max(wanted, target - max(1, int(target * _STEP_DOWN))) if rested else target
+    idle = (
+        goal.min_replicas == 0
+        and not _active(snapshot)
+        and (not target or now_s - state.busy_s >= goal.idle_s)
+    )
     wanted = 0 if idle else max(wanted, 1)
     placeable = goal.max_replicas
     if snapshot.placeable is not None:
@@ -293,7 +311,6 @@ def _learn(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> tup
     queued, waiting = sum(x.queued_tokens for x in loads), sum(x.waiting for x in loads)
     kept = math.exp(-passed_s / _MIX_S)
     queue = tuple(entry for entry in state.queue if entry[0] >= now_s - _QUEUE_S)
-    active = bool(arrivals_per_s or waiting or snapshot.pending or any(x.running for x in loads))
     after = replace(
         state,
         now_s=now_s,
@@ -302,7 +319,7 @@ def _learn(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> tup
         prompt_tokens=state.prompt_tokens * kept + prefill_per_s * passed_s,
         arrivals=state.arrivals * kept + arrivals_per_s * passed_s,
         queue=(*queue, (now_s, queued)),
-        busy_s=now_s if active else state.busy_s,
+        busy_s=now_s if _active(snapshot) else state.busy_s,
     )
     # An engine that is full does no more than it can. What came besides is in the queue, or was
     # turned away at its end.
@@ -319,10 +336,27 @@ def _learn(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> tup
     return after, _Load(max(work / full * state.strain, held), work, full, held, backlog, costs)
 
 
+def _active(snapshot: Snapshot) -> bool:
+    """Whether there is anything to do, or something starts that was asked for."""
+    loads = snapshot.replicas
+    return bool(snapshot.pending or snapshot.starting) or any(
+        x.arrivals_per_s or x.waiting or x.running for x in loads
+    )
+
+
+def _late(snapshot: Snapshot, goal: Goal) -> bool:
+    """Whether first tokens are late on any replica."""
+    limit_s = goal.ttft_s
+    return limit_s is not None and any(
+        x.ttft_s is not None and x.ttft_s > limit_s for x in snapshot.replicas
+    )
+
+
 def _held(load: ReplicaLoad) -> float:
     """How full a replica is by what it holds: places in its batch, KV blocks."""
     kv_usage = 1.0 if load.preemptions_per_s else load.kv_usage
-    return max(kv_usage / _MOST_KV, load.running / load.max_running)
+    places = load.running / load.max_running
+    return max(kv_usage / _MOST_KV, places if places < 1 else _NO_PLACE)
 
 
 def _full(costs: Costs, goal: Goal) -> float:

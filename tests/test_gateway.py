@@ -106,6 +106,7 @@ def test_with_no_replica_503_and_service_resumes_by_itself(fleet: Server) -> Non
     assert fleet.answers(120)
 
 
+@pytest.mark.slow
 def test_it_scales_to_zero_and_the_next_request_is_answered(
     tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -127,6 +128,7 @@ def test_it_scales_to_zero_and_the_next_request_is_answered(
         assert len(engines(running)) == 1
 
 
+@pytest.mark.slow
 def test_several_models_by_name(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     config = configuration(
         8794,

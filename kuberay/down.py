@@ -1,0 +1,329 @@
+"""`python -m kuberay down`: the cluster, in the order that leaves no orphan, and its proof.
+
+    services      RayServices and what they started, while the operator is there to end them
+    finalizers    of those that did not end
+    balancers     Services and Ingresses that hold a load balancer, while its controller is there
+    volumes       what mounts them, then the claims, while the CSI driver is there
+    node pools    Karpenter's, while it is there; then the node groups
+    releases      what helm installed
+    cluster       by eksctl, with its stacks
+    leftovers     whatever still carries the cluster's tag, again and again until it is gone
+    proof         a sweep; its exit status is this command's
+
+There is no state file: each step looks at what is there, so a run that was interrupted is simply
+run again. A step that fails is told and the next one goes on, because what fails most often (an
+API server that is gone, a finalizer that hangs) is what the later steps make up for. A missing
+permission costs what it protects, and nothing else.
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from kuberay import console, kinds, target, ttl
+from kuberay.aws import Account, tags
+from kuberay.console import say, step
+from kuberay.errors import AwsError, EksError, InUse, PermissionMissing, Refused
+from kuberay.owned import CLUSTER
+from kuberay.releases import installed
+from kuberay.search import Found, Search
+from kuberay.sweep import Gap, Sweep, report, sweep
+from kuberay.target import Target
+from kuberay.tools import Tools, tools
+
+# Owners before what they own: the operator deletes clusters of a service that is still there anew.
+_RAY = ("rayservices.ray.io", "rayjobs.ray.io", "rayclusters.ray.io")
+# Long enough for the grace period of a worker whose streams finish (cluster.yaml's pods: 15 min.)
+_RAY_S = 1200
+_OBJECT_S = 300
+# How often a removal that fails is tried.
+_TRIES = 3
+# Releases that clean up after the others: they go last.
+_LAST = ("kuberay-operator", "aws-load-balancer-controller", "aws-ebs-csi-driver", "karpenter")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the leftovers are waited for: AWS takes minutes to let go of interfaces.
+
+    Attributes:
+        pause_s: between two rounds.
+        patience_s: without any change, until they are given up on.
+    """
+
+    pause_s: float = 15.0
+    patience_s: float = 900.0
+
+
+@console.told
+def command(options: argparse.Namespace) -> int:
+    """Returns the exit status: 0 nothing is left, 1 something is, 2 refused."""
+    to = Target.of(options)
+    if options.if_expired:
+        limit = ttl.read(to.account, to.owner)
+        now = datetime.now(UTC)
+        if limit.expires is None and not status(to.account, to.owner.name):
+            # Gone, or a teardown of which no stack is left to tell: say what there still is.
+            return report(sweep(to.account, to.owner), options.json, options.report)
+        say(f"{to.owner.name}: {limit.said(now)}")
+        if not limit.expired(now):
+            return 0
+        if limit.action != "down":
+            say("it is tagged to be reported only: nothing was changed")
+            return 1
+    confirm(to, yes=options.yes or options.if_expired, keep_data=options.keep_data)
+    with tools(to) as run:
+        swept = down(to, run, options.keep_data, Pace(options.pause, options.patience))
+    return report(swept, options.json, options.report)
+
+
+def down(to: Target, run: Tools, keep_data: bool, pace: Pace) -> Sweep:
+    """The whole way. Returns the proof."""
+    account, name = to.account, to.owner.name
+    if status(account, name) in ("ACTIVE", "UPDATING") and attempt("connect", run.connect):
+        attempt("services", lambda: end_services(run))
+        attempt("finalizers", lambda: strip_finalizers(run))
+        attempt("balancers", lambda: delete_balancers(run))
+        if not keep_data:
+            attempt("volumes", lambda: delete_volumes(run))
+        attempt("node pools", lambda: delete_node_pools(to, run))
+        attempt("releases", lambda: delete_releases(run, list(helm_releases(run))))
+    attempt("cluster", lambda: delete_cluster(to, run))
+    with step("leftovers"):
+        return clear(to, keep_data, pace)
+
+
+def attempt(name: str, act: Callable[[], None]) -> bool:
+    """Take a step. Returns whether it went well; what went wrong is told, and no end."""
+    try:
+        with step(name):
+            act()
+    except EksError as error:
+        say(f"    {name}: {error}; going on")
+        return False
+    return True
+
+
+# --- before -----------------------------------------------------------------------------------
+
+
+def status(account: Account, name: str) -> str:
+    """EKS's word for the cluster; empty where there is none."""
+    try:
+        return str(account.call("eks", "describe_cluster", name=name)["cluster"]["status"])
+    except AwsError as error:
+        if error.absent:
+            return ""
+        raise
+
+
+def confirm(to: Target, yes: bool, keep_data: bool) -> None:
+    """Show what will go, and ask.
+
+    Raises:
+        Refused: the cluster of this name is not one of ours, or the person says no.
+    """
+    account, name = to.account, to.owner.name
+    try:
+        found = account.call("eks", "describe_cluster", name=name)["cluster"]
+    except AwsError as error:
+        if not error.absent:
+            raise
+    else:
+        # eksctl's own tag would do for leftovers. A whole cluster that runs takes ours.
+        if tags(found, "tags").get(CLUSTER) != name:
+            raise Refused(
+                f"the cluster {name} in {to.owner.region} does not carry the tag {CLUSTER}={name}: "
+                f"it is not this project's, and stays"
+            )
+    if yes:
+        return
+    swept = sweep(account, to.owner)
+    for line in swept.lines():
+        say(line)
+    data = [found for found in swept.left if kinds.BY_NAME[found.kind].data and found.tagged]
+    kept = "which --keep-data keeps" if keep_data else "which cannot be made again"
+    also = f", {len(data)} of them data, {kept}" if data else ""
+    console.confirm(f"All of this is deleted{also}.", name, yes)
+
+
+# --- in the cluster ---------------------------------------------------------------------------
+
+
+def end_services(run: Tools) -> None:
+    for kind in _RAY:
+        if run.items(kind):
+            run.kubectl("delete", kind, "--all", "--all-namespaces", f"--timeout={_RAY_S}s")
+
+
+def strip_finalizers(run: Tools) -> None:
+    """End what does not end by itself: Redis, which a finalizer cleans, goes anyway."""
+    for kind in _RAY:
+        for item in run.items(kind):
+            where = item["metadata"]
+            say(f"    {kind} {where['name']} still has {where.get('finalizers')}: taken off")
+            patch = '{"metadata":{"finalizers":null}}'
+            at = ("--namespace", where["namespace"], where["name"])
+            run.kubectl("patch", kind, *at, "--type=merge", f"--patch={patch}")
+            # It may have no deletion timestamp yet, where the first deletion never arrived.
+            run.kubectl("delete", kind, *at, "--ignore-not-found", "--wait=false")
+
+
+def delete_balancers(run: Tools) -> None:
+    """Both kinds have a finalizer, so that kubectl waits until the controller is done with AWS."""
+    if run.items("ingresses.networking.k8s.io"):
+        run.kubectl(
+            "delete", "ingresses.networking.k8s.io", "--all", "--all-namespaces",
+            f"--timeout={_OBJECT_S}s",
+        )  # fmt: skip
+    for item in run.items("services"):
+        if item["spec"].get("type") == "LoadBalancer":
+            at = ("--namespace", item["metadata"]["namespace"], item["metadata"]["name"])
+            run.kubectl("delete", "services", *at, f"--timeout={_OBJECT_S}s")
+
+
+def delete_volumes(run: Tools) -> None:
+    claims = run.items("persistentvolumeclaims")
+    if not claims:
+        return
+    # Whoever mounts a volume holds it: operators, which make their StatefulSets anew, go first.
+    delete_releases(run, [at for at in helm_releases(run) if at[0] not in _LAST])
+    for namespace in sorted({claim["metadata"]["namespace"] for claim in claims}):
+        # The CSI driver, which deletes the volumes, lives in kube-system.
+        mounting = ("statefulsets", "deployments", "pods") if namespace != "kube-system" else ()
+        for kind in mounting:
+            at = ("--namespace", namespace, "--all", f"--timeout={_OBJECT_S}s")
+            run.kubectl("delete", kind, *at)
+        run.kubectl(
+            "delete", "persistentvolumeclaims", "--namespace", namespace, "--all",
+            f"--timeout={_OBJECT_S}s",
+        )  # fmt: skip
+
+
+def delete_node_pools(to: Target, run: Tools) -> None:
+    for kind in ("nodepools.karpenter.sh", "nodeclaims.karpenter.sh"):
+        if run.items(kind):
+            run.kubectl("delete", kind, "--all", f"--timeout={2 * _OBJECT_S}s")
+    name = to.owner.name
+    pages = to.account.pages("eks", "list_nodegroups", "nodegroups", clusterName=name)
+    for group in list(pages):
+        # Eviction would ask a PodDisruptionBudget that nobody is left to satisfy.
+        run.eksctl(
+            "delete", "nodegroup", "--cluster", name, "--region", to.owner.region,
+            "--name", group, "--disable-eviction", "--wait",
+        )  # fmt: skip
+
+
+def helm_releases(run: Tools) -> list[tuple[str, str]]:
+    """Name and namespace of each release, in the order in which they are to go."""
+    return sorted(installed(run), key=lambda at: (at[0] in _LAST, at))
+
+
+def delete_releases(run: Tools, releases: list[tuple[str, str]]) -> None:
+    for name, namespace in releases:
+        # No hooks: there may be no node left to run them on.
+        run.helm("uninstall", name, "--namespace", namespace, "--ignore-not-found", "--no-hooks")
+
+
+# --- in the account ---------------------------------------------------------------------------
+
+
+def delete_cluster(to: Target, run: Tools) -> None:
+    """eksctl deletes the cluster and its stacks, also those of a creation that failed."""
+    stacks = kinds.BY_NAME["stack"].find(Search(to.account, to.owner))
+    if not status(to.account, to.owner.name) and not any(stacks):
+        say("    there is none")
+        return
+    run.eksctl(
+        "delete", "cluster", "--name", to.owner.name, "--region", to.owner.region,
+        "--force", "--disable-nodegroup-eviction", "--wait", "--timeout", "45m",
+    )  # fmt: skip
+
+
+def clear(
+    to: Target, keep_data: bool, pace: Pace, clock: Callable[[], float] = time.monotonic
+) -> Sweep:
+    """Remove what carries the cluster's tag until nothing is left that can go. Returns the proof.
+
+    Rounds, because one thing holds another (an interface its security group), and because AWS lets
+    go late. A round that changes nothing is repeated for as long as `pace` has patience.
+    """
+    refusals: dict[tuple[str, str], list[AwsError]] = {}
+    before: frozenset[Found] = frozenset()
+    changed_s = clock()
+    while True:
+        swept = sweep(to.account, to.owner)
+        todo = [found for found in swept.left if removable(found, keep_data, refusals)]
+        if frozenset(swept.left) != before:
+            before, changed_s = frozenset(swept.left), clock()
+        if not todo or clock() - changed_s > pace.patience_s:
+            return dataclasses.replace(swept, refused=told(refusals, swept))
+        for found in todo:
+            if not found.leaving:
+                remove(to.account, found, refusals)
+        time.sleep(pace.pause_s)
+
+
+Refusals = dict[tuple[str, str], list[AwsError]]
+
+
+def removable(found: Found, keep_data: bool, refusals: Refusals) -> bool:
+    """Whether it may go, and there is hope that it will."""
+    kind = kinds.BY_NAME[found.kind]
+    if not found.tagged or kind.remove is None or (kind.data and keep_data):
+        return False
+    said = refusals.get((found.kind, found.id), [])
+    # A permission does not come by asking again; anything else may.
+    return len(said) < _TRIES and not any(isinstance(error, PermissionMissing) for error in said)
+
+
+def remove(account: Account, found: Found, refusals: Refusals) -> None:
+    """Remove one thing, or remember why it cannot be."""
+    act = kinds.BY_NAME[found.kind].remove
+    assert found.tagged
+    assert act is not None
+    try:
+        act(account, found.id)
+    except InUse as error:
+        say(f"    {found.kind} {found.id}: not yet ({error.code})")
+    except AwsError as error:
+        if error.absent:
+            return
+        refusals.setdefault((found.kind, found.id), []).append(error)
+        say(f"    {found.kind} {found.id}: {error}")
+    else:
+        say(f"    {found.kind} {found.id}: removed")
+
+
+def told(refusals: Refusals, swept: Sweep) -> tuple[Gap, ...]:
+    """Why each thing that is left could not be removed."""
+    gaps = []
+    left = {(found.kind, found.id) for found in swept.left}
+    for (kind, name), errors in refusals.items():
+        if (kind, name) not in left:
+            continue
+        error = errors[-1]
+        named = (error.action, error.resource) if isinstance(error, PermissionMissing) else ("", "")
+        gaps.append(Gap(f"{kind} {name}", str(error), *named))
+    return tuple(gaps)
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    target.arguments(parser)
+    add = parser.add_argument
+    add("--yes", action="store_true", help="do not ask")
+    add("--keep-data", action="store_true", help="leave volumes, snapshots, file systems, logs, "
+        "images and keys, and report them")  # fmt: skip
+    add("--if-expired", action="store_true", help="only if it outlived its hours; do not ask then")
+    add("--json", action="store_true", help="print the proof as one JSON object")
+    add("--report", type=Path, help="write the proof to this file too")
+    add("--pause", type=float, default=Pace.pause_s, help="seconds between rounds of leftovers")
+    add("--patience", type=float, default=Pace.patience_s,
+        help="seconds without change until leftovers are given up on")  # fmt: skip

@@ -1,0 +1,65 @@
+"""Which resources are a cluster's own, by their tags alone.
+
+The teardown removes what is owned and nothing else, so this is the one place where that is decided.
+`qwen-ray-serve/cluster` is put on by cluster.yaml and by `up`; where it is there it decides alone,
+also against the other tags. The others are put on by what runs in the cluster, which knows nothing
+of ours: eksctl, EKS, the load balancer controller, the CSI driver, the CNI, Karpenter.
+
+Roles and identity providers are global: two regions may each have a cluster of one name. They are
+owned only where a tag, or the provider's address, also names the region. CloudFormation puts none
+of its own tags on roles, so `up` gives every stack `qwen-ray-serve/region`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+CLUSTER = "qwen-ray-serve/cluster"
+REGION = "qwen-ray-serve/region"
+EXPIRES = "qwen-ray-serve/expires"
+ON_EXPIRY = "qwen-ray-serve/on-expiry"
+
+# Tags whose value is the name of the cluster.
+_NAMED = (
+    CLUSTER,
+    "alpha.eksctl.io/cluster-name",
+    "eksctl.cluster.k8s.io/v1alpha1/cluster-name",
+    "eks:cluster-name",  # EKS, on what managed node groups make.
+    "aws:eks:cluster-name",  # EKS, on the cluster's security group.
+    "eks:eks-cluster-name",  # Karpenter.
+    "elbv2.k8s.aws/cluster",  # AWS Load Balancer Controller.
+    "ebs.csi.aws.com/cluster-name",  # EBS CSI driver.
+    "cluster.k8s.amazonaws.com/name",  # VPC CNI, on network interfaces.
+    "KubernetesCluster",
+)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A cluster, as the owner of resources."""
+
+    name: str
+    region: str
+
+    @property
+    def keys(self) -> list[str]:
+        """Every tag key that can make a resource this cluster's: for filters of AWS."""
+        return [*_NAMED, f"kubernetes.io/cluster/{self.name}"]
+
+    def owns(self, tags: Mapping[str, str]) -> bool:
+        """Whether these tags make a resource of this region the cluster's."""
+        if CLUSTER in tags:
+            return tags[CLUSTER] == self.name
+        # `shared` is what a cluster says of a network that was there before it.
+        if tags.get(f"kubernetes.io/cluster/{self.name}") == "owned":
+            return True
+        return any(tags.get(key) == self.name for key in _NAMED)
+
+
+def regions(tags: Mapping[str, str], address: str = "") -> set[str]:
+    """The regions that the tags of a global resource, or its address, name."""
+    found = {tags[REGION]} if REGION in tags else set()
+    # oidc.eks.us-west-2.amazonaws.com/id/ABC
+    host = address.split("/")[0].split(".")
+    if host[:2] == ["oidc", "eks"] and len(host) > 2:
+        found.add(host[2])
+    return found

@@ -1,0 +1,228 @@
+"""A RayService as its controller reads it: defaults filled in, Ray's container first, the serve
+configuration parsed. Every part keeps the path at which it is written, for the line of a finding.
+
+What a manifest leaves to a ConfigMap or a Secret is followed where that is in the same files, and
+unknown otherwise: a rule says nothing about what it cannot see.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from kuberay.lines import Text, at, line_of, load_all
+
+Path = tuple[str | int, ...]
+# What the CRD and the operator fill in.
+DEFAULT_GRACE_S = 30
+UNBOUNDED = 2**31 - 1
+SERVE_PORT, METRICS_PORT = 8000, 8080
+# Ray Serve's own, where a deployment says nothing.
+DEFAULT_SHUTDOWN_S = 20.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """The head, or a group of workers. `path` is that of its group spec."""
+
+    name: str
+    path: Path
+    spec: Mapping[str, Any]
+    head: bool
+
+    @property
+    def pod_path(self) -> Path:
+        return (*self.path, "template", "spec")
+
+    @property
+    def pod(self) -> Mapping[str, Any]:
+        return _mapping(at(self.spec, "template", "spec"))
+
+    @property
+    def container_path(self) -> Path:
+        return (*self.pod_path, "containers", 0)
+
+    @property
+    def container(self) -> Mapping[str, Any]:
+        """Ray's: the first."""
+        return _mapping(at(self.pod, "containers", 0))
+
+    @property
+    def start(self) -> Mapping[str, Any]:
+        return _mapping(self.spec.get("rayStartParams"))
+
+    @property
+    def grace_s(self) -> float:
+        found = self.pod.get("terminationGracePeriodSeconds")
+        return float(DEFAULT_GRACE_S if found is None else found)
+
+    @property
+    def least(self) -> int:
+        return int(self.spec.get("minReplicas") or 0)
+
+    @property
+    def most(self) -> int:
+        found = self.spec.get("maxReplicas")
+        return UNBOUNDED if found is None else int(found)
+
+    @property
+    def hosts(self) -> int:
+        return int(self.spec.get("numOfHosts") or 1)
+
+    def resource(self, key: str) -> float:
+        """A limit of Ray's container: what the operator tells Ray of it."""
+        given = {"nvidia.com/gpu": "num-gpus", "cpu": "num-cpus"}.get(key)
+        if given and given in self.start:
+            return quantity(self.start[given])
+        return quantity(at(self.container, "resources", "limits", key) or 0)
+
+    def ports(self) -> dict[str, int]:
+        found = self.container.get("ports") or []
+        return {
+            str(port["name"]): int(port["containerPort"])
+            for port in found
+            if isinstance(port, dict) and "name" in port and "containerPort" in port
+        }
+
+
+class Service:
+    """A RayService document among others."""
+
+    def __init__(self, document: Mapping[str, Any], others: list[Any]) -> None:
+        self.document, self.others = document, others
+        self.spec = _mapping(document.get("spec"))
+        self.name = str(at(document, "metadata", "name") or "?")
+        self.namespace = at(document, "metadata", "namespace")
+        self.cluster = _mapping(self.spec.get("rayClusterConfig"))
+
+    def line(self, *path: str | int) -> int:
+        return line_of(self.document, *path)
+
+    @property
+    def cluster_path(self) -> Path:
+        return ("spec", "rayClusterConfig")
+
+    @property
+    def head(self) -> Group:
+        path = (*self.cluster_path, "headGroupSpec")
+        return Group("head", path, _mapping(self.cluster.get("headGroupSpec")), True)
+
+    @property
+    def workers(self) -> list[Group]:
+        path = (*self.cluster_path, "workerGroupSpecs")
+        return [
+            Group(str(_mapping(spec).get("groupName", "?")), (*path, index), _mapping(spec), False)
+            for index, spec in enumerate(self.cluster.get("workerGroupSpecs") or [])
+        ]
+
+    @property
+    def groups(self) -> list[Group]:
+        return [self.head, *self.workers]
+
+    @property
+    def autoscaling(self) -> bool:
+        return self.cluster.get("enableInTreeAutoscaling") is True
+
+    @property
+    def autoscaler_v2(self) -> bool:
+        return self.autoscaling and at(self.cluster, "autoscalerOptions", "version") == "v2"
+
+    @property
+    def upgrade(self) -> str:
+        return str(at(self.spec, "upgradeStrategy", "type") or "NewCluster")
+
+    # --- the serve configuration -----------------------------------------------------------
+
+    @functools.cached_property
+    def serve(self) -> Mapping[str, Any]:
+        """serveConfigV2, parsed, with the lines of this file. Empty where it is not YAML."""
+        text = self.spec.get("serveConfigV2")
+        if not isinstance(text, str):
+            return {}
+        # A block begins on the line after its key; its margin is already gone.
+        offset = (
+            text.first - 1 if isinstance(text, Text) else self.line("spec", "serveConfigV2") - 1
+        )
+        try:
+            found = load_all(text, offset)
+        except yaml.YAMLError:
+            return {}
+        return _mapping(found[0]) if found else {}
+
+    def serve_line(self, *path: str | int) -> int:
+        if not self.serve:
+            return self.line("spec", "serveConfigV2")
+        return line_of(self.serve, *path)
+
+    def deployments(self) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+        """Every deployment that the configuration names, with its path inside."""
+        for place, application in enumerate(self.serve.get("applications") or []):
+            for index, deployment in enumerate(_mapping(application).get("deployments") or []):
+                path = ("applications", place, "deployments", index)
+                yield path, _mapping(deployment)
+
+    # --- the environment -------------------------------------------------------------------
+
+    def environment(self, group: Group) -> tuple[dict[str, str], bool]:
+        """Variables of Ray's container with a known value, and whether there may be more."""
+        found: dict[str, str] = {}
+        whole = True
+        for source in group.container.get("envFrom") or []:
+            reference = _mapping(source).get("configMapRef")
+            data = self._config_map(_mapping(reference).get("name")) if reference else None
+            if data is None:
+                # A Secret holds keys, not settings; a ConfigMap elsewhere may hold anything.
+                whole = whole and reference is None
+                continue
+            prefix = str(_mapping(source).get("prefix", ""))
+            found |= {prefix + key: str(value) for key, value in data.items()}
+        for entry in group.container.get("env") or []:
+            if "value" in entry:
+                found[str(entry.get("name"))] = str(entry["value"])
+            elif "name" in entry:
+                key = at(entry, "valueFrom", "configMapKeyRef")
+                data = self._config_map(_mapping(key).get("name")) if key else None
+                known = None if data is None else data.get(str(_mapping(key).get("key")))
+                found[str(entry["name"])] = "" if known is None else str(known)
+        return found, whole
+
+    def environment_line(self, group: Group, name: str) -> int:
+        path = (*group.container_path, "env")
+        for index, entry in enumerate(group.container.get("env") or []):
+            if _mapping(entry).get("name") == name:
+                return self.line(*path, index)
+        return self.line(*path)
+
+    def _config_map(self, name: object) -> Mapping[str, Any] | None:
+        for other in self.others:
+            if (
+                _mapping(other).get("kind") == "ConfigMap"
+                and at(other, "metadata", "name") == name
+                and at(other, "metadata", "namespace") == self.namespace
+            ):
+                return _mapping(other.get("data"))
+        return None
+
+
+def quantity(value: object) -> float:
+    """A Kubernetes quantity as a number; 0 for what is none."""
+    text = str(value)
+    for suffix, factor in (
+        ("Ki", 2**10), ("Mi", 2**20), ("Gi", 2**30), ("Ti", 2**40),
+        ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("m", 1e-3),
+    ):  # fmt: skip
+        if text.endswith(suffix):
+            text, scale = text.removesuffix(suffix), float(factor)
+            break
+    else:
+        scale = 1.0
+    try:
+        return float(text) * scale
+    except ValueError:
+        return 0.0
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}

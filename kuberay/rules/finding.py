@@ -1,0 +1,37 @@
+"""What a rule finds, and the list of all rules.
+
+An error is what breaks, loses requests or opens a door; a warning is a risk that some take on
+purpose. A rule that cannot see something (an image, a Secret) says nothing about it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from kuberay.rayservice import Service
+
+ERROR, WARNING = "error", "warning"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of what is wrong. `rule` is a name to search for, and to ignore."""
+
+    rule: str
+    severity: str
+    line: int
+    found: str
+    mend: str
+
+
+Rule = Callable[[Service], Iterator[Finding]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(name: str) -> Callable[[Rule], Rule]:
+    """Keep a function as the rule of a name."""
+
+    def keep(function: Rule) -> Rule:
+        RULES[name] = function
+        return function
+
+    return keep

@@ -1,0 +1,68 @@
+"""Which cluster a command is about.
+
+Name, region, node groups and tags come from cluster.yaml, which eksctl reads too; `--name`,
+`--region` and `--profile` stand in for them.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kuberay.aws import Account
+from kuberay.errors import EksError
+from kuberay.owned import Owner
+
+HERE = Path(__file__).parent
+
+
+class Target:
+    """A cluster of an account."""
+
+    def __init__(
+        self, config: dict[str, Any], name: str, region: str, profile: str | None = None
+    ) -> None:
+        self.config, self.profile = config, profile
+        self.owner = Owner(name, region)
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Target":
+        """The cluster that a command line means.
+
+        Raises:
+            EksError: its file cannot be read.
+        """
+        # A timer that takes clusters down knows their names, and has no folder of ours.
+        named = options.name and options.region and not options.cluster.exists()
+        config = {} if named else read(options.cluster)
+        metadata = config.get("metadata") or {}
+        name = options.name or metadata.get("name")
+        region = options.region or metadata.get("region")
+        if not name or not region:
+            raise EksError(f"{options.cluster}: metadata.name and metadata.region are not set")
+        return cls(config, str(name), str(region), options.profile)
+
+    @functools.cached_property
+    def account(self) -> Account:
+        return Account(self.owner.region, self.profile)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one object."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise EksError(f"{path}: {error}") from error
+    if not isinstance(found, dict):
+        raise EksError(f"{path}: is not a YAML object")
+    return found
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    default = HERE / "cluster.yaml"
+    parser.add_argument("--cluster", type=Path, default=default, help="default: %(default)s")
+    parser.add_argument("--name", help="of the cluster, in place of the file's")
+    parser.add_argument("--region", help="in place of the file's")
+    parser.add_argument("--profile", help="of the AWS configuration")

@@ -1,0 +1,260 @@
+"""`python -m kuberay up`: from nothing to an answer of the model.
+
+    preflight     stops here where a check fails
+    cost          shown, and confirmed
+    cluster       by eksctl, from cluster.yaml, tagged with its end
+    plugin        the NVIDIA device plugin
+    operator      KubeRay: its CRDs first, which helm installs and never upgrades
+    secrets       API keys and what else the manifests name, from the environment or made up
+    manifests     the overlay
+    answer        waited for, until a completion came back through a port of this machine
+
+Each step is done again without harm: a run that was interrupted is simply run again.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from kuberay import console, layout, secret, target, ttl
+from kuberay.aws import tags
+from kuberay.console import say, step
+from kuberay.down import status as cluster_status
+from kuberay.errors import AwsError, EksError, Refused, ToolError
+from kuberay.layout import Service
+from kuberay.owned import CLUSTER, REGION
+from kuberay.preflight import Choice, deployed, preflight
+from kuberay.releases import install_operator, install_plugin
+from kuberay.status import Served, served
+from kuberay.target import Target
+from kuberay.tools import Tools, tools
+from kuberay.ttl import Ttl
+
+_POLL_S = 10.0
+# From apply to an answer: a GPU node (5 min), a 15 GB image (5 min), weights (1 to 15 min).
+_WAIT_S = 3600.0
+# What EKS and the pods write to, with the days that it is kept.
+_LOG_GROUPS = {"cluster": 7, "ray": 14}
+
+
+@console.told
+def command(options: argparse.Namespace) -> int:
+    """Returns the exit status: 0 the model answered, 1 a check failed, 2 anything else."""
+    to = Target.of(options)
+    found = preflight(to, Choice.of(options))
+    for line in found.lines():
+        say(line)
+    if not found.good:
+        return 1
+    now = datetime.now(UTC)
+    limit = Ttl.starting(now, options.ttl_hours, options.on_expiry) if options.ttl_hours else Ttl()
+    say(f"the cluster's hours: {limit.said(now)}")
+    usd = f"{found.bill.at_rest:.2f} to {found.bill.at_most:.2f}" if found.bill else "?"
+    console.confirm(f"This costs {usd} $/hour until `make eks-down`.", to.owner.name, options.yes)
+    with tools(to) as run:
+        print(up(to, run, list(found.manifests), limit, options.wait))
+    return 0
+
+
+def up(to: Target, run: Tools, manifests: list[dict[str, Any]], limit: Ttl, wait_s: float) -> str:
+    """The whole way. Returns what the model said."""
+    service = layout.layout(to.config, manifests).service
+    if service is None:
+        raise EksError("the overlay has no RayService")
+    with step("cluster"):
+        create_cluster(to, run, limit)
+        run.connect()
+    with step("plugin"):
+        install_plugin(run)
+    with step("operator"):
+        install_operator(run)
+    with step("secrets"):
+        apply(run, [each for each in manifests if each["kind"] == "Namespace"])
+        key = secret.make(run)
+    with step("manifests"):
+        apply(run, manifests)
+    with step("answer"):
+        wait_until_ready(run, service, wait_s)
+        return complete(run, service, key)
+
+
+def apply(run: Tools, manifests: list[dict[str, Any]]) -> None:
+    # As one JSON List: the order is kept, and nothing is lost on the way through a dialect of YAML.
+    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
+    run.kubectl("apply", "--server-side", "--force-conflicts", "--filename", "-", stdin=text)
+
+
+# --- cluster --------------------------------------------------------------------------------
+
+
+def create_cluster(to: Target, run: Tools, limit: Ttl) -> None:
+    """The cluster with its node groups; of one that is there, what it lacks.
+
+    Raises:
+        Refused: a cluster of this name is somebody else's.
+    """
+    name, account = to.owner.name, to.account
+    config = yaml.safe_dump(configured(to, limit))
+    log_groups(to)
+    if not cluster_status(account, name):
+        where = ("--kubeconfig", str(run.kubeconfig))
+        run.eksctl("create", "cluster", "--config-file", "-", *where, stdin=config)
+        return
+    found = account.call("eks", "describe_cluster", name=name)["cluster"]
+    if tags(found, "tags").get(CLUSTER) != name:
+        raise Refused(f"the cluster {name} does not carry the tag {CLUSTER}={name}")
+    if found["status"] == "CREATING":
+        say("    it is being created already: waiting")
+        account.wait("eks", "cluster_active", name=name)
+    # Node groups that are there are left as they are.
+    run.eksctl("create", "nodegroup", "--config-file", "-", stdin=config)
+    ttl.write(account, to.owner, limit)
+
+
+def configured(to: Target, limit: Ttl) -> dict[str, Any]:
+    """cluster.yaml with the name, the region and the tags that teardown goes by."""
+    config = dict(to.config)
+    metadata = dict(config.get("metadata") or {})
+    metadata["name"], metadata["region"] = to.owner.name, to.owner.region
+    ours = {CLUSTER: to.owner.name, REGION: to.owner.region, **limit.tags}
+    metadata["tags"] = {**(metadata.get("tags") or {}), **ours}
+    return {**config, "metadata": metadata}
+
+
+def log_groups(to: Target) -> None:
+    """Made before EKS and the pods make them: theirs would carry no tag, and would be left."""
+    ours = {CLUSTER: to.owner.name, REGION: to.owner.region}
+    for kind, days in _LOG_GROUPS.items():
+        name = f"/aws/eks/{to.owner.name}/{kind}"
+        try:
+            to.account.call("logs", "create_log_group", logGroupName=name, tags=ours)
+        except AwsError as error:
+            if error.code != "ResourceAlreadyExistsException":
+                raise
+        to.account.call("logs", "put_retention_policy", logGroupName=name, retentionInDays=days)
+
+
+# --- the service ----------------------------------------------------------------------------
+
+
+def wait_until_ready(run: Tools, service: Service, wait_s: float) -> None:
+    """Until the operator says that requests can be sent; what is still missing is told meanwhile.
+
+    Raises:
+        EksError: it took longer than `wait_s`; with what was missing last.
+    """
+    deadline_s = time.monotonic() + wait_s
+    said = ""
+    while True:
+        now = missing(run, service)
+        if not now:
+            return
+        if now != said:
+            say(f"    {now}")
+            said = now
+        if time.monotonic() > deadline_s:
+            raise EksError(f"{service.name} is not ready after {wait_s:.0f} s: {said}")
+        time.sleep(_POLL_S)
+
+
+def missing(run: Tools, service: Service) -> str:
+    """Why the service is not ready yet, in one line; empty once it is."""
+    found = next((each for each in served(run) if _same(each, service)), None)
+    if found is not None and found.ready:
+        return ""
+    waits = []
+    for pod in run.items("pods"):
+        if pod["metadata"]["namespace"] == service.namespace and (why := _waits(pod)):
+            waits.append(f"{pod['metadata']['name']}: {why}")
+    return "; ".join(sorted(waits)) or (found.message if found else "the RayService is not there")
+
+
+def _same(found: Served, service: Service) -> bool:
+    return (found.name, found.namespace) == (service.name, service.namespace)
+
+
+def _waits(pod: Mapping[str, Any]) -> str:
+    """What a pod waits for: a node, an image, its probes."""
+    status = pod.get("status") or {}
+    for container in status.get("containerStatuses") or ():
+        if waiting := (container.get("state") or {}).get("waiting"):
+            return str(waiting.get("reason", "waiting"))
+    for condition in status.get("conditions") or ():
+        if condition["status"] != "True" and condition["type"] in ("PodScheduled", "Ready"):
+            return str(condition.get("message") or condition.get("reason") or condition["type"])
+    return ""
+
+
+def complete(run: Tools, service: Service, key: str | None, tries: int = 30) -> str:
+    """One completion, through a port of this machine.
+
+    Raises:
+        EksError: no answer came.
+    """
+    said: Exception = EksError("not asked")
+    for _ in range(tries):
+        try:
+            with forwarded(run, service) as url:
+                models = _asked(f"{url}/v1/models", key)
+                body = {
+                    "model": models["data"][0]["id"],
+                    "messages": [{"role": "user", "content": "Say hello in one short sentence."}],
+                    "max_tokens": 32,
+                }
+                answer = _asked(f"{url}/v1/chat/completions", key, body)
+                text = str(answer["choices"][0]["message"]["content"]).strip()
+                if text:
+                    return text
+                said = EksError("an empty answer")
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403, 404):
+                raise EksError(f"the service answers {error.code}: {error.reason}") from error
+            said = error
+        except (OSError, ToolError, KeyError, IndexError, ValueError) as error:
+            said = error
+        time.sleep(_POLL_S / 5)
+    raise EksError(f"{service.name} is ready and does not answer: {said!r}")
+
+
+def _asked(url: str, key: str | None, body: Mapping[str, Any] | None = None) -> Any:
+    headers = {"content-type": "application/json"}
+    if key:
+        headers["authorization"] = f"Bearer {key}"
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as answer:
+        return json.loads(answer.read())
+
+
+@contextlib.contextmanager
+def forwarded(run: Tools, service: Service) -> Iterator[str]:
+    """The address of the service on this machine, for as long as the block."""
+    at = ("--namespace", service.namespace, f"service/{service.name}-serve-svc", ":8000")
+    with run.started("kubectl", "port-forward", *at) as process:
+        for line in process.stdout or ():
+            if found := re.search(r"Forwarding from 127\.0\.0\.1:(\d+)", line):
+                yield f"http://127.0.0.1:{found[1]}"
+                return
+        raise ToolError(f"kubectl port-forward to {service.name} ended at once")
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    target.arguments(parser)
+    deployed(parser)
+    add = parser.add_argument
+    add("--ttl-hours", type=float, default=8.0, help="then `status` fails; 0: never (%(default)s)")
+    add("--on-expiry", choices=ttl.ACTIONS, default="report",
+        help="what `down --if-expired` then does; default: %(default)s")  # fmt: skip
+    add("--wait", type=float, default=_WAIT_S, help="seconds for the model to answer in")
+    add("--yes", action="store_true", help="do not ask")

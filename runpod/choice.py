@@ -1,0 +1,234 @@
+"""From this machine's environment to what will be served: mode, configuration, parallelism.
+
+Decided before anything is started, said in a few lines, and refused where it would be wrong: a
+pod without keys, a health port that is also the application's, a variable that makes no sense.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import cache
+import overrides
+from logs import show
+from serve_app import embedded
+from serve_app.errors import ConfigError, nearest
+from serve_app.hardware import Gpu
+from serve_app.plan import find, parallelism
+from serve_app.settings import ApiKeys, Settings
+
+Mode = Literal["load_balancer", "queue", "pod"]
+MODES = get_args(Mode)
+KEYS = "API_KEYS"
+# Runpod cuts a request through its load balancer after 330 s. One that hears of it from us before
+# knows why, and its engine has stopped working for it.
+_BALANCER_S = 320.0
+# From SIGTERM to SIGKILL. Runpod states no number; this is what a stop of ours takes at most.
+_GRACE_S = 60.0
+# What is left of it for everything but the requests in flight.
+_END_S = 15.0
+
+
+@dataclass(frozen=True)
+class Ports:
+    application: int
+    health: int
+    health_path: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What will be served.
+
+    Attributes:
+        config: serve_config.yaml with everything that was decided here.
+        served_model_name: what a request must ask for.
+        key: one accepted API key, or None where none is asked for.
+        offline: whether the model hub is left alone.
+        said: one line for each thing worth knowing.
+    """
+
+    mode: Mode
+    ports: Ports
+    config: dict[str, Any]
+    settings: Settings
+    served_model_name: str
+    key: str | None
+    offline: bool
+    said: tuple[str, ...]
+
+
+def mode_of(environ: Mapping[str, str]) -> Mode:
+    """SERVE_MODE; without it a pod, which is the mode that asks for keys.
+
+    Raises:
+        ConfigError: no such mode.
+    """
+    text = environ.get("SERVE_MODE") or "pod"
+    for mode in MODES:
+        if text == mode:
+            return mode  # type: ignore[no-any-return]
+    raise ConfigError("SERVE_MODE", text, f"not one of {', '.join(MODES)}", nearest(text, MODES))
+
+
+def ports_of(environ: Mapping[str, str]) -> Ports:
+    """PORT, PORT_HEALTH and HEALTH_CHECK_PATH, as Runpod names them.
+
+    Raises:
+        ConfigError: not two different ports.
+    """
+    numbers = []
+    for name, default in (("PORT", "8000"), ("PORT_HEALTH", "8001")):
+        text = environ.get(name) or default
+        if not text.isdigit() or not 0 < int(text) < 65536:
+            raise ConfigError(name, text, "must be a port")
+        numbers.append(int(text))
+    if numbers[0] == numbers[1]:
+        problem = "must differ from PORT, which is closed while the model loads"
+        raise ConfigError("PORT_HEALTH", numbers[1], problem)
+    return Ports(numbers[0], numbers[1], environ.get("HEALTH_CHECK_PATH") or "/ping")
+
+
+def grace_s(environ: Mapping[str, str]) -> float:
+    """How long a stop may take, from STOP_GRACE_S."""
+    text = environ.get("STOP_GRACE_S") or str(_GRACE_S)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if value <= _END_S:
+        raise ConfigError("STOP_GRACE_S", text, f"must be a number of seconds above {_END_S:g}")
+    return value
+
+
+def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gpu, ...]) -> Choice:
+    """Everything, from the shipped configuration and this machine. Fetches weights if it must.
+
+    Raises:
+        ConfigError: something that no second try mends.
+        RuntimeError: weights that could not be fetched this time.
+    """
+    mode, ports = mode_of(environ), ports_of(environ)
+    result = deepcopy(dict(config))
+    application = result["applications"][0]
+    shipped = application.get("args") or {}
+    args, warnings = overrides.apply(shipped, environ)
+    said = [f"warning: {warning}" for warning in warnings]
+    _defaults_of(mode, args, shipped, environ)
+    key = _keys(mode, args, environ, said)
+
+    settings = Settings.parse(args)
+    name = find(settings, gpus)
+    model = _weights(name, args, environ, said)
+    args["model"] = model
+    args["served_model_name"] = settings.served_model_name or _spoken(name)
+    settings = Settings.parse(args)
+    placement = parallelism(settings, model, gpus)
+    if placement.bundles is not None:
+        world = placement.tensor_parallel_size * placement.pipeline_parallel_size
+        problem = f"a replica of {world} GPUs does not fit one machine with {len(gpus)}"
+        raise ConfigError("PIPELINE_PARALLEL_SIZE", placement.pipeline_parallel_size, problem)
+    args["tensor_parallel_size"] = placement.tensor_parallel_size
+    asked = "REPLICAS" in environ or shipped.get("replicas") != args.get("replicas")
+    # How several models share the GPUs is not for us to guess.
+    if gpus and not asked and not args.get("models"):
+        args["replicas"] = max(1, len(gpus) // placement.num_gpus)
+    settings = Settings.parse(args)
+
+    application["args"] = args
+    http = dict(result.get("http_options") or {})
+    # A queue's requests come from handler.py, on this machine.
+    http |= {"host": "127.0.0.1" if mode == "queue" else "0.0.0.0", "port": ports.application}
+    result["http_options"] = http
+    found = f"{len(gpus)} x {gpus[0].name}" if gpus else "no GPU"
+    said.append(
+        f"{mode}: {args['served_model_name']} on {found}: {settings.replicas.max} replica(s), "
+        f"tensor_parallel_size {placement.tensor_parallel_size}"
+    )
+    offline = Path(model).is_dir() and cache.offline(settings.engine)
+    return Choice(
+        mode=mode,
+        ports=ports,
+        config=result,
+        settings=settings,
+        served_model_name=str(args["served_model_name"]),
+        key=key,
+        offline=offline or model == embedded.NAME,
+        said=tuple(said),
+    )
+
+
+def _defaults_of(
+    mode: Mode, args: dict[str, Any], shipped: Mapping[str, Any], environ: Mapping[str, str]
+) -> None:
+    """What Runpod's limits make of the shipped values, where the environment says nothing."""
+    limits = dict(args.get("limits") or {})
+    if mode == "load_balancer" and limits == (shipped.get("limits") or {}):
+        limits["request_timeout_s"] = min(limits.get("request_timeout_s", 600.0), _BALANCER_S)
+        args["limits"] = limits
+    if args.get("drain_s") == shipped.get("drain_s"):
+        args["drain_s"] = grace_s(environ) - _END_S
+
+
+def _keys(
+    mode: Mode, args: dict[str, Any], environ: Mapping[str, str], said: list[str]
+) -> str | None:
+    """Where keys come from, and who is let in without one. Returns a key to ask with."""
+    configured = args.get("api_keys") or {}
+    if environ.get(KEYS) is not None and not any(configured.values()):
+        args["api_keys"] = configured = {**configured, "env": KEYS}
+    source = Settings.parse({"api_keys": configured}).api_keys
+    accepted = _accepted(source, environ)
+    if mode == "queue":
+        # Runpod's gateway checks its own key, and only this machine can reach the application.
+        args.pop("api_keys", None)
+        return None
+    if mode == "pod" and not accepted:
+        raise ConfigError(
+            KEYS,
+            environ.get(KEYS, ""),
+            "a pod's address is public, and no API keys are set: set API_KEYS to one or more, "
+            "separated by commas",
+        )
+    if not source.configured:
+        args["allow_unauthenticated_network"] = True
+        said.append(
+            "warning: no API_KEYS: whoever has a Runpod key for this endpoint can use it. With "
+            "API_KEYS set, clients send one of them as x-api-key; Authorization is Runpod's"
+        )
+        return None
+    return accepted[0] if accepted else None
+
+
+def _accepted(source: ApiKeys, environ: Mapping[str, str]) -> list[str]:
+    """The keys themselves: serve_app keeps digests only, and the warm-up has to send one."""
+    words = environ.get(source.env, "").split(",") if source.env else []
+    if source.file and Path(source.file).is_file():
+        lines = Path(source.file).read_text(encoding="utf-8").splitlines()
+        words += [line for line in lines if not line.lstrip().startswith("#")]
+    return [word.strip() for word in words if word.strip()]
+
+
+def _weights(name: str, args: dict[str, Any], environ: Mapping[str, str], said: list[str]) -> str:
+    """The model's folder, fetched if need be; anything but a hub id is left as it is."""
+    if name == embedded.NAME or not cache.is_hub_id(name):
+        return name
+    revision = (args.get("engine") or {}).get("revision")
+    folder = cache.find(name, revision, cache.caches(environ))
+    if folder is not None:
+        said.append(f"{name}: in the cache, {folder}")
+        return str(folder)
+    target = cache.writable(environ)
+    if not any(target.is_relative_to(volume) for volume in cache.volumes(environ)):
+        said.append(
+            "warning: no volume that can be written: weights are fetched anew by every worker"
+        )
+    show(f"{name}: fetching to {target}")
+    return str(cache.fetch(name, revision, target))
+
+
+def _spoken(model: str) -> str:
+    """The name that clients ask for: a hub id as it is, of a folder or an address its last part."""
+    return model if cache.is_hub_id(model) else model.rstrip("/").rsplit("/", 1)[-1]

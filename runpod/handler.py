@@ -1,0 +1,315 @@
+"""The queue worker: Runpod's jobs, answered by the application on this machine over HTTP.
+
+    job["input"] is one of
+    {"openai_route": "/v1/chat/completions", "openai_input": {...}}   as Runpod's /openai sends it
+    {"route": "/v1/models", "method": "GET", "body": {...}}           any route
+    {"messages": [...] or "prompt": ..., "sampling_params": {...}, "stream": true}
+
+An answer that streams is yielded as whole SSE events, as text: what came in while the batch before
+it was being posted goes out as the next one, so a slow queue gets fewer and larger posts. An error
+fails the job, with the HTTP status and OpenAI's error as JSON. A cancelled job closes its
+connection, at which the application aborts the engine's work.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+# No post is made for less than this much time of a stream, except its first.
+_BATCH_S = 0.2
+# While a replica is being replaced the application answers 503; the job can wait for the next.
+_PATIENCE_S = 120.0
+_RETRY_S = (1.0, 30.0)
+_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_EVENT_END = b"\n\n"
+
+
+class BadJob(Exception):
+    """An input that is none of the three shapes."""
+
+
+class Failed(Exception):
+    """An error answer: its HTTP status, and OpenAI's error."""
+
+    def __init__(self, status: int, error: Mapping[str, Any]) -> None:
+        super().__init__(str(error.get("message")))
+        self.status, self.error = status, dict(error)
+
+    def output(self) -> dict[str, str]:
+        # The SDK fails a job for this key, and keeps its value as text.
+        return {"error": json.dumps({"status": self.status, **self.error})}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One HTTP request to the application."""
+
+    method: str
+    route: str
+    body: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, given: Any) -> "Question":
+        """From a job's input.
+
+        Raises:
+            BadJob: in one sentence.
+        """
+        if not isinstance(given, dict):
+            raise BadJob("input must be an object")
+        if "openai_route" in given or "openai_input" in given:
+            return cls._at(given.get("openai_route") or _CHAT, given.get("openai_input"))
+        if "route" in given:
+            return cls._at(given["route"], given.get("body"), given.get("method"))
+        body = {**(given.get("sampling_params") or {}), "stream": bool(given.get("stream"))}
+        if "messages" in given:
+            return cls._at(_CHAT, {**body, "messages": given["messages"]})
+        if "prompt" in given:
+            return cls._at(_COMPLETIONS, {**body, "prompt": given["prompt"]})
+        raise BadJob("input needs openai_route with openai_input, or route, or messages, or prompt")
+
+    @classmethod
+    def _at(cls, route: Any, body: Any, method: Any = None) -> "Question":
+        if not isinstance(route, str) or not route.startswith("/") or route.startswith("//"):
+            raise BadJob(f"{route!r} is not a route, such as {_CHAT}")
+        if body is not None and not isinstance(body, dict):
+            raise BadJob("the body must be an object")
+        return cls(str(method or ("GET" if body is None else "POST")).upper(), route, body)
+
+    @property
+    def streams(self) -> bool:
+        return self.body is not None and self.body.get("stream") is True
+
+
+class Application:
+    """The application, as handlers see it.
+
+    Args:
+        url: where it listens.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._session: aiohttp.ClientSession | None = None
+        self._model: str | None = None
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            # The application's own limits end a request; the client has none.
+            self._session = aiohttp.ClientSession(
+                self._url,
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            )
+        return self._session
+
+    async def answer(self, question: Question) -> AsyncGenerator[Any, None]:
+        """What the handler yields: batches of events as text, or one JSON value."""
+        question = await self._named(question)
+        async with self._asked(question) as response:
+            if response.content_type != "text/event-stream":
+                data = await response.read()
+                yield _parsed(data)
+                return
+            async for batch in _batches(response.content):
+                yield batch.decode("utf-8", "replace")
+                if error := _error_in(batch):
+                    # The events before it were delivered; the job is a failure all the same.
+                    raise Failed(_status(error), error)
+
+    async def _named(self, question: Question) -> Question:
+        """The question, with the served model's name where it has none."""
+        body = question.body
+        if body is None or "model" in body or question.method != "POST":
+            return question
+        if self._model is None:
+            async with self._asked(Question("GET", "/v1/models", None)) as response:
+                self._model = (await response.json())["data"][0]["id"]
+        return Question(question.method, question.route, {**body, "model": self._model})
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, question: Question) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The response, once it is good; refusals for lack of room are waited out.
+
+        Raises:
+            Failed: the answer is an error.
+        """
+        pause_s, longest_s = _RETRY_S
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + _PATIENCE_S
+        while True:
+            try:
+                async with self._connected().request(
+                    question.method, question.route, json=question.body
+                ) as response:
+                    if response.status < 400:
+                        with _closed_with_the_job(response):
+                            yield response
+                        return
+                    failure = Failed(response.status, _error_of(await response.read()))
+                    wait_s = float(response.headers.get("Retry-After") or pause_s)
+            except aiohttp.ClientConnectorError as error:
+                failure = Failed(503, {"message": f"the server is not there: {error}"})
+                wait_s = pause_s
+            except aiohttp.ClientError as error:
+                # It was being answered: to ask again could do the work twice.
+                raise Failed(502, {"message": f"the connection broke: {error!r}"}) from None
+            again = failure.status in (429, 503) and loop.time() + wait_s < deadline_s
+            if not again:
+                raise failure
+            await asyncio.sleep(wait_s)
+            pause_s = min(2 * pause_s, longest_s)
+
+
+@contextlib.contextmanager
+def _closed_with_the_job(response: aiohttp.ClientResponse) -> Iterator[None]:
+    """Close the connection when the job's task ends, however it does.
+
+    A job that is cancelled while the SDK posts a batch leaves this generator where it yielded, to
+    be closed by the garbage collector at some time; until then the engine would work on.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+
+    def close(over: "asyncio.Task[Any]") -> None:
+        response.close()
+
+    task.add_done_callback(close)
+    try:
+        yield
+    finally:
+        task.remove_done_callback(close)
+
+
+async def _batches(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Whole events, as many at a time as came in while the one before was delivered."""
+    held, arrived, over = bytearray(), asyncio.Event(), False
+    failure: BaseException | None = None
+
+    async def read() -> None:
+        nonlocal over, failure
+        try:
+            async for data in content.iter_any():
+                held.extend(data)
+                arrived.set()
+        except aiohttp.ClientError as error:
+            failure = Failed(502, {"message": f"the connection broke: {error!r}"})
+        finally:
+            over = True
+            arrived.set()
+
+    reader = asyncio.ensure_future(read())
+    loop = asyncio.get_running_loop()
+    next_s = 0.0
+    try:
+        while True:
+            await arrived.wait()
+            arrived.clear()
+            if not over and (early_s := next_s - loop.time()) > 0:
+                await asyncio.sleep(early_s)
+            end = len(held) if over else held.rfind(_EVENT_END) + len(_EVENT_END)
+            # rfind is -1 where no event has ended.
+            if end >= len(_EVENT_END) or (over and end):
+                batch = bytes(held[:end])
+                del held[:end]
+                next_s = loop.time() + _BATCH_S
+                yield batch
+            if over and not held:
+                break
+        if failure is not None:
+            raise failure
+    finally:
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reader
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return data.decode("utf-8", "replace")
+
+
+def _error_of(data: bytes) -> dict[str, Any]:
+    """OpenAI's error in a body, whatever else the body is."""
+    found = _parsed(data)
+    error = found.get("error") if isinstance(found, dict) else None
+    return error if isinstance(error, dict) else {"message": str(found)[:1000]}
+
+
+def _error_in(batch: bytes) -> dict[str, Any] | None:
+    """The error event among events, if there is one."""
+    for line in batch.splitlines():
+        if line.startswith(b'data: {"') and b'"error"' in line[:40]:
+            return _error_of(line[6:])
+    return None
+
+
+def _status(error: Mapping[str, Any]) -> int:
+    """The HTTP status that an error would have had before the stream began."""
+    code = error.get("code")
+    if isinstance(code, int) and 400 <= code < 600:
+        return code
+    return {"timeout_error": 504, "invalid_request_error": 400, "rate_limit_error": 429}.get(
+        str(error.get("type")), 500
+    )
+
+
+def room(environ: Mapping[str, str]) -> int:
+    """How many jobs at once: what the engines batch, or less where MAX_CONCURRENCY says so."""
+    can = int(environ.get("SERVE_ROOM") or 256)
+    wanted = environ.get("MAX_CONCURRENCY") or ""
+    return max(1, min(can, int(wanted)) if wanted.isdigit() else can)
+
+
+def main() -> None:
+    """Take jobs until told to stop."""
+    import runpod
+    from runpod.serverless.modules import rp_scale
+
+    application = Application(os.environ.get("SERVE_URL") or "http://127.0.0.1:8000")
+
+    async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
+        try:
+            async with contextlib.aclosing(application.answer(Question.of(job["input"]))) as answer:
+                async for output in answer:
+                    yield output
+        except BadJob as error:
+            yield Failed(400, {"message": str(error), "type": "invalid_request_error"}).output()
+        except Failed as error:
+            yield error.output()
+
+    class Scaler(rp_scale.JobScaler):  # type: ignore[misc]
+        """The SDK's loop, which on SIGTERM would wait for its long polls: up to 90 s."""
+
+        async def run(self) -> None:
+            async with rp_scale.AsyncClientSession() as session:
+                take = asyncio.create_task(self.get_jobs(session))
+                stop = asyncio.create_task(self.monitor_stop_signals(session))
+                # Ends on SIGTERM, once the jobs in progress are done and told.
+                await self.run_jobs(session)
+                for task in (take, stop):
+                    task.cancel()
+                await asyncio.gather(take, stop, return_exceptions=True)
+
+    rp_scale.JobScaler = Scaler
+    most = room(os.environ)
+    runpod.serverless.start(
+        {
+            "handler": handler,
+            "concurrency_modifier": lambda current: most,
+            # /run and /runsync answer with what was yielded, and not with nothing.
+            "return_aggregate_stream": True,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

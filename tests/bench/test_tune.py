@@ -1,0 +1,282 @@
+"""`python -m bench tune` on real engines: small ones, of a two-layer model on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bench import kvcache, trial, tune
+from bench.errors import BenchError, ResultError
+from bench.measure import Slo
+from bench.trial import Engine, EngineError, failure
+from bench.tuning import Measured, Outcome, Trial
+from serve_app.settings import Settings
+
+ROOT = Path(__file__).parent.parent.parent
+ENGINE = {
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": 2**26,
+    "block_size": 32,
+    "dtype": "float32",
+    "enforce_eager": True,
+}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+WORKLOAD = "synthetic:input=20,output=8"
+FAST = Slo(ttft_s=60.0, tpot_s=60.0, percentile=90.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with Engine(str(tiny), ENGINE, tmp_path_factory.mktemp("engine")) as running:
+        yield running
+
+
+def test_a_load_is_answered_whole_and_timed(engine: Engine) -> None:
+    answer = engine.load(WORKLOAD, "poisson:rate=200", count=24, seed=0, slo=FAST)
+    assert not answer.lost
+    assert len(answer.records) == 24
+    assert all(r.ok and r.output_tokens == 8 for r in answer.records)
+    assert all(r.planned_s <= r.sent_s <= r.chunk_s[0] <= r.end_s for r in answer.records)
+    assert answer.steps > 8
+    assert 0 < answer.step_s <= answer.elapsed_s
+    assert trial.good_share(answer.records, FAST) == 1.0
+    assert trial.tpot_s(answer.records) is not None
+    # Other seeds are other prompts and times; the same is the same.
+    again = engine.load(WORKLOAD, "poisson:rate=200", count=24, seed=0)
+    other = engine.load(WORKLOAD, "poisson:rate=200", count=24, seed=1)
+    assert [r.planned_s for r in again.records] == [r.planned_s for r in answer.records]
+    assert [r.planned_s for r in other.records] != [r.planned_s for r in answer.records]
+
+
+def test_a_running_engine_is_told_its_limits(engine: Engine) -> None:
+    free = engine.load(WORKLOAD, "users=1", count=12, seed=0)
+    one = engine.load(WORKLOAD, "users=1", count=12, seed=0, live={"max_num_seqs": 1})
+    back = engine.load(WORKLOAD, "users=1", count=12, seed=0)
+    # One after the other needs a step for each token of each; together, a step for all.
+    assert one.steps >= 12 * 8
+    assert free.steps < one.steps / 3
+    assert back.steps < one.steps / 3
+    small = engine.load(WORKLOAD, "users=1", count=4, seed=0, live={"max_num_batched_tokens": 4})
+    assert small.steps > free.steps
+    assert engine.ready is not None
+    most = engine.ready.limits["max_num_seqs"]
+    with pytest.raises(BenchError, match=f"was started with {most}"):
+        engine.load(WORKLOAD, "users=1", count=1, seed=0, live={"max_num_seqs": most + 1})
+    with pytest.raises(BenchError, match="cannot be changed"):
+        engine.load(WORKLOAD, "users=1", count=1, seed=0, live={"dtype": 1})
+    # A mistake in an order does not end the engine.
+    assert len(engine.load(WORKLOAD, "users=1", count=1, seed=0).records) == 1
+
+
+def test_a_load_that_cannot_keep_its_objective_is_broken_off(engine: Engine) -> None:
+    long = "synthetic:input=20,output=400"
+    hard = Slo(ttft_s=1e-6, percentile=90.0)
+    answer = engine.load(long, "poisson:rate=500", count=200, seed=0, slo=hard)
+    assert answer.lost
+    assert sum(record.ok for record in answer.records) < 200
+    assert trial.missed(answer.records, hard) > 20
+    # And the engine is as it was.
+    assert not engine.load(WORKLOAD, "users=1", count=8, seed=0, slo=FAST).lost
+
+
+def test_the_kv_cache_is_seen_while_it_is_used(engine: Engine) -> None:
+    answer = engine.load("synthetic:input=40,output=300", "users=1", count=16, seed=0)
+    assert engine.ready is not None
+    view = kvcache.view(engine.ready, answer)
+    assert view.blocks == engine.ready.kv_blocks - 1
+    assert 0 < view.used_mean <= view.used_peak <= 1
+    assert 0 <= view.waste_share < 0.7
+    assert view.running_peak > 1
+    assert view.fits[500] == view.blocks // 16
+    assert view.hit_rate == 0.0
+    assert len(kvcache.describe(view)) == 3
+
+
+def test_an_engine_that_runs_out_of_memory_is_an_error_that_says_so(
+    tiny: Path, tmp_path: Path
+) -> None:
+    greedy = ENGINE | {"kv_cache_memory_bytes": 2**46}
+    with pytest.raises(EngineError) as raised, Engine(str(tiny), greedy, tmp_path):
+        pass
+    assert raised.value.oom, raised.value
+
+
+def test_why_an_engine_ended_is_the_error_it_ended_with() -> None:
+    cuda = "INFO\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\nTraceback\n"
+    assert failure(cuda, 1).oom
+    assert "CUDA out of memory" in str(failure(cuda, 1))
+    assert failure("Loading", -signal.SIGKILL).oom
+    other = failure("Traceback\nValueError: no such dtype\n", 1)
+    assert not other.oom
+    assert "no such dtype" in str(other)
+    room = "ValueError: No available memory for the cache blocks. Try increasing"
+    assert failure(room, 1).oom
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+def words(tiny: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "bench", "tune", "--model", str(tiny), "--out", str(folder)),
+        *("--engine", json.dumps(ENGINE), "--goal", "cost", "--workload", WORKLOAD),
+        *("--seconds", "0.3", "--rungs", "2", "--repeats", "2", "--budget-s", "200", *more),
+    ]
+
+
+@pytest.mark.slow
+def test_a_search_survives_a_failure_goes_on_after_an_interruption_and_ends_in_a_configuration(
+    tiny: Path, tmp_path: Path
+) -> None:
+    knobs = ["--knob", "max_num_seqs=2,64", "--knob", f"kv_cache_memory_bytes={2**46}"]
+    engine = {name: value for name, value in ENGINE.items() if name != "kv_cache_memory_bytes"}
+    engine |= {"gpu_memory_utilization": 0.05}
+    order = [*words(tiny, tmp_path, *knobs), "--engine", json.dumps(engine)]
+    first = subprocess.Popen(
+        order, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    journal = tmp_path / tune.JOURNAL
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s and first.poll() is None:
+        if journal.is_file() and len(journal.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    out, said = first.communicate(timeout=60)
+    assert out, said
+    interrupted = json.loads(out.splitlines()[-1])
+    assert "interrupted" in " ".join(interrupted["doubts"]), said
+    before = journal.read_text().splitlines()
+    # The line that was being written when a machine went away.
+    journal.write_text("\n".join(before) + '\n{"trial": {"sett')
+    done = subprocess.run(order, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.stdout, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, last
+    rows = journal.read_text().splitlines()
+    assert rows[: len(before)] == before
+    assert all(json.loads(row) for row in rows)
+    found = json.loads((tmp_path / "result.json").read_text())
+    failed = [each for each in found["failed"] if each["oom"]]
+    assert len(failed) == 1, found["failed"]
+    assert failed[0]["settings"]["kv_cache_memory_bytes"] == 2**46
+    assert found["default"]["scores"]["1"]
+    assert last["best"]["settings"].get("max_num_seqs") != 2
+    tried = {each["described"] for each in found["trials"]}
+    pruned = " ".join(found["pruned"].values())
+    assert "max_num_seqs 2" in tried or "cannot exceed" in pruned
+    config = yaml.safe_load(Path(found["config"]).read_text())
+    settings = Settings.parse(config["applications"][0]["args"])
+    assert settings.engine["gpu_memory_utilization"] == 0.05
+    assert settings.model == str(tiny)
+    # Another search does not go on from this one.
+    other = subprocess.run(
+        words(tiny, tmp_path, "--knob", "max_num_seqs=4"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert other.returncode == 2
+    assert "journal of another search" in other.stderr
+
+
+def test_a_journal_gives_back_what_was_measured(tmp_path: Path) -> None:
+    journal = tune.Journal(tmp_path, {"a": 1})
+    pace = tune.Pace(requests_per_s=5.0, step_s=0.01, read=20.0, written=8.0)
+    journal.begin(pace, {"max_num_seqs": 128})
+    asked = Trial(settings={"max_num_seqs": 4}, rung=1, share=0.5, repeats=1, why="")
+    stand = tune.Stand("m", {}, [], tmp_path)
+    journal.add(asked, Outcome(scores=[3.0, 4.0]), stand)
+    again = tune.Journal(tmp_path, {"a": 1})
+    assert again.pace == pace
+    assert again.limits == {"max_num_seqs": 128}
+    assert again.outcome(asked) == Outcome(scores=[3.0, 4.0])
+    with pytest.raises(ResultError, match="another search"):
+        tune.Journal(tmp_path, {"a": 2})
+
+
+def test_a_gain_has_an_interval_and_a_ladder_widens_it() -> None:
+    best = Measured(settings={"a": 1}, outcomes={2: Outcome(scores=[12.0, 11.0, 12.5])})
+    default = Measured(settings={}, outcomes={2: Outcome(scores=[10.0, 9.5, 10.0])})
+    plain, wide = (tune.gain(best, default, 2, ladder) for ladder in (False, True))
+    assert plain is not None
+    assert wide is not None
+    assert plain["low"] < plain["ratio"] < plain["high"]
+    assert wide["low"] < plain["low"]
+    assert wide["high"] > plain["high"]
+    assert tune.gain(best, None, 2, False) is None
+    nothing = Measured(settings={}, outcomes={0: Outcome(scores=[1.0])})
+    assert tune.gain(best, nothing, 2, False) is None
+
+
+def test_a_limit_that_an_engine_was_not_started_with_needs_another_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import knobs
+
+    started: list[dict[str, Any]] = []
+
+    class Fake:
+        def __init__(self, model: str, arguments: dict[str, Any], *_: Any) -> None:
+            started.append(arguments)
+            limits = {
+                "max_num_seqs": arguments.get("max_num_seqs", 128),
+                "max_num_batched_tokens": arguments.get("max_num_batched_tokens", 2048),
+            }
+            self.ready = trial.Ready(limits=limits, kv_blocks=9, block_tokens=16, load_s=1.0)
+
+        def __enter__(self) -> "Fake":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+    monkeypatch.setattr(tune, "Engine", Fake)
+    space = knobs.space(
+        ["max_num_seqs=16,256", "max_num_batched_tokens=64", "dtype=x"],
+        on_gpu=False,
+        lossy=False,
+        dummy=False,
+        fixed={},
+    )
+    stand = tune.Stand("m", {"block_size": 32}, space, tmp_path)
+
+    def limits(settings: dict[str, Any]) -> dict[str, int]:
+        with stand.engine(settings, 10.0) as (_, found):
+            return found
+
+    assert limits({}) == {"max_num_seqs": 128, "max_num_batched_tokens": 2048}
+    assert limits({"max_num_seqs": 16})["max_num_seqs"] == 16
+    # vLLM takes no more sequences than there are tokens in a step.
+    assert limits({"max_num_batched_tokens": 64})["max_num_seqs"] == 64
+    assert len(started) == 1
+    assert limits({"max_num_seqs": 256})["max_num_seqs"] == 256
+    assert len(started) == 2
+    # The one that stands can be told vLLM's default, which is known by now.
+    assert limits({})["max_num_seqs"] == 128
+    assert len(started) == 2
+    assert limits({"dtype": "x"})["max_num_seqs"] == 128
+    assert started[-1] == {"block_size": 32, "dtype": "x"}
+    assert not stand.would_start({"dtype": "x", "max_num_seqs": 16})
+    assert stand.would_start({})
+
+
+def test_no_engine_is_left_when_a_trial_is_over(engine: Engine) -> None:
+    pid = engine._process.pid
+    assert os.getpgid(pid) == pid

@@ -1,0 +1,344 @@
+"""eksctl, kubectl and helm for the tests: real commands on PATH, with a small cluster in a folder.
+
+    python fake_tool.py eksctl delete cluster --name x ...
+
+The folder is FAKE_TOOLS:
+
+    calls.jsonl    one line a call: its arguments and its standard input
+    objects.json   Kubernetes' objects by kind; releases of helm under `helm`
+    rules.json     calls that are to fail or to hang: the first whose words are all in the call
+
+What the real ones do to AWS, these do to the AWS of the tests: eksctl deletes the cluster, a
+Service takes its load balancer with it, a claim its volume, unless something still mounts it.
+"""
+
+import base64
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import time
+import urllib.parse
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(os.environ["FAKE_TOOLS"])
+
+
+def main() -> int:
+    tool, *argv = sys.argv[1:]
+    stdin = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    with (FOLDER / "calls.jsonl").open("a") as calls:
+        calls.write(json.dumps({"tool": tool, "argv": argv, "stdin": stdin}) + "\n")
+    for rule in _read("rules.json", []):
+        if set(rule["words"]) <= {tool, *argv} and rule.get("times", 1) > 0:
+            rules = _read("rules.json", [])
+            for other in rules:
+                if other["words"] == rule["words"]:
+                    other["times"] = other.get("times", 1) - 1
+            (FOLDER / "rules.json").write_text(json.dumps(rules))
+            if rule.get("hang"):
+                _hang()
+            print(rule.get("says", "it failed"), file=sys.stderr)
+            return int(rule.get("status", 1))
+    return {"eksctl": eksctl, "kubectl": kubectl, "helm": helm, "aws": aws}[tool](argv, stdin)
+
+
+def _read(name: str, default: Any) -> Any:
+    path = FOLDER / name
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def _hang() -> None:
+    (FOLDER / "hanging").touch()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    while True:
+        time.sleep(0.1)
+
+
+def _value(argv: list[str], flag: str) -> str:
+    return argv[argv.index(flag) + 1] if flag in argv else ""
+
+
+def _asked(service: str, method: str, path: str, body: bytes, kind: str) -> bytes:
+    """One request to AWS. Its SDK takes a second to load, and there are many calls."""
+    scope = f"testing/20260101/us-west-2/{service}/aws4_request"
+    headers = {
+        "authorization": f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0",
+        "content-type": kind,
+    }
+    url = os.environ["AWS_ENDPOINT_URL"] + path
+    request = urllib.request.Request(url, body, headers, method=method)
+    with urllib.request.urlopen(request) as answer:
+        found: bytes = answer.read()
+        return found
+
+
+def _eks(method: str, path: str, **body: Any) -> Any:
+    return json.loads(_asked("eks", method, path, json.dumps(body).encode(), "application/json"))
+
+
+def _query(service: str, version: str, action: str, **more: str) -> str:
+    form = urllib.parse.urlencode({"Action": action, "Version": version, **more})
+    kind = "application/x-www-form-urlencoded"
+    return _asked(service, "POST", "/", form.encode(), kind).decode()
+
+
+# --- eksctl ---------------------------------------------------------------------------------
+
+
+def eksctl(argv: list[str], stdin: str) -> int:
+    if argv[:2] == ["utils", "write-kubeconfig"]:
+        Path(_value(argv, "--kubeconfig")).write_text("kind: Config\n")
+        return 0
+    if argv[:2] == ["create", "cluster"]:
+        return _create_cluster(stdin)
+    if argv[:2] == ["delete", "nodegroup"]:
+        name, group = _value(argv, "--cluster"), _value(argv, "--name")
+        _eks("DELETE", f"/clusters/{name}/node-groups/{group}")
+        return 0
+    if argv[:2] == ["delete", "cluster"]:
+        return _delete_cluster(_value(argv, "--name"))
+    if argv[:2] == ["create", "nodegroup"]:
+        return 0
+    print(f"Error: unknown command {argv}", file=sys.stderr)
+    return 1
+
+
+def _delete_cluster(name: str) -> int:
+    if name in _eks("GET", "/clusters")["clusters"]:
+        for group in _eks("GET", f"/clusters/{name}/node-groups")["nodegroups"]:
+            _eks("DELETE", f"/clusters/{name}/node-groups/{group}")
+        _eks("DELETE", f"/clusters/{name}")
+    listed = _query("cloudformation", "2010-05-15", "DescribeStacks")
+    for stack in set(re.findall(rf"<StackName>(eksctl-{name}-[^<]*)</StackName>", listed)):
+        _query("cloudformation", "2010-05-15", "DeleteStack", StackName=stack)
+    print(f"[✔]  all cluster resources were deleted: {name}")
+    return 0
+
+
+def _create_cluster(stdin: str) -> int:
+    config = yaml.safe_load(stdin)
+    metadata = config["metadata"]
+    name, tags = metadata["name"], metadata.get("tags", {})
+    role = "arn:aws:iam::123456789012:role/made-by-eksctl"
+    listed = _query("ec2", "2016-11-15", "DescribeSubnets")
+    subnets = sorted(set(re.findall(r"<subnetId>(.*?)</subnetId>", listed)))[:2]
+    _eks(
+        "POST",
+        "/clusters",
+        name=name,
+        roleArn=role,
+        version=str(metadata["version"]),
+        resourcesVpcConfig={"subnetIds": subnets},
+        tags={"alpha.eksctl.io/cluster-name": name, **tags},
+    )
+    for group in config.get("managedNodeGroups", []):
+        _eks(
+            "POST",
+            f"/clusters/{name}/node-groups",
+            nodegroupName=group["name"],
+            nodeRole=role,
+            subnets=subnets,
+            instanceTypes=group["instanceTypes"],
+            scalingConfig={
+                "minSize": group["minSize"],
+                "maxSize": group["maxSize"],
+                "desiredSize": group["desiredCapacity"],
+            },
+            tags=tags,
+        )
+    return 0
+
+
+def aws(argv: list[str], stdin: str) -> int:
+    return 0
+
+
+# --- helm -----------------------------------------------------------------------------------
+
+
+def helm(argv: list[str], stdin: str) -> int:
+    objects = _read("objects.json", {})
+    releases = objects.setdefault("helm", [])
+    if argv[0] == "list":
+        print(json.dumps(releases))
+    elif argv[0] == "uninstall":
+        objects["helm"] = [entry for entry in releases if entry["name"] != argv[1]]
+        _write(objects)
+    elif argv[0] == "upgrade":
+        name = next(word for word in argv[1:] if not word.startswith("-"))
+        releases.append({"name": name, "namespace": _value(argv, "--namespace")})
+        _write(objects)
+    elif argv[:2] == ["show", "crds"]:
+        print("kind: CustomResourceDefinition\nmetadata: {name: rayservices.ray.io}")
+    return 0
+
+
+def _write(objects: dict[str, Any]) -> None:
+    (FOLDER / "objects.json").write_text(json.dumps(objects))
+
+
+# --- kubectl --------------------------------------------------------------------------------
+
+
+def kubectl(argv: list[str], stdin: str) -> int:
+    verb = argv[0]
+    if verb == "kustomize":
+        os.execv(os.environ["REAL_KUBECTL"], ["kubectl", *argv])
+    if verb == "version":
+        return 0
+    if verb == "apply":
+        return _apply(stdin)
+    if verb == "port-forward":
+        return _forward(argv)
+    kind = argv[1]
+    objects = _read("objects.json", {})
+    namespace = _value(argv, "--namespace")
+    named = [
+        word
+        for before, word in itertools.pairwise(argv[1:])
+        if not word.startswith("-") and before not in ("--namespace", "--output")
+    ]
+    chosen = [
+        item
+        for item in objects.get(kind, [])
+        if (not namespace or item["metadata"]["namespace"] == namespace)
+        and (not named or item["metadata"]["name"] in named)
+    ]
+    if verb == "get":
+        if kind == "rayservices.ray.io":
+            _looked_at(objects)
+        return _get(kind, chosen, bool(named), kind in objects)
+    if verb == "patch":
+        for item in chosen:
+            item["metadata"].pop("finalizers", None)
+            if item.get("deleting"):
+                objects[kind].remove(item)
+        _write(objects)
+        return 0
+    if verb == "delete":
+        return _delete(objects, kind, chosen)
+    print(f"error: unknown command {argv}", file=sys.stderr)
+    return 1
+
+
+def _get(kind: str, chosen: list[dict[str, Any]], one: bool, known: bool) -> int:
+    custom = "." in kind and not kind.endswith("k8s.io")
+    if not known and custom:
+        short = kind.split(".")[0]
+        print(f'error: the server doesn\'t have a resource type "{short}"', file=sys.stderr)
+        return 1
+    if one and not chosen:
+        print(f"Error from server (NotFound): {kind} not found", file=sys.stderr)
+        return 1
+    print(json.dumps(chosen[0] if one else {"kind": "List", "items": chosen}))
+    return 0
+
+
+def _delete(objects: dict[str, Any], kind: str, chosen: list[dict[str, Any]]) -> int:
+    late = False
+    for item in chosen:
+        where = item["metadata"]
+        item["deleting"] = True
+        held = kind == "persistentvolumeclaims" and any(
+            other["metadata"]["namespace"] == where["namespace"]
+            for other in objects.get("statefulsets", [])
+        )
+        if where.get("finalizers") or held:
+            late = True
+            continue
+        if balancer := where.get("annotations", {}).get("fake/balancer"):
+            more = {"LoadBalancerArn": balancer}
+            _query("elasticloadbalancing", "2015-12-01", "DeleteLoadBalancer", **more)
+        if volume := where.get("annotations", {}).get("fake/volume"):
+            _query("ec2", "2016-11-15", "DeleteVolume", VolumeId=volume)
+        objects[kind].remove(item)
+    _write(objects)
+    if late:
+        print("error: timed out waiting for the condition", file=sys.stderr)
+    return 1 if late else 0
+
+
+_PLURALS = {"RayService": "rayservices.ray.io", "Secret": "secrets", "Namespace": "namespaces"}
+
+
+def _documents(text: str) -> list[dict[str, Any]]:
+    found = [json.loads(text)] if text.startswith("{") else list(yaml.safe_load_all(text))
+    return [
+        item for each in found for item in (each["items"] if each["kind"] == "List" else [each])
+    ]
+
+
+def _apply(stdin: str) -> int:
+    objects = _read("objects.json", {})
+    for item in _documents(stdin):
+        kind = _PLURALS.get(item["kind"])
+        if kind is None:
+            continue
+        where = item["metadata"]
+        namespaces = [each["metadata"]["name"] for each in objects.get("namespaces", [])]
+        if "namespace" in where and where["namespace"] not in namespaces:
+            print(f'Error: namespaces "{where["namespace"]}" not found', file=sys.stderr)
+            return 1
+        for key, value in item.pop("stringData", {}).items():
+            item.setdefault("data", {})[key] = base64.b64encode(value.encode()).decode()
+        if kind == "rayservices.ray.io":
+            # Ready once it was looked at twice.
+            item["looks"] = 2
+        held = objects.setdefault(kind, [])
+        held[:] = [each for each in held if each["metadata"]["name"] != where["name"]] + [item]
+    _write(objects)
+    return 0
+
+
+def _looked_at(objects: dict[str, Any]) -> None:
+    for item in objects.get("rayservices.ray.io", []):
+        if "looks" not in item:
+            continue
+        item["looks"] -= 1
+        state, why = ("True", "") if item["looks"] <= 0 else ("False", "waits for its workers")
+        ready = {"type": "Ready", "status": state, "message": why}
+        item["status"] = {"conditions": [ready]}
+    _write(objects)
+
+
+def _forward(argv: list[str]) -> int:
+    """A service that asks for the key of the Secret, and answers."""
+    secrets = {each["metadata"]["name"]: each for each in _read("objects.json", {})["secrets"]}
+    key = base64.b64decode(secrets["qwen-api-keys"]["data"]["keys"]).decode().split()[0]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer({"data": [{"id": "Qwen2.5-7B-Instruct"}]})
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            said = f"Hello from {asked['model']}"
+            self._answer({"choices": [{"message": {"content": said}}]})
+
+        def _answer(self, body: dict[str, Any]) -> None:
+            good = self.headers.get("authorization") == f"Bearer {key}"
+            text = json.dumps(body if good else {"error": "no key"}).encode()
+            self.send_response(200 if good else 401)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(f"Forwarding from 127.0.0.1:{server.server_port} -> 8000", flush=True)
+    server.serve_forever()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

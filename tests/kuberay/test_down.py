@@ -1,0 +1,315 @@
+"""Teardown: in order, of this cluster alone, and again after whatever came between."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kuberay import planted
+from tests.kuberay.cli import run, start
+from tests.kuberay.cloud import REGION, Cloud
+from tests.kuberay.conftest import Commands
+from tests.server import wait
+
+WHERE = ("--name", "ours", "--region", REGION)
+# Rounds of leftovers follow one another at once: nothing here takes AWS's time.
+QUICK = ("--pause", "0.05", "--patience", "1")
+# Left on purpose by every teardown: of no kind that may be removed.
+REPORTED = {"queue", "policy", "instance profile"}
+
+
+def named(name: str, namespace: str = "default", **more: Any) -> dict[str, Any]:
+    metadata = {"name": name, "namespace": namespace, **more.pop("metadata", {})}
+    return {"metadata": metadata, **more}
+
+
+def fill(cloud: Cloud, commands: Commands, stuck: bool = False) -> None:
+    """A cluster at work: a service, its load balancer, Redis with a volume, releases."""
+    planted.plant(cloud, "ours")
+    found = cloud.client("elbv2").describe_load_balancers(Names=["nlb-ours"])
+    balancer = found["LoadBalancers"][0]
+    volume = cloud.client("ec2").describe_volumes(
+        Filters=[{"Name": "tag:kubernetes.io/cluster/ours", "Values": ["owned"]}]
+    )["Volumes"][0]["VolumeId"]
+    held = {"finalizers": ["ray.io/gcs-ft-redis-cleanup-finalizer"]} if stuck else {}
+    commands.hold(
+        rayservices__ray__io=[named("llm")],
+        rayclusters__ray__io=[named("llm-abcde", metadata=held)],
+        services=[
+            named("kubernetes", spec={"type": "ClusterIP"}),
+            named(
+                "llm",
+                spec={"type": "LoadBalancer"},
+                metadata={"annotations": {"fake/balancer": balancer["LoadBalancerArn"]}},
+            ),
+        ],
+        statefulsets=[named("redis")],
+        persistentvolumeclaims=[
+            named("data-redis-0", metadata={"annotations": {"fake/volume": volume}})
+        ],
+        nodepools__karpenter__sh=[{"metadata": {"name": "gpu"}}],
+        helm=[
+            {"name": "kuberay-operator", "namespace": "kuberay-system"},
+            {"name": "monitoring", "namespace": "monitoring"},
+        ],
+    )
+
+
+def left(cloud: Cloud, before: dict[str, set[str]]) -> dict[str, set[str]]:
+    found = planted.minus(planted.everything(cloud), before)
+    return {kind: names for kind, names in found.items() if kind not in REPORTED}
+
+
+def remove_queue(cloud: Cloud) -> None:
+    sqs = cloud.client("sqs")
+    for url in sqs.list_queues().get("QueueUrls", []):
+        sqs.delete_queue(QueueUrl=url)
+
+
+# --- the whole way ------------------------------------------------------------------------------
+
+
+def test_everything_of_the_cluster_goes_and_nothing_else(
+    cloud: Cloud, commands: Commands, tmp_path: Path
+) -> None:
+    planted.plant(cloud, "other", octet=30)
+    before = planted.everything(cloud)
+    fill(cloud, commands)
+    report = tmp_path / "proof.json"
+    result = run("down", *WHERE, *QUICK, "--yes", "--report", str(report))
+    assert left(cloud, before) == {}, result.stderr
+    assert planted.minus(before, planted.everything(cloud)) == {}
+    # Karpenter's queue is of no kind that this removes: it is reported, and is no success.
+    assert result.returncode == 1, result.stderr
+    proof = json.loads(report.read_text())
+    assert [entry["kind"] for entry in proof["left"]] == ["other"]
+    assert "karpenter-ours" in proof["left"][0]["id"]
+    assert commands.objects()["helm"] == []
+    remove_queue(cloud)
+    again = run("down", *WHERE, *QUICK, "--yes")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "nothing is left" in again.stdout
+    assert planted.minus(before, planted.everything(cloud)).keys() <= {"queue"}
+
+
+def test_the_order_leaves_no_orphan(cloud: Cloud, commands: Commands) -> None:
+    fill(cloud, commands)
+    run("down", *WHERE, *QUICK, "--yes")
+    order = [
+        ("kubectl", "delete", "rayservices.ray.io"),
+        ("kubectl", "delete", "rayclusters.ray.io"),
+        ("kubectl", "delete", "services"),
+        ("helm", "uninstall", "monitoring"),
+        ("kubectl", "delete", "statefulsets"),
+        ("kubectl", "delete", "persistentvolumeclaims"),
+        ("kubectl", "delete", "nodepools.karpenter.sh"),
+        ("eksctl", "delete", "nodegroup"),
+        ("helm", "uninstall", "kuberay-operator"),
+        ("eksctl", "delete", "cluster"),
+    ]
+    calls = commands.calls()
+    places = [calls.index(commands.calls(*words)[0]) for words in order]
+    assert places == sorted(places), calls
+    # Of the services only the one that holds a load balancer.
+    assert not commands.calls("kubectl", "delete", "services", "kubernetes")
+
+
+def test_a_finalizer_that_hangs_is_taken_off(cloud: Cloud, commands: Commands) -> None:
+    before = planted.everything(cloud)
+    fill(cloud, commands, stuck=True)
+    result = run("down", *WHERE, *QUICK, "--yes")
+    assert commands.calls("kubectl", "patch", "rayclusters.ray.io", "llm-abcde")
+    assert commands.objects()["rayclusters.ray.io"] == []
+    assert left(cloud, before) == {}, result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eksctl", "utils"),
+        ("kubectl", "version"),
+        ("kubectl", "get"),
+        ("eksctl", "delete", "nodegroup"),
+        ("eksctl", "delete", "cluster"),
+        ("helm", "list"),
+    ],
+)
+def test_a_step_that_fails_is_made_up_for(
+    cloud: Cloud, commands: Commands, words: tuple[str, ...]
+) -> None:
+    before = planted.everything(cloud)
+    fill(cloud, commands)
+    commands.rule(*words, says="Error: it did not work", times=99)
+    result = run("down", *WHERE, *QUICK, "--yes")
+    assert left(cloud, before) == {}, result.stderr
+    assert "it did not work; going on" in result.stderr
+
+
+def test_a_creation_that_never_finished_goes_too(cloud: Cloud, commands: Commands) -> None:
+    before = planted.everything(cloud)
+    planted.plant(cloud, "ours", cluster=False)
+    result = run("down", *WHERE, *QUICK, "--yes")
+    assert left(cloud, before) == {}, result.stderr
+    assert not commands.calls("kubectl")
+    assert commands.calls("eksctl", "delete", "cluster", "--force")
+
+
+def test_what_only_looks_like_the_clusters_stays(cloud: Cloud, commands: Commands) -> None:
+    planted.plant(cloud, "ours", cluster=False)
+    remove_queue(cloud)
+    logs, ec2, iam = cloud.client("logs"), cloud.client("ec2"), cloud.client("iam")
+    logs.create_log_group(logGroupName="/aws/eks/ours/untagged")
+    shared = {"kubernetes.io/cluster/ours": "shared", "Name": "ours"}
+    vpc = ec2.create_vpc(CidrBlock="10.99.0.0/16", TagSpecifications=planted.marked("vpc", shared))
+    ec2.create_volume(
+        AvailabilityZone=f"{REGION}a",
+        Size=1,
+        TagSpecifications=planted.marked("volume", {"Name": "ours", "team": "ours"}),
+    )
+    namesake = {"alpha.eksctl.io/cluster-name": "ours", "qwen-ray-serve/region": "eu-west-1"}
+    for name, tags in {"there": namesake, "nowhere": {"KubernetesCluster": "ours"}}.items():
+        iam.create_role(
+            RoleName=name, AssumeRolePolicyDocument=planted.TRUST, Tags=planted.pairs(tags)
+        )
+    result = run("down", *WHERE, *QUICK, "--yes", "--json")
+    after = planted.everything(cloud)
+    assert "/aws/eks/ours/untagged" in after["log group"]
+    assert vpc["Vpc"]["VpcId"] in after["VPC"]
+    assert len(after["volume"]) == 1
+    assert {"there", "nowhere"} <= after["role"]
+    # What may be the cluster's is told; what is another's is not.
+    assert result.returncode == 1
+    left = {(found["kind"], found["id"]) for found in json.loads(result.stdout)["left"]}
+    assert left == {("log group", "/aws/eks/ours/untagged"), ("role", "nowhere")}
+
+
+# --- interrupted --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "words",
+    [("kubectl", "delete", "rayservices.ray.io"), ("eksctl", "delete", "cluster")],
+)
+def test_an_interrupted_teardown_is_run_again(
+    cloud: Cloud, commands: Commands, words: tuple[str, ...], number: signal.Signals
+) -> None:
+    before = planted.everything(cloud)
+    fill(cloud, commands)
+    commands.rule(*words, hang=True)
+    with start("down", *WHERE, *QUICK, "--yes") as process:
+        assert wait((commands.folder / "hanging").exists)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted: run the same command again" in said
+    assert "Traceback" not in said
+    assert left(cloud, before)
+    again = run("down", *WHERE, *QUICK, "--yes")
+    assert left(cloud, before) == {}, again.stderr
+
+
+# --- what AWS does not let it do ----------------------------------------------------------------
+
+
+def test_a_missing_permission_is_named_and_costs_only_what_it_protects(
+    cloud: Cloud, commands: Commands
+) -> None:
+    before = planted.everything(cloud)
+    fill(cloud, commands)
+    arn = f"arn:aws:ec2:{REGION}:123456789012:natgateway/*"
+    cloud.faults.deny("ec2:DeleteNatGateway", arn)
+    result = run("down", *WHERE, *QUICK, "--yes", "--json")
+    assert result.returncode == 1
+    proof = json.loads(result.stdout)
+    assert {"action": "ec2:DeleteNatGateway", "resource": arn}.items() <= next(
+        entry for entry in proof["not_removed"] if "NAT gateway" in entry["kind"]
+    ).items()
+    assert f"missing permission: ec2:DeleteNatGateway on {arn}" in result.stderr
+    assert "NAT gateway" in left(cloud, before)
+    assert not {"instance", "volume", "load balancer", "cluster"} & left(cloud, before).keys()
+    cloud.faults.planned.clear()
+    run("down", *WHERE, *QUICK, "--yes")
+    assert left(cloud, before) == {}
+
+
+def test_throttling_is_waited_out(cloud: Cloud, commands: Commands) -> None:
+    before = planted.everything(cloud)
+    planted.plant(cloud, "ours", cluster=False)
+    cloud.faults.throttle("ec2:DeleteVolume", times=2)
+    cloud.faults.throttle("elasticloadbalancing:DeleteTargetGroup", times=1)
+    result = run("down", *WHERE, *QUICK, "--yes")
+    assert left(cloud, before) == {}, result.stderr
+    assert cloud.faults.calls.count("DeleteTargetGroup") == 2
+
+
+def test_what_is_still_in_use_is_tried_again(cloud: Cloud, commands: Commands) -> None:
+    before = planted.everything(cloud)
+    planted.plant(cloud, "ours", cluster=False)
+    from tests.kuberay.cloud import Fault
+
+    said = "resource sg-1 has a dependent object"
+    cloud.faults.planned["DeleteSecurityGroup"] = Fault("DependencyViolation", said, times=4)
+    result = run("down", *WHERE, *QUICK, "--yes")
+    assert "not yet (DependencyViolation)" in result.stderr
+    assert left(cloud, before) == {}, result.stderr
+
+
+# --- what it refuses ----------------------------------------------------------------------------
+
+
+def test_a_cluster_of_somebody_else_is_refused(cloud: Cloud, commands: Commands) -> None:
+    planted.plant(cloud, "ours", cluster=False)
+    cloud.client("eks").create_cluster(
+        name="ours",
+        roleArn="arn:aws:iam::123456789012:role/x",
+        resourcesVpcConfig={},
+        tags={"alpha.eksctl.io/cluster-name": "ours"},
+    )
+    before = planted.everything(cloud)
+    result = run("down", *WHERE, *QUICK, "--yes")
+    assert result.returncode == 2
+    assert "does not carry the tag qwen-ray-serve/cluster=ours" in result.stderr
+    assert planted.everything(cloud) == before
+    assert not commands.calls()
+
+
+def test_without_yes_it_shows_what_would_go_and_changes_nothing(
+    cloud: Cloud, commands: Commands
+) -> None:
+    fill(cloud, commands)
+    before = planted.everything(cloud)
+    result = run("down", *WHERE, *QUICK)
+    assert result.returncode == 2
+    assert "NAT gateway" in result.stderr
+    assert "which cannot be made again" in result.stderr
+    assert "give --yes" in result.stderr
+    assert planted.everything(cloud) == before
+    assert not commands.calls()
+
+
+def test_data_is_kept_where_it_is_asked_to_be(cloud: Cloud, commands: Commands) -> None:
+    before = planted.everything(cloud)
+    fill(cloud, commands)
+    result = run("down", *WHERE, *QUICK, "--yes", "--keep-data")
+    assert result.returncode == 1
+    assert set(left(cloud, before)) == {
+        "file system", "volume", "snapshot", "log group", "image repository", "key",
+    }  # fmt: skip
+    assert "snapshot" in result.stdout
+
+
+@pytest.mark.parametrize("tool", ["eksctl", "kubectl", "helm"])
+def test_a_command_that_is_not_there_is_one_sentence(
+    cloud: Cloud, commands: Commands, tool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = planted.everything(cloud)
+    (commands.folder.parent / "bin" / tool).unlink()
+    monkeypatch.setenv("PATH", str(commands.folder.parent / "bin"))
+    result = run("down", *WHERE, *QUICK, "--yes")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tool} is not on PATH: install {tool}")
+    assert len(result.stderr.splitlines()) == 1
+    assert planted.everything(cloud) == before

@@ -1,0 +1,288 @@
+"""The sweep: it finds one of every kind that a cluster leaves, and nothing of anybody else's."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kuberay import kinds, prices, sweep
+from kuberay.aws import Account
+from kuberay.owned import Owner, regions
+from kuberay.search import Found, parsed
+from kuberay.sweep import Sweep
+from tests.kuberay import planted
+from tests.kuberay.cli import run
+from tests.kuberay.cloud import REGION, Cloud
+
+OWNER = Owner("ours", REGION)
+
+
+@functools.cache
+def account() -> Account:
+    # Its clients take a second to make, and know nothing of a test.
+    return Account(REGION)
+
+
+def swept(name: str = "ours") -> Sweep:
+    return sweep.sweep(account(), Owner(name, REGION))
+
+
+def by_kind(found: Sweep) -> dict[str, list[Found]]:
+    kept: dict[str, list[Found]] = {}
+    for entry in found.left:
+        kept.setdefault(entry.kind, []).append(entry)
+    return kept
+
+
+# --- what is ours -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tags", "owned"),
+    [
+        ({"qwen-ray-serve/cluster": "ours"}, True),
+        ({"alpha.eksctl.io/cluster-name": "ours"}, True),
+        ({"kubernetes.io/cluster/ours": "owned"}, True),
+        ({"elbv2.k8s.aws/cluster": "ours"}, True),
+        # A network that was there before the cluster, and outlives it.
+        ({"kubernetes.io/cluster/ours": "shared"}, False),
+        ({"kubernetes.io/cluster/ours-2": "owned"}, False),
+        ({"kubernetes.io/cluster/other": "owned"}, False),
+        ({"alpha.eksctl.io/cluster-name": "ours-2"}, False),
+        # Ours decides alone.
+        ({"qwen-ray-serve/cluster": "other", "kubernetes.io/cluster/ours": "owned"}, False),
+        ({"Name": "ours"}, False),
+        ({"team": "ours", "cluster": "ours"}, False),
+        ({}, False),
+    ],
+)
+def test_tags_decide_what_is_ours(tags: dict[str, str], owned: bool) -> None:
+    assert OWNER.owns(tags) is owned
+
+
+def test_what_is_global_names_its_region() -> None:
+    assert regions({"qwen-ray-serve/region": "us-west-2"}) == {"us-west-2"}
+    assert regions({}, "oidc.eks.us-east-1.amazonaws.com/id/ABC") == {"us-east-1"}
+    assert regions({}, "token.actions.githubusercontent.com") == set()
+
+
+@pytest.mark.parametrize(
+    ("arn", "parts"),
+    [
+        ("arn:aws:ec2:us-west-2:1:volume/vol-1", ("ec2", "volume", "vol-1")),
+        ("arn:aws:logs:us-west-2:1:log-group:/aws/eks/x", ("logs", "log-group", "/aws/eks/x")),
+        ("arn:aws:sqs:us-west-2:1:queue", ("sqs", "", "queue")),
+        ("arn:aws:s3:::bucket", ("s3", "", "bucket")),
+        ("arn:aws:ecr:us-west-2:1:repository/a/b", ("ecr", "repository", "a/b")),
+    ],
+)
+def test_an_arn_is_taken_apart(arn: str, parts: tuple[str, str, str]) -> None:
+    assert parsed(arn) == parts
+
+
+# --- what is found ------------------------------------------------------------------------------
+
+
+def test_an_account_without_the_cluster_is_clean(cloud: Cloud) -> None:
+    planted.plant(cloud, "other")
+    found = swept()
+    assert found.clean, found.lines()
+    assert found.lines() == [
+        f"ours in {REGION} (account 123456789012): nothing is left; "
+        f"{len(kinds.KINDS)} kinds of things were looked for"
+    ]
+
+
+def test_one_of_every_kind_is_found(cloud: Cloud) -> None:
+    planted.plant(cloud, "other", octet=30)
+    before = planted.everything(cloud)
+    planted.plant(cloud, "ours")
+    found = by_kind(swept())
+    assert set(found) == {kind.name for kind in kinds.KINDS}
+    # What the account holds beside, and the sweep says nothing of, is the other's or free.
+    mine = planted.minus(planted.everything(cloud), before)
+    for kind, entries in found.items():
+        if kind in mine:
+            # The disk of an instance and the main table of a network go with them, without a tag.
+            root = {"volume": 1, "route table": 1}.get(kind, 0)
+            named = {entry.id for entry in entries if entry.tagged}
+            assert named <= mine[kind], kind
+            assert len(named) == len(mine[kind]) - root, kind
+    names = {entry.id + entry.detail for entries in found.values() for entry in entries}
+    assert not [name for name in names if "other" in name]
+
+
+def test_what_is_left_has_its_price(cloud: Cloud) -> None:
+    planted.plant(cloud, "ours")
+    found = by_kind(swept())
+
+    def usd(kind: str) -> float:
+        return sum(entry.usd_per_month or 0 for entry in found[kind])
+
+    assert usd("NAT gateway") == pytest.approx(0.045 * 730)
+    assert usd("instance") == pytest.approx(prices.INSTANCES["g6.xlarge"].usd_per_hour * 730)
+    assert usd("cluster") == pytest.approx(73.0)
+    assert usd("load balancer") == pytest.approx(0.0225 * 730)
+    assert usd("classic load balancer") == pytest.approx(0.025 * 730)
+    assert usd("elastic IP") == pytest.approx(0.005 * 730)
+    assert usd("snapshot") == pytest.approx(100 * 0.05)
+    assert usd("key") == pytest.approx(1.0)
+    assert any(e.usd_per_month == pytest.approx(8.0) for e in found["volume"])
+    (queue,) = found["other"]
+    assert queue.usd_per_month is None
+    total = swept()
+    assert total.usd_per_month == pytest.approx(
+        sum(entry.usd_per_month or 0 for entry in total.left)
+    )
+    assert f"{total.usd_per_month:.2f} $/month" in total.lines()[-1]
+
+
+def test_each_thing_that_is_left_has_the_command_that_removes_it(cloud: Cloud) -> None:
+    planted.plant(cloud, "ours")
+    found = swept()
+    for entry in found.left:
+        command = found.command(entry)
+        if entry.kind == "other":
+            assert command.startswith("#")
+            continue
+        assert entry.id.rpartition("/")[2] in command
+        assert "{" not in command
+        if entry.kind not in ("role", "identity provider"):
+            assert f"--region {REGION}" in command
+
+
+def test_a_namesake_in_another_region_keeps_its_role(cloud: Cloud) -> None:
+    iam = cloud.client("iam")
+    for name, tags in {
+        "here": {"alpha.eksctl.io/cluster-name": "ours", "qwen-ray-serve/region": REGION},
+        "there": {"alpha.eksctl.io/cluster-name": "ours", "qwen-ray-serve/region": "eu-west-1"},
+        "nowhere": {"alpha.eksctl.io/cluster-name": "ours"},
+    }.items():
+        iam.create_role(
+            RoleName=name, AssumeRolePolicyDocument=planted.TRUST, Tags=planted.pairs(tags)
+        )
+    found = {entry.id: entry for entry in by_kind(swept())["role"]}
+    assert set(found) == {"here", "nowhere"}
+    assert (found["here"].tagged, found["nowhere"].tagged) == (True, False)
+
+
+def test_a_log_group_by_name_alone_is_reported_and_is_not_ours_to_remove(cloud: Cloud) -> None:
+    logs = cloud.client("logs")
+    logs.create_log_group(logGroupName="/aws/eks/ours/cluster")
+    logs.create_log_group(logGroupName="/aws/eks/ours-2/cluster")
+    logs.create_log_group(logGroupName="/aws/containerinsights/ours/application")
+    found = by_kind(swept())["log group"]
+    assert {entry.id for entry in found} == {
+        "/aws/eks/ours/cluster",
+        "/aws/containerinsights/ours/application",
+    }
+    assert not any(entry.tagged for entry in found)
+    assert "does not carry the tag" in "\n".join(swept().lines())
+
+
+def test_an_interface_without_a_tag_in_our_network_is_reported(cloud: Cloud) -> None:
+    ec2 = cloud.client("ec2")
+    planted.plant(cloud, "ours", cluster=False)
+    vpc = ec2.describe_vpcs(Filters=[{"Name": "tag:qwen-ray-serve/cluster", "Values": ["ours"]}])
+    inside = [{"Name": "vpc-id", "Values": [vpc["Vpcs"][0]["VpcId"]]}]
+    subnet = ec2.describe_subnets(Filters=inside)["Subnets"][0]["SubnetId"]
+    made = ec2.create_network_interface(SubnetId=subnet, Description="Amazon EKS ours")
+    name = made["NetworkInterface"]["NetworkInterfaceId"]
+    (found,) = [entry for entry in by_kind(swept())["network interface"] if entry.id == name]
+    assert not found.tagged
+    assert "in the cluster's VPC" in found.detail
+
+
+def test_what_is_gone_is_not_left(cloud: Cloud) -> None:
+    planted.plant(cloud, "ours", cluster=False)
+    ec2, kms = cloud.client("ec2"), cloud.client("kms")
+    found = by_kind(swept())
+    ec2.terminate_instances(InstanceIds=[found["instance"][0].id])
+    ec2.delete_nat_gateway(NatGatewayId=found["NAT gateway"][0].id)
+    kms.schedule_key_deletion(KeyId=found["key"][0].id, PendingWindowInDays=7)
+    cloud.client("cloudformation").delete_stack(StackName=found["stack"][0].id)
+    after = by_kind(swept())
+    assert not {"instance", "NAT gateway", "key", "stack"} & set(after)
+
+
+# --- what AWS does not let it see ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("action", "kind"),
+    [
+        ("ec2:DescribeVolumes", "volume"),
+        ("ec2:DescribeNatGateways", "NAT gateway"),
+        ("elasticloadbalancing:DescribeTargetGroups", "target group"),
+        ("ecr:DescribeRepositories", "image repository"),
+        ("iam:GetAccountAuthorizationDetails", "role"),
+        ("elasticfilesystem:DescribeFileSystems", "file system"),
+        ("autoscaling:DescribeAutoScalingGroups", "auto scaling group"),
+    ],
+)
+def test_a_kind_that_may_not_be_looked_at_is_no_proof(cloud: Cloud, action: str, kind: str) -> None:
+    cloud.faults.deny(action)
+    found = swept()
+    assert not found.clean
+    assert not found.left
+    (gap,) = found.gaps
+    assert (gap.kind, gap.action) == (kind, action)
+    assert f"missing permission: {action}" in "\n".join(found.lines())
+
+
+def test_without_the_tag_index_the_other_kinds_are_still_found(cloud: Cloud) -> None:
+    planted.plant(cloud, "ours")
+    cloud.faults.deny("tag:GetResources")
+    found = swept()
+    assert {gap.kind for gap in found.gaps} == {"log group", "key", "other"}
+    assert len(by_kind(found)) == len(kinds.KINDS) - 3
+
+
+def test_throttling_is_waited_out(cloud: Cloud) -> None:
+    planted.plant(cloud, "ours")
+    cloud.faults.throttle("ec2:DescribeVolumes", times=2)
+    cloud.faults.throttle("ecr:DescribeRepositories", times=1)
+    found = swept()
+    assert not found.gaps
+    assert {"volume", "image repository"} <= set(by_kind(found))
+    assert cloud.faults.calls.count("DescribeVolumes") == 3
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_the_report_is_json_and_its_status_says_whether_it_is_clean(
+    cloud: Cloud, tmp_path: Path
+) -> None:
+    planted.plant(cloud, "ours")
+    report = tmp_path / "report.json"
+    where = ("--name", "ours", "--region", REGION)
+    result = run("sweep", *where, "--json", "--report", str(report))
+    assert result.returncode == 1, result.stderr
+    said: dict[str, Any] = json.loads(result.stdout)
+    assert said == {**json.loads(report.read_text()), "swept_at": said["swept_at"]}
+    assert said["clean"] is False
+    assert said["usd_per_month"] > 100
+    assert {entry["kind"] for entry in said["left"]} == set(said["kinds"])
+    assert all(entry["command"] for entry in said["left"])
+    clean = run("sweep", "--name", "nobody", "--region", REGION)
+    assert (clean.returncode, "nothing is left" in clean.stdout) == (0, True), clean.stderr
+
+
+def test_no_credentials_are_one_sentence(cloud: Cloud) -> None:
+    environment = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    result = run("sweep", "--name", "ours", "--region", REGION, **environment)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no AWS credentials")
+    assert "Traceback" not in result.stderr
+
+
+def test_credentials_that_ended_are_one_sentence(cloud: Cloud) -> None:
+    from tests.kuberay.cloud import Fault
+
+    cloud.faults.planned["GetCallerIdentity"] = Fault("ExpiredToken", "The token is expired", 403)
+    result = run("sweep", "--name", "ours", "--region", REGION, AWS_REGION=REGION)
+    assert result.returncode == 2
+    assert "not accepted (ExpiredToken): sign in again" in result.stderr

@@ -1,0 +1,248 @@
+"""The way up: each step in its order, done again without harm, until the model has answered."""
+
+import base64
+import json
+import signal
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import yaml
+
+from kuberay import up
+from kuberay.ttl import Ttl
+from tests.kuberay import planted
+from tests.kuberay.cli import run, start
+from tests.kuberay.cloud import REGION, Cloud
+from tests.kuberay.conftest import Commands
+from tests.kuberay.test_preflight import push
+from tests.server import wait
+
+WHERE = ("--name", "ours", "--region", REGION)
+
+
+@pytest.fixture
+def account(cloud: Cloud, kustomize: Commands, monkeypatch: pytest.MonkeyPatch) -> Cloud:
+    """An account that is ready."""
+    push(cloud)
+    for code in ("L-1216C47A", "L-DB2E81BA", "L-3819A6DF"):
+        cloud.extras.quotas[code] = 256.0
+    monkeypatch.setattr(up, "_POLL_S", 0.05)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("QWEN_API_KEYS", raising=False)
+    return cloud
+
+
+def tags(cloud: Cloud) -> dict[str, str]:
+    found: dict[str, str] = cloud.client("eks").describe_cluster(name="ours")["cluster"]["tags"]
+    return found
+
+
+def first(text: str) -> dict[str, Any]:
+    """The first document of what kubectl was given."""
+    found: dict[str, Any] = next(iter(yaml.safe_load_all(text)))
+    return found["items"][0] if found["kind"] == "List" else found
+
+
+def test_from_nothing_to_an_answer_and_back(account: Cloud, commands: Commands) -> None:
+    before = planted.everything(account)
+    result = run("up", *WHERE, "--yes", "--ttl-hours", "4", "--on-expiry", "down")
+    assert (result.returncode, result.stdout) == (0, "Hello from Qwen2.5-7B-Instruct\n"), (
+        result.stderr
+    )
+    assert "$/hour" in result.stderr
+    assert "waits for its workers" in result.stderr
+    steps = [line[4:] for line in result.stderr.splitlines() if line.startswith("==> ")]
+    assert [line for line in steps if ":" not in line] == [
+        "cluster", "plugin", "operator", "secrets", "manifests", "answer",
+    ]  # fmt: skip
+    # What teardown goes by, on the cluster and on the logs.
+    limit = Ttl.of(tags(account))
+    assert limit.action == "down"
+    assert limit.hours_left(datetime.now(UTC)) == pytest.approx(4, abs=0.1)
+    assert tags(account)["qwen-ray-serve/cluster"] == "ours"
+    assert tags(account)["qwen-ray-serve/region"] == REGION
+    made = planted.minus(planted.everything(account), before)
+    assert made["log group"] == {"/aws/eks/ours/cluster", "/aws/eks/ours/ray"}
+    # And down again: what up made, down removes.
+    down = run("down", *WHERE, "--yes", "--pause", "0.05", "--patience", "1")
+    assert down.returncode == 0, down.stdout
+    assert planted.everything(account) == before
+
+
+def test_the_order_is_that_of_what_needs_what(account: Cloud, commands: Commands) -> None:
+    run("up", *WHERE, "--yes")
+    order = [
+        ("eksctl", "create", "cluster"),
+        ("helm", "upgrade", "nvidia-device-plugin"),
+        ("helm", "show", "crds"),
+        ("helm", "upgrade", "kuberay-operator"),
+        ("kubectl", "port-forward"),
+    ]
+    calls = commands.calls()
+    places = [calls.index(commands.calls(*words)[0]) for words in order]
+    assert places == sorted(places), calls
+    # The CRDs are applied before the operator that needs them.
+    kinds = [first(text)["kind"] for text in commands.inputs("kubectl", "apply")]
+    assert kinds[0] == "CustomResourceDefinition"
+    assert kinds[1:4] == ["Namespace", "Secret", "Secret"]
+    operator = commands.calls("helm", "upgrade", "kuberay-operator")[0]
+    assert "--version 1.7.0" in operator
+    assert "--skip-crds" in operator
+
+
+def test_the_manifests_are_those_of_this_account_and_cluster(
+    account: Cloud, commands: Commands
+) -> None:
+    run("up", *WHERE, "--yes", "--overlay", "tp2", "--bucket", "qwen-ray-serve-weights")
+    applied = json.loads(commands.inputs("kubectl", "apply")[-1])["items"]
+    documents = {(each["kind"], each["metadata"]["name"]): each for each in applied}
+    assert documents["ConfigMap", "cluster"]["data"] == {"name": "ours", "region": REGION}
+    service = documents["RayService", "qwen"]["spec"]
+    head = service["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    registry = f"123456789012.dkr.ecr.{REGION}.amazonaws.com"
+    assert head["image"] == f"{registry}/qwen-ray-serve:0.1.0"
+    args = yaml.safe_load(service["serveConfigV2"])["applications"][0]["args"]
+    assert args["model"] == "s3://qwen-ray-serve-weights/Qwen/Qwen2.5-14B-Instruct"
+    config = yaml.safe_load(commands.inputs("eksctl", "create", "cluster")[0])
+    assert (config["metadata"]["name"], config["metadata"]["region"]) == ("ours", REGION)
+
+
+def test_secrets_are_made_once_and_are_in_no_command_line(
+    account: Cloud, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_API_KEYS", "sk-one, sk-two")
+    monkeypatch.setenv("HF_TOKEN", "hf-secret")
+    first = run("up", *WHERE, "--yes")
+    assert first.returncode == 0, first.stderr
+
+    def held() -> dict[str, dict[str, str]]:
+        found = commands.objects()["secrets"]
+        return {
+            each["metadata"]["name"]: {
+                key: base64.b64decode(value).decode() for key, value in each["data"].items()
+            }
+            for each in found
+        }
+
+    secrets = held()
+    assert secrets["qwen-api-keys"] == {"keys": "sk-one\nsk-two\n"}
+    assert secrets["qwen-hub"] == {"HF_TOKEN": "hf-secret"}
+    assert len(secrets["qwen-redis"]["password"]) > 30
+    # Run again, with other values: what is there stays, and the answer still comes.
+    monkeypatch.setenv("QWEN_API_KEYS", "sk-three")
+    second = run("up", *WHERE, "--yes")
+    assert second.returncode == 0, second.stderr
+    assert held() == secrets
+    words = "\n".join(commands.calls()) + first.stderr + second.stderr + first.stdout
+    for value in ("sk-one", "hf-secret", secrets["qwen-redis"]["password"]):
+        assert value not in words
+
+
+def test_without_keys_one_is_made_up(account: Cloud, commands: Commands) -> None:
+    assert run("up", *WHERE, "--yes").returncode == 0
+    (keys,) = [e for e in commands.objects()["secrets"] if e["metadata"]["name"] == "qwen-api-keys"]
+    assert base64.b64decode(keys["data"]["keys"]).decode().startswith("sk-")
+
+
+def test_a_failed_check_stops_it_before_anything_is_made(
+    account: Cloud, commands: Commands
+) -> None:
+    account.extras.quotas["L-DB2E81BA"] = 0.0
+    before = planted.everything(account)
+    result = run("up", *WHERE, "--yes")
+    assert (result.returncode, planted.everything(account)) == (1, before)
+    assert "FAIL  quota G" in result.stderr
+    assert not commands.calls("eksctl")
+
+
+def test_without_yes_the_cost_is_shown_and_nothing_is_made(
+    account: Cloud, commands: Commands
+) -> None:
+    result = run("up", *WHERE)
+    assert result.returncode == 2
+    assert "$/hour until `make eks-down`" in result.stderr
+    assert not commands.calls("eksctl")
+
+
+def test_a_cluster_that_is_there_is_gone_on_with(account: Cloud, commands: Commands) -> None:
+    assert run("up", *WHERE, "--yes", "--ttl-hours", "1").returncode == 0
+    result = run("up", *WHERE, "--yes", "--ttl-hours", "9")
+    assert result.returncode == 0, result.stderr
+    assert len(commands.calls("eksctl", "create", "cluster")) == 1
+    assert commands.calls("eksctl", "create", "nodegroup")
+    assert Ttl.of(tags(account)).hours_left(datetime.now(UTC)) == pytest.approx(9, abs=0.1)
+
+
+def test_a_service_that_never_gets_ready_says_what_is_missing(
+    account: Cloud, commands: Commands
+) -> None:
+    pod = {
+        "metadata": {"name": "qwen-worker-1", "namespace": "qwen"},
+        "status": {
+            "conditions": [
+                {
+                    "type": "PodScheduled",
+                    "status": "False",
+                    "message": "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.",
+                }
+            ]
+        },
+    }
+    commands.hold(pods=[pod])
+    result = run("up", *WHERE, "--yes", "--wait", "0")
+    assert result.returncode == 2
+    assert "is not ready after 0 s: qwen-worker-1: 0/2 nodes are available" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_way_up_is_gone_on_with(
+    account: Cloud, commands: Commands, number: signal.Signals
+) -> None:
+    commands.rule("helm", "upgrade", "kuberay-operator", hang=True)
+    with start("up", *WHERE, "--yes") as process:
+        assert wait((commands.folder / "hanging").exists)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    result = run("up", *WHERE, "--yes")
+    assert result.returncode == 0, result.stderr
+    assert len(commands.calls("eksctl", "create", "cluster")) == 1
+
+
+def test_what_eksctl_says_last_is_told(account: Cloud, commands: Commands) -> None:
+    commands.rule("eksctl", "create", says="Error: no capacity for m7i.xlarge")
+    result = run("up", *WHERE, "--yes")
+    assert result.returncode == 2
+    assert "error: `eksctl create cluster` failed: Error: no capacity" in result.stderr
+
+
+def test_status_of_what_is_up(account: Cloud, commands: Commands) -> None:
+    run("up", *WHERE, "--yes")
+    result = run("status", *WHERE, "--json")
+    said = json.loads(result.stdout)
+    assert (result.returncode, said["problems"]) == (0, []), result.stdout
+    assert said["state"] == "ACTIVE"
+    assert [service["ready"] for service in said["services"]] == [True]
+    assert {group["name"] for group in said["groups"]} >= {"cpu", "gpu"}
+    assert said["usd_per_hour"] >= 0.10
+    assert "RayService qwen/qwen: ready" in run("status", *WHERE).stdout
+
+
+def test_status_of_nothing_is_a_problem(account: Cloud, commands: Commands) -> None:
+    result = run("status", *WHERE)
+    assert result.returncode == 1
+    assert "there is no such cluster" in result.stdout
+
+
+def test_status_of_a_cluster_that_does_not_answer_still_has_its_bill(
+    account: Cloud, commands: Commands
+) -> None:
+    planted.plant(account, "ours")
+    commands.rule("kubectl", "version", says="Unable to connect to the server", times=9)
+    result = run("status", *WHERE)
+    assert result.returncode == 1
+    assert "could not be asked" in result.stdout
+    assert "g6.xlarge, running" in result.stdout
+    assert "$/hour now" in result.stdout

@@ -1,0 +1,189 @@
+"""What a machine is made to serve: parallelism, keys in the three modes, ports, time limits."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import choice
+from choice import Choice
+from serve_app.errors import ConfigError
+from serve_app.hardware import Gpu
+from serve_app.settings import Settings
+from tests.runpod.test_cache import cached
+from tests.server import ROOT
+
+CONFIG = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+L4 = Gpu("NVIDIA L4", 23034 * 2**20, 23034 * 2**20, (8, 9))
+H100 = Gpu("NVIDIA H100", 81559 * 2**20, 81559 * 2**20, (9, 0))
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No model hub; a volume in a folder."""
+
+    def fetch(model: str, revision: str | None, folder: Path) -> Path:
+        return cached(folder, model)
+
+    monkeypatch.setattr(choice.cache, "fetch", fetch)
+    (tmp_path / "volume").mkdir()
+    return tmp_path / "volume"
+
+
+def chosen(hub: Path, gpus: tuple[Gpu, ...] = (), **environ: str) -> Choice:
+    environ = {"BASE_PATH": str(hub), "API_KEYS": "k1,k2", **environ}
+    return choice.choose(CONFIG, environ, gpus)
+
+
+def args(found: Choice) -> Mapping[str, Any]:
+    result: Mapping[str, Any] = found.config["applications"][0]["args"]
+    Settings.parse(result)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "parallel", "replicas"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", 1, 1, 1),
+        ("Qwen/Qwen2.5-7B-Instruct", 8, 1, 8),
+        ("Qwen/Qwen2.5-14B-Instruct", 4, 2, 2),
+        # 14 heads: 4 and 8 do not divide them, and one holds it.
+        ("Qwen/Qwen2.5-0.5B-Instruct", 4, 1, 4),
+        ("Qwen/Qwen2.5-32B-Instruct", 8, 4, 2),
+        ("Qwen/Qwen2.5-32B-Instruct", 6, 4, 1),
+    ],
+)
+def test_the_fewest_gpus_that_hold_it_and_as_many_replicas_as_fit(
+    hub: Path, model: str, gpus: int, parallel: int, replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The configurations of the published models; the folder of the test has none.
+    from serve_app import plan
+
+    monkeypatch.setattr(plan, "shape_of", lambda folder: plan.QWEN25[model])
+    found = chosen(hub, (L4,) * gpus, MODEL_NAME=model)
+    assert args(found)["tensor_parallel_size"] == parallel
+    assert found.settings.replicas.max == replicas
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_nearest(hub: Path) -> None:
+    small = Gpu("small", 2**30, 2**30, (8, 0))
+    with pytest.raises(ConfigError, match=r"needs .* GiB on each of"):
+        chosen(hub, (small, small))
+
+
+def test_what_is_asked_for_stays(hub: Path) -> None:
+    found = chosen(hub, (H100,) * 8, MODEL_NAME="o/m", REPLICAS="2", TENSOR_PARALLEL_SIZE="4")
+    assert args(found)["tensor_parallel_size"] == 4
+    assert found.settings.replicas.max == 2
+
+
+def test_a_replica_that_needs_two_machines_is_refused(hub: Path) -> None:
+    with pytest.raises(ConfigError, match="does not fit one machine with 2"):
+        chosen(
+            hub,
+            (H100, H100),
+            MODEL_NAME="o/m",
+            PIPELINE_PARALLEL_SIZE="2",
+            TENSOR_PARALLEL_SIZE="2",
+        )
+
+
+# --- keys -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [None, "", " , "])
+def test_a_pod_without_keys_does_not_start(hub: Path, keys: str | None) -> None:
+    environ = {"BASE_PATH": str(hub)} | ({} if keys is None else {"API_KEYS": keys})
+    with pytest.raises(ConfigError, match="a pod's address is public"):
+        choice.choose(CONFIG, environ, ())
+
+
+def test_no_setting_opens_a_pod(hub: Path) -> None:
+    with pytest.raises(ConfigError, match="a pod's address is public"):
+        chosen(hub, API_KEYS="", SERVE_ARGS="{allow_unauthenticated_network: true}")
+
+
+def test_a_pod_with_keys_asks_for_them(hub: Path) -> None:
+    found = chosen(hub)
+    assert found.mode == "pod"
+    assert args(found)["api_keys"]["env"] == "API_KEYS"
+    assert found.key == "k1"
+    assert found.config["http_options"]["host"] == "0.0.0.0"
+
+
+def test_keys_can_be_in_a_file(hub: Path) -> None:
+    file = hub / "keys"
+    file.write_text("# ours\nfrom-file\n")
+    environ = {"BASE_PATH": str(hub), "SERVE_ARGS": f"{{api_keys: {{file: {file}}}}}"}
+    assert choice.choose(CONFIG, environ, ()).key == "from-file"
+
+
+def test_a_load_balancer_may_go_without_and_says_so(hub: Path) -> None:
+    environ = {"BASE_PATH": str(hub), "SERVE_MODE": "load_balancer"}
+    found = choice.choose(CONFIG, environ, ())
+    assert args(found)["allow_unauthenticated_network"] is True
+    assert any("no API_KEYS" in line for line in found.said)
+    found = choice.choose(CONFIG, {**environ, "API_KEYS": "k"}, ())
+    assert args(found)["api_keys"]["env"] == "API_KEYS"
+    assert args(found)["allow_unauthenticated_network"] is False
+    # Named and empty: nobody gets in, rather than everybody.
+    found = choice.choose(CONFIG, {**environ, "API_KEYS": ""}, ())
+    assert args(found)["api_keys"]["env"] == "API_KEYS"
+    assert args(found)["allow_unauthenticated_network"] is False
+
+
+def test_a_queue_is_reached_from_its_machine_alone(hub: Path) -> None:
+    found = chosen(hub, SERVE_MODE="queue")
+    assert found.config["http_options"]["host"] == "127.0.0.1"
+    assert "api_keys" not in args(found)
+    assert found.key is None
+
+
+# --- the rest -------------------------------------------------------------------------------
+
+
+def test_the_name_of_a_cached_model_is_its_hub_id(hub: Path) -> None:
+    folder = cached(hub / "huggingface-cache" / "hub", "org/model")
+    found = chosen(hub, MODEL_NAME="org/model")
+    assert args(found)["model"] == str(folder)
+    assert found.served_model_name == "org/model"
+    assert found.offline
+    assert not chosen(hub, MODEL_NAME="org/model", TOKENIZER_NAME="org/other").offline
+
+
+def test_a_folder_is_left_where_it_is(hub: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    found = chosen(hub, MODEL_NAME=str(tmp_path / "mine"))
+    assert args(found)["model"] == str(tmp_path / "mine")
+    assert found.served_model_name == "mine"
+
+
+def test_a_stop_fits_into_its_grace(hub: Path) -> None:
+    assert args(chosen(hub, STOP_GRACE_S="30"))["drain_s"] == 15
+    assert args(chosen(hub, SERVE_ARGS="{drain_s: 3.0}"))["drain_s"] == 3
+
+
+def test_an_answer_ends_before_the_balancer_cuts_it(hub: Path) -> None:
+    found = chosen(hub, SERVE_MODE="load_balancer")
+    assert found.settings.limits.request_timeout_s == 320
+    assert chosen(hub).settings.limits.request_timeout_s == 600
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        ({"SERVE_MODE": "podd"}, "SERVE_MODE = 'podd'.* did you mean 'pod'"),
+        ({"PORT": "8001"}, "PORT_HEALTH = 8001: must differ from PORT"),
+        ({"PORT": "http"}, "PORT = 'http': must be a port"),
+        ({"STOP_GRACE_S": "5"}, "STOP_GRACE_S = '5': must be"),
+        ({"MAX_MODEL_LEN": "8192", "SERVE_ARGS": "{limit: {}}"}, "did you mean 'limits'"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(
+    hub: Path, environ: dict[str, str], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        chosen(hub, **environ)

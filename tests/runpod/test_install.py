@@ -1,0 +1,146 @@
+"""The image: its steps, run on this machine, and the Dockerfile that calls them."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.server import ROOT
+
+STEPS = ROOT / "runpod" / "install.sh"
+DOCKERFILE = ROOT / "runpod" / "Dockerfile"
+
+
+def copied() -> list[str]:
+    """What the Dockerfile copies of the repository, as it names it."""
+    lines = re.findall(r"^COPY (.+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    return sorted({word for line in lines for word in line.split()[:-1]})
+
+
+@pytest.fixture(scope="module")
+def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is in the image: the Dockerfile's files, and the packages of this environment."""
+    root = tmp_path_factory.mktemp("image") / "app"
+    for name in copied():
+        source, target = ROOT / name, root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "results", "*.egg-info")
+            shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, target)
+    venv = root.parent / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    # The step before it fetches several GB. These packages, which that step pins, stand for them.
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    packages = Path(sysconfig.get_paths()["scripts"])
+    for command in ("ray", "serve"):
+        script = (packages / command).read_text()
+        (venv / "bin" / command).write_text(
+            script.replace(script.splitlines()[0], f"#!{venv}/bin/python")
+        )
+        (venv / "bin" / command).chmod(0o755)
+    return root
+
+
+def run(application: Path, *steps: str) -> "subprocess.CompletedProcess[str]":
+    prefix = application.parent
+    return subprocess.run(
+        [str(application / "runpod" / "install.sh"), *steps],
+        env={"PATH": "/usr/bin:/bin", "PREFIX": str(prefix), "LINKS": str(prefix / "bin")},
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_application_is_installed_and_checked(application: Path) -> None:
+    pytest.importorskip("runpod.serverless", reason="Runpod's SDK is not installed")
+    result = run(application, "application", "check")
+    assert result.returncode == 0, result.stdout
+    assert "BAD" not in result.stdout
+    assert "Runpod SDK" in result.stdout
+    links = application.parent / "bin"
+    # A login shell has no PATH but its own, and still finds Ray.
+    found = subprocess.run(
+        ["bash", "-lc", f"PATH={links}:/usr/bin:/bin; ray --version && command -v python serve"],
+        env={},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "2.60.0" in found.stdout
+    # The commands import this copy, and the script beside it kept its mode.
+    code = "import serve_app; print(serve_app.__file__)"
+    where = subprocess.run(
+        [str(links / "python"), "-c", code], cwd="/", capture_output=True, text=True, check=True
+    )
+    assert Path(where.stdout.strip()).parent == application / "serve_app"
+    assert (application / "serve_app" / "haproxy").stat().st_mode & 0o111
+
+
+def test_a_check_fails_where_a_package_is_missing(application: Path) -> None:
+    (extra,) = application.parent.glob("venv/lib/python*/site-packages/packages.pth")
+    content = extra.read_text()
+    extra.write_text("")
+    try:
+        assert run(application, "check").returncode != 0
+    finally:
+        extra.write_text(content)
+
+
+def test_an_unknown_step_is_refused(application: Path) -> None:
+    result = run(application, "everything")
+    assert result.returncode == 2
+    assert "no step everything" in result.stdout
+
+
+def test_every_step_is_in_the_image_and_no_weights_are() -> None:
+    text = DOCKERFILE.read_text()
+    steps = re.findall(r"^RUN runpod/install\.sh (.+)$", text, re.MULTILINE)
+    assert " ".join(steps).split() == ["system", "python", "application", "check"]
+    assert not re.search(r"MODEL|huggingface", text)
+    # Only the scripts of a step before the layer that they make, so that it is kept.
+    assert text.index("constraints-gpu.txt") < text.index("system python") < text.index("serve_app")
+
+
+def test_every_package_of_the_project_is_in_the_image() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(project["tool"]["setuptools"]["packages"]) <= set(copied())
+
+
+def test_what_the_image_needs_is_not_ignored() -> None:
+    lines = (ROOT / "runpod" / "Dockerfile.dockerignore").read_text().splitlines()
+    kept = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    assert {name.split("/")[0] for name in copied()} <= kept
+    assert lines[0] == "*"
+
+
+def test_the_container_is_not_root() -> None:
+    user = re.findall(r"^USER (\S+)$", DOCKERFILE.read_text(), re.MULTILINE)[-1]
+    assert int(user) > 0
+    assert f"useradd --uid {user} --create-home" in STEPS.read_text()
+
+
+def test_the_dockerfile_is_clean() -> None:
+    hadolint = shutil.which("hadolint", path=sysconfig.get_paths()["scripts"])
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    result = subprocess.run(
+        [hadolint, str(DOCKERFILE)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_shell_script_is_clean() -> None:
+    result = subprocess.run(["bash", "-n", str(STEPS)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,359 @@
+"""`python runpod/start.py`, run for real: what is seen from outside, from its start to its end."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from bench.overhead import apart
+from tests.runpod import hub, job_server, rest_server
+from tests.runpod.conftest import FOLDER
+from tests.runpod.rest_server import Rest
+from tests.server import ROOT, wait
+
+PORT = 8860
+HUB, JOBS, REST = 8868, 8869, 8870
+MODEL = "org/tiny"
+TOKENS = 3000
+PROMPT = "The quick brown fox jumps over the lazy dog, and then it"
+# Two cores hold the engine, its front end, Ray and the test.
+ENGINE = {
+    "BLOCK_SIZE": "32",
+    "KV_CACHE_MEMORY_BYTES": str(2**28),
+    "MAX_MODEL_LEN": "4096",
+    "MAX_NUM_SEQS": "8",
+}
+_START_S = 240.0
+
+
+@dataclass
+class Started:
+    """A running start.py, with every status that its health port had."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    statuses: list[int] = field(default_factory=list)
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def watch(self) -> None:
+        """Note each change of the health port until there is none any more."""
+        seen = False
+        while self.process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                status = httpx.get(f"http://127.0.0.1:{PORT + 1}/ping", timeout=5).status_code
+                seen = True
+                if self.statuses[-1:] != [status]:
+                    self.statuses.append(status)
+            if not seen and self.process.poll() is not None:
+                return
+            time.sleep(0.1)
+
+    @property
+    def status(self) -> int | None:
+        return self.statuses[-1] if self.statuses else None
+
+    def ready(self) -> bool:
+        wait(lambda: self.status == 200 or self.process.poll() is not None, _START_S)
+        return self.status == 200
+
+    def stop(self, timeout_s: float = 120) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout_s)
+
+
+@contextlib.contextmanager
+def started(folder: Path, **environ: str) -> Iterator[Started]:
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("RAY_", "RUNPOD_", "HF_", "API_", "TRANSFORMERS_"))
+    }
+    ports = {"PORT": str(PORT), "PORT_HEALTH": str(PORT + 1)}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HOME": str(folder / "home")}
+    # The application beside start.py, whichever is installed.
+    own["PYTHONPATH"] = str(ROOT)
+    log = folder / f"{len(list(folder.iterdir()))}.log"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(FOLDER / "start.py")],
+            cwd=ROOT,
+            env=inherited | own | ports | apart(PORT) | environ,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    running = Started(process, log)
+    watcher = threading.Thread(target=running.watch, daemon=True)
+    watcher.start()
+    try:
+        yield running
+    finally:
+        if process.poll() is None:
+            try:
+                running.stop()
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        watcher.join(10)
+
+
+def family() -> list[psutil.Process]:
+    """Every process on this machine that a start.py of these tests has left."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            mine = process.environ().get("RAY_TMPDIR") == f"/tmp/ray-{PORT}"
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+class Stream(threading.Thread):
+    """A stream in the background, and how it ended."""
+
+    def __init__(self, tokens: int = TOKENS) -> None:
+        super().__init__(daemon=True)
+        self._body = {
+            "model": MODEL,
+            "prompt": PROMPT,
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        self.began = threading.Event()
+        self.tokens: int | None = None
+        self.done = False
+        self.error: str | None = None
+        self.start()
+        assert self.began.wait(60), "no stream"
+
+    def run(self) -> None:
+        url = f"http://127.0.0.1:{PORT}/v1/completions"
+        headers = {"x-api-key": "ours"}
+        try:
+            with httpx.stream("POST", url, json=self._body, headers=headers, timeout=120) as answer:
+                for line in answer.iter_lines():
+                    self.began.set()
+                    self.done = self.done or line == "data: [DONE]"
+                    if line.startswith("data: {"):
+                        usage = json.loads(line.removeprefix("data: ")).get("usage")
+                        self.tokens = usage["completion_tokens"] if usage else self.tokens
+        except httpx.HTTPError as error:
+            self.error = repr(error)
+
+
+def asked(headers: dict[str, str], path: str = "/v1/models") -> int:
+    return httpx.get(f"http://127.0.0.1:{PORT}{path}", headers=headers, timeout=30).status_code
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network volume: empty at first, and warm for the second start."""
+    return tmp_path_factory.mktemp("volume")
+
+
+# --- a load balancer's worker, on an empty volume -------------------------------------------
+
+
+def test_a_worker_from_loading_to_the_end(tiny: Path, volume: Path, tmp_path: Path) -> None:
+    with hub.serving(HUB, MODEL, tiny) as models:
+        environ = {
+            "SERVE_MODE": "load_balancer",
+            "MODEL_NAME": MODEL,
+            "BASE_PATH": str(volume),
+            "HF_ENDPOINT": models.url,
+            "API_KEYS": "ours,theirs",
+            "SWAP_SPACE": "4",
+            **ENGINE,
+        }
+        with started(tmp_path, **environ) as server:
+            assert server.ready(), server.output()
+            assert server.statuses == [204, 200]
+            # To the volume, and each file once.
+            assert "model.safetensors" in models.fetched
+            assert len(models.fetched) == len(set(models.fetched))
+            assert (volume / "huggingface-cache" / "hub" / "models--org--tiny").is_dir()
+            _says_what_it_chose(server.output())
+            _asks_for_keys()
+            _says_when_no_replica_is_well(server)
+            stream = Stream()
+            server.process.send_signal(signal.SIGTERM)
+            assert wait(lambda: server.status == 503)
+            assert stream.is_alive(), "the stream was too short to tell"
+            assert server.process.wait(120) == 0, server.output()
+            stream.join(10)
+            assert (stream.error, stream.done, stream.tokens) == (None, True, TOKENS)
+    assert family() == []
+    assert "killing process" not in server.output()
+    # Ray's own files were shown.
+    assert "[raylet.out]" in server.output() or "[gcs_server.out]" in server.output()
+
+
+def _says_what_it_chose(output: str) -> None:
+    assert "warning: SWAP_SPACE is ignored: use KV_OFFLOADING_SIZE" in output
+    assert "load_balancer: org/tiny on no GPU: 1 replica(s), tensor_parallel_size 1" in output
+    assert "/dev/shm: " in output
+    assert "ready: an answer was generated" in output
+
+
+def _asks_for_keys() -> None:
+    runpod = {"Authorization": "Bearer rpa_runpods_own"}
+    assert asked({}) == 401
+    assert asked(runpod) == 401
+    assert asked({**runpod, "x-api-key": "ours"}) == 200
+    assert asked({"x-api-key": "theirs"}) == 200
+    assert asked({}, "/health") == 200
+
+
+def _says_when_no_replica_is_well(server: Started) -> None:
+    (replica,) = [p for p in family() if any("ServeReplica" in word for word in p.cmdline())]
+    replica.kill()
+    assert wait(lambda: server.status == 503), server.output()
+    assert wait(lambda: server.status == 200, _START_S), server.output()
+    assert server.statuses == [204, 200, 503, 200]
+
+
+# --- a queue's worker, on the volume that is warm now ---------------------------------------
+
+
+def metric(name: str) -> float:
+    answer = httpx.get(f"http://127.0.0.1:{PORT}/metrics", timeout=30)
+    lines = answer.raise_for_status().text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+
+def completion(tokens: int, **more: Any) -> Any:
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, **more}
+    return {"openai_route": "/v1/completions", "openai_input": body}
+
+
+@pytest.mark.slow
+def test_a_queue_worker_without_the_hub(volume: Path, tmp_path: Path) -> None:
+    pytest.importorskip("runpod.serverless", reason="Runpod's SDK is not installed")
+    if not (volume / "huggingface-cache").is_dir():
+        pytest.skip("the first start did not fill the volume")
+    environ = {
+        "SERVE_MODE": "queue",
+        "MODEL_NAME": MODEL,
+        "BASE_PATH": str(volume),
+        # Nobody is there: a start that asks does not come up.
+        "HF_ENDPOINT": f"http://127.0.0.1:{HUB}",
+        **ENGINE,
+    }
+    with (
+        job_server.serving(JOBS) as jobs,
+        started(tmp_path, **environ, **jobs.environment()) as server,
+    ):
+        assert server.ready(), server.output()
+        assert "org/tiny: in the cache, " in server.output()
+        done = jobs.over(jobs.submit(completion(8)))
+        assert done["output"][0]["usage"]["completion_tokens"] == 8
+        assert jobs.over(jobs.submit({"openai_route": "/v1/models"}))["output"][0]["data"]
+
+        unknown = {"openai_route": "/v1/completions", "openai_input": {"model": "x", "prompt": "y"}}
+        assert json.loads(jobs.over(jobs.submit(unknown))["error"])["status"] == 404
+
+        # One that is cancelled: its work is aborted, and nothing runs any more.
+        job = jobs.submit(completion(TOKENS, stream=True, n=4))
+        assert jobs.wait(lambda: len(job.stream) > 0)
+        assert metric("vllm:num_requests_running") > 0
+        jobs.cancel(job)
+        assert wait(lambda: metric("vllm:num_requests_running") == 0)
+        assert job.done is None
+
+        # One in flight at the end is finished.
+        job = jobs.submit(completion(1500, stream=True))
+        assert jobs.wait(lambda: len(job.stream) > 0)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(120) == 0, server.output()
+        assert job.done is not None, server.output()
+        assert job.text.endswith("data: [DONE]\n\n")
+        assert server.statuses == [204, 200, 503]
+    assert family() == []
+
+
+# --- what does not start --------------------------------------------------------------------
+
+
+@pytest.fixture
+def rest() -> Iterator[Rest]:
+    if not rest_server.SCHEMA.is_file():
+        pytest.skip("Runpod's schema is not in ../shared")
+    with rest_server.serving(REST) as server:
+        yield server
+
+
+def test_a_pod_without_keys_stops_itself(rest: Rest, tmp_path: Path) -> None:
+    pod = rest.account.add("pods", name="mine")
+    environ = {
+        "RUNPOD_POD_ID": pod,
+        "RUNPOD_API_KEY": rest_server.KEY,
+        "RUNPOD_API_URL": rest.url,
+        "MODEL_NAME": MODEL,
+    }
+    with started(tmp_path, **environ) as server:
+        assert wait(lambda: rest.account.things["pods"][pod]["status"] == "EXITED")
+        assert "a pod's address is public" in server.output()
+        # Until Runpod ends it, it says what it is: an end of its own would be a new start.
+        assert wait(lambda: server.status == 503)
+        assert server.stop() == 2
+    assert rest.account.violations == []
+
+
+def test_a_worker_that_cannot_start_tries_so_often_and_ends(tmp_path: Path) -> None:
+    environ = {
+        "SERVE_MODE": "load_balancer",
+        "MODEL_NAME": MODEL,
+        "BASE_PATH": str(tmp_path),
+        "HF_ENDPOINT": f"http://127.0.0.1:{HUB}",
+        "MAX_START_FAILURES": "2",
+        "RUNPOD_ENDPOINT_ID": "endpoint",
+        "RUNPOD_POD_ID": "worker",
+    }
+    with started(tmp_path, **environ) as server:
+        assert server.process.wait(120) == 1, server.output()
+    output = server.output()
+    assert output.count("failed: org/tiny cannot be fetched") == 2
+    assert "start 2 of 2 failed" in output
+    assert "Traceback" not in output
+    assert family() == []
+
+
+def test_a_worker_that_still_fetches_ends_at_once(tmp_path: Path) -> None:
+    environ = {
+        "SERVE_MODE": "load_balancer",
+        "MODEL_NAME": MODEL,
+        "BASE_PATH": str(tmp_path),
+        "HF_ENDPOINT": f"http://127.0.0.1:{HUB}",
+    }
+    # It takes the connection, and never answers.
+    with socket.create_server(("127.0.0.1", HUB)), started(tmp_path, **environ) as server:
+        assert wait(lambda: "fetching to" in server.output())
+        assert wait(lambda: server.status == 204)
+        assert server.stop(10) == 0
+    assert family() == []
+
+
+def test_a_value_to_mend_is_not_tried_again(tmp_path: Path) -> None:
+    environ = {"API_KEYS": "k", "ENFORCE_EAGER": "perhaps", "RUNPOD_ENDPOINT_ID": "endpoint"}
+    with started(tmp_path, **environ) as server:
+        assert server.process.wait(60) == 2
+    assert "error: ENFORCE_EAGER = 'perhaps': must be true or false" in server.output()
+    assert "failed" not in server.output()

@@ -1,0 +1,111 @@
+"""Processes that are called as those of a Ray Serve application are, and do nothing else.
+
+    python -m tests.services.fleet --replicas 2 --start-s 0.5
+
+Each replica has an engine below it, listens once it has started, ends when its engine ends, and is
+replaced by the process that was started. What it answers is 404, as a replica with a secret does.
+"""
+
+import argparse
+import contextlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from setproctitle import setproctitle
+
+ROOT = Path(__file__).parents[2]
+REPLICA, ENGINE = "ray::ServeReplica:llm:engine", "VLLM::EngineCore"
+_LOOK_S = 0.05
+
+
+@contextlib.contextmanager
+def running(
+    replicas: int = 2, start_s: float = 0.0, session: str = "", title: str = REPLICA
+) -> Iterator[psutil.Process]:
+    """A fleet; with a session, below a process that looks like the raylet of it."""
+    words = ["--replicas", str(replicas), "--start-s", str(start_s), "--title", title]
+    command = [sys.executable, "-m", "tests.services.fleet", *words]
+    if session:
+        # A shell that is called raylet, and whose arguments are those of one.
+        script = " ".join(f"'{word}'" for word in command) + "; :"
+        arguments = [f"--session-name={session}", "--node_id=0123456789abcdef", "--node-name=one"]
+        shell = ["raylet", "-c", script, *arguments]
+        process = subprocess.Popen(shell, executable="/bin/sh", cwd=ROOT)
+    else:
+        process = subprocess.Popen(command, cwd=ROOT)
+    below = psutil.Process(process.pid)
+    try:
+        yield below
+    finally:
+        family = [below]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += below.children(recursive=True)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait(10)
+
+
+class _Nothing(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def _start(role: str, options: argparse.Namespace) -> "subprocess.Popen[bytes]":
+    words = ["--role", role, "--start-s", str(options.start_s), "--title", options.title]
+    return subprocess.Popen([sys.executable, "-m", "tests.services.fleet", *words])
+
+
+def _fleet(options: argparse.Namespace) -> None:
+    parent = os.getppid()
+    running = [_start("replica", options) for _ in range(options.replicas)]
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+        running = [p if p.poll() is None else _start("replica", options) for p in running]
+
+
+def _replica(options: argparse.Namespace) -> None:
+    setproctitle(options.title)
+    parent, engine = os.getppid(), _start("engine", options)
+    time.sleep(options.start_s)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Nothing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    while engine.poll() is None and os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    engine.kill()
+
+
+def _engine() -> None:
+    setproctitle(ENGINE)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--role", default="fleet")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--start-s", type=float, default=0.0)
+    parser.add_argument("--title", default=REPLICA)
+    options = parser.parse_args()
+    if options.role == "replica":
+        _replica(options)
+    elif options.role == "engine":
+        _engine()
+    else:
+        _fleet(options)
+
+
+if __name__ == "__main__":
+    main()

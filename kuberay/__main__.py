@@ -23,6 +23,7 @@ SUBCOMMANDS: Mapping[str, str] = {
     "up": "kuberay.up",
     "status": "kuberay.status",
     "down": "kuberay.down",
+    "sweep": "kuberay.sweep",
 }
 
 

@@ -81,7 +81,14 @@ def local_gpus() -> tuple[Gpu, ...]:
 
 
 def cluster_nodes() -> tuple[Node, ...]:
-    """The machines of the Ray cluster that this process belongs to, those with GPUs only."""
+    """The machines of the Ray cluster that this process belongs to, those with GPUs only.
+
+    Where there is none yet, what SERVE_APP_NODE_GPUS says will come: KubeRay submits the
+    application before any GPU node exists, and only a plan with GPUs makes one come.
+
+    Raises:
+        HardwareError: the variable is not NAME:COUNT of a known accelerator.
+    """
     import ray
 
     nodes = []
@@ -90,7 +97,20 @@ def cluster_nodes() -> tuple[Node, ...]:
         if count == 0:
             continue
         nodes.append(Node((_accelerator(node["Resources"]),) * count))
-    return tuple(nodes)
+    return tuple(nodes) or _expected(os.environ.get("SERVE_APP_NODE_GPUS", ""))
+
+
+def _expected(text: str) -> tuple[Node, ...]:
+    """The node that is to come, as NAME:COUNT; none where nothing is said."""
+    if not text:
+        return ()
+    name, _, count = text.partition(":")
+    if name not in ACCELERATORS or not count.isdigit() or not int(count):
+        raise HardwareError(
+            f"SERVE_APP_NODE_GPUS = {text!r}: not NAME:COUNT of one of {', '.join(ACCELERATORS)}"
+        )
+    memory_bytes, capability = ACCELERATORS[name]
+    return (Node((Gpu(name, memory_bytes, memory_bytes, capability),) * int(count)),)
 
 
 def _accelerator(resources: dict[str, float]) -> Gpu:

@@ -225,7 +225,7 @@ async def test_an_answer_goes_on_exactly_from_every_cut(app: Backend, name: str)
     assert len(marked) == len(events)
     # The first and last events differ in kind; those between do not.
     last = len(marked) - 1
-    cuts = sorted({cut for cut in (1, 2, last // 2, last - 1, last) if 0 < cut <= last})
+    cuts = sorted({cut for cut in (1, last // 2, last) if 0 < cut <= last})
     for cut in cuts:
         stream = Stream()
         first = stream.events(b"".join(marked[:cut]) + marked[cut][:7])

@@ -7,6 +7,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, placement_group_table
 
+from serve_app import hardware
 from serve_app.errors import ConfigError
 from serve_app.placement import Placement, place, stages_whole
 
@@ -62,3 +63,16 @@ def test_ray_places_each_stage_on_one_node(cluster: Cluster) -> None:
     nodes = placement_group_table(group)["bundles_to_node_id"].values()
     assert len(set(nodes)) == 2
     assert stages_whole(nodes, 4)
+
+
+def test_a_node_that_is_to_come_is_planned_for() -> None:
+    (node,) = hardware._expected("A10G:2")
+    assert [gpu.name for gpu in node.gpus] == ["A10G", "A10G"]
+    assert node.gpus[0].memory_bytes == hardware.ACCELERATORS["A10G"][0]
+    assert hardware._expected("") == ()
+
+
+@pytest.mark.parametrize("text", ["A10G", "A10G:0", "A10G:x", "GTX:1"])
+def test_what_is_to_come_is_named_rightly(text: str) -> None:
+    with pytest.raises(hardware.HardwareError, match="SERVE_APP_NODE_GPUS"):
+        hardware._expected(text)

@@ -188,7 +188,9 @@ def test_what_only_looks_like_the_clusters_stays(cloud: Cloud, commands: Command
 # --- interrupted --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 @pytest.mark.parametrize(
     "words",
     [("kubectl", "delete", "rayservices.ray.io"), ("eksctl", "delete", "cluster")],

@@ -195,7 +195,9 @@ def test_a_service_that_never_gets_ready_says_what_is_missing(
     assert "is not ready after 0 s: qwen-worker-1: 0/2 nodes are available" in result.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_an_interrupted_way_up_is_gone_on_with(
     account: Cloud, commands: Commands, number: signal.Signals
 ) -> None:

@@ -23,7 +23,6 @@ SUBCOMMANDS: Mapping[str, str] = {
     "up": "kuberay.up",
     "status": "kuberay.status",
     "down": "kuberay.down",
-    "sweep": "kuberay.sweep",
 }
 
 

@@ -128,12 +128,17 @@ def test_a_finalizer_that_hangs_is_taken_off(cloud: Cloud, commands: Commands) -
 @pytest.mark.parametrize(
     "words",
     [
-        ("eksctl", "utils"),
-        ("kubectl", "version"),
         ("kubectl", "get"),
-        ("eksctl", "delete", "nodegroup"),
         ("eksctl", "delete", "cluster"),
-        ("helm", "list"),
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in (
+                ("eksctl", "utils"),
+                ("kubectl", "version"),
+                ("eksctl", "delete", "nodegroup"),
+                ("helm", "list"),
+            )
+        ),
     ],
 )
 def test_a_step_that_fails_is_made_up_for(

@@ -172,6 +172,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- a load balancer's worker, on an empty volume -------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_from_loading_to_the_end(tiny: Path, volume: Path, tmp_path: Path) -> None:
     with hub.serving(HUB, MODEL, tiny) as models:
         environ = {

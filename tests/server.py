@@ -84,15 +84,18 @@ class Server:
         return False
 
     def answers(self, timeout_s: float) -> bool:
-        """Whether it generates an answer within `timeout_s`."""
+        """Whether it generates an answer within `timeout_s`. Until then it must say why not."""
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             with contextlib.suppress(httpx.HTTPError):
-                models = httpx.get(f"{self.url}/v1/models", timeout=5).json()
-                name = models["data"][0]["id"]
-                body = {"model": name, "prompt": "x", "max_tokens": 1}
-                if httpx.post(f"{self.url}/v1/completions", json=body, timeout=5).is_success:
+                answer = httpx.get(f"{self.url}/v1/models", timeout=5)
+                if answer.is_success:
+                    name = answer.json()["data"][0]["id"]
+                    body = {"model": name, "prompt": "x", "max_tokens": 1}
+                    answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=5)
+                if answer.is_success:
                     return True
+                assert answer.json()["error"]["message"], answer.text
             time.sleep(0.2)
         return False
 

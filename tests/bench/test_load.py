@@ -354,9 +354,13 @@ async def test_all_that_is_broken_off_is_decoded_and_handed_over(settled: None) 
     async with serving(Options(itl_ms=10), PORT):
         sending = sender.Sender(share, Target(url=f"http://127.0.0.1:{PORT}", model="fake"))
         records: list[Record] = []
-        async for batch in collect(sending):
-            records += batch
-            await sending.stop()
+        began = 0
+        async for encoded in sending.send(time.perf_counter()):
+            batch = sender.decoder.decode(encoded)
+            records += batch.records
+            if began == users:  # Since the last batch, so that all have answers by now.
+                await sending.stop()
+            began += len(batch.started)
     assert by_error(records) == {"interrupted: the run was stopped": users}
     assert all(record.chunk_s and record.end_s for record in records)
 

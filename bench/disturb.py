@@ -12,7 +12,8 @@ Options of all: `every` seconds, `first` (the same as `every`), `count` (without
 is over), `jitter` (0.2: each time moved by up to that share of `every`); `deployment` (llm:engine,
 or llm:gateway), `min_up` (2; 0 for a command): a process is only disturbed while so many replicas
 of that deployment are ready, and for at most `wait` (300) seconds it is waited for. `up=http`: what
-is ready answers HTTP, for `settle` (1) seconds now; `up=process`: it is that old.
+is ready answers HTTP, for `settle` (1) seconds now; `up=process`: it is that old. `apart` (0): so
+many seconds lie at least between the disturbance before, of any kind, and this one.
 
 Times are absolute and depend on the seed alone. Disturbances come one after the other, each when
 the one before is over, so a fleet that recovers slowly is disturbed later than planned, and how
@@ -29,7 +30,7 @@ import msgspec
 from bench import spec
 from bench.errors import LoadError
 
-_COMMON = ("every", "first", "count", "jitter", "min_up", "wait", "up", "settle", "deployment")
+_COMMON = ("every", "first", "count", "jitter", "min_up", "wait", "up", "settle", "apart", "deployment")
 KINDS = {
     "kill-replica": _COMMON,
     "kill-engine": (*_COMMON, "part"),
@@ -55,6 +56,7 @@ class Disturbance:
     wait_s: float = 300.0
     up: str = "http"
     settle_s: float = 1.0
+    apart_s: float = 0.0
     part: str = "core"
     for_s: float | None = None
     nodes: tuple[str, ...] = ()
@@ -103,6 +105,7 @@ def parse(text: str) -> Disturbance:
         wait_s=options.number("wait", 300.0),
         up=_choice(options, "up", "http", ("http", "process")),
         settle_s=options.number("settle", 1.0),
+        apart_s=options.number("apart", 0.0),
         part=_choice(options, "part", "core", ("core", "worker", "any")),
         for_s=options.number_or_none("for", above=0.0),
         nodes=nodes,

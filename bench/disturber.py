@@ -117,7 +117,11 @@ class Disturber:
 
     async def _do(self, due: Due) -> None:
         """Note it before it is done, as its streams may be over before it is."""
-        one, looked_s = self.disturbances[due.number], self.clock()
+        one = self.disturbances[due.number]
+        if self.done:
+            after_s = self.done[-1].until_s + one.apart_s
+            await sleep_until(time.perf_counter() + after_s - self.clock())
+        looked_s = self.clock()
         victim, why = await self._await_victim(one, due)
         at_s = self.clock()
         done = Done(

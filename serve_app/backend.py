@@ -27,6 +27,8 @@ from serve_app.continuation import Marks, Progress
 from serve_app.errors import NotFound
 
 TOKEN_HEADER, CONTINUE_HEADER = "x-engine-token", "x-continue"
+# Of an answer that is none: the engine failed before it began.
+FAILED_HEADER = "x-engine-failed"
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Exchange:
         sequences: that were begun for it.
         replayed: what vLLM made of the progress, to be given out again.
         repeating: the engine's name of the request whose tokens are made again.
+        started: its response has begun.
         broken: the engine failed under it: the connection ends, instead of an error event.
     """
 
@@ -46,6 +49,7 @@ class Exchange:
     sequences: int = 0
     replayed: deque[Any] = field(default_factory=deque)
     repeating: str = ""
+    started: bool = False
     broken: bool = False
 
 
@@ -76,7 +80,15 @@ class Backend:
         if (length := headers.get(CONTINUE_HEADER.encode())) is not None:
             current.progress, receive = await _split(int(length), receive)
         exchange.set(current)
-        await self.app(scope, receive, _marking(current, send))
+        try:
+            await self.app(scope, receive, _marking(current, send))
+        except EngineFailed:
+            if current.started:
+                raise
+            # uvicorn would make of it a 500 that looks like an answer.
+            headers = [(FAILED_HEADER.encode(), b"1"), (b"content-length", b"0")]
+            await send({"type": "http.response.start", "status": 502, "headers": headers})
+            await send({"type": "http.response.body", "body": b""})
 
 
 async def _split(length: int, receive: Receive) -> tuple[Progress, Receive]:
@@ -113,6 +125,7 @@ def _marking(current: Exchange, send: Send) -> Send:
         if current.broken:
             raise EngineFailed("the engine failed")
         if message["type"] == "http.response.start":
+            current.started = True
             streaming = any(
                 name == b"content-type" and value.startswith(b"text/event-stream")
                 for name, value in message["headers"]

@@ -22,7 +22,7 @@ from starlette.types import Message, Scope, Send
 from yarl import URL
 
 from serve_app.admission import GENERATION_PATHS
-from serve_app.backend import CONTINUE_HEADER, TOKEN_HEADER
+from serve_app.backend import CONTINUE_HEADER, FAILED_HEADER, TOKEN_HEADER
 from serve_app.continuation import Method, Stream
 from serve_app.errors import (
     CannotContinue,
@@ -291,6 +291,8 @@ class Relay:
                 visit.limit,
                 self._session.request(ask.method, url, data=body, headers=headers) as response,
             ):
+                if FAILED_HEADER in response.headers:
+                    raise ReplicaFailed("its engine failed")
                 kept = _kept(response)
                 if response.content_type != "text/event-stream":
                     whole = Whole(response.status, kept, await response.read())

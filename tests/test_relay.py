@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from starlette.types import Message, Scope
+from starlette.types import Message, Receive, Scope, Send
 
 from serve_app import routing
+from serve_app.backend import Server, exchange
 from serve_app.continuation import Progress
 from serve_app.relay import Ask, Relay
 from serve_app.replicas import Replicas
@@ -142,6 +143,29 @@ async def test_a_request_that_is_not_streamed_is_asked_again_whole() -> None:
         client = await _first_to(there, bad, stream=False)
     assert client.status == 200
     assert json.loads(client.body)["text"] == WHOLE
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_fails_before_its_answer_began_is_no_answer(stream: bool) -> None:
+    async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+        current = exchange.get()
+        assert current
+        current.broken = True  # As _ContinuingLLM does where vLLM says that its engine is dead.
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+
+    real, good = Server("127.0.0.1"), EngineServer("b")
+    real.start(fails)
+    try:
+        async with fleet(good, replica_timeout_s=5.0) as there:
+            both = [("a", {"address": real.address, "token": real.token}), good.found]
+            there.replicas.update(both)
+            client = await _first_to(there, EngineServer("a"), stream=stream)
+            assert client.status == 200
+            whole = client.text if stream else json.loads(client.body)["text"]
+            assert whole == WHOLE
+            assert [replica.name for replica in there.replicas.ready()] == ["b"]
+    finally:
+        await real.drain(1.0)
 
 
 async def test_two_deaths_refuse_a_request() -> None:

@@ -222,6 +222,22 @@ async def test_kills_meet_only_the_fleet_and_leave_enough(
     assert below(theirs) == others
 
 
+async def test_disturbances_lie_apart(tmp_path: Path) -> None:
+    with fleet.running(3) as running:
+        cluster = Cluster(pids=[running.pid])
+        assert wait(lambda: len(engines(cluster)) == 3)
+        one = disturber(
+            tmp_path,
+            cluster,
+            f"kill-replica:every=0.1,count=1,apart=1.5,{QUICK}",
+            f"kill-engine:every=0.2,count=1,apart=1.5,{QUICK}",
+        )
+        await asyncio.wait_for(one.run(), 60)
+    first, second = one.done
+    assert (first.error, second.error) == ("", "")
+    assert second.at_s - first.until_s >= 1.5
+
+
 async def test_who_is_alone_is_spared(tmp_path: Path) -> None:
     with fleet.running(1) as running:
         cluster = Cluster(pids=[running.pid])

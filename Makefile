@@ -12,11 +12,14 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 FLAVOUR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 INSTALLED = $(VENV)/installed-$(FLAVOUR)
 
-.PHONY: serve test test-slow lint format types doctor install bench-overhead constraints clean \
+.PHONY: serve observe test test-slow lint format types doctor install bench-overhead constraints clean \
 	eks-preflight eks-up eks-status eks-down runpod-up runpod-status runpod-logs runpod-down
 
 serve: install ## Serve the model on port 8000.
 	@$(BIN)/python -m serve_app serve --config $(CONFIG) $(if $(MODEL),--model $(MODEL))
+
+observe: install ## Watch what `make serve` serves: Prometheus, Grafana or a status page.
+	@$(BIN)/python -m serve_app observe
 
 test: install ## Run the tests.
 	$(BIN)/python -m pytest

@@ -218,6 +218,9 @@ def _command(
     if name == "ours-gateway":
         gateway = {"enabled": True}
         return [*ours, _configuration(engine, model, port, folder, gateway=gateway)]
+    if name == "ours-unmeasured":
+        observe = {"metrics": False}
+        return [*ours, _configuration(engine, model, port, folder, observe=observe)]
     if name == "ours-every-token":
         return [*ours, _configuration(engine, model, port, folder, stream_gap_ms=0.0)]
     if name == "classic":
@@ -225,7 +228,8 @@ def _command(
         serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
         return [*serve, _configuration(engine, model, port, folder)]
     raise SystemExit(
-        f"unknown system {name!r}: bare, ours, ours-gateway, ours-every-token, classic"
+        f"unknown system {name!r}: bare, ours, ours-gateway, ours-unmeasured, ours-every-token, "
+        "classic"
     )
 
 

@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 
     # Ray listens beyond loopback, and whoever may speak to it can run code.
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    return {**launcher.ENVIRONMENT, **launcher._haproxy(), **token, **os.environ}
+    return {**launcher.ENVIRONMENT, **launcher.haproxy(), **token, **os.environ}
 
 
 class Head:
@@ -64,6 +64,8 @@ class Head:
     """
 
     def __init__(self, environ: Mapping[str, str], give_up: Callable[[], bool]) -> None:
+        from serve_app import orphans
+
         self._said: list[str] = []
         self._up = threading.Event()
         self.address, self.log_folder = "", Path()
@@ -77,6 +79,7 @@ class Head:
             errors="replace",
             start_new_session=True,
         )
+        orphans.own.add(self._process.pid)  # Its status is ours to see.
         threading.Thread(target=self._listen, daemon=True).start()
         wait_until(lambda: self._up.is_set() or not self.alive or give_up(), _START_S)
         if not self._up.is_set():

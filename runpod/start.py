@@ -32,7 +32,7 @@ from choice import Choice, choose, grace_s, ports_of
 from head import LEAST_SHM_BYTES, Head, environment, object_store_bytes, shm_bytes
 from health import Health, answers
 from logs import show
-from serve_app import doctor, launcher
+from serve_app import doctor, launcher, orphans
 from serve_app.errors import ConfigError
 from serve_app.hardware import HardwareError, local_gpus
 
@@ -51,7 +51,7 @@ _STOP_AGAIN_S = 60.0
 
 def main() -> int:
     """Run until told to stop. Returns the exit status: 0 stopped, 1 failed, 2 a value to mend."""
-    launcher._adopt_orphans()
+    orphans.adopt()
     # Bars are for terminals; in a log each step of one is a line.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with _signals() as stop:
@@ -164,6 +164,7 @@ class Run:
         config = folder / "serve_config.yaml"
         config.write_text(yaml.safe_dump(choice.config), encoding="utf-8")
         self._server = _launch(config, {**environ, "TMPDIR": str(folder)})
+        orphans.own.add(self._server.pid)
         threading.Thread(target=self._show, args=(self._server,), daemon=True).start()
 
         url = f"http://127.0.0.1:{choice.ports.application}"
@@ -182,6 +183,7 @@ class Run:
                 self.served = True
                 if choice.mode == "queue":
                     self._handler = _handle(url, choice)
+                    orphans.own.add(self._handler.pid)
                 self._health.ready(lambda: answers(url + "/health"))
                 show("ready: an answer was generated")
         return 0
@@ -208,11 +210,11 @@ class Run:
                     process.wait(max(1.0, drained_s - time.monotonic()))
         if self._head is not None:
             self._head.stop()
-        for child in launcher._wait_for_orphans(_kill_s(self._grace) / 2):
+        for child in orphans.wait(_kill_s(self._grace) / 2):
             with contextlib.suppress(psutil.NoSuchProcess):
                 show(f"killing process {child.pid} ({child.name()})")
                 child.kill()
-        launcher._wait_for_orphans(5)
+        orphans.wait(5)
 
 
 def _kill_s(grace: float) -> float:

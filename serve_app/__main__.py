@@ -1,4 +1,4 @@
-"""The command line: `python -m serve_app serve` and `python -m serve_app doctor`."""
+"""The command line: `python -m serve_app serve`, `doctor` and `observe`."""
 
 import argparse
 import sys
@@ -15,12 +15,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("--config", default="serve_config.yaml", help="default: %(default)s")
     serve.add_argument("--model", default=None, help="in place of the configured one")
     commands.add_parser("doctor", help="check this machine", add_help=False)
+    commands.add_parser("observe", help="watch what is served", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     try:
         if arguments.command == "doctor":
             from serve_app import doctor
 
             return doctor.run(rest)
+        if arguments.command == "observe":
+            from serve_app.monitoring import observe
+
+            return observe.main(rest)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         from serve_app import launcher

@@ -136,6 +136,7 @@ class AdmissionGate:
     Args:
         healthy: whether the engine can answer; while it cannot, 503 with Retry-After.
         signals: is told who came, and how long each had to wait for room.
+        waited: is told that wait, in seconds.
     """
 
     def __init__(
@@ -145,12 +146,14 @@ class AdmissionGate:
         limits: Limits,
         healthy: Callable[[], bool],
         signals: Signals,
+        waited: Callable[[float], None] = lambda wait_s: None,
     ) -> None:
         self.app = app
         self.admission = admission
         self.limits = limits
         self.healthy = healthy
         self.signals = signals
+        self.waited = waited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in GENERATION_PATHS:
@@ -168,7 +171,9 @@ class AdmissionGate:
                     raise self._unavailable()
                 queue_timeout_s = self.limits.queue_timeout_s
                 async with self.admission.slot(size.sequences, queue_timeout_s, body_bytes):
-                    self.signals.admitted(time.monotonic() - came_s, body_bytes)
+                    wait_s = time.monotonic() - came_s
+                    self.signals.admitted(wait_s, body_bytes)
+                    self.waited(wait_s)
                     await self._answer(scope, receive, response)
             await response.end(scope)
         except TimeoutError:
@@ -261,7 +266,8 @@ class _Response:
         elif self._streaming:
             event = b"event: error\n" if scope["path"] == "/v1/messages" else b""
             data = b"data: " + error.body() + b"\n\n"
-            await self._send({"type": "http.response.body", "body": event + data})
+            body = {"type": "http.response.body", "body": event + data, "code": error.code}
+            await self._send(body)
 
 
 async def _no_message() -> Message:

@@ -19,6 +19,7 @@ from typing import Any
 from ray.serve.config import AutoscalingContext
 from ray.util import metrics
 
+from serve_app.metrics import SCALING, SCALING_PREFIX
 from serve_app.progress import say
 from serve_app.scaling import Decision, Goal, ReplicaLoad, Snapshot, State, decide
 
@@ -197,7 +198,7 @@ class Autoscaler:
         )
         decision, self._state = decide(snapshot, goal, self._state)
         self._say(target, decision)
-        self._gauges.set(context, snapshot, decision)
+        self._gauges.set(context, snapshot, decision, goal.max_replicas)
         return decision.replicas
 
     def _say(self, target: int, decision: Decision) -> None:
@@ -223,42 +224,34 @@ def loads_of(context: AutoscalingContext) -> tuple[ReplicaLoad, ...]:
 class Gauges:
     """Decision and signals as metrics of Ray, by application and deployment."""
 
-    _NAMES: Mapping[str, str] = {
-        "wanted": "Replicas that the policy wants.",
-        "running": "Replicas that serve.",
-        "starting": "Replicas that are asked for and do not serve yet.",
-        "load": "Load in replicas: how many would be just full.",
-        "forecast": "Load in replicas that the policy makes ready for.",
-        "sequences": "Sequences in the batches of all replicas.",
-        "waiting": "Requests that wait, in all replicas and where none is.",
-        "queued_tokens": "Prompt tokens that no replica has read yet.",
-        "kv_usage": "Share of the KV cache in use, of the replica where it is largest.",
-        "ttft_s": "Time to first token at the goal's percentile, of the slowest replica.",
-        "itl_s": "Time between tokens at the goal's percentile, of the slowest replica.",
-        "start_s": "How long a replica is taken to start.",
-    }
-
     def __init__(self) -> None:
         self._gauges = {
-            name: metrics.Gauge(f"serve_app_scaling_{name}", text, ("application", "deployment"))
-            for name, text in self._NAMES.items()
+            name: metrics.Gauge(SCALING_PREFIX + name, text, ("application", "deployment"))
+            for name, text in SCALING.items()
         }
 
-    def set(self, context: AutoscalingContext, snapshot: Snapshot, decision: Decision) -> None:
-        loads = snapshot.replicas
+    def set(
+        self,
+        context: AutoscalingContext,
+        snapshot: Snapshot,
+        decision: Decision,
+        max_replicas: int,
+    ) -> None:
+        loads, placeable = snapshot.replicas, snapshot.placeable
         values = {
             "wanted": decision.replicas,
             "running": len(loads),
             "starting": snapshot.starting,
+            "maximum": max_replicas if placeable is None else min(max_replicas, placeable),
             "load": decision.load,
             "forecast": decision.forecast,
             "sequences": sum(load.running for load in loads),
             "waiting": snapshot.pending + sum(load.waiting for load in loads),
             "queued_tokens": sum(load.queued_tokens for load in loads),
-            "kv_usage": max((load.kv_usage for load in loads), default=0.0),
-            "ttft_s": max((load.ttft_s or 0.0 for load in loads), default=0.0),
-            "itl_s": max((load.itl_s or 0.0 for load in loads), default=0.0),
-            "start_s": snapshot.start_s,
+            "kv_usage_ratio": max((load.kv_usage for load in loads), default=0.0),
+            "ttft_seconds": max((load.ttft_s or 0.0 for load in loads), default=0.0),
+            "itl_seconds": max((load.itl_s or 0.0 for load in loads), default=0.0),
+            "start_seconds": snapshot.start_s,
         }
         tags = {"application": context.app_name or "", "deployment": context.deployment_name}
         for name, value in values.items():

@@ -25,8 +25,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.continuation import Marks, Progress
 from serve_app.errors import NotFound
+from serve_app.keys import tenant
 
 TOKEN_HEADER, CONTINUE_HEADER = "x-engine-token", "x-continue"
+# Who asks, as the gateway found out.
+TENANT_HEADER = "x-tenant"
 # Of an answer that is none: the engine failed before it began.
 FAILED_HEADER = "x-engine-failed"
 
@@ -80,14 +83,16 @@ class Backend:
         if (length := headers.get(CONTINUE_HEADER.encode())) is not None:
             current.progress, receive = await _split(int(length), receive)
         exchange.set(current)
+        if (holder := headers.get(TENANT_HEADER.encode())) is not None:
+            tenant.set(holder.decode("latin-1"))
         try:
             await self.app(scope, receive, _marking(current, send))
         except EngineFailed:
             if current.started:
                 raise
             # uvicorn would make of it a 500 that looks like an answer.
-            headers = [(FAILED_HEADER.encode(), b"1"), (b"content-length", b"0")]
-            await send({"type": "http.response.start", "status": 502, "headers": headers})
+            failed = [(FAILED_HEADER.encode(), b"1"), (b"content-length", b"0")]
+            await send({"type": "http.response.start", "status": 502, "headers": failed})
             await send({"type": "http.response.body", "body": b""})
 
 

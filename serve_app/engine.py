@@ -12,7 +12,7 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -37,10 +37,11 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.outputs import LogprobsLists
 
-from serve_app import forkserver
+from serve_app import forkserver, metrics
 from serve_app.backend import Exchange, exchange
 from serve_app.continuation import Logprobs, Method, Progress
 from serve_app.errors import ConfigError, nearest
+from serve_app.keys import tenant
 from serve_app.pacing import Pacer
 from serve_app.signals import Signals
 
@@ -93,7 +94,7 @@ class Engine:
         if pacer.max_gap_s > 0:
             # AsyncLLM builds its collectors by this name, and offers no other way in.
             async_llm.RequestOutputCollector = _collector(pacer)
-        kind = _ContinuingLLM if continuing else async_llm.AsyncLLM
+        kind = _ContinuingLLM if continuing else _CountingLLM
         llm = kind.from_vllm_config(
             config,
             usage_context=context,
@@ -264,7 +265,35 @@ def _first_sentence(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-class _ContinuingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
+class _CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
+    """Counts the tokens of each tenant. vLLM's own counters do not know who asked."""
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **named: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        current = exchange.get()
+        # An answer that goes on here had its prompt counted where it began.
+        new = current is None or current.progress is None
+        read = generated = 0
+        stream = super().generate(prompt, sampling_params, request_id, **named)
+        try:
+            async with contextlib.aclosing(stream):
+                async for output in stream:
+                    if new:
+                        read = len(output.prompt_token_ids or ())
+                    for completion in output.outputs:
+                        generated += len(completion.token_ids)
+                    yield output
+        finally:
+            # Not those of the warm-up, whose outputs hold all tokens so far.
+            if sampling_params.output_kind is not RequestOutputKind.CUMULATIVE:
+                names = self.model_config.served_model_name
+                model = names[0] if isinstance(names, list) else str(names)
+                metrics.prompt_tokens.labels(model, tenant.get()).inc(read)
+                metrics.generated_tokens.labels(model, tenant.get()).inc(generated)
+
+
+class _ContinuingLLM(_CountingLLM):
     """Marks the tokens that it gives out, and goes on with what another engine began.
 
     To go on, the tokens so far go through the output processor as if they had just been made, so
@@ -279,7 +308,7 @@ class _ContinuingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **named: Any
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         stream = super().generate(prompt, sampling_params, request_id, **named)
         current = exchange.get()
         if current is None:

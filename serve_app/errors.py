@@ -91,7 +91,13 @@ class RequestError(ServeError):
             headers.append((b"retry-after", str(max(1, round(self.retry_after_s))).encode()))
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        start = {"type": "http.response.start", "status": self.status, "headers": headers}
+        # `code` is for the meter: servers leave what they do not know.
+        start = {
+            "type": "http.response.start",
+            "status": self.status,
+            "headers": headers,
+            "code": self.code,
+        }
         await send(start)
         await send({"type": "http.response.body", "body": body})
 

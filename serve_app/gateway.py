@@ -2,6 +2,7 @@
 
 A Ray Serve deployment of its own that needs no GPU. A request goes through
 
+    Meter       what the client sees of it          meter.py
     KeyGate     who is asking                       keys.py
     LimitGate   is it small enough to look at       limits.py
     Models      which model is meant                here
@@ -24,6 +25,7 @@ from serve_app import routing
 from serve_app.errors import ConfigError, NotFound, Unavailable
 from serve_app.keys import KeyGate, KeyRing, check_exposure
 from serve_app.limits import LimitGate
+from serve_app.observation import Observation
 from serve_app.progress import reported, say
 from serve_app.relay import Ask, Relay
 from serve_app.replicas import Found, Replicas, listen
@@ -47,15 +49,17 @@ class Gateway:
         with reported("the gateway"):
             self._ring = KeyRing(settings.api_keys)
             check_exposure(self._ring, settings.allow_unauthenticated_network)
+            self._observation = Observation(settings.observe, "gateway")
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
         for name, handle in self._engines.items():
-            self._relays[name] = self._relay(handle)
+            self._relays[name] = self._relay(name, handle)
         say(f"gateway: {time.monotonic() - self._began_s:.1f} s")
         models = Models(self._relays, self._settings)
         self._limited = LimitGate(models, self._settings.limits)
-        return KeyGate(self._limited, self._ring)
+        gated = KeyGate(self._limited, self._ring)
+        return self._observation.gate(gated, next(iter(self._relays)), self._settings.replicas)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Ray Serve with the deployment's `user_config`: limits, while requests run."""
@@ -64,7 +68,7 @@ class Gateway:
         except ConfigError as error:
             say(f"the gateway: {error}; its limits stay as they are")
 
-    def _relay(self, handle: DeploymentHandle) -> Relay:
+    def _relay(self, name: str, handle: DeploymentHandle) -> Relay:
         replicas = Replicas()
         router = routing.make(self._settings.gateway.routing, random.Random())
 
@@ -76,12 +80,14 @@ class Gateway:
         wake = Waker(handle)
         wake()  # A handle learns of its replicas once it is used.
         timeout_s = self._settings.limits.request_timeout_s
-        return Relay(replicas, router, self._settings.gateway, timeout_s, wake)
+        return Relay(replicas, router, self._settings.gateway, timeout_s, name, wake)
 
     async def __del__(self) -> None:
         """Called by Ray Serve once the requests in flight are done."""
         for relay in getattr(self, "_relays", {}).values():
             await relay.close()
+        if (observation := getattr(self, "_observation", None)) is not None:
+            observation.close()
 
 
 class Waker:
@@ -128,6 +134,7 @@ class Models:
             # The engine knows its other names: adapters.
             await next(iter(relays.values()))(ask, send)
         elif ask.model in relays:
+            scope.setdefault("state", {})["model"] = ask.model
             await relays[ask.model](ask, send)
         else:
             names = ", ".join(relays)

@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import os
 import time
+from contextvars import ContextVar
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -22,28 +23,34 @@ OPEN_PATHS = frozenset({"/health", "/ping"})
 # A rotated file takes effect within this time; stat() on every request would cost more than a key.
 _REREAD_S = 1.0
 
+# Who asks: the name of the key, for metrics and logs. Set for the time of a request.
+tenant: ContextVar[str] = ContextVar("tenant", default="anonymous")
+
 
 class KeyRing:
     """The accepted keys, as digests. A configured source that is empty or missing accepts none.
 
     The file holds one key a line; blank lines and lines that start with # are skipped. It is read
-    again when it changes. The environment variable holds keys separated by commas.
+    again when it changes. The environment variable holds keys separated by commas. Before a key may
+    stand a name and a space: metrics and logs call it that, and one without a name by the first
+    eight digits of its SHA-256.
     """
 
     def __init__(self, source: ApiKeys) -> None:
         self.required = source.configured
         self._file = Path(source.file) if source.file is not None else None
-        self._from_env = _digests(os.environ.get(source.env or "", "").split(","))
-        self._from_file: tuple[bytes, ...] = ()
+        self._from_env = _keys(os.environ.get(source.env or "", "").split(","))
+        self._from_file: Keys = ()
         self._signature: tuple[int, int, int] | None = None
         self._read_at = -_REREAD_S
 
-    def accepts(self, key: str) -> bool:
-        """Whether `key` is one of the keys, in a time that does not tell how nearly."""
+    def holder(self, key: str) -> str | None:
+        """Whose `key` is; None for no key of ours. Takes a time that does not tell how nearly."""
         self._reread()
         given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        known = [hmac.compare_digest(given, digest) for digest in self._from_env + self._from_file]
-        return any(known)
+        known = self._from_env + self._from_file
+        found = [name for name, digest in known if hmac.compare_digest(given, digest)]
+        return found[0] if found else None
 
     def __len__(self) -> int:
         self._reread()
@@ -60,15 +67,25 @@ class KeyRing:
             signature = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
             if signature != self._signature:
                 lines = self._file.read_text(encoding="utf-8").splitlines()
-                self._from_file = _digests([w for w in lines if not w.lstrip().startswith("#")])
+                self._from_file = _keys([w for w in lines if not w.lstrip().startswith("#")])
                 self._signature = signature
         except (OSError, UnicodeDecodeError):
             # Fails closed: a secret that was taken away no longer opens the door.
             self._from_file, self._signature = (), None
 
 
-def _digests(words: list[str]) -> tuple[bytes, ...]:
-    return tuple(hashlib.sha256(w.strip().encode()).digest() for w in words if w.strip())
+# Names, and SHA-256 digests.
+Keys = tuple[tuple[str, bytes], ...]
+
+
+def _keys(lines: list[str]) -> Keys:
+    found = []
+    for line in lines:
+        *name, key = line.split() or [""]
+        if key:
+            digest = hashlib.sha256(key.encode())
+            found.append((" ".join(name) or digest.hexdigest()[:8], digest.digest()))
+    return tuple(found)
 
 
 class KeyGate:
@@ -94,10 +111,14 @@ class KeyGate:
         candidates = [headers.get("x-api-key", "")]
         if scheme.lower() == "bearer":
             candidates.append(bearer.strip())
-        if any([self.ring.accepts(key) for key in candidates if key]):
+        holders = [self.ring.holder(key) for key in candidates if key]
+        if holder := next((name for name in holders if name is not None), None):
+            tenant.set(holder)
             await self.app(scope, receive, send)
         else:
-            error = Unauthorized("Missing or unknown API key: send 'Authorization: Bearer KEY'.")
+            error = Unauthorized(
+                "Missing or unknown API key: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
+            )
             await error(scope, receive, send)
 
 

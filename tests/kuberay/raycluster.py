@@ -31,7 +31,7 @@ class RayCluster:
             **inherited,
             **environment,
             **apart(PORT),
-            **launcher._haproxy(),  # As the image has it, but where this machine has it.
+            **launcher.haproxy(),  # As the image has it, but where this machine has it.
             # A short path: sockets have a hundred letters.
             "RAY_TMPDIR": f"/tmp/ray-{PORT}",
             "RAY_AUTH_MODE": "disabled",

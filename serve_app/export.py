@@ -1,0 +1,85 @@
+"""Hands the metrics of this process to Ray's agent of the node, where Prometheus finds them.
+
+A process of Ray has no port of its own to be scraped, and several replicas may share a machine. So
+every few seconds each sample of prometheus-client's registry becomes a gauge of Ray with the same
+value and labels: counts stay counts, buckets stay buckets, exactly, and series end with their
+replica. The path of a request has nothing to do with it.
+
+(Ray's own counters live on in the agent when their process is gone, and its histograms keep no
+exact sum; vLLM's exporter to Ray records every token through both.)
+"""
+
+import logging
+import re
+import threading
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import Metric
+from prometheus_client.registry import REGISTRY
+from ray.util import metrics as ray_metrics
+
+logger = logging.getLogger("serve_app")
+
+# Ray passes on what it was told last every 10 s, and forgets a gauge that it was not told again
+# within 20.
+INTERVAL_S = 5.0
+# OpenTelemetry, which Ray uses, knows no colons.
+_UNSAFE = re.compile(r"[^a-zA-Z0-9_]")
+# Of prometheus-client itself, and of what it knows of a process: Ray says that too.
+_SKIPPED = ("python_", "process_")
+
+
+class Exporter:
+    """Exports until it is stopped.
+
+    Args:
+        labels: of every sample, beside its own.
+    """
+
+    def __init__(self, labels: Mapping[str, str], interval_s: float = INTERVAL_S) -> None:
+        self._labels = dict(labels)
+        self._interval_s = interval_s
+        self._gauges: dict[str, tuple[ray_metrics.Gauge, tuple[str, ...]]] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+
+    @classmethod
+    def of_replica(cls) -> "Exporter":
+        """For the replica of Ray Serve that this process is."""
+        from ray import serve
+
+        context = serve.get_replica_context()
+        exporter = cls({"deployment": context.deployment, "replica": context.replica_tag})
+        exporter._thread.start()
+        return exporter
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def _run(self) -> None:
+        said = False
+        while not self._over.wait(self._interval_s):
+            try:
+                self.export(REGISTRY.collect())
+            except Exception:
+                # Once: a metric that cannot be exported must not fill the log, or end the others.
+                if not said:
+                    logger.exception("metrics are not exported")
+                said = True
+
+    def export(self, families: Iterable[Metric]) -> None:
+        for family in families:
+            if family.name.startswith(_SKIPPED):
+                continue
+            for sample in family.samples:
+                if not sample.name.endswith("_created"):
+                    self._set(sample.name, family.documentation, sample.labels, sample.value)
+
+    def _set(self, name: str, text: str, labels: Mapping[str, str], value: float) -> None:
+        tags = {**labels, **self._labels}
+        if name not in self._gauges:
+            keys = tuple(tags)
+            gauge = ray_metrics.Gauge(_UNSAFE.sub("_", name), text, tag_keys=keys)
+            self._gauges[name] = gauge, keys
+        gauge, keys = self._gauges[name]
+        gauge.set(value, {key: str(tags[key]) for key in keys})

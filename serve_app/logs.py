@@ -1,0 +1,83 @@
+"""Structured logs: a JSON object a line, in a file of each replica beside Ray's own logs.
+
+    <session of Ray>/logs/serve_app/<deployment>_<replica>.log
+
+What collects Ray's logs collects them. Prompts, answers and keys never get here: callers pass
+fields one by one, and none of them is text of a request.
+"""
+
+import json
+import logging
+import logging.handlers
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_FILE_BYTES, _FILES = 64 * 2**20, 4
+
+
+class Log:
+    """Where a replica's lines go. `handler` None: to nobody.
+
+    Args:
+        fields: of every line.
+    """
+
+    def __init__(self, handler: logging.Handler | None = None, **fields: str) -> None:
+        self._handler = handler
+        self._fields = fields
+
+    @classmethod
+    def of_replica(cls) -> "Log":
+        """The log of the replica of Ray Serve that this process is."""
+        import ray._private.worker
+        from ray import serve
+
+        context = serve.get_replica_context()
+        deployment, replica = context.deployment, context.replica_tag
+        folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path()) / "serve_app"
+        folder.mkdir(exist_ok=True)
+        handler = logging.handlers.RotatingFileHandler(
+            folder / f"{deployment}_{replica}.log", maxBytes=_FILE_BYTES, backupCount=_FILES - 1
+        )
+        log = cls(handler, deployment=deployment, replica=replica)
+        own = logging.getLogger("serve_app")
+        own.addHandler(_Forward(log))
+        own.setLevel(logging.INFO)
+        return log
+
+    def write(self, level: str, event: str, **fields: Any) -> None:
+        """One line. A field that is None is left out."""
+        if self._handler is None:
+            return
+        now_s = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now_s)) + f".{now_s % 1:.6f}"[1:]
+        line = {"time": stamp + "Z", "level": level, "event": event, **self._fields}
+        line |= {name: value for name, value in fields.items() if value is not None}
+        # A record whose message is the line: rotation is the handler's, the format is ours.
+        self._handler.handle(
+            logging.LogRecord("serve_app", logging.INFO, "", 0, json.dumps(line), None, None)
+        )
+
+
+class _Forward(logging.Handler):
+    """What modules log by Python's logging, as lines."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.write(
+            record.levelname.lower(),
+            getattr(record, "event", record.module),
+            message=record.getMessage(),
+            request_id=getattr(record, "request_id", None),
+        )
+
+
+def to_stderr() -> Log:
+    """For tests and tools."""
+    return Log(logging.StreamHandler(sys.stderr), process=str(os.getpid()))

@@ -1,0 +1,205 @@
+"""Every metric of this application: its name, unit, labels and meaning.
+
+Those of a process lie in prometheus-client's registry, beside vLLM's; export.py hands both to Ray's
+agent of the node, where Prometheus finds them with `ray_` before their names and two labels more:
+
+    deployment   of Ray Serve, as engine or gateway
+    replica      its id; series end with their replica
+
+The autoscaler's are Ray's own gauges, since Ray Serve's controller has no registry (autoscaler.py).
+
+Labels are bounded: `model` is what this application serves, `route` one of `ROUTES`, `status` an
+HTTP status, `tenant` the name of a key (keys.py), `reason` a code of errors.py.
+"""
+
+import bisect
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import REGISTRY, Collector
+
+
+def _steps(least: float, most: float, ratio: float) -> tuple[float, ...]:
+    """Bounds of buckets from `least` to `most`, each `ratio` times the one before."""
+    bounds = [least]
+    while bounds[-1] < most:
+        bounds.append(float(f"{bounds[-1] * ratio:.3g}"))
+    return tuple(bounds)
+
+
+# Fine enough for a median to be right within a tenth.
+_LATENCY_S = _steps(0.001, 60.0, 1.25)
+_DURATION_S = _steps(0.01, 600.0, 1.5)
+_WAIT_S = _steps(0.001, 60.0, 2.0)
+
+# Other paths count as "other".
+ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/embeddings",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+    }
+)
+# The status of a request whose client left before the end of its answer, as of nginx.
+LEFT = 499
+
+# --- requests, counted where clients reach us: the gateway, or a replica without one (meter.py) ---
+
+requests = Counter(
+    "serve_app_requests",
+    "Requests that are over, by the status that the client got.",
+    ("model", "route", "status", "tenant"),
+)
+rejections = Counter(
+    "serve_app_rejections",
+    "Requests that this application answered with an error of its own, by its code.",
+    ("model", "reason"),
+)
+objectives = Counter(
+    "serve_app_slo_requests",
+    "Requests that count for the objective (replicas.ttft_s, itl_s), and whether it was kept.",
+    ("model", "kept"),
+)
+durations = Histogram(
+    "serve_app_request_duration_seconds",
+    "From the first byte of a request to the last of its answer.",
+    ("model",),
+    buckets=_DURATION_S,
+)
+first_tokens = Histogram(
+    "serve_app_time_to_first_token_seconds",
+    "From a request to the first event of its stream, all waiting included.",
+    ("model",),
+    buckets=_LATENCY_S,
+)
+under_way = Gauge("serve_app_requests_under_way", "Requests that have no full answer.", ("model",))
+
+# --- the queue before the engine (admission.py) ---
+
+waits = Histogram(
+    "serve_app_queue_duration_seconds",
+    "How long a request that was let in had waited for room in the engine's batch.",
+    ("model",),
+    buckets=_WAIT_S,
+)
+queued = Gauge("serve_app_requests_queued", "Requests that wait for room.", ("model",))
+running = Gauge(
+    "serve_app_sequences_running", "Sequences that were let into the engine.", ("model",)
+)
+room = Gauge("serve_app_sequences_max", "Sequences that the engine batches at most.", ("model",))
+
+# --- the engine (engine.py) ---
+
+prompt_tokens = Counter(
+    "serve_app_prompt_tokens",
+    "Tokens of prompts, cached or not, of requests that are over.",
+    ("model", "tenant"),
+)
+generated_tokens = Counter(
+    "serve_app_generated_tokens",
+    "Tokens that were generated for requests that are over.",
+    ("model", "tenant"),
+)
+
+# --- the gateway (relay.py) ---
+
+failed_attempts = Counter(
+    "serve_app_attempts_failed",
+    "Times that a replica failed a request, by how: connection, died, silent.",
+    ("model", "reason"),
+)
+continuations = Counter(
+    "serve_app_continuations",
+    "Answers that went on at another replica, by how: again (nothing was sent), resume, repeat.",
+    ("model", "method"),
+)
+retries = Counter(
+    "serve_app_attempts_busy", "Times that a full replica sent a request on to another.", ("model",)
+)
+replicas_known = Gauge(
+    "serve_app_replicas_usable", "Replicas that this gateway would ask now.", ("model",)
+)
+
+# --- what it is and costs (replica.py) ---
+
+build = Gauge(
+    "serve_app_build_info", "1, with versions as labels.", ("version", "vllm", "ray", "model")
+)
+gpus = Gauge("serve_app_replica_gpus", "GPUs of this replica; 1 on a CPU.", ("model",))
+price = Gauge(
+    "serve_app_replica_price_dollars_per_hour",
+    "What this replica costs: its GPUs times price_per_gpu_hour; absent where that is not set.",
+    ("model",),
+)
+healthy = Gauge("serve_app_engine_healthy", "1 while the engine answers its probe.", ("model",))
+objective = Gauge(
+    "serve_app_slo_seconds",
+    "The objective that is configured, by what it is for: ttft, itl.",
+    ("model", "of"),
+)
+
+# --- the autoscaler: Ray's gauges, labelled application and deployment (autoscaler.py) ---
+
+SCALING = {
+    "wanted": "Replicas that the policy wants.",
+    "running": "Replicas that serve.",
+    "starting": "Replicas that are asked for and do not serve yet.",
+    "maximum": "Replicas that there may be: of replicas.max and of what the cluster can hold.",
+    "load": "Load in replicas: how many would be just full.",
+    "forecast": "Load in replicas that the policy makes ready for.",
+    "sequences": "Sequences in the batches of all replicas.",
+    "waiting": "Requests that wait, in all replicas and where none is.",
+    "queued_tokens": "Prompt tokens that no replica has read yet.",
+    "kv_usage_ratio": "Share of the KV cache in use, of the replica where it is largest.",
+    "ttft_seconds": "Time to first token at the goal's percentile, of the slowest replica.",
+    "itl_seconds": "Time between tokens at the goal's percentile, of the slowest replica.",
+    "start_seconds": "How long a replica is taken to start.",
+}
+SCALING_PREFIX = "serve_app_scaling_"
+
+
+class Gaps(Collector):
+    """A histogram for what comes thousands of times a second: an observation is a bisection."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float] = _LATENCY_S) -> None:
+        self._name, self._text = name, text
+        self._bounds = bounds
+        self._of: dict[str, Counts] = {}
+
+    def of(self, model: str) -> "Counts":
+        return self._of.setdefault(model, Counts(self._bounds))
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._text, labels=("model",))
+        for model, counts in list(self._of.items()):
+            total, buckets = 0, []
+            for bound, count in zip((*self._bounds, "+Inf"), list(counts.counts), strict=True):
+                total += count
+                buckets.append((str(bound), float(total)))
+            family.add_metric((model,), buckets, counts.sum_s)
+        yield family
+
+
+class Counts:
+    """Of one model."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum_s = 0.0
+
+    def add(self, gap_s: float) -> None:
+        self.counts[bisect.bisect_left(self._bounds, gap_s)] += 1
+        self.sum_s += gap_s
+
+
+gaps = Gaps(
+    "serve_app_inter_token_seconds", "Between two events of a stream, each a token or more."
+)
+REGISTRY.register(gaps)

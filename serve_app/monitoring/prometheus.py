@@ -1,0 +1,96 @@
+"""Prometheus: its configuration for this machine's Ray cluster, and questions to it."""
+
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RULES = Path(__file__).with_name("rules.yaml")
+
+
+def configuration(discovery: Path, haproxy: str, interval_s: int = 5) -> str:
+    """What `prometheus --config.file` reads.
+
+    Args:
+        discovery: the file in which Ray names the agents of all nodes.
+        haproxy: host:port of HAProxy's own metrics.
+    """
+    return yaml.safe_dump(
+        {
+            "global": {
+                "scrape_interval": f"{interval_s}s",
+                "evaluation_interval": f"{interval_s}s",
+            },
+            "rule_files": [str(RULES)],
+            "scrape_configs": [
+                # Ray labels its targets job="ray".
+                {
+                    "job_name": "ray",
+                    "file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "5s"}],
+                },
+                {"job_name": "haproxy", "static_configs": [{"targets": [haproxy]}]},
+            ],
+        },
+        sort_keys=False,
+    )
+
+
+class QueryError(Exception):
+    """Prometheus is not there, or does not take the expression."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One series at one time, or over some."""
+
+    labels: Mapping[str, str]
+    values: Sequence[float]
+
+    @property
+    def value(self) -> float:
+        return self.values[-1]
+
+
+class Prometheus:
+    """A client of Prometheus' HTTP API, for expressions that come from this application."""
+
+    def __init__(self, url: str, timeout_s: float = 10.0) -> None:
+        self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
+
+    def instant(self, expression: str) -> list[Sample]:
+        """Its value now, of every series.
+
+        Raises:
+            QueryError: no answer, or the expression is wrong.
+        """
+        found = self._get("query", query=expression)["result"]
+        return [Sample(one["metric"], [float(one["value"][1])]) for one in found]
+
+    def span(self, expression: str, start_s: float, end_s: float, step_s: float) -> list[Sample]:
+        """Its values from `start_s` to `end_s` (Unix time), of every series."""
+        found = self._get("query_range", query=expression, start=start_s, end=end_s, step=step_s)
+        return [Sample(s["metric"], [float(v) for _, v in s["values"]]) for s in found["result"]]
+
+    def alerts(self) -> list[dict[str, Any]]:
+        """Those that wait or fire: labels, annotations, state, activeAt."""
+        alerts: list[dict[str, Any]] = self._get("alerts")["alerts"]
+        return alerts
+
+    def _get(self, what: str, **parameters: Any) -> Any:
+        url = f"{self.url}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
+        try:
+            with urllib.request.urlopen(url, timeout=self._timeout_s) as answer:
+                return json.load(answer)["data"]
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read().decode("utf-8", "replace")
+            raise QueryError(f"{parameters.get('query', what)}: {said}") from error
+        except (OSError, ValueError) as error:
+            raise QueryError(f"{self.url}: {error}") from error

@@ -1,0 +1,217 @@
+"""A real server under the eyes of a real Prometheus, a real collector and a real browser."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.monitoring.prometheus import Prometheus
+from serve_app.monitoring.status import COLUMNS, FIGURES
+from tests.server import ROOT, Server, apart, configuration, launched, wait
+from tests.services.collector import Collector, collecting
+
+PORT, PROMETHEUS_PORT, STATUS_PORT = 8830, 8831, 8832
+KEY, PROMPT = "sk-planted-key-5f1c", "planted prompt words"
+ASKED = 6
+# Ray's agents tell every 10 s what they were told every 5; Prometheus looks every 5.
+_SEEN_S = 60.0
+
+
+@dataclass
+class Watched:
+    """The server, who watches it, and what its client counted."""
+
+    server: Server
+    collector: Collector
+    logs: Path
+    observing: "subprocess.Popen[bytes] | None" = None
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    request_id: str = ""
+
+    @property
+    def prometheus(self) -> Prometheus:
+        return Prometheus(f"http://127.0.0.1:{PROMETHEUS_PORT}")
+
+    def value(self, expression: str) -> float:
+        found = self.prometheus.instant(expression)
+        return sum(sample.value for sample in found)
+
+
+@pytest.fixture(scope="module")
+def watched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("observed")
+    (folder / "keys").write_text(f"team-a {KEY}\n")
+    with collecting() as collector:
+        config = configuration(
+            PORT,
+            model=str(tiny),
+            served_model_name="m",
+            cpus_per_replica=0.5,
+            gateway={"enabled": True, "cpus": 0.1},
+            api_keys={"file": str(folder / "keys")},
+            observe={"traces_endpoint": collector.url, "price_per_gpu_hour": 2.0},
+            engine={"dtype": "float32", "max_model_len": 512},
+        )
+        with launched(config, folder) as server:
+            assert server.ready(), server.output()
+            logs = Path(f"/tmp/ray-{PORT}/ray/session_latest/logs")
+            here = Watched(server, collector, logs)
+            here.observing = _observe(folder) if shutil.which("prometheus") else None
+            try:
+                _ask(here)
+                yield here
+            finally:
+                if here.observing is not None and here.observing.poll() is None:
+                    here.observing.send_signal(signal.SIGTERM)
+                    here.observing.wait(30)
+
+
+def _observe(folder: Path) -> "subprocess.Popen[bytes]":
+    with open(folder / "observe.log", "wb") as log:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "serve_app", "observe"),
+                *("--prometheus-port", str(PROMETHEUS_PORT), "--status-port", str(STATUS_PORT)),
+            ],
+            cwd=ROOT,
+            env={**os.environ, **apart(PORT)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _ask(here: Watched) -> None:
+    with httpx.Client(headers={"authorization": f"Bearer {KEY}"}, timeout=60) as client:
+        for at in range(ASKED):
+            body = {"model": "m", "prompt": f"{PROMPT} {at}", "max_tokens": 5 + at}
+            body |= {"ignore_eos": True, "stream": at % 2 == 0}
+            if body["stream"]:
+                body["stream_options"] = {"include_usage": True}
+            answer = client.post(f"{here.server.url}/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            text = answer.text
+            if body["stream"]:
+                text = text.split("\n\n")[-3].removeprefix("data: ")
+            usage = json.loads(text)["usage"]
+            here.prompt_tokens += usage["prompt_tokens"]
+            here.generated_tokens += usage["completion_tokens"]
+            here.request_id = answer.headers["x-request-id"]
+        assert client.post(f"{here.server.url}/v1/completions", json={"n": 99}).status_code == 400
+        stranger = {"authorization": "Bearer wrong"}
+        assert client.get(f"{here.server.url}/v1/models", headers=stranger).status_code == 401
+
+
+@pytest.fixture
+def prometheus(watched: Watched) -> Prometheus:
+    if watched.observing is None:
+        pytest.skip("prometheus is not on PATH")
+    return watched.prometheus
+
+
+def test_prometheus_counts_what_the_client_counted(
+    watched: Watched, prometheus: Prometheus
+) -> None:
+    asked = 'ray_serve_app_requests_total{route="/v1/completions", tenant="team-a", model="m"'
+    assert wait(lambda: watched.value(f'{asked}, status="200"}}') == ASKED, _SEEN_S)
+    assert watched.value(f'{asked}, status="400"}}') == 1
+    assert watched.value('ray_serve_app_requests_total{status="401", tenant="anonymous"}') == 1
+    assert watched.value("ray_serve_app_prompt_tokens_total") == watched.prompt_tokens
+    assert watched.value("ray_serve_app_generated_tokens_total") == watched.generated_tokens
+    assert watched.value("ray_serve_app_time_to_first_token_seconds_count") == ASKED // 2
+    assert watched.value("ray_serve_app_queue_duration_seconds_count") == ASKED
+    assert watched.value("ray_serve_app_replica_price_dollars_per_hour") == 2.0
+    # vLLM's own, beside ours; the engine's warm-up asked twice.
+    assert watched.value("ray_vllm_request_success_total") == ASKED + 2
+    assert watched.value('up{job="haproxy"}') == 1
+
+
+def test_every_figure_of_the_page_has_data(watched: Watched, prometheus: Prometheus) -> None:
+    def empty() -> list[str]:
+        rates = {figure.name: figure.expression for figure in FIGURES} | dict(COLUMNS)
+        return [name for name, text in rates.items() if not prometheus.instant(text)]
+
+    assert wait(lambda: not empty(), _SEEN_S), empty()
+    status = httpx.get(f"http://127.0.0.1:{STATUS_PORT}/status.json", timeout=30).json()
+    figures = {figure["name"]: figure for figure in status["figures"]}
+    assert figures["replicas"]["value"] == 1
+    assert not figures["replicas"]["bad"]
+    assert {row["replica"].split()[0] for row in status["replicas"]} >= {"engine"}
+
+
+def test_the_page_in_a_browser(watched: Watched, prometheus: Prometheus) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on PATH")
+    command = [
+        *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync"),
+        *("--disable-background-networking", "--disable-component-update", "--no-first-run"),
+        *("--virtual-time-budget=8000", "--dump-dom", f"http://127.0.0.1:{STATUS_PORT}/"),
+    ]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "the last 15 minutes" in page
+    for figure in FIGURES:
+        assert figure.name in page
+    assert "<td>engine " in page
+
+
+def test_a_request_is_one_trace_from_gateway_to_engine(watched: Watched) -> None:
+    def chain() -> list[str]:
+        spans = {span.id: span for span in watched.collector.spans}
+        leaves = [span for span in spans.values() if span.name == "llm_request"]
+        if len(leaves) < ASKED:
+            return []
+        found, span = [], leaves[-1]
+        while True:
+            found.append(span.service)
+            if span.parent not in spans:
+                return found
+            assert spans[span.parent].trace == span.trace
+            span = spans[span.parent]
+
+    assert wait(lambda: len(chain()) == 3, 30), [(s.service, s.name) for s in watched.collector.spans]
+    assert chain()[1:] == ["engine", "gateway"]
+    assert PROMPT not in str(watched.collector.spans)
+    assert KEY not in str(watched.collector.spans)
+
+
+def test_the_clients_id_finds_its_request_in_every_log(watched: Watched) -> None:
+    def lines() -> dict[str, dict[str, Any]]:
+        every = (watched.logs / "serve_app").glob("*.log")
+        parsed = [json.loads(line) for path in every for line in path.read_text().splitlines()]
+        return {
+            line["deployment"]: line
+            for line in parsed
+            if line.get("request_id") == watched.request_id and line["event"] == "request"
+        }
+
+    assert wait(lambda: set(lines()) == {"gateway", "engine"}, 10), lines()
+    for line in lines().values():
+        assert (line["tenant"], line["status"], line["model"]) == ("team-a", 200, "m")
+
+
+def test_no_log_holds_a_prompt_or_a_key(watched: Watched) -> None:
+    """In none of the files of Ray's session, ours among them, nor in what is printed."""
+    files = [path for path in watched.logs.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in [*files, watched.server.log]:
+        content = path.read_bytes()
+        assert KEY.encode() not in content, path
+        assert PROMPT.encode() not in content, path
+
+
+def test_observe_ends_what_it_started(watched: Watched, prometheus: Prometheus) -> None:
+    assert watched.observing is not None
+    watched.observing.send_signal(signal.SIGTERM)
+    assert watched.observing.wait(30) == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{PROMETHEUS_PORT}/-/ready")

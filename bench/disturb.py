@@ -30,7 +30,18 @@ import msgspec
 from bench import spec
 from bench.errors import LoadError
 
-_COMMON = ("every", "first", "count", "jitter", "min_up", "wait", "up", "settle", "apart", "deployment")
+_COMMON = (
+    "every",
+    "first",
+    "count",
+    "jitter",
+    "min_up",
+    "wait",
+    "up",
+    "settle",
+    "apart",
+    "deployment",
+)
 KINDS = {
     "kill-replica": _COMMON,
     "kill-engine": (*_COMMON, "part"),

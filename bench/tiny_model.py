@@ -18,7 +18,7 @@ _CHAT_TEMPLATE = (
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, hidden: int = 64, layers: int = 2) -> Path:
     """Write config, weights and tokenizer to `folder`; the same bytes each time. Returns it."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,9 +36,9 @@ def write(folder: Path) -> Path:
     tokenizer.train_from_iterator([__doc__ or ""], trainer)
     torch.manual_seed(0)
     config = Qwen2Config(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         vocab_size=VOCABULARY,

@@ -1,8 +1,8 @@
 """Ray writes its logs to files; Runpod shows what reaches stdout. This follows the files.
 
-Only what nobody else prints: Ray's system processes, and the output of `serve run`, to which Ray
-forwards what replicas, controller and proxies say. Lines that the launcher shows itself are left
-out, and what Ray's processes say at the level of information.
+Only what nobody else prints: Ray's system processes, the log of requests, and the output of `serve
+run`, to which Ray forwards what replicas, controller and proxies say. Lines that the launcher shows
+itself are left out, and what Ray's processes say at the level of information.
 """
 
 import re
@@ -15,6 +15,7 @@ from serve_app.progress import MARK
 
 RAY_FILES = ("raylet.out", "raylet.err", "gcs_server.out", "gcs_server.err", "dashboard.err")
 SERVE_FILES = ("serve_app.*.log",)
+REQUEST_FILES = ("*.log",)  # A line of JSON for each request.
 _PERIOD_S = 0.5
 # How Ray's system processes begin a line: "[date time I pid tid]". Their lines of information are
 # hundreds a start, and what follows without such a beginning belongs to the line before.

@@ -153,6 +153,7 @@ class Run:
         files: list[tuple[Path, tuple[str, ...]]] = [(folder, logs.SERVE_FILES)]
         if self._head is not None:
             files.append((self._head.log_folder, logs.RAY_FILES))
+            files.append((self._head.log_folder / "serve_app", logs.REQUEST_FILES))
         return files
 
     def _attend(self, choice: Choice, folder: Path) -> int:

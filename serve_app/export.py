@@ -14,15 +14,13 @@ import re
 import threading
 from collections.abc import Iterable, Mapping
 
+import ray
 from prometheus_client import Metric
 from prometheus_client.registry import REGISTRY
 from ray.util import metrics as ray_metrics
 
 logger = logging.getLogger("serve_app")
 
-# Ray passes on what it was told last every 10 s, and forgets a gauge that it was not told again
-# within 20.
-INTERVAL_S = 5.0
 # OpenTelemetry, which Ray uses, knows no colons.
 _UNSAFE = re.compile(r"[^a-zA-Z0-9_]")
 # Of prometheus-client itself, and of what it knows of a process: Ray says that too.
@@ -36,7 +34,7 @@ class Exporter:
         labels: of every sample, beside its own.
     """
 
-    def __init__(self, labels: Mapping[str, str], interval_s: float = INTERVAL_S) -> None:
+    def __init__(self, labels: Mapping[str, str], interval_s: float = 5.0) -> None:
         self._labels = dict(labels)
         self._interval_s = interval_s
         self._gauges: dict[str, tuple[ray_metrics.Gauge, tuple[str, ...]]] = {}
@@ -49,7 +47,10 @@ class Exporter:
         from ray import serve
 
         context = serve.get_replica_context()
-        exporter = cls({"deployment": context.deployment, "replica": context.replica_tag})
+        labels = {"deployment": context.deployment, "replica": context.replica_tag}
+        # Ray passes on what it was told last every so often (10 s by default), and forgets a gauge
+        # that it was not told again within twice that.
+        exporter = cls(labels, ray._config.metrics_report_interval_ms() / 2000)
         exporter._thread.start()
         return exporter
 

@@ -8,8 +8,9 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -55,7 +56,7 @@ class Meter:
             await self.app(scope, receive, send)
             return
         request_id = _identify(scope)
-        answer = _Answer(send, metrics.gaps.of(self._model) if self._counted else None)
+        answer = _Answer(send, self._counted and (lambda: metrics.gaps.of(self._model_of(scope))))
         under_way = metrics.under_way.labels(self._model)
         with self._tracer.span(scope, request_id) if self._tracer else nullcontext() as span:
             under_way.inc(self._counted)
@@ -71,8 +72,12 @@ class Meter:
                 if span is not None:
                     span.set_attributes(_attributes(answer))
 
+    def _model_of(self, scope: Scope) -> str:
+        """The gateway says which of its models was asked, once it knows."""
+        return str(scope.get("state", {}).get("model", self._model))
+
     def _note(self, scope: Scope, request_id: str, answer: "_Answer") -> None:
-        model = scope.get("state", {}).get("model", self._model)
+        model = self._model_of(scope)
         status, who = answer.final_status, tenant.get()
         if self._counted:
             self._count(scope["path"], model, status, who, answer)
@@ -114,9 +119,10 @@ class _Answer:
         left: the client left before its end.
     """
 
-    def __init__(self, send: Send, gaps: metrics.Counts | None) -> None:
+    def __init__(self, send: Send, gaps: Callable[[], metrics.Counts] | Literal[False]) -> None:
         self._send = send
-        self._gaps = gaps
+        self._gaps_of = gaps
+        self._gaps: metrics.Counts | None = None
         self._began_s = self._last_s = self.ended_s = time.monotonic()
         self._streaming = False
         self._over = False
@@ -145,6 +151,7 @@ class _Answer:
         now_s = time.monotonic()
         if self.first_s is None:
             self.first_s = now_s - self._began_s
+            self._gaps = self._gaps_of() if self._gaps_of else None
         elif self._gaps is not None:
             self._gaps.add(now_s - self._last_s)
         self._last_s = now_s

@@ -89,6 +89,9 @@ waits = Histogram(
     buckets=_WAIT_S,
 )
 queued = Gauge("serve_app_requests_queued", "Requests that wait for room.", ("model",))
+queue_room = Gauge(
+    "serve_app_requests_queued_max", "Requests that may wait; one more is refused.", ("model",)
+)
 running = Gauge(
     "serve_app_sequences_running", "Sequences that were let into the engine.", ("model",)
 )

@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from starlette.types import ASGIApp
 
 from serve_app import __version__, metrics
+from serve_app.errors import RequestError
 from serve_app.export import Exporter
 from serve_app.logs import Log
 from serve_app.meter import Meter
@@ -26,6 +27,12 @@ class Observation:
         """The application behind its outermost gate, or as it is where nothing is measured."""
         if not self._settings.metrics:
             return app
+        if counted:
+            # A count that begins above 0 has no rate: the first failures would not be seen.
+            for kept in ("yes", "no"):
+                metrics.objectives.labels(model, kept)
+            for kind in RequestError.__subclasses__():
+                metrics.rejections.labels(model, kind.code)
         for of, limit_s in (("ttft", goal.ttft_s), ("itl", goal.itl_s)):
             if limit_s is not None:
                 metrics.objective.labels(model, of).set(limit_s)

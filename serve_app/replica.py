@@ -85,6 +85,7 @@ class _Engine:
         """What metrics ask for when they are exported."""
         queue, supervisor = self._admission, self._supervisor
         metrics.queued.labels(self._model).set_function(lambda: queue.queued)
+        metrics.queue_room.labels(self._model).set_function(lambda: queue.max_queued)
         metrics.running.labels(self._model).set_function(lambda: queue.running)
         metrics.room.labels(self._model).set_function(lambda: queue.max_running)
         metrics.healthy.labels(self._model).set_function(lambda: supervisor.healthy)

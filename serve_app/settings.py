@@ -99,9 +99,14 @@ class Gateway(_Frozen):
     enabled: bool = False
     replicas: Count = 1
     cpus: Annotated[float, Field(ge=0)] = 0.5
-    routing: Literal["prefix", "power_of_two", "least_outstanding", "round_robin", "random"] = (
-        "prefix"
-    )
+    routing: Literal[
+        "prefix",
+        "power_of_two",
+        "least_outstanding",
+        "least_connections",
+        "round_robin",
+        "random",
+    ] = "prefix"
     session_header: Annotated[str, Field(min_length=1)] = "x-session-id"
     stall_timeout_s: Seconds = 10.0
     replica_timeout_s: Seconds = 30.0

@@ -4,7 +4,7 @@ import asyncio
 import io
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from typing import Any
 
@@ -32,6 +32,7 @@ class Watched:
         self.model = model
         self.written = io.StringIO()
         self.sent: list[Message] = []
+        self.began = asyncio.Event()
         self.before = self._all()
 
     async def ask(self, app: ASGIApp, path: str = "/v1/completions", **headers: str) -> None:
@@ -50,6 +51,8 @@ class Watched:
 
     async def _send(self, message: Message) -> None:
         self.sent.append(message)
+        if message.get("body"):
+            self.began.set()
 
     def _all(self) -> dict[tuple[str, tuple[str, ...]], float]:
         return {
@@ -72,9 +75,9 @@ class Watched:
 
 
 @pytest.fixture
-def watched(request: pytest.FixtureRequest) -> Iterator[Watched]:
+def watched(request: pytest.FixtureRequest) -> Watched:
     # Metrics are of a process: a model of its own keeps the tests apart.
-    yield Watched(request.node.name)
+    return Watched(request.node.name)
 
 
 def streams(
@@ -152,8 +155,7 @@ async def test_an_application_that_raises_is_counted(watched: Watched) -> None:
 
 async def test_a_client_that_leaves_is_told_apart(watched: Watched) -> None:
     asking = asyncio.create_task(watched.ask(streams(0.0, 30.0)))
-    while len(watched.sent) < 2:
-        await asyncio.sleep(0.001)
+    await watched.began.wait()
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking

@@ -178,7 +178,9 @@ def test_a_request_is_one_trace_from_gateway_to_engine(watched: Watched) -> None
             assert spans[span.parent].trace == span.trace
             span = spans[span.parent]
 
-    assert wait(lambda: len(chain()) == 3, 30), [(s.service, s.name) for s in watched.collector.spans]
+    assert wait(lambda: len(chain()) == 3, 30), [
+        (s.service, s.name) for s in watched.collector.spans
+    ]
     assert chain()[1:] == ["engine", "gateway"]
     assert PROMPT not in str(watched.collector.spans)
     assert KEY not in str(watched.collector.spans)

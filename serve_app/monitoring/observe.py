@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     # uvicorn passes a signal on once it has stopped: what was started is to be ended then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="observe.") as made:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        tempfile.TemporaryDirectory(prefix="observe.") as made,
+    ):
         folder = Path(made)
         url = f"http://{_HOST}:{options.prometheus_port}"
         with _prometheus(folder, options, url), _grafana(folder, options, url) as grafana:

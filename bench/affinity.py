@@ -1,0 +1,190 @@
+"""What prefix affinity is worth on real engines: time to first token and cache hits, by policy.
+
+    python -m bench.affinity [--policies prefix,least_connections] [--rounds 3] [--requests 256]
+
+For each policy, in rounds whose order turns: this application with a gateway and two engines, each
+with a KV cache for `--cache` (0.6) of all prefixes, and a closed loop of prompts that begin with
+one of 64 prefixes of 1,000 tokens, each as likely. The first pass over all prefixes is not
+measured. Hits are vLLM's own counters, read where Prometheus reads them.
+
+The model (`tiny_model`, wider and deeper) has random weights: a prompt costs what it costs, and
+nothing depends on what it says. The last line is one JSON object.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench import tiny_model
+from bench.overhead import QUIET, apart
+
+GROUPS, SHARED, UNIQUE, OUTPUT = 64, 1000, 20, 8
+_BLOCK = 32
+_START_S = 240.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--policies", default="prefix,least_connections,round_robin,random", help="%(default)s"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--users", type=int, default=4)
+    parser.add_argument("--cache", type=float, default=0.6)
+    parser.add_argument("--port", type=int, default=8870)
+    options = parser.parse_args(argv)
+    policies = options.policies.split(",")
+    found: dict[str, list[dict[str, Any]]] = {policy: [] for policy in policies}
+    with tempfile.TemporaryDirectory(prefix="affinity.") as made:
+        folder = Path(made)
+        model = tiny_model.write(folder / "model", hidden=256, layers=6)
+        for turn in range(options.rounds):
+            for policy in policies[turn % len(policies) :] + policies[: turn % len(policies)]:
+                one = measured(policy, model, folder, options, seed=turn)
+                found[policy].append(one)
+                print(json.dumps({"round": turn + 1, "policy": policy, **one}), flush=True)
+    print(json.dumps({"benchmark": "affinity", "results": compared(found, policies[0])}))
+    return 0
+
+
+def measured(
+    policy: str, model: Path, folder: Path, options: argparse.Namespace, seed: int
+) -> dict[str, Any]:
+    """One policy, once."""
+    with serving(policy, model, folder, options) as url:
+        load(url, folder / "warm", options, GROUPS, seed)
+        before = counted(options.port)
+        result = load(url, folder / "measured", options, options.requests, seed)
+        time.sleep(22)  # Ray's agent is told every 10 s what was counted every 5.
+        after = counted(options.port)
+    grown = {
+        replica: {name: after[replica][name] - before[replica][name] for name in after[replica]}
+        for replica in after
+    }
+    hits = sum(of["prefix_cache_hits"] for of in grown.values())
+    work = [of["prompt_tokens"] for of in grown.values()]
+    ttft = result["measures"]["ttft"]
+    return {
+        "ttft_p50_s": ttft["p50"],
+        "ttft_p95_s": ttft["p95"],
+        "hit_ratio": hits / sum(of["prefix_cache_queries"] for of in grown.values()),
+        "busiest_over_mean": max(work) / statistics.fmean(work),
+    }
+
+
+def compared(found: dict[str, list[dict[str, Any]]], first: str) -> list[dict[str, Any]]:
+    """Medians of the rounds, and TTFT beside that of the first policy in the same round."""
+    rows = []
+    for policy, rounds in found.items():
+        ratios = [
+            ours["ttft_p50_s"] / one["ttft_p50_s"]
+            for ours, one in zip(found[first], rounds, strict=True)
+        ]
+        row: dict[str, Any] = {"policy": policy}
+        row |= {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+        row[f"{first}_ttft_p50_ratio"] = {
+            "median": statistics.median(ratios),
+            "min": min(ratios),
+            "max": max(ratios),
+        }
+        rows.append(row)
+    return rows
+
+
+@contextlib.contextmanager
+def serving(policy: str, model: Path, folder: Path, options: argparse.Namespace) -> Iterator[str]:
+    config = yaml.safe_load(Path("serve_config.yaml").read_text(encoding="utf-8"))
+    config["http_options"]["port"] = options.port
+    blocks = int(options.cache * GROUPS * (SHARED + UNIQUE + OUTPUT) / _BLOCK)
+    config["applications"][0]["args"] |= {
+        "model": str(model),
+        "served_model_name": "m",
+        "replicas": 2,
+        "cpus_per_replica": 0.5,
+        "gateway": {"enabled": True, "cpus": 0.1, "routing": policy},
+        "engine": {
+            "dtype": "float32",
+            "max_model_len": 2048,
+            "block_size": _BLOCK,
+            "num_gpu_blocks_override": blocks,
+        },
+    }
+    path, log = folder / "serve_config.yaml", folder / f"{policy}.log"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "serve_app", "serve", "--config", str(path)]
+    environment = {**os.environ, **QUIET, **apart(options.port)}
+    with (
+        open(log, "wb") as output,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        ) as process,
+    ):
+        try:
+            until_s = time.monotonic() + _START_S
+            # Both: the server answers once one is there.
+            while log.read_text().count("\nready: ") < 2 or "serving http" not in log.read_text():
+                if process.poll() is not None or time.monotonic() > until_s:
+                    raise SystemExit(f"the server did not start:\n{log.read_text()}")
+                time.sleep(0.2)
+            time.sleep(3)  # Until the gateway and Prometheus' numbers know of both.
+            yield f"http://127.0.0.1:{options.port}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+
+
+def load(
+    url: str, out: Path, options: argparse.Namespace, requests: int, seed: int
+) -> dict[str, Any]:
+    """A closed loop by `bench run`; its result."""
+    words = f"prefix:groups={GROUPS},depth=1,shared={SHARED},unique={UNIQUE},output={OUTPUT}"
+    command = [sys.executable, "-m", "bench", "run", "--url", url, "--workload", words]
+    command += ["--load", f"users={options.users}", "--requests", str(requests)]
+    command += ["--seed", str(seed), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SystemExit(done.stdout + done.stderr) from error
+    return result
+
+
+_SAMPLE = re.compile(r"ray_vllm_(\w+)_total\{(.*)\} (\S+)")
+_WANTED = frozenset({"prefix_cache_hits", "prefix_cache_queries", "prompt_tokens"})
+
+
+def counted(port: int) -> dict[str, dict[str, float]]:
+    """vLLM's counters of each replica, as Ray's agents tell them."""
+    base = Path(apart(port)["RAY_TMPDIR"]) / "ray" / "prom_metrics_service_discovery.json"
+    found: dict[str, dict[str, float]] = {}
+    for group in json.loads(base.read_text(encoding="utf-8")):
+        for target in group["targets"]:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+            for name, labels, value in _SAMPLE.findall(text):
+                replica = re.search(r'(?:^|,)replica="([^"]*)"', labels)
+                if name in _WANTED and replica:
+                    of = found.setdefault(replica[1], dict.fromkeys(_WANTED, 0.0))
+                    of[name] += float(value)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What Prometheus and Grafana are given: rules, dashboards, and what to do when an alert fires."""

@@ -18,8 +18,15 @@ _CHAT_TEMPLATE = (
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def write(folder: Path, hidden: int = 64, layers: int = 2) -> Path:
-    """Write config, weights and tokenizer to `folder`; the same bytes each time. Returns it."""
+def write(
+    folder: Path, hidden: int = 64, layers: int = 2, words: str = "", vocabulary: int = VOCABULARY
+) -> Path:
+    """Write config, weights and tokenizer to `folder`; the same bytes each time. Returns it.
+
+    Args:
+        hidden, layers: of the model.
+        words: what the vocabulary is trained on besides: with room for them, each is a token.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -28,12 +35,12 @@ def write(folder: Path, hidden: int = 64, layers: int = 2) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=_SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([__doc__ or ""], trainer)
+    tokenizer.train_from_iterator([__doc__ or "", words], trainer)
     torch.manual_seed(0)
     config = Qwen2Config(
         hidden_size=hidden,
@@ -41,7 +48,7 @@ def write(folder: Path, hidden: int = 64, layers: int = 2) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_position_embeddings=16384,
         tie_word_embeddings=True,
         bos_token_id=0,

@@ -76,11 +76,11 @@ def watched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wa
         cpus_per_replica=0.5,
         hang_timeout_s=300.0,
         limits={"queue_timeout_s": 20.0},
-        # Room for 40 blocks: four sequences of 400 tokens do not fit.
+        # Room for 40 blocks: three sequences of 400 tokens, and the others lose their place.
         engine={
             "dtype": "float32",
             "max_model_len": 512,
-            "max_num_seqs": 4,
+            "max_num_seqs": 12,
             "block_size": 32,
             "num_gpu_blocks_override": 40,
         },
@@ -177,13 +177,13 @@ async def test_replicas_that_die(watched: Watched) -> None:
     async with Load(watched.server.url, clients=3, every_s=0.0, tokens=20):
         # Serve's count of starts must have been there for a while.
         await asyncio.sleep(5)
-        expected = {"ReplicaRestarts", "NoReadyReplica", "ErrorRatio", "ProxyErrorRatio"}
+        expected = {"ReplicaRestarts", "NoReadyReplica"}
         missed: set[str] = set(expected)
         for _ in range(4):
             watched.process("ray::ServeReplica:llm:engine").kill()
             missed &= await asyncio.to_thread(watched.fires, *expected, within_s=25)
             assert await asyncio.to_thread(watched.server.answers, 120)
-        assert missed <= {"ErrorRatio"}  # No replica is there that could count its errors.
+        assert not missed
         assert await asyncio.to_thread(watched.clears, *expected, within_s=240)
 
 
@@ -200,8 +200,9 @@ async def test_a_node_is_silent(watched: Watched) -> None:
 
 
 async def test_requests_that_take_too_long(watched: Watched) -> None:
-    """ErrorRatio: an engine that stands still for longer than requests may wait for room."""
+    """An engine stands still for longer than requests may wait for room."""
+    expected = ("ErrorRatio", "ProxyErrorRatio")
     async with Load(watched.server.url, clients=30, every_s=0.0, tokens=100):
         with stopped(watched.process("VLLM::EngineCore")):
-            assert not await asyncio.to_thread(watched.fires, "ErrorRatio", within_s=90)
-    assert await asyncio.to_thread(watched.clears, "ErrorRatio")
+            assert not await asyncio.to_thread(watched.fires, *expected, within_s=90)
+    assert await asyncio.to_thread(watched.clears, *expected)

@@ -4,7 +4,6 @@ Jobs are put in by the test; what the worker posts is kept with its job. Polls a
 while, as Runpod holds them, unless there is something to say.
 """
 
-import json
 import re
 import select
 import socket
@@ -13,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.runpod import web
 
 POD = "worker-1"
 _HOLD_S = 120.0
@@ -36,20 +36,17 @@ class Job:
         return "".join(str(part["output"]) for part in self.stream)
 
 
-class Jobs(ThreadingHTTPServer):
+class Jobs(web.Server):
     """The server and its jobs."""
 
-    daemon_threads = True
-
     def __init__(self, port: int) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__(port, _Handler)
         self.changed = threading.Condition()
         self.jobs: dict[str, Job] = {}
         self.to_stop: list[str] = []
         self.pings: list[str] = []
         self.most_at_once = 0
         self.open = True
-        self.url = f"http://127.0.0.1:{port}"
 
     def environment(self) -> dict[str, str]:
         """What Runpod sets in a queue worker."""
@@ -91,12 +88,8 @@ class Jobs(ThreadingHTTPServer):
         return job.done
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(web.Handler):
     server: Jobs
-
-    def log_message(self, *words: object) -> None:
-        """Quiet."""
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
@@ -117,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         verb, worker, number = path.split("/")[3:6]
         assert worker == POD
-        data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = self.body()
         with self.server.changed:
             job = self.server.jobs[number]
             if verb == "job-stream":
@@ -161,13 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
         return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def _send(self, status: int, body: Any) -> None:
-        data = b"" if body is None else json.dumps(body).encode()
         try:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            self.send_json(status, body)
         except OSError:
             self.close_connection = True  # The worker is gone.
 
@@ -175,15 +163,10 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(port: int) -> Iterator[Jobs]:
     """The server, in threads of this process, while the block runs."""
-    server = Jobs(port)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        with server.changed:
-            server.open = False
-            server.changed.notify_all()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with web.running(Jobs(port)) as server:
+        try:
+            yield server
+        finally:
+            with server.changed:
+                server.open = False
+                server.changed.notify_all()

@@ -9,14 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import handler
-from tests.runpod import job_server
+from tests.runpod import job_server, web
 from tests.runpod.conftest import FOLDER
 from tests.runpod.job_server import Jobs
 
@@ -24,53 +23,37 @@ pytest.importorskip("runpod.serverless", reason="Runpod's SDK is not installed")
 APPLICATION, JOBS = 8872, 8873
 
 
-class Application(ThreadingHTTPServer):
+class Application(web.Server):
     """Answers by the model's name: what is asked of it is what it does wrong."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", APPLICATION), _Answer)
+        super().__init__(APPLICATION, _Answer)
         self.asked: list[tuple[str, str, Any]] = []
         self.left = threading.Event()
         self.go = threading.Event()
         self.busy = 0
 
 
-class _Answer(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Answer(web.Handler):
     server: Application
-
-    def log_message(self, *words: object) -> None:
-        """Quiet."""
 
     def do_GET(self) -> None:
         self.server.asked.append(("GET", self.path, None))
-        self._send(200, {"data": [{"id": "served"}]})
+        self.send_json(200, {"data": [{"id": "served"}]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         self.server.asked.append(("POST", self.path, body))
         model = body["model"]
         if model == "unknown":
-            self._send(404, {"error": {"message": "no such model", "code": "model_not_found"}})
+            self.send_json(404, {"error": {"message": "no such model", "code": "model_not_found"}})
         elif model == "busy" and self.server.busy < 2:
             self.server.busy += 1
-            self._send(503, {"error": {"message": "busy"}}, retry_after="0")
+            self.send_json(503, {"error": {"message": "busy"}}, {"Retry-After": "0"})
         elif body.get("stream"):
             self._stream(model)
         else:
-            self._send(200, {"model": model, "choices": [{"text": "whole"}]})
-
-    def _send(self, status: int, body: Any, retry_after: str | None = None) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if retry_after is not None:
-            self.send_header("Retry-After", retry_after)
-        self.end_headers()
-        self.wfile.write(data)
+            self.send_json(200, {"model": model, "choices": [{"text": "whole"}]})
 
     def _stream(self, model: str) -> None:
         self.send_response(200)
@@ -117,12 +100,8 @@ class _Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def application() -> Iterator[Application]:
-    server = Application()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with web.running(Application()) as server:
+        yield server
 
 
 @contextlib.contextmanager

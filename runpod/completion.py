@@ -14,6 +14,7 @@ import rest
 _TIMEOUT_S = 150.0
 _CHAT_ROUTE = "/v1/chat/completions"
 _CHAT = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
+_TEXT = ("choices", 0, "message", "content")
 # The code with which the application refuses a key; a refusal without it is Runpod's.
 _OUR_REFUSAL = "invalid_api_key"
 
@@ -51,12 +52,15 @@ class Target:
 class Question:
     """Asked again and again until there is somebody to answer it.
 
-    Args:
-        model: the served name; empty for the one that is served.
+    It names no model of its own: a variable or serve_config.yaml may have given it another name.
+
+    Attributes:
+        target: where it is asked.
+        model: the name that is served, once it is known.
     """
 
-    def __init__(self, target: Target, model: str = "") -> None:
-        self._target, self._model = target, model
+    def __init__(self, target: Target) -> None:
+        self.target, self.model = target, ""
         self._job: str | None = None
 
     def ask(self) -> str | None:
@@ -65,42 +69,42 @@ class Question:
         Raises:
             Hopeless: the answer says that none will come.
         """
-        return self._ask_queue() if self._target.status_url else self._ask_server()
+        return self._ask_queue() if self.target.status_url else self._ask_server()
 
     def withdraw(self) -> None:
         """Take back a job that nobody has answered: a worker that starts later would bill."""
         if self._job is not None:
-            self._call(self._of_job(self._target.cancel_url), {})
+            self._call(self._of_job(self.target.cancel_url), {})
             self._job = None
 
     def _ask_server(self) -> str | None:
-        base = self._target.url.rstrip("/")
-        if not self._model:
+        base = self.target.url.rstrip("/")
+        if not self.model:
             status, listing = self._call(base + "/v1/models")
             if status != 200:
                 return None
-            self._model = listing["data"][0]["id"]
-        status, answer = self._call(base + _CHAT_ROUTE, {"model": self._model, **_CHAT})
-        return _text(answer) if status == 200 else None
+            self.model = _of(listing, "data", 0, "id")
+        status, answer = self._call(base + _CHAT_ROUTE, {"model": self.model, **_CHAT})
+        return _of(answer, *_TEXT) if status == 200 else None
 
     def _ask_queue(self) -> str | None:
         if self._job is None:
-            chat = {"model": self._model, **_CHAT} if self._model else _CHAT
-            job = {"input": {"openai_route": _CHAT_ROUTE, "openai_input": chat}}
-            status, state = self._call(self._target.url, job)
+            job = {"input": {"openai_route": _CHAT_ROUTE, "openai_input": _CHAT}}
+            status, state = self._call(self.target.url, job)
         else:
-            status, state = self._call(self._of_job(self._target.status_url))
+            status, state = self._call(self._of_job(self.target.status_url))
         if status != 200:
             return None
-        self._job = str(state["id"])
-        if state["status"] in ("IN_QUEUE", "IN_PROGRESS", "RUNNING"):
+        self._job, ended = _of(state, "id"), _of(state, "status")
+        if ended in ("IN_QUEUE", "IN_PROGRESS", "RUNNING"):
             return None
         self._job = None
-        if state["status"] != "COMPLETED":
-            problem = str(state.get("error") or state.get("output"))[:500]
-            raise Hopeless(f"the job ended as {state['status']}: {problem}")
         output = state.get("output")
-        return _text(output[0] if isinstance(output, list) and output else output)
+        if ended != "COMPLETED":
+            raise Hopeless(f"the job ended as {ended}: {str(state.get('error') or output)[:500]}")
+        answer = output[0] if isinstance(output, list) and output else output
+        self.model = _of(answer, "model")
+        return _of(answer, *_TEXT)
 
     def _of_job(self, url: str) -> str:
         return url.replace("{job_id}", str(self._job))
@@ -108,7 +112,7 @@ class Question:
     def _call(self, url: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
         """Status and parsed body; status 0 where nobody answered."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, self._target.headers())
+        request = urllib.request.Request(url, data, self.target.headers())
         try:
             with rest.opener.open(request, timeout=_TIMEOUT_S) as response:
                 return int(response.status), _parsed(response.read())
@@ -130,11 +134,20 @@ def _judge(status: int, answer: Any) -> None:
         raise Hopeless(f"HTTP {status}: {error.get('message')}")  # The application itself says so.
 
 
-def _text(answer: Any) -> str:
+def _of(answer: Any, *path: str | int) -> str:
+    """What an answer has at a path.
+
+    Raises:
+        Hopeless: it is not of that shape: it is somebody else who answers.
+    """
+    found = answer
     try:
-        return str(answer["choices"][0]["message"]["content"])
+        for word in path:
+            found = found[word]
     except (KeyError, IndexError, TypeError):
-        raise Hopeless(f"an answer without a completion: {json.dumps(answer)[:300]}") from None
+        where = ".".join(str(word) for word in path)
+        raise Hopeless(f"an answer without {where}: {json.dumps(answer)[:300]}") from None
+    return str(found)
 
 
 def _parsed(data: bytes) -> Any:

@@ -6,9 +6,11 @@ second `up` with the same words changes nothing. What it cannot bring up it does
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,13 +36,14 @@ _PROXY = "https://{pod}-{port}.proxy.runpod.net"
 _WAIT_S = 1800.0
 # Between two looks: soon at first, then this.
 _PERIOD_S = (0.5, 5.0)
-# After an unclear creation, until the list shows what was made; and how often it is tried.
-_LATE_S = 2.0
+# How long a list may take to show what was made unclearly; and how often it is tried.
+_LATE_S = 10.0
 _CREATIONS = 5
 # A pod that was just started may say once more that it is stopped.
 _DEAD_LOOKS = 3
 # A log stream that has been silent for this long has shown what there is.
 _SILENCE_S = 5.0
+_FOLLOW_S = 3600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     logs = commands.add_parser("logs", parents=[common], help="of the pod, or of every worker")
     logs.set_defaults(run=_logs)
     logs.add_argument("--tail", type=int, default=200, help="lines; default: %(default)s")
-    logs.add_argument("--follow", action="store_true", help="until interrupted")
+    logs.add_argument("--follow", action="store_true", help="all of them, until interrupted")
 
     away = commands.add_parser("down", parents=[common], help="delete all of it, and prove it")
     away.set_defaults(run=_down)
@@ -128,7 +131,7 @@ def _up(client: rest.Client, options: argparse.Namespace) -> int:
     for line in wanted.costs(gpus):
         print(f"  {line}")
     print(f"  (GPUs: the catalog's prices now; storage: as of {prices.DATE})")
-    _require_room(client, wanted)
+    _require_room(client, wanted, gpus)
     if not options.yes and not _agreed():
         print("nothing was created")
         return 1
@@ -177,11 +180,24 @@ def _agreed() -> bool:
     return input("create it? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _require_room(client: rest.Client, wanted: Deployment) -> None:
-    """Refuse a name that is taken by another mode: both would bill, and one would be forgotten."""
+def _require_room(
+    client: rest.Client, wanted: Deployment, gpus: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse a name that is taken by another mode: both would bill, and one would be forgotten.
+
+    And a pod that would have to become another one: its GPUs and volume are its own for life.
+    """
     other = POD if wanted.serverless else ENDPOINT
     if found := other.ours(client, wanted.name):
         raise Refused(f"{wanted.name} is a {other.word} already ({found[0]['id']}): `down` first")
+    if wanted.serverless or (pod := _one(client, POD, wanted.name)) is None:
+        return
+    gpu = pod.get("gpu") or {}
+    count, kind = gpu.get("count", 1), gpu.get("id")
+    if count != wanted.gpu_count or kind not in {one["id"] for one in gpus}:
+        raise Refused(f"pod {pod['id']} has {count} x {kind}, and keeps them: `down` first")
+    if wanted.volume_gb and not (pod["mounts"] or {}).get("network"):
+        raise Refused(f"pod {pod['id']} has no volume, and can get none: `down` first")
 
 
 def _one(client: rest.Client, kind: Kind, name: str) -> dict[str, Any] | None:
@@ -203,12 +219,19 @@ def _create(client: rest.Client, kind: Kind, body: Mapping[str, Any]) -> dict[st
         except rest.Unclear as error:
             tries += 1
             print(f"unclear: {error}; looking for it")
-            time.sleep(_LATE_S)
-            if (found := _one(client, kind, str(body["name"]))) is not None:
+            if (found := _appears(client, kind, str(body["name"]))) is not None:
                 print(f"created {kind.word} {found['id']}, as its name says")
                 return found
             if tries >= _CREATIONS:
                 raise
+
+
+def _appears(client: rest.Client, kind: Kind, name: str) -> dict[str, Any] | None:
+    """The thing of this name, if a list shows it within a while."""
+    deadline_s = time.monotonic() + _LATE_S
+    while (found := _one(client, kind, name)) is None and time.monotonic() < deadline_s:
+        time.sleep(1.0)
+    return found
 
 
 def _change(
@@ -316,7 +339,6 @@ def _wait(
     """Until a completion came back, or none will. Returns the exit status."""
     began_s, said, question, dead = time.monotonic(), "", None, 0
     period_s, longest_s = _PERIOD_S
-    model = wanted.env.get("SERVED_MODEL_NAME") or wanted.model
     problem = f"no completion within {options.wait_s:g} s"
     try:
         while time.monotonic() - began_s < options.wait_s:
@@ -328,14 +350,14 @@ def _wait(
                 said = state
                 print(f"{time.monotonic() - began_s:5.0f} s  {state}", flush=True)
             if question is None and (target := _target(client, wanted, thing)) is not None:
-                question = Question(target, model)
+                question = Question(target)
             if question is not None and (text := question.ask()) is not None:
                 print(f"up after {time.monotonic() - began_s:.0f} s; it says: {text.strip()!r}")
-                _how_to_ask(wanted, thing, model)
+                _how_to_ask(wanted, question)
                 return 0
             time.sleep(period_s)
             period_s = min(1.5 * period_s, longest_s)
-    except Hopeless as error:
+    except (Hopeless, rest.ApiError) as error:
         problem = str(error)
     except KeyboardInterrupt:
         problem = "interrupted"
@@ -390,20 +412,21 @@ def _quiet(client: rest.Client, wanted: Deployment, thing: Mapping[str, Any]) ->
         print(f"it may bill on: {error}", file=sys.stderr)
 
 
-def _how_to_ask(wanted: Deployment, thing: Mapping[str, Any], model: str) -> None:
-    say = json.dumps({"model": model or "NAME", "messages": [{"role": "user", "content": "Hello"}]})
+def _how_to_ask(wanted: Deployment, question: Question) -> None:
+    """The same question for a shell in which the keys are where they are now."""
+    target = question.target
+    url, headers = target.url.rstrip("/"), ['"Authorization: Bearer $RUNPOD_API_KEY"']
+    ours = "${API_KEYS%%,*}"  # The first of them.
     if wanted.mode == "pod":
-        url = _PROXY.format(pod=thing["id"], port=PORT)
-        headers = '-H "Authorization: Bearer $API_KEY"'
-    else:
-        host = f"https://{thing['id']}.api.runpod.ai"
-        if wanted.mode == "queue":
-            host = f"https://api.runpod.ai/v2/{thing['id']}/openai"
-        url, headers = host, '-H "Authorization: Bearer $RUNPOD_API_KEY"'
-        if wanted.env.get(KEYS):
-            headers += ' -H "x-api-key: $API_KEY"'
-    print(f"curl {url}/v1/chat/completions {headers} \\")
-    print(f"  -H 'content-type: application/json' -d '{say}'")
+        headers = [f'"Authorization: Bearer {ours}"']
+    elif wanted.mode == "queue":
+        url = url.removesuffix("/run") + "/openai"
+    elif target.api_key:
+        headers.append(f'"x-api-key: {ours}"')
+    body = {"model": question.model, "messages": [{"role": "user", "content": "Hello"}]}
+    words = "".join(f" -H {header}" for header in headers)
+    print(f"curl {url}/v1/chat/completions{words} \\")
+    print(f"  -H 'content-type: application/json' -d '{json.dumps(body)}'")
 
 
 # --- status, logs, down ---------------------------------------------------------------------------
@@ -411,12 +434,14 @@ def _how_to_ask(wanted: Deployment, thing: Mapping[str, Any], model: str) -> Non
 
 def _status(client: rest.Client, options: argparse.Namespace) -> int:
     found: dict[str, list[dict[str, Any]]] = {}
+    hourly: dict[str, float] = {}
     for kind in (ENDPOINT, POD, TEMPLATE, VOLUME):
         found[kind.word] = kind.ours(client, options.name)
         for thing in found[kind.word]:
             if kind is ENDPOINT:
                 thing["active"] = client.get(f"{kind.path}/{thing['id']}/workers")
-            thing["bills"] = bill(kind, thing)
+                hourly = hourly or _hourly(client)
+            thing["bills"] = bill(kind, thing, hourly)
             thing.pop("env", None)  # It may hold keys.
     if options.json:
         print(json.dumps(found))
@@ -428,6 +453,13 @@ def _status(client: rest.Client, options: argparse.Namespace) -> int:
         print(f"nothing is called {options.name}")
         return 1
     return 0
+
+
+def _hourly(client: rest.Client) -> dict[str, float]:
+    """What a GPU of each type costs in a worker, by the catalog."""
+    gpus = client.get("/v2/catalog/gpus")["gpus"]
+    each = ((gpu["id"], prices.serverless_per_hour(gpu)) for gpu in gpus)
+    return {number: price for number, price in each if price is not None}
 
 
 def _condition(thing: Mapping[str, Any]) -> str:
@@ -455,15 +487,29 @@ def _logs(client: rest.Client, options: argparse.Namespace) -> int:
     if not paths:
         print(f"{options.name} has no pod and no active worker", file=sys.stderr)
         return 1
-    silence_s = 3600.0 if options.follow else _SILENCE_S
-    try:
-        for path, who in paths:
-            # One after the other: with --follow, the first one's.
-            for event in client.events(path, silence_s, tail=str(options.tail)):
-                print(f"[{who}] {event.get('line', '')}", flush=True)
-    except KeyboardInterrupt:
-        pass
+    if not options.follow:
+        return 0 if all([_show(client, *each, options) for each in paths]) else 1
+    threads = [
+        threading.Thread(target=_show, args=(client, *each, options), daemon=True) for each in paths
+    ]
+    with contextlib.suppress(KeyboardInterrupt):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     return 0
+
+
+def _show(client: rest.Client, path: str, who: str, options: argparse.Namespace) -> bool:
+    """One stream to its end. Whether there was one: a worker may go while others speak."""
+    silence_s = _FOLLOW_S if options.follow else _SILENCE_S
+    try:
+        for event in client.events(path, silence_s, tail=str(options.tail)):
+            print(f"[{who}] {event.get('line', '')}", flush=True)
+    except rest.ApiError as error:
+        print(f"[{who}] no logs: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _down(client: rest.Client, options: argparse.Namespace) -> int:

@@ -18,6 +18,8 @@ ENDPOINT_TYPES = {"load_balancer": "LOAD_BALANCER", "queue": "QUEUE"}
 # Runpod adds this to the name of an endpoint with FlashBoot, and the other to its template's.
 _SUFFIXES = (" -fb",)
 _TEMPLATE = "__template__"
+# Variables that Runpod adds to those of a container.
+_THEIRS = ("RUNPOD_", "PUBLIC_KEY")
 # In an answer, what a request leaves out is filled in: these are compared with what was asked.
 _COMPARED = (
     *("image", "disk", "ports", "env", "registry", "gpu", "workers", "scaling", "timeout"),
@@ -200,8 +202,19 @@ def changes(current: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, 
     return {
         key: wanted[key]
         for key in _COMPARED
-        if key in wanted and not _holds(current.get(key), wanted[key])
+        if key in wanted and not _same(key, current.get(key), wanted[key])
     }
+
+
+def _same(key: str, current: Any, wanted: Any) -> bool:
+    if key == "env":
+        # A PATCH replaces all variables: one that is not asked for any more has to go, too.
+        given = {k: v for k, v in (current or {}).items() if not k.startswith(_THEIRS)}
+        return bool(given == wanted)
+    if key == "gpu":
+        # Pools that are sent without exclusions clear them.
+        wanted = {"excludedTypes": [], **wanted}
+    return _holds(current, wanted)
 
 
 def _holds(current: Any, wanted: Any) -> bool:
@@ -210,4 +223,6 @@ def _holds(current: Any, wanted: Any) -> bool:
         return all(_holds(given.get(key), value) for key, value in wanted.items())
     if not wanted and not current:
         return True
+    if isinstance(wanted, list) and isinstance(current, list):
+        return bool(sorted(current) == sorted(wanted))
     return bool(current == wanted)

@@ -133,8 +133,13 @@ def _terminated(client: rest.Client, number: str) -> bool:
         return error.status == 404
 
 
-def bill(kind: Kind, thing: Mapping[str, Any]) -> str:
-    """What a thing costs as it stands; empty for what costs nothing."""
+def bill(kind: Kind, thing: Mapping[str, Any], hourly: Mapping[str, float] | None = None) -> str:
+    """What a thing costs as it stands; empty for what costs nothing.
+
+    Args:
+        thing: of an endpoint, with its workers under `active` where they were asked for.
+        hourly: what a GPU of each type costs in a worker.
+    """
     if kind is VOLUME:
         return f"${prices.volume_per_month(thing['size']):.2f} a month for {thing['size']} GB"
     if kind is POD:
@@ -147,6 +152,22 @@ def bill(kind: Kind, thing: Mapping[str, Any]) -> str:
         if disk:
             parts.append(f"${disk * each:.2f} a month for {disk} GB of disk")
         return f"{thing['status']}, " + " and ".join(parts) if parts else ""
-    if kind is ENDPOINT and thing["workers"]["min"]:
-        return f"{thing['workers']['min']} worker(s) always on"
+    if kind is ENDPOINT:
+        words = [_workers(thing["active"]["workers"], hourly or {})] if "active" in thing else []
+        if always := thing["workers"]["min"]:
+            words.append(f"{always} worker(s) always on")
+        return ", ".join(word for word in words if word)
     return ""
+
+
+def _workers(workers: list[Mapping[str, Any]], hourly: Mapping[str, float]) -> str:
+    """What the workers that are there cost, from their start to their end."""
+    # One that waits for capacity has no machine.
+    there = [worker for worker in workers if worker["status"] != "THROTTLED"]
+    if not there:
+        return ""
+    each = [hourly.get(worker.get("gpuTypeId") or "") for worker in there]
+    if None in each:
+        return f"{len(there)} worker(s) by the second"
+    total = sum(w["gpuCount"] * price for w, price in zip(there, each, strict=True) if price)
+    return f"${total:.2f} per hour for {len(there)} worker(s)"

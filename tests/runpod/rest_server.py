@@ -13,10 +13,8 @@ import json
 import re
 import threading
 import urllib.parse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,12 @@ import jsonschema
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
+from tests.runpod import web
+
 SCHEMA = Path(__file__).parents[3] / "shared" / "schemas" / "runpod-rest-v2.openapi.json"
 KEY = "rpa_account"
+# Whatever the model's own name is.
+SERVED = "served"
 _AT = "2026-11-24T12:00:00Z"
 _LISTS = {
     "serverless": "endpoints",
@@ -82,11 +84,19 @@ class Account:
         looks_until_up: how often a deployment is looked at before it answers; None: it never does.
         sold_out: GPU types of which there is none.
         stuck: ids that cannot be deleted.
+        late_urls: how many answers about an endpoint are without its addresses.
+        late_lists: how many lists do not show what is in the account.
+        stranger: whether something else answers where the application should.
+        open_logs: whether streams of logs go on until their reader leaves.
     """
 
     looks_until_up: int | None = 2
     sold_out: frozenset[str] = frozenset()
     stuck: frozenset[str] = frozenset()
+    late_urls: int = 0
+    late_lists: int = 0
+    stranger: bool = False
+    open_logs: bool = False
     job_error: str | None = None
     faults: list[Fault] = field(default_factory=list)
     things: dict[str, dict[str, dict[str, Any]]] = field(
@@ -213,31 +223,24 @@ class Schema:
         return self.problems(content["schema"], body) if content else []
 
 
-class Rest(ThreadingHTTPServer):
+class Rest(web.Server):
     """The server. `account` may be changed between requests."""
 
-    daemon_threads = True
-
     def __init__(self, port: int) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__(port, _Handler)
         self.account = Account()
         self.schema = Schema()
         self.lock = threading.Lock()
-        self.url = f"http://127.0.0.1:{port}"
 
 
 class Problem(Exception):
-    def __init__(self, status: int, detail: str, **headers: str) -> None:
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
+        self.status, self.detail, self.headers = status, detail, headers or {}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(web.Handler):
     server: Rest
-
-    def log_message(self, *words: object) -> None:
-        """Quiet."""
 
     def do_GET(self) -> None:
         self._answer("GET")
@@ -253,8 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> None:
         path, _, query = self.path.partition("?")
-        length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length)) if length else None
+        body = self.body()
         path = urllib.parse.unquote(path)
         with self.server.lock:
             try:
@@ -266,17 +268,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        if isinstance(answer, str):
-            data, kind = answer.encode(), "text/event-stream"
+        if isinstance(answer, str) and self.server.account.open_logs and path.endswith("/logs"):
+            self._send_and_wait(answer)
+        elif isinstance(answer, str):
+            self.send(status, answer.encode(), "text/event-stream", headers)
         else:
-            data, kind = b"" if answer is None else json.dumps(answer).encode(), "application/json"
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
+            self.send_json(status, answer, headers)
+
+    def _send_and_wait(self, events: str) -> None:
+        """A stream that its reader ends."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(events.encode())
+        self.connection.recv(1)
+        self.close_connection = True
 
     def _decide(self, method: str, path: str, query: str, body: Any) -> tuple[int, Any, Any]:
         account = self.server.account
@@ -308,8 +314,8 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _break(self, fault: Fault) -> None:
-        headers = {"Retry_After": "1"} if fault.status == 429 else {}
-        raise Problem(fault.status, "as the test wants it", **headers)
+        headers = {"Retry-After": "1"} if fault.status == 429 else {}
+        raise Problem(fault.status, "as the test wants it", headers)
 
     # --- the account ------------------------------------------------------------------------
 
@@ -320,9 +326,11 @@ class _Handler(BaseHTTPRequestHandler):
         kind, rest = words[0], words[1:]
         things = account.things[kind]
         if not rest:
-            if method == "GET":
-                return 200, {_LISTS[kind]: list(things.values())}
-            return 201, self._create(kind, body)
+            if method == "POST":
+                return 201, self._told(self._create(kind, body))
+            late = things and account.late_lists > 0
+            account.late_lists -= bool(late)
+            return 200, {_LISTS[kind]: [] if late else list(things.values())}
         if rest[0] not in things:
             raise Problem(404, "resource not found")
         thing = things[rest[0]]
@@ -340,13 +348,24 @@ class _Handler(BaseHTTPRequestHandler):
                 merge = (
                     isinstance(value, dict) and isinstance(thing.get(key), dict) and key != "env"
                 )
-                thing[key] = {**thing[key], **value} if merge else value
+                old = thing.get(key)
+                if key == "gpu" and "pools" in value:
+                    old.pop("excludedTypes", None)  # The two are one selection.
+                thing[key] = {**old, **value} if merge else value
             return 200, thing
         if method == "DELETE":
             return self._delete(kind, thing)
         if kind == "pods":
             self._age(thing)
-        return 200, thing
+        return 200, self._told(thing)
+
+    def _told(self, thing: dict[str, Any]) -> dict[str, Any]:
+        """The thing, without addresses while those are late."""
+        account = self.server.account
+        if "requestUrls" not in thing or account.late_urls == 0:
+            return thing
+        account.late_urls -= 1
+        return {key: value for key, value in thing.items() if key != "requestUrls"}
 
     def _create(self, kind: str, body: Any) -> dict[str, Any]:
         account = self.server.account
@@ -404,6 +423,7 @@ class _Handler(BaseHTTPRequestHandler):
         workers = []
         if thing["workers"]["max"]:
             workers = [{"id": "wrk1", "status": status, "gpuCount": 1, "isStale": False}]
+            workers[0]["gpuTypeId"] = "NVIDIA L4"
         words = ("running", "idle", "initializing", "throttled", "unhealthy")
         summary = {word: sum(w["status"] == word.upper() for w in workers) for word in words}
         return {"workers": workers, "summary": {**summary, "total": len(workers)}}
@@ -437,14 +457,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _application(self, thing: Any, rest: list[str], body: Any) -> tuple[int, Any]:
         keys = [key for key in thing["env"].get("API_KEYS", "").split(",") if key]
-        if keys and self.headers.get("x-api-key") not in keys:
+        given = {self.headers.get("x-api-key")}
+        if thing["env"].get("SERVE_MODE") == "pod":
+            given.add((self.headers.get("Authorization") or "").removeprefix("Bearer "))
+        if keys and not given & set(keys):
             return 401, {"error": {"message": "no", "code": "invalid_api_key"}}
+        if self.server.account.stranger:
+            return 200, "<html>"
         if rest == ["v1", "models"]:
-            return 200, {"data": [{"id": "served"}]}
-        return 200, _completion(body)
+            return 200, {"data": [{"id": SERVED}]}
+        if body["model"] != SERVED:
+            return 404, {"error": {"message": "no such model", "code": "model_not_found"}}
+        return 200, _completion()
 
     def _queue(self, up: bool, rest: list[str], body: Any) -> tuple[int, Any]:
         account = self.server.account
+        if account.stranger:
+            return 200, "<html>"
+        if rest[:1] == ["openai"]:
+            return (200, _completion()) if body["model"] == SERVED else (404, "no such model")
         if rest == ["run"]:
             job = f"job{len(account.jobs)}"
             account.jobs[job] = "IN_QUEUE"
@@ -456,26 +487,17 @@ class _Handler(BaseHTTPRequestHandler):
             account.jobs[job] = "FAILED" if account.job_error else "COMPLETED"
         answer: dict[str, Any] = {"id": job, "status": account.jobs[job]}
         if answer["status"] == "COMPLETED":
-            answer["output"] = [_completion({"model": "m"})]
+            answer["output"] = [_completion()]
         if answer["status"] == "FAILED":
             answer["error"] = account.job_error
         return 200, answer
 
 
-def _completion(body: Any) -> dict[str, Any]:
+def _completion() -> dict[str, Any]:
     message = {"role": "assistant", "content": "Hello."}
-    return {"model": body["model"], "choices": [{"index": 0, "message": message}]}
+    return {"model": SERVED, "choices": [{"index": 0, "message": message}]}
 
 
-@contextmanager
-def serving(port: int) -> Iterator[Rest]:
-    """The server, in threads of this process, while the block runs."""
-    server = Rest(port)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def serving(port: int) -> AbstractContextManager[Rest]:
+    """The server, while the block runs."""
+    return web.running(Rest(port))

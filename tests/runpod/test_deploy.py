@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,8 +37,8 @@ def account(server: Rest) -> Iterator[Account]:
     assert server.account.violations == []
 
 
-def run(*words: str, keys: str | None = "ours", **environ: str) -> tuple[int, str]:
-    """One command. Returns its exit status and all that it said."""
+def begun(*words: str, keys: str | None = "ours", **environ: str) -> "subprocess.Popen[str]":
+    """One command, as a process."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RUNPOD_", "API_"))}
     own = {
         "RUNPOD_API_KEY": rest_server.KEY,
@@ -57,7 +58,7 @@ def run(*words: str, keys: str | None = "ours", **environ: str) -> tuple[int, st
         NAME,
         *words[1:],
     ]
-    result = subprocess.run(
+    return subprocess.Popen(
         command,
         cwd=ROOT,
         env=inherited | own | environ,
@@ -65,12 +66,19 @@ def run(*words: str, keys: str | None = "ours", **environ: str) -> tuple[int, st
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
-        check=False,
     )
-    assert "Traceback" not in result.stdout, result.stdout
-    assert rest_server.KEY not in result.stdout
-    return result.returncode, result.stdout
+
+
+def run(*words: str, **environ: Any) -> tuple[int, str]:
+    """One command. Returns its exit status and all that it said."""
+    with begun(*words, **environ) as process:
+        try:
+            output, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert "Traceback" not in output, output
+    assert rest_server.KEY not in output
+    return process.returncode, output
 
 
 def up(*words: str, **environ: Any) -> tuple[int, str]:
@@ -131,6 +139,68 @@ def test_a_second_up_changes_nothing_and_a_third_what_differs(account: Account) 
     assert endpoint["env"]["MAX_MODEL_LEN"] == "8192"
     (body,) = [body for method, _, body in account.bodies if method == "PATCH"]
     assert sorted(body) == ["env", "workers"]
+
+
+def test_a_variable_that_is_not_asked_for_any_more_goes(account: Account) -> None:
+    assert up("--env", "MAX_MODEL_LEN=8192")[0] == 0
+    (endpoint,) = account.things["serverless"].values()
+    endpoint["env"]["RUNPOD_ADDED"] = "by Runpod itself"
+    assert "is as asked for" in up("--env", "MAX_MODEL_LEN=8192")[1]
+    status, output = up()
+    assert status == 0, output
+    assert "MAX_MODEL_LEN" not in endpoint["env"]
+
+
+def test_gpus_that_were_left_out_come_back(account: Account) -> None:
+    assert up()[0] == 0
+    (endpoint,) = account.things["serverless"].values()
+    assert endpoint["gpu"]["excludedTypes"] == ["NVIDIA GeForce RTX 4090"]
+    status, output = up("--gpu", "RTX 4090")
+    assert status == 0, output
+    assert not endpoint["gpu"].get("excludedTypes")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--gpu", "L40S"], "has 1 x NVIDIA L4, and keeps them"),
+        (["--gpu", "L4", "--gpu-count", "2"], "has 1 x NVIDIA L4, and keeps them"),
+        (
+            ["--gpu", "L4", "--volume-gb", "9", "--data-center", "EU-RO-1"],
+            "has no volume, and can get none",
+        ),
+    ],
+)
+def test_a_pod_does_not_become_another_one_in_silence(
+    account: Account, words: list[str], sentence: str
+) -> None:
+    assert up("--mode", "pod")[0] == 0
+    status, output = run("up", "--mode", "pod", "--image", IMAGE, "--yes", *words)
+    assert status == 2, output
+    assert sentence in output
+    assert not account.things["network-volumes"]
+    # What can be changed is.
+    status, output = up("--mode", "pod", "--env", "MAX_NUM_SEQS=8")
+    assert status == 0, output
+    (pod,) = account.things["pods"].values()
+    assert pod["env"]["MAX_NUM_SEQS"] == "8"
+
+
+@pytest.mark.parametrize("mode", ["load_balancer", "queue", "pod"])
+def test_what_it_says_to_ask_with_is_answered(account: Account, mode: str) -> None:
+    # Two keys, and a model with a name of its own.
+    environ = {"API_KEYS": "ours,theirs", "RUNPOD_API_KEY": rest_server.KEY}
+    status, output = up("--mode", mode, "--model", "org/model", **environ)
+    assert status == 0, output
+    command = "curl --silent --fail " + output[output.index("curl ") + len("curl ") :]
+    answer = subprocess.run(
+        ["bash", "-c", command],
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == "Hello."
 
 
 def test_only_the_gpus_that_were_asked_for(account: Account) -> None:
@@ -235,6 +305,50 @@ def test_an_unclear_creation_is_never_made_twice(
     assert "unclear" in output
     assert len(account.things["serverless"]) == 1
     assert account.made("POST", "/v2/serverless") == (1 if after else 2)
+
+
+def test_a_list_that_is_late_is_waited_for(account: Account) -> None:
+    account.faults = [Fault("POST", "/v2/serverless", 500, after=True)]
+    account.late_lists = 4
+    status, output = up("--no-wait")
+    assert status == 0, output
+    assert "as its name says" in output
+    assert account.made("POST", "/v2/serverless") == 1
+
+
+def test_an_address_that_is_late_is_waited_for(account: Account) -> None:
+    account.late_urls = 3
+    status, output = up()
+    assert status == 0, output
+    assert account.late_urls == 0
+
+
+def test_an_endpoint_that_cannot_be_looked_at_does_not_bill_on(account: Account) -> None:
+    account.late_urls = 1
+    account.faults = [Fault("GET", "/v2/serverless/[^/]*", 403)]
+    status, output = up("--workers-min", "1")
+    assert status == 1, output
+    (endpoint,) = account.things["serverless"].values()
+    assert (endpoint["workers"]["min"], endpoint["workers"]["max"]) == (0, 0)
+
+
+@pytest.mark.parametrize("mode", ["load_balancer", "queue", "pod"])
+def test_an_answer_of_somebody_else_is_no_completion(account: Account, mode: str) -> None:
+    account.stranger = True
+    status, output = up("--mode", mode)
+    assert status == 1, output
+    assert "an answer without" in output
+    assert "is stopped" in output or "are taken away" in output
+
+
+def test_what_was_taken_away_comes_back(account: Account) -> None:
+    account.looks_until_up = None
+    assert up("--wait-s", "1")[0] == 1
+    account.looks_until_up = 2
+    status, output = up()
+    assert status == 0, output
+    (endpoint,) = account.things["serverless"].values()
+    assert endpoint["workers"]["max"] == 3
 
 
 def test_a_refused_key_is_said_at_once(account: Account) -> None:
@@ -369,8 +483,18 @@ def test_status_tells_and_keeps_keys_to_itself(account: Account) -> None:
     assert status == 0
     assert "secret" not in output
     found = json.loads(output)
-    assert found["endpoint"][0]["bills"] == "1 worker(s) always on"
+    bills = "$0.69 per hour for 1 worker(s), 1 worker(s) always on"
+    assert found["endpoint"][0]["bills"] == bills
     assert found["volume"][0]["bills"] == "$3.50 a month for 50 GB"
+
+
+def test_a_worker_bills_though_none_is_always_on(account: Account) -> None:
+    account.looks_until_up = 0
+    account.add("serverless", name=NAME)
+    assert "$0.69 per hour for 1 worker(s)" in run("status")[1]
+    # One that waits for a machine costs nothing.
+    account.looks_until_up = None
+    assert "bills nothing by itself" in run("status")[1]
 
 
 def test_logs_of_every_worker(account: Account) -> None:
@@ -381,3 +505,29 @@ def test_logs_of_every_worker(account: Account) -> None:
     assert status == 0, output
     assert "[wrk1] hello from wrk1" in output
     assert "hello from pod" in output
+
+
+def test_logs_of_all_that_speak_are_followed_at_once(account: Account) -> None:
+    account.open_logs = True
+    account.add("serverless", name=NAME)
+    account.add("pods", name=NAME)
+    with begun("logs", "--follow") as process:
+        try:
+            assert process.stdout is not None
+            # The first stream never ends.
+            lines = sorted(process.stdout.readline() for _ in range(2))
+            assert ["hello from pod" in lines[0], "hello from wrk1" in lines[1]] == [True, True]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
+def test_a_worker_that_went_does_not_silence_the_others(account: Account) -> None:
+    account.faults = [Fault("GET", "/v2/pods/.*/logs", 404)]
+    account.add("pods", name=NAME)
+    account.add("serverless", name=NAME)
+    status, output = run("logs")
+    assert status == 1
+    assert "no logs: " in output
+    assert "[wrk1] hello from wrk1" in output

@@ -23,6 +23,7 @@ import yaml
 
 from kuberay import console, tools
 from kuberay.errors import EksError
+from kuberay.owned import CLUSTER
 from serve_app import launcher
 from serve_app.errors import ConfigError
 from serve_app.settings import Settings
@@ -203,6 +204,8 @@ def documents(
         if document["kind"] == "ConfigMap" and document["metadata"]["name"] == "cluster":
             given = {"name": cluster, "region": region}
             document["data"] |= {key: value for key, value in given.items() if value}
+        if document["kind"] == "StorageClass" and cluster:
+            document["parameters"]["tagSpecification_1"] = f"{CLUSTER}={cluster}"
         if document["kind"] == "RayService" and bucket:
             config = serve_config(overlay, bucket, folder)
             document["spec"]["serveConfigV2"] = _Block(_dump(config))

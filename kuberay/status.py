@@ -96,7 +96,7 @@ def status(to: Target, kubernetes: bool = True, now: datetime | None = None) -> 
     except AwsError as error:
         if not error.absent:
             raise
-        problem = "there is no such cluster (python -m kuberay sweep says what is left of one)"
+        problem = "there is no such cluster (python -m kuberay.sweep says what is left of one)"
         empty: tuple[Any, ...] = ()
         return Status(
             owner.name, owner.region, "", "", empty, empty, 0.0, empty, None, "", (problem,)

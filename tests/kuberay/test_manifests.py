@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from kuberay import layout, lint, prices, render
+from kuberay.owned import CLUSTER
+from kuberay.rayservice import quantity
 from serve_app.hardware import ACCELERATORS
 from serve_app.plan import Plan
 from serve_app.settings import Settings
@@ -87,6 +89,15 @@ def test_karpenter_accepts_its_manifests() -> None:
     assert [document["kind"] for document in found] == ["EC2NodeClass", *["NodePool"] * 4]
     for document in found:
         schemas.check(document)
+
+
+def test_a_newer_image_replaces_no_node_of_karpenter() -> None:
+    """al2023@latest moves; a node that serves is not ended for it."""
+    node_class, *pools = yaml.safe_load_all((HERE / "karpenter.yaml").read_text())
+    assert node_class["spec"]["amiSelectorTerms"] == [{"alias": "al2023@latest"}]
+    for pool in pools:
+        budgets = pool["spec"]["disruption"]["budgets"]
+        assert {"nodes": "0", "reasons": ["Drifted"]} in budgets, pool["metadata"]["name"]
 
 
 def test_helm_takes_the_operators_values(tmp_path: Path) -> None:
@@ -396,6 +407,39 @@ def test_the_service_is_reached_from_inside_only(documents: list[dict[str, Any]]
     assert all(d["spec"].get("type", "ClusterIP") == "ClusterIP" for d in others)
 
 
+def test_streams_come_in_through_nodes_that_stay(documents: list[dict[str, Any]]) -> None:
+    """An NLB resets what goes through a target that it finds unhealthy or that ends."""
+    made = service(documents)["spec"]["serveService"]
+    # With Local a node is unhealthy once its worker drains, while its streams go on.
+    assert made["spec"]["externalTrafficPolicy"] == "Cluster"
+    targets = "service.beta.kubernetes.io/aws-load-balancer-target-node-labels"
+    key, _, value = made["metadata"]["annotations"][targets].partition("=")
+    through = [g for g in cluster()["managedNodeGroups"] if g["labels"].get(key) == value]
+    (group,) = through
+    # In two zones, on demand, and nobody takes one away to save money.
+    assert group["minSize"] == group["desiredCapacity"] == group["maxSize"] >= 2
+    assert not group.get("spot")
+    assert not group.get("taints")
+    # The pods see a node's address, so who may connect is said before the node.
+    ranges = made["spec"]["loadBalancerSourceRanges"]
+    (clients,) = of(documents, "NetworkPolicy", "clients")["spec"]["ingress"]
+    assert {peer["ipBlock"]["cidr"] for peer in clients["from"]} == set(ranges)
+
+
+def test_two_heads_fit_the_nodes_that_do_not_scale(documents: list[dict[str, Any]]) -> None:
+    """An upgrade starts a second head beside the first, and nothing adds a node for it."""
+    spec = service(documents)["spec"]["rayClusterConfig"]
+    template = spec["headGroupSpec"]["template"]["spec"]
+    parts = [*podsecurity.containers(template), spec["autoscalerOptions"]]
+    asked = [part["resources"]["requests"] for part in parts]
+    (group,) = [g for g in cluster()["managedNodeGroups"] if g["name"] == "cpu"]
+    for kind in group["instanceTypes"]:
+        cpus = prices.INSTANCES[kind].vcpus
+        # A head a node; a core of each is for Redis, the operator, the add-ons and monitoring.
+        assert sum(quantity(each["cpu"]) for each in asked) <= cpus - 1
+        assert sum(quantity(each["memory"]) for each in asked) <= (4 * cpus - 4) * 2**30
+
+
 def test_nodes_are_private_encrypted_and_tagged() -> None:
     config = cluster()
     assert config["metadata"]["tags"]["qwen-ray-serve/cluster"] == config["metadata"]["name"]
@@ -410,7 +454,10 @@ def test_nodes_are_private_encrypted_and_tagged() -> None:
             assert (taint["key"], taint["effect"]) == ("nvidia.com/gpu", "NoSchedule")
     storage = (HERE / "base" / "storage.yaml").read_text()
     parsed = yaml.safe_load(storage)
-    assert parsed["parameters"] == {"type": "gp3", "encrypted": "true"}
+    name = config["metadata"]["name"]
+    assert parsed["parameters"] == {
+        "type": "gp3", "encrypted": "true", "tagSpecification_1": f"{CLUSTER}={name}",
+    }  # fmt: skip
     assert parsed["reclaimPolicy"] == "Delete"
 
 

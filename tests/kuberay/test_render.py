@@ -12,6 +12,7 @@ import yaml
 
 from kuberay import render
 from kuberay.errors import EksError
+from kuberay.owned import Owner
 from serve_app import launcher
 from serve_app.errors import ConfigError
 from tests.kuberay import programs
@@ -154,6 +155,11 @@ def test_the_command_prints_an_overlay_for_a_cluster() -> None:
         if (d["kind"], d["metadata"]["name"]) == ("ConfigMap", "cluster")
     ]
     assert names == [{"name": "mine", "region": "eu-west-1"}] * 2
+    # A disk that outlives the cluster says whose it was.
+    (storage,) = [d for d in documents if d["kind"] == "StorageClass"]
+    key, _, value = storage["parameters"]["tagSpecification_1"].partition("=")
+    assert Owner("mine", "eu-west-1").owns({key: value})
+    assert not Owner("qwen-ray-serve", "eu-west-1").owns({key: value})
     (service,) = [d for d in documents if d["kind"] == "RayService"]
     assert "s3://b/Qwen/Qwen2.5-7B-Instruct" in service["spec"]["serveConfigV2"]
     assert done.stdout.count("image: r/i:2") == 2

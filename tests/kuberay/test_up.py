@@ -2,7 +2,10 @@
 
 import base64
 import json
+import re
 import signal
+import subprocess
+import sys
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +15,7 @@ import yaml
 from kuberay import up
 from kuberay.ttl import Ttl
 from tests.kuberay import planted
-from tests.kuberay.cli import run, start
+from tests.kuberay.cli import ROOT, run, start
 from tests.kuberay.cloud import REGION, Cloud
 from tests.kuberay.conftest import Commands
 from tests.kuberay.test_preflight import push
@@ -236,6 +239,10 @@ def test_status_of_nothing_is_a_problem(account: Cloud, commands: Commands) -> N
     result = run("status", *WHERE)
     assert result.returncode == 1
     assert "there is no such cluster" in result.stdout
+    # The command that it names is there.
+    (named,) = re.findall(r"\((python -m \S+)", result.stdout)
+    words = [sys.executable, *named.split()[1:], "--help"]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
 def test_status_of_a_cluster_that_does_not_answer_still_has_its_bill(

@@ -43,11 +43,12 @@ ARGS = "SERVE_ARGS"
 
 # Arguments whose names mean something else in an environment.
 _RESERVED = frozenset(
-    {"HOST", "PORT", "API_KEY", "MODEL", "CONFIG", "HELP", "HF_TOKEN", "HEADLESS", "UDS"}
+    {"HOST", "PORT", "CONFIG", "HELP", "HF_TOKEN", "HEADLESS", "UDS"}
     | {"MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK", "ROOT_PATH"}
 )
 # What Runpod's own workers understood, or still do, and this one does not.
 _REMOVED: Mapping[str, str] = {
+    "API_KEY": "use API_KEYS",
     "BLOCK_MANAGER": "gone from vLLM",
     "DEFAULT_BATCH_SIZE": "tokens travel together only under load (SERVE_ARGS: stream_gap_ms)",
     "DEFAULT_BATCH_SIZE_GROWTH_FACTOR": "see DEFAULT_BATCH_SIZE",
@@ -58,6 +59,7 @@ _REMOVED: Mapping[str, str] = {
     "GUIDED_DECODING_BACKEND": "use STRUCTURED_OUTPUTS_CONFIG",
     "LONG_LORA_SCALING_FACTORS": "gone from vLLM",
     "LORA_EXTRA_VOCAB_SIZE": "gone from vLLM",
+    "MODEL": "use MODEL_NAME",
     "MAX_CONTEXT_LEN_TO_CAPTURE": "gone from vLLM; see COMPILATION_CONFIG",
     "MAX_SEQ_LEN_TO_CAPTURE": "gone from vLLM; see COMPILATION_CONFIG",
     "NUM_LOOKAHEAD_SLOTS": "use SPECULATIVE_CONFIG",
@@ -89,19 +91,24 @@ _REMOVED: Mapping[str, str] = {
     "VLLM_CONFIG_FILE": "use SERVE_ARGS: {engine: {...}}",
     "WORKER_USE_RAY": "it follows from the parallel sizes",
 }
+# What else is read here, and by start.py, handler.py and the modules beside them.
+_OURS = frozenset(
+    {ARGS, "API_KEYS", "SERVE_MODE", "SERVE_CONFIG", "BASE_PATH", "MAX_CONCURRENCY"}
+    | {"PORT_HEALTH", "HEALTH_CHECK_PATH", "STOP_GRACE_S", "MAX_START_FAILURES"}
+)
 # Who begins like this is spoken to by somebody else.
 _FOREIGN = (
-    "RUNPOD_",
-    "RAY_",
-    "VLLM_",
-    "HF_",
-    "HUGGING",
-    "CUDA_",
-    "NVIDIA_",
-    "NV_",
-    "NCCL_",
-    "LC_",
-    "SSL_CERT_",
+    *("RUNPOD_", "RAY_", "VLLM_", "HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "TORCH"),
+    *("CUDA_", "NVIDIA_", "NV_", "NCCL_", "GLOO_", "TRITON_", "FLASHINFER_", "OMP_", "MKL_"),
+    *("LC_", "LD_", "SSL_CERT_", "SSH_", "XDG_", "AWS_", "KUBERNETES_", "OTEL_", "JUPYTER_"),
+    *("PYTHON", "PIP_", "UV_", "TINI_", "BASH_"),
+)
+# What a container or a shell has anyway.
+_ORDINARY = frozenset(
+    {"PATH", "HOME", "HOSTNAME", "PWD", "OLDPWD", "TERM", "LANG", "LANGUAGE", "SHLVL", "SHELL"}
+    | {"USER", "LOGNAME", "_", "TZ", "TMPDIR", "DEBIAN_FRONTEND", "VIRTUAL_ENV", "PUBLIC_KEY"}
+    | {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
+    | {"LIBRARY_PATH", "GPG_KEY", "LESSOPEN", "LESSCLOSE", "LS_COLORS", "MAIL"}
 )
 # From here on a name is a misspelling of another: MAX_MODEL_LENGTH, GPU_MEMORY_UTILISATION.
 _NEAR = 0.85
@@ -123,7 +130,7 @@ def apply(args: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[dict[str
         ConfigError: a value that cannot be what its variable stands for.
     """
     known = engine_arguments()
-    result, warnings = deepcopy(dict(args)), []
+    result, warnings, strangers = deepcopy(dict(args)), [], []
     # The mapping first: a variable of its own is the more particular of the two.
     if text := environ.get(ARGS, "").strip():
         _merge(result, _mapping(text))
@@ -144,13 +151,25 @@ def apply(args: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[dict[str
             warnings.append(
                 f"{name} is ignored: no engine argument of that name; did you mean {near}?"
             )
+        elif _spoken_to_us(name):
+            strangers.append(name)
+    if strangers:
+        warnings.append(f"no engine arguments, and left alone: {', '.join(strangers)}")
     return result, warnings
 
 
+def _spoken_to_us(name: str) -> bool:
+    """Whether a variable may have been meant for this server."""
+    if name != name.upper() or name.startswith(_FOREIGN):
+        return False
+    return name not in _RESERVED | _OURS | _ORDINARY
+
+
 def _misspelt(name: str, known: Iterable[str]) -> str | None:
-    if name != name.upper() or name.startswith(_FOREIGN) or name in _RESERVED:
+    if not _spoken_to_us(name):
         return None
-    choices = [word for word in (*(a.upper() for a in known), *ALIASES) if word not in _RESERVED]
+    words = (*(argument.upper() for argument in known), *ALIASES, *_OURS)
+    choices = [word for word in words if word not in _RESERVED]
     found = difflib.get_close_matches(name, choices, n=1, cutoff=_NEAR)
     return found[0] if found else None
 

@@ -95,6 +95,14 @@ def test_an_empty_variable_is_none() -> None:
             "MODEL_NAMES",
             "MODEL_NAMES is ignored: no engine argument of that name; did you mean MODEL_NAME?",
         ),
+        (
+            "MAX_CONCURENCY",
+            "MAX_CONCURENCY is ignored: no engine argument of that name; "
+            "did you mean MAX_CONCURRENCY?",
+        ),
+        ("API_KEY", "API_KEY is ignored: use API_KEYS"),
+        ("MODEL", "MODEL is ignored: use MODEL_NAME"),
+        ("SOMETHING_ELSE", "no engine arguments, and left alone: SOMETHING_ELSE"),
     ],
 )
 def test_what_is_unknown_or_gone_is_said_by_name(name: str, sentence: str) -> None:
@@ -102,9 +110,7 @@ def test_what_is_unknown_or_gone_is_said_by_name(name: str, sentence: str) -> No
 
 
 def test_what_a_container_has_anyway_is_left_alone() -> None:
-    names = (
-        "PATH HOME HOSTNAME PWD TERM LANG LC_ALL PORT PORT_HEALTH HOST API_KEY API_KEYS HF_TOKEN"
-    )
+    names = "PATH HOME HOSTNAME PWD TERM LANG LC_ALL PORT PORT_HEALTH HOST API_KEYS HF_TOKEN"
     names += (
         " HF_HOME RUNPOD_POD_ID RUNPOD_GPU_COUNT CUDA_VERSION NVIDIA_VISIBLE_DEVICES PYTHONPATH"
     )
@@ -127,8 +133,9 @@ def test_a_value_that_makes_no_sense_is_an_error(name: str, text: str) -> None:
 
 def test_no_argument_is_both_known_and_removed() -> None:
     known = {name.upper() for name in overrides.engine_arguments()}
-    # vLLM has it, and here it follows from other settings.
-    assert known & overrides._REMOVED.keys() == {"DISTRIBUTED_EXECUTOR_BACKEND"}
+    # vLLM has them; here they follow from other settings, or have another name.
+    both = {"API_KEY", "DISTRIBUTED_EXECUTOR_BACKEND", "MODEL"}
+    assert known & overrides._REMOVED.keys() == both
 
 
 def test_the_list_is_that_of_the_installed_vllm() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -512,6 +513,8 @@ def test_logs_of_all_that_speak_are_followed_at_once(account: Account) -> None:
     account.add("serverless", name=NAME)
     account.add("pods", name=NAME)
     with begun("logs", "--follow") as process:
+        late = threading.Timer(30, process.kill)
+        late.start()
         try:
             assert process.stdout is not None
             # The first stream never ends.
@@ -520,6 +523,7 @@ def test_logs_of_all_that_speak_are_followed_at_once(account: Account) -> None:
             process.send_signal(signal.SIGINT)
             assert process.wait(10) == 0
         finally:
+            late.cancel()
             process.kill()
 
 

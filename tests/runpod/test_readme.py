@@ -1,0 +1,113 @@
+"""The README against what it is about: its prices, what holds which model, and each curl."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+import overrides
+import prices
+from serve_app.errors import ConfigError
+from serve_app.hardware import Gpu
+from serve_app.plan import QWEN25, parallelism
+from serve_app.settings import Settings
+from tests.runpod import rest_server
+from tests.runpod.conftest import FOLDER
+from tests.runpod.rest_server import KEY, SERVED, Rest
+
+PORT = 8879
+TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
+# Of a card of each size, as its driver says; of several, the least.
+MIB = {16: 16376, 24: 23034, 48: 46068, 80: 81559, 141: 143771}
+
+
+def rows() -> list[tuple[str, int, str, str]]:
+    """The cost table: pool, GB, price per hour, the largest model."""
+    found = re.findall(
+        r"^\| .*\((\w+)\) \| (\d+) GB \| \$([\d.]+) \| up to (\S+) \|$", TEXT, re.MULTILINE
+    )
+    return [(pool, int(memory), price, model) for pool, memory, price, model in found]
+
+
+def test_its_prices_are_those_of_the_code_and_dated() -> None:
+    assert f"as of {prices.DATE}" in TEXT
+    given = {pool: price for pool, _, price, _ in rows()}
+    per_second = {pool: cost for pool, (_, cost) in prices.SERVERLESS_PER_SECOND.items()}
+    assert given == {pool: f"{3600 * cost:.2f}" for pool, cost in per_second.items()}
+    for price in (prices.CONTAINER_DISK, prices.POD_DISK_STOPPED, prices.NETWORK_VOLUME):
+        assert f"${price:.2f}" in TEXT
+
+
+@pytest.mark.parametrize(("memory", "largest"), sorted({(row[1], row[3]) for row in rows()}))
+def test_the_largest_model_of_a_card(memory: int, largest: str) -> None:
+    gpu = Gpu("one", MIB[memory] * 2**20, MIB[memory] * 2**20, (9, 0))
+
+    def fits(model: str) -> bool:
+        settings = Settings.parse({"model": model, "engine": {"max_model_len": 32768}})
+        try:
+            return parallelism(settings, model, (gpu,)).tensor_parallel_size == 1
+        except ConfigError:
+            return False
+
+    sizes = [re.search(r"-([\d.]+)B", model) for model in QWEN25 if fits(model)]
+    assert f"{max(float(size[1]) for size in sizes if size):g}B" == largest
+
+
+def test_every_variable_that_it_names_is_understood() -> None:
+    (section,) = re.findall(r"^## Configure it\n(.*?)^A variable", TEXT, re.MULTILINE | re.DOTALL)
+    named = [
+        name
+        for row in re.findall(r"^\| (`[A-Z].*?) \|", section, re.MULTILINE)
+        for name in re.findall(r"`([A-Z_]+)`", row)
+    ]
+    assert len(named) > 12
+    values = {name: "1" for name in named if name != overrides.ARGS}
+    assert overrides.apply({}, values)[1] == []
+
+
+# --- its curls --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[Rest]:
+    if not rest_server.SCHEMA.is_file():
+        pytest.skip("Runpod's schema is not in ../shared")
+    with rest_server.serving(PORT) as running:
+        yield running
+
+
+def curls() -> list[str]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    return ["curl" + part for block in blocks for part in re.split(r"^curl", block, flags=re.M)[1:]]
+
+
+@pytest.mark.parametrize("command", curls())
+def test_each_curl_is_answered(server: Rest, command: str) -> None:
+    account = server.account
+    account.looks_until_up = -1
+    environ = {"API_KEYS": "ours", "RUNPOD_API_KEY": KEY}
+    endpoint = account.add("serverless", env={"API_KEYS": "ours"})
+    pod = account.add("pods", ports=["8000/http"], env={"API_KEYS": "ours", "SERVE_MODE": "pod"})
+    account.jobs["JOB_ID"] = "IN_QUEUE"
+    for theirs, here in (
+        ("https://ENDPOINT_ID.api.runpod.ai", f"{server.url}/lb/{endpoint}"),
+        ("https://api.runpod.ai/v2/ENDPOINT_ID", f"{server.url}/queue/{endpoint}"),
+        ("https://POD_ID-8000.proxy.runpod.net", f"{server.url}/pod/{pod}-8000"),
+        ("Qwen/Qwen2.5-7B-Instruct", SERVED),
+    ):
+        command = command.replace(theirs, here)
+    assert "https://" not in command
+    command = command.replace("curl", "curl --silent --fail-with-body", 1)
+    answer = subprocess.run(
+        ["bash", "-c", command], env={"PATH": "/usr/bin:/bin"} | environ, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert '"choices"' in answer.stdout or '"status"' in answer.stdout
+
+
+def test_there_is_a_curl_for_each_mode() -> None:
+    all_of_them = "".join(curls())
+    for host in ("ENDPOINT_ID.api.runpod.ai/v1", "v2/ENDPOINT_ID/run", "proxy.runpod.net/v1"):
+        assert host in all_of_them

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kuberay import console, cost, layout, prices, releases, render, target, tools
+from kuberay import console, cost, layout, prices, releases, render, target, tools, weights
 from kuberay.aws import Account, tags
 from kuberay.cost import Bill
 from kuberay.errors import AwsError, EksError, PermissionMissing, ToolError
@@ -107,7 +107,7 @@ class Choice:
 
     Attributes:
         image: None for the account's own repository, under the name that the manifests give.
-        bucket: of the weights; None for the model hub.
+        bucket: of the weights; None for the model hub, which is taken too where it lacks them.
     """
 
     overlay: str = DEFAULT
@@ -120,8 +120,8 @@ class Choice:
         return cls(options.overlay, options.image, options.bucket, options.model_config)
 
 
-def documents(to: Target, choice: Choice) -> list[dict[str, Any]]:
-    """The manifests as they are to be applied.
+def documents(to: Target, choice: Choice) -> tuple[list[dict[str, Any]], Check]:
+    """The manifests as they are to be applied, and where they take the weights from.
 
     Raises:
         EksError: there is no such overlay, or it cannot be built.
@@ -130,9 +130,12 @@ def documents(to: Target, choice: Choice) -> list[dict[str, Any]]:
     registry = f"{to.account.id}.dkr.ecr.{region}.amazonaws.com"
     image = choice.image or f"{registry}/{render.IMAGE}{__version__}"
     try:
-        return render.documents(choice.overlay, name, region, choice.bucket, image)
+        model = render.serve_config(choice.overlay)["applications"][0]["args"]["model"]
+        source = weights.source(to.account, to.config, str(model), choice.bucket)
+        manifests = render.documents(choice.overlay, name, region, source.bucket, image)
     except ConfigError as error:
         raise EksError(str(error)) from error
+    return manifests, Check("weights", WARN if source.mend else OK, source.found, source.mend)
 
 
 def preflight(to: Target, choice: Choice) -> Preflight:
@@ -143,7 +146,7 @@ def preflight(to: Target, choice: Choice) -> Preflight:
         return Preflight((*checks, *signed_in))
     checks += [*signed_in, *guarded("region", lambda: region(to.account))]
     try:
-        manifests = documents(to, choice)
+        manifests, source = documents(to, choice)
         plan = layout.layout(to.config, manifests)
     except EksError as error:
         return Preflight((*checks, Check("manifests", FAIL, str(error), "correct this")))
@@ -154,6 +157,7 @@ def preflight(to: Target, choice: Choice) -> Preflight:
         checks += guarded("network", lambda: network_quotas(account, plan))
     else:
         checks += guarded("subnets", lambda: subnets(account, to.config))
+    checks.append(source)
     checks += guarded("model", lambda: model(account, plan, choice.model_config))
     checks += guarded("upgrade", lambda: upgrade(plan))
     checks += versions(to, plan)

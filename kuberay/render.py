@@ -59,6 +59,12 @@ def overlays(folder: Path = HERE) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("overlays/*/kustomization.yaml"))
 
 
+def _known(overlay: str, folder: Path) -> None:
+    there = overlays(folder)
+    if overlay not in there:
+        raise EksError(f"no overlay {overlay}; there are: {', '.join(there)}")
+
+
 def serve_config(
     overlay: str | None = None, bucket: str | None = None, folder: Path = HERE
 ) -> dict[str, Any]:
@@ -75,6 +81,7 @@ def serve_config(
     config["applications"] = [dict(each) for each in config["applications"]]
     paths = [folder / "base" / "settings.yaml"]
     if overlay is not None:
+        _known(overlay, folder)
         paths.append(folder / "overlays" / overlay / "settings.yaml")
     for path in paths:
         settings = dict(_mapping(path))
@@ -196,8 +203,7 @@ def documents(
     Raises:
         EksError: there is no such overlay, or no kubectl.
     """
-    if overlay not in overlays(folder):
-        raise EksError(f"no overlay {overlay}; there are: {', '.join(overlays(folder))}")
+    _known(overlay, folder)
     built = tools.ask(["kubectl", "kustomize", str(folder / "overlays" / overlay)], {})
     found = [document for document in yaml.safe_load_all(built) if document]
     for document in found:

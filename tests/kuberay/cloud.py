@@ -93,6 +93,8 @@ def _action(environ: Environ, body: bytes) -> tuple[str, str]:
     for method, pattern, name in _REST:
         if method == environ["REQUEST_METHOD"] and re.fullmatch(pattern, environ["PATH_INFO"]):
             return name, "json"
+    if "/s3/" in environ.get("HTTP_AUTHORIZATION", ""):
+        return ("ListBucket" if "list-type" in environ["QUERY_STRING"] else "Object"), "s3"
     return f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}", "json"
 
 
@@ -111,7 +113,9 @@ def _refusal(fault: Fault, form: str, ec2: bool) -> tuple[str, bytes]:
         answer = {"__type": fault.code, "message": fault.message, "Message": fault.message}
         return "application/x-amz-json-1.1", json.dumps(answer).encode()
     error = f"<Error><Code>{fault.code}</Code><Message>{fault.message}</Message></Error>"
-    if ec2:
+    if form == "s3":
+        text = error
+    elif ec2:
         text = f"<Response><Errors>{error}</Errors><RequestID>1</RequestID></Response>"
     else:
         text = f"<ErrorResponse>{error}<RequestId>1</RequestId></ErrorResponse>"

@@ -19,6 +19,7 @@ from tests.kuberay.cli import ROOT, run, start
 from tests.kuberay.cloud import REGION, Cloud
 from tests.kuberay.conftest import Commands
 from tests.kuberay.test_preflight import push
+from tests.kuberay.test_weights import weigh
 from tests.server import wait
 
 WHERE = ("--name", "ours", "--region", REGION)
@@ -97,6 +98,7 @@ def test_the_order_is_that_of_what_needs_what(account: Cloud, commands: Commands
 def test_the_manifests_are_those_of_this_account_and_cluster(
     account: Cloud, commands: Commands
 ) -> None:
+    weigh(account, "Qwen/Qwen2.5-14B-Instruct")
     run("up", *WHERE, "--yes", "--overlay", "tp2", "--bucket", "qwen-ray-serve-weights")
     applied = json.loads(commands.inputs("kubectl", "apply")[-1])["items"]
     documents = {(each["kind"], each["metadata"]["name"]): each for each in applied}

@@ -1,6 +1,7 @@
 """What Prometheus is told to scrape is there under that name, and its rules are rules."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -108,15 +109,25 @@ def test_a_dashboard_or_a_rule_that_is_none_is_refused(source: Path) -> None:
 
 
 def test_the_dashboards_of_the_application_are_wired_in() -> None:
-    if not render.MONITORING.exists():
-        pytest.skip("serve_app/monitoring is not there")
     found = list(render.monitoring())
     boards = list(render.MONITORING.rglob("*.json"))
     assert len([d for d in found if d["kind"] == "ConfigMap"]) == len(boards) > 0
     names = [(d["kind"], d["metadata"]["name"]) for d in found]
     assert len(set(names)) == len(names)
+    rules = yaml.safe_load((render.MONITORING / "rules.yaml").read_text())
+    made = {d["metadata"]["name"]: d for d in found if d["kind"] == "PrometheusRule"}
+    assert made["qwen-rules"]["spec"]["groups"] == rules["groups"]
     # A ConfigMap holds a mebibyte.
     assert all(path.stat().st_size < 2**20 for path in boards)
+
+
+def test_an_alert_knows_the_jobs_by_the_monitors_names() -> None:
+    """The operator of Prometheus calls a PodMonitor's job NAMESPACE/NAME."""
+    rules = (render.MONITORING / "rules.yaml").read_text()
+    jobs = {f"{m['metadata']['namespace']}/{m['metadata']['name']}" for m in monitors()}
+    (pattern,) = set(re.findall(r'job=~"([^"]+)"', rules))
+    met = {job for job in jobs if re.fullmatch(pattern, job)}
+    assert met == {"monitoring/qwen-head", "monitoring/qwen-worker"}
 
 
 def test_promtool_takes_the_rules(tmp_path: Path) -> None:

@@ -144,6 +144,59 @@ def test_promtool_takes_the_rules(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stdout + done.stderr
 
 
+# Each of our own alerts: series that are to raise it, when, and series that are not.
+_READY = 'kuberay_service_condition_ready{condition="false", name="qwen", namespace="qwen"}'
+_UPGRADE = (
+    'kuberay_service_condition_upgrade_in_progress{condition="true", name="qwen", namespace="qwen"}'
+)
+_FAILED = 'kube_pod_status_phase{namespace="qwen", phase="Failed", pod="w"}'
+_PENDING = 'kube_pod_status_phase{namespace="qwen", phase="Pending", pod="w"}'
+_WAITING = "cluster_autoscaler_unschedulable_pods_count"
+_REFUSED = 'cluster_autoscaler_failed_scale_ups_total{reason="outOfResource"}'
+
+
+@pytest.mark.parametrize(
+    ("alert", "raised", "quiet", "after"),
+    [
+        ("RayServiceNotReady", {_READY: "1x99"}, {_READY: "0x99"}, "6m"),
+        ("RayServiceUpgradeStuck", {_UPGRADE: "1x99"}, {_UPGRADE: "0x99"}, "46m"),
+        ("WorkerPodPending", {_PENDING: "1x99"}, {_PENDING: "0x99"}, "21m"),
+        ("RayPodFailed", {_FAILED: "1x99"}, {_FAILED: "0x99"}, "1m"),
+        (
+            "GpuNodesAtMaximum",
+            {_WAITING: "2x99", _REFUSED: "0+1x99"},
+            {_WAITING: "2x99", _REFUSED: "3x99"},
+            "15m",
+        ),
+    ],
+)
+def test_each_of_our_alerts_is_raised_and_only_then(
+    tmp_path: Path, alert: str, raised: dict[str, str], quiet: dict[str, str], after: str
+) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool comes with Debian's prometheus")
+    (ours,) = [d for d in render.monitoring() if d["metadata"]["name"] == "qwen-kuberay"]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": ours["spec"]["groups"]}))
+    for series, seen in ((raised, 1), (quiet, 0)):
+        asked = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}}) or vector(0)'
+        tests = {
+            "rule_files": ["rules.yaml"],
+            "tests": [{
+                "interval": "1m",
+                "input_series": [{"series": k, "values": v} for k, v in series.items()],
+                "promql_expr_test": [
+                    {"expr": asked, "eval_time": after,
+                     "exp_samples": [{"labels": "{}", "value": seen}]}
+                ],
+            }],
+        }  # fmt: skip
+        (tmp_path / "tests.yaml").write_text(yaml.safe_dump(tests))
+        words = [promtool, "test", "rules", "tests.yaml"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_logs_go_to_a_group_that_teardown_finds() -> None:
     conf = (HERE / "base" / "pod" / "fluent-bit.conf").read_text()
     assert "log_group_name      /aws/eks/${CLUSTER_NAME}/ray" in conf

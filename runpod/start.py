@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A replica that cannot start is tried this often: a GPU or a hub may have a bad moment.
 _TRIES = 3
 _PAUSE_S = 5.0
+_WELL_S = 600.0
 # A load balancer learns of a 503 at its next look.
 _NOTICE_S = 3.0
 _SERVING = "serving http"
@@ -56,9 +57,9 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with _signals() as stop:
         try:
-            ports, grace = ports_of(os.environ), grace_s(os.environ)
+            ports, grace, tries = ports_of(os.environ), grace_s(os.environ), _tries()
             with Health(ports.health, ports.health_path) as health:
-                if (failure := _serve(health, stop, grace)) is None:
+                if (failure := _serve(health, stop, grace, tries)) is None:
                     return 0
                 health.unavailable()
                 _give_up(stop)
@@ -70,9 +71,8 @@ def main() -> int:
             return _TO_MEND
 
 
-def _serve(health: Health, stop: "_Stop", grace: float) -> int | None:
+def _serve(health: Health, stop: "_Stop", grace: float, tries: int) -> int | None:
     """Start, and start again what fails. Returns None when told to stop, else an exit status."""
-    tries = _tries()
     failed = 0
     while failed < tries:
         health.loading()
@@ -91,8 +91,9 @@ def _serve(health: Health, stop: "_Stop", grace: float) -> int | None:
             return None
         if status == _TO_MEND:
             return status
-        # A server that did serve is started again as often as a new one.
-        failed = 1 if ran.served else failed + 1
+        # A server that was well is started again as often as a new one. One that answers and soon
+        # dies, time and again, is as broken as one that never answers, and bills as much.
+        failed = 1 if ran.served_s > _WELL_S else failed + 1
         show(f"start {failed} of {tries} failed")
         if failed < tries and stop.wait(_PAUSE_S * failed):
             return None
@@ -101,7 +102,9 @@ def _serve(health: Health, stop: "_Stop", grace: float) -> int | None:
 
 def _tries() -> int:
     text = os.environ.get("MAX_START_FAILURES") or str(_TRIES)
-    return int(text) if text.isdigit() and int(text) > 0 else _TRIES
+    if not text.isdigit() or int(text) == 0:
+        raise ConfigError("MAX_START_FAILURES", text, "must be a number of starts, 1 or more")
+    return int(text)
 
 
 def _choose() -> Choice:
@@ -126,6 +129,7 @@ class Run:
 
     Attributes:
         served: whether it came to answering.
+        served_s: for how long it did, once it is over.
     """
 
     def __init__(self, health: Health, stop: "_Stop", grace: float) -> None:
@@ -135,6 +139,8 @@ class Run:
         self._handler: subprocess.Popen[bytes] | None = None
         self._ready = threading.Event()
         self.served = False
+        self.served_s = 0.0
+        self._ready_s = 0.0
 
     def __call__(self, choice: Choice) -> int:
         """Serve until told to stop, or until something ends by itself. Returns its status."""
@@ -145,6 +151,7 @@ class Run:
             try:
                 return self._attend(choice, Path(folder))
             finally:
+                self.served_s = time.monotonic() - self._ready_s if self.served else 0.0
                 self._end(choice)
                 follower.stop()
                 self._stop.idle = not self._stop.is_set()
@@ -181,7 +188,7 @@ class Run:
             if self._ready.is_set() and not self.served:
                 if not _generates(url, choice):
                     continue
-                self.served = True
+                self.served, self._ready_s = True, time.monotonic()
                 if choice.mode == "queue":
                     self._handler = _handle(url, choice)
                     orphans.own.add(self._handler.pid)
@@ -302,8 +309,8 @@ def _give_up(stop: _Stop) -> None:
 
     A pod is stopped with the key that Runpod gives it for itself, and this process stays until it
     is: ending would only have the container started again. A serverless worker may not stop its
-    endpoint, whose other workers may be well: it ends, and `runpod-up` takes the endpoint's
-    workers away when its first ones fail.
+    endpoint, whose other workers may be well: it ends, and Runpod may start another.
+    `runpod-up` takes the endpoint's workers away where no completion comes.
     """
     stop.idle = False
     show("giving up: see the lines above")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -290,15 +290,73 @@ def test_a_queue_worker_without_the_hub(volume: Path, tmp_path: Path) -> None:
     assert family() == []
 
 
-# --- what does not start --------------------------------------------------------------------
-
-
 @pytest.fixture
 def rest() -> Iterator[Rest]:
     if not rest_server.SCHEMA.is_file():
         pytest.skip("Runpod's schema is not in ../shared")
     with rest_server.serving(REST) as server:
         yield server
+
+
+# --- a pod, with the model that is installed ------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_pod_asks_for_keys_and_stops_itself_if_it_dies_again_and_again(
+    rest: Rest, tmp_path: Path
+) -> None:
+    pod = rest.account.add("pods", name="mine")
+    environ = {
+        "API_KEYS": "ours,theirs",
+        "MAX_START_FAILURES": "2",
+        "BASE_PATH": str(tmp_path),
+        "RUNPOD_POD_ID": pod,
+        "RUNPOD_API_KEY": rest_server.KEY,
+        "RUNPOD_API_URL": rest.url,
+        **ENGINE,
+    }
+    with started(tmp_path, **environ) as server:
+        assert server.ready(), server.output()
+        assert asked({}) == 401
+        assert asked({"Authorization": "Bearer another"}) == 401
+        assert asked({"Authorization": "Bearer ours"}) == 200
+        assert asked({"x-api-key": "theirs"}) == 200
+        assert "Paris" in _capital_of_france()
+        _kill_the_head_until(server, lambda: rest.account.things["pods"][pod]["status"] == "EXITED")
+        # It answered, and was given one more chance, not for ever one more.
+        assert server.output().count("ready: an answer was generated") <= 2
+        assert wait(lambda: server.status == 503)
+        assert "start 2 of 2 failed" in server.output()
+        # Nothing works on while it waits for its end.
+        assert [p.pid for p in family()] == [server.process.pid]
+        assert server.stop() == 1
+    assert family() == []
+
+
+def _capital_of_france() -> str:
+    headers = {"Authorization": "Bearer ours"}
+    url = f"http://127.0.0.1:{PORT}/v1"
+    model = httpx.get(f"{url}/models", headers=headers).json()["data"][0]["id"]
+    message = {"role": "user", "content": "What is the capital of France?"}
+    body = {"model": model, "messages": [message], "max_tokens": 12, "temperature": 0}
+    answer = httpx.post(f"{url}/chat/completions", json=body, headers=headers, timeout=120)
+    return str(answer.raise_for_status().json()["choices"][0]["message"]["content"])
+
+
+def _kill_the_head_until(server: Started, over: Callable[[], bool]) -> None:
+    """Whenever it is ready; at most three times."""
+    for _ in range(3):
+        wait(lambda: over() or server.status == 200, _START_S)
+        if over():
+            return
+        (head,) = [p for p in family() if any(word.endswith("/head.py") for word in p.cmdline())]
+        head.kill()
+        assert wait(lambda: server.status != 200), server.output()
+    pytest.fail(server.output())
+
+
+# --- what does not start --------------------------------------------------------------------
 
 
 def test_a_pod_without_keys_stops_itself(rest: Rest, tmp_path: Path) -> None:
@@ -352,9 +410,19 @@ def test_a_worker_that_still_fetches_ends_at_once(tmp_path: Path) -> None:
     assert family() == []
 
 
-def test_a_value_to_mend_is_not_tried_again(tmp_path: Path) -> None:
-    environ = {"API_KEYS": "k", "ENFORCE_EAGER": "perhaps", "RUNPOD_ENDPOINT_ID": "endpoint"}
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("ENFORCE_EAGER", "perhaps", "must be true or false"),
+        ("MAX_START_FAILURES", "often", "must be a number of starts"),
+        ("MAX_START_FAILURES", "0", "must be a number of starts"),
+    ],
+)
+def test_a_value_to_mend_is_not_tried_again(
+    tmp_path: Path, name: str, text: str, sentence: str
+) -> None:
+    environ = {"API_KEYS": "k", name: text, "RUNPOD_ENDPOINT_ID": "endpoint"}
     with started(tmp_path, **environ) as server:
         assert server.process.wait(60) == 2
-    assert "error: ENFORCE_EAGER = 'perhaps': must be true or false" in server.output()
+    assert f"error: {name} = '{text}': {sentence}" in server.output()
     assert "failed" not in server.output()

@@ -4,8 +4,8 @@
 
 For each policy, in rounds whose order turns: this application with a gateway and two engines, each
 with a KV cache for `--cache` (0.6) of all prefixes, and a closed loop of prompts that begin with
-one of 64 prefixes of 1,000 tokens, each as likely. The first pass over all prefixes is not
-measured. Hits are vLLM's own counters, read where Prometheus reads them.
+one of 64 prefixes of 1,000 tokens, each as likely. The first 128 requests are not measured. Hits
+are vLLM's own counters, read where Prometheus reads them.
 
 The model (`tiny_model`, wider and deeper) has random weights: a prompt costs what it costs, and
 nothing depends on what it says. The last line is one JSON object.
@@ -34,6 +34,8 @@ from bench.overhead import QUIET, apart
 
 GROUPS, SHARED, UNIQUE, OUTPUT = 64, 1000, 20, 8
 _BLOCK = 32
+# Requests for each prefix before it counts: the caches are as full as they get.
+_WARM = 2
 _START_S = 240.0
 
 
@@ -48,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--cache", type=float, default=0.6)
+    parser.add_argument("--hidden", type=int, default=512, help="width of the model: %(default)s")
+    parser.add_argument("--layers", type=int, default=6, help="%(default)s")
     parser.add_argument("--port", type=int, default=8870)
     options = parser.parse_args(argv)
     policies = options.policies.split(",")
@@ -55,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="affinity.") as made:
         folder = Path(made)
         corpus = " " + " ".join(words.WORDS * 8)
-        model = tiny_model.write(folder / "model", 256, 6, corpus, vocabulary=4096)
+        model = tiny_model.write(
+            folder / "model", options.hidden, options.layers, corpus, vocabulary=4096
+        )
         for turn in range(options.rounds):
             for policy in policies[turn % len(policies) :] + policies[: turn % len(policies)]:
                 one = measured(policy, model, folder, options, seed=turn)
@@ -70,7 +76,7 @@ def measured(
 ) -> dict[str, Any]:
     """One policy, once."""
     with serving(policy, model, folder, options) as url:
-        load(url, folder / "warm", options, GROUPS, seed)
+        load(url, folder / "warm", options, _WARM * GROUPS, seed + 1000)
         before = counted(options.port)
         result = load(url, folder / "measured", options, options.requests, seed)
         time.sleep(22)  # Ray's agent is told every 10 s what was counted every 5.

@@ -3,9 +3,9 @@
     python -m bench.overhead --model FOLDER [--systems bare,ours,classic] [--rounds 3]
 
 Every system serves the same model with the same engine arguments and is measured by the same
-client, one at a time, in interleaved rounds: bare, ours, classic, bare, ... A machine that drifts
-then drifts under all of them. The systems that wait are stopped (SIGSTOP), so that their idle
-loops take nothing from the one that is measured.
+client, one at a time, in interleaved rounds: bare, ours, classic, then ours, classic, bare, ... A
+machine that drifts then drifts under all of them, and none is always the first. The systems that
+wait are stopped (SIGSTOP), so that their idle loops take nothing from the one that is measured.
 
 Reported are ratios to the bare engine: the median over rounds, with the lowest and the highest.
 The last line is one JSON object.
@@ -314,11 +314,12 @@ def interleaved(systems: list[System], options: argparse.Namespace) -> list[dict
         system.signal(signal.SIGSTOP)
     for round_ in range(options.rounds + 1):
         for concurrency in options.concurrency:
-            for system in systems:
+            place = round_ % len(systems)
+            for system in systems[place:] + systems[:place]:
                 system.signal(signal.SIGCONT)
                 # What was stopped first catches up with its timers.
                 time.sleep(options.settle)
-                requests = max(4, concurrency * options.waves)
+                requests = max(options.least, concurrency * options.waves)
                 sample = clients.load(system.port, concurrency, requests, options.output_tokens)
                 system.signal(signal.SIGSTOP)
                 if round_ == 0:
@@ -383,6 +384,7 @@ def main() -> None:
     parser.add_argument("--concurrency", default="1,8,32,64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--waves", type=int, default=2, help="requests of each user")
+    parser.add_argument("--least", type=int, default=4, help="requests of a load at least")
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--settle", type=float, default=4.0, help="seconds before each load")
     parser.add_argument(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,10 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
-from serve_app.monitoring.prometheus import Prometheus
+from serve_app.monitoring.dashboards import ROWS
+from serve_app.monitoring.prometheus import RULES, Prometheus
 from serve_app.monitoring.status import COLUMNS, FIGURES
 from tests.server import ROOT, Server, apart, configuration, launched, wait
 from tests.services.collector import Collector, collecting
@@ -163,6 +166,37 @@ def test_every_figure_of_the_page_has_data(watched: Watched, prometheus: Prometh
     assert figures["replicas"]["value"] == 1
     assert not figures["replicas"]["bad"]
     assert {row["replica"].split()[0] for row in status["replicas"]} >= {"engine"}
+
+
+def test_every_panel_has_data(watched: Watched, prometheus: Prometheus) -> None:
+    """Every expression of the dashboard, after some load, but for what needs a GPU."""
+    expressions = {
+        f"{panel.title}: {legend}": expression.replace("$model", ".*").replace(
+            "$__rate_interval", "5m"
+        )
+        for row in ROWS
+        for panel in row.panels
+        for legend, expression in panel.queries.items()
+        if "gpu" not in expression
+    }
+    assert len(expressions) > 50
+
+    def empty() -> list[str]:
+        return [name for name, text in expressions.items() if not prometheus.instant(text)]
+
+    assert wait(lambda: not empty(), _SEEN_S), empty()
+
+
+def test_every_metric_of_an_alert_is_there(watched: Watched, prometheus: Prometheus) -> None:
+    rules = yaml.safe_load(RULES.read_text())
+    text = " ".join(rule["expr"] for group in rules["groups"] for rule in group["rules"])
+    metrics = set(re.findall(r"\b(?:ray|haproxy)_\w+", text))
+    assert len(metrics) > 20
+
+    def absent() -> list[str]:
+        return [name for name in metrics if not prometheus.instant(name)]
+
+    assert wait(lambda: not absent(), _SEEN_S), absent()
 
 
 def test_the_page_in_a_browser(watched: Watched, prometheus: Prometheus) -> None:

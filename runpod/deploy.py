@@ -505,7 +505,9 @@ def _show(client: rest.Client, path: str, who: str, options: argparse.Namespace)
     silence_s = _FOLLOW_S if options.follow else _SILENCE_S
     try:
         for event in client.events(path, silence_s, tail=str(options.tail)):
-            print(f"[{who}] {event.get('line', '')}", flush=True)
+            # In one piece: print writes the end of a line apart, and others speak in between.
+            sys.stdout.write(f"[{who}] {event.get('line', '')}\n")
+            sys.stdout.flush()
     except rest.ApiError as error:
         print(f"[{who}] no logs: {error}", file=sys.stderr)
         return False

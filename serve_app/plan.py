@@ -61,6 +61,9 @@ class Plan:
             # A worker process would be there to set these two. Beside it the engine's core spins
             # on the cores that the front end needs: without this, one process is the engine.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # vLLM compiles one line of its log probabilities at the first request for them, also
+            # where it runs eagerly. All streams of the engine stood still for 20 s meanwhile.
+            "TORCHDYNAMO_DISABLE": "1",
         }
 
     @property

@@ -202,6 +202,12 @@ class Relay:
         self._wake = wake
         self._model = model
         metrics.replicas_known.labels(model).set_function(lambda: len(replicas.ready()))
+        # A count that begins above 0 has no rate: the first failure would not be seen.
+        metrics.retries.labels(model)
+        for kind in FAILURES:
+            metrics.failed_attempts.labels(model, kind)
+        for how in ("again", Method.RESUME, Method.REPEAT):
+            metrics.continuations.labels(model, how)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
@@ -256,7 +262,7 @@ class Relay:
                 )
                 self._may_go_on(failure, ask, answer.stream, went_on)
                 stream = answer.stream
-                how = stream.method.name.lower() if stream.sent and stream.method else "again"
+                how = str(stream.method) if stream.sent and stream.method else "again"
                 metrics.continuations.labels(self._model, how).inc()
 
     def _may_go_on(self, failure: "ReplicaFailed", ask: Ask, stream: Stream, went_on: bool) -> None:
@@ -373,11 +379,14 @@ class Busy(Exception):
         self.said = said
 
 
+FAILURES = ("connection", "died", "silent")
+
+
 class ReplicaFailed(Exception):
     """A replica did not answer to the end.
 
     Attributes:
-        kind: how: "connection" (it takes none), "died", "silent".
+        kind: how, one of FAILURES; "connection": it takes none.
     """
 
     def __init__(self, why: str, kind: str = "died") -> None:

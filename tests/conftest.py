@@ -27,6 +27,8 @@ def server(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """The shipped configuration as it is, but for its port and the size of its caches."""
     # float32: in bfloat16 two right implementations round differently, and near ties differ.
     config = configuration(8700, engine={"scheduling_policy": "priority", "dtype": "float32"})
-    with launched(config, tmp_path_factory.mktemp("server")) as running:
+    folder = tmp_path_factory.mktemp("server")
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+    with launched(config, folder, **compiled) as running:
         assert running.ready(), running.output()
         yield running

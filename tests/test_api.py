@@ -95,6 +95,13 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
     assert [len(token.top_logprobs) for token in logprobs.content or []] == [3] * 4
 
 
+def test_no_request_makes_the_engine_compile(client: openai.OpenAI, server: Server) -> None:
+    """Which vLLM does at the first one with logprobs, while all others wait."""
+    client.completions.create(model=MODEL, prompt="1 2 3", max_tokens=2, logprobs=1)
+    compiled = server.log.parent / "compiled"
+    assert not [path for path in compiled.rglob("*") if path.is_file()]
+
+
 def test_json_schema_output(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",

@@ -36,7 +36,10 @@ TOOL = {
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def app(smollm: Path) -> AsyncIterator[Backend]:
     os.environ.update(
-        VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0"
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        OMP_NUM_THREADS="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        TORCHDYNAMO_DISABLE="1",
     )
     forkserver.start()
     arguments = {

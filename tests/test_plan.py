@@ -28,6 +28,7 @@ def test_a_processor_without_bfloat16_gets_float32(
 def test_on_the_cpu_the_engine_is_one_process_that_compiles_nothing(tiny: Path) -> None:
     what = on_cpu(tiny)
     assert what.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert what.environment["TORCHDYNAMO_DISABLE"] == "1"
     assert what.environment["OMP_NUM_THREADS"] == "3"
     assert what.engine_arguments(Settings.parse({}))["enforce_eager"] is True
     on_gpu = Plan(str(tiny), "tiny", place(1, 1, 1, 1.0), cpu_threads=None)

@@ -59,12 +59,27 @@ QUIET = {
 }
 
 
+_METRICS = (
+    "tokens_per_s",
+    "cpu_us_per_token",
+    "ttft_p50_ms",
+    "ttft_p99_ms",
+    "itl_p50_ms",
+    "itl_p99_ms",
+)
+
+
 @dataclass
 class Sample:
-    """One measured load: what every stream saw. Times in seconds."""
+    """One measured load: what every stream saw. Times in seconds.
+
+    Attributes:
+        cpu_s: processor time of the system meanwhile, which is steadier than how fast it was.
+    """
 
     tokens: int = 0
     elapsed_s: float = 0.0
+    cpu_s: float = 0.0
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
 
@@ -75,6 +90,7 @@ class Sample:
     def summary(self) -> dict[str, float]:
         return {
             "tokens_per_s": self.tokens_per_s,
+            "cpu_us_per_token": self.cpu_s / self.tokens * 1e6,
             "ttft_p50_ms": _percentile(self.ttft_s, 50) * 1e3,
             "ttft_p99_ms": _percentile(self.ttft_s, 99) * 1e3,
             "itl_p50_ms": _percentile(self.itl_s, 50) * 1e3,
@@ -179,6 +195,15 @@ class System:
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
+    def cpu_s(self) -> float:
+        """Processor time of all its processes so far."""
+        total_s = 0.0
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total_s += times.user + times.system
+        return total_s
+
     def signal(self, number: signal.Signals) -> None:
         for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -276,7 +301,7 @@ def running(
         _stop(system)
 
 
-def _wait(system: System, timeout_s: float = 400.0) -> None:
+def wait(system: System, timeout_s: float = 400.0) -> None:
     deadline_s = time.perf_counter() + timeout_s
     while time.perf_counter() < deadline_s:
         if system.process.poll() is not None:
@@ -320,7 +345,9 @@ def interleaved(systems: list[System], options: argparse.Namespace) -> list[dict
                 # What was stopped first catches up with its timers.
                 time.sleep(options.settle)
                 requests = max(options.least, concurrency * options.waves)
+                used_s = system.cpu_s()
                 sample = clients.load(system.port, concurrency, requests, options.output_tokens)
+                sample.cpu_s = system.cpu_s() - used_s
                 system.signal(signal.SIGSTOP)
                 if round_ == 0:
                     continue  # Every path runs once before it counts.
@@ -346,7 +373,7 @@ def compare(rows: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
             for system in (name, reference)
         )
         entry: dict[str, Any] = {"system": name, "concurrency": concurrency}
-        for metric in ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms"):
+        for metric in _METRICS:
             ratios = [a[metric] / b[metric] for a, b in zip(mine, theirs, strict=True)]
             entry[metric] = round(statistics.median(row[metric] for row in mine), 3)
             entry[metric + "_ratio"] = {
@@ -360,7 +387,7 @@ def compare(rows: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
 
 def table(compared: list[dict[str, Any]]) -> str:
     lines = [
-        f"{'system':18}{'conc':>5}{'tok/s':>8}{'ratio':>7} (min-max)    "
+        f"{'system':18}{'conc':>5}{'tok/s':>8}{'ratio':>7} (min-max)    {'CPU':>6} "
         f"{'TTFT p50':>9}{'ratio':>7}{'p99':>7}{'ITL p50':>9}{'ratio':>7}{'p99':>7}"
     ]
     for row in compared:
@@ -368,6 +395,7 @@ def table(compared: list[dict[str, Any]]) -> str:
         lines.append(
             f"{row['system']:18}{row['concurrency']:>5}{row['tokens_per_s']:>8.0f}"
             f"{ratio['median']:>7.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+            f"{row['cpu_us_per_token_ratio']['median']:>7.2f}"
             f"{row['ttft_p50_ms']:>10.1f}{row['ttft_p50_ms_ratio']['median']:>8.2f}"
             f"{row['ttft_p99_ms_ratio']['median']:>7.2f}{row['itl_p50_ms']:>9.2f}"
             f"{row['itl_p50_ms_ratio']['median']:>7.2f}{row['itl_p99_ms_ratio']['median']:>7.2f}"
@@ -403,12 +431,12 @@ def main() -> None:
             start = running(name, options.engine, options.model, port, folder)
             systems.append(stack.enter_context(start))
             if not options.start_together:
-                _wait(systems[-1])
+                wait(systems[-1])
                 systems[-1].signal(signal.SIGSTOP)
         for system in systems:
             system.signal(signal.SIGCONT)
             if options.start_together:
-                _wait(system)
+                wait(system)
         rows = interleaved(systems, options)
     compared = compare(rows, names[0])
     print(table(compared))

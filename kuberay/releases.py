@@ -14,6 +14,13 @@ VALUES = Path(__file__).parent / "operator-values.yaml"
 _OPERATOR = ("kuberay-operator", "--repo", "https://ray-project.github.io/kuberay-helm/")
 _PLUGIN = ("nvidia-device-plugin", "--repo", "https://nvidia.github.io/k8s-device-plugin")
 _PLUGIN_VERSION = "0.17.1"
+MONITORING_VALUES = Path(__file__).parent / "monitoring" / "values.yaml"
+_MONITORING = (
+    "kube-prometheus-stack",
+    "--repo",
+    "https://prometheus-community.github.io/helm-charts",
+)
+_MONITORING_VERSION = "89.2.2"
 
 
 def operator_version(values: Path = VALUES) -> str:
@@ -51,6 +58,16 @@ def install_plugin(run: Tools) -> None:
         "--namespace", "kube-system",
         # Its affinity asks for labels that node feature discovery would put on.
         "--set", "affinity=null", "--set", "failOnInitError=false",
+    )  # fmt: skip
+
+
+def install_monitoring(run: Tools) -> None:
+    """Prometheus' operator, Prometheus, Alertmanager and Grafana."""
+    chart, *source = _MONITORING
+    run.helm(
+        "upgrade", "--install", "monitoring", chart, *source, "--version", _MONITORING_VERSION,
+        "--namespace", "monitoring", "--create-namespace", "--values", str(MONITORING_VALUES),
+        "--wait", "--timeout", "15m",
     )  # fmt: skip
 
 

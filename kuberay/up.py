@@ -7,6 +7,7 @@
     operator      KubeRay: its CRDs first, which helm installs and never upgrades
     secrets       API keys and what else the manifests name, from the environment or made up
     manifests     the overlay
+    monitoring    with --monitoring: Prometheus and Grafana, our alert rules and dashboard
     answer        waited for, until a completion came back through a port of this machine
 
 Each step is done again without harm: a run that was interrupted is simply run again.
@@ -25,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from kuberay import console, layout, secret, target, ttl
+from kuberay import console, layout, render, secret, target, ttl
 from kuberay.aws import tags
 from kuberay.console import say, step
 from kuberay.down import status as cluster_status
@@ -33,7 +34,7 @@ from kuberay.errors import AwsError, EksError, Refused, ToolError
 from kuberay.layout import Service
 from kuberay.owned import CLUSTER, REGION
 from kuberay.preflight import Choice, deployed, preflight
-from kuberay.releases import install_operator, install_plugin
+from kuberay.releases import install_monitoring, install_operator, install_plugin
 from kuberay.status import Served, served
 from kuberay.target import Target
 from kuberay.tools import Tools, tools
@@ -61,11 +62,18 @@ def command(options: argparse.Namespace) -> int:
     usd = f"{found.bill.at_rest:.2f} to {found.bill.at_most:.2f}" if found.bill else "?"
     console.confirm(f"This costs {usd} $/hour until `make eks-down`.", to.owner.name, options.yes)
     with tools(to) as run:
-        print(up(to, run, list(found.manifests), limit, options.wait))
+        print(up(to, run, list(found.manifests), limit, options.wait, options.monitoring))
     return 0
 
 
-def up(to: Target, run: Tools, manifests: list[dict[str, Any]], limit: Ttl, wait_s: float) -> str:
+def up(
+    to: Target,
+    run: Tools,
+    manifests: list[dict[str, Any]],
+    limit: Ttl,
+    wait_s: float,
+    monitoring: bool = False,
+) -> str:
     """The whole way. Returns what the model said."""
     service = layout.layout(to.config, manifests).service
     if service is None:
@@ -82,6 +90,10 @@ def up(to: Target, run: Tools, manifests: list[dict[str, Any]], limit: Ttl, wait
         key = secret.make(run)
     with step("manifests"):
         apply(run, manifests)
+    if monitoring:
+        with step("monitoring"):  # After the manifests, which have the storage class.
+            install_monitoring(run)
+            apply(run, list(render.monitoring()))
     with step("answer"):
         wait_until_ready(run, service, wait_s)
         return complete(run, service, key)
@@ -257,4 +269,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--on-expiry", choices=ttl.ACTIONS, default="report",
         help="what `down --if-expired` then does; default: %(default)s")  # fmt: skip
     add("--wait", type=float, default=_WAIT_S, help="seconds for the model to answer in")
+    add("--monitoring", action="store_true", help="Prometheus and Grafana in the cluster, too")
     add("--yes", action="store_true", help="do not ask")

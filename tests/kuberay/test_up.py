@@ -95,6 +95,20 @@ def test_the_order_is_that_of_what_needs_what(account: Cloud, commands: Commands
     assert "--skip-crds" in operator
 
 
+def test_monitoring_comes_with_it_where_that_is_asked(account: Cloud, commands: Commands) -> None:
+    result = run("up", *WHERE, "--yes", "--monitoring")
+    assert result.returncode == 0, result.stderr
+    (chart,) = commands.calls("helm", "upgrade", "monitoring")
+    assert re.search(r"--version \d+\.\d+\.\d+ ", chart)
+    # Its CRDs come with the chart, and its disks are of the class that the manifests have.
+    calls = commands.calls()
+    assert calls.index(chart) > calls.index(
+        commands.calls("helm", "upgrade", "kuberay-operator")[0]
+    )
+    applied = json.loads(commands.inputs("kubectl", "apply")[-1])["items"]
+    assert {"PodMonitor", "PrometheusRule", "ConfigMap"} <= {each["kind"] for each in applied}
+
+
 def test_the_manifests_are_those_of_this_account_and_cluster(
     account: Cloud, commands: Commands
 ) -> None:

@@ -1,0 +1,32 @@
+"""What is put beside what, in bench.observed; the run itself is a benchmark."""
+
+import pytest
+
+from bench.observed import compared, quantile
+
+
+def test_a_quantile_is_within_its_bucket() -> None:
+    buckets = [(0.1, 0.0), (0.2, 4.0), (0.4, 8.0), (float("inf"), 8.0)]
+    assert quantile(0.5, buckets) == pytest.approx(0.2)
+    assert quantile(0.75, buckets) == pytest.approx(0.3)
+
+
+def test_counts_agree_exactly_and_medians_within_a_tenth() -> None:
+    def seen(requests: float, median_s: float) -> dict[str, dict[float, float]]:
+        counts = {"requests": requests, "input_tokens": 50 * requests, "output_tokens": requests}
+        buckets = {median_s * 2: requests, float("inf"): requests}
+        histograms = dict.fromkeys(("ttft_p50_s", "itl_p50_s"), buckets)
+        return {name: {0.0: count} for name, count in counts.items()} | histograms
+
+    whole = {"requests": 10, "input_tokens": 500, "output_tokens": 10}
+    result = {"whole": [whole | {"ttft_p50_s": 0.105, "itl_p50_s": 0.12}]}
+    rows = {row["what"]: row["agree"] for row in compared(result, seen(5, 0.1), seen(15, 0.1))}
+    assert rows == {
+        "requests": True,
+        "input_tokens": True,
+        "output_tokens": True,
+        "ttft_p50_s": True,
+        "itl_p50_s": False,
+    }
+    one_lost = compared(result, seen(5, 0.1), seen(14, 0.1))
+    assert not any(row["agree"] for row in one_lost[:3])

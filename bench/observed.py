@@ -103,6 +103,7 @@ def load(out: Path, requests: int, users: int, picture: Path | None = None) -> d
     command = [sys.executable, "-m", "bench", "run", "--url", f"http://127.0.0.1:{_PORT}"]
     command += ["--model", overhead.NAME, "--load", f"users={users}", "--requests", str(requests)]
     command += ["--workload", "synthetic:input=50,output=64,exact=yes", "--repeats", "1"]
+    command += ["--warm-up", "0"]  # What bench does not count, Prometheus would.
     with subprocess.Popen(
         [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

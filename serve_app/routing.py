@@ -29,6 +29,8 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Literal
 
 from serve_app.errors import nearest
@@ -338,32 +340,22 @@ class PowerOfTwo(Router):
         return Choice(_less_busy_of_two(candidates, self._rng).name, "balance")
 
 
-class LeastOutstanding(Router):
-    """The one with the fewest outstanding tokens."""
+class Least(Router):
+    """The one with the least of something.
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    Args:
+        of: what is compared: outstanding tokens, or requests under way, however long they are:
+            what proxies do.
+    """
 
-    def choose(
-        self, candidates: Sequence[Candidate], keys: Sequence[int], session: str | None
-    ) -> Choice:
-        _refuse_none(candidates)
-        tokens = [candidate.outstanding for candidate in candidates]
-        return Choice(_least(candidates, tokens, self._rng).name, "balance")
-
-
-class LeastConnections(Router):
-    """The one with the fewest requests under way, however long they are: what proxies do."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    def __init__(self, of: Callable[[Candidate], int], rng: random.Random) -> None:
+        self._of, self._rng = of, rng
 
     def choose(
         self, candidates: Sequence[Candidate], keys: Sequence[int], session: str | None
     ) -> Choice:
         _refuse_none(candidates)
-        requests = [candidate.requests for candidate in candidates]
-        return Choice(_least(candidates, requests, self._rng).name, "balance")
+        return Choice(_least(candidates, [*map(self._of, candidates)], self._rng).name, "balance")
 
 
 class RoundRobin(Router):
@@ -394,8 +386,8 @@ class Random(Router):
 ROUTERS: dict[str, Callable[[random.Random], Router]] = {
     "prefix": PrefixRouter,
     "power_of_two": PowerOfTwo,
-    "least_outstanding": LeastOutstanding,
-    "least_connections": LeastConnections,
+    "least_outstanding": partial(Least, attrgetter("outstanding")),
+    "least_connections": partial(Least, attrgetter("requests")),
     "round_robin": RoundRobin,
     "random": Random,
 }

@@ -166,6 +166,10 @@ def test_every_figure_of_the_page_has_data(watched: Watched, prometheus: Prometh
     figures = {figure["name"]: figure for figure in status["figures"]}
     assert figures["replicas"]["value"] == 1
     assert not figures["replicas"]["bad"]
+    # 15 minutes, of which the server was there for the last.
+    assert {len(figure["past"]) for figure in status["figures"]} == {91}
+    assert figures["under way"]["past"][0] is None
+    assert any(value is not None for value in figures["under way"]["past"])
     assert {row["replica"].split()[0] for row in status["replicas"]} >= {"engine"}
 
 

@@ -1,6 +1,7 @@
 """Prometheus: its configuration for this machine's Ray cluster, and questions to it."""
 
 import json
+import math
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -74,9 +75,18 @@ class Prometheus:
         return [Sample(one["metric"], [float(one["value"][1])]) for one in found]
 
     def span(self, expression: str, start_s: float, end_s: float, step_s: float) -> list[Sample]:
-        """Its values from `start_s` to `end_s` (Unix time), of every series."""
+        """Its values at `start_s` (Unix time) and every step on to `end_s`, of every series.
+
+        Where a series has none, NaN.
+        """
         found = self._get("query_range", query=expression, start=start_s, end=end_s, step=step_s)
-        return [Sample(s["metric"], [float(v) for _, v in s["values"]]) for s in found["result"]]
+        samples = []
+        for series in found["result"]:
+            values = [math.nan] * (int((end_s - start_s) / step_s + 1e-6) + 1)
+            for at_s, value in series["values"]:
+                values[round((at_s - start_s) / step_s)] = float(value)
+            samples.append(Sample(series["metric"], values))
+        return samples
 
     def alerts(self) -> list[dict[str, Any]]:
         """Those that wait or fire: labels, annotations, state, activeAt."""

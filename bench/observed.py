@@ -124,7 +124,7 @@ def screenshot(picture: Path) -> None:
         raise SystemExit("--screenshot: no chromium on PATH")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync"]
     command += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
-    command += ["--window-size=1200,860", "--virtual-time-budget=6000"]
+    command += ["--window-size=1200,520", "--virtual-time-budget=6000"]
     command += [f"--screenshot={picture.absolute()}", f"http://127.0.0.1:{_STATUS_PORT}/"]
     subprocess.run(command, check=True, timeout=120, capture_output=True)
 

@@ -94,6 +94,7 @@ def test_streams_outlive_the_replica_that_began_them(fleet: Server) -> None:
     assert wait(lambda: len(engines(fleet)) == 2, 60)
 
 
+@pytest.mark.slow
 def test_with_no_replica_503_and_service_resumes_by_itself(fleet: Server) -> None:
     assert wait(lambda: len(engines(fleet)) == 2, 60)
     for process in engines(fleet):

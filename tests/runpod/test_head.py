@@ -72,12 +72,19 @@ def test_its_object_store_is_bounded(running: Running) -> None:
 
 
 def test_the_dashboard_listens_on_loopback_alone(running: Running) -> None:
+    """Its own port; Ray's metrics have others."""
+
     def listening() -> set[str]:
-        found = set()
         for process in running.family():
-            if any("dashboard" in word for word in process.cmdline()[:3]):
-                found |= {c.laddr.ip for c in process.net_connections() if c.status == "LISTEN"}
-        return found
+            words = process.cmdline()
+            if any(word.endswith("dashboard/dashboard.py") for word in words):
+                (port,) = [word[len("--port=") :] for word in words if word.startswith("--port=")]
+                return {
+                    c.laddr.ip
+                    for c in process.net_connections()
+                    if c.status == "LISTEN" and c.laddr.port == int(port)
+                }
+        return set()
 
     assert wait(lambda: bool(listening()), 30)
     assert listening() == {"127.0.0.1"}

@@ -30,6 +30,8 @@ _COSTS_S, _MIX_S = 1800.0, 600.0
 _LEAST_BUSY = 0.02
 # Weight of "every cost is small" against the reports: decides only what they leave open.
 _RIDGE = 1e-3
+# Sums below this are what is left of something long ago; dividing by them finds absurd costs.
+_NOTHING = 1e-6
 # No replica is planned to be busier: the last twentieth is where queues grow without end.
 _MOST_WORK = 0.95
 # Above this share of its KV cache an engine is about to take blocks from sequences that run.
@@ -323,10 +325,10 @@ def _learn(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> tup
     )
     # An engine that is full does no more than it can. What came besides is in the queue, or was
     # turned away at its end.
-    a_token = after.work / after.prompt_tokens if after.prompt_tokens else 0.0
+    a_token = after.work / after.prompt_tokens if after.prompt_tokens > _NOTHING else 0.0
     then_s, then = after.queue[0]
     work += a_token * max(0.0, queued - then) / max(now_s - then_s, 1.0)
-    if waiting and after.arrivals:
+    if waiting and after.arrivals > _NOTHING:
         work = max(work, arrivals_per_s * after.work / after.arrivals)
     full = _full(costs, goal)
     held = sum(_held(load) for load in loads)
@@ -392,7 +394,7 @@ def _costs(sums: Sequence[float]) -> Costs:
     """The costs, none below 0, that explain best how busy the engines were."""
     ss, sd, sp, dd, dp, pp, sb, db, pb = sums
     # By their own size, so that a token weighs as much as a step.
-    size = [math.sqrt(value) or 1.0 for value in (ss, dd, pp)]
+    size = [math.sqrt(value) if value > _NOTHING else 1.0 for value in (ss, dd, pp)]
     square = [[ss, sd, sp], [sd, dd, dp], [sp, dp, pp]]
     square = [[square[i][j] / (size[i] * size[j]) for j in range(3)] for i in range(3)]
     right = [sb / size[0], db / size[1], pb / size[2]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve_app.scaling import Decision, Goal, ReplicaLoad, Snapshot, State, _costs, decide
@@ -313,7 +313,18 @@ goals = st.tuples(st.integers(0, 4), st.integers(0, 6)).map(
 )
 
 
+# Rates that are almost nothing, beside a queue: what a token costs is not found by dividing by them.
+_FAINT = Snapshot(
+    now_s=0.0,
+    replicas=(
+        ReplicaLoad(waiting=1, queued_tokens=10**6, prefill_tokens_per_s=5e-324, busy=1.0),
+        ReplicaLoad(decode_tokens_per_s=1e5, arrivals_per_s=5e-324, steps_per_s=1e-170, busy=1.0),
+    ),
+)
+
+
 @settings(max_examples=200, deadline=None)
+@example(goal=GOAL, seen=[_FAINT] * 3, gap_s=10.0)
 @given(goal=goals, seen=st.lists(snapshots, min_size=1, max_size=20), gap_s=st.floats(0, 100))
 def test_whatever_is_reported_the_answer_is_within_the_bounds(
     goal: Goal, seen: list[Snapshot], gap_s: float

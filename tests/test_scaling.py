@@ -313,7 +313,7 @@ goals = st.tuples(st.integers(0, 4), st.integers(0, 6)).map(
 )
 
 
-# Rates that are almost nothing, beside a queue: what a token costs is not found by dividing by them.
+# Rates next to nothing, beside a queue: what a token costs is not found by dividing by them.
 _FAINT = Snapshot(
     now_s=0.0,
     replicas=(

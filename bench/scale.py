@@ -1,20 +1,33 @@
 """`bench scale`: the GPUs of a host as one engine over all of them, or as a replica on each.
 
-    python -m bench scale --model FOLDER --out DIR [--gpus 2] [--system ours]
+    python -m bench scale --model FOLDER --out DIR [--gpus 4] [--together] [--workload W ...]
 
 For 1, 2, 4, ... GPUs, tensor parallelism (TP) against replicas behind this application: the latency
 of one request alone, tokens/s with 100 prompts at once, and at saturation. Efficiency is against
 so many times the single GPU. TP makes each step shorter, at the price of GPUs that wait for each
 other twice a layer; replicas share nothing, so they add up, and shorten no step. What to take for
-which goal follows (`advice`). A layout that does not start is a row with its reason.
+which goal follows (`advice`), for each workload. A layout that does not start is a row with its
+reason.
+
+By default one layout is started, measured and ended after the other. With `--together` all stand
+at once, spread over the GPUs, and are measured in turn, round after round, so that a host that
+drifts drifts under all of them, and their starts take the time of one. Their engine arguments must
+then fix the size of the KV cache (`kv_cache_memory_bytes`), since they share the memory.
+
+At saturation a GPU has `--saturation` requests at once, or fewer where prompts are long: so many
+that they hold as many tokens. Where that is fewer than 100 prompts, 100 at once is saturation.
 
 Without a GPU the engines are CPU engines, which shows that the command works and no more.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,23 +36,25 @@ import msgspec
 
 from bench import gpu, interval, machine, measure, result, run
 from bench.errors import BenchError
-from bench.served import Served
+from bench.served import Crowd, Served
 from bench.trial import Answer
 
-_ALONE, _AT_ONCE = 8, 100
+_ALONE, _AT_ONCE = 4, 100
+_FULL_TOKENS = 256  # Prompt tokens of a request up to which --saturation is meant as it is.
 
 
 class Row(msgspec.Struct, kw_only=True):
-    """A layout and its figures, each a list over repeats.
+    """A layout under a workload, and its figures, each a list over repeats.
 
     Attributes:
         ttft_s, tpot_s: of one request alone.
         tokens_per_s: output tokens with 100 prompts at once; `saturated` with as many as it takes.
-        failure: why there are none.
+        failure: why there are none, or no more.
     """
 
     tensor_parallel: int
     replicas: int
+    workload: str = ""
     ttft_s: list[float] = []
     tpot_s: list[float] = []
     tokens_per_s: list[float] = []
@@ -128,9 +143,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="a local folder or a hub id")
     add("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON")
     add("--gpus", type=int, help="how many to use; all there are by default")
-    add("--workload", default="synthetic:input=200,output=128")
+    add("--workload", action="append", help="may be repeated; input=200,output=128 by default")
     add("--saturation", type=int, default=256, help="requests at once, for each GPU")
     add("--repeats", type=int, default=3)
+    add("--together", action="store_true", help="all layouts at once, measured in turn")
+    add("--clients", type=int, help="processes that send; one for each 4 cores by default")
     add("--budget-s", type=float, default=3600.0, help="seconds of the whole")
     add("--port", type=int, default=8895)
     add("--out", type=Path, required=True, help="folder of the result")
@@ -138,72 +155,182 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> dict[str, Any]:
     """What `python -m bench scale` does with its options; returns its last line."""
+    if options.together and "kv_cache_memory_bytes" not in options.engine:
+        raise BenchError.of(
+            "engine", options.engine, "--together needs kv_cache_memory_bytes in it"
+        )
+    options.workload = options.workload or ["synthetic:input=200,output=128"]
+    options.end_s = time.monotonic() + options.budget_s
     gpus = options.gpus or (len(machine.gpus()) if gpu.present() else 2)
     where = "GPUs" if gpu.present() else "engines on a CPU"
     head = result.header("scale", f"{options.model} on {gpus} {where}")
-    end_s = time.monotonic() + options.budget_s
-    rows: list[Row] = []
-    doubts: list[str] = []
-    took_s = 0.0
-    for parallel, replicas in layouts(gpus):
-        row = Row(tensor_parallel=parallel, replicas=replicas)
-        began_s = time.monotonic()
-        if end_s - began_s < took_s:
-            row.failure = "not run: the time was over"
-        else:
-            _measure(row, options, end_s)
-            took_s = max(took_s, time.monotonic() - began_s)
-        rows.append(row)
-        if row.failure:
-            doubts.append(f"{row.name}: {row.failure}")
-        shown = table(rows)
-        run.say(json.dumps(shown[-1]))
-        told = head | {
-            "model": options.model,
-            "engine": options.engine,
-            "workload": options.workload,
-            "valid": not doubts,
-            "doubts": doubts,
-            "rows": msgspec.to_builtins(rows),
-            "table": shown,
-            "advice": advice(shown),
-        }
-        result.write(options.out, told)
-    keys = ("benchmark", "name", "valid", "doubts", "table", "advice")
+    rows = [
+        Row(tensor_parallel=parallel, replicas=replicas, workload=what)
+        for parallel, replicas in layouts(gpus)
+        for what in options.workload
+    ]
+    told: dict[str, Any] = {}
+    with Crowd(options.clients or max(1, min(16, (os.cpu_count() or 1) // 4))) as crowd:
+        for measured in _rounds(rows, gpus, crowd, options):
+            run.say(json.dumps(msgspec.to_builtins(measured)))
+            told = head | _told(rows, options)
+            result.write(options.out, told)  # What there is so far, in case there is no more.
+    keys = ("benchmark", "name", "valid", "doubts", "table", "advice", "workloads")
     return {key: told[key] for key in keys} | {"out": str(options.out)}
 
 
-def _measure(row: Row, options: argparse.Namespace, end_s: float) -> None:
-    """Fill a row in; what keeps it from being measured is noted in it."""
-    arguments = dict(options.engine)
-    if row.tensor_parallel > 1:
-        arguments["tensor_parallel_size"] = row.tensor_parallel
-    folder = options.out / f"tp{row.tensor_parallel}-replicas{row.replicas}"
-    left_s = max(30.0, end_s - time.monotonic())
-    saturation = options.saturation * row.gpus
-    try:
-        with Served(
-            "ours", options.model, arguments, folder, options.port, left_s, row.replicas
-        ) as server:
-            row.load_s = server.load_s
-            for seed in range(-1, options.repeats):
-                alone = _load(server, options.workload, 1, _ALONE, seed)
-                at_once = _load(server, options.workload, _AT_ONCE, _AT_ONCE, seed + 1000)
-                full = _load(server, options.workload, saturation, 2 * saturation, seed + 2000)
-                if seed < 0:
-                    continue  # Every path runs once before it counts.
-                row.ttft_s.append(_mean(alone, measure.ttft_s))
-                row.tpot_s.append(_mean(alone, measure.tpot_s))
-                row.tokens_per_s.append(_tokens_per_s(at_once))
-                row.saturated.append(_tokens_per_s(full))
-                if time.monotonic() > end_s:
-                    break
-    except BenchError as error:
-        row.failure = str(error)[:300]
+def _told(rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
+    doubts = [f"{row.name}, {row.workload}: {row.failure}" for row in rows if row.failure]
+    workloads = []
+    for what in options.workload:
+        shown = table([row for row in rows if row.workload == what])
+        workloads.append({"workload": what, "table": shown, "advice": advice(shown)})
+    return {
+        "model": options.model,
+        "engine": options.engine,
+        "together": options.together,
+        "valid": not doubts,
+        "doubts": doubts,
+        "rows": msgspec.to_builtins(rows),
+        "workloads": workloads,
+        "table": workloads[0]["table"],
+        "advice": workloads[0]["advice"],
+    }
 
 
-def _load(server: Served, what: str, users: int, count: int, seed: int) -> Answer:
-    answer = server.load(what, f"users={users}", count=count, seed=seed)
+def _rounds(rows: list[Row], gpus: int, crowd: Crowd, options: argparse.Namespace) -> Iterator[Row]:
+    """Measure; yields each row whenever it has grown."""
+    layouts_of = {row.name: [other for other in rows if other.name == row.name] for row in rows}
+    if not options.together:
+        took_s = 0.0
+        for mine in layouts_of.values():
+            began_s = time.monotonic()
+            if options.end_s - began_s < took_s:
+                _failed(mine, "not run: the time was over")
+                yield from mine
+                continue
+            with _started([mine], gpus, options) as servers:
+                for seed in range(-1, options.repeats):
+                    yield from _round(servers, seed, crowd, options)
+            yield from (row for row in mine if row.failure)
+            took_s = max(took_s, time.monotonic() - began_s)
+        return
+    with _started(list(layouts_of.values()), gpus, options) as servers:
+        yield from (row for row in rows if row.failure)
+        for seed in range(-1, options.repeats):
+            yield from _round(servers, seed, crowd, options)
+
+
+def _round(
+    servers: Sequence[tuple[list[Row], Served]],
+    seed: int,
+    crowd: Crowd,
+    options: argparse.Namespace,
+) -> Iterator[Row]:
+    """Every layout under every workload, once. Seed -1: every path runs once before it counts."""
+    for place in range(len(options.workload)):
+        for rows, server in servers:
+            row = rows[place]
+            if row.failure or (row.saturated and time.monotonic() > options.end_s):
+                continue
+            try:
+                _measure(row, server, seed, crowd, options)
+            except BenchError as error:
+                row.failure = str(error)[:300]
+            yield row
+
+
+def _measure(
+    row: Row, server: Served, seed: int, crowd: Crowd, options: argparse.Namespace
+) -> None:
+    what = row.workload
+    if seed < 0:
+        _load(crowd, server, what, 1, 1, seed)
+        _load(crowd, server, what, _AT_ONCE, _AT_ONCE // 4 if _long(what) else _AT_ONCE, seed)
+        return
+    alone = _load(crowd, server, what, 1, _ALONE, seed)
+    at_once = _load(crowd, server, what, _AT_ONCE, _AT_ONCE, seed + 1000)
+    users = int(options.saturation * row.gpus / max(1.0, _long(what)))
+    full = at_once
+    if users > _AT_ONCE or not _long(what):
+        full = _load(crowd, server, what, users, 2 * users, seed + 2000)
+    row.ttft_s.append(_mean(alone, measure.ttft_s))
+    row.tpot_s.append(_mean(alone, measure.tpot_s))
+    row.tokens_per_s.append(_tokens_per_s(at_once))
+    row.saturated.append(_tokens_per_s(full))
+
+
+def _long(what: str) -> float:
+    """How many times longer than a short one a prompt of this workload is; 0 for a short one."""
+    found = re.search(r"input=(\d+)", what)
+    times = int(found[1]) / _FULL_TOKENS if found else 0.0
+    return times if times > 1 else 0.0
+
+
+@contextlib.contextmanager
+def _started(
+    groups: Sequence[list[Row]], gpus: int, options: argparse.Namespace
+) -> Iterator[list[tuple[list[Row], Served]]]:
+    """A server for each layout, started at once; one that does not start is noted in its rows."""
+    places = placed([(rows[0].tensor_parallel, rows[0].replicas) for rows in groups], gpus)
+    left_s = max(30.0, options.end_s - time.monotonic())
+    with contextlib.ExitStack() as stack:
+
+        def start(index: int) -> Served | None:
+            rows, row = groups[index], groups[index][0]
+            arguments = dict(options.engine)
+            if row.tensor_parallel > 1:
+                arguments["tensor_parallel_size"] = row.tensor_parallel
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, places[index]))}
+            server = Served(
+                "ours",
+                options.model,
+                arguments,
+                options.out / f"tp{row.tensor_parallel}-replicas{row.replicas}",
+                options.port + 100 * index,  # Each has ranges of ports of its own.
+                left_s,
+                row.replicas,
+                visible if gpu.present() else {},
+            )
+            try:
+                started = server.__enter__()
+            except BenchError as error:
+                _failed(rows, str(error))
+                return None
+            stack.push(server)
+            for each in rows:
+                each.load_s = started.load_s
+            return started
+
+        with ThreadPoolExecutor(len(groups)) as pool:
+            servers = list(pool.map(start, range(len(groups))))
+        yield [
+            (rows, server)
+            for rows, server in zip(groups, servers, strict=True)
+            if server is not None
+        ]
+
+
+def placed(wanted: Sequence[tuple[int, int]], gpus: int) -> list[list[int]]:
+    """Which GPUs each (TP, replicas) gets, so that the fullest holds the fewest weights."""
+    held = [0.0] * gpus
+    places: list[list[int]] = [[] for _ in wanted]
+    for index in sorted(range(len(wanted)), key=lambda i: -wanted[i][0] * wanted[i][1]):
+        parallel, replicas = wanted[index]
+        order = sorted(range(gpus), key=lambda place: held[place])
+        places[index] = sorted(order[: parallel * replicas])
+        for place in places[index]:
+            held[place] += 1 / parallel
+    return places
+
+
+def _failed(rows: Sequence[Row], why: str) -> None:
+    for row in rows:
+        row.failure = why[:300]
+
+
+def _load(crowd: Crowd, server: Served, what: str, users: int, count: int, seed: int) -> Answer:
+    answer = crowd.load(server, what, users, count, seed)
     failed = [record.error for record in answer.records if record.error]
     if failed:
         raise BenchError(f"{len(failed)} of {count} requests failed: {failed[0]}")

@@ -4,7 +4,8 @@
         answer = server.load("synthetic:input=200,output=64", "poisson:rate=5", count=100, seed=0)
 
 The systems are a bare vLLM ("bare") and this application ("ours"), which may have several replicas.
-Requests are sent from this process at their planned times, whatever came of the others.
+Requests are sent from this process at their planned times, whatever came of the others; a Crowd
+sends a closed load from several, for servers that one Python cannot keep busy.
 """
 
 import asyncio
@@ -17,7 +18,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,6 +36,7 @@ from bench.measure import Slo
 from bench.records import Record
 from bench.schedule import Closed, Open
 from bench.trial import Answer, EngineError
+from bench.workload import Request
 
 _LAG_S = 0.05
 _STOP_S = 60.0
@@ -45,6 +49,7 @@ class Served:
     Args:
         arguments: vLLM's, tensor_parallel_size among them.
         replicas: of "ours".
+        environment: more of it, such as CUDA_VISIBLE_DEVICES.
 
     Raises EngineError where it does not start.
     """
@@ -58,6 +63,7 @@ class Served:
         port: int = 8890,
         start_s: float = trial.START_S,
         replicas: int = 1,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         if system not in SYSTEMS:
             raise BenchError.of("system", system, "no such system", SYSTEMS)
@@ -69,15 +75,19 @@ class Served:
             self._command = _bare(model, arguments, port)
         else:
             self._command = _ours(model, arguments, port, folder, replicas)
-        self._replicas = replicas
+        self._environment = {**overhead.QUIET, **overhead.apart(port), **(environment or {})}
         self.load_s = 0.0
+
+    @property
+    def port(self) -> int:
+        return self._port
 
     def __enter__(self) -> Self:
         begun_s = time.monotonic()
         self._log = open(self._folder / "server.log", "wb")
         self._process = subprocess.Popen(
             self._command,
-            env={**os.environ, **overhead.QUIET, **overhead.apart(self._port)},
+            env={**os.environ, **self._environment},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -124,55 +134,7 @@ class Served:
         limit_s: float = 120.0,
     ) -> Answer:
         """As `trial.Engine.load`; `users=N` keeps N requests under way."""
-        return asyncio.run(self._load(what, when, count, seed, limit_s))
-
-    async def _load(self, what: str, when: str, count: int, seed: int, limit_s: float) -> Answer:
-        target = Target(
-            url=f"http://127.0.0.1:{self._port}",
-            model=overhead.NAME,
-            timeout_s=limit_s,
-            extra={"temperature": 0, "ignore_eos": True},
-        )
-        requests = workload.parse(what, seed).take(count)
-        load = schedule.parse(when)
-        records = [
-            Record(
-                index=index,
-                planned_s=0.0,
-                kind=request.kind,
-                asked_input_tokens=request.input_tokens,
-                asked_output_tokens=request.output_tokens,
-            )
-            for index, request in enumerate(requests)
-        ]
-        start_s = time.perf_counter()
-        with contextlib.closing(Client(target, time.perf_counter)) as client:
-
-            async def ask(index: int) -> None:
-                request = requests[index]
-                request = msgspec.structs.replace(
-                    request, extra={**request.extra, "min_tokens": request.output_tokens}
-                )
-                records[index] = await client.ask(request, records[index])
-
-            async def at(index: int, time_s: float) -> None:
-                records[index].planned_s = start_s + time_s
-                await asyncio.sleep(start_s + time_s - time.perf_counter())
-                await ask(index)
-
-            async def user(left: Any) -> None:
-                for index in left:
-                    records[index].planned_s = time.perf_counter()
-                    await ask(index)
-
-            if isinstance(load, Closed):
-                left = iter(range(count))
-                await asyncio.gather(*(user(left) for _ in range(load.users)))
-            else:
-                assert isinstance(load, Open)
-                times_s = load.times_s(count, None, seed)
-                await asyncio.gather(*(at(i, time_s) for i, time_s in enumerate(times_s)))
-        return Answer(records=records, elapsed_s=time.perf_counter() - start_s)
+        return asyncio.run(_load(self._port, what, when, count, seed, limit_s))
 
     def _wait(self) -> None:
         """Until it answers a request: a route may be there before its replica is."""
@@ -187,6 +149,119 @@ class Served:
                 return
             time.sleep(0.2)
         raise EngineError(f"the server was not ready after {self._start_s:.0f} s")
+
+
+async def _load(port: int, what: str, when: str, count: int, seed: int, limit_s: float) -> Answer:
+    requests, load = workload.parse(what, seed).take(count), schedule.parse(when)
+    if isinstance(load, Closed):
+        return await _closed(port, requests, load.users, limit_s)
+    assert isinstance(load, Open)
+    times_s = load.times_s(count, None, seed)
+    records, start_s = _records(requests), time.perf_counter()
+
+    async def at(index: int) -> None:
+        records[index].planned_s = start_s + times_s[index]
+        await asyncio.sleep(records[index].planned_s - time.perf_counter())
+        records[index] = await _ask(client, requests[index], records[index])
+
+    with contextlib.closing(_client(port, limit_s)) as client:
+        await asyncio.gather(*(at(index) for index in range(count)))
+    return Answer(records=records, elapsed_s=time.perf_counter() - start_s)
+
+
+async def _closed(port: int, requests: Sequence[Request], users: int, limit_s: float) -> Answer:
+    records, left = _records(requests), iter(range(len(requests)))
+    start_s = time.perf_counter()
+
+    async def user() -> None:
+        for index in left:
+            records[index].planned_s = time.perf_counter()
+            records[index] = await _ask(client, requests[index], records[index])
+
+    with contextlib.closing(_client(port, limit_s)) as client:
+        await asyncio.gather(*(user() for _ in range(users)))
+    return Answer(records=records, elapsed_s=time.perf_counter() - start_s)
+
+
+def _client(port: int, limit_s: float) -> Client:
+    target = Target(
+        url=f"http://127.0.0.1:{port}",
+        model=overhead.NAME,
+        timeout_s=limit_s,
+        extra={"temperature": 0, "ignore_eos": True},
+    )
+    return Client(target, time.perf_counter)
+
+
+def _records(requests: Sequence[Request]) -> list[Record]:
+    return [
+        Record(
+            index=index,
+            planned_s=0.0,
+            kind=request.kind,
+            asked_input_tokens=request.input_tokens,
+            asked_output_tokens=request.output_tokens,
+        )
+        for index, request in enumerate(requests)
+    ]
+
+
+async def _ask(client: Client, request: Request, record: Record) -> Record:
+    least = {**request.extra, "min_tokens": request.output_tokens}
+    return await client.ask(msgspec.structs.replace(request, extra=least), record)
+
+
+class Crowd:
+    """Client processes that share a closed load evenly. Use it as a context manager.
+
+    One process that reads streams is full at some ten thousand events/s, which several GPUs exceed:
+    what is measured then is the client. Their clocks are one (the machine's monotonic one).
+    """
+
+    def __init__(self, processes: int) -> None:
+        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+        self._processes = processes
+        list(self._pool.map(abs, range(processes)))  # Each has started and imported.
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def load(
+        self, server: Served, what: str, users: int, count: int, seed: int, limit_s: float = 300.0
+    ) -> Answer:
+        """`count` requests, `users` under way at a time; as `Served.load` with `users=N`."""
+        shares = min(self._processes, users)
+        futures = [
+            self._pool.submit(
+                _share,
+                server.port,
+                what,
+                users // shares + (place < users % shares),
+                count,
+                seed,
+                limit_s,
+                place,
+                shares,
+            )
+            for place in range(shares)
+        ]
+        answers = [future.result() for future in futures]
+        records = [record for answer in answers for record in answer.records]
+        ends_s = [record.end_s for record in records if record.end_s is not None]
+        start_s = min(record.planned_s for record in records)
+        return Answer(records=records, elapsed_s=max(ends_s, default=start_s) - start_s)
+
+
+def _share(
+    port: int, what: str, users: int, count: int, seed: int, limit_s: float, place: int, shares: int
+) -> Answer:
+    """One process's part: of the same requests, every `shares`-th."""
+    made = workload.parse(what, seed)
+    requests = [made.request(index) for index in range(place, count, shares)]
+    return asyncio.run(_closed(port, requests, users, limit_s))
 
 
 def _bare(model: str, arguments: Mapping[str, Any], port: int) -> list[str]:

@@ -40,6 +40,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # A loaded machine starts HAProxy late; Serve would give it up and answer 404 for good.
     "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",
+    # Asked three times; then its process would be taken for dead, and the start ends.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
     # Each change of replicas reloads HAProxy, and streams older than this would be cut by it.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     # How long a replica that leaves stays reachable, for balancers that learn late. HAProxy is

@@ -419,6 +419,7 @@ def main() -> None:
         "--start-together", action="store_true", help="all at once; then ready_s says little"
     )
     parser.add_argument("--clients", type=int, default=1, help="client processes")
+    parser.add_argument("--port", type=int, default=8100, help="of the first system")
     parser.add_argument("--engine", type=json.loads, default=ENGINE, help="arguments as JSON")
     options = parser.parse_args()
     options.concurrency = [int(word) for word in options.concurrency.split(",")]
@@ -427,7 +428,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overhead.")))
         systems = []
         for index, name in enumerate(names):
-            port = 8100 + 10 * index
+            port = options.port + 10 * index
             start = running(name, options.engine, options.model, port, folder)
             systems.append(stack.enter_context(start))
             if not options.start_together:

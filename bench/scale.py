@@ -278,9 +278,8 @@ def _started(
 
         def start(index: int) -> Served | None:
             rows, row = groups[index], groups[index][0]
-            arguments = dict(options.engine)
-            if row.tensor_parallel > 1:
-                arguments["tensor_parallel_size"] = row.tensor_parallel
+            # Said for one GPU too: the application would choose by what the model needs.
+            arguments = {**options.engine, "tensor_parallel_size": row.tensor_parallel}
             visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, places[index]))}
             server = Served(
                 "ours",

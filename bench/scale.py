@@ -250,14 +250,20 @@ def _measure(
         return
     alone = _load(crowd, server, what, 1, _ALONE, seed)
     at_once = _load(crowd, server, what, _AT_ONCE, _AT_ONCE, seed + 1000)
-    users = int(options.saturation * row.gpus / max(1.0, _long(what)))
-    full = at_once
-    if users > _AT_ONCE or not _long(what):
-        full = _load(crowd, server, what, users, 2 * users, seed + 2000)
+    users = at_saturation(what, options.saturation, row.gpus)
+    full = _load(crowd, server, what, users, 2 * users, seed + 2000) if users else at_once
     row.ttft_s.append(_mean(alone, measure.ttft_s))
     row.tpot_s.append(_mean(alone, measure.tpot_s))
     row.tokens_per_s.append(_tokens_per_s(at_once))
     row.saturated.append(_tokens_per_s(full))
+
+
+def at_saturation(what: str, each: int, gpus: int) -> int | None:
+    """How many requests at once; None where `_AT_ONCE` of such prompts are as many already."""
+    if not _long(what):
+        return each * gpus
+    users = int(each * gpus / _long(what))
+    return users if users > _AT_ONCE else None
 
 
 def _long(what: str) -> float:

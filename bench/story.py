@@ -389,14 +389,28 @@ def _scale(data: Mapping[str, Any], place: int) -> Chapter:
         "Tensor parallelism shortens a step, replicas add up: compare the time per token of one "
         "request and the tokens/s of all.",
     )
-    chapter.said = [f"{text}." for text in data.get("advice") or []]
     chapter.gain = "; ".join(data.get("advice") or [])
-    rows = []
-    for each in data["table"]:
-        if each["failure"]:
-            rows.append([each["name"], each["gpus"], each["failure"][:160], "", "", "", ""])
+    chapter.tables, chapter.said, chapter.figures = [], [], []
+    for each in data.get("workloads") or [{"workload": "", **data}]:
+        what = each["workload"]
+        chapter.said += [f"{what}, {text}." if what else f"{text}." for text in each["advice"]]
+        chapter.tables.append(_scale_table(what, each["table"]))
+        panels = _scale_panels([row for row in each["table"] if not row["failure"]])
+        if panels:
+            name = f"scale{place}-{len(chapter.figures)}"
+            chapter.figures.append(Markup(plots.curves(panels, "GPUs", name)))
+    return chapter
+
+
+def _scale_table(what: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    head = ["layout", "GPUs", "TTFT alone, ms", "TPOT alone, ms", "tokens/s at 100"]
+    head += ["tokens/s saturated", "of linear"]
+    table = Table(caption=what, head=head, rows=[])
+    for each in rows:
+        if each["failure"] and not each["saturated"]:
+            table.rows.append([each["name"], each["gpus"], each["failure"][:160], "", "", "", ""])
             continue
-        rows.append(
+        table.rows.append(
             [
                 each["name"],
                 each["gpus"],
@@ -407,13 +421,7 @@ def _scale(data: Mapping[str, Any], place: int) -> Chapter:
                 _share(each["saturated_efficiency"]),
             ]
         )
-    head = ["layout", "GPUs", "TTFT alone, ms", "TPOT alone, ms", "tokens/s at 100"]
-    head += ["tokens/s saturated", "of linear"]
-    chapter.tables = [Table(head=head, rows=rows)]
-    panels = _scale_panels([each for each in data["table"] if not each["failure"]])
-    if panels:
-        chapter.figures = [Markup(plots.curves(panels, "GPUs", f"scale{place}"))]
-    return chapter
+    return table
 
 
 def _scale_panels(

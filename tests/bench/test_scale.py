@@ -20,6 +20,26 @@ def test_layouts_are_powers_of_two_and_all_there_are() -> None:
     assert scale.layouts(6)[-2:] == [(6, 1), (1, 6)]
 
 
+def test_layouts_that_stand_together_share_the_gpus_evenly() -> None:
+    wanted = scale.layouts(4)
+    places = scale.placed(wanted, 4)
+    assert [len(place) for place in places] == [parallel * many for parallel, many in wanted]
+    held = [0.0] * 4
+    for (parallel, _), place in zip(wanted, places, strict=True):
+        assert len(set(place)) == len(place)
+        for gpu_ in place:
+            held[gpu_] += 1 / parallel
+    assert max(held) <= 2.75  # In models: 4 replicas, 2 replicas, one, and parts of two more.
+    assert scale.placed([(1, 1)], 1) == [[0]]
+
+
+def test_at_saturation_long_prompts_are_fewer() -> None:
+    assert scale.at_saturation("synthetic:input=200,output=128", 256, 4) == 1024
+    assert scale.at_saturation("synthetic:input=1024,output=64", 256, 4) == 256
+    # Fewer than are asked at once anyway.
+    assert scale.at_saturation("synthetic:input=8000,output=64", 256, 4) is None
+
+
 ROWS = [
     Row(
         tensor_parallel=1,
@@ -230,6 +250,8 @@ TUNE = told(
 def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> None:
     rows = scale.table(ROWS)
     scaled = told("scale", table=rows, advice=scale.advice(rows))
+    short = {"workload": "short", "table": rows, "advice": scale.advice(rows)}
+    twice = scaled | {"workloads": [short, short | {"workload": "long ones"}]}
     verdict = {
         "took_s": 0.006,
         "least_s": 0.005,
@@ -262,6 +284,10 @@ def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> 
     assert "(1.10 to 1.30)" in steps[1]["gain"]
     page = tmp_path / "story.html"
     story.page([scaled, TUNE, base, cached, confirmed], page, ["a machine"])
+    both = tmp_path / "both.html"
+    story.page([twice], both, ["a machine"])
+    assert "long ones, 2 GPUs" in both.read_text()
+    assert both.read_text().count("<svg") == 2
     html = page.read_text()
     assert "bench tune" in html
     assert "&lt;64&gt;" in html

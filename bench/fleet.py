@@ -39,6 +39,7 @@ class Fleet:
         period_s: how often the policy is asked.
         window_s: how far back the reports of a replica look; as serve_app/signals.py does.
         percentile: of the latencies in them.
+        ttft_s, tpot_s: limits that requests are counted as having missed; None for no limit.
         min_replicas, max_replicas: bounds, whatever the policy says.
         initial: replicas that serve at the start.
         patience_s: how long after the last request the run goes on; what has not ended then failed.
@@ -51,6 +52,8 @@ class Fleet:
     period_s: float = 5.0
     window_s: float = 10.0
     percentile: float = 95.0
+    ttft_s: float | None = None
+    tpot_s: float | None = None
     min_replicas: int = 1
     max_replicas: int = 16
     initial: int = 1
@@ -159,6 +162,7 @@ class _Replica:
         self.open = 0
         self.used = 0  # The turn in which it last got a request.
         self._ending: deque[float] = deque()  # Ends of requests that are still to come.
+        self._ended: deque[Job] = deque()  # Of the last window.
         self._next_end_s = ready_s  # Until then its engine can be left alone,
         self.due_s = ready_s  # and until then all of it.
         self._totals = deque([self._total(ready_s)])  # At past reports.
@@ -168,6 +172,7 @@ class _Replica:
         if whole or now_s >= self._next_end_s:
             ended = self.batch.advance(now_s)
             self._ending.extend(job.end_s or 0.0 for job in ended)
+            self._ended.extend(ended)
             self._next_end_s = self.batch.next_end_s()
         ending = self._ending
         while ending and ending[0] <= now_s:
@@ -184,9 +189,9 @@ class _Replica:
             self.open += 1
         self.used = turn
 
-    def load(self, now_s: float, window_s: float, percentile: float) -> ReplicaLoad:
+    def load(self, now_s: float, fleet: Fleet) -> ReplicaLoad:
         """Its report: counts of now, rates and latencies of the last `window_s`."""
-        batch = self.batch
+        batch, window_s, percentile = self.batch, fleet.window_s, fleet.percentile
         now = self._total(now_s)
         totals = self._totals
         while len(totals) > 1 and totals[1][0] <= now_s - window_s:
@@ -196,6 +201,9 @@ class _Replica:
             (after - before) / span_s for after, before in zip(now[1:], totals[0][1:], strict=True)
         )
         totals.append(now)
+        while self._ended and (self._ended[0].end_s or 0.0) <= totals[0][0]:
+            self._ended.popleft()
+        missed = sum(self._missed(job, fleet) for job in self._ended)
         return ReplicaLoad(
             running=batch.running,
             waiting=batch.waiting,
@@ -210,7 +218,15 @@ class _Replica:
             arrivals_per_s=arrived,
             steps_per_s=steps,
             busy=min(1.0, busy_s),
+            finished_per_s=len(self._ended) / span_s,
+            missed_per_s=missed / span_s,
         )
+
+    def _missed(self, job: Job, fleet: Fleet) -> bool:
+        first_s = self.batch.step_end_s[job.spans[0][0]]
+        each_s = ((job.end_s or 0.0) - first_s) / max(1, job.output_tokens - 1)
+        late = fleet.ttft_s is not None and first_s - job.at_s > fleet.ttft_s
+        return late or (fleet.tpot_s is not None and each_s > fleet.tpot_s)
 
     def _total(self, now_s: float) -> tuple[float, ...]:
         """What its engine has done until now, and how long that took."""
@@ -328,9 +344,7 @@ class _Run:
         for replica in self.serving + self.draining:
             replica.advance(now_s, whole=True)
         self._let_end(now_s)
-        loads = tuple(
-            replica.load(now_s, fleet.window_s, fleet.percentile) for replica in self.serving
-        )
+        loads = tuple(replica.load(now_s, fleet) for replica in self.serving)
         snapshot = Snapshot(
             now_s=now_s,
             replicas=loads,

@@ -354,7 +354,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     case = Case(
         options.workload,
         options.load,
-        replace(fleet_of, percentile=slo.percentile),
+        replace(fleet_of, percentile=slo.percentile, ttft_s=slo.ttft_s, tpot_s=slo.tpot_s),
         slo,
         count=options.requests,
         duration_s=options.duration,

@@ -530,6 +530,11 @@ def _recorder(signals: Signals) -> Callable[[Any, int], StatLoggerBase]:
                     iteration_stats.num_preempted_reqs,
                     iteration_stats.time_to_first_tokens_iter,
                     iteration_stats.inter_token_latencies_iter,
+                    [
+                        (ended.queued_time + ended.prefill_time, ended.mean_time_per_output_token)
+                        for ended in iteration_stats.finished_requests
+                        if ended.num_generation_tokens  # Others were given up before.
+                    ],
                 )
 
     return Recorder

@@ -40,7 +40,8 @@ class _Engine:
         self._observation = Observation(settings.observe, "engine")
         self._observation.describe(self._model, plan.gpus)
         self._pacer = Pacer(settings.stream_gap_ms / 1000)
-        self._signals = Signals(settings.replicas.percentile)
+        goal = settings.replicas
+        self._signals = Signals(goal.percentile, ttft_s=goal.ttft_s, itl_s=goal.itl_s)
         self._reaper = Reaper()
         os.environ.update({**plan.environment, **tracing.ENVIRONMENT})
         forkserver.start()

@@ -59,9 +59,12 @@ _MARGIN, _PATIENCE_STARTS, _LEAST_PATIENCE_S = 0.05, 2.5, 60.0
 _STEP_DOWN, _LOOK_S = 0.2, 20.0
 # A backlog is worked off within one start, and never is so little time left for it.
 _LEAST_DRAIN_S = 15.0
-# When requests are late though there is room, the estimate is wrong: as long as all are, the load
-# is taken to grow by so much a second, at most to so much of itself, and forgotten this slowly.
-_STRAIN_A_S, _MOST_STRAIN, _STRAIN_S = 0.005, 2.0, 3600.0
+# The estimate of what a replica carries is of means, and what misses the goal are the tails. So the
+# load is multiplied with a factor, which grows by this share a second while all requests miss, and
+# shrinks as slowly as the few that may miss allow: over time as many do as `_AIM` of those. Below
+# the factor 1 the estimate asked for too much.
+_GAIN_A_S, _AIM, _LEAST_FACTOR, _MOST_FACTOR = 0.1, 0.7, 0.6, 3.0
+_TYPICAL_S = 300.0  # What is usual is a mean over about so long.
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class ReplicaLoad:
         arrivals_per_s: requests that came.
         steps_per_s: steps of the engine.
         busy: share of the time in which it was in one, 0 to 1.
+        finished_per_s, missed_per_s: requests that ended, and those of them that missed a limit:
+            to the first token, or between tokens as the mean of the stream.
     """
 
     running: int = 0
@@ -95,6 +100,8 @@ class ReplicaLoad:
     arrivals_per_s: float = 0.0
     steps_per_s: float = 0.0
     busy: float = 0.0
+    finished_per_s: float = 0.0
+    missed_per_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,8 @@ class State:
         wishes: (when, replicas that would do) over the time of patience.
         busy_s: when there was last anything to do.
         target, changed_s: how many there are to be, and since when.
-        strain: factor of the load, from requests that were late though there was room.
+        factor: of the load, from the requests that missed the goal.
+        finished_per_s: of requests, usually.
     """
 
     began_s: float | None = None
@@ -194,7 +202,8 @@ class State:
     busy_s: float = 0.0
     target: int = -1
     changed_s: float = 0.0
-    strain: float = 1.0
+    factor: float = 1.0
+    finished_per_s: float = 0.0
 
 
 _NEW = State()
@@ -283,8 +292,8 @@ def _reason(snapshot: Snapshot, state: State, load: _Load, ahead: float) -> str:
     ]
     if load.backlog:
         said.append(f"backlog {load.backlog:.1f} s")
-    if state.strain > 1.01:
-        said.append(f"late with room: load taken {state.strain:.2f}-fold")
+    if abs(state.factor - 1) > 0.01:
+        said.append(f"load taken {state.factor:.2f}-fold by who missed the goal")
     for name, values in (
         ("TTFT", [x.ttft_s for x in loads if x.ttft_s is not None]),
         ("ITL", [x.itl_s for x in loads if x.itl_s is not None]),
@@ -335,7 +344,8 @@ def _learn(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> tup
     # What is read before it is late is no backlog.
     in_time = len(loads) * full * (goal.ttft_s or _LEAST_DRAIN_S)
     backlog = max(0.0, a_token * queued - in_time) / full
-    return after, _Load(max(work / full * state.strain, held), work, full, held, backlog, costs)
+    replicas = max(work / full * state.factor, work / _MOST_WORK, held)
+    return after, _Load(replicas, work, full, held, backlog, costs)
 
 
 def _active(snapshot: Snapshot) -> bool:
@@ -421,9 +431,7 @@ def _remember(snapshot: Snapshot, goal: Goal, state: State, load: _Load, passed_
         # Nobody is there to say what the load is.
         return replace(state, part=0.0, part_from_s=now_s)
     state = replace(
-        state,
-        part=state.part + load.replicas * passed_s,
-        strain=_strain(snapshot, goal, state, load, passed_s),
+        _judge(snapshot, goal, state, passed_s), part=state.part + load.replicas * passed_s
     )
     part_s = max(_LEAST_PART_S, start_s / _PARTS)
     over_s = now_s - state.part_from_s
@@ -439,16 +447,23 @@ def _remember(snapshot: Snapshot, goal: Goal, state: State, load: _Load, passed_
     return replace(state, part=0.0, part_from_s=now_s, means=means, ahead=ahead)
 
 
-def _strain(snapshot: Snapshot, goal: Goal, state: State, load: _Load, passed_s: float) -> float:
-    """Above 1 while first tokens are late though, by the estimate, there is room."""
-    strain = 1 + (state.strain - 1) * math.exp(-passed_s / _STRAIN_S)
-    limit_s, loads = goal.ttft_s, snapshot.replicas
-    room = not snapshot.starting and not load.backlog and load.replicas <= len(loads)
-    if limit_s is None or not room:
-        return strain
-    late = sum(x.arrivals_per_s for x in loads if x.ttft_s is not None and x.ttft_s > limit_s)
-    share = late / max(sum(x.arrivals_per_s for x in loads), 1e-9)
-    return min(strain + _STRAIN_A_S * passed_s * share, _MOST_STRAIN)
+def _judge(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> State:
+    """Adjust the factor of the load, by the requests that ended."""
+    finished = sum(x.finished_per_s for x in snapshot.replicas)
+    missed = min(finished, sum(x.missed_per_s for x in snapshot.replicas))
+    if finished <= _NOTHING:
+        return state
+    usual = state.finished_per_s + (finished - state.finished_per_s) * min(
+        1.0, passed_s / _TYPICAL_S
+    )
+    # A moment with few requests says little, one with many no more than so much.
+    excess = (missed - _AIM * (1 - goal.percentile / 100) * finished) / max(usual, finished)
+    if excess > 0:
+        # What starts is the answer to what is missed, as far as it goes.
+        excess *= max(0.0, 1 - snapshot.starting / len(snapshot.replicas))
+    factor = state.factor * math.exp(min(1.0, _GAIN_A_S * passed_s * excess))
+    factor = min(max(factor, _LEAST_FACTOR), _MOST_FACTOR)
+    return replace(state, factor=factor, finished_per_s=usual)
 
 
 def _forecast(means: Sequence[float], parts: int, cover: float) -> float:

@@ -104,12 +104,20 @@ class Signals:
     Args:
         percentile: of the latencies in a report, 0 to 100.
         clock: monotonic seconds.
+        ttft_s, itl_s: limits, to the first token and between tokens as the mean of a stream;
+            requests that ended beyond one are counted. None for no limit.
     """
 
     def __init__(
-        self, percentile: float = 95.0, clock: Callable[[], float] = time.monotonic
+        self,
+        percentile: float = 95.0,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        ttft_s: float | None = None,
+        itl_s: float | None = None,
     ) -> None:
         self._percentile = percentile
+        self._ttft_s, self._itl_s = ttft_s, itl_s
         self._clock = clock
         self._began_s = clock()
         self._second = int(self._began_s)
@@ -118,9 +126,10 @@ class Signals:
         self._prompt, self._generated = Count(), Count()
         self._preempted, self._arrived = Count(), Count()
         self._steps, self._busy_s = Count(), Count()
+        self._finished, self._missed = Count(), Count()
         self._counts = (
-            *(self._gaps, self._gap_s, self._prompt, self._generated),
-            *(self._preempted, self._arrived, self._steps, self._busy_s),
+            *(self._gaps, self._gap_s, self._prompt, self._generated, self._preempted),
+            *(self._arrived, self._steps, self._busy_s, self._finished, self._missed),
         )
         # Since when each engine core has been in the step that is still to be told of, and when
         # the first request came to an engine that was in none.
@@ -168,6 +177,7 @@ class Signals:
         preempted: int,
         first_tokens_s: Sequence[float],
         gaps_s: Sequence[float],
+        finished_s: Sequence[tuple[float, float]] = (),
     ) -> None:
         """What one step did.
 
@@ -175,6 +185,8 @@ class Signals:
             prompt_tokens: of the prompts whose first token it made.
             first_tokens_s: of each such request, since the engine's front end got it.
             gaps_s: for each other sequence that got a token, since its last one.
+            finished_s: of each request that ended: to its first token, since the engine's front end
+                got it, and between its tokens, their mean.
         """
         slot = self._slot()
         self._generated.add(slot, generated_tokens)
@@ -190,6 +202,11 @@ class Signals:
         if gaps_s:
             self._gaps.add(slot, len(gaps_s))
             self._gap_s.add(slot, sum(gaps_s))
+        for first_s, gap_s in finished_s:
+            self._finished.add(slot, 1)
+            late = self._ttft_s is not None and first_s + self._waited_s > self._ttft_s
+            if late or (self._itl_s is not None and gap_s > self._itl_s):
+                self._missed.add(slot, 1)
 
     def load(
         self,
@@ -232,6 +249,8 @@ class Signals:
             arrivals_per_s=self._arrived.total / span_s,
             steps_per_s=self._steps.total / cores / span_s,
             busy=min(1.0, self._busy_s.total / cores / span_s),
+            finished_per_s=self._finished.total / span_s,
+            missed_per_s=self._missed.total / span_s,
         )
 
     def _learn(self, prompt_tokens: int) -> None:

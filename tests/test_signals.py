@@ -54,6 +54,21 @@ def test_rates_of_a_replica_that_just_began_are_of_its_own_time(
     assert signals.load(8, 0).arrivals_per_s == pytest.approx(20, rel=0.05)
 
 
+def test_requests_that_ended_beyond_a_limit_are_counted(clock: Clock) -> None:
+    signals = Signals(95.0, clock, ttft_s=1.0, itl_s=0.1)
+    signals.admitted(0.5, 100)  # What waited before the engine counts to the first token.
+    clock.now_s += 5
+    signals.step(0, 4, 0, [], [], [(0.4, 0.05), (0.6, 0.05), (0.4, 0.2), (9.0, 9.0)])
+    load = signals.load(8, 4)
+    assert load.finished_per_s == pytest.approx(4 / 5)
+    assert load.missed_per_s == pytest.approx(3 / 5)
+    clock.now_s += 2 * WINDOW_S
+    assert signals.load(8, 4).finished_per_s == 0
+    free = Signals(95.0, clock)
+    free.step(0, 1, 0, [], [], [(1e3, 1e3)])
+    assert (free.load(8, 1).finished_per_s, free.load(8, 1).missed_per_s) == (1.0, 0.0)
+
+
 @pytest.mark.parametrize("gap_s", [1.0, WINDOW_S - 1.0])
 def test_what_is_recent_is_kept(clock: Clock, signals: Signals, gap_s: float) -> None:
     signals.step(100, 1, 0, [0.5], [0.02])

@@ -156,11 +156,21 @@ def test_what_replicas_report() -> None:
     assert load.busy == 1.0
     assert load.kv_usage == pytest.approx(2 * 11 / 100)
     assert load.max_running == 2
+    assert load.finished_per_s == 0
     later = seen[4].snapshot.replicas[0]  # The window is over for what came at the start.
     assert later.arrivals_per_s == later.prefill_tokens_per_s == 0
     assert later.ttft_s is None
     assert seen[1].ongoing == 3
     assert seen[1].target == 1
+    # Two end after 4.2 s, the third had to wait for them.
+    limits = {"ttft_s": 1.0, "tpot_s": 0.15}
+    for strict, missed in (({}, 0), (limits, 1), (limits | {"tpot_s": 0.05}, 3)):
+        seen.clear()
+        engine_s = Fleet(engine, period_s=20.0, window_s=30.0, **strict)  # type: ignore[arg-type]
+        fleet.run(engine_s, mine, look)
+        load = seen[1].snapshot.replicas[0]
+        assert load.finished_per_s * 20 == pytest.approx(3)
+        assert load.missed_per_s * 20 == pytest.approx(missed)
 
 
 def test_an_engine_is_busy_while_it_is_in_a_step() -> None:

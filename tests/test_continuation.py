@@ -19,7 +19,6 @@ import pytest_asyncio
 from serve_app import forkserver
 from serve_app.backend import CONTINUE_HEADER, TOKEN_HEADER, Backend
 from serve_app.continuation import Method, Stream
-from serve_app.engine import Engine
 from serve_app.pacing import Pacer
 from serve_app.plan import CPU_DEFAULTS
 from serve_app.signals import Signals
@@ -35,6 +34,9 @@ TOOL = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def app(smollm: Path) -> AsyncIterator[Backend]:
+    # Only who runs these tests pays for loading vLLM.
+    from serve_app.engine import Engine
+
     os.environ.update(
         VLLM_CPU_OMP_THREADS_BIND="nobind",
         OMP_NUM_THREADS="1",

@@ -1,13 +1,47 @@
-"""What tests share: model folders, and one server with real weights for all that only ask it."""
+"""What tests share: model folders, and which of them run beside each other."""
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import tiny_model
 from serve_app import embedded
-from tests.server import Server, configuration, launched
+
+# What takes longest, in this order, so that no worker ends up waiting for another.
+FIRST = [
+    "tests/test_life.py",
+    "tests/served",
+    "tests/test_gateway.py",
+    "tests/test_observed.py",
+    "tests/test_overload.py",
+    "tests/test_continuation.py",
+    "tests/bench/test_tune.py",
+]
+
+
+def _together(nodeid: str) -> str:
+    """What one worker runs as a whole: a module, or a folder of modules that share a server."""
+    module = nodeid.split("::")[0]
+    return "tests/served" if module.startswith("tests/served/") else module
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(_together(item.nodeid), len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest --numprocesses 2`: whoever is free takes the next."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _together(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -20,15 +54,3 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm() -> Path:
     """SmolLM2-135M-Instruct: real weights."""
     return embedded.path()
-
-
-@pytest.fixture(scope="session")
-def server(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The shipped configuration as it is, but for its port and the size of its caches."""
-    # float32: in bfloat16 two right implementations round differently, and near ties differ.
-    config = configuration(8700, engine={"scheduling_policy": "priority", "dtype": "float32"})
-    folder = tmp_path_factory.mktemp("server")
-    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
-    with launched(config, folder, **compiled) as running:
-        assert running.ready(), running.output()
-        yield running

@@ -30,7 +30,6 @@ def stream(url: str, tokens: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_replicas_come_and_go_with_the_load_and_nothing_is_dropped(
     tiny: Path, tmp_path: Path
 ) -> None:

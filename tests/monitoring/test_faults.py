@@ -20,7 +20,7 @@ import pytest
 from serve_app.monitoring import prometheus as client
 from tests.server import Server, apart, configuration, launched, wait
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 PORT, PROMETHEUS_PORT = 8840, 8849
 FASTER = 10

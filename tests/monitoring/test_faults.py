@@ -22,7 +22,7 @@ from tests.server import Server, apart, configuration, launched, wait
 
 pytestmark = pytest.mark.slow
 
-PORT, PROMETHEUS_PORT = 8840, 8849
+PORT, PROMETHEUS_PORT = 8810, 8819
 FASTER = 10
 
 

@@ -8,27 +8,38 @@ import pytest
 from bench import tiny_model
 from serve_app import embedded
 
-# What takes longest, in this order, so that no worker ends up waiting for another.
-FIRST = [
+# Each starts an engine or whole servers: one after another, for Ray gives up a start after 30 s,
+# and two cores can be busy for longer with two starts.
+SERVERS = (
+    "tests/test_continuation.py",
     "tests/test_life.py",
-    "tests/served",
     "tests/test_gateway.py",
     "tests/test_observed.py",
     "tests/test_overload.py",
-    "tests/test_continuation.py",
-    "tests/bench/test_tune.py",
-]
+    "tests/test_autoscaling.py",
+    "tests/monitoring/test_faults.py",
+    "tests/kuberay/test_deploy.py",
+    "tests/runpod/test_start.py",
+)
+# One server for all that is in there. It is up when the first of those above starts.
+SERVED = "tests/served/"
+# The longest first, so that no worker has to wait for another in the end.
+FIRST = (*SERVERS, SERVED, "tests/test_scaling.py")
 
 
 def _together(nodeid: str) -> str:
-    """What one worker runs as a whole: a module, or a folder of modules that share a server."""
-    module = nodeid.split("::")[0]
-    return "tests/served" if module.startswith("tests/served/") else module
+    """What one worker runs as a whole."""
+    if nodeid.startswith(SERVERS):
+        return "servers"
+    return SERVED if nodeid.startswith(SERVED) else nodeid.split("::")[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {name: place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: place.get(_together(item.nodeid), len(FIRST)))
+    def place(item: pytest.Item) -> int:
+        found = (at for at, name in enumerate(FIRST) if item.nodeid.startswith(name))
+        return next(found, len(FIRST))
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)

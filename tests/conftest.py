@@ -8,10 +8,9 @@ import pytest
 from bench import tiny_model
 from serve_app import embedded
 
-# Each starts an engine or whole servers: one after another, for Ray gives up a start after 30 s,
-# and two cores can be busy for longer with two starts.
+# Each starts whole servers: one after another, for Ray gives up a start after 30 s, and two cores
+# can be busy for longer with several engines.
 SERVERS = (
-    "tests/test_continuation.py",
     "tests/test_life.py",
     "tests/test_gateway.py",
     "tests/test_observed.py",
@@ -21,10 +20,10 @@ SERVERS = (
     "tests/kuberay/test_deploy.py",
     "tests/runpod/test_start.py",
 )
-# One server for all that is in there. It is up when the first of those above starts.
+# One server for all that is in there.
 SERVED = "tests/served/"
 # The longest first, so that no worker has to wait for another in the end.
-FIRST = (*SERVERS, SERVED, "tests/test_scaling.py")
+FIRST = (*SERVERS, SERVED, "tests/test_continuation.py", "tests/test_scaling.py")
 
 
 def _together(nodeid: str) -> str:

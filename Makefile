@@ -12,6 +12,9 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 FLAVOUR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 INSTALLED = $(VENV)/installed-$(FLAVOUR)
 
+# Two at a time; what stays together is said in tests/conftest.py.
+BESIDE = --numprocesses 2
+
 .PHONY: serve observe test test-slow lint format types doctor install bench-overhead constraints clean \
 	eks-preflight eks-up eks-status eks-down runpod-up runpod-status runpod-logs runpod-down
 
@@ -22,10 +25,10 @@ observe: install ## Watch what `make serve` serves: Prometheus, Grafana or a sta
 	@$(BIN)/python -m serve_app observe
 
 test: install ## Run the tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE)
 
 test-slow: install ## The tests that take several minutes each.
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(BESIDE) -m slow
 
 doctor: install ## Check this machine.
 	@$(BIN)/python -m serve_app doctor --config $(CONFIG) $(if $(MODEL),--model $(MODEL))

@@ -1,13 +1,57 @@
-"""What tests share: model folders, and one server with real weights for all that only ask it."""
+"""What tests share: model folders, and which of them run beside each other."""
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import tiny_model
 from serve_app import embedded
-from tests.server import Server, configuration, launched
+
+# Each starts whole servers: one after another, for Ray gives up a start after 30 s, and two cores
+# can be busy for longer with several engines.
+SERVERS = (
+    "tests/test_life.py",
+    "tests/test_gateway.py",
+    "tests/test_observed.py",
+    "tests/test_overload.py",
+    "tests/test_autoscaling.py",
+    "tests/monitoring/test_faults.py",
+    "tests/kuberay/test_deploy.py",
+    "tests/runpod/test_start.py",
+)
+# One server for all that is in there.
+SERVED = "tests/served/"
+# The longest first, so that no worker has to wait for another in the end.
+FIRST = (*SERVERS, SERVED, "tests/test_continuation.py", "tests/test_scaling.py")
+
+
+def _together(nodeid: str) -> str:
+    """What one worker runs as a whole."""
+    if nodeid.startswith(SERVERS):
+        return "servers"
+    return SERVED if nodeid.startswith(SERVED) else nodeid.split("::")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        found = (at for at, name in enumerate(FIRST) if item.nodeid.startswith(name))
+        return next(found, len(FIRST))
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest --numprocesses 2`: whoever is free takes the next."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _together(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -20,15 +64,3 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm() -> Path:
     """SmolLM2-135M-Instruct: real weights."""
     return embedded.path()
-
-
-@pytest.fixture(scope="session")
-def server(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The shipped configuration as it is, but for its port and the size of its caches."""
-    # float32: in bfloat16 two right implementations round differently, and near ties differ.
-    config = configuration(8700, engine={"scheduling_policy": "priority", "dtype": "float32"})
-    folder = tmp_path_factory.mktemp("server")
-    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
-    with launched(config, folder, **compiled) as running:
-        assert running.ready(), running.output()
-        yield running

@@ -30,12 +30,11 @@ def stream(url: str, tokens: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_replicas_come_and_go_with_the_load_and_nothing_is_dropped(
     tiny: Path, tmp_path: Path
 ) -> None:
     config = configuration(
-        8796,
+        8804,
         model=str(tiny),
         served_model_name="m",
         replicas={"min": 0, "max": 2, "start_s": 10.0, "ttft_s": 1.0, "idle_s": 10.0},

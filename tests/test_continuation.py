@@ -4,6 +4,7 @@ A real engine, without Ray: each answer is taken whole, then cut after each of i
 rest asked for as a gateway would.
 """
 
+import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
@@ -19,7 +20,6 @@ import pytest_asyncio
 from serve_app import forkserver
 from serve_app.backend import CONTINUE_HEADER, TOKEN_HEADER, Backend
 from serve_app.continuation import Method, Stream
-from serve_app.engine import Engine
 from serve_app.pacing import Pacer
 from serve_app.plan import CPU_DEFAULTS
 from serve_app.signals import Signals
@@ -35,6 +35,9 @@ TOOL = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def app(smollm: Path) -> AsyncIterator[Backend]:
+    # Only who runs these tests pays for loading vLLM.
+    from serve_app.engine import Engine
+
     os.environ.update(
         VLLM_CPU_OMP_THREADS_BIND="nobind",
         OMP_NUM_THREADS="1",
@@ -234,13 +237,15 @@ async def test_an_answer_goes_on_exactly_from_every_cut(app: Backend, name: str)
     # The first and last events differ in kind; those between do not.
     last = len(marked) - 1
     cuts = sorted({cut for cut in (1, last // 2, last) if 0 < cut <= last})
-    for cut in cuts:
-        stream = Stream()
-        first = stream.events(b"".join(marked[:cut]) + marked[cut][:7])
+    streams = [Stream() for _ in cuts]
+    firsts = []
+    for cut, stream in zip(cuts, streams, strict=True):
+        firsts.append(stream.events(b"".join(marked[:cut]) + marked[cut][:7]))
         if stream.progress.groups:
             assert stream.method is method
-        rest = stream.events(await ask(app, path, body, stream))
-        found = told(first + rest)
+    rests = await asyncio.gather(*(ask(app, path, body, stream) for stream in streams))
+    for cut, stream, first, rest in zip(cuts, streams, firsts, rests, strict=True):
+        found = told(first + stream.events(rest))
         # Made anew for each answer, unless the client has it already; one answer has one.
         for key in ("calls", "begun", "items"):
             assert len(set(found.pop(key, ()))) == len(set(whole.get(key, ())))

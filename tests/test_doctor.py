@@ -22,7 +22,7 @@ from serve_app.settings import Settings
 from serve_app.sizing import GIB
 from tests.server import ROOT, configuration
 
-PORT = 8790  # Of no server of the tests.
+PORT = 8719  # Of no server of the tests.
 CARDS = (
     "0, GPU-1111aaaa-0, NVIDIA H100 80GB HBM3, 81559, 81000, 9.0, 580.65.06",
     "1, GPU-2222bbbb-0, NVIDIA H100 80GB HBM3, 81559, 2048, 9.0, 580.65.06",

@@ -91,12 +91,11 @@ def test_streams_outlive_the_replica_that_began_them(fleet: Server) -> None:
         reader.join(120)
     assert texts == [right.choices[0].text] * 8
     # The replica is replaced, and is asked again.
-    assert wait(lambda: len(engines(fleet)) == 2, 60)
+    assert wait(lambda: len(engines(fleet)) == 2, 240)
 
 
-@pytest.mark.slow
 def test_with_no_replica_503_and_service_resumes_by_itself(fleet: Server) -> None:
-    assert wait(lambda: len(engines(fleet)) == 2, 60)
+    assert wait(lambda: len(engines(fleet)) == 2, 240)
     for process in engines(fleet):
         process.send_signal(signal.SIGKILL)
     began_s = time.monotonic()
@@ -104,7 +103,7 @@ def test_with_no_replica_503_and_service_resumes_by_itself(fleet: Server) -> Non
     # It waits for a replica: either one came in time, or it says that none did.
     assert answer.status_code in (200, 503)
     assert time.monotonic() - began_s < 90
-    assert fleet.answers(120)
+    assert fleet.answers(300)
 
 
 @pytest.mark.slow

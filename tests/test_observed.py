@@ -27,7 +27,7 @@ PORT, PROMETHEUS_PORT, STATUS_PORT = 8830, 8831, 8832
 KEY, PROMPT = "sk-planted-key-5f1c", "planted prompt words"
 ASKED = 6
 # Ray's agents tell every 10 s what they were told every 5; Prometheus looks every 5.
-_SEEN_S = 60.0
+_SEEN_S = 180.0
 
 
 @dataclass
@@ -237,7 +237,7 @@ def test_a_request_is_one_trace_from_gateway_to_engine(watched: Watched) -> None
             assert spans[span.parent].trace == span.trace
             span = spans[span.parent]
 
-    assert wait(lambda: len(chain()) == 3, 30), [
+    assert wait(lambda: len(chain()) == 3, 60), [
         (s.service, s.name) for s in watched.collector.spans
     ]
     assert chain()[1:] == ["engine", "gateway"]
@@ -255,7 +255,7 @@ def test_the_clients_id_finds_its_request_in_every_log(watched: Watched) -> None
             if line.get("request_id") == watched.request_id and line["event"] == "request"
         }
 
-    assert wait(lambda: set(lines()) == {"gateway", "engine"}, 10), lines()
+    assert wait(lambda: set(lines()) == {"gateway", "engine"}, 60), lines()
     for line in lines().values():
         assert (line["tenant"], line["status"], line["model"]) == ("team-a", 200, "m")
 

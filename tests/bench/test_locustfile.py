@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     prompts = folder / "prompts.txt"
     prompts.write_text("What is a black hole?\n\nName a river.\n")
     options = Options(ttft_ms=TTFT_S * 1e3, itl_ms=ITL_S * 1e3, word=" <b>word</b>")
-    with launched(8870, options) as server:
+    with launched(8900, options) as server:
         process = locust(
             server.url,
             *("-u", "4", "-r", "4", "-t", "3s", "--json-file", str(folder / "locust")),
@@ -89,7 +90,7 @@ def test_good_run_ends_well_and_says_what_it_was(ran: Ran) -> None:
     result = ran.result
     assert result["benchmark"] == "locust"
     assert result["users"] == 4
-    assert result["target"] == {"url": "http://127.0.0.1:8870", "model": "fake", "endpoint": "chat"}
+    assert result["target"] == {"url": "http://127.0.0.1:8900", "model": "fake", "endpoint": "chat"}
     assert result["workload"] == WORKLOAD
     assert "-u 4 -r 4 -t 3s" in result["command"]
     assert json.loads(ran.output.strip().splitlines()[-1])["requests"] == result["requests"]
@@ -102,6 +103,7 @@ def test_key_is_written_nowhere(ran: Ran) -> None:
 
 def test_records_have_the_times_of_the_server(ran: Ran) -> None:
     assert len(ran.records) > 8
+    spread = []
     for record in ran.records:
         asked = record.asked_output_tokens
         assert record.error == ""
@@ -111,10 +113,12 @@ def test_records_have_the_times_of_the_server(ran: Ran) -> None:
         assert record.planned_s <= record.sent_s
         assert record.output_tokens == asked
         assert len(record.chunk_s) == asked
-        # The server does not send early; and a client that buffered would see them all at the end.
+        # The server does not send early.
         assert record.chunk_s[0] - record.sent_s > TTFT_S - 0.002
-        assert record.chunk_s[-1] - record.chunk_s[0] > ITL_S * (asked - 1) / 2
         assert record.chunk_s[-1] <= record.end_s
+        spread.append((record.chunk_s[-1] - record.chunk_s[0]) / (ITL_S * (asked - 1)))
+    # A client that buffered would see all at the end each time; one without a processor, at times.
+    assert statistics.median(spread) > 0.5
     assert {record.user for record in ran.records} == {0, 1, 2, 3}
     assert len({record.index for record in ran.records}) == len(ran.records)
 
@@ -194,7 +198,7 @@ def test_failures_are_counted_with_their_texts(tmp_path: Path) -> None:
     options = Options(
         ttft_ms=40, itl_ms=2, error_rate=0.25, event_error_rate=0.25, cut_rate=0.25, crlf=True
     )
-    status, output, answers = faulty(options, tmp_path, 8871)
+    status, output, answers = faulty(options, tmp_path, 8901)
     result, records = outcome(tmp_path)
 
     assert status == 1
@@ -216,12 +220,14 @@ def test_failures_are_counted_with_their_texts(tmp_path: Path) -> None:
 def test_endpoint_without_an_answer_fails_the_run(tmp_path: Path) -> None:
     # The model is named, so that nothing is asked before the load.
     arguments = ("-u", "2", "-r", "2", "-t", "2s", "--bench-model", "m")
-    process = locust("http://127.0.0.1:8879", *arguments, "--bench-out", str(tmp_path))
+    process = locust("http://127.0.0.1:8909", *arguments, "--bench-out", str(tmp_path))
     status, _ = said(process)
     result, records = outcome(tmp_path)
 
     assert status == 1
-    assert {record.error for record in records} == {"connection refused"}
+    # One may be under way when the time is over.
+    errors = {record.error for record in records} - {"interrupted: the run was stopped"}
+    assert errors == {"connection refused"}
     # Refused users wait: without that, thousands.
     assert len(records) <= 6
     assert result["e2e_p50_s"] is None
@@ -234,7 +240,7 @@ def test_endpoint_without_an_answer_fails_the_run(tmp_path: Path) -> None:
     [
         (["--bench-workload", "synthetik:input=5,output=5"], "did you mean 'synthetic'"),
         (["--bench-examples", "/no/such/file"], "bench-examples = '/no/such/file'"),
-        ([], "127.0.0.1:8879 cannot be reached"),
+        ([], "127.0.0.1:8909 cannot be reached"),
     ],
 )
 def test_mistakes_are_said_before_the_load(
@@ -243,7 +249,7 @@ def test_mistakes_are_said_before_the_load(
     older = tmp_path / "records.jsonl"
     older.write_text("{}")
     always = ("-u", "1", "-t", "2s", "--bench-out", str(tmp_path))
-    status, output = said(locust("http://127.0.0.1:8879", *always, *arguments))
+    status, output = said(locust("http://127.0.0.1:8909", *always, *arguments))
     assert older.read_text() == "{}"
     assert status == 1
     assert message in output
@@ -251,7 +257,7 @@ def test_mistakes_are_said_before_the_load(
 
 
 def test_interrupted_run_leaves_what_came_so_far(tmp_path: Path) -> None:
-    with launched(8872, Options(ttft_ms=20, itl_ms=2)) as server:
+    with launched(8902, Options(ttft_ms=20, itl_ms=2)) as server:
         process = locust(
             server.url,
             *("-u", "4", "-r", "4", "-t", "60s", "--bench-out", str(tmp_path)),
@@ -281,7 +287,7 @@ def _wait_for_records(path: Path, process: "subprocess.Popen[str]") -> None:
 
 
 def test_workers_hand_their_records_to_the_master(tmp_path: Path) -> None:
-    with launched(8873, Options(ttft_ms=50, itl_ms=2)) as server:
+    with launched(8903, Options(ttft_ms=50, itl_ms=2)) as server:
         process = locust(
             server.url,
             *("-u", "4", "-r", "4", "-t", "3s", "--processes", "2"),

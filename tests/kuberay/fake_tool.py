@@ -10,6 +10,8 @@ The folder is FAKE_TOOLS:
 
 What the real ones do to AWS, these do to the AWS of the tests: eksctl deletes the cluster, a
 Service takes its load balancer with it, a claim its volume, unless something still mounts it.
+
+A test calls it dozens of times: what is slow to load is loaded where it is used.
 """
 
 import base64
@@ -20,13 +22,8 @@ import re
 import signal
 import sys
 import time
-import urllib.parse
-import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 FOLDER = Path(os.environ["FAKE_TOOLS"])
 
@@ -67,7 +64,9 @@ def _value(argv: list[str], flag: str) -> str:
 
 
 def _asked(service: str, method: str, path: str, body: bytes, kind: str) -> bytes:
-    """One request to AWS. Its SDK takes a second to load, and there are many calls."""
+    """One request to AWS, without its SDK, which takes a second to load."""
+    import urllib.request
+
     scope = f"testing/20260101/us-west-2/{service}/aws4_request"
     headers = {
         "authorization": f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0",
@@ -85,7 +84,9 @@ def _eks(method: str, path: str, **body: Any) -> Any:
 
 
 def _query(service: str, version: str, action: str, **more: str) -> str:
-    form = urllib.parse.urlencode({"Action": action, "Version": version, **more})
+    from urllib.parse import urlencode
+
+    form = urlencode({"Action": action, "Version": version, **more})
     kind = "application/x-www-form-urlencoded"
     return _asked(service, "POST", "/", form.encode(), kind).decode()
 
@@ -124,6 +125,8 @@ def _delete_cluster(name: str) -> int:
 
 
 def _create_cluster(stdin: str) -> int:
+    import yaml
+
     config = yaml.safe_load(stdin)
     metadata = config["metadata"]
     name, tags = metadata["name"], metadata.get("tags", {})
@@ -270,7 +273,12 @@ _PLURALS = {"RayService": "rayservices.ray.io", "Secret": "secrets", "Namespace"
 
 
 def _documents(text: str) -> list[dict[str, Any]]:
-    found = [json.loads(text)] if text.startswith("{") else list(yaml.safe_load_all(text))
+    if text.startswith("{"):
+        found = [json.loads(text)]
+    else:
+        import yaml
+
+        found = list(yaml.safe_load_all(text))
     return [
         item for each in found for item in (each["items"] if each["kind"] == "List" else [each])
     ]
@@ -311,6 +319,8 @@ def _looked_at(objects: dict[str, Any]) -> None:
 
 def _forward(argv: list[str]) -> int:
     """A service that asks for the key of the Secret, and answers."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
     secrets = {each["metadata"]["name"]: each for each in _read("objects.json", {})["secrets"]}
     key = base64.b64decode(secrets["qwen-api-keys"]["data"]["keys"]).decode().split()[0]
 

@@ -19,7 +19,7 @@ from tests.kuberay.raycluster import GCS, PORT, RayCluster, cluster
 from tests.server import ENGINE
 
 # Seconds on an idle machine; several times as long beside other tests.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 HERE = Path(render.__file__).parent
 DRAIN = HERE / "base" / "pod" / "drain.py"

@@ -16,6 +16,8 @@ from tests.server import wait
 WHERE = ("--name", "ours", "--region", REGION)
 # Rounds of leftovers follow one another at once: nothing here takes AWS's time.
 QUICK = ("--pause", "0.05", "--patience", "1")
+# The same where nothing is left in the end, however long a round takes.
+PATIENT = ("--pause", "0.05", "--patience", "60")
 # Left on purpose by every teardown: of no kind that may be removed.
 REPORTED = {"queue", "policy", "instance profile"}
 
@@ -247,7 +249,7 @@ def test_throttling_is_waited_out(cloud: Cloud, commands: Commands) -> None:
     planted.plant(cloud, "ours", cluster=False)
     cloud.faults.throttle("ec2:DeleteVolume", times=2)
     cloud.faults.throttle("elasticloadbalancing:DeleteTargetGroup", times=1)
-    result = run("down", *WHERE, *QUICK, "--yes")
+    result = run("down", *WHERE, *PATIENT, "--yes")
     assert left(cloud, before) == {}, result.stderr
     assert cloud.faults.calls.count("DeleteTargetGroup") == 2
 
@@ -259,7 +261,7 @@ def test_what_is_still_in_use_is_tried_again(cloud: Cloud, commands: Commands) -
 
     said = "resource sg-1 has a dependent object"
     cloud.faults.planned["DeleteSecurityGroup"] = Fault("DependencyViolation", said, times=4)
-    result = run("down", *WHERE, *QUICK, "--yes")
+    result = run("down", *WHERE, *PATIENT, "--yes")
     assert "not yet (DependencyViolation)" in result.stderr
     assert left(cloud, before) == {}, result.stderr
 

@@ -20,9 +20,9 @@ import pytest
 from serve_app.monitoring import prometheus as client
 from tests.server import Server, apart, configuration, launched, wait
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
-PORT, PROMETHEUS_PORT = 8840, 8849
+PORT, PROMETHEUS_PORT = 8810, 8819
 FASTER = 10
 
 

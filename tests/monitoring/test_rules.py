@@ -150,8 +150,6 @@ def test_prometheus_takes_the_rules() -> None:
     promtool("check", "rules", str(HERE / "rules.yaml"))
 
 
-# Seconds of work, and many more where the machine has others to do.
-@pytest.mark.timeout(900)
 def test_alerts_fire_when_they_should_and_only_then() -> None:
     promtool("test", "rules", str(TESTS))
 

@@ -138,7 +138,6 @@ def test_no_argument_is_both_known_and_removed() -> None:
     assert known & overrides._REMOVED.keys() == both
 
 
-@pytest.mark.slow
 def test_the_list_is_that_of_the_installed_vllm() -> None:
     code = "import overrides; print(overrides.ask_vllm(), end='')"
     folder = str(Path(overrides.__file__).parent)

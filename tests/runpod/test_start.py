@@ -302,7 +302,6 @@ def rest() -> Iterator[Rest]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_pod_asks_for_keys_and_stops_itself_if_it_dies_again_and_again(
     rest: Rest, tmp_path: Path
 ) -> None:

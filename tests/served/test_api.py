@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import anthropic
 import httpx
 import openai
 import pytest
@@ -181,6 +180,8 @@ def test_responses(client: openai.OpenAI) -> None:
 
 
 def test_anthropic_messages(server: Server) -> None:
+    import anthropic  # Takes seconds to load.
+
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=60)
     greedy = {"temperature": 0}  # This client has no such argument.
     ask: dict[str, Any] = {"model": MODEL, "messages": ASK, "max_tokens": 32, "extra_body": greedy}

@@ -401,24 +401,27 @@ def _summed(
 
 
 def _costs(sums: Sequence[float]) -> Costs:
-    """The costs, none below 0, that explain best how busy the engines were."""
+    """The costs, none below 0, that explain best how busy the engines were.
+
+    Coordinate descent, each cost in turn; a few rounds, unless two of them go together. Written
+    out, since it is most of what a decision takes.
+    """
     ss, sd, sp, dd, dp, pp, sb, db, pb = sums
     # By their own size, so that a token weighs as much as a step.
-    size = [math.sqrt(value) if value > _NOTHING else 1.0 for value in (ss, dd, pp)]
-    square = [[ss, sd, sp], [sd, dd, dp], [sp, dp, pp]]
-    square = [[square[i][j] / (size[i] * size[j]) for j in range(3)] for i in range(3)]
-    right = [sb / size[0], db / size[1], pb / size[2]]
-    found = [0.0, 0.0, 0.0]
-    for _ in range(200):  # Coordinate descent; a few rounds, unless two of them go together.
-        change = 0.0
-        for i in range(3):
-            others = sum(square[i][j] * found[j] for j in range(3) if j != i)
-            value = max(0.0, (right[i] - others) / (square[i][i] + _RIDGE))
-            change = max(change, abs(value - found[i]))
-            found[i] = value
-        if change <= 1e-9 * max(found):
+    of_s, of_d, of_p = (math.sqrt(value) if value > _NOTHING else 1.0 for value in (ss, dd, pp))
+    sd, sp, dp = sd / (of_s * of_d), sp / (of_s * of_p), dp / (of_d * of_p)
+    sb, db, pb = sb / of_s, db / of_d, pb / of_p
+    ss, dd, pp = ss / of_s**2 + _RIDGE, dd / of_d**2 + _RIDGE, pp / of_p**2 + _RIDGE
+    s = d = p = 0.0
+    for _ in range(200):
+        before = s, d, p
+        s = max(0.0, (sb - sd * d - sp * p) / ss)
+        d = max(0.0, (db - sd * s - dp * p) / dd)
+        p = max(0.0, (pb - sp * s - dp * d) / pp)
+        change = max(abs(s - before[0]), abs(d - before[1]), abs(p - before[2]))
+        if change <= 1e-9 * max(s, d, p):
             break
-    return Costs(*(value / scale for value, scale in zip(found, size, strict=True)))
+    return Costs(s / of_s, d / of_d, p / of_p)
 
 
 # --- what there will be to do ---------------------------------------------------------------

@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from typing import Any
 
 import msgspec
 
-from bench import gpu, interval, machine, measure, result, run
+from bench import gpu, interval, machine, measure, result, run, workload
 from bench.errors import BenchError
 from bench.served import Crowd, Served
 from bench.trial import Answer
@@ -268,8 +267,7 @@ def at_saturation(what: str, each: int, gpus: int) -> int | None:
 
 def _long(what: str) -> float:
     """How many times longer than a short one a prompt of this workload is; 0 for a short one."""
-    found = re.search(r"input=(\d+)", what)
-    times = int(found[1]) / _FULL_TOKENS if found else 0.0
+    times = (workload.parse(what, 0).request(0).input_tokens or 0) / _FULL_TOKENS
     return times if times > 1 else 0.0
 
 

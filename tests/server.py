@@ -75,7 +75,7 @@ class Server:
         lines = answer.raise_for_status().text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
 
-    def ready(self, timeout_s: float = 600) -> bool:
+    def ready(self, timeout_s: float = 240) -> bool:
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s and self.process.poll() is None:
             if "serving http" in self.output():

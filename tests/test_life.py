@@ -18,7 +18,7 @@ PORT = 8740
 TOKENS = 4000
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it"
 # From the death of an engine to an answer of the next: a start of the engine, several times over.
-_BACK_S = 600.0
+_BACK_S = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(server: Server) -> None
 # --- starts in vain -------------------------------------------------------------------------
 
 
-def fails(tmp_path: Path, port: int, timeout_s: float = 600, **args: Any) -> str:
+def fails(tmp_path: Path, port: int, timeout_s: float = 200, **args: Any) -> str:
     """The one message of a start that cannot succeed."""
     with launched(configuration(port, **args), tmp_path) as server:
         status = server.process.wait(timeout_s)

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from tests.bench import made
 from tests.services.openai_server import Options, Process, launched
 
 ROOT = Path(__file__).parents[2]
-TTFT_S, ITL_S, TOKENS = 0.1, 0.01, 30
+# Tokens far apart: a client without a processor for a while sees several at once.
+TTFT_S, ITL_S, TOKENS = 0.1, 0.06, 12
 WORKLOAD = f"synthetic:input=20,output={TOKENS}"
 
 
@@ -103,7 +103,6 @@ def test_key_is_written_nowhere(ran: Ran) -> None:
 
 def test_records_have_the_times_of_the_server(ran: Ran) -> None:
     assert len(ran.records) > 8
-    spread = []
     for record in ran.records:
         asked = record.asked_output_tokens
         assert record.error == ""
@@ -113,12 +112,10 @@ def test_records_have_the_times_of_the_server(ran: Ran) -> None:
         assert record.planned_s <= record.sent_s
         assert record.output_tokens == asked
         assert len(record.chunk_s) == asked
-        # The server does not send early.
+        # The server does not send early; and a client that buffered would see them all at the end.
         assert record.chunk_s[0] - record.sent_s > TTFT_S - 0.002
+        assert record.chunk_s[-1] - record.chunk_s[0] > ITL_S * (asked - 1) / 2
         assert record.chunk_s[-1] <= record.end_s
-        spread.append((record.chunk_s[-1] - record.chunk_s[0]) / (ITL_S * (asked - 1)))
-    # A client that buffered would see all at the end each time; one without a processor, at times.
-    assert statistics.median(spread) > 0.5
     assert {record.user for record in ran.records} == {0, 1, 2, 3}
     assert len({record.index for record in ran.records}) == len(ran.records)
 
@@ -225,9 +222,11 @@ def test_endpoint_without_an_answer_fails_the_run(tmp_path: Path) -> None:
     result, records = outcome(tmp_path)
 
     assert status == 1
-    # One may be under way when the time is over.
-    errors = {record.error for record in records} - {"interrupted: the run was stopped"}
-    assert errors == {"connection refused"}
+    # A user's last one may be under way when the time is over.
+    errors = [record.error for record in records]
+    stopped = errors.count("interrupted: the run was stopped")
+    assert stopped <= 2
+    assert errors.count("connection refused") == len(errors) - stopped >= 1
     # Refused users wait: without that, thousands.
     assert len(records) <= 6
     assert result["e2e_p50_s"] is None

@@ -219,6 +219,8 @@ def _job(options: Options) -> Job:
         warm_up=options.warm_up,
         slo=measure.parse_slo(options.slo) if options.slo else None,
         metrics=tuple(options.metrics or ([f"{base}/metrics"] if not options.no_metrics else [])),
+        dashboard=options.dashboard,
+        deployment=options.deployment,
         name=options.name,
     )
 
@@ -316,6 +318,8 @@ def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
     add("--slo", required=slo, help=limits)
     add("--metrics", action="append", help="URL of the server's metrics; URL/metrics by default")
     add("--no-metrics", action="store_true", help="do not ask for metrics")
+    add("--dashboard", default="", help="http://host:port of Ray's, to count replicas")
+    add("--deployment", default="engine", help="whose replicas: %(default)s")
 
 
 if __name__ == "__main__":

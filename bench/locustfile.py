@@ -30,7 +30,7 @@ from gevent import GreenletExit  # type: ignore[import-untyped]
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 from locust import User, events
-from locust.exception import StopTest
+from locust.exception import StopTest, StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
 from bench import locust_report, machine, records, workload
@@ -267,6 +267,10 @@ class Run:
         self._users = user_count
         self._example_due_s = self.now_s()
 
+    @property
+    def over(self) -> bool:
+        return self._stopped_s is not None
+
     def stopping(self) -> None:
         self._stopped_s = self.now_s()
 
@@ -425,6 +429,10 @@ class Visitor(User):  # type: ignore[misc]
         return wait_s
 
     def ask(self) -> None:
+        if self._run.over:
+            # Locust ends at once who waits, and a user who wakes meanwhile would be ended in the
+            # middle of a request that nobody needs.
+            raise StopUser
         index, request = self._run.next()
         record = Record(
             index=index,

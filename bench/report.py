@@ -678,14 +678,20 @@ def _server_panels(one: Loaded) -> tuple[list[Panel], list[str]]:
             100.0,
             100.0,
         ),
-        ("Server: replicas", "replicas", ("replicas",), 1.0, None),
+        (
+            "Server: replicas",
+            "replicas",
+            ("replicas", "wanted", "starting", "stopping"),
+            1.0,
+            None,
+        ),
     )
     panels, absent = [], []
     for title, unit, names, scale, top in wanted:
         curves = [_sampled(samples, name, scale) for name in names]
         known = [curve for curve in curves if curve.x]
         if known:
-            low = len(names) == 1
+            low = len(known) == 1
             panels.append(Panel(title=title, y_title=unit, curves=known, top=top, low=low))
         else:
             absent.append(f"{title}: the server does not say")

@@ -37,6 +37,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         warm_up: requests sent before the first repeat, and not recorded.
         slo: what counts as good.
         metrics: where the server's metrics are.
+        dashboard, deployment: where Ray's dashboard is, and whose replicas are counted there.
         name: of the run, in reports.
     """
 
@@ -51,6 +52,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     warm_up: int = 4
     slo: Slo | None = None
     metrics: tuple[str, ...] = ()
+    dashboard: str = ""
+    deployment: str = "engine"
     name: str = ""
 
 
@@ -113,7 +116,8 @@ async def _repeat(job: Job, plan: schedule.Plan, number: int, path: Path) -> Rep
         append(path, records)
         line(progress)
 
-    async with Scraper(job.metrics).running() as scraper:
+    scraper = Scraper(job.metrics, dashboard=job.dashboard, deployment=job.deployment)
+    async with scraper.running():
         outcome = await load.run(plan, job.target, job.actors, take, repeat=number)
     line.close()
     # The scraper's clock is the machine's, the load's starts with the load.

@@ -3,6 +3,9 @@
 vLLM's names, summed over everything that is scraped; counters count from the first sample. A
 series that the server does not have stays None, and a scrape that failed leaves a gap: neither
 is a zero.
+
+Metrics say late which replicas there are. Where Ray's dashboard is given, its REST API says at once
+how many of a deployment are wanted, start, serve and leave.
 """
 
 import asyncio
@@ -30,6 +33,11 @@ _COUNTERS = {
 }
 
 
+# Of Ray Serve's states of a replica.
+_STATES = {"STARTING": "starting", "RUNNING": "replicas", "STOPPING": "stopping"}
+_API = "/api/serve/applications/"
+
+
 class Sample(msgspec.Struct, kw_only=True):
     """One scrape.
 
@@ -38,6 +46,8 @@ class Sample(msgspec.Struct, kw_only=True):
         running, waiting: requests in the engines.
         kv_usage: share of the KV cache in use, 0 to 1, the mean over engines.
         replicas: healthy replicas.
+        wanted, starting, stopping: replicas that Ray Serve aims at, that do not serve yet, and that
+            end their requests; only where its dashboard was asked.
         prompt_tokens, generation_tokens, preemptions: since the first sample.
         prefix_hit_rate: share of prompt tokens found in the prefix cache since the first sample.
     """
@@ -47,6 +57,9 @@ class Sample(msgspec.Struct, kw_only=True):
     waiting: float | None = None
     kv_usage: float | None = None
     replicas: float | None = None
+    wanted: float | None = None
+    starting: float | None = None
+    stopping: float | None = None
     prompt_tokens: float | None = None
     generation_tokens: float | None = None
     preemptions: float | None = None
@@ -71,6 +84,33 @@ def totals(texts: Iterable[str]) -> dict[str, float]:
     return found
 
 
+def counts(details: bytes, deployment: str) -> dict[str, float]:
+    """Replicas of a deployment by state, from the answer of Ray Serve's REST API.
+
+    Raises:
+        ValueError: that is not such an answer, or it has no deployment of that name.
+    """
+    try:
+        applications = msgspec.json.decode(details)["applications"].values()
+        found = [
+            one
+            for each in applications
+            for name, one in each["deployments"].items()
+            if name == deployment
+        ]
+        result = dict.fromkeys(("wanted", *_STATES.values()), 0.0)
+        for one in found:
+            result["wanted"] += one["target_num_replicas"]
+            for replica in one["replicas"]:
+                if (state := _STATES.get(replica["state"])) is not None:
+                    result[state] += 1
+    except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"not Ray Serve's details: {error!r}") from None
+    if not found:
+        raise ValueError(f"Ray Serve has no deployment {deployment!r}")
+    return result
+
+
 def samples(scrapes: Iterable[tuple[float, Mapping[str, float]]], start_s: float) -> list[Sample]:
     """Samples on the run's clock, from (time, totals) pairs on the clock of `start_s`."""
     result: list[Sample] = []
@@ -82,24 +122,37 @@ def samples(scrapes: Iterable[tuple[float, Mapping[str, float]]], start_s: float
         since = {name: found[name] - first[name] for name in _COUNTERS.values() if name in found}
         queries = since.pop("prefix_queries", 0.0)
         hits = since.pop("prefix_hits", 0.0)
-        gauges = {name: found[name] for name in _GAUGES.values() if name in found}
+        names = {*_GAUGES.values(), "wanted", *_STATES.values()}
+        gauges = {name: found[name] for name in names if name in found}
         rate = hits / queries if queries else None
         result.append(Sample(t_s=at_s - start_s, prefix_hit_rate=rate, **gauges, **since))
     return result
 
 
 class Scraper:
-    """Scrapes while it runs. `scrapes` holds (unix time, totals); `failed` counts what did not."""
+    """Scrapes while it runs. `scrapes` holds (unix time, totals); `failed` counts what did not.
 
-    def __init__(self, urls: Iterable[str], period_s: float = 1.0) -> None:
+    Args:
+        urls: of metrics.
+        dashboard: of Ray, http://host:port, and which `deployment`'s replicas are counted there.
+    """
+
+    def __init__(
+        self,
+        urls: Iterable[str],
+        period_s: float = 1.0,
+        dashboard: str = "",
+        deployment: str = "engine",
+    ) -> None:
         self.urls = list(urls)
+        self.dashboard, self.deployment = dashboard.rstrip("/"), deployment
         self.period_s = period_s
         self.scrapes: list[tuple[float, dict[str, float]]] = []
         self.failed = 0
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Scraper"]:
-        task = asyncio.create_task(self._run()) if self.urls else None
+        task = asyncio.create_task(self._run()) if self.urls or self.dashboard else None
         try:
             yield self
         finally:
@@ -111,13 +164,29 @@ class Scraper:
     async def _run(self) -> None:
         while True:
             began_s = time.time()
-            try:
-                texts = await asyncio.gather(*(asyncio.to_thread(_get, url) for url in self.urls))
-                found = await asyncio.to_thread(totals, texts)
+            # Each by itself: what one could not say, the other may.
+            parts = await asyncio.gather(self._metrics(), self._replicas(), return_exceptions=True)
+            found: dict[str, float] = {}
+            for part in parts:
+                if isinstance(part, dict):
+                    found |= part
+                elif isinstance(part, OSError | ValueError):
+                    self.failed += 1
+                else:
+                    raise part
+            if found:
                 self.scrapes.append(((began_s + time.time()) / 2, found))
-            except (OSError, ValueError):
-                self.failed += 1
             await asyncio.sleep(max(0.0, began_s + self.period_s - time.time()))
+
+    async def _metrics(self) -> dict[str, float]:
+        texts = await asyncio.gather(*(asyncio.to_thread(_get, url) for url in self.urls))
+        return await asyncio.to_thread(totals, texts)
+
+    async def _replicas(self) -> dict[str, float]:
+        if not self.dashboard:
+            return {}
+        details = await asyncio.to_thread(_get, self.dashboard + _API)
+        return counts(details.encode(), self.deployment)
 
 
 def _get(url: str) -> str:

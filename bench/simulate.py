@@ -5,7 +5,9 @@
 Every policy meets the same requests at the same times, with the same fleet at the start. What comes
 out are records, as of a run, so that `measure.py` says what they mean. The engine is one of a data
 sheet (--gpu, --model) or one fitted to measured runs (--engine), and --validate says how far such a
-fit can be trusted. See policies.py, demand.py, fleet.py and enginemodel.py for what is modelled.
+fit can be trusted. With --beside the requests are those of a measured run, and what its replicas
+did is shown beside what they do here (reality.py). See policies.py, demand.py, fleet.py and
+enginemodel.py for what is modelled.
 
 A policy with alternatives stands for the best of them: the fewest GPU-hours among those that hold
 the objective or, where none does, the one that comes nearest. So do `static` and `foresight`
@@ -24,14 +26,26 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench import demand, enginefit, enginemodel, fleet, measure, policies, records, result
+from bench import (
+    demand,
+    enginefit,
+    enginemodel,
+    fleet,
+    measure,
+    policies,
+    reality,
+    records,
+    result,
+)
 from bench.enginemodel import Engine, Job
 from bench.errors import BenchError
 from bench.fleet import Fleet, Outcome
 from bench.measure import Measures, Slo
+from bench.reality import Measured
 from bench.records import Record
 from serve_app.scaling import Goal
 
+MEASURED = "measured"
 # From cheap to dear.
 _SHARES = (1.3, 1.15, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 _INITIAL_SHARE = 0.6  # How busy the replicas of the start are in the load's first minute.
@@ -50,6 +64,7 @@ class Case:
         judged_from_s: what came and was paid before is left out: a policy that learns is seen after
             it has, as on any day but its first.
         fleet: the engines, and their bounds.
+        beside: a measured run, whose requests come instead of those of `workload` and `load`.
     """
 
     workload: str
@@ -61,6 +76,7 @@ class Case:
     copies: int = 1
     seed: int = 0
     judged_from_s: float = 0.0
+    beside: Measured | None = None
 
     @property
     def goal(self) -> Goal:
@@ -73,6 +89,8 @@ class Case:
         )
 
     def jobs(self) -> list[Job]:
+        if self.beside is not None:
+            return self.beside.jobs()
         return demand.jobs(
             self.workload,
             self.load,
@@ -140,6 +158,8 @@ def simulate(
         found.append((text, best, measures, trials))
         if path is not None:
             records.append(path, (msgspec.structs.replace(r, repeat=number) for r in heard))
+    if case.beside is not None:
+        found.insert(0, _measured(case, case.beside))
     data = _result(case, jobs, found)
     from bench import simulation_page  # Not for those who only ask what the options are.
 
@@ -204,7 +224,7 @@ def _judged(text: str, outcome: Outcome, case: Case, took_s: float) -> Trial:
     paid_s = outcome.replica_s(case.judged_from_s)
     met = [slo.met_by(record) for record in heard]
     line = outcome.timeline
-    paid = np.add(np.add(line.serving, line.starting), line.draining)
+    paid = reality.paid(line)
     steps = np.diff([wanted for _, wanted, _ in _from_start(outcome, case)])
     return Trial(
         spec=text,
@@ -223,6 +243,32 @@ def _judged(text: str, outcome: Outcome, case: Case, took_s: float) -> Trial:
         kept_by_minute=_by_minute([record.planned_s for record in heard], met),
         took_s=took_s,
     )
+
+
+def _measured(case: Case, beside: Measured) -> tuple[str, Trial, Measures, list[Trial]]:
+    """The run that is simulated once more, as if it were a trial."""
+    heard = _judged_of(case, beside.records)
+    met = [case.slo.met_by(record) for record in heard]
+    wanted = [beside.timeline.wanted[0], *(count for _, count, _ in beside.decisions)]
+    signs = np.sign(np.diff(wanted))
+    paid_s = beside.replica_s(case.judged_from_s)
+    trial = Trial(
+        spec=MEASURED,
+        kept=sum(met) / len(met) if met else 1.0,
+        kept_ttft=_share(heard, Slo(ttft_s=case.slo.ttft_s)),
+        kept_tpot=_share(heard, Slo(tpot_s=case.slo.tpot_s)),
+        gpu_hours=paid_s * case.fleet.engine.gpus / 3600,
+        unfinished=sum(not record.ok for record in heard),
+        changes=len(beside.decisions),
+        reversals=int(np.sum(signs[1:] != signs[:-1])),
+        preempted=0,
+        replicas_mean=paid_s / max(beside.end_s - case.judged_from_s, 1e-9),
+        replicas_most=int(reality.paid(beside.timeline).max()),
+        timeline=beside.timeline,
+        decisions=beside.decisions,
+        kept_by_minute=_by_minute([record.planned_s for record in heard], met),
+    )
+    return MEASURED, trial, measure.measure(heard, case.slo), [trial]
 
 
 def _judged_of(case: Case, heard: Sequence[Record]) -> list[Record]:
@@ -275,8 +321,29 @@ def _result(
         }
         for text, best, measures, trials in found
     ]
+    if case.beside is not None:
+        settings["beside"] = _beside(case.beside, [best for _, best, _, _ in found])
     head = result.header("simulate", f"{case.workload} {case.load}")
     return head | settings | {"valid": True, "doubts": [], "policies": rows}
+
+
+def _beside(beside: Measured, trials: Sequence[Trial]) -> dict[str, Any]:
+    """How far the simulated fleets are from the measured one, the first of the trials."""
+    measured, *simulated = trials
+    return {
+        "run": beside.name,
+        "start_s": beside.start_s,
+        "policies": [
+            {
+                "spec": trial.spec,
+                "gpu_hours_error": trial.gpu_hours / measured.gpu_hours - 1,
+                "kept_minus_measured": trial.kept - measured.kept,
+                "replicas_most_minus_measured": trial.replicas_most - measured.replicas_most,
+                "serving_apart_mean": reality.apart(trial.timeline, beside),
+            }
+            for trial in simulated
+        ],
+    }
 
 
 def _plain(trial: Trial) -> dict[str, Any]:
@@ -319,8 +386,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu", default="H100", help=f"of the engines: {', '.join(enginemodel.GPUS)}")
     add("--gpus", type=int, default=1, help="of one replica")
     add("--model", default="Qwen2.5-7B", help=", ".join(enginemodel.MODELS))
+    add("--beside", type=Path, help="folder of a `bench run --dashboard ..`, instead of --workload")
     add("--engine", type=Path, help="instead: the result of --validate, or a file with an engine")
-    add("--start", type=float, default=120.0, help="seconds until a replica serves")
+    add("--start", type=float, help="seconds until a replica serves; 120, or as it was --beside")
     add("--start-spread", type=float, default=0.0, help="its share by which that varies")
     add("--period", type=float, default=5.0, help="seconds between decisions")
     add("--min", type=int, default=1, help="replicas at least")
@@ -337,11 +405,15 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     engine = _engine(options)
     if options.validate:
         return _validated(options, engine)
-    if not options.workload:
-        raise BenchError.of("workload", "", "needs one, as in --workload azure:PATH")
+    beside = Measured.read(options.beside) if options.beside else None
+    if (beside is None) == (not options.workload):
+        raise BenchError.of("workload", options.workload or "", "give one of it and --beside")
+    start_s: float | None = options.start
+    if start_s is None and beside is not None:
+        start_s = beside.start_s
     fleet_of = Fleet(
         engine,
-        start_s=options.start,
+        start_s=120.0 if start_s is None else start_s,
         start_spread=options.start_spread,
         period_s=options.period,
         percentile=99.0,
@@ -352,8 +424,8 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     )
     slo = measure.parse_slo(options.slo)
     case = Case(
-        options.workload,
-        options.load,
+        beside.name if beside else options.workload,
+        "as it was measured" if beside else options.load,
         replace(fleet_of, percentile=slo.percentile, ttft_s=slo.ttft_s, tpot_s=slo.tpot_s),
         slo,
         count=options.requests,
@@ -361,6 +433,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         copies=options.copies,
         seed=options.seed,
         judged_from_s=options.judge_from,
+        beside=beside,
     )
     initial = options.initial if options.initial is not None else first(case)
     case = replace(case, fleet=replace(case.fleet, initial=initial))
@@ -373,7 +446,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         "out": str(options.out),
         "report": str(options.out / result.REPORT),
         "policies": [{key: row[key] for key in keys} for row in data["policies"]],
-    }
+    } | ({"beside": data["beside"]} if beside else {})
 
 
 def first(case: Case) -> int:

@@ -157,7 +157,8 @@ def _timeline(data: dict[str, Any]) -> str:
     t_s, per_s = zip(*data["requests_per_s"], strict=True) if data["requests_per_s"] else ((), ())
     rows = data["policies"]
     replicas = [_curve(row, _paid(row)) for row in rows]
-    waiting = [_curve(row, row["timeline"]["waiting"]) for row in rows]
+    known = [row for row in rows if row["timeline"]["waiting"]]
+    waiting = [_curve(row, row["timeline"]["waiting"]) for row in known]
     kept = [
         plots.Curve(
             label=row["spec"],

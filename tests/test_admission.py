@@ -125,7 +125,7 @@ async def test_a_late_stream_ends_with_an_error_event(path: str) -> None:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    async with gate(endless, request_timeout_s=0.05) as http:
+    async with gate(endless, request_timeout_s=0.5) as http:
         response = await http.post(path)
     assert response.status_code == 200
     first, last = response.text.strip().split("\n\n")

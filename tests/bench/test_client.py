@@ -338,8 +338,9 @@ async def test_an_answer_that_is_not_streamed_came_at_once(endpoint: str) -> Non
 async def test_time_to_the_first_token_and_between_tokens() -> None:
     async with serving(Options(ttft_ms=200, itl_ms=20), PORT):
         found = await ask(Request(prompt="a", output_tokens=6))
-    assert 0.195 < found.chunk_s[0] - found.planned_s < 0.4
-    assert 0.095 < found.chunk_s[-1] - found.chunk_s[0] < 0.3
+    assert found.chunk_s[0] - found.planned_s > 0.195
+    # A client that saw them all at the end would say 0.
+    assert found.chunk_s[-1] - found.chunk_s[0] > 0.05
 
 
 async def test_failures_are_counted_as_the_server_made_them() -> None:
@@ -381,8 +382,8 @@ async def test_a_response_that_takes_too_long() -> None:
         assert (found.error, found.status) == ("timeout: not over after 0.2 s", 0)
         assert await gone(server)
     async with serving(Options(ttft_ms=10, itl_ms=60_000), PORT) as server:
-        found = await ask(timeout_s=0.3)
-        assert (found.error, found.status) == ("timeout: not over after 0.3 s", 200)
+        found = await ask(timeout_s=1.5)
+        assert (found.error, found.status) == ("timeout: not over after 1.5 s", 200)
         assert len(found.chunk_s) == 1
         assert await gone(server)
 
@@ -629,7 +630,7 @@ def test_an_alarm_never_rings_early(runner: asyncio.Runner) -> None:
     async def sleep() -> None:
         for wait_s in (-1.0, 0.0, 0.0003, 0.0011, 0.0025, 0.0038, 0.0101):
             at_s = time.perf_counter() + wait_s
-            await asyncio.wait_for(alarm.sleep_until(at_s), 5)
+            await asyncio.wait_for(alarm.sleep_until(at_s), 60)
             assert time.perf_counter() >= at_s
 
     runner.run(sleep())

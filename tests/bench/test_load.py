@@ -146,7 +146,7 @@ async def test_an_open_loop_from_actors_on_every_node(cluster: Cluster) -> None:
     assert run.where == outcome.actors
     # One machine, one clock.
     assert all(
-        abs(outcome.clock_offset_s[actor]) <= outcome.clock_error_s[actor] < 0.1
+        abs(outcome.clock_offset_s[actor]) <= outcome.clock_error_s[actor] < 1.0
         for actor in range(NODES)
     )
     assert set(outcome.cpu) == set(outcome.cpu_peak) == set(range(NODES))
@@ -192,10 +192,10 @@ async def test_a_duration_ends_a_closed_loop(cluster: Cluster) -> None:
 
 
 async def test_a_stall_shows_in_an_open_loop_and_hides_in_a_closed_one(cluster: Cluster) -> None:
-    """All stands still from 0.3 s to 1.3 s after the first request."""
-    options = Options(ttft_ms=20, stall_at=0.3, stall_s=1.0)
+    """All stands still from 0.3 s to 4.3 s after the first request."""
+    options = Options(ttft_ms=20, stall_at=0.3, stall_s=4.0)
     with launched(PORT, options):
-        plan = Plan(planned([0.05 * at for at in range(30)]))
+        plan = Plan(planned([0.1 * at for at in range(50)]))
         opened = (await Run(plan).go()).records
     with launched(PORT, options):
         closed = (await Run(Plan(planned([None] * 60), Closed(2))).go()).records
@@ -204,13 +204,13 @@ async def test_a_stall_shows_in_an_open_loop_and_hides_in_a_closed_one(cluster: 
         assert by_error(records) == {"": len(records)}
         return sum(record.chunk_s[0] - record.planned_s > least_s for record in records)
 
-    # Those planned for the first 0.7 s of the stall waited for what was left of it, 14 or so.
-    assert waited(opened, 0.3) >= 12
+    # Those planned for the first 2 s of the stall waited for what was left of it, 20 or so.
+    assert waited(opened, 2.0) >= 18
     # They were sent while the server stood still: nothing waits for an answer.
-    during = [r for r in opened if 0.5 < r.planned_s < 1.1]
-    assert all(r.sent_s is not None and r.sent_s < 1.3 for r in during)
+    during = [r for r in opened if 0.5 < r.planned_s < 2.1]
+    assert all(r.sent_s is not None and r.sent_s < 4.3 for r in during)
     # Of the users each had one request under way.
-    assert waited(closed, 0.3) == 2
+    assert waited(closed, 2.0) == 2
 
 
 async def test_a_dead_actor_loses_its_own_share_only(cluster: Cluster) -> None:
@@ -351,14 +351,15 @@ async def test_all_that_is_broken_off_is_decoded_and_handed_over(settled: None) 
     users = 200
     plan = planned([None] * users, tokens=500)
     share = sender.Share(actor=0, repeat=0, planned=plan, users=list(range(users)))
-    async with serving(Options(itl_ms=10), PORT):
+    async with serving(Options(itl_ms=10), PORT) as server:
         sending = sender.Sender(share, Target(url=f"http://127.0.0.1:{PORT}", model="fake"))
         records: list[Record] = []
         began = 0
         async for encoded in sending.send(time.perf_counter()):
             batch = sender.decoder.decode(encoded)
             records += batch.records
-            if began == users:  # Since the last batch, so that all have answers by now.
+            # They are served in turn, so that each has had some events by now.
+            if began == users and server.events > 20 * users:
                 await sending.stop()
             began += len(batch.started)
     assert by_error(records) == {"interrupted: the run was stopped": users}

@@ -1,5 +1,6 @@
 """`python -m bench` as a user runs it, on a real server with known times and known faults."""
 
+import asyncio
 import csv
 import json
 import os
@@ -281,6 +282,53 @@ def test_metrics_are_summed_over_servers_and_counted_from_the_first_scrape() -> 
     assert [sample.running for sample in series] == [5, None, 5]
     assert series[0].waiting is None
     assert series[0].prefix_hit_rate is None
+
+
+def details(*states: str, target: int = 3) -> bytes:
+    """As Ray Serve's REST API answers, with what is not read left out."""
+    engine = {
+        "target_num_replicas": target,
+        "replicas": [{"replica_id": str(n), "state": state} for n, state in enumerate(states)],
+    }
+    other = {"target_num_replicas": 1, "replicas": [{"replica_id": "x", "state": "RUNNING"}]}
+    deployments = {"engine": engine, "gateway": other}
+    return json.dumps({"applications": {"llm": {"deployments": deployments}}}).encode()
+
+
+def test_replicas_are_counted_by_their_state() -> None:
+    found = scrape.counts(details("RUNNING", "STARTING", "STARTING", "STOPPING"), "engine")
+    assert found == {"wanted": 3, "replicas": 1, "starting": 2, "stopping": 1}
+    assert scrape.counts(details(), "gateway")["replicas"] == 1
+    with pytest.raises(ValueError, match="no deployment 'engin'"):
+        scrape.counts(details(), "engin")
+    for wrong in (b"<html>", b"[]", b'{"applications": {"llm": {}}}'):
+        with pytest.raises(ValueError, match="not Ray Serve's details"):
+            scrape.counts(wrong, "engine")
+
+
+async def test_a_dashboard_is_asked_beside_metrics_that_do_not_answer() -> None:
+    enough, answered = asyncio.Event(), [0]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readuntil(b"\r\n\r\n")
+        known = asked.startswith(b"GET /api/serve/applications/ ")
+        head = b"HTTP/1.0 200 OK\r\n\r\n" if known else b"HTTP/1.0 404 Not Found\r\n\r\n"
+        writer.write(head + details("RUNNING", "STARTING", target=2))
+        writer.close()
+        answered[0] += known
+        if answered[0] > 3:
+            enough.set()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        scraper = scrape.Scraper([url + "/metrics"], 0.01, dashboard=url + "/")
+        async with scraper.running():
+            await enough.wait()
+    assert scraper.failed >= 3
+    series = scrape.samples(scraper.scrapes, scraper.scrapes[0][0])
+    assert (series[0].wanted, series[0].replicas, series[0].starting) == (2, 1, 1)
+    assert series[0].running is None
 
 
 def test_a_lost_actor_makes_a_result_invalid() -> None:

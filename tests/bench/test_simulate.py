@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from bench import demand, records, result, simulate, simulation_page
@@ -17,6 +18,7 @@ from bench.enginemodel import Costs, Engine, Job, serve, serve_closed
 from bench.errors import BenchError, LoadError
 from bench.fleet import Fleet
 from bench.measure import Slo
+from bench.scrape import Sample
 from bench.simulate import Case
 
 ENGINE = Engine(
@@ -222,7 +224,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        ((), "needs one"),
+        ((), "give one of it and --beside"),
         ((*SHORT, "--policy", "stat:n=1"), "'static'"),
         ((*SHORT, "--policy", "static:n=1|x"), "not a whole number"),
         ((*SHORT, "--gpu", "H10"), "'H100'"),
@@ -257,6 +259,73 @@ def test_an_engine_is_fitted_and_then_used(tmp_path: Path) -> None:
     size = result.read(tmp_path / "s")["fleet"]["engine"]
     assert (size["max_num_seqs"], size["kv_blocks"]) == (16, 2000)
     assert size["name"] == "fitted to 3 measured loads"
+
+
+# --- beside a measured run ------------------------------------------------------------------
+
+
+POLICY = "serve:target=8,up=0,down=30"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `bench run --dashboard` would have left of a fleet that is itself simulated."""
+    trial, outcome = simulate.trial_of(CASE, CASE.jobs(), POLICY)
+    line, folder = trial.timeline, tmp_path_factory.mktemp("measured")
+    samples = [
+        Sample(t_s=t_s, wanted=wanted, replicas=serving, starting=starting, stopping=draining)
+        for t_s, wanted, serving, starting, draining in zip(
+            line.t_s, line.wanted, line.serving, line.starting, line.draining, strict=True
+        )
+    ]
+    lost = [Sample(t_s=7.5, running=1.0)]  # The dashboard did not answer.
+    server = [msgspec.to_builtins([*samples[:2], *lost, *samples[2:]])]
+    result.write(folder, result.header("run", "a burst") | {"server": server})
+    records.append(result.prepare(folder), outcome.records())
+    return folder
+
+
+def beside(measured: Path, *words: str, tmp_path: Path) -> dict[str, Any]:
+    engine = tmp_path / "engine.json"
+    engine.write_bytes(msgspec.json.encode(ENGINE))
+    given = ("--beside", str(measured), "--engine", str(engine), "--out", str(tmp_path / "out"))
+    slo = ("--slo", "ttft_ms=1000,tpot_ms=100,percentile=95", "--max", "6", "--initial", "1")
+    return simulate.command(options(*given, *slo, *words))
+
+
+def test_a_run_that_went_as_simulated_differs_in_nothing(measured: Path, tmp_path: Path) -> None:
+    found = beside(measured, "--policy", POLICY, tmp_path=tmp_path)
+    first, second = found["policies"]
+    assert (first["spec"], second["spec"]) == ("measured", POLICY)
+    assert first["replicas_mean"] > 1.2
+    assert first["changes"] == second["changes"] > 1
+    # The start is taken from the run; seconds of one period of 5 s are not seen.
+    assert found["beside"]["start_s"] == pytest.approx(10.0, abs=5.0)
+    (one,) = found["beside"]["policies"]
+    assert one["kept_minus_measured"] == pytest.approx(0.0, abs=0.02)
+    assert one["gpu_hours_error"] == pytest.approx(0.0, abs=0.05)
+    assert one["replicas_most_minus_measured"] == 0
+    assert one["serving_apart_mean"] < 0.1
+    page = (tmp_path / "out" / result.REPORT).read_text()
+    assert page.count(">measured<") >= 2  # Its row, and its curves' label.
+
+
+def test_a_fleet_that_starts_later_is_seen_to_differ(measured: Path, tmp_path: Path) -> None:
+    found = beside(measured, "--policy", POLICY, "--start", "85", tmp_path=tmp_path)
+    (one,) = found["beside"]["policies"]
+    assert one["kept_minus_measured"] < -0.02
+    assert one["serving_apart_mean"] > 0.1
+
+
+def test_a_run_without_counted_replicas_says_what_is_missing(
+    measured: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    result.write(bare, result.read(measured) | {"server": [[{"t_s": 0.0, "wanted": None}]]})
+    with pytest.raises(BenchError, match="--dashboard"):
+        beside(bare, tmp_path=tmp_path)
+    with pytest.raises(BenchError, match="give one of it and --beside"):
+        beside(measured, *SHORT, tmp_path=tmp_path)
 
 
 # --- real traffic ---------------------------------------------------------------------------

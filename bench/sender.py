@@ -120,9 +120,9 @@ class Sender:
 
     async def stop(self) -> None:
         """Send nothing more and break off what is under way; `send` then ends."""
-        self._stopped = True
-        if self._work:
+        if self._work and not self._stopped:  # A second time would break off the decoding.
             self._work.cancel()
+        self._stopped = True
 
     def _batch(self) -> Batch:
         batch = Batch(

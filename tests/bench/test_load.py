@@ -354,14 +354,15 @@ async def test_all_that_is_broken_off_is_decoded_and_handed_over(settled: None) 
     async with serving(Options(itl_ms=10), PORT) as server:
         sending = sender.Sender(share, Target(url=f"http://127.0.0.1:{PORT}", model="fake"))
         records: list[Record] = []
-        began = 0
+        enough = float("inf")
         async for encoded in sending.send(time.perf_counter()):
             batch = sender.decoder.decode(encoded)
             records += batch.records
-            # They are served in turn, so that each has had some events by now.
-            if began == users and server.events > 20 * users:
+            if enough == float("inf") and server.answers.get("200") == users:
+                # They are served in turn: then each has had some more events.
+                enough = server.events + 20 * users
+            if server.events > enough:
                 await sending.stop()
-            began += len(batch.started)
     assert by_error(records) == {"interrupted: the run was stopped": users}
     assert all(record.chunk_s and record.end_s for record in records)
 

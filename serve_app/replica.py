@@ -49,9 +49,9 @@ class _Engine:
             with stage(f"fetching {plan.model}"):
                 arguments = plan.engine_arguments(settings)
             with stage("loading the engine"), self._reaper.following():
-                # Imported here: `build` runs on a head node that may hold no engine.
-                from serve_app.engine import Engine
-
+                with forkserver.undisturbed():
+                    # Imported here: `build` runs on a head node that may hold no engine.
+                    from serve_app.engine import Engine
                 self._engine = Engine.start(
                     arguments, self._pacer, self._signals, continuing=self._continuing
                 )

@@ -14,7 +14,7 @@ import hmac
 import secrets
 import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,8 +30,9 @@ from serve_app.keys import tenant
 TOKEN_HEADER, CONTINUE_HEADER = "x-engine-token", "x-continue"
 # Who asks, as the gateway found out.
 TENANT_HEADER = "x-tenant"
-# Of an answer that is none: the engine failed before it began.
+# Of an answer that is none: the engine failed before it began, or is not there at all.
 FAILED_HEADER = "x-engine-failed"
+DIED, ABSENT = "died", "absent"
 
 
 @dataclass
@@ -65,11 +66,16 @@ class EngineFailed(ConnectionAbortedError):
 
 
 class Backend:
-    """ASGI middleware: asks for the token, hands `Progress` to the engine, marks the events."""
+    """ASGI middleware: asks for the token, hands `Progress` to the engine, marks the events.
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    Args:
+        there: whether there is an engine.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, there: Callable[[], bool] = lambda: True) -> None:
         self.app = app
         self.token = token.encode()
+        self._there = there
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,6 +84,9 @@ class Backend:
         headers = dict(scope["headers"])
         if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self.token):
             await NotFound("No such route.")(scope, receive, send)
+            return
+        if not self._there():
+            await _failed(send, ABSENT)
             return
         current = Exchange()
         if (length := headers.get(CONTINUE_HEADER.encode())) is not None:
@@ -91,9 +100,13 @@ class Backend:
             if current.started:
                 raise
             # uvicorn would make of it a 500 that looks like an answer.
-            failed = [(FAILED_HEADER.encode(), b"1"), (b"content-length", b"0")]
-            await send({"type": "http.response.start", "status": 502, "headers": failed})
-            await send({"type": "http.response.body", "body": b""})
+            await _failed(send, DIED)
+
+
+async def _failed(send: Send, how: str) -> None:
+    headers = [(FAILED_HEADER.encode(), how.encode()), (b"content-length", b"0")]
+    await send({"type": "http.response.start", "status": 502, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _split(length: int, receive: Receive) -> tuple[Progress, Receive]:
@@ -157,9 +170,9 @@ class Server:
         self._server: _Quiet | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, app: ASGIApp) -> None:
+    def start(self, app: ASGIApp, there: Callable[[], bool] = lambda: True) -> None:
         config = uvicorn.Config(
-            Backend(app, self.token),
+            Backend(app, self.token, there),
             log_level="critical",  # What broke is the gateway's to tell.
             access_log=False,
             lifespan="off",

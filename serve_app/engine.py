@@ -1,7 +1,8 @@
 """The engine of one replica: vLLM's AsyncLLM and vLLM's own ASGI application.
 
 The only module that imports vllm, because what it touches moves between releases. Everything else
-sees `Engine`: start it, serve `app()`, `warm_up()` once, `probe()` now and then, `stop()` it.
+sees `Engine`: start it, serve `app()`, `warm_up()` once, `probe()` now and then, `restart()` it if
+it has died, `stop()` it.
 """
 
 import argparse
@@ -55,13 +56,13 @@ class Engine:
         last_sign_s: when the engine was last heard of, on the monotonic clock.
     """
 
-    def __init__(self, llm: async_llm.AsyncLLM, args: argparse.Namespace) -> None:
-        self._llm = llm
-        self._args = args
-        self._compare = llm.compared if isinstance(llm, _ContinuingLLM) else None
-        self.last_sign_s = time.monotonic()
-        self.max_running_requests: int = llm.vllm_config.scheduler_config.max_num_seqs
-        self.max_model_len: int = llm.model_config.max_model_len
+    def __init__(
+        self, args: argparse.Namespace, launch: Callable[[], async_llm.AsyncLLM], pacer: Pacer
+    ) -> None:
+        self._args, self._launch, self._pacer = args, launch, pacer
+        self._take(launch())
+        self.max_running_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
+        self.max_model_len: int = self._llm.model_config.max_model_len
 
     @classmethod
     def start(
@@ -83,27 +84,51 @@ class Engine:
             ConfigError: for an argument that vLLM does not know or cannot honour.
         """
         args = parse(arguments)
-        # The usage context sets vLLM's default batch limits: this one is `vllm serve`'s.
-        context = UsageContext.OPENAI_API_SERVER
-        try:
-            config = AsyncEngineArgs.from_cli_args(args).create_engine_config(context)
-        except (ValueError, OSError) as error:
-            raise ConfigError("engine", args.model, _first_sentence(error)) from error
         # In a Ray worker vLLM spawns its engine process, and offers no other way.
         engine_processes.get_mp_context = forkserver.Context
         if pacer.max_gap_s > 0:
             # AsyncLLM builds its collectors by this name, and offers no other way in.
             async_llm.RequestOutputCollector = _collector(pacer)
         kind = _ContinuingLLM if continuing else _CountingLLM
-        llm = kind.from_vllm_config(
-            config,
-            usage_context=context,
-            stat_loggers=[_recorder(signals)],
-            disable_log_stats=args.disable_log_stats,
-        )
-        engine = cls(llm, args)
-        engine._observe(pacer)
-        return engine
+
+        def launch() -> async_llm.AsyncLLM:
+            # The usage context sets vLLM's default batch limits: this one is `vllm serve`'s.
+            context = UsageContext.OPENAI_API_SERVER
+            try:
+                config = AsyncEngineArgs.from_cli_args(args).create_engine_config(context)
+            except (ValueError, OSError) as error:
+                raise ConfigError("engine", args.model, _first_sentence(error)) from error
+            return kind.from_vllm_config(
+                config,
+                usage_context=context,
+                stat_loggers=[_recorder(signals)],
+                disable_log_stats=args.disable_log_stats,
+            )
+
+        return cls(args, launch, pacer)
+
+    async def restart(self) -> None:
+        """Start it anew after `kill()`; `app()` then gives the application that serves it.
+
+        Only its own processes are new: this one has imported everything already. The event loop
+        turns meanwhile.
+        """
+        # A GPU's memory is free once those who held it are gone.
+        await asyncio.to_thread(psutil.wait_procs, self._processes, 30)
+        self._llm.shutdown(timeout=0)
+
+        def start() -> async_llm.AsyncLLM:
+            forkserver.start()  # Should it have died as well.
+            return self._launch()
+
+        self._take(await asyncio.to_thread(start))
+
+    def _take(self, llm: async_llm.AsyncLLM) -> None:
+        self._llm = llm
+        # Its core and workers. Those whose parent was killed are nobody's children afterwards.
+        self._processes = forkserver.children()
+        self.last_sign_s = time.monotonic()
+        self._observe(llm)
 
     async def app(self) -> ASGIApp:
         """vLLM's ASGI application, every endpoint of it."""
@@ -161,16 +186,17 @@ class Engine:
         await self._llm.collective_rpc("check_health")
         self.last_sign_s = time.monotonic()
 
-    def _observe(self, pacer: Pacer) -> None:
+    def _observe(self, llm: async_llm.AsyncLLM) -> None:
         """Note each message of the engine core, and tell the pacer how old its outputs are."""
-        processor = self._llm.output_processor
+        pacer, processor = self._pacer, llm.output_processor
+        compare = llm.compared if isinstance(llm, _ContinuingLLM) else None
         process, update = processor.process_outputs, processor.update_scheduler_stats
 
         def process_outputs(outputs: Any, timestamp: float, *rest: Any, **named: Any) -> Any:
             # Both clocks are this machine's monotonic one: the engine core is a local process.
             pacer.observe(time.monotonic() - timestamp)
-            if self._compare is not None:
-                outputs = self._compare(outputs)
+            if compare is not None:
+                outputs = compare(outputs)
             return process(outputs, timestamp, *rest, **named)
 
         def update_scheduler_stats(stats: Any) -> None:
@@ -181,22 +207,17 @@ class Engine:
         processor.process_outputs = process_outputs
         processor.update_scheduler_stats = update_scheduler_stats
 
-    def processes(self) -> list[psutil.Process]:
-        """The engine's processes: its core and workers."""
-        return psutil.Process().children(recursive=True)
-
     def kill(self) -> None:
-        """End a hung engine's processes at once; its requests then fail instead of waiting."""
-        for process in self.processes():
+        """End its core and workers at once; requests of a hung one then fail instead of waiting."""
+        for process in self._processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
 
     def stop(self) -> None:
         """End the engine's processes; returns when they have ended."""
-        mine = self.processes()
         self._llm.shutdown(timeout=5)
         forkserver.stop()
-        _, alive = psutil.wait_procs(mine, timeout=5)
+        _, alive = psutil.wait_procs(self._processes, timeout=5)
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=5)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
+import psutil
 import setproctitle
 
 
@@ -36,6 +37,15 @@ def undisturbed() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def children() -> list[psutil.Process]:
+    """The processes that it forked, and theirs."""
+    try:
+        server = psutil.Process(stdlib._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+        return server.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def stop() -> None:

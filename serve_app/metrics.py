@@ -141,6 +141,11 @@ price = Gauge(
     ("model",),
 )
 healthy = Gauge("serve_app_engine_healthy", "1 while the engine answers its probe.", ("model",))
+engine_restarts = Counter(
+    "serve_app_engine_restarts",
+    "Engines that died or hung and were started anew in their replica.",
+    ("model",),
+)
 objective = Gauge(
     "serve_app_slo_seconds",
     "The objective that is configured, by what it is for: ttft, itl.",

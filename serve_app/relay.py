@@ -23,7 +23,13 @@ from yarl import URL
 
 from serve_app import metrics
 from serve_app.admission import GENERATION_PATHS
-from serve_app.backend import CONTINUE_HEADER, FAILED_HEADER, TENANT_HEADER, TOKEN_HEADER
+from serve_app.backend import (
+    ABSENT,
+    CONTINUE_HEADER,
+    FAILED_HEADER,
+    TENANT_HEADER,
+    TOKEN_HEADER,
+)
 from serve_app.continuation import Method, Stream
 from serve_app.errors import (
     CannotContinue,
@@ -41,6 +47,8 @@ logger = logging.getLogger("serve_app")
 
 # A replica is on the same network: one that does not take a connection within this is not there.
 _CONNECT_S = 2.0
+# How soon those that were full are asked again to go on with an answer.
+_AGAIN_S = 0.2
 # Bytes of a prompt for each token, and tokens of an answer that names no bound: what a request is
 # taken to cost before anything is known of it.
 _BYTES_A_TOKEN, _TOKENS_EXPECTED = 4, 256
@@ -236,6 +244,7 @@ class Relay:
 
     async def _serve(self, ask: Ask, answer: Answer) -> None:
         """Answer from one replica, or from one after the other."""
+        busy_until_s: float | None = None
         while True:
             replica = await self._choose(ask)
             known = len(answer.stream.progress.groups)
@@ -248,9 +257,17 @@ class Relay:
                 # Full, not broken: others may have room. The last one speaks for all.
                 ask.tried.append(replica.name)
                 metrics.retries.labels(self._model).inc()
-                if len(set(ask.tried)) >= len(self.replicas):
+                if len(set(ask.tried)) < len(self.replicas):
+                    continue
+                if not answer.begun:
                     await answer.whole(busy.said)
                     return
+                # Who has been sent the half of an answer is not sent away: there will be room.
+                busy_until_s = busy_until_s or time.monotonic() + self._settings.replica_timeout_s
+                if time.monotonic() > busy_until_s:
+                    raise Unavailable("Every replica is full.", retry_after_s=1.0) from busy
+                ask.tried.clear()
+                await asyncio.sleep(_AGAIN_S)
             except ReplicaFailed as failure:
                 ask.tried.append(replica.name)
                 self.replicas.failed(replica)
@@ -313,7 +330,9 @@ class Relay:
                 visit.limit,
                 self._session.request(ask.method, url, data=body, headers=headers) as response,
             ):
-                if FAILED_HEADER in response.headers:
+                if (how := response.headers.get(FAILED_HEADER)) is not None:
+                    if how == ABSENT:
+                        raise ReplicaFailed("its engine is being started anew", "connection")
                     raise ReplicaFailed("its engine failed")
                 kept = _kept(response)
                 if response.content_type != "text/event-stream":

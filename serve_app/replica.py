@@ -26,6 +26,9 @@ from serve_app.settings import Limits, Settings
 from serve_app.signals import Signals
 from serve_app.supervisor import Reaper, Supervisor
 
+# That a restart may take beyond twice the time of the first start.
+_LEAST_RESTART_S = 30.0
+
 
 class _Engine:
     """What both kinds of replicas are."""
@@ -52,9 +55,11 @@ class _Engine:
                 with forkserver.undisturbed():
                     # Imported here: `build` runs on a head node that may hold no engine.
                     from serve_app.engine import Engine
+                began_s = time.monotonic()
                 self._engine = Engine.start(
                     arguments, self._pacer, self._signals, continuing=self._continuing
                 )
+                self._loaded_s = time.monotonic() - began_s
 
     async def _stack(self) -> ASGIApp:
         """The engine's application behind its limits, once an answer was generated."""
@@ -66,7 +71,12 @@ class _Engine:
             self._most(limits), limits.max_queued_requests, limits.retry_after_s
         )
         self._supervisor = Supervisor(
-            self._engine, self._settings.hang_timeout_s, lambda: self._admission.running
+            self._engine,
+            self._settings.hang_timeout_s,
+            lambda: self._admission.running,
+            # Without a gateway clients would be sent here meanwhile, to be refused.
+            restart=self._restart if self._continuing else None,
+            restart_within_s=_LEAST_RESTART_S + 2 * self._loaded_s,
         )
         self._watch = asyncio.create_task(self._supervisor.watch())
         self._admitted = AdmissionGate(
@@ -82,6 +92,17 @@ class _Engine:
         say(f"{READY}: {time.monotonic() - self._began_s:.1f} s after the replica began")
         return self._limited
 
+    async def _restart(self) -> None:
+        """Another engine, and its application in the place of the old one's."""
+        began_s = time.monotonic()
+        with self._reaper.following():
+            await self._engine.restart()
+        answer = await self._engine.app()
+        await self._engine.warm_up()
+        self._admitted.app = answer
+        say(f"the engine was started anew: {time.monotonic() - began_s:.1f} s")
+        metrics.engine_restarts.labels(self._model).inc()
+
     def _tell(self) -> None:
         """What metrics ask for when they are exported."""
         queue, supervisor = self._admission, self._supervisor
@@ -90,6 +111,7 @@ class _Engine:
         metrics.running.labels(self._model).set_function(lambda: queue.running)
         metrics.room.labels(self._model).set_function(lambda: queue.max_running)
         metrics.healthy.labels(self._model).set_function(lambda: supervisor.healthy)
+        metrics.engine_restarts.labels(self._model)
 
     def _gate(self, app: ASGIApp, counted: bool) -> ASGIApp:
         return self._observation.gate(app, self._model, self._settings.replicas, counted)
@@ -113,7 +135,7 @@ class _Engine:
 
     async def check_health(self) -> None:
         """Called by Ray Serve every `health_check_period_s`."""
-        if not self._supervisor.healthy:
+        if not (self._supervisor.healthy or self._supervisor.restarting):
             raise RuntimeError(self._supervisor.failure or "the engine died")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -168,7 +190,8 @@ class GatewayReplica(_Engine):
         self._server = Server(ray.util.get_node_ip_address())
         self._load(settings, plan)
         # The gateway counts.
-        self._server.start(self._gate(await self._stack(), counted=False))
+        app = self._gate(await self._stack(), counted=False)
+        self._server.start(app, lambda: self._supervisor.healthy)
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Called by Ray Serve once; the gateways are told."""

@@ -1,7 +1,8 @@
 """Notices an engine that died or hangs, and sees to it that no process outlives its replica.
 
-Ray Serve replaces a replica whose process ends within one health check, so an engine that is past
-help is answered by ending the replica: its requests are told first, then it exits. vLLM's own
+An engine that is past help is killed and its requests are told. Where others can answer meanwhile
+(behind a gateway) it is started anew in the replica that has all of it imported; otherwise, and if
+that does not last, the replica exits: Ray Serve replaces it within one health check. vLLM's own
 check sees a dead engine and not a hung one; the probe here is a round trip through the engine core
 and every worker, and silence is what counts: no answer to a probe and no output of a step.
 """
@@ -13,7 +14,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Protocol
 
 import psutil
@@ -23,6 +24,8 @@ logger = logging.getLogger("serve_app")
 # How often the engine is asked, and the longest that its requests may take to hear of its end.
 _PROBE_S = 1.0
 _FAREWELL_S = 3.0
+# An engine that dies again so soon after it was started anew is not mended by starting it.
+_LASTING_S = 30.0
 # How often it is asked while nobody waits for it. vLLM's workers spin for a second after each
 # message, so a probe a second would keep a core of each busy for ever.
 _IDLE_PROBE_S = 10.0
@@ -46,6 +49,12 @@ class Supervisor:
         hang_timeout_s: silence after which the engine counts as hung.
         in_flight: number of requests that have not been answered.
         leave: ends this process; `os._exit`, since an orderly exit waits for what hangs.
+        restart: starts the engine anew; None: the replica ends instead.
+        restart_within_s: a restart that takes longer has failed.
+
+    Attributes:
+        failure: what is wrong with the engine; None: nothing.
+        restarting: it is being started anew.
     """
 
     def __init__(
@@ -54,30 +63,57 @@ class Supervisor:
         hang_timeout_s: float,
         in_flight: Callable[[], int],
         leave: Callable[[int], None] = os._exit,
+        restart: Callable[[], Awaitable[None]] | None = None,
+        restart_within_s: float = 600.0,
     ) -> None:
         self._engine = engine
         self._hang_timeout_s = hang_timeout_s
         self._in_flight = in_flight
         self._leave = leave
+        self._restart, self._restart_within_s = restart, restart_within_s
+        self._restarted_s = -_LASTING_S
         self.failure: str | None = None
+        self.restarting = False
 
     @property
     def healthy(self) -> bool:
         return self.failure is None and not self._engine.dead
 
     async def watch(self) -> None:
-        """Run until the engine fails; then tell its requests and leave."""
-        while self.failure is None:
-            self.failure = await self._look()
-            if self.failure is None:
+        """Run until the engine has failed for good; then leave."""
+        while True:
+            while (failure := await self._look()) is None:
                 await self._rest()
-        logger.error("%s; this replica ends and is replaced", self.failure)
-        # A hung engine's requests wait for ever; a dead one's fail, each with its own error.
-        self._engine.kill()
-        deadline_s = time.monotonic() + _FAREWELL_S
-        while self._in_flight() and time.monotonic() < deadline_s:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-        self._leave(1)
+            self.failure = failure
+            self.restarting = self._may_restart()
+            what = "it is started anew" if self.restarting else "this replica ends and is replaced"
+            logger.error("%s; %s", failure, what)
+            # A hung engine's requests wait for ever; a dead one's fail, each with its own error.
+            self._engine.kill()
+            deadline_s = time.monotonic() + _FAREWELL_S
+            while self._in_flight() and time.monotonic() < deadline_s:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            if not (self.restarting and await self._restarted()):
+                self._leave(1)
+                return
+            self.failure, self.restarting = None, False
+
+    def _may_restart(self) -> bool:
+        lasted_s = time.monotonic() - self._restarted_s
+        return self._restart is not None and lasted_s >= _LASTING_S
+
+    async def _restarted(self) -> bool:
+        """Start the engine anew; whether that succeeded."""
+        assert self._restart is not None
+        try:
+            async with asyncio.timeout(self._restart_within_s):
+                await self._restart()
+        except Exception as error:
+            # Whatever it is, another replica has better chances.
+            logger.exception("the engine does not start anew: %s", error)
+            return False
+        self._restarted_s = time.monotonic()
+        return True
 
     async def _rest(self) -> None:
         """Until the next look: soon while requests are in flight, later while none are."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import msgspec
-import psutil
 import pytest
 import pytest_asyncio
 
@@ -54,11 +53,7 @@ async def app(smollm: Path) -> AsyncIterator[Backend]:
         **CPU_DEFAULTS,
         **ENGINE,
     }
-    others = set(psutil.Process().children(recursive=True))
     engine = Engine.start(arguments, Pacer(0.0), Signals(), continuing=True)
-    # In this process there are servers of other tests besides.
-    mine = [p for p in psutil.Process().children(recursive=True) if p not in others]
-    engine.processes = lambda: mine  # type: ignore[method-assign]
     yield Backend(await engine.app(), "secret")
     engine.stop()
 

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -59,8 +59,14 @@ def test_each_interface_answers(fleet: Server) -> None:
     assert httpx.get(f"{fleet.url}/health").status_code == 200
 
 
-def test_streams_outlive_the_replica_that_began_them(fleet: Server) -> None:
-    there = client(fleet)
+def cores(server: Server) -> list[psutil.Process]:
+    """The engines' own processes."""
+    return server.named("VLLM::EngineCore")
+
+
+def through(server: Server, disturb: Callable[[], None]) -> None:
+    """Eight streams, disturbed once all have begun, are to the end what they would have been."""
+    there = client(server)
     ask = {**ASK, "max_tokens": 900}
     right = there.completions.create(model="m", **ask)
     assert right.usage is not None
@@ -86,10 +92,27 @@ def test_streams_outlive_the_replica_that_began_them(fleet: Server) -> None:
     for reader in readers:
         reader.start()
     begun.wait(60)
-    engines(fleet)[0].send_signal(signal.SIGKILL)
+    disturb()
     for reader in readers:
         reader.join(120)
     assert texts == [right.choices[0].text] * 8
+
+
+def test_streams_outlive_their_engine_which_starts_anew_in_its_replica(fleet: Server) -> None:
+    assert wait(lambda: len(engines(fleet)) == len(cores(fleet)) == 2, 240)
+    before, dying = engines(fleet), cores(fleet)[0]
+    through(fleet, dying.kill)
+    assert wait(lambda: "the engine was started anew" in fleet.output(), 240)
+    assert engines(fleet) == before
+    new = [core for core in cores(fleet) if core.create_time() > dying.create_time()][-1]
+    assert new.parents()[1] in before  # Between them is the fork server.
+    # Killed again so soon, the replica does not try once more: it ends, and is replaced.
+    through(fleet, new.kill)
+    assert wait(lambda: engines(fleet) != before and len(cores(fleet)) == 2, 240)
+
+
+def test_streams_outlive_the_replica_that_began_them(fleet: Server) -> None:
+    through(fleet, lambda: engines(fleet)[0].send_signal(signal.SIGKILL))
     # The replica is replaced, and is asked again.
     assert wait(lambda: len(engines(fleet)) == 2, 240)
 

@@ -15,6 +15,9 @@ The load lasts for `--requests`, and until each disturbance that has a count was
 result is valid, and the exit status 0, if nothing was lost, doubled, missing or different, ties
 apart, and every disturbance happened at least once.
 
+Silences are told twice: as the client saw them, and without the time in which the machine let
+nobody run (stalls.py), which on a small or shared one may be most of it.
+
 The load comes from one event loop here and not from Ray actors: what is measured is whether answers
 are right and how long silences are, for which milliseconds do not matter, and a cluster of its own
 would take the cores of what is measured. Every request has a connection of its own, so that none is
@@ -41,6 +44,7 @@ from bench import (
     records,
     result,
     run,
+    stalls,
     users,
     victims,
     workload,
@@ -50,6 +54,7 @@ from bench.client import Answer, Client, Target, check
 from bench.damage import Judged
 from bench.disturber import Disturber
 from bench.errors import LoadError, TargetError
+from bench.gaps import Span
 from bench.heard import Heard
 from bench.progress import Line, Progress
 from bench.users import Users
@@ -66,6 +71,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         target: what is asked, greedily.
         workload: the prompts, as a spec; the first `distinct` of it are used.
         count, users: requests at least, and how many at once.
+        think_s: what each user waits between an answer and its next request.
         whole: share of the requests that are not streamed.
         disturb: specs of disturbances.
         tie_margin: nats by which a greedy token may be less likely than the likeliest.
@@ -79,6 +85,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     users: int
     distinct: int = 64
     whole: float = 0.0
+    think_s: float = 0.0
     disturb: tuple[str, ...] = ()
     tie_margin: float = 0.02
     gap_s: float = 0.5
@@ -109,11 +116,14 @@ async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> dict[str, An
     disturber.check()
     rights = await in_peace(job, requests)
     start_s = time.perf_counter()  # The load's clock begins now.
-    heard, interrupted = await _disturbed(job, requests, disturber, path)
-    duration_s = clock()
-    judged = await judge(job, heard, rights)
+    with stalls.watching() as watched:
+        heard, interrupted = await _disturbed(job, requests, disturber, path)
+        duration_s = clock()
+    stalled = watched.since(start_s)
+    judged = await judge(job, heard, rights, stalled)
     _rewrite(path, judged)
     found = head | _asked(job) | {"duration_s": duration_s}
+    found["machine_stalled_s"] = sum(span.lasted_s for span in stalled)
     found |= damage.figures(judged, rights, disturber.done, job.disturb, job.gap_s)
     if len(judged) < job.count:
         found["doubts"].append(f"only {len(judged)} of {job.count} requests came to an end")
@@ -159,6 +169,7 @@ async def _disturbed(
         users=job.users,
         count=job.count,
         whole=job.whole,
+        think_s=job.think_s,
         most_s=job.most_s,
         seed=job.seed,
         clock=disturber.clock,
@@ -189,7 +200,9 @@ async def _disturbed(
 # --- what came of it ------------------------------------------------------------------------
 
 
-async def judge(job: Job, heard: Sequence[Heard], rights: Sequence[Right]) -> list[Judged]:
+async def judge(
+    job: Job, heard: Sequence[Heard], rights: Sequence[Right], stalled: Sequence[Span] = ()
+) -> list[Judged]:
     """Every record with its verdict, in order; of what differs it is asked whether it is a tie."""
     found, ends = [], answers.ends(rights)
     target = msgspec.structs.replace(job.target, endpoint="completions", extra={})
@@ -207,6 +220,7 @@ async def judge(job: Job, heard: Sequence[Heard], rights: Sequence[Right]) -> li
                     verdict=verdict,
                     silent_s=silence.lasted_s if silence else None,
                     silent_from_s=silence.from_s if silence else None,
+                    stalled_s=stalls.overlap_s(silence, stalled) if silence else None,
                 )
             )
     return found
@@ -246,7 +260,16 @@ def _asked(job: Job) -> dict[str, Any]:
         "load": f"users={job.users}",
         **{
             key: getattr(job, key)
-            for key in ("workload", "count", "distinct", "whole", "disturb", "tie_margin", "seed")
+            for key in (
+                "workload",
+                "count",
+                "distinct",
+                "whole",
+                "think_s",
+                "disturb",
+                "tie_margin",
+                "seed",
+            )
         },
     }
 
@@ -265,6 +288,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--users", type=int, required=True, help="requests at once")
     add("--distinct", type=int, default=64, help="distinct prompts, asked again and again")
     add("--whole", type=float, default=0.0, help="share of requests that are not streamed")
+    add("--think", type=float, default=0.0, help="seconds of a user between two requests")
     add("--disturb", action="append", default=[], help="what happens: see bench/disturb.py")
     add("--pid", type=int, action="append", default=[], help="only what is below may be disturbed")
     add("--session", default="", help="of Ray: only what is below its raylets may be disturbed")
@@ -305,6 +329,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         users=options.users,
         distinct=options.distinct,
         whole=options.whole,
+        think_s=options.think,
         disturb=tuple(options.disturb),
         tie_margin=options.tie_margin,
         gap_s=options.gap,

@@ -120,15 +120,16 @@ def _faults(found: Mapping[str, Any]) -> str:
 
 def _kinds(found: Mapping[str, Any]) -> str:
     heads = ["disturbance", "done", "not done", "waited, most", "answers met", "lost"]
-    heads += ["pauses", "p50 s", "p99 s", "longest s"]
+    heads += ["pauses", "p50 s", "p99 s", "longest s", "longest without the machine's stalls"]
     rows = []
     for kind, row in found["disturbances"].items():
         left = "; ".join(f"{count}: {why}" for why, count in row["not_done"].items())
         known = [kind, str(row["done"]), left, _number(row["waited_s"])]
         known += [str(row["met"]), str(row["lost"])]
-        rows.append([*known, *_statistics(row["pauses"])])
+        own = _number(row["pauses_without_stalls"]["max_s"])
+        rows.append([*known, *_statistics(row["pauses"]), own])
     for name, key in (("all streams", "all"), ("streams that paused", "paused")):
-        rows.append([name, "", "", "", "", "", *_statistics(found["silences"][key])])
+        rows.append([name, "", "", "", "", "", *_statistics(found["silences"][key]), ""])
     return _table(heads, rows)
 
 

@@ -19,11 +19,20 @@ _BEFORE, _AFTER = 4, 12  # What of an answer is shown around the place of a faul
 
 
 class Judged(Heard, kw_only=True):
-    """A record with its verdict and, of a stream, its longest silence: what is kept in the end."""
+    """A record with its verdict and, of a stream, its longest silence: what is kept in the end.
+
+    `stalled_s` of that silence the machine let nobody run.
+    """
 
     verdict: Verdict | None = None
     silent_s: float | None = None
     silent_from_s: float | None = None
+    stalled_s: float | None = None
+
+    @property
+    def own_s(self) -> float:
+        """The silence without what the machine did to it."""
+        return max(0.0, (self.silent_s or 0.0) - (self.stalled_s or 0.0))
 
 
 def figures(
@@ -89,11 +98,13 @@ def _faulty(record: Judged) -> bool:
 
 def silences(judged: Sequence[Judged], gap_s: float) -> dict[str, Any]:
     """The longest silence of each stream: of all, and of those that paused."""
-    lengths_s = [record.silent_s for record in judged if record.silent_s is not None]
+    silent = [record for record in judged if record.silent_s is not None]
+    lengths_s = [record.silent_s or 0.0 for record in silent]
     return {
         "all": gaps.statistics(lengths_s),
         "from_s": gap_s,
         "paused": gaps.statistics(each for each in lengths_s if each >= gap_s),
+        "all_without_stalls": gaps.statistics(record.own_s for record in silent),
     }
 
 
@@ -103,16 +114,16 @@ def by_kind(
     """For each kind of disturbance: how often, whom it met, and the pauses that belong to it."""
     happened = [one for one in done if not one.error]
     spans = [one.span for one in happened]
-    pauses_s: dict[str, list[float]] = {one.kind: [] for one in done}
+    pauses: dict[str, list[Judged]] = {one.kind: [] for one in done}
     for record in judged:
         if record.silent_s is None or record.silent_from_s is None or record.silent_s < gap_s:
             continue
         silence = gaps.Span(record.silent_from_s, record.silent_from_s + record.silent_s)
         number = gaps.cause(silence, spans)
         if number is not None:
-            pauses_s[happened[number].kind].append(record.silent_s)
+            pauses[happened[number].kind].append(record)
     found = {}
-    for kind in pauses_s:
+    for kind, paused in pauses.items():
         mine = [one for one in happened if one.kind == kind]
         failed = [one.error for one in done if one.kind == kind and one.error]
         found[kind] = {
@@ -121,7 +132,8 @@ def by_kind(
             "waited_s": max((one.waited_s for one in mine), default=None),
             "met": sum(any(gaps.met(record, one.span) for one in mine) for record in judged),
             "lost": sum(_lost_to(record, mine) for record in judged),
-            "pauses": gaps.statistics(pauses_s[kind]),
+            "pauses": gaps.statistics(record.silent_s or 0.0 for record in paused),
+            "pauses_without_stalls": gaps.statistics(record.own_s for record in paused),
         }
     return found
 

@@ -250,7 +250,7 @@ class Disturber:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
+                process_group=0,
             )
         try:
             async with asyncio.timeout(one.wait_s):

@@ -129,7 +129,7 @@ def run(step: Step, work: Path, limit_s: float) -> dict[str, Any]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
-            start_new_session=True,
+            process_group=0,
         )
         try:
             out, _ = process.communicate(timeout=limit_s)

@@ -291,7 +291,7 @@ def running(
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
+        process_group=0,
     )
     system = System(name, port, process, Path(log.name), started_s)
     try:

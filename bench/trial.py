@@ -127,7 +127,7 @@ class Engine:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            start_new_session=True,
+            process_group=0,
         )
         try:
             self.ready = msgspec.convert(self._answer(self._start_s), Ready)

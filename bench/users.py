@@ -27,6 +27,7 @@ class Users:
 
     Args:
         count: requests at least.
+        think_s: what each waits between an answer and its next request.
         whole: share of the requests that are not streamed.
         most_s: nothing is asked after that time; None: no such time.
         clock: seconds since the start of the load.
@@ -42,6 +43,7 @@ class Users:
         users: int,
         count: int,
         whole: float,
+        think_s: float = 0.0,
         most_s: float | None,
         seed: int,
         clock: Callable[[], float],
@@ -50,6 +52,7 @@ class Users:
     ) -> None:
         self._target, self._requests, self._users = target, requests, users
         self._count, self._whole, self._most_s = count, whole, most_s
+        self._think_s = think_s
         self._clock, self._more, self._path = clock, more, path
         self._rng = random.Random(f"{seed}/order")
         self._order: list[int] = []
@@ -82,8 +85,7 @@ class Users:
             await ask(asked, self._requests[record.prompt], record)
             self._running -= 1
             self._take(record)
-            if record.error:
-                await asyncio.sleep(_AFTER_FAILURE_S)
+            await asyncio.sleep(max(self._think_s, _AFTER_FAILURE_S if record.error else 0.0))
 
     def _over(self) -> bool:
         if self._most_s is not None and self._clock() > self._most_s:

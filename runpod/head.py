@@ -77,7 +77,7 @@ class Head:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
+            process_group=0,
         )
         orphans.own.add(self._process.pid)  # Its status is ours to see.
         threading.Thread(target=self._listen, daemon=True).start()

@@ -241,7 +241,7 @@ def _launch(config: Path, environ: Mapping[str, str]) -> "subprocess.Popen[str]"
         text=True,
         errors="replace",
         # Only start.py says when to stop: a Ctrl-C in a terminal would reach every child at once.
-        start_new_session=True,
+        process_group=0,
     )
 
 
@@ -255,7 +255,7 @@ def _handle(url: str, choice: Choice) -> "subprocess.Popen[bytes]":
         [sys.executable, str(Path(__file__).with_name("handler.py"))],
         env={**environ, "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
-        start_new_session=True,
+        process_group=0,
     )
 
 

@@ -206,8 +206,10 @@ class _Child:
         descriptor, log = tempfile.mkstemp(prefix="serve_app.", suffix=".log")
         self.log = Path(log)
         self._lines: queue.Queue[str] = queue.Queue()
-        # In a session of its own: Ctrl-C in the terminal would otherwise reach every process of
-        # Ray at once, and nothing could finish.
+        # In a process group of its own: Ctrl-C in the terminal would otherwise reach every process
+        # of Ray at once, and nothing could finish. Not in a session of its own: Linux schedules
+        # sessions against each other (autogroup), and on a few busy cores a client in one and a
+        # server in another then wait for seconds in turn.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "serve_app.run", "run", str(config)],
             env={**ENVIRONMENT, **haproxy(), **os.environ, "PYTHONUNBUFFERED": "1"},
@@ -216,7 +218,7 @@ class _Child:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
+            process_group=0,
         )
         orphans.own.add(self._process.pid)
         threading.Thread(target=self._read, args=(descriptor,), daemon=True).start()

@@ -240,6 +240,44 @@ async def test_where_all_are_full_the_client_is_told() -> None:
     assert b"told to" in client.body
 
 
+async def test_the_half_of_an_answer_waits_for_room_where_all_are_full() -> None:
+    """Its client has a status and some tokens: a refusal would be written into its stream."""
+    bad = EngineServer("a", faults=[Fault(cut_after=4), *[Fault(status=429)] * 3])
+    full = EngineServer("b", faults=[Fault(status=503), Fault(status=429)])
+    async with fleet(bad, full, replica_timeout_s=20.0) as there:
+        client = await _first_to(there, bad)
+    assert client.text == WHOLE
+    assert client.events.count(b"[DONE]") == 1
+    assert len(full.asked) >= 2
+
+
+async def test_the_half_of_an_answer_that_finds_no_room_ends_with_an_error_event() -> None:
+    bad = EngineServer("a", faults=[Fault(cut_after=4), *[Fault(status=429)] * 99])
+    full = EngineServer("b", faults=[Fault(status=429)] * 99)
+    async with fleet(bad, full, replica_timeout_s=0.3) as there:
+        client = await _first_to(there, bad)
+    assert client.text == "0 1 2 3 "
+    assert client.error == "unavailable"
+
+
+async def test_an_engine_that_is_started_anew_has_not_died_of_the_request() -> None:
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("there is no engine")
+
+    ready = [False]
+    absent = Server("127.0.0.1")
+    absent.start(never, lambda: ready[0])
+    try:
+        async with fleet(EngineServer("b"), max_deaths=1, replica_timeout_s=5.0) as there:
+            both = [("a", {"address": absent.address, "token": absent.token})]
+            there.replicas.update([*both, there.engines[0].found])
+            client = await _first_to(there, EngineServer("a"))
+            assert client.text == WHOLE
+            assert [replica.name for replica in there.replicas.ready()] == ["b"]
+    finally:
+        await absent.drain(1.0)
+
+
 async def test_without_a_replica_503_in_time_and_service_resumes() -> None:
     async with fleet() as there:
         client = await there.ask()

@@ -83,6 +83,70 @@ async def test_a_probe_that_fails_is_a_failure(engine: FakeEngine) -> None:
     assert "RuntimeError" in str((await watched(engine, [0])).failure)
 
 
+class Restarts:
+    """What starts a fake engine anew, and how often it did."""
+
+    def __init__(self, engine: FakeEngine, error: Exception | None = None) -> None:
+        self.engine, self.error, self.count = engine, error, 0
+        self.watch: Supervisor | None = None
+
+    async def __call__(self) -> None:
+        assert self.watch
+        assert self.watch.restarting
+        assert not self.watch.healthy
+        self.count += 1
+        await asyncio.sleep(0.01)
+        if self.error is not None:
+            raise self.error
+        self.engine.dead, self.engine.answers = False, True
+
+
+def restartable(restarts: Restarts, left: list[int], within_s: float = 60.0) -> Supervisor:
+    made = Supervisor(restarts.engine, 0.05, lambda: 0, left.append, restarts, within_s)
+    restarts.watch = made
+    return made
+
+
+async def test_a_dead_engine_is_started_anew_once(engine: FakeEngine) -> None:
+    restarts, left = Restarts(engine), list[int]()
+    watch = restartable(restarts, left)
+    task = asyncio.create_task(watch.watch())
+    engine.dead = True
+    while restarts.count < 1 or not watch.healthy:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    assert engine.killed
+    assert (watch.failure, watch.restarting, left) == (None, False, [])
+    # Again, and so soon: another start would not mend it.
+    engine.dead = True
+    await asyncio.wait_for(task, 60)
+    assert (restarts.count, left) == (1, [1])
+    assert not watch.healthy
+    assert not watch.restarting
+
+
+async def test_an_engine_that_lasted_is_started_anew_again(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_LASTING_S", 0.0)
+    restarts, left = Restarts(engine), list[int]()
+    task = asyncio.create_task(restartable(restarts, left).watch())
+    while restarts.count < 3:
+        engine.dead = True
+        await asyncio.sleep(0.001)
+    assert not left
+    task.cancel()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_an_engine_that_does_not_start_anew_ends_the_replica(
+    engine: FakeEngine, hangs: bool
+) -> None:
+    restarts, left = Restarts(engine, RuntimeError("no memory")), list[int]()
+    engine.dead = True
+    await asyncio.wait_for(restartable(restarts, left, 0.0 if hangs else 60.0).watch(), 60)
+    assert (restarts.count, left) == (1, [1])
+
+
 _REPLICA = """
 import subprocess, sys, time
 from serve_app.supervisor import Reaper

@@ -149,7 +149,7 @@ def _running(
     """
     # A group of its own: a Ctrl-C at the keyboard is ours to pass on.
     process = subprocess.Popen(
-        command, env={**os.environ, **(environment or {})}, start_new_session=True
+        command, env={**os.environ, **(environment or {})}, process_group=0
     )
     try:
         until_s = time.monotonic() + _START_S

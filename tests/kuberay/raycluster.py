@@ -72,7 +72,7 @@ class RayCluster:
         with (self._folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                stderr=subprocess.STDOUT, process_group=0,
             )  # fmt: skip
         self._processes.append(process)
 

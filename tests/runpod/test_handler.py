@@ -116,7 +116,7 @@ def working(jobs: Jobs, log: Path, **environ: str) -> Iterator["subprocess.Popen
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
     try:
         yield process

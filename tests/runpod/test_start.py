@@ -96,7 +96,7 @@ def started(folder: Path, **environ: str) -> Iterator[Started]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
     running = Started(process, log)
     watcher = threading.Thread(target=running.watch, daemon=True)

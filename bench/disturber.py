@@ -259,7 +259,7 @@ class Disturber:
             return f"not over after {one.wait_s:g} s"
         finally:
             if process.returncode is None:
-                # The shell and what it runs: the session is its own.
+                # The shell and what it runs: the process group is its own.
                 os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
         return f"exit status {status}" if status else ""

@@ -161,7 +161,7 @@ class Reaper:
     _SCRIPT = 'while read -r l; do [ "$l" = done ] && exit 0; p="$p $l"; done; kill -9 $p 2>&-'
 
     def __init__(self) -> None:
-        # In a session of its own: a Ctrl-C in the terminal must not end it before its time.
+        # In a process group of its own: a Ctrl-C in the terminal must not end it before its time.
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", self._SCRIPT],
             stdin=subprocess.PIPE,

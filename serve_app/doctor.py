@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import resource
 import shutil
 import socket
@@ -38,6 +39,9 @@ _MIN_CAPABILITY = (7, 0)
 _MIN_OPEN_FILES = 8192
 # vLLM's processes exchange outputs through shared memory, Ray's object store takes its own part.
 _MIN_SHM_BYTES = GIB
+# Of Linux: whether the processes of a session compete with those of other ones as a group.
+_AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
+_FEW_CORES = 4
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def diagnose(config: Path, model: str | None = None) -> list[Check]:
         weights(settings, gpus),
         shared_memory(shutil.disk_usage("/dev/shm").total),
         open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+        scheduler(os.cpu_count() or 1, _AUTOGROUP),
         haproxy(),
         *(port(name, number) for name, number in ports.items()),
     ]
@@ -223,6 +228,19 @@ def open_files(limit: int) -> Check:
     ok = limit == resource.RLIM_INFINITY or limit >= _MIN_OPEN_FILES
     found = "unlimited" if limit == resource.RLIM_INFINITY else str(limit)
     return Check("open files", ok, found, "" if ok else f"ulimit -n {_MIN_OPEN_FILES}")
+
+
+def scheduler(cores: int, autogroup: Path) -> Check:
+    """Says what to try on few cores. Seen on two busy ones, Linux 6.18: a process of another
+    session did not run for up to 3 s at a time, and never for more than 0.1 s without autogroup."""
+    grouped = autogroup.is_file() and autogroup.read_text().strip() == "1"
+    if not grouped or cores > _FEW_CORES:
+        return Check("scheduler", True, f"{cores} cores")
+    found = (
+        f"{cores} cores, and Linux groups processes by session: busy ones may stop a client of "
+        "another session for seconds (sysctl kernel.sched_autogroup_enabled=0 ends that)"
+    )
+    return Check("scheduler", True, found)
 
 
 def haproxy() -> Check:

@@ -141,6 +141,9 @@ price = Gauge(
     ("model",),
 )
 healthy = Gauge("serve_app_engine_healthy", "1 while the engine answers its probe.", ("model",))
+restarting = Gauge(
+    "serve_app_engine_restarting", "1 while a failed engine is started anew.", ("model",)
+)
 engine_restarts = Counter(
     "serve_app_engine_restarts",
     "Engines that died or hung and were started anew in their replica.",

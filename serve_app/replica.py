@@ -111,6 +111,7 @@ class _Engine:
         metrics.running.labels(self._model).set_function(lambda: queue.running)
         metrics.room.labels(self._model).set_function(lambda: queue.max_running)
         metrics.healthy.labels(self._model).set_function(lambda: supervisor.healthy)
+        metrics.restarting.labels(self._model).set_function(lambda: supervisor.restarting)
         metrics.engine_restarts.labels(self._model)
 
     def _gate(self, app: ASGIApp, counted: bool) -> ASGIApp:

@@ -255,6 +255,15 @@ def test_open_files_have_a_least(limit: int, ok: bool) -> None:
 # --- the driver -----------------------------------------------------------------------------
 
 
+def test_sessions_that_compete_are_told_where_cores_are_few(tmp_path: Path) -> None:
+    grouped, single = tmp_path / "1", tmp_path / "0"
+    grouped.write_text("1\n")
+    single.write_text("0\n")
+    assert "sched_autogroup_enabled=0" in doctor.scheduler(2, grouped).found
+    for cores, path in ((16, grouped), (2, single), (2, tmp_path / "none")):
+        assert doctor.scheduler(cores, path) == doctor.Check("scheduler", True, f"{cores} cores")
+
+
 def test_no_driver_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert hardware.local_gpus() == ()

@@ -148,9 +148,7 @@ def _running(
         ConfigError: it ended by itself, or was not ready in time. It has said why.
     """
     # A group of its own: a Ctrl-C at the keyboard is ours to pass on.
-    process = subprocess.Popen(
-        command, env={**os.environ, **(environment or {})}, process_group=0
-    )
+    process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, process_group=0)
     try:
         until_s = time.monotonic() + _START_S
         while not _answers(ready):

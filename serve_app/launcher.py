@@ -140,7 +140,8 @@ def _require_free(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that is set by SIGINT or SIGTERM; the second signal ends this process."""
+    """An event that is set by SIGINT, SIGTERM or the end of the terminal; the second signal ends
+    this process. Under nohup the end of the terminal is none."""
     stop = threading.Event()
     previous = {}
 
@@ -149,7 +150,9 @@ def _signals() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            continue
         previous[number] = signal.signal(number, handle)
     try:
         yield stop
@@ -193,7 +196,8 @@ def _answers(url: str) -> bool:
 
 
 def _show(text: str) -> None:
-    print(text, flush=True)
+    with contextlib.suppress(OSError):  # The terminal may be gone: what was started must end still.
+        print(text, flush=True)
 
 
 class _Child:

@@ -25,7 +25,7 @@ logger = logging.getLogger("serve_app")
 _PROBE_S = 1.0
 _FAREWELL_S = 3.0
 # An engine that dies again so soon after it was started anew is not mended by starting it.
-_LASTING_S = 30.0
+_LASTING_S = 10.0
 # How often it is asked while nobody waits for it. vLLM's workers spin for a second after each
 # message, so a probe a second would keep a core of each busy for ever.
 _IDLE_PROBE_S = 10.0

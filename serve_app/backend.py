@@ -81,12 +81,12 @@ class Backend:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if not self._there():  # Anybody may know, as of a port that is closed.
+            await _failed(send, ABSENT)
+            return
         headers = dict(scope["headers"])
         if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self.token):
             await NotFound("No such route.")(scope, receive, send)
-            return
-        if not self._there():
-            await _failed(send, ABSENT)
             return
         current = Exchange()
         if (length := headers.get(CONTINUE_HEADER.encode())) is not None:

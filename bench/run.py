@@ -77,6 +77,7 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
         for repeat in range(job.repeats)
     ]
     await check(job.target)
+    await _scraper(job).check()
     head = result.header("run", job.name or f"{job.workload} {job.load}")
     records_path = result.prepare(folder)
     load.connect()
@@ -116,13 +117,16 @@ async def _repeat(job: Job, plan: schedule.Plan, number: int, path: Path) -> Rep
         append(path, records)
         line(progress)
 
-    scraper = Scraper(job.metrics, dashboard=job.dashboard, deployment=job.deployment)
-    async with scraper.running():
+    async with _scraper(job).running() as scraper:
         outcome = await load.run(plan, job.target, job.actors, take, repeat=number)
     line.close()
     # The scraper's clock is the machine's, the load's starts with the load.
     start_s = time.time() - (time.perf_counter() - outcome.start_s)
     return Repeat(outcome=outcome, server=samples(scraper.scrapes, start_s))
+
+
+def _scraper(job: Job) -> Scraper:
+    return Scraper(job.metrics, dashboard=job.dashboard, deployment=job.deployment)
 
 
 async def models(target: Target) -> list[str]:

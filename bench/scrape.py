@@ -10,13 +10,17 @@ how many of a deployment are wanted, start, serve and leave.
 
 import asyncio
 import contextlib
+import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterable, Mapping
+from pathlib import Path
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
+
+from bench.errors import TargetError
 
 _GAUGES = {
     "vllm:num_requests_running": "running",
@@ -150,6 +154,17 @@ class Scraper:
         self.scrapes: list[tuple[float, dict[str, float]]] = []
         self.failed = 0
 
+    async def check(self) -> None:
+        """Ask the dashboard once. Metrics may be missing; what was asked for by name may not.
+
+        Raises:
+            TargetError: it does not answer, or knows no such deployment.
+        """
+        try:
+            await self._replicas()
+        except (OSError, ValueError) as error:
+            raise TargetError(f"dashboard = {self.dashboard!r}: {error}") from None
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Scraper"]:
         task = asyncio.create_task(self._run()) if self.urls or self.dashboard else None
@@ -185,13 +200,24 @@ class Scraper:
     async def _replicas(self) -> dict[str, float]:
         if not self.dashboard:
             return {}
-        details = await asyncio.to_thread(_get, self.dashboard + _API)
+        details = await asyncio.to_thread(_get, self.dashboard + _API, _ray_token())
         return counts(details.encode(), self.deployment)
 
 
-def _get(url: str) -> str:
+def _ray_token() -> str:
+    """What Ray's dashboard asks for where its cluster has authentication; from where Ray has it."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _get(url: str, token: str = "") -> str:
+    request = urllib.request.Request(url)
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with urllib.request.urlopen(request, timeout=5) as response:
             return str(response.read().decode())
     except urllib.error.HTTPError as error:
         raise OSError(f"{url}: {error}") from error

@@ -16,6 +16,7 @@ import pytest
 
 from bench import machine, matrix, measure, result, run, scrape, workload
 from bench.client import Target
+from bench.errors import TargetError
 from bench.load import Happening, Outcome
 from bench.records import Record, read
 from bench.result import Repeat
@@ -306,12 +307,18 @@ def test_replicas_are_counted_by_their_state() -> None:
             scrape.counts(wrong, "engine")
 
 
-async def test_a_dashboard_is_asked_beside_metrics_that_do_not_answer() -> None:
+async def test_a_dashboard_is_asked_beside_metrics_that_do_not_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("a-token\n")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     enough, answered = asyncio.Event(), [0]
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked = await reader.readuntil(b"\r\n\r\n")
         known = asked.startswith(b"GET /api/serve/applications/ ")
+        known = known and b"Authorization: Bearer a-token\r\n" in asked
         head = b"HTTP/1.0 200 OK\r\n\r\n" if known else b"HTTP/1.0 404 Not Found\r\n\r\n"
         writer.write(head + details("RUNNING", "STARTING", target=2))
         writer.close()
@@ -325,6 +332,9 @@ async def test_a_dashboard_is_asked_beside_metrics_that_do_not_answer() -> None:
         scraper = scrape.Scraper([url + "/metrics"], 0.01, dashboard=url + "/")
         async with scraper.running():
             await enough.wait()
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
+        with pytest.raises(TargetError, match="404"):
+            await scraper.check()
     assert scraper.failed >= 3
     series = scrape.samples(scraper.scrapes, scraper.scrapes[0][0])
     assert (series[0].wanted, series[0].replicas, series[0].starting) == (2, 1, 1)

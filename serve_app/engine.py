@@ -215,9 +215,11 @@ class Engine:
 
     def stop(self) -> None:
         """End the engine's processes; returns when they have ended."""
+        # Those that a restart has begun and not finished are only the fork server's yet.
+        mine = {*self._processes, *forkserver.children()}
         self._llm.shutdown(timeout=5)
         forkserver.stop()
-        _, alive = psutil.wait_procs(self._processes, timeout=5)
+        _, alive = psutil.wait_procs(mine, timeout=5)
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=5)

@@ -257,7 +257,7 @@ class Relay:
                 # Full, not broken: others may have room. The last one speaks for all.
                 ask.tried.append(replica.name)
                 metrics.retries.labels(self._model).inc()
-                if len(set(ask.tried)) < len(self.replicas):
+                if self.replicas.others(ask.tried):
                     continue
                 if not answer.begun:
                     await answer.whole(busy.said)

@@ -66,9 +66,16 @@ class Replicas:
 
     def ready(self, without: Iterable[str] = ()) -> list[Replica]:
         """Those that may be asked now; those in `without` only if there is no other."""
-        now_s = self.clock()
-        usable = [r for r in self._all.values() if r.avoid_until_s <= now_s]
+        usable = self._usable()
         return [r for r in usable if r.name not in without] or usable
+
+    def others(self, tried: Iterable[str]) -> bool:
+        """Whether any may be asked now that is not in `tried`."""
+        return any(r.name not in tried for r in self._usable())
+
+    def _usable(self) -> list[Replica]:
+        now_s = self.clock()
+        return [r for r in self._all.values() if r.avoid_until_s <= now_s]
 
     async def some(self, timeout_s: float, without: Iterable[str] = ()) -> list[Replica]:
         """The same, waiting for one; empty after `timeout_s`."""

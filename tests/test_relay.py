@@ -251,6 +251,15 @@ async def test_the_half_of_an_answer_waits_for_room_where_all_are_full() -> None
     assert len(full.asked) >= 2
 
 
+async def test_who_is_full_is_not_asked_again_and_again_while_another_is_avoided() -> None:
+    bad = EngineServer("a", faults=[Fault(cut_after=0)])
+    full = EngineServer("b", faults=[Fault(status=429)] * 99)
+    async with fleet(bad, full) as there:
+        client = await _first_to(there, bad)
+    assert client.status == 429
+    assert len(full.asked) == 1
+
+
 async def test_the_half_of_an_answer_that_finds_no_room_ends_with_an_error_event() -> None:
     bad = EngineServer("a", faults=[Fault(cut_after=4), *[Fault(status=429)] * 99])
     full = EngineServer("b", faults=[Fault(status=429)] * 99)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from bench import plots
+from bench import plots, reality
+from bench.fleet import Timeline
 from bench.measure import Slo
 
 _POINTS = 400  # Of a curve in a plot.
@@ -71,8 +72,7 @@ def bar(row: dict[str, Any], most: int, width: int = 80) -> str:
 
 
 def _paid(row: dict[str, Any]) -> Any:
-    line = row["timeline"]
-    return np.add(np.add(line["serving"], line["starting"]), line["draining"])
+    return reality.paid(Timeline(**row["timeline"]))
 
 
 # --- the page -------------------------------------------------------------------------------

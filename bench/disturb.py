@@ -13,7 +13,8 @@ is over), `jitter` (0.2: each time moved by up to that share of `every`); `deplo
 or llm:gateway), `min_up` (2; 0 for a command): a process is only disturbed while so many replicas
 of that deployment are ready, and for at most `wait` (300) seconds it is waited for. `up=http`: what
 is ready answers HTTP, for `settle` (1) seconds now; `up=process`: it is that old. `apart` (0): so
-many seconds lie at least between the disturbance before, of any kind, and this one.
+many seconds lie at least between the disturbance before, of any kind, and this one. `rest` (0): who
+was struck so many seconds ago or less is not picked again yet.
 
 Times are absolute and depend on the seed alone. Disturbances come one after the other, each when
 the one before is over, so a fleet that recovers slowly is disturbed later than planned, and how
@@ -40,6 +41,7 @@ _COMMON = (
     "up",
     "settle",
     "apart",
+    "rest",
     "deployment",
 )
 KINDS = {
@@ -68,6 +70,7 @@ class Disturbance:
     up: str = "http"
     settle_s: float = 1.0
     apart_s: float = 0.0
+    rest_s: float = 0.0
     part: str = "core"
     for_s: float | None = None
     nodes: tuple[str, ...] = ()
@@ -117,6 +120,7 @@ def parse(text: str) -> Disturbance:
         up=_choice(options, "up", "http", ("http", "process")),
         settle_s=options.number("settle", 1.0),
         apart_s=options.number("apart", 0.0),
+        rest_s=options.number("rest", 0.0),
         part=_choice(options, "part", "core", ("core", "worker", "any")),
         for_s=options.number_or_none("for", above=0.0),
         nodes=nodes,

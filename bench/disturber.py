@@ -172,6 +172,7 @@ class Disturber:
             return None, ""
         if one.kind == "kill-raylet":
             return self._node(one, turn, ready)
+        ready = [replica for replica in ready if self.cluster.rested(replica, one.rest_s)]
         among: list[tuple[psutil.Process, str, psutil.Process | None]]
         if one.kind == "restart-controller":
             among = [(r.process, r.title, None) for r in self._those_of(one)]

@@ -78,6 +78,7 @@ class Cluster:
     _ports: dict[psutil.Process, int] = field(default_factory=dict, init=False)
     _ready_s: dict[psutil.Process, float] = field(default_factory=dict, init=False)
     _struck_s: dict[psutil.Process, float] = field(default_factory=dict, init=False)
+    _lost: dict[psutil.Process, set[psutil.Process]] = field(default_factory=dict, init=False)
     _had_engine: set[psutil.Process] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
@@ -135,7 +136,13 @@ class Cluster:
 
     def strike(self, replica: psutil.Process) -> None:
         """Note that a replica or its engine was killed: it may answer for a while yet."""
-        self._struck_s[replica] = time.time()
+        self._struck_s[replica] = time.monotonic()
+        self._lost[replica] = set(_engine(replica))
+
+    def rested(self, replica: Replica, rest_s: float) -> bool:
+        """Whether it was struck longer than `rest_s` ago, or never."""
+        struck_s = self._struck_s.get(replica.process)
+        return struck_s is None or time.monotonic() - struck_s > rest_s
 
     # --- how --------------------------------------------------------------------------------
 
@@ -144,8 +151,8 @@ class Cluster:
         process, engine = replica.process, replica.engine
         if engine:
             self._had_engine.add(process)
-        if (struck_s := self._struck_s.get(process)) is not None:
-            return any(_started_s(part) > struck_s for part in engine)
+        if (lost := self._lost.get(process)) is not None:
+            return any(part not in lost for part in engine)
         return bool(engine) or process not in self._had_engine
 
     def _tree(self) -> list[psutil.Process]:

@@ -238,6 +238,20 @@ async def test_disturbances_lie_apart(tmp_path: Path) -> None:
     assert second.at_s - first.until_s >= 1.5
 
 
+async def test_who_was_struck_a_short_time_ago_rests(tmp_path: Path) -> None:
+    with fleet.running(3, restart=True) as running:
+        cluster = Cluster(pids=[running.pid])
+        assert wait(lambda: len(engines(cluster)) == 3)
+        kill = "kill-engine:every=0.1,min_up=3,up=process,settle=0"
+        one = disturber(tmp_path, cluster, f"{kill},count=4,rest=60,wait=5")
+        await asyncio.wait_for(one.run(), 60)
+        assert [done.error for done in one.done] == [""] * 3 + ["nobody to kill-engine"]
+        assert len(engines(cluster)) == 3
+        one = disturber(tmp_path, cluster, f"{kill},count=1,rest=0.1,wait=20")
+        await asyncio.wait_for(one.run(), 60)
+        assert one.done[0].error == ""
+
+
 async def test_who_is_alone_is_spared(tmp_path: Path) -> None:
     with fleet.running(1) as running:
         cluster = Cluster(pids=[running.pid])

@@ -2,8 +2,8 @@
 
     python -m tests.services.fleet --replicas 2 --start-s 0.5
 
-Each replica has an engine below it, listens once it has started, ends when its engine ends, and is
-replaced by the process that was started. What it answers is 404, as a replica with a secret does.
+Each replica has an engine below it, listens once it has started, ends when its engine ends (with
+--restart it starts another), and is replaced by the process that was started. What it answers is 404, as a replica with a secret does.
 """
 
 import argparse
@@ -27,10 +27,15 @@ _LOOK_S = 0.05
 
 @contextlib.contextmanager
 def running(
-    replicas: int = 2, start_s: float = 0.0, session: str = "", title: str = REPLICA
+    replicas: int = 2,
+    start_s: float = 0.0,
+    session: str = "",
+    title: str = REPLICA,
+    restart: bool = False,
 ) -> Iterator[psutil.Process]:
     """A fleet; with a session, below a process that looks like the raylet of it."""
     words = ["--replicas", str(replicas), "--start-s", str(start_s), "--title", title]
+    words += ["--restart"] if restart else []
     command = [sys.executable, "-m", "tests.services.fleet", *words]
     if session:
         # A shell that is called raylet, and whose arguments are those of one.
@@ -63,6 +68,7 @@ class _Nothing(http.server.BaseHTTPRequestHandler):
 
 def _start(role: str, options: argparse.Namespace) -> "subprocess.Popen[bytes]":
     words = ["--role", role, "--start-s", str(options.start_s), "--title", options.title]
+    words += ["--restart"] if options.restart else []
     return subprocess.Popen([sys.executable, "-m", "tests.services.fleet", *words])
 
 
@@ -80,7 +86,11 @@ def _replica(options: argparse.Namespace) -> None:
     time.sleep(options.start_s)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Nothing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    while engine.poll() is None and os.getppid() == parent:
+    while os.getppid() == parent:
+        if engine.poll() is not None:
+            if not options.restart:
+                break
+            engine = _start("engine", options)
         time.sleep(_LOOK_S)
     engine.kill()
 
@@ -98,6 +108,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--start-s", type=float, default=0.0)
     parser.add_argument("--title", default=REPLICA)
+    parser.add_argument("--restart", action="store_true")
     options = parser.parse_args()
     if options.role == "replica":
         _replica(options)

@@ -1,6 +1,7 @@
 """`bench scale`: the GPUs of a host as one engine over all of them, or as a replica on each.
 
     python -m bench scale --model FOLDER --out DIR [--gpus 4] [--together] [--workload W ...]
+    python -m bench scale ... --only TP=1,TP=4 --variant 'one_split={"attention_config": {...}}'
 
 For 1, 2, 4, ... GPUs, tensor parallelism (TP) against replicas behind this application: the latency
 of one request alone, tokens/s with 100 prompts at once, and at saturation. Efficiency is against
@@ -14,8 +15,12 @@ at once, spread over the GPUs, and are measured in turn, round after round, so t
 drifts drifts under all of them, and their starts take the time of one. Their engine arguments must
 then fix the size of the KV cache (`kv_cache_memory_bytes`), since they share the memory.
 
+With `--variant NAME=JSON` each engine (not the replicas) stands once more with these arguments
+besides, as TP=4 NAME: what they are worth beside the same single GPU. `--only` names the layouts.
+
 At saturation a GPU has `--saturation` requests at once, or fewer where prompts are long: so many
-that they hold as many tokens. Where that is fewer than 100 prompts, 100 at once is saturation.
+that they hold as many tokens. Where that is fewer than 100 prompts, 100 at once is saturation. With
+0 only the latency of one request is measured.
 
 Without a GPU the engines are CPU engines, which shows that the command works and no more.
 """
@@ -46,6 +51,7 @@ class Row(msgspec.Struct, kw_only=True):
     """A layout under a workload, and its figures, each a list over repeats.
 
     Attributes:
+        variant, engine: a name, and the engine arguments that make it another one.
         ttft_s, tpot_s: of one request alone.
         tokens_per_s: output tokens with 100 prompts at once; `saturated` with as many as it takes.
         failure: why there are none, or no more.
@@ -54,6 +60,8 @@ class Row(msgspec.Struct, kw_only=True):
     tensor_parallel: int
     replicas: int
     workload: str = ""
+    variant: str = ""
+    engine: dict[str, Any] = {}
     ttft_s: list[float] = []
     tpot_s: list[float] = []
     tokens_per_s: list[float] = []
@@ -69,7 +77,7 @@ class Row(msgspec.Struct, kw_only=True):
     def name(self) -> str:
         if self.replicas > 1:
             return f"{self.replicas} replicas"
-        return f"TP={self.tensor_parallel}"
+        return f"TP={self.tensor_parallel} {self.variant}".rstrip()
 
 
 # --- what follows from the figures ----------------------------------------------------------
@@ -83,9 +91,31 @@ def layouts(gpus: int) -> list[tuple[int, int]]:
     return [(1, 1), *(layout for size in sizes for layout in ((size, 1), (1, size)))]
 
 
+def rows_of(
+    gpus: int, workloads: Sequence[str], variants: dict[str, dict[str, Any]], only: Sequence[str]
+) -> list[Row]:
+    """What is to be measured: every layout, those of one engine in each variant too.
+
+    Raises BenchError for a name in `only` that no layout has.
+    """
+    each: list[tuple[str, dict[str, Any]]] = [("", {}), *variants.items()]
+    rows = [
+        Row(tensor_parallel=parallel, replicas=replicas, workload=what, variant=name, engine=more)
+        for parallel, replicas in layouts(gpus)
+        for name, more in (each if replicas == 1 else each[:1])
+        for what in workloads
+    ]
+    names = list(dict.fromkeys(row.name for row in rows))
+    for name in only:
+        if name not in names:
+            raise BenchError.of("only", name, "no such layout", names)
+    return [row for row in rows if not only or row.name in only]
+
+
 def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Each layout beside one GPU: shares and efficiency, with intervals over repeats."""
-    single = next((row for row in rows if row.gpus == 1 and not row.failure), None)
+    plain = (row for row in rows if row.gpus == 1 and not row.variant and not row.failure)
+    single = next(plain, None)
     return [_beside(row, single) for row in rows]
 
 
@@ -117,15 +147,15 @@ def advice(rows: Sequence[dict[str, Any]]) -> list[str]:
         same = [row for row in rows if row["gpus"] == gpus and not row["failure"]]
         fast = min((r for r in same if r["tpot_s"]), key=lambda r: r["tpot_s"], default=None)
         wide = max((r for r in same if r["saturated"]), key=lambda r: r["saturated"], default=None)
-        if fast is None or wide is None:
+        if fast is None:
             said.append(f"{gpus} GPUs: not measured")
             continue
-        one, many = _of(fast["tpot_s_times"]), _of(wide["saturated_times"])
-        said.append(
-            f"{gpus} GPUs: for the latency of one request {fast['name']} ({one} of one GPU's time "
-            f"per token); for throughput {wide['name']} ({many} times one GPU, "
-            f"{_of(wide['saturated_efficiency'])} of linear)"
-        )
+        one = _of(fast["tpot_s_times"])
+        goals = f"for the latency of one request {fast['name']} ({one} of one GPU's time per token)"
+        if wide is not None:
+            many, linear = _of(wide["saturated_times"]), _of(wide["saturated_efficiency"])
+            goals += f"; for throughput {wide['name']} ({many} times one GPU, {linear} of linear)"
+        said.append(f"{gpus} GPUs: {goals}")
     return said
 
 
@@ -143,13 +173,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON")
     add("--gpus", type=int, help="how many to use; all there are by default")
     add("--workload", action="append", help="may be repeated; input=200,output=128 by default")
-    add("--saturation", type=int, default=256, help="requests at once, for each GPU")
+    add("--variant", action="append", type=_variant, default=[], help="NAME=JSON, may be repeated")
+    add("--only", type=lambda text: text.split(","), default=[], help="layouts, by their names")
+    add("--saturation", type=int, default=256, help="requests at once, for each GPU; 0: not asked")
     add("--repeats", type=int, default=3)
     add("--together", action="store_true", help="all layouts at once, measured in turn")
     add("--clients", type=int, help="processes that send; one for each 4 cores by default")
     add("--budget-s", type=float, default=3600.0, help="seconds of the whole")
     add("--port", type=int, default=8895)
     add("--out", type=Path, required=True, help="folder of the result")
+
+
+def _variant(text: str) -> tuple[str, dict[str, Any]]:
+    name, _, arguments = text.partition("=")
+    return name, msgspec.json.decode(arguments, type=dict[str, Any])
 
 
 def command(options: argparse.Namespace) -> dict[str, Any]:
@@ -163,11 +200,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     gpus = options.gpus or (len(machine.gpus()) if gpu.present() else 2)
     where = "GPUs" if gpu.present() else "engines on a CPU"
     head = result.header("scale", f"{options.model} on {gpus} {where}")
-    rows = [
-        Row(tensor_parallel=parallel, replicas=replicas, workload=what)
-        for parallel, replicas in layouts(gpus)
-        for what in options.workload
-    ]
+    rows = rows_of(gpus, options.workload, dict(options.variant), options.only)
     told: dict[str, Any] = {}
     with Crowd(options.clients or max(1, min(16, (os.cpu_count() or 1) // 4))) as crowd:
         for measured in _rounds(rows, gpus, crowd, options):
@@ -230,7 +263,7 @@ def _round(
     for place in range(len(options.workload)):
         for rows, server in servers:
             row = rows[place]
-            if row.failure or (row.saturated and time.monotonic() > options.end_s):
+            if row.failure or (row.tpot_s and time.monotonic() > options.end_s):
                 continue
             try:
                 _measure(row, server, seed, crowd, options)
@@ -245,14 +278,17 @@ def _measure(
     what = row.workload
     if seed < 0:
         _load(crowd, server, what, 1, 1, seed)
-        _load(crowd, server, what, _AT_ONCE, _AT_ONCE // 4 if _long(what) else _AT_ONCE, seed)
+        if options.saturation:
+            _load(crowd, server, what, _AT_ONCE, _AT_ONCE // 4 if _long(what) else _AT_ONCE, seed)
         return
     alone = _load(crowd, server, what, 1, _ALONE, seed)
+    row.ttft_s.append(_mean(alone, measure.ttft_s))
+    row.tpot_s.append(_mean(alone, measure.tpot_s))
+    if not options.saturation:
+        return
     at_once = _load(crowd, server, what, _AT_ONCE, _AT_ONCE, seed + 1000)
     users = at_saturation(what, options.saturation, row.gpus)
     full = _load(crowd, server, what, users, 2 * users, seed + 2000) if users else at_once
-    row.ttft_s.append(_mean(alone, measure.ttft_s))
-    row.tpot_s.append(_mean(alone, measure.tpot_s))
     row.tokens_per_s.append(_tokens_per_s(at_once))
     row.saturated.append(_tokens_per_s(full))
 
@@ -283,13 +319,14 @@ def _started(
         def start(index: int) -> Served | None:
             rows, row = groups[index], groups[index][0]
             # Said for one GPU too: the application would choose by what the model needs.
-            arguments = {**options.engine, "tensor_parallel_size": row.tensor_parallel}
+            arguments = {**options.engine, **row.engine}
+            arguments["tensor_parallel_size"] = row.tensor_parallel
             visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, places[index]))}
             server = Served(
                 "ours",
                 options.model,
                 arguments,
-                options.out / f"tp{row.tensor_parallel}-replicas{row.replicas}",
+                options.out / f"tp{row.tensor_parallel}-replicas{row.replicas}{row.variant}",
                 options.port + 100 * index,  # Each has ranges of ports of its own.
                 left_s,
                 row.replicas,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench import gpu_run, kvcache, profile, result, scale, scheduler, story
+from bench.errors import BenchError
 from bench.records import Record
 from bench.scale import Row
 from bench.trial import Answer, Ready
@@ -18,6 +19,28 @@ def test_layouts_are_powers_of_two_and_all_there_are() -> None:
     assert scale.layouts(2) == [(1, 1), (2, 1), (1, 2)]
     assert scale.layouts(4) == [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4)]
     assert scale.layouts(6)[-2:] == [(6, 1), (1, 6)]
+
+
+def test_an_engine_stands_in_each_variant_and_replicas_do_not() -> None:
+    one_split = {"attention_config": {"flash_attn_max_num_splits_for_cuda_graph": 1}}
+    rows = scale.rows_of(2, ["w"], {"one": one_split}, [])
+    names = ["TP=1", "TP=1 one", "TP=2", "TP=2 one", "2 replicas"]
+    assert [row.name for row in rows] == names
+    assert [row.engine for row in rows] == [{}, one_split, {}, one_split, {}]
+    only = scale.rows_of(2, ["a", "b"], {"one": one_split}, ["TP=1", "TP=2 one"])
+    assert [row.name for row in only] == ["TP=1", "TP=1", "TP=2 one", "TP=2 one"]
+    with pytest.raises(BenchError, match=r"only = 'TP=3': no such layout"):
+        scale.rows_of(2, ["w"], {}, ["TP=3"])
+
+
+def test_a_variant_is_compared_with_the_plain_single_gpu() -> None:
+    better = Row(tensor_parallel=1, replicas=1, variant="one", tpot_s=[0.009])
+    plain = Row(tensor_parallel=1, replicas=1, tpot_s=[0.010])
+    both = Row(tensor_parallel=2, replicas=1, variant="one", tpot_s=[0.005])
+    table = scale.table([better, plain, both])
+    assert [row["tpot_s_times"] for row in table] == pytest.approx([0.9, 1.0, 0.5])
+    goal = "2 GPUs: for the latency of one request TP=2 one (0.50 of one GPU's time per token)"
+    assert scale.advice(table) == [goal]
 
 
 def test_layouts_that_stand_together_share_the_gpus_evenly() -> None:

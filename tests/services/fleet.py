@@ -3,7 +3,8 @@
     python -m tests.services.fleet --replicas 2 --start-s 0.5
 
 Each replica has an engine below it, listens once it has started, ends when its engine ends (with
---restart it starts another), and is replaced by the process that was started. What it answers is 404, as a replica with a secret does.
+--restart it starts another), and is replaced by the process that was started. What it answers is
+404, as a replica with a secret does.
 """
 
 import argparse

@@ -80,6 +80,13 @@ KNOBS: Sequence[Knob] = (
         "batch, for one request at a time.",
     ),
     Knob(
+        name="compilation_config",
+        values=(None, {"compile_sizes": [1, 2, 4, 8]}),
+        gpu=True,
+        meaning="compile_sizes: the fastest product for these batches is looked for at the start, "
+        "which takes longer. For a few requests at once (TPOT).",
+    ),
+    Knob(
         name="gpu_memory_utilization",
         values=(None, 0.95),
         gpu=True,

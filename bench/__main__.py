@@ -221,6 +221,7 @@ def _job(options: Options) -> Job:
         metrics=tuple(options.metrics or ([f"{base}/metrics"] if not options.no_metrics else [])),
         dashboard=options.dashboard,
         deployment=options.deployment,
+        linger_s=options.linger,
         name=options.name,
     )
 
@@ -320,6 +321,7 @@ def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
     add("--no-metrics", action="store_true", help="do not ask for metrics")
     add("--dashboard", default="", help="http://host:port of Ray's, to count replicas")
     add("--deployment", default="engine", help="whose replicas: %(default)s")
+    add("--linger", type=float, default=0.0, help="seconds to watch replicas after the last answer")
 
 
 if __name__ == "__main__":

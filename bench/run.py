@@ -38,6 +38,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         slo: what counts as good.
         metrics: where the server's metrics are.
         dashboard, deployment: where Ray's dashboard is, and whose replicas are counted there.
+        linger_s: for which the server is watched after the last answer, as replicas leave.
         name: of the run, in reports.
     """
 
@@ -54,6 +55,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     metrics: tuple[str, ...] = ()
     dashboard: str = ""
     deployment: str = "engine"
+    linger_s: float = 0.0
     name: str = ""
 
 
@@ -119,6 +121,8 @@ async def _repeat(job: Job, plan: schedule.Plan, number: int, path: Path) -> Rep
 
     async with _scraper(job).running() as scraper:
         outcome = await load.run(plan, job.target, job.actors, take, repeat=number)
+        if not outcome.interrupted:
+            await asyncio.sleep(job.linger_s)
     line.close()
     # The scraper's clock is the machine's, the load's starts with the load.
     start_s = time.time() - (time.perf_counter() - outcome.start_s)

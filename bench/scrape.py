@@ -200,8 +200,16 @@ class Scraper:
     async def _replicas(self) -> dict[str, float]:
         if not self.dashboard:
             return {}
-        details = await asyncio.to_thread(_get, self.dashboard + _API, _ray_token())
+        details = await asyncio.to_thread(serve_details, self.dashboard)
         return counts(details.encode(), self.deployment)
+
+
+def serve_details(dashboard: str) -> str:
+    """What Ray Serve says of its applications, as JSON, through Ray's dashboard.
+
+    Raises OSError where that does not answer.
+    """
+    return _get(dashboard + _API, _ray_token())
 
 
 def _ray_token() -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import http.server
 import json
 import os
 import signal
@@ -339,6 +340,34 @@ async def test_a_dashboard_is_asked_beside_metrics_that_do_not_answer(
     series = scrape.samples(scraper.scrapes, scraper.scrapes[0][0])
     assert (series[0].wanted, series[0].replicas, series[0].starting) == (2, 1, 1)
     assert series[0].running is None
+
+
+def test_replicas_are_watched_after_the_last_answer(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    class Says(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(details("RUNNING", target=1))
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), Says) as dashboard,
+        launched(PORT, Options(ttft_ms=5, itl_ms=5)),
+    ):
+        threading.Thread(target=dashboard.serve_forever, daemon=True).start()
+        words = load(tmp_path, "--load", "users=2", "--requests", "4", "--repeats", "1")
+        words += ["--dashboard", f"http://127.0.0.1:{dashboard.server_port}", "--linger", "2.5"]
+        _, last, said = bench(environment, *words)
+        dashboard.shutdown()
+    assert last, said
+    (samples,) = result.read(tmp_path)["server"]
+    ended_s = max(record.end_s or 0.0 for record in read(tmp_path / "records.jsonl"))
+    assert samples[-1]["t_s"] > ended_s + 1.0
+    assert samples[-1]["replicas"] == 1
 
 
 def test_a_lost_actor_makes_a_result_invalid() -> None:

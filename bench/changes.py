@@ -1,0 +1,349 @@
+"""Does a change lose a request? Every kind of change to a running application, under steady load.
+
+    python -m bench.changes --model FOLDER --out DIR [--replicas 3] [--requests 2000]
+
+The application is started, with a key file. Two loops of greedy streams run against it, one of
+short answers and one of long ones (`--long-tokens`: minutes); each answer is compared with the
+undisturbed one (chaos.py). Meanwhile these changes are made in turn, each by what an operator does,
+and each only over when it is seen to have happened:
+
+    limits      a limit in the deployment's user_config, by `serve deploy`: no replica is replaced
+    key         a line in the key file: no replica is replaced
+    engine      an engine argument, by `serve deploy`: every replica is replaced, one by one
+    down, up    one replica less, and one more again, by `serve deploy`
+    version     another setting, as a new image would: every replica is replaced again
+    controller  SIGKILL of Ray Serve's controller
+
+A replica that leaves ends its streams first, so with streams of minutes a replacement
+of all takes minutes each. Nothing may be cut, refused or different. The last line is one JSON
+object; exit status 1 where anything was.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bench import result, scrape
+from bench.overhead import QUIET, apart
+
+STEPS = ("limits", "key", "engine", "down", "up", "version", "controller")
+_KEY, _SECOND_KEY = "sk-of-the-load", "sk-added-meanwhile"
+_KEY_ENV = "BENCH_CHANGES_KEY"
+_START_S, _CHANGE_S = 300.0, 1800.0
+_BETWEEN_S = 20.0  # So that each change meets streams that the one before did not.
+_AGREE = 12  # Answers in a row from which all replicas are taken to have learned of it.
+_LOOK_S = 0.5
+_CONFIG, _KEYS = "serve_config.yaml", "keys"
+
+
+# --- the run --------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    if options.step:
+        return apply(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    os.environ[_KEY_ENV] = _KEY
+    with _serving(options):
+        short, long = _loads(options)
+        try:
+            short.wait()
+            (options.out / "over").touch()  # What the long loop waits for.
+            long.wait()
+        finally:
+            for load in (short, long):
+                if load.poll() is None:
+                    load.send_signal(signal.SIGINT)
+                    load.wait()
+    told = _told(options)
+    print(json.dumps(told))
+    return 0 if told["valid"] else 1
+
+
+def _loads(options: argparse.Namespace) -> tuple["subprocess.Popen[bytes]", ...]:
+    """The two loops: the first makes the changes, the second ends when the first has."""
+    (options.out / "over").unlink(missing_ok=True)
+    this = f"{sys.executable} -m bench.changes --model {options.model} --out {options.out}"
+    this += f" --port {options.port} --dashboard {options.dashboard}"
+    disturb = []
+    for number, step in enumerate(options.only):
+        when = f"every={10 + number},count=1,apart={_BETWEEN_S:g},jitter=0"
+        command = f"command:{this} --step {step},{when},wait={_CHANGE_S:g}"
+        if step == "controller":
+            command = f"restart-controller:{when},min_up=1,up=process"
+        disturb += ["--disturb", command]
+    short = _chaos(options, "short", options.users, options.short_tokens, options.requests, 32)
+    over = f"command:until [ -e {options.out / 'over'} ]; do sleep 1; done,every=1,count=1"
+    waiting = ["--disturb", f"{over},wait={len(STEPS) * _CHANGE_S:g}"]
+    long = _chaos(options, "long", options.long_users, options.long_tokens, 1, 2)
+    # The long loop is asked in peace first, and the short one begins when it has begun.
+    started_long = subprocess.Popen([*long, *waiting], stdin=subprocess.DEVNULL)
+    records = options.out / "long" / "records.jsonl"
+    while not records.exists() and started_long.poll() is None:
+        time.sleep(_LOOK_S)
+    return subprocess.Popen([*short, *disturb], stdin=subprocess.DEVNULL), started_long
+
+
+def _chaos(
+    options: argparse.Namespace, name: str, users: int, tokens: int, requests: int, distinct: int
+) -> list[str]:
+    command = [sys.executable, "-m", "bench", "chaos", "--url", f"http://127.0.0.1:{options.port}"]
+    command += ["--api-key-env", _KEY_ENV, "--out", str(options.out / name), "--name", name]
+    command += ["--workload", f"synthetic:input=20,output={tokens}", "--distinct", str(distinct)]
+    command += ["--requests", str(requests), "--users", str(users), "--think", "1"]
+    # So that no two tokens of a model with random weights tie.
+    command += ["--extra", '{"repetition_penalty": 10}' if name == "short" else "{}"]
+    return command
+
+
+@contextlib.contextmanager
+def _serving(options: argparse.Namespace) -> Iterator[None]:
+    folder = options.out
+    (folder / _KEYS).write_text(f"{_KEY}\n")
+    config = yaml.safe_load(Path("serve_config.yaml").read_text(encoding="utf-8"))
+    config["http_options"]["port"] = options.port
+    application = config["applications"][0]
+    application["args"] |= {
+        "model": str(options.model),
+        "served_model_name": "m",
+        "replicas": options.replicas,
+        "cpus_per_replica": 0.3,
+        "api_keys": {"env": None, "file": str((folder / _KEYS).resolve())},
+        "gateway": {**application["args"].get("gateway", {}), "enabled": options.gateway},
+        "engine": {**application["args"].get("engine", {}), **options.engine},
+    }
+    (folder / _CONFIG).write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "serve_app", "serve", "--config", str(folder / _CONFIG)]
+    with (
+        open(folder / "server.log", "wb") as log,
+        subprocess.Popen(
+            command,
+            env={**os.environ, **QUIET, **apart(options.port)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            process_group=0,
+        ) as process,
+    ):
+        try:
+            deadline_s = time.monotonic() + _START_S
+            while len(_settled(options) or ()) < options.replicas:
+                if process.poll() is not None or time.monotonic() > deadline_s:
+                    said = (folder / "server.log").read_text(errors="replace")
+                    raise SystemExit(f"the server did not start:\n{said[-4000:]}")
+                time.sleep(_LOOK_S)
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+
+
+def _told(options: argparse.Namespace) -> dict[str, Any]:
+    """What both loops saw, together."""
+    loads = {name: result.read(options.out / name) for name in ("short", "long")}
+    steps = [
+        {
+            "step": step,
+            "took_s": done["until_s"] - done["at_s"],
+            "at_s": done["at_s"],
+            "error": done["error"],
+        }
+        for step, done in zip(options.only, _in_order(loads["short"]["done"]), strict=False)
+    ]
+    longest = [
+        json.loads(line)
+        for line in (options.out / "long" / "records.jsonl").read_text().splitlines()
+    ]
+    return {
+        "benchmark": "changes",
+        "valid": all(load["valid"] for load in loads.values())
+        and len(steps) == len(options.only)
+        and not any(step["error"] for step in steps),
+        "doubts": [doubt for load in loads.values() for doubt in load["doubts"]],
+        "requests": sum(load["answers"]["asked"] for load in loads.values()),
+        "loads": {
+            name: {
+                key: load[key]
+                for key in ("answers", "faults", "doubled", "missing", "silences", "duration_s")
+            }
+            for name, load in loads.items()
+        },
+        "longest_stream_s": max(
+            (one["end_s"] - one["sent_s"] for one in longest if one.get("end_s")), default=None
+        ),
+        "steps": steps,
+        "replicas": options.replicas,
+        "gateway": options.gateway,
+        "machine": loads["short"]["machine"],
+        "out": str(options.out),
+    }
+
+
+def _in_order(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(done, key=lambda one: int(one["number"]))
+
+
+# --- one change -----------------------------------------------------------------------------
+
+
+def apply(options: argparse.Namespace) -> int:
+    """Make one change, and wait until it is there. Exit status 1, with a reason, if it is not."""
+    os.environ[_KEY_ENV] = _KEY
+    before = _settled(options)
+    if before is None:
+        print(f"{options.step}: the application is not at rest", file=sys.stderr)
+        return 1
+    path = options.out / _CONFIG
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if options.step == "key":
+        with open(options.out / _KEYS, "a") as file:
+            file.write(f"{_SECOND_KEY}\n")
+    else:
+        _changed(config, options.step)
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        serve = Path(sys.executable).with_name("serve")
+        command = [serve, "deploy", path, "-a", options.dashboard]
+        # As the launcher starts Ray: with its token.
+        subprocess.run(command, env={**os.environ, "RAY_AUTH_MODE": "token"}, check=True)
+    there = _there(options, config, before)
+    deadline_s = time.monotonic() + _CHANGE_S
+    while not there():
+        if time.monotonic() > deadline_s:
+            print(f"{options.step}: not there after {_CHANGE_S:g} s", file=sys.stderr)
+            return 1
+        time.sleep(_LOOK_S)
+    after = _settled(options)
+    print(f"{options.step}: {before} -> {after}", file=sys.stderr)
+    return 0
+
+
+def _changed(config: dict[str, Any], step: str) -> None:
+    """Change the configuration, as an operator would edit it."""
+    application = config["applications"][0]
+    args = application["args"]
+    if step == "limits":
+        limits = {"max_tokens": args["engine"]["max_model_len"] - 1000}
+        application["deployments"] = [{"name": "engine", "user_config": {"limits": limits}}]
+        if args["gateway"]["enabled"]:
+            application["deployments"].append(
+                {"name": "gateway", "user_config": {"limits": limits}}
+            )
+    elif step == "engine":
+        args["engine"]["max_num_seqs"] = 48
+    elif step == "version":
+        args["stream_gap_ms"] = 40.0
+    else:
+        args["replicas"] += {"down": -1, "up": 1}[step]
+
+
+def _there(
+    options: argparse.Namespace, config: dict[str, Any], before: set[str]
+) -> Callable[[], bool]:
+    """Whether a change is there: asked again and again."""
+    args = config["applications"][0]["args"]
+    most = args["engine"]["max_model_len"]
+
+    def rested() -> bool:
+        return _settled(options) == before
+
+    def replaced() -> bool:
+        after = _settled(options)
+        return after is not None and len(after) == args["replicas"] and not after & before
+
+    def resized() -> bool:
+        after = _settled(options)
+        return after is not None and len(after) == args["replicas"]
+
+    def limited() -> bool:
+        asked = {"model": "m", "prompt": "a", "max_tokens": most - 500, "stream": True}
+        return _always(lambda: _status(options, _KEY, asked) == 400) and rested()
+
+    def known() -> bool:
+        return _always(lambda: _status(options, _SECOND_KEY) == 200) and rested()
+
+    return {
+        "limits": limited,
+        "key": known,
+        "engine": replaced,
+        "version": replaced,
+        "down": resized,
+        "up": resized,
+    }[options.step]
+
+
+def _always(seen: Callable[[], bool]) -> bool:
+    return all(seen() for _ in range(_AGREE))
+
+
+def _status(options: argparse.Namespace, key: str, body: dict[str, Any] | None = None) -> int:
+    """The status of an answer: to a request for a completion, or for the models."""
+    url = f"http://127.0.0.1:{options.port}/v1/{'completions' if body else 'models'}"
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+    data = json.dumps(body).encode() if body else None
+    try:
+        request = urllib.request.Request(url, data, headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def _settled(options: argparse.Namespace) -> set[str] | None:
+    """The engines' replicas, by id, if all run that are to; None while anything changes."""
+    try:
+        told = json.loads(scrape.serve_details(options.dashboard))
+    except (OSError, ValueError):
+        return None
+    application = told.get("applications", {}).get("llm", {})
+    deployments = application.get("deployments", {})
+    if application.get("status") != "RUNNING" or "engine" not in deployments:
+        return None
+    for deployment in deployments.values():
+        states = [replica["state"] for replica in deployment["replicas"]]
+        if deployment["status"] != "HEALTHY" or set(states) != {"RUNNING"}:
+            return None
+        if len(states) != deployment["target_num_replicas"]:
+            return None
+    return {replica["replica_id"] for replica in deployments["engine"]["replicas"]}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="a folder")
+    add("--out", type=Path, required=True, help="folder of the result")
+    add("--replicas", type=int, default=3)
+    add("--gateway", action="store_true", help="behind the gateway")
+    add("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON")
+    add("--requests", type=int, default=2000, help="short ones at least")
+    add("--users", type=int, default=4, help="of short answers")
+    add("--short-tokens", type=int, default=64)
+    add("--long-users", type=int, default=2)
+    add("--long-tokens", type=int, default=8000)
+    about = "changes, in this order"
+    add("--only", type=lambda text: text.split(","), default=list(STEPS), help=about)
+    add("--port", type=int, default=8930)
+    add("--dashboard", default="http://127.0.0.1:8265", help="of the cluster that is started")
+    add("--step", choices=STEPS, help="make one change to the application that runs, and end")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

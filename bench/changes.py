@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _loads(options: argparse.Namespace) -> tuple["subprocess.Popen[bytes]", ...]:
     """The two loops: the first makes the changes, the second ends when the first has."""
-    (options.out / "over").unlink(missing_ok=True)
+    begun, over = options.out / "begun", options.out / "over"
+    for mark in (begun, over):
+        mark.unlink(missing_ok=True)
     this = f"{sys.executable} -m bench.changes --model {options.model} --out {options.out}"
     this += f" --port {options.port} --dashboard {options.dashboard}"
     disturb = []
@@ -86,13 +88,12 @@ def _loads(options: argparse.Namespace) -> tuple["subprocess.Popen[bytes]", ...]
             command = f"restart-controller:{when},min_up=1,up=process"
         disturb += ["--disturb", command]
     short = _chaos(options, "short", options.users, options.short_tokens, options.requests, 32)
-    over = f"command:until [ -e {options.out / 'over'} ]; do sleep 1; done,every=1,count=1"
-    waiting = ["--disturb", f"{over},wait={len(STEPS) * _CHANGE_S:g}"]
+    wait = f"command:touch {begun}; until [ -e {over} ]; do sleep 1; done,every=1,count=1"
+    waiting = ["--disturb", f"{wait},wait={len(STEPS) * _CHANGE_S:g}"]
     long = _chaos(options, "long", options.long_users, options.long_tokens, 1, 2)
-    # The long loop is asked in peace first, and the short one begins when it has begun.
     started_long = subprocess.Popen([*long, *waiting], stdin=subprocess.DEVNULL)
-    records = options.out / "long" / "records.jsonl"
-    while not records.exists() and started_long.poll() is None:
+    # What the long ones should be is asked in peace, before anything else begins.
+    while not begun.exists() and started_long.poll() is None:
         time.sleep(_LOOK_S)
     return subprocess.Popen([*short, *disturb], stdin=subprocess.DEVNULL), started_long
 

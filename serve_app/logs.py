@@ -11,7 +11,7 @@ import logging
 import logging.handlers
 import os
 import sys
-import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,8 @@ class Log:
         """One line. A field that is None is left out."""
         if self._handler is None:
             return
-        now_s = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now_s)) + f".{now_s % 1:.6f}"[1:]
-        line = {"time": stamp + "Z", "level": level, "event": event, **self._fields}
+        stamp = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        line = {"time": stamp, "level": level, "event": event, **self._fields}
         line |= {name: value for name, value in fields.items() if value is not None}
         # A record whose message is the line: rotation is the handler's, the format is ours.
         self._handler.handle(

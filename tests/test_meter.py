@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 from contextvars import copy_context
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -71,6 +72,8 @@ class Watched:
     def line(self) -> dict[str, Any]:
         (line,) = self.written.getvalue().splitlines()
         found: dict[str, Any] = json.loads(line)
+        age_s = (datetime.now(UTC) - datetime.fromisoformat(found["time"])).total_seconds()
+        assert 0 <= age_s < 60
         return found
 
 

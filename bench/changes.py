@@ -10,7 +10,8 @@ and each only over when it is seen to have happened:
     limits      a limit in the deployment's user_config, by `serve deploy`: no replica is replaced
     key         a line in the key file: no replica is replaced
     engine      an engine argument, by `serve deploy`: every replica is replaced, one by one
-    down, up    one replica less, and one more again, by `serve deploy`
+    down, up    one replica less, and one more again, by the deployment's num_replicas and `serve
+                deploy`: no other replica is replaced
     version     another setting, as a new image would: every replica is replaced again
     controller  SIGKILL of Ray Serve's controller
 
@@ -237,36 +238,56 @@ def _changed(config: dict[str, Any], step: str) -> None:
     args = application["args"]
     if step == "limits":
         limits = {"max_tokens": args["engine"]["max_model_len"] - 1000}
-        application["deployments"] = [{"name": "engine", "user_config": {"limits": limits}}]
+        _override(application, "engine", user_config={"limits": limits})
         if args["gateway"]["enabled"]:
-            application["deployments"].append(
-                {"name": "gateway", "user_config": {"limits": limits}}
-            )
+            _override(application, "gateway", user_config={"limits": limits})
     elif step == "engine":
         args["engine"]["max_num_seqs"] = 48
     elif step == "version":
         args["stream_gap_ms"] = 40.0
     else:
-        args["replicas"] += {"down": -1, "up": 1}[step]
+        # Any change of args would replace every replica.
+        change = {"down": -1, "up": 1}[step]
+        _override(application, "engine", num_replicas=_replicas(config) + change)
+
+
+def _override(application: dict[str, Any], name: str, **values: Any) -> None:
+    """Set options of a deployment beside what the application says of it."""
+    deployments = application.setdefault("deployments", [])
+    for deployment in deployments:
+        if deployment["name"] == name:
+            deployment |= values
+            return
+    deployments.append({"name": name, **values})
+
+
+def _replicas(config: dict[str, Any]) -> int:
+    """How many engines there are to be."""
+    application = config["applications"][0]
+    for deployment in application.get("deployments", []):
+        if deployment["name"] == "engine" and "num_replicas" in deployment:
+            return int(deployment["num_replicas"])
+    return int(application["args"]["replicas"])
 
 
 def _there(
     options: argparse.Namespace, config: dict[str, Any], before: set[str]
 ) -> Callable[[], bool]:
     """Whether a change is there: asked again and again."""
-    args = config["applications"][0]["args"]
-    most = args["engine"]["max_model_len"]
+    most = config["applications"][0]["args"]["engine"]["max_model_len"]
+    wanted = _replicas(config)
 
     def rested() -> bool:
         return _settled(options) == before
 
     def replaced() -> bool:
         after = _settled(options)
-        return after is not None and len(after) == args["replicas"] and not after & before
+        return after is not None and len(after) == wanted and not after & before
 
     def resized() -> bool:
         after = _settled(options)
-        return after is not None and len(after) == args["replicas"]
+        kept = min(len(before), wanted)
+        return after is not None and len(after) == wanted and len(after & before) == kept
 
     def limited() -> bool:
         asked = {"model": "m", "prompt": "a", "max_tokens": most - 500, "stream": True}

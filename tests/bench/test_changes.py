@@ -105,11 +105,22 @@ def test_a_new_version_is_there_when_nobody_of_the_old_one_is(dashboard: Dashboa
         assert there()
 
 
-def test_another_size_is_there_when_so_many_run(dashboard: Dashboard) -> None:
+def test_another_size_is_there_when_so_many_run_and_nobody_was_replaced(
+    dashboard: Dashboard,
+) -> None:
     there = changes._there(options(dashboard, "up"), CONFIG, {"a", "b"})
     dashboard.told = application("a", "b")
     assert not there()
+    dashboard.told = application("a", "c", "d")
+    assert not there()
     dashboard.told = application("a", "b", "c")
+    assert there()
+    fewer: dict[str, Any] = copy.deepcopy(CONFIG)
+    changes._changed(fewer, "down")
+    there = changes._there(options(dashboard, "down"), fewer, {"a", "b", "c"})
+    dashboard.told = application("d", "e")
+    assert not there()
+    dashboard.told = application("c", "a")
     assert there()
 
 
@@ -123,12 +134,25 @@ def test_each_change_is_what_an_operator_would_edit() -> None:
 
     assert changed("engine")["args"]["engine"]["max_num_seqs"] == 48
     assert changed("version")["args"]["stream_gap_ms"] != 50.0
-    assert [changed(step)["args"]["replicas"] for step in ("down", "up")] == [2, 4]
-    # Limits are not in args, which would replace every replica.
+    # Neither size nor limits are in args, of which a change would replace every replica.
+    for step, wanted in (("down", 2), ("up", 4)):
+        resized = changed(step)
+        assert resized["args"] == CONFIG["applications"][0]["args"]
+        assert resized["deployments"] == [{"name": "engine", "num_replicas": wanted}]
     limits = changed("limits")
     assert limits["args"] == CONFIG["applications"][0]["args"]
     assert limits["deployments"] == [
         {"name": "engine", "user_config": {"limits": {"max_tokens": 3096}}}
+    ]
+    again = {"applications": [limits]}
+    changes._changed(again, "down")
+    changes._changed(again, "up")
+    assert limits["deployments"] == [
+        {
+            "name": "engine",
+            "user_config": {"limits": {"max_tokens": 3096}},
+            "num_replicas": 3,
+        }
     ]
     both = changed("limits", gateway=True)["deployments"]
     assert [deployment["name"] for deployment in both] == ["engine", "gateway"]

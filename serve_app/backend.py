@@ -173,6 +173,7 @@ class Server:
     def start(self, app: ASGIApp, there: Callable[[], bool] = lambda: True) -> None:
         config = uvicorn.Config(
             Backend(app, self.token, there),
+            log_config=None,  # It would close the handlers of everybody else.
             log_level="critical",  # What broke is the gateway's to tell.
             access_log=False,
             lifespan="off",

@@ -6,16 +6,39 @@ What collects Ray's logs collects them. Prompts, answers and keys never get here
 fields one by one, and none of them is text of a request.
 """
 
+import contextlib
 import json
 import logging
 import logging.handlers
 import os
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 _FILE_BYTES, _FILES = 64 * 2**20, 4
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Start an engine within this: Ray Serve's own log goes on.
+
+    vllm configures logging when it is imported and when an engine is made, and Python then closes
+    every handler there is: that of Serve loses the file that it writes to. Besides the lines, a
+    replica without it fails what Serve's controller asks of it when it was started again, and is
+    stopped for that.
+    """
+    targets = [
+        (handler, handler.target)
+        for handler in logging.getLogger("ray.serve").handlers
+        if isinstance(handler, logging.handlers.MemoryHandler)
+    ]
+    try:
+        yield
+    finally:
+        for handler, target in targets:
+            handler.setTarget(target)  # Closed as well, it opens its file again.
 
 
 class Log:

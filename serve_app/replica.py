@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from starlette.types import ASGIApp
 
-from serve_app import autoscaler, forkserver, metrics, tracing
+from serve_app import autoscaler, forkserver, logs, metrics, tracing
 from serve_app.admission import Admission, AdmissionGate
 from serve_app.backend import Server
 from serve_app.errors import ConfigError
@@ -51,7 +51,7 @@ class _Engine:
         with reported("the replica"):
             with stage(f"fetching {plan.model}"):
                 arguments = plan.engine_arguments(settings)
-            with stage("loading the engine"), self._reaper.following():
+            with stage("loading the engine"), self._reaper.following(), logs.kept():
                 with forkserver.undisturbed():
                     # Imported here: `build` runs on a head node that may hold no engine.
                     from serve_app.engine import Engine

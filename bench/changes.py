@@ -5,7 +5,7 @@
 The application is started, with a key file. Two loops of greedy streams run against it, one of
 short answers and one of long ones (`--long-tokens`: minutes); each answer is compared with the
 undisturbed one (chaos.py). Meanwhile these changes are made in turn, each by what an operator does,
-and each only over when it is seen to have happened:
+and each but the last only over when it is seen to have happened:
 
     limits      a limit in the deployment's user_config, by `serve deploy`: no replica is replaced
     key         a line in the key file: no replica is replaced
@@ -94,7 +94,9 @@ def _loads(options: argparse.Namespace) -> tuple["subprocess.Popen[bytes]", ...]
     long = _chaos(options, "long", options.long_users, options.long_tokens, 1, 2)
     started_long = subprocess.Popen([*long, *waiting], stdin=subprocess.DEVNULL)
     # What the long ones should be is asked in peace, before anything else begins.
-    while not begun.exists() and started_long.poll() is None:
+    while not begun.exists():
+        if started_long.poll() is not None:
+            raise SystemExit("the long streams were not answered in peace: see above")
         time.sleep(_LOOK_S)
     return subprocess.Popen([*short, *disturb], stdin=subprocess.DEVNULL), started_long
 
@@ -106,7 +108,8 @@ def _chaos(
     command += ["--api-key-env", _KEY_ENV, "--out", str(options.out / name), "--name", name]
     command += ["--workload", f"synthetic:input=20,output={tokens}", "--distinct", str(distinct)]
     command += ["--requests", str(requests), "--users", str(users), "--think", "1"]
-    # So that no two tokens of a model with random weights tie.
+    # With random weights answers repeat themselves, which hides what is doubled; a long one would
+    # run out of tokens that are not penalised.
     command += ["--extra", '{"repetition_penalty": 10}' if name == "short" else "{}"]
     return command
 

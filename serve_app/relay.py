@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import aiohttp
@@ -343,8 +343,10 @@ class Relay:
                     return
                 await answer.begin(response.status, kept)
                 async for data in response.content.iter_any():
-                    visit.silent_from_s = None
+                    replica.heard_s = time.monotonic()
+                    visit.sending = True
                     await answer.data(data)
+                    visit.sending = False
                     visit.silent_from_s = time.monotonic()
                 await answer.end()
         except aiohttp.ClientConnectorError as error:
@@ -371,10 +373,8 @@ class Relay:
                 pings[replica] = asyncio.create_task(self._ping(replica, bound_s))
             lost = {r for r, ping in pings.items() if ping.done() and not ping.result()}
             pings = {replica: ping for replica, ping in pings.items() if not ping.done()}
-            for visit in list(self._visits):
-                since_s = visit.silent_from_s
-                if visit.replica in lost or (since_s is not None and now_s - since_s > bound_s):
-                    visit.limit.reschedule(0)
+            for visit in _stalled(self._visits, lost, now_s - bound_s):
+                visit.limit.reschedule(0)
 
     async def _ping(self, replica: Replica, timeout_s: float) -> bool:
         """Whether a replica's event loop turns. What it says does not matter."""
@@ -420,11 +420,29 @@ class ReplicaFailed(Exception):
 
 @dataclass(eq=False)
 class _Visit:
-    """A request at a replica. `silent_from_s` counts once the answer has begun."""
+    """A request at a replica.
+
+    Attributes:
+        sending: the client is being sent what has come: broken off now, that would be lost.
+        silent_from_s: when the last of it was sent; None before the answer has begun.
+    """
 
     replica: Replica
     limit: asyncio.Timeout
+    sending: bool = False
     silent_from_s: float | None = None
+
+
+def _stalled(visits: Iterable[_Visit], lost: Collection[Replica], since_s: float) -> list[_Visit]:
+    """Those to be broken off: nothing was heard of them since `since_s`, and more is to come.
+
+    A first token may be long in coming. But where a stream stopped and no other one of that replica
+    was heard either, its engine does nothing, and what waits for it waits in vain.
+    """
+    free = [visit for visit in visits if not visit.sending]
+    stopped = {v for v in free if v.silent_from_s is not None and v.silent_from_s < since_s}
+    silent = {visit.replica for visit in stopped if visit.replica.heard_s < since_s}
+    return [v for v in free if v in stopped or v.replica in silent or v.replica in lost]
 
 
 @contextlib.contextmanager

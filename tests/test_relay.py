@@ -57,6 +57,21 @@ class Client:
         return str(found["error"]["code"])
 
 
+class SlowClient(Client):
+    """One that takes the first piece of an answer only when it may; as uvicorn does, what has not
+    been taken by then is lost with who sends it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_take = asyncio.Event()
+
+    async def send(self, message: Message) -> None:
+        self.news.set()
+        if message["type"] == "http.response.body":
+            await self.may_take.wait()
+        await super().send(message)
+
+
 class Fleet:
     """A relay before engines."""
 
@@ -212,6 +227,50 @@ async def test_a_silent_replica_is_left(after: int) -> None:
         client = await ask
     assert client.text == WHOLE
     assert bad.left == 1, "the connection to it was kept"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_waits_beside_a_stream_that_stopped_is_asked_elsewhere(stream: bool) -> None:
+    stopped = EngineServer("a", faults=[Fault(stall_after=4), Fault(stall_after=0)])
+    async with fleet(stopped, EngineServer("b"), stall_timeout_s=0.6) as there:
+        begun = asyncio.create_task(_first_to(there, stopped))
+        while not stopped.asked:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        waits = await _first_to(there, stopped, stream=stream)
+        assert (await begun).text == WHOLE
+    assert len(stopped.asked) == 2, "it was not asked there first"
+    assert WHOLE in (waits.text if stream else waits.body.decode())
+
+
+async def test_what_waits_beside_a_stream_that_goes_on_is_left_alone() -> None:
+    busy = EngineServer("a", length=60, pause_s=0.05)
+    busy.faults = [None, Fault(stall_after=4), Fault(stall_after=0)]
+    async with fleet(busy, EngineServer("b"), stall_timeout_s=0.6) as there:
+        goes_on = asyncio.create_task(_first_to(there, busy))
+        await asyncio.sleep(0.1)
+        stops = asyncio.create_task(_first_to(there, busy))
+        await asyncio.sleep(0.1)
+        waits = asyncio.create_task(_first_to(there, busy))
+        # The stream that stopped goes elsewhere; the engine is heard, so that one more may wait.
+        assert (await stops).text == WHOLE
+        assert not waits.done()
+        assert not goes_on.done()
+        waits.cancel()
+        await goes_on
+
+
+async def test_nothing_is_lost_that_a_slow_client_has_not_taken() -> None:
+    """A replica is given up while what came from it waits for the client to take it."""
+    bad, good = EngineServer("a", faults=[Fault(stall_after=4)]), EngineServer("b")
+    client = SlowClient()
+    async with fleet(bad, good) as there:
+        ask = asyncio.create_task(_first_to(there, bad, client=client))
+        await client.news.wait()
+        bad.deaf = True
+        await asyncio.sleep(2.0)  # Its pings fail in that time.
+        client.may_take.set()
+        await ask
+    assert client.text == WHOLE
 
 
 async def test_a_slow_first_token_is_no_stall() -> None:

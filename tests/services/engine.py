@@ -96,6 +96,9 @@ class EngineServer:
             return True
         if json.loads(body or b"{}").get("stream"):
             return await self._stream(reader, writer, progress, fault)
+        if fault.stall_after is not None:
+            await reader.read(1)
+            raise ConnectionResetError
         if fault.cut_after is not None:
             return False
         writer.write(

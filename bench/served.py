@@ -77,6 +77,7 @@ class Served:
             self._command = _ours(model, arguments, port, folder, replicas)
         self._environment = {**overhead.QUIET, **overhead.apart(port), **(environment or {})}
         self.load_s = 0.0
+        self._loads = 0
 
     @property
     def port(self) -> int:
@@ -133,8 +134,15 @@ class Served:
         slo: Slo | None = None,
         limit_s: float = 120.0,
     ) -> Answer:
-        """As `trial.Engine.load`; `users=N` keeps N requests under way."""
-        return asyncio.run(_load(self._port, what, when, count, seed, limit_s))
+        """As `trial.Engine.load`; `users=N` keeps N requests under way.
+
+        A server's prefix cache cannot be emptied from here, and loads of one seed have the same
+        prompts, so those of each load begin with its number.
+        """
+        self._loads += 1
+        made = workload.parse(what, seed).take(count)
+        requests = [_begun(request, self._loads) for request in made]
+        return asyncio.run(_load(self._port, requests, when, seed, limit_s))
 
     def _wait(self) -> None:
         """Until it answers a request: a route may be there before its replica is."""
@@ -151,8 +159,17 @@ class Served:
         raise EngineError(f"the server was not ready after {self._start_s:.0f} s")
 
 
-async def _load(port: int, what: str, when: str, count: int, seed: int, limit_s: float) -> Answer:
-    requests, load = workload.parse(what, seed).take(count), schedule.parse(when)
+def _begun(request: Request, number: int) -> Request:
+    """The same with a prompt that no other load has; a chat from a file stays as it is there."""
+    if not isinstance(request.prompt, str):
+        return request
+    return msgspec.structs.replace(request, prompt=f"{number} {request.prompt}")
+
+
+async def _load(
+    port: int, requests: Sequence[Request], when: str, seed: int, limit_s: float
+) -> Answer:
+    load, count = schedule.parse(when), len(requests)
     if isinstance(load, Closed):
         return await _closed(port, requests, load.users, limit_s)
     assert isinstance(load, Open)

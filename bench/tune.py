@@ -50,6 +50,8 @@ from bench.tuning import Climb, Floor, Lengths, Measured, Outcome, Search, Trial
 JOURNAL, CONFIG = "journal.jsonl", "serve_config.yaml"
 _STEP = 1.04  # Of the ladder of rates: what two settings must differ by to be told apart.
 _FEWEST = 64  # Requests of a probe.
+_TURNS = 2.0  # Mean times of a request that a probe lasts at least,
+_LONGEST = 4.0  # but no longer than so many times --seconds.
 _START_GUESS_S = 90.0
 _OVER_S = 2.0
 _PROBES = 3  # Of a climb, on average.
@@ -112,7 +114,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--knob", action="append", default=[], help=about)
     add("--lossy", action="store_true", help="also knobs that change the answers (fp8)")
     add("--budget-s", type=float, default=3600.0, help="seconds of the whole")
-    add("--seconds", type=float, default=10.0, help="of a full probe")
+    add(
+        "--seconds",
+        type=float,
+        default=10.0,
+        help="of a full probe, up to 4 times as long where requests are",
+    )
     add("--rungs", type=int, default=3, help="measurements, each twice as long as the last")
     add("--repeats", type=int, default=3, help="of a full measurement, each with its own seed")
     add("--most", type=int, help="settings to measure at most")
@@ -270,14 +277,29 @@ def score(
         answer: Answer = load(goal.what, _ALL_AT_ONCE, count=count, seed=seed)
         return trial.output_tokens_per_s(answer, goal.by_cpu), 0
     climb = Climb(start, gap=1 if precise else 2, most=12 if precise else 8)
+    length_s = goal.seconds * share
     while (rung := climb.ask()) is not None:
-        rate = rate_of(known, rung)
-        count = max(_FEWEST, round(rate * goal.seconds * share))
-        answer = load(goal.what, f"poisson:rate={rate!r}", count=count, seed=seed, slo=goal.slo)
-        good = trial.good_share(answer.records, goal.slo)
-        climb.tell(not answer.lost and good >= goal.slo.percentile / 100)
+        rate, kept = rate_of(known, rung), True
+        while kept:
+            count = max(_FEWEST, round(rate * length_s))
+            answer = load(goal.what, f"poisson:rate={rate!r}", count=count, seed=seed, slo=goal.slo)
+            good = trial.good_share(answer.records, goal.slo)
+            kept = not answer.lost and good >= goal.slo.percentile / 100
+            # Until the first requests end there are more and more at once: a load that was over by
+            # then has seen nothing of the crowd. One that failed would fail in a longer one too.
+            needed_s = min(_TURNS * _mean_s(answer), _LONGEST * goal.seconds)
+            if count >= 0.9 * rate * needed_s:
+                break
+            length_s = needed_s
+        climb.tell(kept)
     found = climb.result
     return (0.0, start) if found is None else (rate_of(known, found), found)
+
+
+def _mean_s(answer: Answer) -> float:
+    """How long a request took from when it was planned."""
+    took_s = [r.end_s - r.planned_s for r in answer.records if r.ok and r.end_s is not None]
+    return fmean(took_s) if took_s else 0.0
 
 
 def rate_of(known: Pace, rung: int) -> float:
@@ -462,7 +484,7 @@ class Tuning:
 
     def _limit_s(self) -> float:
         """Of one load: far longer than it should take, and not beyond the whole."""
-        return min(max(20.0, 6 * self._goal.seconds), self._left_s() + 5)
+        return min(max(20.0, 2 * _LONGEST * self._goal.seconds), self._left_s() + 5)
 
     # --- what is written ---
 

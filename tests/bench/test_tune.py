@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from bench import kvcache, trial, tune
+from bench import kvcache, served, trial, tune
 from bench.errors import BenchError, ResultError
 from bench.measure import Slo
-from bench.trial import Engine, EngineError, failure
+from bench.records import Record
+from bench.trial import Answer, Engine, EngineError, failure
 from bench.tuning import Measured, Outcome, Trial
+from bench.workload import Request
 from serve_app.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,6 +46,55 @@ def _one_thread() -> Any:
 def engine(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with Engine(str(tiny), ENGINE, tmp_path_factory.mktemp("engine")) as running:
         yield running
+
+
+class Shop:
+    """A load of requests that take `e2e_s` each, and are good while the rate is below `holds`."""
+
+    def __init__(self, e2e_s: float, holds: float) -> None:
+        self.e2e_s, self.holds, self.lasted_s = e2e_s, holds, []
+
+    def load(self, what: str, when: str, *, count: int, seed: int, slo: Slo) -> Answer:
+        rate = float(when.partition("=")[2])
+        self.lasted_s.append(count / rate)
+        first_s = 0.1 if rate < self.holds else 9.0
+        records = [
+            Record(
+                index=index,
+                planned_s=index / rate,
+                sent_s=index / rate,
+                end_s=index / rate + self.e2e_s,
+                chunk_s=[index / rate + first_s, index / rate + self.e2e_s],
+                status=200,
+                output_tokens=2,
+                asked_output_tokens=2,
+            )
+            for index in range(count)
+        ]
+        return Answer(records=records)
+
+
+@pytest.mark.parametrize(
+    ("e2e_s", "least_s", "most_s"), [(0.5, 4.5, 5.5), (8, 15, 17), (90, 19, 21)]
+)
+def test_a_probe_lasts_as_long_as_requests_do(e2e_s: float, least_s: float, most_s: float) -> None:
+    goal = tune.Goal(slo=Slo(ttft_s=1.0, percentile=90.0), what="w", seconds=5.0)
+    pace = tune.Pace(requests_per_s=40.0, step_s=0.01, read=20.0, written=8.0)
+    shop = Shop(e2e_s, holds=45.0)
+    found, _ = tune.score(shop.load, goal, pace, 1.0, 0, 0, True)
+    assert 45.0 / 1.05 < found < 45.0
+    assert least_s < max(shop.lasted_s) < most_s
+    # Lengthened once: the probes after it begin with that.
+    assert len([lasted_s for lasted_s in shop.lasted_s if lasted_s < least_s]) <= 1
+
+
+def test_no_two_loads_of_a_server_have_the_same_prompts() -> None:
+    first = Request(prompt="some words", output_tokens=1)
+    chat = Request(prompt=[{"role": "user", "content": "hi"}], output_tokens=1)
+    prompts = {served._begun(first, number).prompt for number in range(9)}
+    assert len(prompts) == 9
+    assert all(str(prompt).endswith("some words") for prompt in prompts)
+    assert served._begun(chat, 3) == chat
 
 
 def test_a_load_is_answered_whole_and_timed(engine: Engine) -> None:

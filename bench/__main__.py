@@ -29,23 +29,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import (
-    ceilings,
-    chaos,
-    kvcache,
-    measure,
-    profile,
-    roofline,
-    run,
-    scale,
-    scheduler,
-    simulate,
-    tune,
-    workload,
-)
-from bench.client import Target
+from bench import measure, run
+from bench.engine import kvcache, scale, scheduler, tune
 from bench.errors import BenchError
+from bench.faults import chaos
+from bench.hardware import ceilings, profile, roofline
 from bench.run import Job
+from bench.simulation import simulate
+from bench.traffic import workload
+from bench.traffic.client import Target
 
 Options = argparse.Namespace
 
@@ -118,7 +110,7 @@ def _search(options: Options) -> dict[str, Any]:
 
 
 def _report(options: Options) -> dict[str, Any]:
-    from bench import report
+    from bench.pages import report
 
     if options.story:
         report.tell_story(options.folders, options.out)
@@ -128,7 +120,8 @@ def _report(options: Options) -> dict[str, Any]:
 
 
 def _compare(options: Options) -> dict[str, Any]:
-    from bench import compare, result
+    from bench import result
+    from bench.pages import compare
 
     a, b = result.read(options.a), result.read(options.b)
     rows, notes = compare.compare(a, b), compare.notes(a, b)
@@ -169,7 +162,8 @@ def _held_against(found: dict[str, Any], options: Options) -> None:
 
 def _told(found: dict[str, Any], options: Options, **more: Any) -> dict[str, Any]:
     """The last line of a command: the result in short; the whole is in the folder."""
-    from bench import report, result
+    from bench import result
+    from bench.pages import report
 
     page = options.out / result.REPORT
     report.report([options.out], page, None)
@@ -236,8 +230,10 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("run", help="one load on an endpoint")
     _add_target(one)
-    one.add_argument("--workload", required=True, help="what to send: see bench/workload.py")
-    one.add_argument("--load", required=True, help="when to send: see bench/schedule.py")
+    one.add_argument(
+        "--workload", required=True, help="what to send: see bench/traffic/workload.py"
+    )
+    one.add_argument("--load", required=True, help="when to send: see bench/traffic/schedule.py")
     one.add_argument("--requests", type=int, help="requests of each repeat")
     one.add_argument("--duration", type=float, help="seconds of each repeat")
     _add_roofline(one)

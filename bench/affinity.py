@@ -29,8 +29,9 @@ from typing import Any
 
 import yaml
 
-from bench import tiny_model, words
+from bench import tiny_model
 from bench.overhead import QUIET, apart
+from bench.traffic import words
 
 GROUPS, SHARED, UNIQUE, OUTPUT = 64, 1000, 20, 8
 _BLOCK = 32

@@ -33,11 +33,13 @@ from locust import User, events
 from locust.exception import StopTest, StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
-from bench import locust_report, machine, records, workload
-from bench.client import Target, encode
+from bench import machine, records
 from bench.errors import BenchError, TargetError, WorkloadError
+from bench.pages import locust_report
 from bench.records import Record
-from bench.sse import Events, error_text
+from bench.traffic import workload
+from bench.traffic.client import Target, encode
+from bench.traffic.sse import Events, error_text
 
 EXAMPLES = (
     "What is a black hole? Answer in two sentences.",
@@ -62,7 +64,7 @@ def _arguments(parser: Any) -> None:
 
     add("--bench-out", "folder for records.jsonl and result.json", default="")
     add("--bench-model", "model to ask; by default the first that is served", default="")
-    add("--bench-workload", "what to send, as bench.workload says it", default=_WORKLOAD)
+    add("--bench-workload", "what to send, as bench.traffic.workload says it", default=_WORKLOAD)
     add("--bench-seed", "seed of the workload", type=int, default=0)
     add("--bench-think", "seconds a user waits between requests", type=float, default=0.0)
     add("--bench-timeout", "seconds without a byte until it failed", type=float, default=300.0)

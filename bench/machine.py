@@ -55,10 +55,9 @@ def commit() -> str:
 
 def command() -> str:
     """The command line of this process, as a reader would type it."""
-    name = Path(sys.argv[0])
-    if name.name == "__main__.py":
-        return " ".join(["python -m", name.parent.name, *sys.argv[1:]])
-    return " ".join(["python -m bench." + name.stem, *sys.argv[1:]])
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
+    return " ".join(["python -m", module, *sys.argv[1:]])
 
 
 def _git(folder: Path, *arguments: str) -> str:

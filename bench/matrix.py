@@ -12,12 +12,14 @@ from typing import Any
 
 import msgspec
 
-from bench import gpu, result, run, workload
-from bench.load import Outcome
+from bench import result, run
+from bench.hardware import gpu
 from bench.records import Record, append
 from bench.result import Repeat
 from bench.run import Job
-from bench.workload import Cell
+from bench.traffic import workload
+from bench.traffic.load import Outcome
+from bench.traffic.workload import Cell
 
 # Cells differ in their seeds by more than repeats do: prompts of one must not be found in the
 # prefix cache that another filled.
@@ -59,7 +61,7 @@ def in_process(
     cells: Sequence[Cell],
 ) -> dict[str, Any]:
     """Every cell as one batch of `LLM.generate`, with the GPUs sampled beside it."""
-    from bench.baseline import Engine
+    from bench.engine.baseline import Engine
 
     head = result.header("baseline", f"{model} in process") | {
         "model": model,

@@ -35,9 +35,9 @@ import psutil
 import yaml
 
 from bench import measure
-from bench.client import Answer, Client, Target
 from bench.records import Record
-from bench.workload import Request
+from bench.traffic.client import Answer, Client, Target
+from bench.traffic.workload import Request
 
 NAME = "bench"
 # Engine arguments of every system, unless --engine says others: a small KV cache, and one thread,

@@ -16,9 +16,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench import interval, load, measure, run, schedule, workload
-from bench.client import Target
+from bench import interval, measure, run
 from bench.records import Record
+from bench.traffic import load, schedule, workload
+from bench.traffic.client import Target
 
 REFUSED = (429, 503)
 

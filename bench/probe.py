@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import load, result, run, schedule, search, workload
-from bench.client import check
+from bench import result, run, search
 from bench.progress import Line, Progress
 from bench.records import Record, append
 from bench.run import Job
+from bench.traffic import load, schedule, workload
+from bench.traffic.client import check
 
 
 async def sweep(job: Job, folder: Path, start: int, most: int, gain: float) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import msgspec
 
 from bench import machine, measure
 from bench.errors import ResultError
-from bench.load import Outcome
 from bench.measure import Measures, Slo
 from bench.records import Record
 from bench.scrape import Sample
+from bench.traffic.load import Outcome
 
 SCHEMA = 1
 RESULT, RECORDS, CSV, REPORT = "result.json", "records.jsonl", "records.csv", "report.html"

@@ -14,14 +14,15 @@ from typing import Any
 
 import msgspec
 
-from bench import load, measure, result, schedule, workload
-from bench.client import Client, Target, check
+from bench import measure, result
 from bench.errors import TargetError
 from bench.measure import Slo
 from bench.progress import Line, Progress
 from bench.records import Record, append
 from bench.result import Repeat
 from bench.scrape import Scraper, samples
+from bench.traffic import load, schedule, workload
+from bench.traffic.client import Client, Target, check
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

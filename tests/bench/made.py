@@ -6,12 +6,14 @@ from typing import Any
 
 import msgspec
 
-from bench import locust_report, measure, result, workload
-from bench.load import Happening, Outcome
+from bench import measure, result
 from bench.measure import Slo
+from bench.pages import locust_report
 from bench.records import Record, append
 from bench.result import Repeat
 from bench.scrape import Sample
+from bench.traffic import workload
+from bench.traffic.load import Happening, Outcome
 
 MACHINE = {
     "processor": "A processor",

@@ -5,10 +5,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from bench import answers
-from bench.answers import Alignment, Right, align, compare, ends, margins, may_tie
-from bench.client import Answer
-from bench.heard import Heard, events, hear
+from bench.faults import answers
+from bench.faults.answers import Alignment, Right, align, compare, ends, margins, may_tie
+from bench.faults.heard import Heard, events, hear
+from bench.traffic.client import Answer
 
 TOKENS = [17, 4, 99, 23, 8, 61, 5, 42, 77, 31, 12, 64, 3, 88, 29, 50, 71, 9, 36, 15]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.capacity import Capacity, Reading, Stream, read, search, summarise, table
+from bench.itself.capacity import Capacity, Reading, Stream, read, search, summarise, table
 
 
 def steady(lag_s: float, count: int = 100, every_s: float = 0.1) -> Stream:

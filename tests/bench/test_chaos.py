@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from bench import result
-from bench.damage import Judged
+from bench.faults.damage import Judged
 from tests.server import wait
 from tests.services import fleet
 

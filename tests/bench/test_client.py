@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from bench import alarm
-from bench.client import Answer, Client, Target, check, encode
 from bench.errors import TargetError
 from bench.records import Record
-from bench.sse import Events, error_text
-from bench.workload import Request
+from bench.traffic import alarm
+from bench.traffic.client import Answer, Client, Target, check, encode
+from bench.traffic.sse import Events, error_text
+from bench.traffic.workload import Request
 from tests.services.openai_server import Options, Server, serving
 
 PORT = 8850

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from bench import compare
-from bench.compare import Row
 from bench.errors import ResultError
 from bench.measure import measure
+from bench.pages import compare
+from bench.pages.compare import Row
 from bench.records import Record
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench import deployment, knobs
+from bench.engine import deployment, knobs
 from bench.errors import BenchError
 from serve_app.settings import Settings
 

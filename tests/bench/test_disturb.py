@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench import disturb, gaps
-from bench.disturb import Due, parse, planned
-from bench.disturber import Disturber
 from bench.errors import LoadError
-from bench.gaps import Span
-from bench.heard import Heard
-from bench.victims import Cluster, ClusterError, of_url, title
+from bench.faults import disturb, gaps
+from bench.faults.disturb import Due, parse, planned
+from bench.faults.disturber import Disturber
+from bench.faults.gaps import Span
+from bench.faults.heard import Heard
+from bench.faults.victims import Cluster, ClusterError, of_url, title
 from tests.server import wait
 from tests.services import fleet
 

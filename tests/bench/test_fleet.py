@@ -7,10 +7,11 @@ from itertools import pairwise
 
 import pytest
 
-from bench import fleet, measure
-from bench.enginemodel import Costs, Engine, Job
+from bench import measure
 from bench.errors import BenchError
-from bench.fleet import Fleet, View
+from bench.simulation import fleet
+from bench.simulation.enginemodel import Costs, Engine, Job
+from bench.simulation.fleet import Fleet, View
 from serve_app.scaling import Decision
 
 # A request of 10 tokens in and 1 out takes a second, alone or not.

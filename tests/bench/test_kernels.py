@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import kernels
+from bench.hardware import kernels
 
 
 def kernel(name: str, ts: float, dur: float, asked: int, cat: str = "kernel") -> dict[str, Any]:

@@ -16,14 +16,14 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from bench import load, sender
-from bench.client import Target
 from bench.errors import LoadError, TargetError
-from bench.load import LOST, Outcome
 from bench.progress import Line, Progress
 from bench.records import Record
-from bench.schedule import Closed, Plan, Planned
-from bench.workload import Request
+from bench.traffic import load, sender
+from bench.traffic.client import Target
+from bench.traffic.load import LOST, Outcome
+from bench.traffic.schedule import Closed, Plan, Planned
+from bench.traffic.workload import Request
 from tests.services.openai_server import Options, launched, serving
 
 PORT = 8855

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from bench import locust_report, measure, report
+from bench import measure
+from bench.pages import locust_report, report
 from bench.records import Record, read
 from tests.bench import made
 from tests.services.openai_server import Options, Process, launched

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from bench import fleet, policies
-from bench.enginemodel import Costs, Engine, Job, roofline
 from bench.errors import BenchError
-from bench.fleet import Fleet, Policy, View
+from bench.simulation import fleet, policies
+from bench.simulation.enginemodel import Costs, Engine, Job, roofline
+from bench.simulation.fleet import Fleet, Policy, View
 from serve_app import scaling
 from serve_app.scaling import Goal, ReplicaLoad, Snapshot
 

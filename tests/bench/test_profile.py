@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import kernels
+from bench.hardware import kernels
 
 ROOT = Path(__file__).parent.parent.parent
 ENGINE = {

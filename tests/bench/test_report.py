@@ -8,12 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from bench import compare, interval, measure, report, result
+from bench import interval, measure, result
 from bench.errors import ResultError
-from bench.load import Happening
 from bench.measure import Slo
+from bench.pages import compare, report
 from bench.records import Record, read
 from bench.scrape import Sample
+from bench.traffic.load import Happening
 from tests.bench import made
 
 HOSTILE = (

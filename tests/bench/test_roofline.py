@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from bench import roofline
 from bench.errors import BenchError
-from bench.roofline import Ceilings
+from bench.hardware import roofline
+from bench.hardware.roofline import Ceilings
 
 QWEN_7B = {
     "num_hidden_layers": 28,

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from bench import machine, matrix, measure, result, run, scrape, workload
-from bench.client import Target
+from bench import machine, matrix, measure, result, run, scrape
 from bench.errors import TargetError
-from bench.load import Happening, Outcome
 from bench.records import Record, read
 from bench.result import Repeat
 from bench.run import Job
+from bench.traffic import workload
+from bench.traffic.client import Target
+from bench.traffic.load import Happening, Outcome
 from tests.services.openai_server import ROOT, Options, launched
 
 PORT = 8880

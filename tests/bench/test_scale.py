@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_run, kvcache, profile, result, scale, scheduler, story
+from bench import gpu_run, result
+from bench.engine import kvcache, scale, scheduler
+from bench.engine.scale import Row
+from bench.engine.trial import Answer, Ready
 from bench.errors import BenchError
+from bench.hardware import profile
+from bench.pages import story
 from bench.records import Record
-from bench.scale import Row
-from bench.trial import Answer, Ready
 
 
 def test_layouts_are_powers_of_two_and_all_there_are() -> None:
@@ -321,7 +324,7 @@ def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> 
 
 
 def test_a_report_has_chapters_beside_its_own_sections(tmp_path: Path) -> None:
-    from bench import report
+    from bench.pages import report
     from tests.bench import made
 
     made.cells(tmp_path / "base", "baseline", "alone")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.errors import LoadError
-from bench.schedule import (
+from bench.traffic.schedule import (
     KINDS,
     MAX_PLANNED,
     Burst,
@@ -23,8 +23,8 @@ from bench.schedule import (
     parse,
     plan,
 )
-from bench.workload import Workload
-from bench.workload import parse as workload_of
+from bench.traffic.workload import Workload
+from bench.traffic.workload import parse as workload_of
 
 OPEN = [
     "constant:rate=5",

@@ -12,14 +12,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from bench import demand, records, result, simulate, simulation_page
-from bench.demand import Surge, Wave
-from bench.enginemodel import Costs, Engine, Job, serve, serve_closed
+from bench import records, result
 from bench.errors import BenchError, LoadError
-from bench.fleet import Fleet
 from bench.measure import Slo
 from bench.scrape import Sample
-from bench.simulate import Case
+from bench.simulation import demand, simulate, simulation_page
+from bench.simulation.demand import Surge, Wave
+from bench.simulation.enginemodel import Costs, Engine, Job, serve, serve_closed
+from bench.simulation.fleet import Fleet
+from bench.simulation.simulate import Case
 
 ENGINE = Engine(
     Costs(0.02, 1e-4, 1e-3, 1e-7), max_num_seqs=16, token_budget=512, kv_blocks=2000, name="small"

@@ -5,8 +5,8 @@ import time
 
 import psutil
 
-from bench import stalls
-from bench.gaps import Span
+from bench.faults import stalls
+from bench.faults.gaps import Span
 from tests.server import wait
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import trace
 from bench.errors import WorkloadError
-from bench.trace import Cut, Row
-from bench.workload import Request, parse
+from bench.traffic import trace
+from bench.traffic.trace import Cut, Row
+from bench.traffic.workload import Request, parse
 
 TRACES = Path(__file__).parents[3] / "shared" / "traces"
 CONVERSATION = TRACES / "azure-llm-2023-conv.csv"

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from bench import kvcache, served, trial, tune
+from bench.engine import kvcache, served, trial, tune
+from bench.engine.trial import Answer, Engine, EngineError, failure
+from bench.engine.tuning import Measured, Outcome, Trial
 from bench.errors import BenchError, ResultError
 from bench.measure import Slo
 from bench.records import Record
-from bench.trial import Answer, Engine, EngineError, failure
-from bench.tuning import Measured, Outcome, Trial
-from bench.workload import Request
+from bench.traffic.workload import Request
 from serve_app.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -279,7 +279,7 @@ def test_a_gain_has_an_interval_and_a_ladder_widens_it() -> None:
 def test_a_limit_that_an_engine_was_not_started_with_needs_another_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import knobs
+    from bench.engine import knobs
 
     started: list[dict[str, Any]] = []
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from bench import knobs, tuning
-from bench.knobs import Knob
-from bench.roofline import Ceilings, Shape
-from bench.tuning import Climb, Floor, Lengths, Measured, Outcome, Search, Trial
+from bench.engine import knobs, tuning
+from bench.engine.knobs import Knob
+from bench.engine.tuning import Climb, Floor, Lengths, Measured, Outcome, Search, Trial
+from bench.hardware.roofline import Ceilings, Shape
 
 SPACE = [
     Knob(name="max_num_seqs", values=(None, 4, 16, 64), live=True, meaning=""),

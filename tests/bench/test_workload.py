@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from bench import words
 from bench.errors import BenchError, WorkloadError
-from bench.workload import KINDS, Request, matrix, parse
+from bench.traffic import words
+from bench.traffic.workload import KINDS, Request, matrix, parse
 from serve_app import embedded
 
 

@@ -2,7 +2,7 @@
 
 import httpx
 
-from bench import victims
+from bench.faults import victims
 from tests.server import Server, wait
 
 _LONG_ENOUGH_S = 15.0  # A replica that the new controller does not accept is gone in less.

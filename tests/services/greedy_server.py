@@ -30,7 +30,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from bench.words import WORDS
+from bench.traffic.words import WORDS
 
 _PROMPT = 10_000  # Tokens of prompts are from here on, those of answers below.
 _PLACE, _PIECE, _TOGETHER = 9, 3, 2

@@ -31,7 +31,7 @@ from typing import Any, cast
 
 import httptools
 
-from bench.alarm import Alarm
+from bench.traffic.alarm import Alarm
 
 ROOT = Path(__file__).parents[2]
 MODEL = "fake"

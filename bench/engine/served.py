@@ -1,0 +1,319 @@
+"""A server that bench starts, with the loads of a trial: `trial.Engine`, behind HTTP.
+
+    with Served("ours", model, arguments, folder, port=8890) as server:
+        answer = server.load("synthetic:input=200,output=64", "poisson:rate=5", count=100, seed=0)
+
+The systems are a bare vLLM ("bare") and this application ("ours"), which may have several replicas.
+Requests are sent from this process at their planned times, whatever came of the others; a Crowd
+sends a closed load from several, for servers that one Python cannot keep busy.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import psutil
+import yaml
+
+from bench import measure, overhead
+from bench.engine import deployment, trial
+from bench.engine.trial import Answer, EngineError
+from bench.errors import BenchError
+from bench.measure import Slo
+from bench.records import Record
+from bench.traffic import schedule, workload
+from bench.traffic.client import Client, Target
+from bench.traffic.schedule import Closed, Open
+from bench.traffic.workload import Request
+
+_LAG_S = 0.05
+_STOP_S = 60.0
+SYSTEMS = ("bare", "ours")
+
+
+class Served:
+    """The server. Use it as a context manager.
+
+    Args:
+        arguments: vLLM's, tensor_parallel_size among them.
+        replicas: of "ours".
+        environment: more of it, such as CUDA_VISIBLE_DEVICES.
+
+    Raises EngineError where it does not start.
+    """
+
+    def __init__(
+        self,
+        system: str,
+        model: str,
+        arguments: Mapping[str, Any],
+        folder: Path,
+        port: int = 8890,
+        start_s: float = trial.START_S,
+        replicas: int = 1,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        if system not in SYSTEMS:
+            raise BenchError.of("system", system, "no such system", SYSTEMS)
+        if replicas > 1 and system == "bare":
+            raise BenchError.of("replicas", replicas, "a bare vLLM has one")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._port, self._folder, self._start_s = port, folder, start_s
+        if system == "bare":
+            self._command = _bare(model, arguments, port)
+        else:
+            self._command = _ours(model, arguments, port, folder, replicas)
+        self._environment = {**overhead.QUIET, **overhead.apart(port), **(environment or {})}
+        self.load_s = 0.0
+        self._loads = 0
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    def __enter__(self) -> Self:
+        begun_s = time.monotonic()
+        self._log = open(self._folder / "server.log", "wb")
+        self._process = subprocess.Popen(
+            self._command,
+            env={**os.environ, **self._environment},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+        try:
+            self._wait()
+        except BaseException:
+            self._end()
+            raise
+        self.load_s = time.monotonic() - begun_s
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        """Ask it to stop, then see that nothing of it is left."""
+        family: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self._process.pid)
+            family = [root, *root.children(recursive=True)]
+            root.send_signal(signal.SIGINT)
+        _, alive = psutil.wait_procs(family, timeout=_STOP_S)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def load(
+        self,
+        what: str,
+        when: str,
+        *,
+        count: int,
+        seed: int,
+        slo: Slo | None = None,
+        limit_s: float = 120.0,
+    ) -> Answer:
+        """As `trial.Engine.load`; `users=N` keeps N requests under way.
+
+        A server's prefix cache cannot be emptied from here, and loads of one seed have the same
+        prompts, so those of each load begin with its number.
+        """
+        self._loads += 1
+        made = workload.parse(what, seed).take(count)
+        requests = [_begun(request, self._loads) for request in made]
+        return asyncio.run(_load(self._port, requests, when, seed, limit_s))
+
+    def _wait(self) -> None:
+        """Until it answers a request: a route may be there before its replica is."""
+        deadline_s = time.monotonic() + self._start_s
+        url = f"http://127.0.0.1:{self._port}/v1/models"
+        while time.monotonic() < deadline_s:
+            if self._process.poll() is not None:
+                said = (self._folder / "server.log").read_text(errors="replace")
+                raise trial.failure(said, self._process.returncode)
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(url, timeout=5).close()
+                return
+            time.sleep(0.2)
+        raise EngineError(f"the server was not ready after {self._start_s:.0f} s")
+
+
+def _begun(request: Request, number: int) -> Request:
+    """The same with a prompt that no other load has; a chat from a file stays as it is there."""
+    if not isinstance(request.prompt, str):
+        return request
+    return msgspec.structs.replace(request, prompt=f"{number} {request.prompt}")
+
+
+async def _load(
+    port: int, requests: Sequence[Request], when: str, seed: int, limit_s: float
+) -> Answer:
+    load, count = schedule.parse(when), len(requests)
+    if isinstance(load, Closed):
+        return await _closed(port, requests, load.users, limit_s)
+    assert isinstance(load, Open)
+    times_s = load.times_s(count, None, seed)
+    records, start_s = _records(requests), time.perf_counter()
+
+    async def at(index: int) -> None:
+        records[index].planned_s = start_s + times_s[index]
+        await asyncio.sleep(records[index].planned_s - time.perf_counter())
+        records[index] = await _ask(client, requests[index], records[index])
+
+    with contextlib.closing(_client(port, limit_s)) as client:
+        await asyncio.gather(*(at(index) for index in range(count)))
+    return Answer(records=records, elapsed_s=time.perf_counter() - start_s)
+
+
+async def _closed(port: int, requests: Sequence[Request], users: int, limit_s: float) -> Answer:
+    records, left = _records(requests), iter(range(len(requests)))
+    start_s = time.perf_counter()
+
+    async def user() -> None:
+        for index in left:
+            records[index].planned_s = time.perf_counter()
+            records[index] = await _ask(client, requests[index], records[index])
+
+    with contextlib.closing(_client(port, limit_s)) as client:
+        await asyncio.gather(*(user() for _ in range(users)))
+    return Answer(records=records, elapsed_s=time.perf_counter() - start_s)
+
+
+def _client(port: int, limit_s: float) -> Client:
+    target = Target(
+        url=f"http://127.0.0.1:{port}",
+        model=overhead.NAME,
+        timeout_s=limit_s,
+        extra={"temperature": 0, "ignore_eos": True},
+    )
+    return Client(target, time.perf_counter)
+
+
+def _records(requests: Sequence[Request]) -> list[Record]:
+    return [
+        Record(
+            index=index,
+            planned_s=0.0,
+            kind=request.kind,
+            asked_input_tokens=request.input_tokens,
+            asked_output_tokens=request.output_tokens,
+        )
+        for index, request in enumerate(requests)
+    ]
+
+
+async def _ask(client: Client, request: Request, record: Record) -> Record:
+    least = {**request.extra, "min_tokens": request.output_tokens}
+    return await client.ask(msgspec.structs.replace(request, extra=least), record)
+
+
+class Crowd:
+    """Client processes that share a closed load evenly. Use it as a context manager.
+
+    One process that reads streams is full at some ten thousand events/s, which several GPUs exceed:
+    what is measured then is the client. Their clocks are one (the machine's monotonic one).
+    """
+
+    def __init__(self, processes: int) -> None:
+        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+        self._processes = processes
+        list(self._pool.map(abs, range(processes)))  # Each has started and imported.
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def load(
+        self, server: Served, what: str, users: int, count: int, seed: int, limit_s: float = 300.0
+    ) -> Answer:
+        """`count` requests, `users` under way at a time; as `Served.load` with `users=N`."""
+        shares = min(self._processes, users)
+        futures = [
+            self._pool.submit(
+                _share,
+                server.port,
+                what,
+                users // shares + (place < users % shares),
+                count,
+                seed,
+                limit_s,
+                place,
+                shares,
+            )
+            for place in range(shares)
+        ]
+        answers = [future.result() for future in futures]
+        records = [record for answer in answers for record in answer.records]
+        ends_s = [record.end_s for record in records if record.end_s is not None]
+        start_s = min(record.planned_s for record in records)
+        return Answer(records=records, elapsed_s=max(ends_s, default=start_s) - start_s)
+
+
+def _share(
+    port: int, what: str, users: int, count: int, seed: int, limit_s: float, place: int, shares: int
+) -> Answer:
+    """One process's part: of the same requests, every `shares`-th."""
+    made = workload.parse(what, seed)
+    requests = [made.request(index) for index in range(place, count, shares)]
+    return asyncio.run(_closed(port, requests, users, limit_s))
+
+
+def _bare(model: str, arguments: Mapping[str, Any], port: int) -> list[str]:
+    words = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--model", model, "--served-model-name", overhead.NAME, "--host", "127.0.0.1"]
+    words += ["--port", str(port), "--disable-uvicorn-access-log"]
+    return words + [_flag(name, value) for name, value in arguments.items()]
+
+
+def _flag(name: str, value: Any) -> str:
+    """An argument as vLLM's command line has it: JSON for objects, --no-x for False."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    text = json.dumps(value) if isinstance(value, dict | list) else value
+    return f"--{option}={text}"
+
+
+def _ours(
+    model: str, arguments: Mapping[str, Any], port: int, folder: Path, replicas: int
+) -> list[str]:
+    config = yaml.safe_load(
+        deployment.text(model=model, engine=arguments, tuned={}, why="bench", replicas=replicas)
+    )
+    config["http_options"]["port"] = port
+    config["applications"][0]["args"]["served_model_name"] = overhead.NAME
+    path = folder / f"{port}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return [sys.executable, "-m", "serve_app", "serve", "--config", str(path)]
+
+
+def lag(records: list[Record]) -> str:
+    """A doubt, where this process sent too late; else empty."""
+    late_s = sorted(value for record in records if (value := measure.lag_s(record)) is not None)
+    worst_s = late_s[int(0.99 * (len(late_s) - 1))] if late_s else 0.0
+    return f"late: requests were sent up to {worst_s * 1e3:.0f} ms" if worst_s > _LAG_S else ""

@@ -1,0 +1,530 @@
+"""Which setting to try next, and what the tries have shown: the policy of `bench tune`.
+
+Pure. `Search.ask` says what to measure, `tell` takes the scores, and the plan reads top to bottom
+in `_plan`: the defaults; each knob by itself, around the best so far; the combinations that the
+worth of their parts promises most of; then successive halving, the better half again with twice
+the requests, until the last rung, where the best stand with repeats beside the defaults.
+
+Nothing is measured that cannot win. A setting is pruned where its upper bound (`ceiling`: from the
+hardware, and from the shortest step that was seen) is below what another has reached. Whatever is
+left out is kept with its reason. The knobs' worth comes from all scores together, by least squares
+on their logs: what a value multiplies the score by, with its interval.
+
+`Climb` finds the highest rate that keeps an objective on a ladder of rates, from where it is
+thought to be, in few probes.
+"""
+
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from bench import interval
+from bench.engine.knobs import Knob, Settings, key, started_with
+from bench.hardware import roofline
+from bench.hardware.roofline import Ceilings, Shape
+
+# A difference below this is noise at the first rung: the simpler setting stays.
+_TIE = 0.02
+_COMBINED = 6
+_PROMISING = 1.15
+_HOPEFUL = 0.85  # Of the best at a rung: what is below that is not the best by bad luck.
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """What to measure.
+
+    Attributes:
+        rung: from 0; the last is the full measurement.
+        share: of the full measurement's requests.
+        repeats: with as many seeds.
+        why: for the one who watches.
+    """
+
+    settings: dict[str, Any]
+    rung: int
+    share: float
+    repeats: int
+    why: str
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """What a trial showed: a score for each repeat, the higher the better; 0 where nothing passed.
+
+    Attributes:
+        failure: why there is none: the engine did not start, or ended.
+    """
+
+    scores: list[float] = []
+    failure: str = ""
+    oom: bool = False
+
+    @property
+    def score(self) -> float:
+        return fmean(self.scores) if self.scores else 0.0
+
+
+class Measured(msgspec.Struct, kw_only=True):
+    """A setting and its outcomes, by rung."""
+
+    settings: dict[str, Any]
+    outcomes: dict[int, Outcome]
+
+    @property
+    def rung(self) -> int:
+        return max(self.outcomes)
+
+    def score(self, rung: int | None = None) -> float:
+        outcome = self.outcomes.get(self.rung if rung is None else rung)
+        return outcome.score if outcome else 0.0
+
+
+class Effect(msgspec.Struct, kw_only=True):
+    """What a value of a knob multiplies the score by, beside the default.
+
+    Attributes:
+        low, high: its 95% interval; None where there are too few scores to have one.
+        trials: settings with this value.
+    """
+
+    knob: str
+    value: Any
+    ratio: float
+    low: float | None
+    high: float | None
+    trials: int
+
+
+Plan = Generator[Trial, Outcome, None]
+
+
+class Search:
+    """Successive halving, around a search that turns one knob at a time.
+
+    Args:
+        knobs: what may be turned.
+        rungs: measurements of different length; each is twice the one before.
+        repeats: of the last one.
+        most: settings to measure; None for as many as it takes.
+        worth: about how much better a setting should be than the defaults, on paper; decides the
+            order.
+        ceiling: the score that a setting cannot exceed.
+        refused: why a setting is impossible, empty if it is not.
+    """
+
+    def __init__(
+        self,
+        knobs: Sequence[Knob],
+        *,
+        rungs: int = 3,
+        repeats: int = 3,
+        most: int | None = None,
+        worth: Callable[[Settings], float] = lambda _: 1.0,
+        ceiling: Callable[[Settings], float] = lambda _: math.inf,
+        refused: Callable[[Settings], str] = lambda _: "",
+    ) -> None:
+        self._knobs, self._rungs, self._repeats = list(knobs), rungs, repeats
+        self._most = most if most is not None else 10**9
+        self._worth, self._ceiling, self._refused = worth, ceiling, refused
+        self.measured: dict[str, Measured] = {}
+        self.pruned: dict[str, str] = {}
+        self.hurried = False
+        self._running: Settings = {}
+        self._generator = self._plan()
+        self._trial: Trial | None = next(self._generator)
+
+    def ask(self) -> Trial | None:
+        """What to measure next, the same until told; None: the search is over."""
+        return self._trial
+
+    def tell(self, outcome: Outcome) -> None:
+        """What came of the trial that was asked for last."""
+        trial = self._trial
+        if trial is None:
+            raise ValueError("the search is over: nothing was asked for")
+        name = key(trial.settings)
+        known = self.measured.setdefault(name, Measured(settings=dict(trial.settings), outcomes={}))
+        known.outcomes[trial.rung] = outcome
+        self._running = started_with(trial.settings, self._knobs)
+        if self.hurried:
+            self._trial = next(self._last(), None)
+            return
+        try:
+            self._trial = self._generator.send(outcome)
+        except StopIteration:
+            self._trial = None
+
+    def hurry(self) -> None:
+        """Time runs out: no new setting, only the last measurement of the best one."""
+        self.hurried = True
+        if self._trial is not None and self._trial.rung < self._rungs - 1:
+            self._trial = next(self._last(), None)
+
+    @property
+    def default(self) -> Measured | None:
+        return self.measured.get(key({}))
+
+    @property
+    def best(self) -> Measured | None:
+        """The best of those that got farthest; the default, where no other is better."""
+        good = [each for each in self.measured.values() if each.score() > 0]
+        # The longest measurement that more than the defaults have: scores of one rung compare.
+        others = [each.rung for each in good if each.settings]
+        rung = max(others, default=max((each.rung for each in good), default=0))
+        same = [each for each in good if rung in each.outcomes]
+        return max(same, key=lambda each: each.score(rung), default=None)
+
+    # --- the plan ---------------------------------------------------------------------------
+
+    def _plan(self) -> Plan:
+        # What everything else is held against, at the first and at the last rung.
+        yield from self._measure({}, 0, "vLLM's defaults")
+        yield from self._measure({}, self._rungs - 1, "vLLM's defaults, in full")
+        best = yield from self._screen()
+        for point in self._promising(best):
+            yield from self._measure(point, 0, "its parts were worth it")
+        for rung in range(1, self._rungs):
+            for point in self._better_half(rung):
+                yield from self._measure(point, rung, f"among the best of rung {rung - 1}")
+
+    def _screen(self) -> Generator[Trial, Outcome, dict[str, Any]]:
+        """One knob at a time around the best so far, the most promising first."""
+        best: dict[str, Any] = {}
+        knobs = list(self._knobs)
+        while knobs:
+            knob = max(knobs, key=lambda each: self._promise(each, best))
+            knobs.remove(knob)
+            if best and not knob.live:
+                # While its engine stands; and whatever is cut short, the best so far was measured.
+                yield from self._measure(best, self._rungs - 1, "the best so far, in full")
+            for value in knob.values[1:]:
+                point = {**best, knob.name: value}
+                why = f"{knob.name} {value} beside the best so far"
+                yield from self._measure(point, 0, why)
+            # Only when all its values are known: they are compared with one another too.
+            tried = [best, *({**best, knob.name: value} for value in knob.values[1:])]
+            scores = [self._score(point, 0) for point in tried]
+            place = int(np.argmax(scores))
+            if scores[place] > scores[0] * (1 + _TIE):
+                best = dict(tried[place])
+        return best
+
+    def _promise(self, knob: Knob, best: Settings) -> tuple[float, bool]:
+        """What its best value should bring on paper; where little, what needs no start is first."""
+        values = knob.values[1:]
+        most = max((self._worth({**best, knob.name: value}) for value in values), default=0.0)
+        promise = most / self._worth(best)
+        return (round(promise, 1) if promise >= _PROMISING else 1.0), knob.live
+
+    def _promising(self, best: Settings) -> list[dict[str, Any]]:
+        """Combinations not yet measured, by what the knobs' worth says of them; the best first."""
+        logs = self._logs()
+        points: list[dict[str, Any]] = [{}]
+        for knob in self._knobs:
+            tried = [value for value in knob.values if value is None or _name(knob, value) in logs]
+            by_worth = sorted(tried, key=lambda value: -_log_of(logs, knob.name, value))
+            points = [
+                point if value is None else {**point, knob.name: value}
+                for point in points
+                for value in by_worth[:2]
+            ]
+
+        def foretold(point: Settings) -> float:
+            return sum(_log_of(logs, name, value) for name, value in point.items())
+
+        least = foretold(best) + math.log(1 - 2 * _TIE)
+        good = [point for point in points if foretold(point) >= least]
+        good.sort(key=lambda point: (-foretold(point), key(point)))
+        fresh = [point for point in good if key(point) not in self.measured]
+        return self._standing_first(fresh[:_COMBINED])
+
+    def _better_half(self, rung: int) -> list[dict[str, Any]]:
+        """The better half of those that reached the rung before, engines that stand first."""
+        there = [
+            each
+            for each in self.measured.values()
+            if rung - 1 in each.outcomes and each.score(rung - 1) > 0
+        ]
+        there.sort(key=lambda each: -each.score(rung - 1))
+        best = there[0].score(rung - 1) if there else 0.0
+        there = [each for each in there if each.score(rung - 1) >= _HOPEFUL * best]
+        # The first rung has many that only differ in what does not matter: few go on.
+        kept = there[: max(2, math.ceil(len(there) / 2**rung))]
+        if rung == self._rungs - 1:
+            kept = kept[:2]
+        return self._standing_first([each.settings for each in kept if rung not in each.outcomes])
+
+    def _standing_first(self, points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """In the same order, but for those that the engine which stands can measure."""
+        same = key(self._running)
+        return sorted(points, key=lambda point: key(started_with(point, self._knobs)) != same)
+
+    def _last(self) -> Plan:
+        """The best so far in full, where that has not been done."""
+        found = self.best
+        if found is not None and self._rungs - 1 not in found.outcomes:
+            yield self._trial_of(found.settings, self._rungs - 1, "the best so far, in full")
+
+    def _measure(self, settings: Settings, rung: int, why: str) -> Plan:
+        """Ask for a trial, unless it was made, is impossible, or cannot win."""
+        name = key(settings)
+        known = self.measured.get(name)
+        if name in self.pruned or (known is not None and rung in known.outcomes):
+            return
+        if settings and known is None and (reason := self._out_of_the_question(settings)):
+            self.pruned[name] = reason
+            return
+        yield self._trial_of(settings, rung, why)
+
+    def _trial_of(self, settings: Settings, rung: int, why: str) -> Trial:
+        last = rung == self._rungs - 1
+        return Trial(
+            settings=dict(settings),
+            rung=rung,
+            share=0.5 ** (self._rungs - 1 - rung),
+            repeats=self._repeats if last else 1,
+            why=why,
+        )
+
+    def _out_of_the_question(self, settings: Settings) -> str:
+        if reason := self._refused(settings):
+            return reason
+        for each in self.measured.values():
+            failed = each.outcomes[each.rung]
+            start = started_with(each.settings, self._knobs)
+            if failed.failure and start and start.items() <= settings.items():
+                return f"as {start} failed: {failed.failure}"
+        best = max((each.score(0) for each in self.measured.values()), default=0.0)
+        ceiling = self._ceiling(settings)
+        if ceiling < best:
+            return f"cannot exceed {ceiling:.4g}, and {best:.4g} was reached"
+        if len(self.measured) >= self._most:
+            return f"{self._most} settings were measured, which is all that were allowed"
+        return ""
+
+    def _score(self, settings: Settings, rung: int) -> float:
+        known = self.measured.get(key(settings))
+        return known.score(rung) if known else 0.0
+
+    def _logs(self) -> dict[tuple[str, str], float]:
+        return {
+            (effect.knob, key({"v": effect.value})): math.log(effect.ratio)
+            for effect in effects(self.measured.values())
+        }
+
+
+def _name(knob: Knob, value: Any) -> tuple[str, str]:
+    return knob.name, key({"v": value})
+
+
+def _log_of(logs: Mapping[tuple[str, str], float], name: str, value: Any) -> float:
+    return 0.0 if value is None else logs.get((name, key({"v": value})), 0.0)
+
+
+# --- what each knob is worth ----------------------------------------------------------------
+
+
+def effects(measured: Iterable[Measured], resolution: float = 1.0) -> list[Effect]:
+    """What every value that was tried multiplies the score by, as if knobs did not depend on each
+    other; by least squares on the logs of all scores, each rung with a level of its own.
+
+    A value that only came together with another cannot be told from it and is left out.
+
+    Args:
+        resolution: how far apart two scores must be to be told apart, as a ratio: scores of a
+            ladder are equal where they are not the same, so intervals are that much wider.
+    """
+    rows = [
+        (each.settings, rung, score, len(outcome.scores))
+        for each in measured
+        for rung, outcome in each.outcomes.items()
+        for score in outcome.scores
+        if score > 0
+    ]
+    values: dict[tuple[str, str], Any] = {}
+    for settings, _, _, _ in rows:
+        for name, value in settings.items():
+            values[name, key({"v": value})] = value
+    rungs = sorted({rung for _, rung, _, _ in rows})
+    columns = list(values)
+    if not rows or not columns:
+        return []
+    matrix = np.zeros((len(rows), len(rungs) + len(columns)))
+    logs = np.zeros(len(rows))
+    for place, (settings, rung, score, _) in enumerate(rows):
+        matrix[place, rungs.index(rung)] = 1.0
+        for name, value in settings.items():
+            matrix[place, len(rungs) + columns.index((name, key({"v": value})))] = 1.0
+        logs[place] = math.log(score)
+    inverse = np.linalg.pinv(matrix)
+    found = inverse @ logs
+    told_apart = np.isclose(np.diag(inverse @ matrix), 1.0, atol=1e-6)
+    freedom = len(rows) - int(np.linalg.matrix_rank(matrix))
+    rest = logs - matrix @ found
+    spread = float(rest @ rest) / freedom if freedom > 0 else math.nan
+    half = (
+        interval.t_quantile((1 + interval.CONFIDENCE) / 2, freedom)
+        * np.sqrt(spread * np.diag(inverse @ inverse.T))
+        if freedom > 0
+        else None
+    )
+    listed = []
+    for place, (name, text) in enumerate(columns, len(rungs)):
+        if not told_apart[place]:
+            continue
+        centre = float(found[place])
+        width = None if half is None else float(half[place])
+        listed.append(
+            Effect(
+                knob=name,
+                value=values[name, text],
+                ratio=math.exp(centre),
+                low=None if width is None else math.exp(centre - width) / resolution,
+                high=None if width is None else math.exp(centre + width) * resolution,
+                trials=len({key(s) for s, _, _, _ in rows if key({"v": s.get(name)}) == text}),
+            )
+        )
+    return sorted(listed, key=lambda each: -abs(math.log(each.ratio)))
+
+
+# --- the hardware ---------------------------------------------------------------------------
+
+
+class Lengths(msgspec.Struct, frozen=True, kw_only=True):
+    """Of an average request of the load, in tokens; `cached` of the prompt need not be read."""
+
+    read: float
+    written: float
+
+
+class Floor(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of an engine before a trial of it.
+
+    Attributes:
+        shape, ceilings: None where nobody measured the machine.
+        step_s: the shortest step that was seen, a batch of one: none is shorter.
+        seqs, tokens: vLLM's own limits of a batch.
+    """
+
+    shape: Shape | None = None
+    ceilings: Ceilings | None = None
+    step_s: float = 0.0
+    seqs: int = 256
+    tokens: int = 2048
+
+
+def requests_per_s(floor: Floor, lengths: Lengths, settings: Settings) -> float:
+    """The rate that a setting cannot exceed, whatever the load."""
+    tokens = int(settings.get("max_num_batched_tokens") or floor.tokens)
+    seqs = min(int(settings.get("max_num_seqs") or floor.seqs), tokens)
+    least_s = max(floor.step_s, _read_s(floor, lengths, settings, seqs))
+    bounds = [math.inf]
+    if least_s > 0:
+        # A sequence gets a token a step; and a step has room for so many tokens.
+        bounds.append(seqs / (lengths.written * least_s))
+        bounds.append(tokens / ((lengths.read + lengths.written) * least_s))
+    if hardware_s := _hardware_s(floor, lengths, settings, seqs):
+        bounds.append(1 / max(hardware_s))
+    return min(bounds)
+
+
+def worth(floor: Floor, lengths: Lengths, settings: Settings) -> float:
+    """About how many times faster than the defaults the hardware lets a setting be."""
+    seqs = min(floor.seqs, 128)  # A batch that is neither small nor beyond what fits.
+    mine = _hardware_s(floor, lengths, settings, seqs)
+    default = _hardware_s(floor, lengths, {}, seqs)
+    return sum(default) / sum(mine) if mine and default else 1.0
+
+
+def _as_kept(floor: Floor, settings: Settings) -> tuple[Shape, Ceilings] | None:
+    if floor.shape is None or floor.ceilings is None:
+        return None
+    shape, ceilings = floor.shape, floor.ceilings
+    if settings.get("quantization") == "fp8":
+        shape = msgspec.structs.replace(shape, weight_bytes=1.0)
+        ceilings = msgspec.structs.replace(ceilings, flops_per_s=2 * ceilings.flops_per_s)
+    if str(settings.get("kv_cache_dtype", "")).startswith("fp8"):
+        shape = msgspec.structs.replace(shape, kv_bytes=1.0)
+    return shape, ceilings
+
+
+def _read_s(floor: Floor, lengths: Lengths, settings: Settings, seqs: int) -> float:
+    """The least time of a step that writes a token to so many sequences."""
+    known = _as_kept(floor, settings)
+    if known is None:
+        return 0.0
+    shape, ceilings = known
+    return roofline.decode(shape, seqs, lengths.read).least_s(ceilings)
+
+
+def _hardware_s(
+    floor: Floor, lengths: Lengths, settings: Settings, seqs: int
+) -> tuple[float, float] | None:
+    """Of one request in a batch of `seqs`: the least time to compute, and to read memory."""
+    known = _as_kept(floor, settings)
+    if known is None:
+        return None
+    shape, ceilings = known
+    prompt = roofline.prefill(shape, lengths.read)
+    step = roofline.decode(shape, seqs, lengths.read)
+    flops = prompt.flops + lengths.written * step.flops / seqs
+    memory = lengths.written * step.bytes / seqs
+    return flops / ceilings.flops_per_s, memory / ceilings.bytes_per_s
+
+
+# --- the highest rate -----------------------------------------------------------------------
+
+
+class Climb:
+    """The highest rung of a ladder that passes, from a start, in strides that halve.
+
+    Args:
+        start, stride: rungs, any whole number.
+        gap: how far apart the highest that passed and the lowest that failed may be.
+        least: nothing below is tried.
+        most: probes.
+    """
+
+    def __init__(
+        self, start: int, *, stride: int = 4, gap: int = 1, least: int = -60, most: int = 12
+    ) -> None:
+        self._at, self._stride, self._gap = start, max(stride, gap), gap
+        self._least, self._left = least, most
+        self.passed: int | None = None
+        self.failed: int | None = None
+
+    @property
+    def result(self) -> int | None:
+        """The highest that passed; where the probes did not narrow it down, the middle of what is
+        left; a stride below what failed, where nothing passed. None where that is off the ladder.
+        """
+        if self.passed is None:
+            below = None if self.failed is None else self.failed - self._gap
+            return below if below is not None and below >= self._least else None
+        wide = self.failed is not None and self.failed - self.passed > self._gap
+        return (self.passed + (self.failed or 0)) // 2 if wide else self.passed
+
+    def ask(self) -> int | None:
+        """The rung to probe next; None: it is known."""
+        if self._left <= 0 or self._at < self._least:
+            return None
+        if self.passed is not None and self.failed is not None:
+            return None if self.failed - self.passed <= self._gap else self._at
+        return self._at
+
+    def tell(self, passed: bool) -> None:
+        self._left -= 1
+        at = self._at
+        if passed:
+            self.passed = at if self.passed is None else max(self.passed, at)
+        else:
+            self.failed = at if self.failed is None else min(self.failed, at)
+        if self.passed is not None and self.failed is not None:
+            self._at = (self.passed + self.failed) // 2
+            return
+        # Further each time: what is thought may be far off.
+        self._at = at + self._stride if passed else at - self._stride
+        self._stride = min(2 * self._stride, 8)

@@ -1,0 +1,345 @@
+"""`bench chaos`: load on an endpoint while parts of it are killed, and what its clients saw.
+
+    python -m bench chaos --url http://127.0.0.1:8000 --requests 2000 --users 16 \\
+        --workload synthetic:input=20,output=128 --disturb kill-replica:every=10 \\
+        --disturb kill-engine:every=15 --disturb stop-engine:every=60,for=5 --out results/chaos
+
+First each of a few distinct prompts is asked in peace: its greedy answer is the right one. Then
+users ask them again and again (a closed loop, streams and some answers in one piece), while
+disturbances happen (disturb.py) to processes of the cluster that serves the URL (victims.py), and
+of no other. Every answer is compared with the right one (answers.py); where it differs it is asked
+afterwards whether the difference is a tie of greedy choices. The same runs with `command:` show
+whether a change of size, configuration or version loses a request.
+
+The load lasts for `--requests`, and until each disturbance that has a count was done so often. The
+result is valid, and the exit status 0, if nothing was lost, doubled, missing or different, ties
+apart, and every disturbance happened at least once.
+
+Silences are told twice: as the client saw them, and without the time in which the machine let
+nobody run (stalls.py), which on a small or shared one may be most of it.
+
+The load comes from one event loop here and not from Ray actors: what is measured is whether answers
+are right and how long silences are, for which milliseconds do not matter, and a cluster of its own
+would take the cores of what is measured. Every request has a connection of its own, so that none is
+sent again by the client.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench import records, result, run
+from bench.errors import LoadError, TargetError
+from bench.faults import answers, chaos_page, damage, disturb, gaps, stalls, victims
+from bench.faults.answers import Right
+from bench.faults.damage import Judged
+from bench.faults.disturber import Disturber
+from bench.faults.gaps import Span
+from bench.faults.heard import Heard
+from bench.faults.victims import Cluster
+from bench.progress import Line, Progress
+from bench.traffic import users, workload
+from bench.traffic.client import Answer, Client, Target, check
+from bench.traffic.users import Users
+from bench.traffic.workload import Request
+
+_COMMANDS_LOG = "commands.log"
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A load, what happens meanwhile, and what counts as wrong.
+
+    Attributes:
+        target: what is asked, greedily.
+        workload: the prompts, as a spec; the first `distinct` of it are used.
+        count, users: requests at least, and how many at once.
+        think_s: what each user waits between an answer and its next request.
+        whole: share of the requests that are not streamed.
+        disturb: specs of disturbances.
+        tie_margin: nats by which a greedy token may be less likely than the likeliest.
+        gap_s: silences from this on are counted as pauses.
+        most_s: the load ends then, whatever is left to be done; None: it does not.
+    """
+
+    target: Target
+    workload: str
+    count: int
+    users: int
+    distinct: int = 64
+    whole: float = 0.0
+    think_s: float = 0.0
+    disturb: tuple[str, ...] = ()
+    tie_margin: float = 0.02
+    gap_s: float = 0.5
+    most_s: float | None = None
+    seed: int = 0
+    name: str = ""
+
+
+async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> dict[str, Any]:
+    """Do the job; the records are in `folder`/records.jsonl as they come, the rest at the end.
+
+    Interrupted, it ends the load and still returns a result, which says so.
+
+    Raises:
+        BenchError: the job is impossible, or the target does not answer in peace.
+    """
+    disturbances = [disturb.parse(text) for text in job.disturb]
+    requests = workload.parse(job.workload, job.seed).take(job.distinct)
+    await check(job.target)
+    head = result.header("chaos", job.name or f"{job.workload} users={job.users}")
+    path = result.prepare(folder)
+    start_s = time.perf_counter()
+
+    def clock() -> float:
+        return time.perf_counter() - start_s
+
+    disturber = Disturber(disturbances, cluster, job.seed, clock, folder / _COMMANDS_LOG)
+    disturber.check()
+    rights = await in_peace(job, requests)
+    start_s = time.perf_counter()  # The load's clock begins now.
+    with stalls.watching() as watched:
+        heard, interrupted = await _disturbed(job, requests, disturber, path)
+        duration_s = clock()
+    stalled = watched.since(start_s)
+    judged = await judge(job, heard, rights, stalled)
+    _rewrite(path, judged)
+    found = head | _asked(job) | {"duration_s": duration_s}
+    found["machine_stalled_s"] = sum(span.lasted_s for span in stalled)
+    found |= damage.figures(judged, rights, disturber.done, job.disturb, job.gap_s)
+    if len(judged) < job.count:
+        found["doubts"].append(f"only {len(judged)} of {job.count} requests came to an end")
+    if interrupted:
+        found["doubts"].append("interrupted: the rest of the load was not sent")
+        found["valid"] = False
+    result.write(folder, found)
+    page = chaos_page.page(found, judged)
+    (folder / result.REPORT).write_text(page, encoding="utf-8", errors="replace")
+    return found
+
+
+async def in_peace(job: Job, requests: Sequence[Request]) -> list[Right]:
+    """The right answer to each prompt, asked one by one.
+
+    Raises:
+        TargetError: one has no whole answer.
+    """
+    found, line = [], Line(label="in peace ")
+    start_s = time.perf_counter()
+    with contextlib.closing(users.client(job.target, time.perf_counter)) as client:
+        for number, request in enumerate(requests):
+            record = Heard(index=number, planned_s=time.perf_counter(), prompt=number)
+            await users.ask(client, request, record)
+            if record.error:
+                problem = f"the undisturbed answer {number} failed: {record.error}"
+                raise TargetError(f"url = {job.target.url!r}: {problem}")
+            found.append(Right.of(record))
+            done = len(found)
+            at_s = time.perf_counter() - start_s
+            line(Progress(at_s=at_s, planned=len(requests), sent=done, done=done))
+    line.close()
+    return found
+
+
+async def _disturbed(
+    job: Job, requests: Sequence[Request], disturber: Disturber, path: Path
+) -> tuple[list[Heard], bool]:
+    """What the users heard, and whether it was interrupted."""
+    loop = Users(
+        target=job.target,
+        requests=requests,
+        users=job.users,
+        count=job.count,
+        whole=job.whole,
+        think_s=job.think_s,
+        most_s=job.most_s,
+        seed=job.seed,
+        clock=disturber.clock,
+        more=lambda: not disturber.counted,
+        path=path,
+    )
+    striking = asyncio.create_task(disturber.run())
+    asking = asyncio.create_task(loop.run())
+    interrupted, waiting = False, {asking, striking}
+    try:
+        # The disturbances may end before the load, but a mistake in them ends it.
+        while not asking.done():
+            ended, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if any(task.exception() for task in ended):
+                break
+    except asyncio.CancelledError:
+        interrupted = True
+        if task := asyncio.current_task():
+            task.uncancel()
+    for task in (asking, striking):
+        task.cancel()
+    for outcome in await asyncio.gather(asking, striking, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+    return loop.heard, interrupted
+
+
+# --- what came of it ------------------------------------------------------------------------
+
+
+async def judge(
+    job: Job, heard: Sequence[Heard], rights: Sequence[Right], stalled: Sequence[Span] = ()
+) -> list[Judged]:
+    """Every record with its verdict, in order; of what differs it is asked whether it is a tie."""
+    found, ends = [], answers.ends(rights)
+    target = msgspec.structs.replace(job.target, endpoint="completions", extra={})
+    with contextlib.closing(Client(target, time.perf_counter)) as client:
+        for record in sorted(heard, key=lambda record: record.index):
+            right = rights[record.prompt]
+            verdict = answers.compare(record, right)
+            if answers.may_tie(record, verdict, ends):
+                verdict.margin = await _margin(client, record, right)
+                verdict.tie = verdict.margin is not None and verdict.margin <= job.tie_margin
+            silence = gaps.longest(record)
+            found.append(
+                Judged(
+                    **msgspec.structs.asdict(record),
+                    verdict=verdict,
+                    silent_s=silence.lasted_s if silence else None,
+                    silent_from_s=silence.from_s if silence else None,
+                    stalled_s=stalls.overlap_s(silence, stalled) if silence else None,
+                )
+            )
+    return found
+
+
+async def _margin(client: Client, record: Heard, right: Right) -> float | None:
+    """By how much the tokens of an answer were less likely than the likeliest; None: unknown."""
+    if not record.token_ids or not right.prompt_token_ids:
+        return None
+    request = Request(
+        prompt=[*right.prompt_token_ids, *record.token_ids],
+        output_tokens=1,
+        extra={"stream": False, "temperature": 0, "prompt_logprobs": 1},
+    )
+    answer = Answer(Heard(index=0, planned_s=0.0), keep_text=False)
+    await client.exchange(request, answer)
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, LookupError, TypeError):
+        body = msgspec.json.decode(b"".join(answer.parts))
+        logprobs = body["choices"][0]["prompt_logprobs"]
+        return max(answers.margins(logprobs, record.token_ids))
+    return None
+
+
+def _rewrite(path: Path, judged: Sequence[Judged]) -> None:
+    """The records once more, now with their verdicts; never half of them."""
+    new = path.with_suffix(".new")
+    new.write_bytes(b"")
+    records.append(new, judged)
+    new.replace(path)
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    """The part of a result that says what was asked for; no key and no header of the target."""
+    target = job.target
+    return {
+        "target": {"url": target.url, "model": target.model, "endpoint": target.endpoint},
+        "load": f"users={job.users}",
+        **{
+            key: getattr(job, key)
+            for key in (
+                "workload",
+                "count",
+                "distinct",
+                "whole",
+                "think_s",
+                "disturb",
+                "tie_margin",
+                "seed",
+            )
+        },
+    }
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--url", required=True, help="http://host:port, with or without /v1")
+    add("--model", help="its name in requests; the only one served, if not given")
+    add("--endpoint", choices=["completions", "chat"], default="completions")
+    add("--api-key-env", help="the environment variable that holds the API key")
+    add("--workload", required=True, help="what to send: see bench/traffic/workload.py")
+    add("--requests", type=int, required=True, help="so many at least")
+    add("--users", type=int, required=True, help="requests at once")
+    add("--distinct", type=int, default=64, help="distinct prompts, asked again and again")
+    add("--whole", type=float, default=0.0, help="share of requests that are not streamed")
+    add("--think", type=float, default=0.0, help="seconds of a user between two requests")
+    add("--disturb", action="append", default=[], help="what happens: see bench/faults/disturb.py")
+    add("--pid", type=int, action="append", default=[], help="only what is below may be disturbed")
+    add("--session", default="", help="of Ray: only what is below its raylets may be disturbed")
+    add("--tie-margin", type=float, default=0.02, help="nats that a greedy choice may be off by")
+    add("--gap", type=float, default=0.5, help="seconds of silence that count as a pause")
+    add("--most", type=float, help="seconds after which the load ends in any case")
+    add("--timeout", type=float, default=600.0, help="seconds of one request")
+    add("--extra", type=json_object, default={}, help="more fields of each request, as JSON")
+    add("--seed", type=int, default=0)
+    add("--name", default="", help="of the run, in reports")
+    add("--out", type=Path, required=True, help="folder of the result")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    return msgspec.json.decode(text, type=dict[str, Any])
+
+
+def command(options: argparse.Namespace) -> dict[str, Any]:
+    """Do what the command line says; the last line is the result without what is long."""
+    if options.requests < 1 or options.users < 1 or options.distinct < 1:
+        raise LoadError("requests, users, distinct: each must be at least 1")
+    if not 0 <= options.whole <= 1:
+        raise LoadError.of("whole", options.whole, "must be from 0 to 1")
+    target = run.with_model(
+        Target(
+            url=options.url,
+            model=options.model or "",
+            endpoint=options.endpoint,
+            api_key=os.environ.get(options.api_key_env) if options.api_key_env else None,
+            timeout_s=options.timeout,
+            extra=options.extra,
+        )
+    )
+    job = Job(
+        target=target,
+        workload=options.workload,
+        count=options.requests,
+        users=options.users,
+        distinct=options.distinct,
+        whole=options.whole,
+        think_s=options.think,
+        disturb=tuple(options.disturb),
+        tie_margin=options.tie_margin,
+        gap_s=options.gap,
+        most_s=options.most,
+        seed=options.seed,
+        name=options.name,
+    )
+    found = asyncio.run(chaos(job, _cluster(job, options), options.out))
+    for doubt in found["doubts"]:
+        run.say(f"doubtful: {doubt}")
+    # The whole is in the folder.
+    long = ("machine", "events", "done", "faulty", "measures")
+    short = {key: value for key, value in found.items() if key not in long}
+    return short | {"out": str(options.out), "report": str(options.out / result.REPORT)}
+
+
+def _cluster(job: Job, options: argparse.Namespace) -> Cluster | None:
+    """Whose processes may be disturbed; None where nothing needs to know."""
+    if options.pid or options.session:
+        return Cluster(pids=options.pid, session=options.session)
+    parsed = [disturb.parse(text) for text in job.disturb]
+    if all(one.kind == "command" and not one.min_up for one in parsed):
+        return None
+    return victims.of_url(job.target.url)

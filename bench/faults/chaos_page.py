@@ -1,0 +1,231 @@
+"""What is said of a chaos run as a page: every user's answers over time, and what was disturbed.
+
+One HTML file that needs nothing else. A lane is a user: its answers follow each other, and where
+one stood still for long there is a gap in its line, which should begin at a disturbance.
+"""
+
+import html
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bench.faults.damage import Judged
+
+_WIDTH, _LANE, _HEAD = 1100, 9, 16  # In the SVG's own units.
+_COLOURS = 6
+
+_PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+:root {
+  --paper: #ffffff; --ink: #16191d; --muted: #59616b; --grid: #e2e5e9; --bad: #b3420a;
+  --good: #00775a; --series-0: #0067a5; --series-1: #c4500a; --series-2: #00896a;
+  --series-3: #a5487f; --series-4: #8f6a00; --series-5: #59616b;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14171b; --ink: #e8eaed; --muted: #a0a8b2; --grid: #31373e; --bad: #ff9a5c;
+    --good: #4cc9a4; --series-0: #62b5ec; --series-1: #ff9049; --series-2: #3fc79d;
+    --series-3: #e398c5; --series-4: #e3bb3f; --series-5: #a0a8b2;
+  }
+}
+body { margin: 0 auto; padding: 2.5rem 1.5rem; max-width: 75rem;
+  font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+p { color: var(--muted); max-width: 46rem; }
+.state { font-weight: 600; } .good { color: var(--good); } .bad { color: var(--bad); }
+div { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--grid);
+  vertical-align: top; }
+code { font-size: .84rem; overflow-wrap: anywhere; }
+svg { display: block; width: 100%; min-width: 60rem; height: auto; }
+svg text { font: 9px system-ui, sans-serif; fill: var(--muted); }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p class="state $state">$verdict</p>
+<p><code>$command</code></p>
+<p>$about</p>
+$doubts
+<h2>What was wrong</h2>
+<div>$faults</div>
+<h2>What happened, and the pauses that belong to it</h2>
+<div>$kinds</div>
+<h2>Over time</h2>
+<p>A lane is a user, a line an answer, from its request to its end. A gap in a line is a silence of
+$gap s or more; orange is an answer that was lost or wrong, ochre one that differs by a tie. Dashed
+lines are disturbances: $legend.</p>
+<div>$lanes</div>
+<h2>Answers with a fault</h2>
+<div>$faulty</div>
+</body>
+</html>
+""")
+
+
+def page(found: Mapping[str, Any], judged: Sequence[Judged]) -> str:
+    """The result as an HTML page.
+
+    Args:
+        found: what is in result.json.
+        judged: its records.
+    """
+    answered, kinds = found["answers"], list(found["disturbances"])
+    about = (
+        f"{answered['asked']} answers ({answered['streamed']} of them streams) to "
+        f"{found['workload']}, {found['load']}: {answered['equal']} equal the undisturbed answer, "
+        f"{answered['ties']} differ by a tie within {found['tie_margin']:g} nats."
+    )
+    wrong = {kind: count for kind, count in found["faults"].items() if count}
+    legend = [f'<span style="color:{_colour(n)}">{_text(k)}</span>' for n, k in enumerate(kinds)]
+    return _PAGE.substitute(
+        title=_text(found["name"]),
+        state="good" if found["valid"] else "bad",
+        verdict=_text(_verdict(found, wrong)),
+        command=_text(found["command"]),
+        about=_text(about),
+        doubts="".join(f"<p>{_text(doubt)}</p>" for doubt in found["doubts"]),
+        faults=_faults(found),
+        kinds=_kinds(found),
+        gap=f"{found['silences']['from_s']:g}",
+        legend=", ".join(legend) or "none",
+        lanes=_lanes(found, judged, kinds),
+        faulty=_examples(found),
+    )
+
+
+def _verdict(found: Mapping[str, Any], wrong: Mapping[str, int]) -> str:
+    if wrong:
+        return "Wrong answers: " + ", ".join(f"{count} {kind}" for kind, count in wrong.items())
+    return "Nothing was lost, doubled, missing or different." if found["valid"] else "Not valid."
+
+
+def _faults(found: Mapping[str, Any]) -> str:
+    rows = [(kind, str(count)) for kind, count in found["faults"].items()]
+    for what in ("doubled", "missing"):
+        rows += [(f"{unit} {what}", str(n)) for unit, n in found[what].items() if n]
+    errors = found["answers"]["errors"].items()
+    return _table(("fault", "answers"), rows) + (
+        _table(("error", "answers"), [(error, str(count)) for error, count in errors])
+        if errors
+        else ""
+    )
+
+
+def _kinds(found: Mapping[str, Any]) -> str:
+    heads = ["disturbance", "done", "not done", "waited, most", "answers met", "lost"]
+    heads += ["pauses", "p50 s", "p99 s", "longest s", "longest without the machine's stalls"]
+    rows = []
+    for kind, row in found["disturbances"].items():
+        left = "; ".join(f"{count}: {why}" for why, count in row["not_done"].items())
+        known = [kind, str(row["done"]), left, _number(row["waited_s"])]
+        known += [str(row["met"]), str(row["lost"])]
+        own = _number(row["pauses_without_stalls"]["max_s"])
+        rows.append([*known, *_statistics(row["pauses"]), own])
+    for name, key in (("all streams", "all"), ("streams that paused", "paused")):
+        rows.append([name, "", "", "", "", "", *_statistics(found["silences"][key]), ""])
+    return _table(heads, rows)
+
+
+def _statistics(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (str(row["count"]), *(_number(row[key]) for key in ("p50_s", "p99_s", "max_s")))
+
+
+def _examples(found: Mapping[str, Any]) -> str:
+    if not found["faulty"]:
+        return "<p>None.</p>"
+    rows = []
+    for one in found["faulty"]:
+        verdict = one["verdict"]
+        said = [one["error"], *(verdict.get(key, "") for key in ("finish", "usage", "identity"))]
+        at = verdict.get("parted_at")
+        place = "" if at is None else f"{verdict.get('unit', 'tokens')} from {at}"
+        rows.append(
+            (
+                str(one["index"]),
+                ", ".join(one["faults"]),
+                "; ".join(each for each in said if each),
+                place,
+                "" if one["received"] is None else str(one["received"]),
+                "" if one["expected"] is None else str(one["expected"]),
+                _number(verdict.get("margin")),
+            )
+        )
+    heads = ("answer", "faults", "what", "parts", "received", "expected", "margin")
+    return _table(heads, rows)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(name)}</th>" for name in heads)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>\n{body}</table>"
+
+
+# --- the lanes ------------------------------------------------------------------------------
+
+
+def _lanes(found: Mapping[str, Any], judged: Sequence[Judged], kinds: Sequence[str]) -> str:
+    until_s = max([found["duration_s"], *(record.end_s or 0.0 for record in judged), 1e-3])
+    users = 1 + max((record.user or 0 for record in judged), default=0)
+    height = _HEAD + users * _LANE + _HEAD
+    scale = _WIDTH / until_s
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Answers of each user">']
+    for one in found["done"]:
+        if not one["error"]:
+            x, colour = one["at_s"] * scale, _colour(kinds.index(one["kind"]))
+            what = _text(f"{one['at_s']:.1f} s: {one['kind']}, {one['what']}")
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_HEAD - 6}" y2="{height - _HEAD}" '
+                f'stroke="{colour}" stroke-dasharray="2 2"><title>{what}</title></line>'
+            )
+    for record in judged:
+        parts.append(_line(record, scale, found["silences"]["from_s"]))
+    for tenth in range(11):
+        x, anchor = _WIDTH * tenth / 10, ("start", "middle", "end")[(tenth > 0) + (tenth > 9)]
+        label = f"{until_s * tenth / 10:.0f} s"
+        parts.append(f'<text x="{x:.0f}" y="{height - 3}" text-anchor="{anchor}">{label}</text>')
+    return "\n".join([*parts, "</svg>"])
+
+
+def _line(record: Judged, scale: float, gap_s: float) -> str:
+    """One answer: its line, broken where it stood still."""
+    if record.sent_s is None or record.end_s is None:
+        return ""
+    verdict, y = record.verdict, _HEAD + _LANE * ((record.user or 0) + 0.5)
+    wrong = verdict is not None and bool(verdict.faults)
+    tie = verdict is not None and verdict.tie
+    colour = "var(--series-1)" if wrong else "var(--series-4)" if tie else "var(--series-0)"
+    said = f"answer {record.index}: {record.sent_s:.1f} to {record.end_s:.1f} s"
+    if verdict and wrong:
+        said += f", {', '.join(verdict.faults)}"
+    pieces = [(record.sent_s, record.end_s)]
+    if record.silent_s is not None and record.silent_from_s is not None:
+        said += f", silent for {record.silent_s:.2f} s"
+        if record.silent_s >= gap_s:
+            silent_to_s = record.silent_from_s + record.silent_s
+            pieces = [(record.sent_s, record.silent_from_s), (silent_to_s, record.end_s)]
+    lines = "".join(
+        f'<path d="M{from_s * scale:.1f} {y:.1f}H{max(to_s * scale, from_s * scale + 0.8):.1f}"/>'
+        for from_s, to_s in pieces
+    )
+    return f'<g stroke="{colour}" stroke-width="3"><title>{_text(said)}</title>{lines}</g>'
+
+
+def _colour(number: int) -> str:
+    return f"var(--series-{(number + 2) % _COLOURS})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))

@@ -1,0 +1,189 @@
+"""What the disturbances did: the figures of a run, from its judged answers.
+
+Pure. The tables of `bench chaos` are worked out here, and nowhere else.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from bench import measure
+from bench.faults import answers, gaps
+from bench.faults.answers import Right, Verdict
+from bench.faults.disturber import Done
+from bench.faults.heard import Heard
+
+_EXAMPLES = 50
+_BEFORE, _AFTER = 4, 12  # What of an answer is shown around the place of a fault.
+
+
+class Judged(Heard, kw_only=True):
+    """A record with its verdict and, of a stream, its longest silence: what is kept in the end.
+
+    `stalled_s` of that silence the machine let nobody run.
+    """
+
+    verdict: Verdict | None = None
+    silent_s: float | None = None
+    silent_from_s: float | None = None
+    stalled_s: float | None = None
+
+    @property
+    def own_s(self) -> float:
+        """The silence without what the machine did to it."""
+        return max(0.0, (self.silent_s or 0.0) - (self.stalled_s or 0.0))
+
+
+def figures(
+    judged: Sequence[Judged],
+    rights: Sequence[Right],
+    done: Sequence[Done],
+    asked: Sequence[str],
+    gap_s: float,
+) -> dict[str, Any]:
+    """Everything that is said of a run, its doubts and whether it is valid.
+
+    Args:
+        rights: the undisturbed answers, by prompt.
+        done: what happened, and what did not.
+        asked: the specs of what was to happen.
+        gap_s: silences from this on are pauses.
+    """
+    verdicts = [record.verdict for record in judged if record.verdict]
+    faults = Counter(fault for verdict in verdicts for fault in verdict.faults)
+    ties = [verdict.margin for verdict in verdicts if verdict.tie and verdict.margin is not None]
+    equal = sum(verdict.outcome == "whole" and verdict.parted_at is None for verdict in verdicts)
+    happened = {one.number for one in done if not one.error}
+    never = [text for number, text in enumerate(asked) if number not in happened]
+    doubts = _doubts(judged, rights, done) + [f"{text}: never happened" for text in never]
+    return {
+        "valid": bool(judged) and not faults and not never,
+        "doubts": doubts,
+        "events": [
+            {"repeat": 0, "at_s": one.at_s, "what": one.kind} for one in done if not one.error
+        ],
+        "answers": {
+            "asked": len(judged),
+            "streamed": sum(not record.whole for record in judged),
+            "outcomes": dict(Counter(verdict.outcome for verdict in verdicts).most_common()),
+            "errors": dict(Counter(record.error for record in judged if record.error)),
+            "equal": equal,
+            "ties": len(ties),
+            "greatest_tie": max(ties, default=None),
+        },
+        "faults": {kind: faults[kind] for kind in answers.FAULTS},
+        "doubled": _counted(verdicts, "doubled"),
+        "missing": _counted(verdicts, "missing"),
+        "silences": silences(judged, gap_s),
+        "disturbances": by_kind(judged, done, gap_s),
+        "done": msgspec.to_builtins(list(done)),
+        "faulty": [example(record, rights) for record in judged if _faulty(record)][:_EXAMPLES],
+        "measures": msgspec.to_builtins(measure.measure(judged)),
+    }
+
+
+def _counted(verdicts: Sequence[Verdict], what: str) -> dict[str, int]:
+    """How much came twice or not at all: tokens, or characters where there are no ids."""
+    found = {"tokens": 0, "characters": 0}
+    for verdict in verdicts:
+        if not verdict.tie:
+            found[verdict.unit] += getattr(verdict, what)
+    return found
+
+
+def _faulty(record: Judged) -> bool:
+    return record.verdict is not None and bool(record.verdict.faults)
+
+
+def silences(judged: Sequence[Judged], gap_s: float) -> dict[str, Any]:
+    """The longest silence of each stream: of all, and of those that paused."""
+    silent = [record for record in judged if record.silent_s is not None]
+    lengths_s = [record.silent_s or 0.0 for record in silent]
+    return {
+        "all": gaps.statistics(lengths_s),
+        "from_s": gap_s,
+        "paused": gaps.statistics(each for each in lengths_s if each >= gap_s),
+        "all_without_stalls": gaps.statistics(record.own_s for record in silent),
+    }
+
+
+def by_kind(
+    judged: Sequence[Judged], done: Sequence[Done], gap_s: float
+) -> dict[str, dict[str, Any]]:
+    """For each kind of disturbance: how often, whom it met, and the pauses that belong to it."""
+    happened = [one for one in done if not one.error]
+    spans = [one.span for one in happened]
+    pauses: dict[str, list[Judged]] = {one.kind: [] for one in done}
+    for record in judged:
+        if record.silent_s is None or record.silent_from_s is None or record.silent_s < gap_s:
+            continue
+        silence = gaps.Span(record.silent_from_s, record.silent_from_s + record.silent_s)
+        number = gaps.cause(silence, spans)
+        if number is not None:
+            pauses[happened[number].kind].append(record)
+    found = {}
+    for kind, paused in pauses.items():
+        mine = [one for one in happened if one.kind == kind]
+        failed = [one.error for one in done if one.kind == kind and one.error]
+        found[kind] = {
+            "done": len(mine),
+            "not_done": dict(Counter(failed)),
+            "waited_s": max((one.waited_s for one in mine), default=None),
+            "met": sum(any(gaps.met(record, one.span) for one in mine) for record in judged),
+            "lost": sum(_lost_to(record, mine) for record in judged),
+            "pauses": gaps.statistics(record.silent_s or 0.0 for record in paused),
+            "pauses_without_stalls": gaps.statistics(record.own_s for record in paused),
+        }
+    return found
+
+
+def _lost_to(record: Judged, done: Sequence[Done]) -> bool:
+    """Whether an answer was lost that was under way in one of these, or just after it."""
+    lost = record.verdict is not None and record.verdict.outcome != "whole"
+    return lost and any(gaps.met(record, gaps.felt(one.span)) for one in done)
+
+
+def example(record: Judged, rights: Sequence[Right]) -> dict[str, Any]:
+    """An answer with a fault, and the place of it."""
+    verdict, right = record.verdict, rights[record.prompt]
+    assert verdict
+    at = verdict.parted_at
+    received: Any = record.text
+    expected: Any = right.text
+    if verdict.unit == "tokens" and record.token_ids is not None:
+        received, expected = record.token_ids, right.token_ids
+    around = None if at is None else slice(max(0, at - _BEFORE), at + _AFTER)
+    return {
+        "index": record.index,
+        "prompt": record.prompt,
+        "whole": record.whole,
+        "sent_s": record.sent_s,
+        "end_s": record.end_s,
+        "faults": verdict.faults,
+        "verdict": msgspec.to_builtins(verdict),
+        "error": record.error,
+        "received": received[around] if around else None,
+        "expected": expected[around] if around else None,
+    }
+
+
+def _doubts(judged: Sequence[Judged], rights: Sequence[Right], done: Sequence[Done]) -> list[str]:
+    """What a reader should know before the figures."""
+    found = []
+    if any(right.token_ids is None for right in rights):
+        found.append("the server gives no token ids: texts are compared, and no tie can be shown")
+    loops = sum(right.loops for right in rights)
+    if 2 * loops > len(rights):
+        found.append(
+            f"{loops} of {len(rights)} right answers repeat themselves: in them a piece that is "
+            "doubled or missing shows only in the length"
+        )
+    happened = [one for one in done if not one.error]
+    if happened and not any(gaps.met(record, one.span) for record in judged for one in happened):
+        found.append("no request was under way during a disturbance")
+    skipped = len(done) - len(happened)
+    if skipped:
+        found.append(f"{skipped} of {len(done)} disturbances did not happen or failed")
+    return found

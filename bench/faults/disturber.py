@@ -1,0 +1,269 @@
+"""The hand that carries out a plan of disturbances (disturb.py) on one cluster (victims.py).
+
+One disturbance at a time. Before a process is struck it is looked whether enough of its kind are
+ready; what it waited for that, whom it struck and what went wrong is noted. Whatever it stopped
+goes on at the latest when the run ends.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import psutil
+
+from bench.errors import LoadError
+from bench.faults.disturb import Disturbance, Due, planned
+from bench.faults.gaps import Span
+from bench.faults.victims import Cluster, Replica, title
+from bench.traffic.alarm import sleep_until
+
+_LOOK_S = 0.25  # How often it is looked whether enough are ready.
+
+
+class Done(msgspec.Struct, kw_only=True):
+    """What was done, or why it was not. Times are seconds since the start of the load.
+
+    Attributes:
+        kind, number: of the disturbance, and its place among them.
+        planned_s: when it was to be.
+        at_s, until_s: when it was; the same but for what lasts: a stopped process, a command.
+        waited_s: of its lateness, how long it was waited for others to be ready.
+        what: to whom.
+        error: why it was not done, or how the command failed.
+    """
+
+    kind: str
+    number: int
+    planned_s: float
+    at_s: float
+    until_s: float
+    waited_s: float
+    what: str
+    error: str = ""
+
+    @property
+    def span(self) -> Span:
+        return Span(self.at_s, self.until_s)
+
+
+class Victim(msgspec.Struct, frozen=True):
+    """Who is to be disturbed, what to call it, and the replica that will not outlive it."""
+
+    process: Any
+    what: str
+    replica: Any = None
+
+
+@dataclass
+class Disturber:
+    """Carries out a plan on one cluster. `run` is to be cancelled when the load is over.
+
+    Args:
+        clock: seconds since the start of the load.
+        log: where the output of commands goes.
+    """
+
+    disturbances: Sequence[Disturbance]
+    cluster: Cluster | None
+    seed: int
+    clock: Callable[[], float]
+    log: Path
+    done: list[Done] = field(default_factory=list)
+    _stopped: list[psutil.Process] = field(default_factory=list, init=False)
+    _left: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._left = sum(one.count or 0 for one in self.disturbances)
+
+    def check(self) -> None:
+        """Whether there is now somebody to disturb, for each that needs one.
+
+        Raises:
+            LoadError: there is not.
+        """
+        for one in self.disturbances:
+            if one.kind == "command":
+                continue
+            if one.kind == "kill-raylet":
+                self._check_nodes(one)
+            elif not self._those_of(one):
+                problem = f"no process of the cluster is titled ray::ServeReplica:{one.deployment}"
+                raise LoadError.of("deployment", one.deployment, problem)
+            if self.cluster is not None:  # From when on they are ready is known from now on.
+                self.cluster.ready(self._counted_of(one), one.up, one.settle_s)
+
+    async def run(self) -> None:
+        """Do what is planned, each at its time; returns only if all of it has a count."""
+        try:
+            for due in planned(self.disturbances, self.seed):
+                await sleep_until(time.perf_counter() + due.at_s - self.clock())
+                await self._do(due)
+                self._left -= self.disturbances[due.number].count is not None
+        finally:
+            self._resume()
+
+    @property
+    def counted(self) -> bool:
+        """Whether nothing that has a count is left to be done."""
+        return not self._left
+
+    async def _do(self, due: Due) -> None:
+        """Note it before it is done, as its streams may be over before it is."""
+        one = self.disturbances[due.number]
+        if self.done:
+            after_s = self.done[-1].until_s + one.apart_s
+            await sleep_until(time.perf_counter() + after_s - self.clock())
+        looked_s = self.clock()
+        victim, why = await self._await_victim(one, due)
+        at_s = self.clock()
+        done = Done(
+            kind=one.kind,
+            number=due.number,
+            planned_s=due.at_s,
+            at_s=at_s,
+            until_s=at_s,
+            waited_s=at_s - looked_s,
+            what=victim.what if victim else one.command,
+            error=why,
+        )
+        self.done.append(done)
+        if why:
+            return
+        try:
+            if victim is None:
+                done.error = await self._command(one)
+            else:
+                await self._strike(one, victim)
+        except psutil.NoSuchProcess:
+            done.error = "it ended by itself before"
+        finally:
+            if victim is None or one.for_s:
+                done.until_s = self.clock()
+
+    async def _await_victim(self, one: Disturbance, due: Due) -> tuple[Victim | None, str]:
+        """A victim, or why there is none; neither for a command that may run."""
+        until_s = self.clock() + one.wait_s
+        rng = random.Random(f"{self.seed}/victim/{due.number}/{due.turn}")
+        while True:
+            # Looking through all processes takes milliseconds in which no stream could be read.
+            try:
+                victim, why = await asyncio.to_thread(self._choose, one, rng, due.turn)
+            except psutil.NoSuchProcess:  # It ended while it was looked at: look again.
+                victim, why = None, "nobody was there for long enough"
+            if not why or self.clock() >= until_s:
+                return victim, why
+            await asyncio.sleep(_LOOK_S)
+
+    def _choose(self, one: Disturbance, rng: random.Random, turn: int) -> tuple[Victim | None, str]:
+        if self.cluster is None:
+            return None, ""
+        ready = self.cluster.ready(self._counted_of(one), one.up, one.settle_s)
+        if len(ready) < one.min_up:
+            return None, f"{len(ready)} of {one.deployment} ready, and {one.min_up} needed"
+        if one.kind == "command":
+            return None, ""
+        if one.kind == "kill-raylet":
+            return self._node(one, turn, ready)
+        ready = [replica for replica in ready if self.cluster.rested(replica, one.rest_s)]
+        among: list[tuple[psutil.Process, str, psutil.Process | None]]
+        if one.kind == "restart-controller":
+            among = [(r.process, r.title, None) for r in self._those_of(one)]
+        elif one.kind in ("kill-engine", "stop-engine"):
+            among = [
+                (p, f"{title(p)} of {r.title}", r.process) for r in ready for p in r.part(one.part)
+            ]
+        else:
+            among = [(replica.process, replica.title, replica.process) for replica in ready]
+        if not among:
+            return None, f"nobody to {one.kind}"
+        process, name, replica = rng.choice(among)
+        return Victim(process, f"{name}, process {process.pid}", replica), ""
+
+    def _node(
+        self, one: Disturbance, turn: int, ready: Sequence[Replica]
+    ) -> tuple[Victim | None, str]:
+        """The next of the named nodes that is there, if enough replicas are on others."""
+        assert self.cluster
+        raylets = [raylet for raylet in self.cluster.raylets() if not raylet.head]
+        named = one.nodes[turn % len(one.nodes) :] + one.nodes[: turn % len(one.nodes)]
+        for raylet in (raylet for node in named for raylet in raylets if raylet.is_(node)):
+            elsewhere = [r for r in ready if raylet.process not in r.process.parents()]
+            if len(elsewhere) < one.min_up - 1:
+                return None, f"{len(elsewhere)} of {one.deployment} ready on other nodes"
+            name = raylet.name or raylet.node_id[:8]
+            return Victim(raylet.process, f"node {name}, process {raylet.process.pid}"), ""
+        return None, f"none of the nodes {', '.join(one.nodes)} is there"
+
+    def _those_of(self, one: Disturbance) -> list[Replica]:
+        """Who may be disturbed, ready or not."""
+        if self.cluster is None:
+            return []
+        if one.kind == "restart-controller":
+            return self.cluster.controllers()
+        return self._counted_of(one)
+
+    def _counted_of(self, one: Disturbance) -> list[Replica]:
+        """Whose number `min_up` is about."""
+        return self.cluster.replicas(one.deployment) if self.cluster else []
+
+    def _check_nodes(self, one: Disturbance) -> None:
+        raylets = self.cluster.raylets() if self.cluster else []
+        for node in one.nodes:
+            mine = [raylet for raylet in raylets if raylet.is_(node)]
+            if not mine:
+                listed = [each.name or each.node_id[:8] for each in raylets if not each.head]
+                raise LoadError.of("nodes", node, "no such node on this machine", listed)
+            if mine[0].head:
+                raise LoadError.of("nodes", node, "is the head: without it there is no cluster")
+
+    async def _strike(self, one: Disturbance, victim: Victim) -> None:
+        process = victim.process
+        if self.cluster and victim.replica and one.for_s is None:
+            self.cluster.strike(victim.replica)
+        if one.kind != "stop-engine":
+            process.send_signal(signal.SIGKILL)
+            return
+        process.send_signal(signal.SIGSTOP)
+        self._stopped.append(process)
+        if one.for_s is not None:
+            await asyncio.sleep(one.for_s)
+            self._resume()
+
+    def _resume(self) -> None:
+        """Whatever is still stopped goes on."""
+        while self._stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._stopped.pop().send_signal(signal.SIGCONT)
+
+    async def _command(self, one: Disturbance) -> str:
+        """Run a command to its end; how it failed, or nothing."""
+        with self._logging() as log:
+            process = await asyncio.create_subprocess_shell(
+                one.command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+            )
+        try:
+            async with asyncio.timeout(one.wait_s):
+                status = await process.wait()
+        except TimeoutError:
+            return f"not over after {one.wait_s:g} s"
+        finally:
+            if process.returncode is None:
+                # The shell and what it runs: the process group is its own.
+                os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        return f"exit status {status}" if status else ""
+
+    def _logging(self) -> BinaryIO:
+        return open(self.log, "ab")

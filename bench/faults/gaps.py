@@ -1,0 +1,79 @@
+"""The silences that a client saw, and which disturbance each belongs to.
+
+Pure. From outside nobody knows which streams ran on a victim. But a stream that was on it stands
+still from about then on, so its longest silence lies over the disturbance, and that of another
+stream does so only by chance, and is short.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from bench import interval
+from bench.faults.heard import Heard
+
+# What was on its way, and what notices a death, takes so long at most: a silence that begins later
+# has another cause.
+_LATE_S = 2.0
+
+
+class Span(msgspec.Struct, frozen=True):
+    """From when to when, in seconds since the start of the load."""
+
+    from_s: float
+    to_s: float
+
+    @property
+    def lasted_s(self) -> float:
+        return self.to_s - self.from_s
+
+
+def longest(heard: Heard) -> Span | None:
+    """The longest silence of a stream, the one before its first event among them.
+
+    None for an answer in one piece, which is silent all the time, and for what was refused.
+    """
+    if heard.whole or heard.sent_s is None or heard.status != 200:
+        return None
+    times = [heard.sent_s, *heard.chunk_s]
+    if heard.end_s is not None:
+        times.append(heard.end_s)
+    spans = [Span(*pair) for pair in pairwise(times)]
+    return max(spans, key=lambda span: span.lasted_s, default=None)
+
+
+def felt(disturbance: Span) -> Span:
+    """How long a disturbance may be felt: until it is noticed, requests still go to the dead."""
+    return Span(disturbance.from_s, disturbance.to_s + _LATE_S)
+
+
+def met(heard: Heard, disturbance: Span) -> bool:
+    """Whether an answer was under way while something was disturbed."""
+    if heard.sent_s is None:
+        return False
+    end_s = heard.sent_s if heard.end_s is None else heard.end_s
+    return heard.sent_s <= disturbance.to_s and end_s >= disturbance.from_s
+
+
+def cause(silence: Span, disturbances: Sequence[Span]) -> int | None:
+    """Which disturbance a silence belongs to: of those it lies over, the nearest to its start."""
+    over = [
+        (abs(disturbance.from_s - silence.from_s), number)
+        for number, disturbance in enumerate(disturbances)
+        if silence.from_s <= felt(disturbance).to_s and silence.to_s >= disturbance.from_s
+    ]
+    return min(over)[1] if over else None
+
+
+def statistics(lengths_s: Iterable[float]) -> dict[str, Any]:
+    """Count, percentiles where there are enough to place them, and the longest; in seconds."""
+    values = np.asarray(list(lengths_s), dtype=float)
+    found: dict[str, Any] = {"count": len(values)}
+    for percent in (50, 99):
+        enough = len(values) >= interval.samples_needed(percent / 100)
+        found[f"p{percent}_s"] = float(np.percentile(values, percent)) if enough else None
+    found["max_s"] = float(values.max()) if len(values) else None
+    return found

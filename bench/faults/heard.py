@@ -1,0 +1,192 @@
+"""All that a client heard of one answer: what should come once is kept each time it came.
+
+`sse.py` reads what latencies are made of, and of a finish reason or a usage it keeps the last. Here
+the question is whether an answer was right, so everything is kept: every finish reason, usage and
+name of the answer, the ids of the tokens, and what came after the end.
+
+Pure: it is given a response that is over, with the time at which each piece of it arrived.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import msgspec
+
+from bench.records import Record
+from bench.traffic.client import Answer
+from bench.traffic.sse import UNREADABLE, error_text
+
+_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+
+
+class Heard(Record, kw_only=True):
+    """A record of one request, with everything that its answer said.
+
+    Attributes:
+        prompt: which of the distinct prompts was asked.
+        whole: whether it was asked for in one piece instead of as a stream.
+        token_ids: of the answer, one after the other; None where the server gives none.
+        prompt_token_ids: the prompt as the server read it; None where it does not say.
+        finish_reasons: each that was given.
+        usages: prompt and completion tokens of each usage.
+        names: the ids that the answer gave itself, each once.
+        roles: how often the answer began (a chat names its role first).
+        dones: how often [DONE] came.
+        late: events with text or tokens after a finish reason.
+    """
+
+    prompt: int = 0
+    whole: bool = False
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    finish_reasons: list[str] = msgspec.field(default_factory=list)
+    usages: list[tuple[int | None, int | None]] = msgspec.field(default_factory=list)
+    names: list[str] = msgspec.field(default_factory=list)
+    roles: int = 0
+    dones: int = 0
+    late: int = 0
+
+
+class _Said(msgspec.Struct, gc=False):
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    text: str | None = None
+    delta: _Said | None = None
+    message: _Said | None = None
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class _Usage(msgspec.Struct, gc=False):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Event(msgspec.Struct, gc=False):
+    id: str | None = None
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    prompt_token_ids: list[int] | None = None
+    error: Any = None
+    object: str | None = None
+
+
+_event = msgspec.json.Decoder(_Event)
+
+
+def hear(record: Heard, answer: Answer) -> Heard:
+    """Fill in the record of an answer that is over; returns it.
+
+    Args:
+        answer: as `Client.exchange` left it, not decoded.
+    """
+    if record.error or not record.status:
+        return record
+    if answer.streamed:
+        _stream(record, answer)
+    else:
+        _one_piece(record, answer)
+    return record
+
+
+def _stream(record: Heard, answer: Answer) -> None:
+    texts: list[str] = []
+    for kind, data, at_s in events(answer.parts, answer.times):
+        if data.strip() == b"[DONE]":
+            record.dones += 1
+        elif kind == b"error":
+            _fail(record, f"error event: {error_text(data)}")
+        else:
+            _take(record, data, at_s, texts)
+    record.text = "".join(texts)
+    if record.error:
+        return
+    if not record.dones:
+        record.error = answer.cut or "cut: the stream ended without [DONE]"
+    elif not record.finish_reasons:
+        record.error = "cut: the stream ended without a finish_reason"
+
+
+def _one_piece(record: Heard, answer: Answer) -> None:
+    body = b"".join(answer.parts)
+    if record.status != 200:
+        text = error_text(body)
+        record.error = f"http {record.status}: {text}" if text else f"http {record.status}"
+    elif answer.cut:
+        record.error = answer.cut
+    else:
+        texts: list[str] = []
+        _take(record, body, answer.times[-1] if answer.times else 0.0, texts)
+        record.text = "".join(texts)
+        if not (record.error or record.finish_reasons):
+            record.error = f"bad response: {error_text(body) or 'no finish_reason'}"
+
+
+def events(parts: Sequence[bytes], times: Sequence[float]) -> Iterator[tuple[bytes, bytes, float]]:
+    """Kind, data and time of each event of a stream; one whose end did not come is left out.
+
+    The time is that of the piece which completed the event.
+    """
+    body, ends = b"".join(parts), list(accumulate(map(len, parts)))
+    begin = 0
+    for blank in _BLANK_LINE.finditer(body):
+        kind, data = b"", []
+        for line in body[begin : blank.start()].splitlines():
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                data.append(value.removeprefix(b" "))
+            elif name == b"event":
+                kind = value.removeprefix(b" ")
+        begin = blank.end()
+        if data:
+            yield kind, b"\n".join(data), times[bisect_left(ends, begin)]
+
+
+def _take(record: Heard, data: bytes, at_s: float, texts: list[str]) -> None:
+    try:
+        event = _event.decode(data)
+    except UNREADABLE:
+        _fail(record, f"bad event: {error_text(data)}")
+        return
+    if event.error or event.object == "error":
+        _fail(record, f"error event: {error_text(data)}")
+        return
+    if event.id and event.id not in record.names:
+        record.names.append(event.id)
+    record.prompt_token_ids = record.prompt_token_ids or event.prompt_token_ids
+    if event.choices:
+        _choose(record, event.choices[0], at_s, texts)
+    if event.usage:
+        record.usages.append((event.usage.prompt_tokens, event.usage.completion_tokens))
+        record.input_tokens, record.output_tokens = record.usages[-1]
+
+
+def _choose(record: Heard, choice: _Choice, at_s: float, texts: list[str]) -> None:
+    said, text = choice.delta or choice.message, choice.text
+    if said:
+        text = said.content or said.reasoning_content or said.reasoning
+        record.roles += bool(said.role) and choice.delta is not None
+    record.prompt_token_ids = record.prompt_token_ids or choice.prompt_token_ids
+    if text or choice.token_ids:
+        record.late += bool(record.finish_reasons)
+        record.chunk_s.append(at_s)
+        texts.append(text or "")
+    if choice.token_ids is not None:
+        record.token_ids = [*(record.token_ids or []), *choice.token_ids]
+    if choice.finish_reason:
+        record.finish_reasons.append(choice.finish_reason)
+        record.finish_reason = choice.finish_reason
+
+
+def _fail(record: Heard, error: str) -> None:
+    """The first error is the cause."""
+    record.error = record.error or error

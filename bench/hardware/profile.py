@@ -1,0 +1,399 @@
+"""`bench profile`: traces of an engine under load, and what they say.
+
+    python -m bench profile --model FOLDER --out DIR           in process: decode and prefill
+    python -m bench profile --url URL --traces DIR --out DIR   a served engine, under load
+
+In process each case runs twice: without the profiler, for its true time, and with it, for the
+kernels. The GPU's busy time of a step is from the trace, which hardly changes it; the step's time
+is from the run without. Their ratio says how busy the GPU really is, and with the ceilings
+(`--roofline`) what bounds the step. The trace files open in Perfetto (ui.perfetto.dev) and Chrome.
+
+Served, the engine must have been started with vLLM's `profiler_config`: here `engine:
+{profiler_config: {profiler: torch, torch_profiler_dir: DIR, torch_profiler_with_stack: false}}`.
+Traces are written where the engine is; `--traces` is that folder, where it can be read from here.
+The front end can be looked at meanwhile (`--front-end PID`) with py-spy, where that is installed.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench import machine, result, run
+from bench.engine.baseline import Engine
+from bench.errors import BenchError, TargetError
+from bench.hardware import ceilings, kernels, roofline
+from bench.hardware.roofline import Ceilings, Shape
+from bench.records import Record
+from bench.traffic import workload
+from bench.traffic.client import Client, Target
+from bench.traffic.workload import Request
+
+TRACES = "traces"
+_STEPS = 24  # Of the engine, in a trace of decode: enough for shares, small enough for a browser.
+_IDS = (100, 1000)  # Tokens of prompts: in every vocabulary, and not special in any.
+_SKIPPED = 12  # Steps before them: prompts are read, graphs and caches are warm.
+_STOP_S = 300.0  # Writing a large trace takes long.
+_FRONT_END, _FRONT_END_S = ".async_llm.", 10
+
+
+def command(options: argparse.Namespace) -> dict[str, Any]:
+    """What `python -m bench profile` does with its options; returns its last line."""
+    # vLLM prints tables of its own when a profile ends.
+    with contextlib.redirect_stdout(sys.stderr):
+        found = asyncio.run(served(options)) if options.url else in_process(options)
+    result.write(options.out, found)
+    for case in found["cases"]:
+        run.say(describe(case))
+    return {
+        "benchmark": "profile",
+        "name": found["name"],
+        "valid": found["valid"],
+        "doubts": found["doubts"],
+        "out": str(options.out),
+        "cases": {case["name"]: case["in_short"] for case in found["cases"]},
+    }
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench profile`."""
+    add = parser.add_argument
+    add("--model", help="a local folder: profile in process; with --url, the name in requests")
+    add("--url", help="profile what is served there, under load")
+    add("--out", type=Path, required=True, help="folder of the result and of the traces")
+    add("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON (in process)")
+    add("--batches", default="1,32", help="sequences of each decode, separated by commas")
+    add("--context", type=int, default=200, help="tokens of a sequence before decode")
+    add("--prefill", default="2000", help="tokens of each prefill, separated by commas")
+    add("--roofline", type=Path, help="a result of `bench roofline`: the ceilings to hold against")
+    add("--users", type=int, default=32, help="streams of the load (served)")
+    add("--workload", default="synthetic:input=200,output=64", help="of the load (served)")
+    add("--seconds", type=float, default=10.0, help="of load before the trace (served)")
+    add("--traces", type=Path, help="where the served engine writes its traces")
+    add("--front-end", type=int, metavar="PID", help="a process to sample with py-spy (served)")
+
+
+# --- in process -----------------------------------------------------------------------------
+
+
+class Profiled(Engine):
+    """An engine in this process, with vLLM's profiler at hand."""
+
+    def __init__(self, model: str, arguments: dict[str, Any], traces: Path) -> None:
+        traces.mkdir(parents=True, exist_ok=True)
+        config = {
+            "profiler": "torch",
+            "torch_profiler_dir": str(traces.resolve()),
+            # Python stacks multiply the size of a trace, and slow the host that is looked at.
+            "torch_profiler_with_stack": False,
+            "ignore_frontend": True,
+            "torch_profiler_dump_cuda_time_total": False,
+        }
+        super().__init__(model, {**arguments, "profiler_config": config})
+        self._traces = traces
+
+    def traced(self, name: str, requests: list[Request], skip: int, steps: int) -> Path:
+        """Generate with the profiler on from step `skip`, for `steps`; returns the trace."""
+        before = set(self._traces.iterdir())
+        self._llm.start_profile(name, delay_iterations=skip, max_iterations=steps)
+        try:
+            self.generate(requests, 0, time.time())
+        finally:
+            self._llm.stop_profile()
+        # Of the first GPU; the others of a tensor parallel engine do the same.
+        new = sorted(set(self._traces.iterdir()) - before)
+        found = [path for path in new if ".pt.trace.json" in path.name]
+        if not found:
+            raise BenchError(f"the profiler wrote no trace of {name} to {self._traces}")
+        return found[0]
+
+
+def in_process(options: argparse.Namespace) -> dict[str, Any]:
+    """Decode at each batch, prefill of each length."""
+    if not options.model:
+        raise BenchError("say --model FOLDER, or --url URL")
+    head = result.header("profile", f"{options.model} in process") | {
+        "model": options.model,
+        "engine": options.engine,
+        "nsys": nsys(machine.command()),
+    }
+    ceiling = ceilings.known(options.roofline, options.model, options.engine)
+    began_s = time.time()
+    engine = Profiled(options.model, options.engine, options.out / TRACES)
+    head["load_s"] = time.time() - began_s
+    cases = []
+    written = {"ceilings": msgspec.to_builtins(ceiling[1]) if ceiling else None}
+    for seqs in _numbers(options.batches):
+        cases.append(_decode(engine, seqs, options.context, ceiling))
+        # What is there stays, should the next case not end.
+        result.write(options.out, head | written | _ended(cases))
+    for tokens in _numbers(options.prefill):
+        cases.append(_prefill(engine, tokens, ceiling))
+        result.write(options.out, head | written | _ended(cases))
+    return head | written | _ended(cases)
+
+
+def _decode(
+    engine: Profiled, seqs: int, context: int, ceiling: tuple[Shape, Ceilings] | None
+) -> dict[str, Any]:
+    output = _SKIPPED + 2 * _STEPS
+    records = _timed(engine, seqs, context, output)
+    took_s = _mean_tpot(records)
+    name = f"decode-{seqs}"
+    trace = engine.traced(name, _batch(3, seqs, context, output), _SKIPPED, _STEPS)
+    summary = kernels.summarise(kernels.read(trace))
+    length = (records[0].input_tokens or context) + output / 2
+    case = {"name": name, "seqs": seqs, "context": length, "took_s": took_s}
+    return _told(case, trace, summary, ceiling, roofline_work=(seqs, length, 0))
+
+
+def _prefill(
+    engine: Profiled, tokens: int, ceiling: tuple[Shape, Ceilings] | None
+) -> dict[str, Any]:
+    records = _timed(engine, 1, tokens, 1)
+    took_s = records[0].chunk_s[0] - records[0].planned_s
+    name = f"prefill-{tokens}"
+    trace = engine.traced(name, _batch(3, 1, tokens, 1), 0, _STEPS)
+    summary = kernels.summarise(kernels.read(trace))
+    length = records[0].input_tokens or tokens
+    case = {"name": name, "prompt": length, "took_s": took_s}
+    return _told(case, trace, summary, ceiling, roofline_work=(0, 0, length))
+
+
+def _timed(engine: Profiled, seqs: int, tokens: int, output: int) -> list[Record]:
+    """The records of a batch without the profiler, after one that nobody looks at."""
+    for seed in (1, 2):
+        records = engine.generate(_batch(seed, seqs, tokens, output), 0, time.time())
+    return records
+
+
+def _batch(seed: int, seqs: int, tokens: int, output: int) -> list[Request]:
+    """Prompts of exactly so many tokens, whatever the vocabulary; none is in a prefix cache."""
+    rng = random.Random(f"{seed}/{seqs}/{tokens}")
+    made = [[rng.randrange(*_IDS) for _ in range(tokens)] for _ in range(seqs)]
+    prompts: list[Any] = [{"prompt_token_ids": ids} for ids in made]
+    return [Request(prompt=prompt, output_tokens=output) for prompt in prompts]
+
+
+def _mean_tpot(records: list[Record]) -> float:
+    spans = [(r.chunk_s[-1] - r.chunk_s[0], (r.output_tokens or 1) - 1) for r in records]
+    return sum(span for span, _ in spans) / max(1, sum(count for _, count in spans))
+
+
+def _told(
+    case: dict[str, Any],
+    trace: Path,
+    summary: kernels.Summary,
+    ceiling: tuple[Shape, Ceilings] | None,
+    roofline_work: tuple[float, float, float],
+) -> dict[str, Any]:
+    """A case for result.json: its times, its trace, and what bounds it."""
+    seqs, context, prompt = roofline_work
+    # A prefill that is cut in chunks is one case of several steps.
+    steps = max(1, summary.steps if seqs else 1)
+    busy_s = summary.busy_s / steps
+    busy = min(1.0, busy_s / case["took_s"]) if summary.device == "gpu" else None
+    case |= {
+        "trace": str(trace),
+        "step_busy_s": busy_s,
+        "busy_share": busy,
+        "kernels_a_step": summary.kernels / steps,
+        "summary": msgspec.to_builtins(summary),
+        "verdict": None,
+    }
+    if ceiling is not None:
+        shape, roofs = ceiling
+        work = roofline.decode(shape, seqs, context) if seqs else roofline.prefill(shape, prompt)
+        case["verdict"] = msgspec.to_builtins(roofline.judge(work, case["took_s"], roofs, busy))
+    case["in_short"] = {
+        "took_ms": case["took_s"] * 1e3,
+        "gpu_busy": busy,
+        "families": {each.family: round(each.share, 4) for each in summary.families},
+        "launch_bound": summary.launch_bound,
+        **({k: case["verdict"][k] for k in ("bound", "mbu", "mfu")} if case["verdict"] else {}),
+    }
+    return case
+
+
+def _ended(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    doubts = [f"{case['name']}: its trace is empty" for case in cases if not _kernels(case)]
+    return {"valid": bool(cases) and not doubts, "doubts": doubts, "cases": cases}
+
+
+def _kernels(case: dict[str, Any]) -> int:
+    return int(case["summary"]["kernels"])
+
+
+def describe(case: dict[str, Any]) -> str:
+    """A case in some lines of text."""
+    shares = ", ".join(
+        f"{each['family']} {each['share']:.0%}" for each in case["summary"]["families"]
+    )
+    lines = [f"{case['name']}: {case['took_s'] * 1e3:.2f} ms a step; {shares}"]
+    if case.get("busy_share") is not None:
+        lines.append(f"  the GPU is busy {case['busy_share']:.0%} of a step without the profiler")
+    lines.append(f"  {case['summary']['text']}")
+    if case["verdict"]:
+        lines.append(f"  {case['verdict']['text']}")
+    return "\n".join(lines)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise BenchError(f"{text!r}: not numbers separated by commas") from None
+
+
+def nsys(command: str) -> str:
+    """How to see the same with Nsight Systems; says so where it is not installed."""
+    line = (
+        "nsys profile --trace=cuda,nvtx --cuda-graph-trace=node --trace-fork-before-exec=true "
+        f"--output=profile {command}"
+    )
+    return line if shutil.which("nsys") else f"not installed here; where it is: {line}"
+
+
+# --- served ---------------------------------------------------------------------------------
+
+
+async def served(options: argparse.Namespace) -> dict[str, Any]:
+    """Start and stop the profiler of a served engine while it has load."""
+    base = options.url.rstrip("/").removesuffix("/v1")
+    target = Target(url=options.url, model=options.model or "", extra={"ignore_eos": True})
+    if not target.model:
+        served_models = await run.models(target)
+        target = msgspec.structs.replace(target, model=served_models[0])
+    head = result.header("profile", f"{target.model} at {base}") | {"nsys": nsys("SERVER")}
+    started_s = time.time()
+    stop = asyncio.Event()
+    load = asyncio.create_task(_load(target, options.workload, options.users, stop))
+    front: dict[str, Any] | None = None
+    try:
+        await asyncio.sleep(options.seconds)
+        # What a step is called with: so many iterations, and no more than a browser opens.
+        await _post(f"{base}/start_profile", {"profile_prefix": "served", "max_iterations": _STEPS})
+        try:
+            if options.front_end:
+                front = await asyncio.to_thread(front_end, options.front_end, options.out)
+            else:
+                await asyncio.sleep(2.0)
+        finally:
+            await _post(f"{base}/stop_profile", None)
+    finally:
+        stop.set()
+        records = await load
+    failed = [record.error for record in records if record.error]
+    traces = _new_traces(options.traces, started_s)
+    # vLLM's front end writes a trace of its own, of a CPU, beside those of its engines.
+    engines = [path for path in traces if _FRONT_END not in path.name]
+    cases = [_served_case(path) for path in engines]
+    ended = _ended(cases)
+    if not cases:
+        where = options.traces or "the folder that torch_profiler_dir names, where the engine is"
+        ended["doubts"].append(f"no trace was found: look in {where}")
+    if failed:
+        ended["doubts"].append(f"{len(failed)} of {len(records)} requests failed: {failed[0]}")
+    ended["valid"] = not ended["doubts"]
+    front_traces = [str(path) for path in traces if path not in engines]
+    more = {"requests": len(records), "front_end": front, "front_end_traces": front_traces}
+    return head | ended | more
+
+
+async def _load(target: Target, spec: str, users: int, stop: asyncio.Event) -> list[Record]:
+    """A closed loop until `stop`."""
+    source = workload.parse(spec, 0)
+    done: list[Record] = []
+    taken = iter(range(10**9))
+    with contextlib.closing(Client(target, time.perf_counter)) as client:
+
+        async def user() -> None:
+            while not stop.is_set():
+                index = next(taken)
+                record = Record(index=index, planned_s=time.perf_counter())
+                record = await client.ask(source.request(index), record)
+                done.append(record)
+                if record.error:
+                    await asyncio.sleep(0.2)
+
+        await asyncio.gather(*(user() for _ in range(users)))
+    return done
+
+
+async def _post(url: str, body: dict[str, Any] | None) -> None:
+    """POST to one of the profiler's routes.
+
+    Raises:
+        TargetError: it is not there, as the engine has no profiler, or it fails.
+    """
+
+    def post() -> None:
+        data = b"" if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            url, data=data, headers={"content-type": "application/json"}, method="POST"
+        )
+        urllib.request.urlopen(request, timeout=_STOP_S).close()
+
+    try:
+        await asyncio.to_thread(post)
+    except urllib.error.HTTPError as error:
+        hint = "; start the server with profiler_config" if error.code == 404 else ""
+        raise TargetError(f"{url}: {error.code} {error.reason}{hint}") from None
+    except OSError as error:
+        raise TargetError(f"{url}: {error}") from None
+
+
+def _new_traces(folder: Path | None, since_s: float) -> list[Path]:
+    if folder is None or not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if ".pt.trace.json" in path.name]
+    return sorted(path for path in found if path.stat().st_mtime >= since_s)
+
+
+def _served_case(trace: Path) -> dict[str, Any]:
+    summary = kernels.summarise(kernels.read(trace))
+    steps = max(1, summary.steps)
+    case = {
+        "name": trace.name.split(".")[0],
+        "took_s": summary.wall_s / steps,
+        "busy_share": 1 - summary.idle_share if summary.device == "gpu" else None,
+    }
+    return _told(case | {"seqs": 0}, trace, summary, None, roofline_work=(1, 0, 0))
+
+
+def front_end(pid: int, out: Path) -> dict[str, Any]:
+    """Where a process spends its CPU: samples by py-spy, and the functions they hit most."""
+    tool = shutil.which("py-spy")
+    path = out / "front-end.txt"
+    command = ["py-spy", "record", "--pid", str(pid), "--duration", str(_FRONT_END_S)]
+    command += ["--format", "raw", "--nonblocking", "--output", str(path)]
+    if tool is None:
+        return {"command": " ".join(command), "absent": "py-spy is not installed"}
+    out.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run([tool, *command[1:]], capture_output=True, text=True, timeout=120)
+    if done.returncode or not path.is_file():
+        return {"command": " ".join(command), "absent": done.stderr.strip()[-300:]}
+    return {"command": " ".join(command), "samples": str(path), "top": hottest(path.read_text())}
+
+
+def hottest(stacks: str, count: int = 10) -> list[dict[str, Any]]:
+    """The functions in which most samples ended, of lines `frame;frame;.. samples`."""
+    own: Counter[str] = Counter()
+    for line in stacks.splitlines():
+        frames, _, samples = line.rpartition(" ")
+        if frames and samples.isdigit():
+            own[frames.rsplit(";", 1)[-1]] += int(samples)
+    total = sum(own.values()) or 1
+    return [{"function": name, "share": hits / total} for name, hits in own.most_common(count)]

@@ -1,0 +1,494 @@
+"""`bench simulate`: a load against several policies, on fleets of engines that are a model.
+
+    python -m bench simulate --workload azure:PATH --policy ours --policy 'serve:target=8|16|32' ..
+
+Every policy meets the same requests at the same times, with the same fleet at the start. What comes
+out are records, as of a run, so that `measure.py` says what they mean. The engine is one of a data
+sheet (--gpu, --model) or one fitted to measured runs (--engine), and --validate says how far such a
+fit can be trusted. With --beside the requests are those of a measured run, and what its replicas
+did is shown beside what they do here (reality.py). See policies.py, demand.py, fleet.py and
+enginemodel.py for what is modelled.
+
+A policy with alternatives stands for the best of them: the fewest GPU-hours among those that hold
+the objective or, where none does, the one that comes nearest. So do `static` and `foresight`
+without a value; for them the search ends with the first that holds it, from cheap to dear.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from bench import measure, records, result
+from bench.errors import BenchError
+from bench.measure import Measures, Slo
+from bench.records import Record
+from bench.simulation import demand, enginefit, enginemodel, fleet, policies, reality
+from bench.simulation.enginemodel import Engine, Job
+from bench.simulation.fleet import Fleet, Outcome
+from bench.simulation.reality import Measured
+from serve_app.scaling import Goal
+
+MEASURED = "measured"
+# From cheap to dear.
+_SHARES = (1.3, 1.15, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+_INITIAL_SHARE = 0.6  # How busy the replicas of the start are in the load's first minute.
+_FIRST_S = 60.0
+_MINUTE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is simulated, apart from the policies.
+
+    Attributes:
+        workload, load, copies, seed: specs of what comes; see demand.py.
+        count, duration_s: where it ends.
+        slo: what every policy is judged by, and what ours aims for.
+        judged_from_s: what came and was paid before is left out: a policy that learns is seen after
+            it has, as on any day but its first.
+        fleet: the engines, and their bounds.
+        beside: a measured run, whose requests come instead of those of `workload` and `load`.
+    """
+
+    workload: str
+    load: str
+    fleet: Fleet
+    slo: Slo
+    count: int | None = None
+    duration_s: float | None = None
+    copies: int = 1
+    seed: int = 0
+    judged_from_s: float = 0.0
+    beside: Measured | None = None
+
+    @property
+    def goal(self) -> Goal:
+        return Goal(
+            ttft_s=self.slo.ttft_s,
+            itl_s=self.slo.tpot_s,
+            percentile=self.slo.percentile,
+            min_replicas=self.fleet.min_replicas,
+            max_replicas=self.fleet.max_replicas,
+        )
+
+    def jobs(self) -> list[Job]:
+        if self.beside is not None:
+            return self.beside.jobs()
+        return demand.jobs(
+            self.workload,
+            self.load,
+            self.fleet.engine,
+            count=self.count,
+            duration_s=self.duration_s,
+            copies=self.copies,
+            seed=self.seed,
+        )
+
+
+@dataclass
+class Trial:
+    """One policy, one run.
+
+    Attributes:
+        spec: of the policy, without alternatives.
+        kept: share of requests that met the whole objective; of its TTFT; of its TPOT.
+        gpu_hours: paid for, from when each replica is asked for until it is gone.
+        changes, reversals: how often what is wanted changed, and how often from up to down or back.
+        timeline: see fleet.Timeline; `kept_by_minute` holds (from when, share).
+    """
+
+    spec: str
+    kept: float
+    kept_ttft: float
+    kept_tpot: float
+    gpu_hours: float
+    unfinished: int
+    changes: int
+    reversals: int
+    preempted: int
+    replicas_mean: float
+    replicas_most: int
+    timeline: fleet.Timeline
+    decisions: list[tuple[float, int, str]]
+    kept_by_minute: list[tuple[float, float]] = field(default_factory=list)
+    took_s: float = 0.0
+
+    def holds(self, slo: Slo) -> bool:
+        return self.kept >= slo.percentile / 100
+
+
+def simulate(
+    case: Case, texts: Sequence[str], folder: Path | None = None, keep: bool = False
+) -> dict[str, Any]:
+    """Every policy's best trial; written to `folder`, with a page, if given.
+
+    With `keep` also the records of it, each policy a repeat: a gigabyte for an hour of traffic.
+
+    Raises BenchError for a policy, workload or load that cannot be understood, before any run.
+    """
+    jobs = case.jobs()
+    searches = [list(_alternatives(text, case)) for text in texts]
+    for choices in searches:
+        for text in choices:
+            policies.parse(text, case.goal, case.fleet, jobs[:1])
+    found = []
+    path = result.prepare(folder) if folder is not None and keep else None
+    for number, (text, choices) in enumerate(zip(texts, searches, strict=True)):
+        trials, heard = _search(case, jobs, choices, stops=text in _SEARCHED)
+        best = _best(trials, case.slo)
+        _say(f"{best.spec}: {best.kept:.2%} kept the objective, {best.gpu_hours:.2f} GPU-hours")
+        measures = measure.measure(_judged_of(case, heard), case.slo)
+        found.append((text, best, measures, trials))
+        if path is not None:
+            records.append(path, (msgspec.structs.replace(r, repeat=number) for r in heard))
+    if case.beside is not None:
+        found.insert(0, _measured(case, case.beside))
+    data = _result(case, jobs, found)
+    from bench.simulation import simulation_page
+
+    if folder is not None:
+        result.write(folder, data)
+        page = simulation_page.page(data)
+        (folder / result.REPORT).write_text(page, encoding="utf-8")
+    _say(simulation_page.table(data))
+    return data
+
+
+_SEARCHED = ("static", "foresight")
+
+
+def _alternatives(text: str, case: Case) -> Iterator[str]:
+    if text == "static":
+        for count in range(max(1, case.fleet.min_replicas), case.fleet.max_replicas + 1):
+            yield f"static:n={count}"
+    elif text == "foresight":
+        for share in _SHARES:
+            yield f"foresight:share={share}"
+    else:
+        yield from policies.alternatives(text)
+
+
+def _search(
+    case: Case, jobs: Sequence[Job], choices: Sequence[str], stops: bool
+) -> tuple[list[Trial], list[Record]]:
+    """A trial of each choice, and the records of the best."""
+    trials: list[Trial] = []
+    outcomes: list[Outcome] = []
+    for text in choices:
+        trial, outcome = trial_of(case, jobs, text)
+        trials.append(trial)
+        if _best(trials, case.slo) is trial:
+            outcomes = [outcome]
+        if stops and trial.holds(case.slo):
+            break
+    return trials, outcomes[0].records()
+
+
+def _best(trials: Sequence[Trial], slo: Slo) -> Trial:
+    holding = [trial for trial in trials if trial.holds(slo)]
+    if holding:
+        return min(holding, key=lambda trial: trial.gpu_hours)
+    return max(trials, key=lambda trial: trial.kept)
+
+
+def trial_of(case: Case, jobs: Sequence[Job], text: str) -> tuple[Trial, Outcome]:
+    """One policy against the load."""
+    began_s = time.perf_counter()
+    size = case.fleet
+    if text.startswith("static:"):  # Its fleet is there from the start.
+        count = int(text.partition("=")[2])
+        size = replace(size, initial=min(max(count, size.min_replicas), size.max_replicas))
+    outcome = fleet.run(size, jobs, policies.parse(text, case.goal, size, jobs))
+    return _judged(text, outcome, case, time.perf_counter() - began_s), outcome
+
+
+def _judged(text: str, outcome: Outcome, case: Case, took_s: float) -> Trial:
+    slo, heard = case.slo, _judged_of(case, outcome.records(whole=False))
+    paid_s = outcome.replica_s(case.judged_from_s)
+    met = [slo.met_by(record) for record in heard]
+    line = outcome.timeline
+    paid = reality.paid(line)
+    steps = np.diff([wanted for _, wanted, _ in _from_start(outcome, case)])
+    return Trial(
+        spec=text,
+        kept=sum(met) / len(met) if met else 1.0,
+        kept_ttft=_share(heard, Slo(ttft_s=slo.ttft_s)),
+        kept_tpot=_share(heard, Slo(tpot_s=slo.tpot_s)),
+        gpu_hours=paid_s * case.fleet.engine.gpus / 3600,
+        unfinished=sum(not record.ok for record in heard),
+        changes=len(outcome.decisions),
+        reversals=int(np.sum(np.sign(steps[1:]) != np.sign(steps[:-1]))),
+        preempted=outcome.preempted,
+        replicas_mean=paid_s / max(outcome.end_s - case.judged_from_s, 1e-9),
+        replicas_most=int(paid.max(initial=0)),
+        timeline=line,
+        decisions=outcome.decisions,
+        kept_by_minute=_by_minute([record.planned_s for record in heard], met),
+        took_s=took_s,
+    )
+
+
+def _measured(case: Case, beside: Measured) -> tuple[str, Trial, Measures, list[Trial]]:
+    """The run that is simulated once more, as if it were a trial."""
+    heard = _judged_of(case, beside.records)
+    met = [case.slo.met_by(record) for record in heard]
+    wanted = [beside.timeline.wanted[0], *(count for _, count, _ in beside.decisions)]
+    signs = np.sign(np.diff(wanted))
+    paid_s = beside.replica_s(case.judged_from_s)
+    trial = Trial(
+        spec=MEASURED,
+        kept=sum(met) / len(met) if met else 1.0,
+        kept_ttft=_share(heard, Slo(ttft_s=case.slo.ttft_s)),
+        kept_tpot=_share(heard, Slo(tpot_s=case.slo.tpot_s)),
+        gpu_hours=paid_s * case.fleet.engine.gpus / 3600,
+        unfinished=sum(not record.ok for record in heard),
+        changes=len(beside.decisions),
+        reversals=int(np.sum(signs[1:] != signs[:-1])),
+        preempted=0,
+        replicas_mean=paid_s / max(beside.end_s - case.judged_from_s, 1e-9),
+        replicas_most=int(reality.paid(beside.timeline).max()),
+        timeline=beside.timeline,
+        decisions=beside.decisions,
+        kept_by_minute=_by_minute([record.planned_s for record in heard], met),
+    )
+    return MEASURED, trial, measure.measure(heard, case.slo), [trial]
+
+
+def _judged_of(case: Case, heard: Sequence[Record]) -> list[Record]:
+    return [record for record in heard if record.planned_s >= case.judged_from_s]
+
+
+def _from_start(outcome: Outcome, case: Case) -> list[tuple[float, int, str]]:
+    return [(0.0, case.fleet.initial, "the start"), *outcome.decisions]
+
+
+def _share(heard: Sequence[Record], slo: Slo) -> float:
+    return sum(map(slo.met_by, heard)) / len(heard) if heard else 1.0
+
+
+def _by_minute(at_s: Sequence[float], met: Sequence[bool]) -> list[tuple[float, float]]:
+    minutes: dict[int, list[bool]] = {}
+    for planned_s, one in zip(at_s, met, strict=True):
+        minutes.setdefault(int(planned_s / _MINUTE_S), []).append(one)
+    return [(minute * _MINUTE_S, sum(mine) / len(mine)) for minute, mine in sorted(minutes.items())]
+
+
+# --- the result -----------------------------------------------------------------------------
+
+
+def _result(
+    case: Case, jobs: Sequence[Job], found: Sequence[tuple[str, Trial, Measures, list[Trial]]]
+) -> dict[str, Any]:
+    settings = {
+        "workload": case.workload,
+        "load": case.load,
+        "copies": case.copies,
+        "seed": case.seed,
+        "requests": len(jobs),
+        "duration_s": jobs[-1].at_s if jobs else 0.0,
+        "judged_from_s": case.judged_from_s,
+        "slo": msgspec.to_builtins(case.slo),
+        "fleet": asdict(case.fleet),
+        "requests_per_s": _per_minute(jobs),
+    }
+    rows = [
+        {
+            "policy": text,
+            **_plain(best),
+            "measures": msgspec.to_builtins(measures),
+            "holds": best.holds(case.slo),
+            "tried": [
+                {"spec": trial.spec, "kept": trial.kept, "gpu_hours": trial.gpu_hours}
+                for trial in trials
+            ],
+        }
+        for text, best, measures, trials in found
+    ]
+    if case.beside is not None:
+        settings["beside"] = _beside(case.beside, [best for _, best, _, _ in found])
+    head = result.header("simulate", f"{case.workload} {case.load}")
+    return head | settings | {"valid": True, "doubts": [], "policies": rows}
+
+
+def _beside(beside: Measured, trials: Sequence[Trial]) -> dict[str, Any]:
+    """How far the simulated fleets are from the measured one, the first of the trials."""
+    measured, *simulated = trials
+    return {
+        "run": beside.name,
+        "start_s": beside.start_s,
+        "policies": [
+            {
+                "spec": trial.spec,
+                "gpu_hours_error": trial.gpu_hours / measured.gpu_hours - 1,
+                "kept_minus_measured": trial.kept - measured.kept,
+                "replicas_most_minus_measured": trial.replicas_most - measured.replicas_most,
+                "serving_apart_mean": reality.apart(trial.timeline, beside),
+            }
+            for trial in simulated
+        ],
+    }
+
+
+def _plain(trial: Trial) -> dict[str, Any]:
+    built: dict[str, Any] = msgspec.to_builtins(trial)
+    return built
+
+
+def _per_minute(jobs: Sequence[Job]) -> list[tuple[float, float]]:
+    counts = Counter(int(job.at_s / _MINUTE_S) for job in jobs)
+    minutes = range(max(counts, default=-1) + 1)
+    return [(minute * _MINUTE_S, counts[minute] / _MINUTE_S) for minute in minutes]
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+DEFAULT_POLICIES = (
+    "ours",
+    "serve:target=8|16|32|64,up=0|30,down=120|600",
+    "spare:kv=0.6|0.8,queue=5,kv_spare=0.1|0.3",
+    "waiting:per=1|5",
+    "static",
+    "foresight",
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the result")
+    add("--workload", help="what is sent: see bench/traffic/workload.py")
+    add(
+        "--load",
+        default="trace",
+        help="when: see bench/traffic/schedule.py and bench/simulation/demand.py",
+    )
+    add("--requests", type=int, help="the first so many")
+    add("--duration", type=float, help="seconds of it")
+    add("--copies", type=int, default=1, help="of each request")
+    add("--policy", action="append", help="see bench/simulation/policies.py; several times")
+    add("--slo", default="ttft_ms=2000,tpot_ms=100,percentile=99", help="as of `bench search`")
+    add("--judge-from", type=float, default=0.0, help="seconds that are simulated but not judged")
+    add("--seed", type=int, default=0)
+    add("--gpu", default="H100", help=f"of the engines: {', '.join(enginemodel.GPUS)}")
+    add("--gpus", type=int, default=1, help="of one replica")
+    add("--model", default="Qwen2.5-7B", help=", ".join(enginemodel.MODELS))
+    add("--beside", type=Path, help="folder of a `bench run --dashboard ..`, instead of --workload")
+    add("--engine", type=Path, help="instead: the result of --validate, or a file with an engine")
+    add("--start", type=float, help="seconds until a replica serves; 120, or as it was --beside")
+    add("--start-spread", type=float, default=0.0, help="its share by which that varies")
+    add("--period", type=float, default=5.0, help="seconds between decisions")
+    add("--min", type=int, default=1, help="replicas at least")
+    add("--max", type=int, default=16, help="replicas at most")
+    add("--initial", type=int, help="replicas at the start; what the first minute needs")
+    add("--records", action="store_true", help="keep them, with the time of every token")
+    add("--validate", type=Path, action="append", help="folder of a measured run; several times")
+    for name in ("max_num_seqs", "token_budget", "kv_blocks", "block_tokens"):
+        add(f"--{name.replace('_', '-')}", type=int, help="of the engine")
+
+
+def command(options: argparse.Namespace) -> dict[str, Any]:
+    """What `python -m bench simulate` does; the last line of its output."""
+    engine = _engine(options)
+    if options.validate:
+        return _validated(options, engine)
+    beside = Measured.read(options.beside) if options.beside else None
+    if (beside is None) == (not options.workload):
+        raise BenchError.of("workload", options.workload or "", "give one of it and --beside")
+    start_s: float | None = options.start
+    if start_s is None and beside is not None:
+        start_s = beside.start_s
+    fleet_of = Fleet(
+        engine,
+        start_s=120.0 if start_s is None else start_s,
+        start_spread=options.start_spread,
+        period_s=options.period,
+        percentile=99.0,
+        min_replicas=options.min,
+        max_replicas=options.max,
+        initial=max(options.min, 1),
+        seed=options.seed,
+    )
+    slo = measure.parse_slo(options.slo)
+    case = Case(
+        beside.name if beside else options.workload,
+        "as it was measured" if beside else options.load,
+        replace(fleet_of, percentile=slo.percentile, ttft_s=slo.ttft_s, tpot_s=slo.tpot_s),
+        slo,
+        count=options.requests,
+        duration_s=options.duration,
+        copies=options.copies,
+        seed=options.seed,
+        judged_from_s=options.judge_from,
+        beside=beside,
+    )
+    initial = options.initial if options.initial is not None else first(case)
+    case = replace(case, fleet=replace(case.fleet, initial=initial))
+    data = simulate(case, options.policy or DEFAULT_POLICIES, options.out, options.records)
+    keys = ("spec", "kept", "holds", "gpu_hours", "changes", "replicas_mean")
+    return {
+        "benchmark": "simulate",
+        "name": data["name"],
+        "valid": True,
+        "out": str(options.out),
+        "report": str(options.out / result.REPORT),
+        "policies": [{key: row[key] for key in keys} for row in data["policies"]],
+    } | ({"beside": data["beside"]} if beside else {})
+
+
+def first(case: Case) -> int:
+    """Replicas that the first minute of a load needs: every policy begins with a fleet that fits,
+    as if it had been there before, and none is judged by how it gets there."""
+    size = case.fleet
+    busy = policies.busy(case.jobs(), size.engine, case.slo.ttft_s or 2.0)[: int(_FIRST_S)]
+    needed = int(np.ceil(busy.max(initial=0.0) / _INITIAL_SHARE))
+    return min(max(needed, size.min_replicas, 1), size.max_replicas)
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    if options.engine:
+        engine = enginefit.from_json(options.engine)
+    else:
+        engine = enginemodel.roofline(options.gpu, options.model, options.gpus)
+    names = ("max_num_seqs", "token_budget", "kv_blocks", "block_tokens")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(engine, **given) if given else engine
+
+
+def _validated(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
+    """The engine fitted to measured runs, and how well such a fit foretells one it has not seen."""
+    measured = enginefit.loads(options.validate)
+    whole = enginefit.fit(measured, engine)
+    foretold = enginefit.validate(measured, engine)
+    errors = enginefit.summary(foretold)
+    fitted = replace(engine, costs=whole.costs, name=f"fitted to {len(measured)} measured loads")
+    data = result.header("simulate", "validation") | {
+        "valid": True,
+        "doubts": [],
+        "engine": enginefit.to_json(fitted),
+        "fit": msgspec.to_builtins(whole),
+        "loads": msgspec.to_builtins(foretold),
+        "errors": errors,
+    }
+    result.write(options.out, data)
+    _say(enginefit.table(whole, foretold))
+    return {
+        "benchmark": "simulate",
+        "name": "validation",
+        "valid": True,
+        "out": str(options.out),
+        "costs": asdict(whole.costs),
+        "errors": errors,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

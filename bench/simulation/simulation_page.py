@@ -1,0 +1,217 @@
+"""What is said of a simulation: a table for the console, and a page with plots.
+
+The page is one HTML file that needs nothing else; its plots are those of plots.py.
+"""
+
+import html
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.measure import Slo
+from bench.pages import plots
+from bench.simulation import reality
+from bench.simulation.fleet import Timeline
+
+_POINTS = 400  # Of a curve in a plot.
+_BARS = "▁▂▃▄▅▆▇█"
+_COLUMNS = (
+    "policy",
+    "kept %",
+    "GPU-h",
+    "TTFT p50/p95/p99 s",
+    "TPOT p50/p95/p99 ms",
+    "changes",
+    "replicas",
+)
+
+
+def table(data: dict[str, Any]) -> str:
+    """The result as text: one line a policy, and its replicas over time."""
+    rows = [list(_COLUMNS)]
+    for row in data["policies"]:
+        rows.append([row["spec"], *cells(row)])
+    widths = [max(len(row[place]) for row in rows) for place in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    most = max((row["replicas_most"] for row in data["policies"]), default=1)
+    lines += ["", f"replicas over time, of {most}"]
+    lines += [f"{bar(row, most)}  {row['spec']}" for row in data["policies"]]
+    return "\n".join(lines)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """The figures of one policy, as text; without its name."""
+    measures = row["measures"]
+    return [
+        f"{100 * row['kept']:.2f}" + ("" if row["holds"] else " (not held)"),
+        f"{row['gpu_hours']:.2f}",
+        "/".join(_number(measures[f"ttft_p{percent}_s"], 2) for percent in (50, 95, 99)),
+        "/".join(_number(measures[f"tpot_p{percent}_s"], 0, 1e3) for percent in (50, 95, 99)),
+        f"{row['changes']} ({row['reversals']} back)",
+        f"{row['replicas_mean']:.2f}, at most {row['replicas_most']}",
+    ]
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    return "-" if value is None else f"{value * scale:.{digits}f}"
+
+
+def bar(row: dict[str, Any], most: int, width: int = 80) -> str:
+    """Replicas that are paid for, over time."""
+    paid = _paid(row)
+    if not len(paid):
+        return ""
+    parts = np.array_split(paid, min(width, len(paid)))
+    return "".join(
+        _BARS[min(len(_BARS) - 1, int(part.mean() / max(most, 1) * len(_BARS)))] for part in parts
+    )
+
+
+def _paid(row: dict[str, Any]) -> Any:
+    return reality.paid(Timeline(**row["timeline"]))
+
+
+# --- the page -------------------------------------------------------------------------------
+
+
+_PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+:root {
+  --paper: #ffffff; --ink: #16191d; --muted: #59616b; --grid: #e2e5e9;
+  --series-0: #0067a5; --series-1: #c4500a; --series-2: #00896a; --series-3: #a5487f;
+  --series-4: #8f6a00; --series-5: #59616b; --plot-font: system-ui, sans-serif;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14171b; --ink: #e8eaed; --muted: #a0a8b2; --grid: #31373e;
+    --series-0: #62b5ec; --series-1: #ff9049; --series-2: #3fc79d; --series-3: #e398c5;
+    --series-4: #e3bb3f; --series-5: #a0a8b2;
+  }
+}
+body { margin: 0 auto; padding: 2.5rem 1.5rem; max-width: 75rem; font: 16px/1.5 var(--plot-font);
+  color: var(--ink); background: var(--paper); }
+p { color: var(--muted); max-width: 46rem; }
+div { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--grid); }
+</style>
+</head>
+<body>
+<h1>Policies under one load, simulated</h1>
+<p>$about</p>
+<div><table><tr>$heads</tr>
+$rows</table></div>
+<h2>Over time</h2>
+$timeline
+<h2>What it costs</h2>
+<p>Each point is a setting of a policy that no other of its settings beats: further left is cheaper,
+further down is better.</p>
+$price
+</body>
+</html>
+""")
+
+
+def page(data: dict[str, Any]) -> str:
+    """The result as an HTML page that needs nothing else."""
+    slo, size = Slo(**data["slo"]), data["fleet"]
+    limits = [
+        f"{name} {value * 1e3:g} ms"
+        for name, value in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s), ("whole", slo.e2e_s))
+        if value is not None
+    ]
+    about = (
+        f"{data['requests']} requests of {data['workload']}, {data['load']}, {data['copies']} of "
+        f"each; {size['engine']['name']}; a replica starts in {size['start_s']:g} s, "
+        f"{size['min_replicas']} to {size['max_replicas']} of them. Objective: "
+        f"{slo.percentile:g} % of requests with {', '.join(limits)}"
+        + (f", judged from {data['judged_from_s']:g} s on." if data["judged_from_s"] else ".")
+    )
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in (row["spec"], *cells(row)))
+        + "</tr>\n"
+        for row in data["policies"]
+    )
+    return _PAGE.substitute(
+        title="Policies under one load",
+        about=html.escape(about),
+        heads="".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS),
+        rows=rows,
+        timeline=_timeline(data),
+        price=_price(data),
+    )
+
+
+def _timeline(data: dict[str, Any]) -> str:
+    t_s, per_s = zip(*data["requests_per_s"], strict=True) if data["requests_per_s"] else ((), ())
+    rows = data["policies"]
+    replicas = [_curve(row, _paid(row)) for row in rows]
+    known = [row for row in rows if row["timeline"]["waiting"]]
+    waiting = [_curve(row, row["timeline"]["waiting"]) for row in known]
+    kept = [
+        plots.Curve(
+            label=row["spec"],
+            x=[at_s for at_s, _ in row["kept_by_minute"]],
+            y=[100 * share for _, share in row["kept_by_minute"]],
+        )
+        for row in rows
+    ]
+    offered = [plots.Curve(label="offered", x=t_s, y=per_s)]
+    panels = [
+        plots.Panel(title="Load", y_title="requests/s", curves=offered, filled=(0,), low=True),
+        plots.Panel(title="Replicas paid for", y_title="replicas", curves=replicas),
+        plots.Panel(title="Waiting requests", y_title="requests", curves=waiting),
+        plots.Panel(title="Kept the objective, by minute", y_title="%", curves=kept, top=101),
+    ]
+    return plots.timeline(panels, "simulate")
+
+
+def _curve(row: dict[str, Any], values: Any) -> plots.Curve:
+    """Thinned to the greatest value of each stretch."""
+    t_s = np.asarray(row["timeline"]["t_s"])
+    values = np.asarray(values, dtype=float)
+    if len(t_s) > _POINTS:
+        starts = np.linspace(0, len(t_s), _POINTS, endpoint=False).astype(int)
+        t_s, values = t_s[starts], np.maximum.reduceat(values, starts)
+    return plots.Curve(label=row["spec"], x=t_s.tolist(), y=values.tolist())
+
+
+def _price(data: dict[str, Any]) -> str:
+    least = 50 / max(1, data["requests"])  # Half a request: a log axis has no 0.
+    curves = []
+    for row in data["policies"]:
+        front = _front(row["tried"])
+        curves.append(
+            plots.Curve(
+                label=row["policy"],
+                x=[trial["gpu_hours"] for trial in front],
+                y=[max(least, 100 * (1 - trial["kept"])) for trial in front],
+                notes=[
+                    trial["spec"].partition(":")[2] if trial["spec"] == row["spec"] else ""
+                    for trial in front
+                ],
+            )
+        )
+    panel = ("Requests that missed the objective", "% (log)", curves)
+    return plots.curves([panel], "GPU-hours", "price")
+
+
+def _front(tried: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the settings of a policy those that no other beats in both price and share kept."""
+    found: list[dict[str, Any]] = []
+    for trial in sorted(tried, key=lambda trial: (trial["gpu_hours"], -trial["kept"])):
+        if not found or trial["kept"] > found[-1]["kept"]:
+            found.append(trial)
+    return found

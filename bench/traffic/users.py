@@ -1,0 +1,139 @@
+"""Users who ask the same prompts again and again, and keep all that they hear: a closed loop.
+
+All of them share one event loop and no connection. The client would send a request again, by
+itself, that was lost on a connection which had been idle; on a new one whatever is lost is seen.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from bench import records
+from bench.faults.heard import Heard, hear
+from bench.progress import Line, Progress
+from bench.traffic.client import Answer, Client, Target
+from bench.traffic.workload import Request
+
+# A user whose request failed asks again only then: a server that refuses all would otherwise use
+# up the requests of a run in a second.
+_AFTER_FAILURE_S = 0.5
+
+
+class Users:
+    """A closed loop: each user asks the next request when its last was answered.
+
+    Args:
+        count: requests at least.
+        think_s: what each waits between an answer and its next request.
+        whole: share of the requests that are not streamed.
+        most_s: nothing is asked after that time; None: no such time.
+        clock: seconds since the start of the load.
+        more: whether to go on though `count` requests were sent.
+        path: where records go as they come.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Target,
+        requests: Sequence[Request],
+        users: int,
+        count: int,
+        whole: float,
+        think_s: float = 0.0,
+        most_s: float | None,
+        seed: int,
+        clock: Callable[[], float],
+        more: Callable[[], bool],
+        path: Path,
+    ) -> None:
+        self._target, self._requests, self._users = target, requests, users
+        self._count, self._whole, self._most_s = count, whole, most_s
+        self._think_s = think_s
+        self._clock, self._more, self._path = clock, more, path
+        self._rng = random.Random(f"{seed}/order")
+        self._order: list[int] = []
+        self._sent = self._running = self._failed = self._tokens = 0
+        self._line = Line(label="disturbed ")
+        self.heard: list[Heard] = []
+
+    async def run(self) -> None:
+        asked = client(self._target, self._clock)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for user in range(self._users):
+                    group.create_task(self._use(asked, user))
+        finally:
+            asked.close()
+            self._line.close()
+
+    async def _use(self, asked: Client, user: int) -> None:
+        while not self._over():
+            index = self._sent
+            self._sent += 1
+            record = Heard(
+                index=index,
+                planned_s=self._clock(),
+                user=user,
+                prompt=self._next(),
+                whole=in_one_piece(index, self._whole),
+            )
+            self._running += 1
+            await ask(asked, self._requests[record.prompt], record)
+            self._running -= 1
+            self._take(record)
+            await asyncio.sleep(max(self._think_s, _AFTER_FAILURE_S if record.error else 0.0))
+
+    def _over(self) -> bool:
+        if self._most_s is not None and self._clock() > self._most_s:
+            return True
+        return self._sent >= self._count and not self._more()
+
+    def _next(self) -> int:
+        """All prompts once in a random order, and again in another."""
+        if not self._order:
+            self._order = list(range(len(self._requests)))
+            self._rng.shuffle(self._order)
+        return self._order.pop()
+
+    def _take(self, record: Heard) -> None:
+        self.heard.append(record)
+        records.append(self._path, [record])
+        self._failed += not record.ok
+        self._tokens += record.output_tokens or 0
+        self._line(
+            Progress(
+                at_s=self._clock(),
+                planned=self._count,
+                sent=self._sent,
+                running=self._running,
+                done=len(self.heard),
+                failed=self._failed,
+                tokens=self._tokens,
+            )
+        )
+
+
+def in_one_piece(index: int, share: float) -> bool:
+    """Whether this request is not streamed: evenly so, 0.25 is every fourth."""
+    return int((index + 1) * share) > int(index * share)
+
+
+def client(target: Target, clock: Callable[[], float]) -> Client:
+    """A client that asks greedily and for the ids of tokens, on a connection for each request."""
+    extra = {"temperature": 0, "return_token_ids": True, **target.extra}
+    return Client(msgspec.structs.replace(target, extra=extra, fresh_connections=True), clock)
+
+
+async def ask(asked: Client, request: Request, record: Heard) -> None:
+    """Send a request and fill in its record. Raises nothing but cancellation."""
+    record.asked_input_tokens = request.input_tokens
+    record.asked_output_tokens = request.output_tokens
+    if record.whole:
+        request = msgspec.structs.replace(request, extra={**request.extra, "stream": False})
+    answer = Answer(record, keep_text=True)
+    await asked.exchange(request, answer)
+    hear(record, answer)

@@ -70,24 +70,25 @@ class _Nothing(http.server.BaseHTTPRequestHandler):
 def _start(role: str, options: argparse.Namespace) -> "subprocess.Popen[bytes]":
     words = ["--role", role, "--start-s", str(options.start_s), "--title", options.title]
     words += ["--restart"] if options.restart else []
+    # Told, not looked up: by the time it looks, its parent may be gone.
+    words += ["--parent", str(os.getpid())]
     return subprocess.Popen([sys.executable, "-m", "tests.services.fleet", *words])
 
 
 def _fleet(options: argparse.Namespace) -> None:
-    parent = os.getppid()
     running = [_start("replica", options) for _ in range(options.replicas)]
-    while os.getppid() == parent:
+    while os.getppid() == options.parent:
         time.sleep(_LOOK_S)
         running = [p if p.poll() is None else _start("replica", options) for p in running]
 
 
 def _replica(options: argparse.Namespace) -> None:
     setproctitle(options.title)
-    parent, engine = os.getppid(), _start("engine", options)
+    engine = _start("engine", options)
     time.sleep(options.start_s)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Nothing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    while os.getppid() == parent:
+    while os.getppid() == options.parent:
         if engine.poll() is not None:
             if not options.restart:
                 break
@@ -96,10 +97,9 @@ def _replica(options: argparse.Namespace) -> None:
     engine.kill()
 
 
-def _engine() -> None:
+def _engine(options: argparse.Namespace) -> None:
     setproctitle(ENGINE)
-    parent = os.getppid()
-    while os.getppid() == parent:
+    while os.getppid() == options.parent:
         time.sleep(_LOOK_S)
 
 
@@ -110,11 +110,12 @@ def main() -> None:
     parser.add_argument("--start-s", type=float, default=0.0)
     parser.add_argument("--title", default=REPLICA)
     parser.add_argument("--restart", action="store_true")
+    parser.add_argument("--parent", type=int, default=os.getppid())
     options = parser.parse_args()
     if options.role == "replica":
         _replica(options)
     elif options.role == "engine":
-        _engine()
+        _engine(options)
     else:
         _fleet(options)
 

@@ -28,6 +28,8 @@ from serve_app.errors import NotFound
 from serve_app.keys import tenant
 
 TOKEN_HEADER, CONTINUE_HEADER = "x-engine-token", "x-continue"
+# Of the answer to a ping: for how many seconds the engine has said nothing though it was asked.
+SILENT_HEADER = "x-engine-silent"
 # Who asks, as the gateway found out.
 TENANT_HEADER = "x-tenant"
 # Of an answer that is none: the engine failed before it began, or is not there at all.
@@ -69,24 +71,33 @@ class Backend:
     """ASGI middleware: asks for the token, hands `Progress` to the engine, marks the events.
 
     Args:
-        there: whether there is an engine.
+        there: whether there is an engine; `silent_s`: for how long nothing was heard of it.
     """
 
-    def __init__(self, app: ASGIApp, token: str, there: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str,
+        there: Callable[[], bool] = lambda: True,
+        silent_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self.app = app
         self.token = token.encode()
-        self._there = there
+        self._there, self._silent_s = there, silent_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         if not self._there():  # Anybody may know, as of a port that is closed.
-            await _failed(send, ABSENT)
+            await _told(send, 502, FAILED_HEADER, ABSENT)
             return
         headers = dict(scope["headers"])
         if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self.token):
             await NotFound("No such route.")(scope, receive, send)
+            return
+        if scope["path"] == "/ping":
+            await _told(send, 200, SILENT_HEADER, f"{self._silent_s():g}")
             return
         current = Exchange()
         if (length := headers.get(CONTINUE_HEADER.encode())) is not None:
@@ -100,12 +111,13 @@ class Backend:
             if current.started:
                 raise
             # uvicorn would make of it a 500 that looks like an answer.
-            await _failed(send, DIED)
+            await _told(send, 502, FAILED_HEADER, DIED)
 
 
-async def _failed(send: Send, how: str) -> None:
-    headers = [(FAILED_HEADER.encode(), how.encode()), (b"content-length", b"0")]
-    await send({"type": "http.response.start", "status": 502, "headers": headers})
+async def _told(send: Send, status: int, header: str, value: str) -> None:
+    """A response that is all said in one header."""
+    headers = [(header.encode(), value.encode()), (b"content-length", b"0")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
 
 
@@ -170,9 +182,14 @@ class Server:
         self._server: _Quiet | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, app: ASGIApp, there: Callable[[], bool] = lambda: True) -> None:
+    def start(
+        self,
+        app: ASGIApp,
+        there: Callable[[], bool] = lambda: True,
+        silent_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         config = uvicorn.Config(
-            Backend(app, self.token, there),
+            Backend(app, self.token, there, silent_s),
             log_config=None,  # It would close the handlers of everybody else.
             log_level="critical",  # What broke is the gateway's to tell.
             access_log=False,

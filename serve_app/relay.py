@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import aiohttp
@@ -27,6 +27,7 @@ from serve_app.backend import (
     ABSENT,
     CONTINUE_HEADER,
     FAILED_HEADER,
+    SILENT_HEADER,
     TENANT_HEADER,
     TOKEN_HEADER,
 )
@@ -343,7 +344,6 @@ class Relay:
                     return
                 await answer.begin(response.status, kept)
                 async for data in response.content.iter_any():
-                    replica.heard_s = time.monotonic()
                     visit.sending = True
                     await answer.data(data)
                     visit.sending = False
@@ -363,7 +363,7 @@ class Relay:
             self._visits.discard(visit)
 
     async def _watch_visits(self) -> None:
-        """Break off what stalls: a stream that stopped, a replica that answers nothing at all."""
+        """Break off what stalls: a stream that stopped, all at a replica or engine that did."""
         bound_s = self._settings.stall_timeout_s
         pings: dict[Replica, asyncio.Task[bool]] = {}
         while True:
@@ -373,17 +373,21 @@ class Relay:
                 pings[replica] = asyncio.create_task(self._ping(replica, bound_s))
             lost = {r for r, ping in pings.items() if ping.done() and not ping.result()}
             pings = {replica: ping for replica, ping in pings.items() if not ping.done()}
-            for visit in _stalled(self._visits, lost, now_s - bound_s):
-                visit.limit.reschedule(0)
+            for visit in list(self._visits):
+                since_s = visit.silent_from_s
+                stopped = since_s is not None and now_s - since_s > bound_s
+                if not visit.sending and (stopped or visit.replica in lost):
+                    visit.limit.reschedule(0)
 
     async def _ping(self, replica: Replica, timeout_s: float) -> bool:
-        """Whether a replica's event loop turns. What it says does not matter."""
+        """Whether a replica's event loop turns, and its engine is not silent for too long."""
+        url, headers = f"http://{replica.address}/ping", {TOKEN_HEADER: replica.token}
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._session.get(f"http://{replica.address}/ping"),
+                self._session.get(url, headers=headers) as response,
             ):
-                return True
+                return float(response.headers.get(SILENT_HEADER, 0)) <= timeout_s
         except TimeoutError:
             return False
         except (aiohttp.ClientError, OSError):
@@ -431,18 +435,6 @@ class _Visit:
     limit: asyncio.Timeout
     sending: bool = False
     silent_from_s: float | None = None
-
-
-def _stalled(visits: Iterable[_Visit], lost: Collection[Replica], since_s: float) -> list[_Visit]:
-    """Those to be broken off: nothing was heard of them since `since_s`, and more is to come.
-
-    A first token may be long in coming. But where a stream stopped and no other one of that replica
-    was heard either, its engine does nothing, and what waits for it waits in vain.
-    """
-    free = [visit for visit in visits if not visit.sending]
-    stopped = {v for v in free if v.silent_from_s is not None and v.silent_from_s < since_s}
-    silent = {visit.replica for visit in stopped if visit.replica.heard_s < since_s}
-    return [v for v in free if v in stopped or v.replica in silent or v.replica in lost]
 
 
 @contextlib.contextmanager

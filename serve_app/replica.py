@@ -192,7 +192,8 @@ class GatewayReplica(_Engine):
         self._load(settings, plan)
         # The gateway counts.
         app = self._gate(await self._stack(), counted=False)
-        self._server.start(app, lambda: self._supervisor.healthy)
+        supervisor = self._supervisor
+        self._server.start(app, lambda: supervisor.healthy, lambda: supervisor.silent_s)
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Called by Ray Serve once; the gateways are told."""

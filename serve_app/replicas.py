@@ -27,7 +27,6 @@ class Replica:
         running: requests that it works on for this gateway.
         failures: in a row.
         avoid_until_s: monotonic.
-        heard_s: when a piece of any streamed answer came from it last, monotonic.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Replica:
     running: int = 0
     failures: int = 0
     avoid_until_s: float = 0.0
-    heard_s: float = 0.0
 
 
 @dataclass

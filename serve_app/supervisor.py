@@ -55,6 +55,7 @@ class Supervisor:
     Attributes:
         failure: what is wrong with the engine; None: nothing.
         restarting: it is being started anew.
+        silent_s: for how long it has answered nothing and written nothing, while it was asked.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Supervisor:
         self._restarted_s = -_LASTING_S
         self.failure: str | None = None
         self.restarting = False
+        self.silent_s = 0.0
 
     @property
     def healthy(self) -> bool:
@@ -96,7 +98,7 @@ class Supervisor:
             if not (self.restarting and await self._restarted()):
                 self._leave(1)
                 return
-            self.failure, self.restarting = None, False
+            self.failure, self.restarting, self.silent_s = None, False, 0.0
 
     def _may_restart(self) -> bool:
         lasted_s = time.monotonic() - self._restarted_s
@@ -129,7 +131,7 @@ class Supervisor:
         if self._engine.dead:
             return "the engine died"
         probe = asyncio.ensure_future(self._engine.probe())
-        silent_s, sign_s = 0.0, self._engine.last_sign_s
+        sign_s = self._engine.last_sign_s
         try:
             # A long step answers late, so each round waits for the probe and for outputs alike.
             while not (await asyncio.wait({probe}, timeout=_PROBE_S))[0]:
@@ -137,12 +139,14 @@ class Supervisor:
                     return "the engine died"
                 # Counted in rounds and not by the clock: when this process was itself stopped, or
                 # the machine was, the engine had no time to answer either.
-                silent_s = silent_s + _PROBE_S if sign_s == self._engine.last_sign_s else 0.0
+                silent = sign_s == self._engine.last_sign_s
+                self.silent_s = self.silent_s + _PROBE_S if silent else 0.0
                 sign_s = self._engine.last_sign_s
-                if silent_s >= self._hang_timeout_s:
-                    return f"the engine has been silent for {silent_s:.0f} s"
+                if self.silent_s >= self._hang_timeout_s:
+                    return f"the engine has been silent for {self.silent_s:.0f} s"
             if (error := probe.exception()) is not None:
                 return f"the engine failed its probe: {type(error).__name__}"
+            self.silent_s = 0.0
             return None
         finally:
             probe.cancel()

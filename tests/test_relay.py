@@ -15,7 +15,7 @@ from serve_app import routing
 from serve_app.backend import Server, exchange
 from serve_app.continuation import Progress
 from serve_app.relay import Ask, Relay
-from serve_app.replicas import Replicas
+from serve_app.replicas import Replica, Replicas
 from serve_app.settings import Gateway
 from tests.services.engine import EngineServer, Fault
 
@@ -230,33 +230,35 @@ async def test_a_silent_replica_is_left(after: int) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_what_waits_beside_a_stream_that_stopped_is_asked_elsewhere(stream: bool) -> None:
-    stopped = EngineServer("a", faults=[Fault(stall_after=4), Fault(stall_after=0)])
-    async with fleet(stopped, EngineServer("b"), stall_timeout_s=0.6) as there:
-        begun = asyncio.create_task(_first_to(there, stopped))
+async def test_what_waits_for_an_engine_that_is_silent_is_asked_elsewhere(stream: bool) -> None:
+    stopped = EngineServer("a", faults=[Fault(stall_after=0)])
+    async with fleet(stopped, EngineServer("b")) as there:
+        ask = asyncio.create_task(_first_to(there, stopped, stream=stream))
         while not stopped.asked:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        waits = await _first_to(there, stopped, stream=stream)
-        assert (await begun).text == WHOLE
-    assert len(stopped.asked) == 2, "it was not asked there first"
-    assert WHOLE in (waits.text if stream else waits.body.decode())
+        stopped.silent_s = 5.0  # As its supervisor says, where the engine was sent SIGSTOP.
+        client = await ask
+    assert len(stopped.asked) == 1
+    assert WHOLE in (client.text if stream else client.body.decode())
 
 
-async def test_what_waits_beside_a_stream_that_goes_on_is_left_alone() -> None:
-    busy = EngineServer("a", length=60, pause_s=0.05)
-    busy.faults = [None, Fault(stall_after=4), Fault(stall_after=0)]
-    async with fleet(busy, EngineServer("b"), stall_timeout_s=0.6) as there:
-        goes_on = asyncio.create_task(_first_to(there, busy))
-        await asyncio.sleep(0.1)
-        stops = asyncio.create_task(_first_to(there, busy))
-        await asyncio.sleep(0.1)
-        waits = asyncio.create_task(_first_to(there, busy))
-        # The stream that stopped goes elsewhere; the engine is heard, so that one more may wait.
-        assert (await stops).text == WHOLE
-        assert not waits.done()
-        assert not goes_on.done()
-        waits.cancel()
-        await goes_on
+async def test_a_replica_says_for_how_long_its_engine_was_silent() -> None:
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("a ping is none of the engine's business")
+
+    server = Server("127.0.0.1")
+    silent_s = [0.0]
+    server.start(never, silent_s=lambda: silent_s[0])
+    try:
+        async with fleet(EngineServer("b")) as there:
+            replica = Replica("a", server.address, server.token)
+            assert await there.relay._ping(replica, 10.0)
+            silent_s[0] = 11.0
+            assert not await there.relay._ping(replica, 10.0)
+            # A stranger is told nothing.
+            assert await there.relay._ping(Replica("a", server.address, "guessed"), 10.0)
+    finally:
+        await server.drain(1.0)
 
 
 async def test_nothing_is_lost_that_a_slow_client_has_not_taken() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from serve_app.backend import CONTINUE_HEADER, TOKEN_HEADER
+from serve_app.backend import CONTINUE_HEADER, SILENT_HEADER, TOKEN_HEADER
 from serve_app.continuation import Progress
 
 
@@ -45,6 +45,7 @@ class EngineServer:
     asked: list[tuple[Progress | None, bytes]] = field(default_factory=list)
     left: int = 0
     deaf: bool = False
+    silent_s: float = 0.0
     token: str = "secret"
 
     async def start(self) -> "EngineServer":
@@ -82,7 +83,8 @@ class EngineServer:
         if self.deaf:
             await asyncio.sleep(3600)
         if first.startswith("GET /ping"):
-            writer.write(_whole(200, b""))
+            assert headers[TOKEN_HEADER] == self.token
+            writer.write(_whole(200, b"", f"{SILENT_HEADER}: {self.silent_s:g}\r\n".encode()))
             return True
         assert headers[TOKEN_HEADER] == self.token
         progress = None
@@ -168,8 +170,8 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-def _whole(status: int, body: bytes) -> bytes:
+def _whole(status: int, body: bytes, headers: bytes = b"") -> bytes:
     return (
         b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\nretry-after: 7\r\n"
-        b"content-length: %d\r\n\r\n%s" % (status, len(body), body)
+        b"%scontent-length: %d\r\n\r\n%s" % (status, headers, len(body), body)
     )

@@ -75,6 +75,20 @@ async def test_an_engine_in_a_long_step_is_not_hung(engine: FakeEngine) -> None:
     task.cancel()
 
 
+async def test_how_long_an_engine_is_silent_is_known_until_it_answers(engine: FakeEngine) -> None:
+    engine.answers = False
+    watch = Supervisor(engine, 60.0, lambda: 1, lambda status: None)
+    task = asyncio.create_task(watch.watch())
+    async with asyncio.timeout(10):
+        while watch.silent_s < 0.05:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        engine.answers = True
+        while watch.silent_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert watch.healthy
+    task.cancel()
+
+
 async def test_a_probe_that_fails_is_a_failure(engine: FakeEngine) -> None:
     async def broken() -> None:
         raise RuntimeError("worker gone")

@@ -108,8 +108,8 @@ def _chaos(
     command += ["--api-key-env", _KEY_ENV, "--out", str(options.out / name), "--name", name]
     command += ["--workload", f"synthetic:input=20,output={tokens}", "--distinct", str(distinct)]
     command += ["--requests", str(requests), "--users", str(users), "--think", "1"]
-    # With random weights answers repeat themselves, which hides what is doubled. A long one has more
-    # tokens than the vocabulary: its penalty counts how often each was used.
+    # With random weights answers repeat themselves, which hides what is doubled. A long one has
+    # more tokens than the vocabulary: its penalty counts how often each was used.
     penalty = "repetition_penalty" if name == "short" else "frequency_penalty"
     command += ["--extra", json.dumps({penalty: 10 if name == "short" else 2})]
     return command

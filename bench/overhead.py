@@ -25,9 +25,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ import yaml
 from bench import measure
 from bench.records import Record
 from bench.traffic.client import Answer, Client, Target
+from bench.traffic.crowd import Crowd
 from bench.traffic.workload import Request
 
 NAME = "bench"
@@ -150,31 +149,23 @@ def _load(port: int, concurrency: int, requests: int, output_tokens: int) -> Sam
     return asyncio.run(load(port, concurrency, requests, output_tokens))
 
 
-class Clients:
-    """Client processes that share a load evenly, so that one Python is not what is measured."""
-
-    def __init__(self, processes: int) -> None:
-        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-        self._processes = processes
-        list(self._pool.map(abs, range(processes)))  # Each has started and imported.
-
-    def load(self, port: int, concurrency: int, requests: int, output_tokens: int) -> Sample:
-        processes = min(self._processes, concurrency)
-        shares = [
-            (concurrency // processes) + (index < concurrency % processes)
-            for index in range(processes)
-        ]
-        futures = [
-            self._pool.submit(_load, port, share, requests * share // concurrency, output_tokens)
-            for share in shares
-        ]
-        samples = [future.result() for future in futures]
-        return Sample(
-            tokens=sum(sample.tokens for sample in samples),
-            elapsed_s=max(sample.elapsed_s for sample in samples),
-            ttft_s=[value for sample in samples for value in sample.ttft_s],
-            itl_s=[value for sample in samples for value in sample.itl_s],
-        )
+def together(
+    crowd: Crowd, port: int, concurrency: int, requests: int, output_tokens: int
+) -> Sample:
+    """The same, from the processes of a crowd, which share it evenly."""
+    samples = crowd.each(
+        _load,
+        [
+            (port, share, requests * share // concurrency, output_tokens)
+            for share in crowd.shares(concurrency)
+        ],
+    )
+    return Sample(
+        tokens=sum(sample.tokens for sample in samples),
+        elapsed_s=max(sample.elapsed_s for sample in samples),
+        ttft_s=[value for sample in samples for value in sample.ttft_s],
+        itl_s=[value for sample in samples for value in sample.itl_s],
+    )
 
 
 # --- the systems ----------------------------------------------------------------------------
@@ -331,10 +322,11 @@ def _stop(system: System) -> None:
 # --- the comparison -------------------------------------------------------------------------
 
 
-def interleaved(systems: list[System], options: argparse.Namespace) -> list[dict[str, Any]]:
+def interleaved(
+    systems: list[System], crowd: Crowd, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Every concurrency, every round, every system in turn. One row for each."""
     rows = []
-    clients = Clients(options.clients)
     for system in systems:
         system.signal(signal.SIGSTOP)
     for round_ in range(options.rounds + 1):
@@ -346,7 +338,7 @@ def interleaved(systems: list[System], options: argparse.Namespace) -> list[dict
                 time.sleep(options.settle)
                 requests = max(options.least, concurrency * options.waves)
                 used_s = system.cpu_s()
-                sample = clients.load(system.port, concurrency, requests, options.output_tokens)
+                sample = together(crowd, system.port, concurrency, requests, options.output_tokens)
                 sample.cpu_s = system.cpu_s() - used_s
                 system.signal(signal.SIGSTOP)
                 if round_ == 0:
@@ -438,7 +430,8 @@ def main() -> None:
             system.signal(signal.SIGCONT)
             if options.start_together:
                 wait(system)
-        rows = interleaved(systems, options)
+        with Crowd(options.clients) as crowd:
+            rows = interleaved(systems, crowd, options)
     compared = compare(rows, names[0])
     print(table(compared))
     ready = {system.name: round(system.ready_s, 1) for system in systems}

@@ -39,11 +39,12 @@ from typing import Any
 import msgspec
 
 from bench import interval, machine, measure, result, run
-from bench.engine.served import Crowd, Served
+from bench.engine.served import Served, crowded
 from bench.engine.trial import Answer
 from bench.errors import BenchError
 from bench.hardware import gpu
 from bench.traffic import workload
+from bench.traffic.crowd import Crowd
 
 _ALONE, _AT_ONCE = 4, 100
 _FULL_TOKENS = 256  # Prompt tokens of a request up to which --saturation is meant as it is.
@@ -372,7 +373,7 @@ def _failed(rows: Sequence[Row], why: str) -> None:
 
 
 def _load(crowd: Crowd, server: Served, what: str, users: int, count: int, seed: int) -> Answer:
-    answer = crowd.load(server, what, users, count, seed)
+    answer = crowded(crowd, server, what, users, count, seed)
     failed = [record.error for record in answer.records if record.error]
     if failed:
         raise BenchError(f"{len(failed)} of {count} requests failed: {failed[0]}")

@@ -4,7 +4,7 @@
         answer = server.load("synthetic:input=200,output=64", "poisson:rate=5", count=100, seed=0)
 
 The systems are a bare vLLM ("bare") and this application ("ours"), which may have several replicas.
-Requests are sent from this process at their planned times, whatever came of the others; a Crowd
+Requests are sent from this process at their planned times, whatever came of the others; `crowded`
 sends a closed load from several, for servers that one Python cannot keep busy.
 """
 
@@ -19,8 +19,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +35,7 @@ from bench.measure import Slo
 from bench.records import Record
 from bench.traffic import schedule, workload
 from bench.traffic.client import Client, Target
+from bench.traffic.crowd import Crowd
 from bench.traffic.schedule import Closed, Open
 from bench.traffic.workload import Request
 
@@ -230,48 +229,28 @@ async def _ask(client: Client, request: Request, record: Record) -> Record:
     return await client.ask(msgspec.structs.replace(request, extra=least), record)
 
 
-class Crowd:
-    """Client processes that share a closed load evenly. Use it as a context manager.
-
-    One process that reads streams is full at some ten thousand events/s, which several GPUs exceed:
-    what is measured then is the client. Their clocks are one (the machine's monotonic one).
-    """
-
-    def __init__(self, processes: int) -> None:
-        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-        self._processes = processes
-        list(self._pool.map(abs, range(processes)))  # Each has started and imported.
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    def load(
-        self, server: Served, what: str, users: int, count: int, seed: int, limit_s: float = 300.0
-    ) -> Answer:
-        """`count` requests, `users` under way at a time; as `Served.load` with `users=N`."""
-        shares = min(self._processes, users)
-        futures = [
-            self._pool.submit(
-                _share,
-                server.port,
-                what,
-                users // shares + (place < users % shares),
-                count,
-                seed,
-                limit_s,
-                place,
-                shares,
-            )
-            for place in range(shares)
-        ]
-        answers = [future.result() for future in futures]
-        records = [record for answer in answers for record in answer.records]
-        ends_s = [record.end_s for record in records if record.end_s is not None]
-        start_s = min(record.planned_s for record in records)
-        return Answer(records=records, elapsed_s=max(ends_s, default=start_s) - start_s)
+def crowded(
+    crowd: Crowd,
+    server: Served,
+    what: str,
+    users: int,
+    count: int,
+    seed: int,
+    limit_s: float = 300.0,
+) -> Answer:
+    """A closed load from a crowd: `count` requests, `users` under way at a time."""
+    shares = crowd.shares(users)
+    answers = crowd.each(
+        _share,
+        [
+            (server.port, what, share, count, seed, limit_s, place, len(shares))
+            for place, share in enumerate(shares)
+        ],
+    )
+    records = [record for answer in answers for record in answer.records]
+    ends_s = [record.end_s for record in records if record.end_s is not None]
+    start_s = min(record.planned_s for record in records)
+    return Answer(records=records, elapsed_s=max(ends_s, default=start_s) - start_s)
 
 
 def _share(

@@ -111,7 +111,8 @@ def _chaos(
     # With random weights answers repeat themselves, which hides what is doubled. A long one has
     # more tokens than the vocabulary: its penalty counts how often each was used.
     penalty = "repetition_penalty" if name == "short" else "frequency_penalty"
-    command += ["--extra", json.dumps({penalty: 10 if name == "short" else 2})]
+    extra = {penalty: 10 if name == "short" else 2, "ignore_eos": True}
+    command += ["--extra", json.dumps(extra)]
     return command
 
 

@@ -63,6 +63,8 @@ def _behind_gateway(settings: Settings, models: list[tuple[Settings, Plan]]) -> 
         num_replicas=settings.gateway.replicas,
         max_ongoing_requests=100_000,
         max_queued_requests=-1,
+        # The new ones first: with one gateway there would be none for as long as its start takes.
+        max_surge_percent=100,
         graceful_shutdown_timeout_s=Plan.leave_s(settings),
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2.0,

@@ -33,6 +33,10 @@ from serve_app.settings import Settings
 
 logger = logging.getLogger("serve_app")
 
+# A gateway that replaces another one would keep requests waiting until it knows the replicas. At a
+# first start there are none so soon, and nobody waits.
+_LEARN_S = 5.0
+
 
 class Gateway:
     """One replica of the gateway.
@@ -55,6 +59,7 @@ class Gateway:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
         for name, handle in self._engines.items():
             self._relays[name] = self._relay(name, handle)
+        await asyncio.gather(*(each.replicas.some(_LEARN_S) for each in self._relays.values()))
         say(f"gateway: {time.monotonic() - self._began_s:.1f} s")
         models = Models(self._relays, self._settings)
         self._limited = LimitGate(models, self._settings.limits)

@@ -54,7 +54,7 @@ _MISSING, _LEAST_COVER = 4.0, 0.75
 # Share of an exponential tail that is taken to lie beyond the few surprises seen so far.
 _TAIL = 0.5
 # To go down, as many must do with so much more load, for so many starts, and at least so long.
-_MARGIN, _PATIENCE_STARTS, _LEAST_PATIENCE_S = 0.05, 2.5, 60.0
+_MARGIN, _PATIENCE_STARTS, _LEAST_PATIENCE_S = 0.05, 1.0, 60.0
 # Down by no more than this share at a time, and after the last change was looked at for so long.
 _STEP_DOWN, _LOOK_S = 0.2, 20.0
 # A backlog is worked off within one start, and never is so little time left for it.
@@ -62,8 +62,10 @@ _LEAST_DRAIN_S = 15.0
 # The estimate of what a replica carries is of means, and what misses the goal are the tails. So the
 # load is multiplied with a factor, which grows by this share a second while all requests miss, and
 # shrinks as slowly as the few that may miss allow: over time as many do as `_AIM` of those. Below
-# the factor 1 the estimate asked for too much.
+# the factor 1 the estimate asked for too much. What it does shows only after a start: the longer
+# that takes, the slower it grows (`_GAIN_A_START`), or it would have grown far too much by then.
 _GAIN_A_S, _AIM, _LEAST_FACTOR, _MOST_FACTOR = 0.1, 0.7, 0.6, 3.0
+_FIRST_FACTOR, _GAIN_A_START = 1.5, 6.0
 _TYPICAL_S = 300.0  # What is usual is a mean over about so long.
 
 
@@ -202,7 +204,7 @@ class State:
     busy_s: float = 0.0
     target: int = -1
     changed_s: float = 0.0
-    factor: float = 1.0
+    factor: float = _FIRST_FACTOR
     finished_per_s: float = 0.0
 
 
@@ -464,7 +466,8 @@ def _judge(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> Sta
     if excess > 0:
         # What starts is the answer to what is missed, as far as it goes.
         excess *= max(0.0, 1 - snapshot.starting / len(snapshot.replicas))
-    factor = state.factor * math.exp(min(1.0, _GAIN_A_S * passed_s * excess))
+    gain_a_s = min(_GAIN_A_S, _GAIN_A_START / max(1.0, snapshot.start_s))
+    factor = state.factor * math.exp(min(1.0, gain_a_s * passed_s * excess))
     factor = min(max(factor, _LEAST_FACTOR), _MOST_FACTOR)
     return replace(state, factor=factor, finished_per_s=usual)
 

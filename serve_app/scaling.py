@@ -295,7 +295,7 @@ def _reason(snapshot: Snapshot, state: State, load: _Load, ahead: float) -> str:
     if load.backlog:
         said.append(f"backlog {load.backlog:.1f} s")
     if abs(state.factor - 1) > 0.01:
-        said.append(f"load taken {state.factor:.2f}-fold by who missed the goal")
+        said.append(f"load taken {state.factor:.2f}-fold for who misses the goal")
     for name, values in (
         ("TTFT", [x.ttft_s for x in loads if x.ttft_s is not None]),
         ("ITL", [x.itl_s for x in loads if x.itl_s is not None]),

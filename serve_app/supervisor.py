@@ -160,20 +160,28 @@ class Reaper:
     A replica that receives SIGKILL cannot stop its engine, and the engine does not always notice.
     The reaper waits at the end of a pipe: each line names a process to kill at end-of-file, and
     the line `done` says that all ended in order.
+
+    It is nobody's child: where its raylet fails, Ray's worker kills its own children before it ends
+    itself, and what those had started, as an engine's processes, would stay for ever.
     """
 
-    _SCRIPT = 'while read -r l; do [ "$l" = done ] && exit 0; p="$p $l"; done; kill -9 $p 2>&-'
+    _SCRIPT = (
+        'exec 3<&0; { while read -r l; do [ "$l" = done ] && exit 0; p="$p $l"; done; '
+        "kill -9 $p 2>&-; } <&3 & echo $!"
+    )
 
     def __init__(self) -> None:
         # In a process group of its own: a Ctrl-C in the terminal must not end it before its time.
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", self._SCRIPT],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             process_group=0,
         )
-        self.pid = self._process.pid
+        assert self._process.stdout is not None
+        self.pid = int(self._process.stdout.readline())
+        self._process.wait()
 
     def guard(self, pids: Iterable[int]) -> None:
         """Kill these processes, too, should this one vanish."""
@@ -206,7 +214,9 @@ class Reaper:
     def dismiss(self) -> None:
         """The guarded processes have ended: there is nothing left to kill."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(b"done\n")
             self._process.stdin.close()
-        self._process.wait()
+        self._process.stdout.read()  # Ends when it does.
+        self._process.stdout.close()

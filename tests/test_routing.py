@@ -365,7 +365,7 @@ def test_on_a_modelled_fleet_prefixes_are_read_once_and_the_load_is_even(
     engine = bench.engine_for(load, cache=0.6)
 
     def run(made: Callable[..., routing.Router], **options: int) -> dict:
-        return bench.simulation.simulate(lambda rng: made(rng, **options), load, engine, replicas)
+        return bench.simulate(lambda rng: made(rng, **options), load, engine, replicas)
 
     ours = run(PrefixRouter, held_bytes=bench.held_bytes(engine))
     theirs = run(routing.ROUTERS["least_connections"])
@@ -385,7 +385,7 @@ def test_the_model_counts_what_is_outstanding_as_it_goes() -> None:
     load = replace(bench.Load(), requests=50)
     engine = bench.engine_for(load, cache=1.0)
     router = Watching()
-    bench.simulation.simulate(lambda rng: router, load, engine, 1)
+    bench.simulate(lambda rng: router, load, engine, 1)
     assert min(router.seen) >= 0
     assert max(router.seen) > load.shared
 

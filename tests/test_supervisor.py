@@ -166,9 +166,13 @@ import subprocess, sys, time
 from serve_app.supervisor import Reaper
 reaper = Reaper()
 with reaper.following():
-    child = subprocess.Popen(["sleep", "300"])
+    # As an engine is: not a child of the replica, but of one of its children.
+    parent = subprocess.Popen(
+        ["sh", "-c", "sleep 300 & echo $!; wait"], stdout=subprocess.PIPE, text=True
+    )
+    child = int(parent.stdout.readline())
     time.sleep(0.5)
-print(child.pid, reaper.pid, flush=True)
+print(child, reaper.pid, flush=True)
 {then}
 """
 
@@ -199,6 +203,15 @@ def test_a_killed_replica_leaves_no_process() -> None:
     assert psutil.pid_exists(child)
     process.kill()
     process.wait()
+    assert gone(child)
+    assert gone(reaper)
+
+
+def test_a_replica_that_kills_its_children_before_it_ends_leaves_no_process() -> None:
+    """As Ray's worker does when its raylet failed."""
+    then = "import os, psutil\nfor each in psutil.Process().children(): each.kill()\nos._exit(1)"
+    process, child, reaper = replica(then)
+    process.wait(60)
     assert gone(child)
     assert gone(reaper)
 

@@ -4,12 +4,14 @@ An engine that is past help is killed and its requests are told. Where others ca
 (behind a gateway) it is started anew in the replica that has all of it imported; otherwise, and if
 that does not last, the replica exits: Ray Serve replaces it within one health check. vLLM's own
 check sees a dead engine and not a hung one; the probe here is a round trip through the engine core
-and every worker, and silence is what counts: no answer to a probe and no output of a step.
+and every worker, and silence is what counts: no answer to a probe and no output of a step. Every
+process has a part in a step, so an engine that writes is not asked.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import subprocess
 import threading
@@ -21,8 +23,8 @@ import psutil
 
 logger = logging.getLogger("serve_app")
 
-# How often the engine is asked, and the longest that its requests may take to hear of its end.
-_PROBE_S = 1.0
+# How often the engine is looked at, and the longest that its requests may take to hear of its end.
+_PROBE_S = 0.5
 _FAREWELL_S = 3.0
 # An engine that dies again so soon after it was started anew is not mended by starting it.
 _LASTING_S = 10.0
@@ -73,6 +75,7 @@ class Supervisor:
         self._leave = leave
         self._restart, self._restart_within_s = restart, restart_within_s
         self._restarted_s = -_LASTING_S
+        self._sign_s = -math.inf  # The engine's last sign when it was last looked at.
         self.failure: str | None = None
         self.restarting = False
         self.silent_s = 0.0
@@ -130,6 +133,11 @@ class Supervisor:
         """What is wrong with the engine, or None."""
         if self._engine.dead:
             return "the engine died"
+        if self._in_flight() and self._engine.last_sign_s > self._sign_s:
+            # A probe is answered between steps: with tensor parallelism every GPU would stand still
+            # for it, as no step is prepared meanwhile.
+            self._sign_s, self.silent_s = self._engine.last_sign_s, 0.0
+            return None
         probe = asyncio.ensure_future(self._engine.probe())
         sign_s = self._engine.last_sign_s
         try:
@@ -146,7 +154,7 @@ class Supervisor:
                     return f"the engine has been silent for {self.silent_s:.0f} s"
             if (error := probe.exception()) is not None:
                 return f"the engine failed its probe: {type(error).__name__}"
-            self.silent_s = 0.0
+            self._sign_s, self.silent_s = self._engine.last_sign_s, 0.0
             return None
         finally:
             probe.cancel()

@@ -19,8 +19,10 @@ class FakeEngine:
         self.last_sign_s = 0.0
         self.answers = True
         self.killed = False
+        self.probes = 0
 
     async def probe(self) -> None:
+        self.probes += 1
         while not self.answers:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         self.last_sign_s += 1
@@ -72,6 +74,28 @@ async def test_an_engine_in_a_long_step_is_not_hung(engine: FakeEngine) -> None:
     engine.answers = True
     await asyncio.sleep(0.05)
     assert watch.healthy
+    task.cancel()
+
+
+async def test_an_engine_that_writes_is_not_asked_until_it_stops(engine: FakeEngine) -> None:
+    watch = Supervisor(engine, 0.05, lambda: 1, lambda status: None)
+    task = asyncio.create_task(watch.watch())
+    writing = True
+
+    async def write() -> None:
+        while writing:
+            engine.last_sign_s += 1
+            await asyncio.sleep(0)
+
+    writer = asyncio.create_task(write())
+    await asyncio.sleep(0.2)
+    assert not engine.probes
+    engine.answers = writing = False
+    await writer
+    async with asyncio.timeout(60):
+        while watch.healthy:
+            await asyncio.sleep(0.01)
+    assert "silent" in str(watch.failure)
     task.cancel()
 
 

@@ -2,10 +2,15 @@
 
     python -m bench.overhead --model FOLDER [--systems bare,ours,classic] [--rounds 3]
 
+Of Ray Serve's own LLM application there are two: `ray-serve-llm`, as it comes, and
+`ray-serve-llm-direct`, with the variables that its guide gives for the highest throughput. (They
+import pyarrow, which nothing here needs: install it first.)
+
 Every system serves the same model with the same engine arguments and is measured by the same
 client, one at a time, in interleaved rounds: bare, ours, classic, then ours, classic, bare, ... A
 machine that drifts then drifts under all of them, and none is always the first. The systems that
-wait are stopped (SIGSTOP), so that their idle loops take nothing from the one that is measured.
+wait are stopped (SIGSTOP), so that their idle loops take nothing from the one that is measured;
+with `--running` they are not, as Ray Serve replaces proxies that did not answer while they stood.
 
 Reported are ratios to the bare engine: the median over rounds, with the lowest and the highest.
 The last line is one JSON object.
@@ -33,6 +38,7 @@ import psutil
 import yaml
 
 from bench import measure
+from bench.hardware import gpu
 from bench.records import Record
 from bench.traffic.client import Answer, Client, Target
 from bench.traffic.crowd import Crowd
@@ -57,6 +63,14 @@ QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+
+# https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
+_DIRECT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
+    "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1",
+}
 
 _METRICS = (
     "tokens_per_s",
@@ -223,6 +237,34 @@ def _configuration(
     return str(path)
 
 
+def _ray_serve_llm(
+    engine: Mapping[str, Any], model: str, port: int, folder: Path, direct: bool
+) -> str:
+    llm: dict[str, Any] = {
+        "model_loading_config": {"model_id": NAME, "model_source": model},
+        "engine_kwargs": dict(engine),
+        "deployment_config": {"num_replicas": 1},
+    }
+    if not gpu.present():
+        llm["accelerator_config"] = {"kind": "cpu"}
+    args: dict[str, Any] = {"llm_configs": [llm]}
+    if not direct:
+        # Its ingress wants two CPUs reserved, which a small host does not have left.
+        args["ingress_deployment_config"] = {"ray_actor_options": {"num_cpus": 0}}
+    application = {
+        "name": "llm",
+        "import_path": "ray.serve.llm:build_openai_app",
+        "args": args,
+    }
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [application],
+    }
+    path = folder / f"{port}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
 def _command(
     name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path
 ) -> list[str]:
@@ -243,9 +285,13 @@ def _command(
         # Without the launcher nobody turns HAProxy on.
         serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
         return [*serve, _configuration(engine, model, port, folder)]
+    if name in ("ray-serve-llm", "ray-serve-llm-direct"):
+        serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
+        direct = name == "ray-serve-llm-direct"
+        return [*serve, _ray_serve_llm(engine, model, port, folder, direct)]
     raise SystemExit(
         f"unknown system {name!r}: bare, ours, ours-gateway, ours-unmeasured, ours-every-token, "
-        "classic"
+        "classic, ray-serve-llm, ray-serve-llm-direct"
     )
 
 
@@ -274,11 +320,12 @@ def running(
 ) -> Iterator[System]:
     """Start a system, and stop it in the end, with all it started."""
     command = _command(name, engine, model, port, folder)
+    direct = _DIRECT if name == "ray-serve-llm-direct" else {}
     log = open(folder / f"{name}.log", "wb")  # noqa: SIM115
     started_s = time.perf_counter()
     process = subprocess.Popen(
         command,
-        env={**os.environ, **QUIET, **apart(port)},
+        env={**os.environ, **QUIET, **apart(port), **direct},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -327,27 +374,30 @@ def interleaved(
 ) -> list[dict[str, Any]]:
     """Every concurrency, every round, every system in turn. One row for each."""
     rows = []
+    stop, go = signal.SIGSTOP, signal.SIGCONT
+    if options.running:
+        stop = go
     for system in systems:
-        system.signal(signal.SIGSTOP)
+        system.signal(stop)
     for round_ in range(options.rounds + 1):
         for concurrency in options.concurrency:
             place = round_ % len(systems)
             for system in systems[place:] + systems[:place]:
-                system.signal(signal.SIGCONT)
+                system.signal(go)
                 # What was stopped first catches up with its timers.
                 time.sleep(options.settle)
                 requests = max(options.least, concurrency * options.waves)
                 used_s = system.cpu_s()
                 sample = together(crowd, system.port, concurrency, requests, options.output_tokens)
                 sample.cpu_s = system.cpu_s() - used_s
-                system.signal(signal.SIGSTOP)
+                system.signal(stop)
                 if round_ == 0:
                     continue  # Every path runs once before it counts.
                 row = {"system": system.name, "round": round_, "concurrency": concurrency}
                 rows.append({**row, **sample.summary()})
                 print(json.dumps({k: _short(v) for k, v in rows[-1].items()}), file=sys.stderr)
     for system in systems:
-        system.signal(signal.SIGCONT)
+        system.signal(go)
     return rows
 
 
@@ -410,6 +460,7 @@ def main() -> None:
     parser.add_argument(
         "--start-together", action="store_true", help="all at once; then ready_s says little"
     )
+    parser.add_argument("--running", action="store_true", help="none is stopped while it waits")
     parser.add_argument("--clients", type=int, default=1, help="client processes")
     parser.add_argument("--port", type=int, default=8100, help="of the first system")
     parser.add_argument("--engine", type=json.loads, default=ENGINE, help="arguments as JSON")
@@ -425,7 +476,8 @@ def main() -> None:
             systems.append(stack.enter_context(start))
             if not options.start_together:
                 wait(systems[-1])
-                systems[-1].signal(signal.SIGSTOP)
+                if not options.running:
+                    systems[-1].signal(signal.SIGSTOP)
         for system in systems:
             system.signal(signal.SIGCONT)
             if options.start_together:

@@ -127,7 +127,7 @@ async def load(port: int, concurrency: int, requests: int, output_tokens: int) -
         url=f"http://127.0.0.1:{port}",
         model=NAME,
         fresh_connections=True,
-        extra={"ignore_eos": True, "min_tokens": output_tokens, "temperature": 0},
+        extra={"ignore_eos": True, "temperature": 0},
     )
     request = Request(
         prompt="The quick brown fox jumps over the lazy dog, and then it",

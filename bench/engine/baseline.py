@@ -43,13 +43,9 @@ class Engine:
         """
         from vllm import SamplingParams
 
+        # Not min_tokens: vLLM would mask logits in every step, which no user's request asks for.
         params = [
-            SamplingParams(
-                temperature=0,
-                max_tokens=r.output_tokens,
-                min_tokens=r.output_tokens,
-                ignore_eos=True,
-            )
+            SamplingParams(temperature=0, max_tokens=r.output_tokens, ignore_eos=True)
             for r in requests
         ]
         sent_s = time.time() - start_s

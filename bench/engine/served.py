@@ -180,7 +180,7 @@ async def _load(
     async def at(index: int) -> None:
         records[index].planned_s = start_s + times_s[index]
         await asyncio.sleep(records[index].planned_s - time.perf_counter())
-        records[index] = await _ask(client, requests[index], records[index])
+        records[index] = await client.ask(requests[index], records[index])
 
     with contextlib.closing(_client(port, limit_s)) as client:
         await asyncio.gather(*(at(index) for index in range(count)))
@@ -194,7 +194,7 @@ async def _closed(port: int, requests: Sequence[Request], users: int, limit_s: f
     async def user() -> None:
         for index in left:
             records[index].planned_s = time.perf_counter()
-            records[index] = await _ask(client, requests[index], records[index])
+            records[index] = await client.ask(requests[index], records[index])
 
     with contextlib.closing(_client(port, limit_s)) as client:
         await asyncio.gather(*(user() for _ in range(users)))
@@ -222,11 +222,6 @@ def _records(requests: Sequence[Request]) -> list[Record]:
         )
         for index, request in enumerate(requests)
     ]
-
-
-async def _ask(client: Client, request: Request, record: Record) -> Record:
-    least = {**request.extra, "min_tokens": request.output_tokens}
-    return await client.ask(msgspec.structs.replace(request, extra=least), record)
 
 
 def crowded(

@@ -410,7 +410,6 @@ def _prepared(
     params = SamplingParams(
         temperature=0,
         max_tokens=request.output_tokens,
-        min_tokens=request.output_tokens,
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,

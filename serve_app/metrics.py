@@ -125,6 +125,9 @@ continuations = Counter(
 retries = Counter(
     "serve_app_attempts_busy", "Times that a full replica sent a request on to another.", ("model",)
 )
+unplaced = Gauge(
+    "serve_app_requests_unplaced", "Requests that wait for a replica to ask.", ("model",)
+)
 replicas_known = Gauge(
     "serve_app_replicas_usable", "Replicas that this gateway would ask now.", ("model",)
 )

@@ -306,7 +306,8 @@ class Relay:
         if not len(self.replicas):
             self._wake()
         timeout_s = self._settings.replica_timeout_s
-        found = await self.replicas.some(timeout_s, ask.tried)
+        with metrics.unplaced.labels(self._model).track_inprogress():
+            found = await self.replicas.some(timeout_s, ask.tried)
         if not found:
             raise Unavailable(f"No replica within {timeout_s:g} s.", retry_after_s=1.0)
         candidates = [

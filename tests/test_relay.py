@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from prometheus_client.registry import REGISTRY
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app import routing
@@ -20,6 +21,10 @@ from serve_app.settings import Gateway
 from tests.services.engine import EngineServer, Fault
 
 WHOLE = "".join(f"{token} " for token in range(10))
+
+
+def unplaced() -> float | None:
+    return REGISTRY.get_sample_value("serve_app_requests_unplaced", {"model": "m"})
 
 
 class Client:
@@ -356,9 +361,11 @@ async def test_without_a_replica_503_in_time_and_service_resumes() -> None:
         assert there.woken == 1
         waiting = asyncio.create_task(there.ask())
         await asyncio.sleep(0.1)
+        assert unplaced() == 1
         engine = await EngineServer("a").start()
         there.replicas.update([engine.found])
         assert (await waiting).text == WHOLE
+        assert unplaced() == 0
         await engine.stop()
 
 

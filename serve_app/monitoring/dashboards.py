@@ -231,11 +231,15 @@ _HEALTHY = Row(
         Panel(
             112,
             "Replicas that can be asked",
-            "As each gateway sees them, and servers that each HAProxy has up. They should agree.",
+            "As each gateway sees them, and servers that each HAProxy has up. They should agree. "
+            "Requests wait where there is none.",
             "short",
             {
                 "{{model}}, gateway {{replica}}": _now(
                     "min", "ray_serve_app_replicas_usable", "model, replica", _MODEL
+                ),
+                "{{model}}: requests that wait for one": _now(
+                    "sum", "ray_serve_app_requests_unplaced", "model", _MODEL
                 ),
                 "HAProxy {{instance}}, {{proxy}}": _now(
                     "sum",

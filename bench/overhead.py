@@ -64,12 +64,15 @@ QUIET = {
 }
 
 
-# https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
-_DIRECT = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
-    "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1",
+# What a system's own guide has set for it.
+_ENVIRONMENT = {
+    # https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
+    "ray-serve-llm-direct": {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
+        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1",
+    },
 }
 
 _METRICS = (
@@ -320,12 +323,11 @@ def running(
 ) -> Iterator[System]:
     """Start a system, and stop it in the end, with all it started."""
     command = _command(name, engine, model, port, folder)
-    direct = _DIRECT if name == "ray-serve-llm-direct" else {}
     log = open(folder / f"{name}.log", "wb")  # noqa: SIM115
     started_s = time.perf_counter()
     process = subprocess.Popen(
         command,
-        env={**os.environ, **QUIET, **apart(port), **direct},
+        env={**os.environ, **QUIET, **apart(port), **_ENVIRONMENT.get(name, {})},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

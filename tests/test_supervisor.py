@@ -92,11 +92,8 @@ async def test_an_engine_that_writes_is_not_asked_until_it_stops(engine: FakeEng
     assert not engine.probes
     engine.answers = writing = False
     await writer
-    async with asyncio.timeout(60):
-        while watch.healthy:
-            await asyncio.sleep(0.01)
+    await asyncio.wait_for(task, 60)
     assert "silent" in str(watch.failure)
-    task.cancel()
 
 
 async def test_how_long_an_engine_is_silent_is_known_until_it_answers(engine: FakeEngine) -> None:

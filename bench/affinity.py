@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from bench import tiny_model
-from bench.overhead import QUIET, apart
+from bench.engine.systems import QUIET, apart
 from bench.traffic import words
 
 GROUPS, SHARED, UNIQUE, OUTPUT = 64, 1000, 20, 8

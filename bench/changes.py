@@ -37,7 +37,7 @@ from typing import Any
 import yaml
 
 from bench import result, scrape
-from bench.overhead import QUIET, apart
+from bench.engine.systems import QUIET, apart
 
 STEPS = ("limits", "key", "engine", "down", "up", "version", "controller")
 _KEY, _SECOND_KEY = "sk-of-the-load", "sk-added-meanwhile"

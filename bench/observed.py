@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import overhead
+from bench.engine import systems
 
 _PORT, _PROMETHEUS_PORT, _STATUS_PORT = 8880, 8888, 8889
 # Ray's agents pass on every 10 s what they were told every 5, and Prometheus looks every 5.
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="observed.") as made:
         folder = Path(made)
-        with overhead.running("ours", overhead.ENGINE, options.model, _PORT, folder) as system:
-            overhead.wait(system)
+        with systems.running("ours", systems.ENGINE, options.model, _PORT, folder) as system:
+            systems.wait(system)
             with observing(folder):
                 # Until a series was seen once it has not grown.
                 load(folder / "first", requests=options.users, users=options.users)
@@ -74,7 +74,7 @@ def observing(folder: Path) -> Iterator[None]:
     """`python -m serve_app observe`, from when its page is there."""
     command = [sys.executable, "-m", "serve_app", "observe"]
     command += ["--prometheus-port", str(_PROMETHEUS_PORT), "--status-port", str(_STATUS_PORT)]
-    environment = {**os.environ, **overhead.apart(_PORT)}
+    environment = {**os.environ, **systems.apart(_PORT)}
     with (
         open(folder / "observe.log", "wb") as log,
         subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
@@ -100,7 +100,7 @@ def _answers(url: str) -> bool:
 def load(out: Path, requests: int, users: int, picture: Path | None = None) -> dict[str, Any]:
     """A closed loop by `bench run`; its result."""
     command = [sys.executable, "-m", "bench", "run", "--url", f"http://127.0.0.1:{_PORT}"]
-    command += ["--model", overhead.NAME, "--load", f"users={users}", "--requests", str(requests)]
+    command += ["--model", systems.NAME, "--load", f"users={users}", "--requests", str(requests)]
     command += ["--workload", "synthetic:input=50,output=64,exact=yes", "--repeats", "1"]
     command += ["--warm-up", "0"]  # What bench does not count, Prometheus would.
     with subprocess.Popen(

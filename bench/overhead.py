@@ -21,59 +21,21 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-import yaml
-
 from bench import measure
-from bench.hardware import gpu
+from bench.engine.systems import ENGINE, NAME, System, running, wait
 from bench.records import Record
 from bench.traffic.client import Answer, Client, Target
 from bench.traffic.crowd import Crowd
 from bench.traffic.workload import Request
-
-NAME = "bench"
-# Engine arguments of every system, unless --engine says others: a small KV cache, and one thread,
-# since the engine, its front end and the client share the machine.
-ENGINE: Mapping[str, Any] = {
-    "enforce_eager": True,
-    "kv_cache_memory_bytes": 2**28,
-    "block_size": 32,
-    "dtype": "float32",
-    "max_model_len": 2048,
-}
-QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
-# What a system's own guide has set for it.
-_ENVIRONMENT = {
-    # https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
-    "ray-serve-llm-direct": {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
-        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1",
-    },
-}
 
 _METRICS = (
     "tokens_per_s",
@@ -183,189 +145,6 @@ def together(
         ttft_s=[value for sample in samples for value in sample.ttft_s],
         itl_s=[value for sample in samples for value in sample.itl_s],
     )
-
-
-# --- the systems ----------------------------------------------------------------------------
-
-
-@dataclass
-class System:
-    """A server under test: its process tree and where it listens."""
-
-    name: str
-    port: int
-    process: subprocess.Popen[bytes]
-    log: Path
-    started_s: float
-    ready_s: float = 0.0
-
-    def family(self) -> list[psutil.Process]:
-        root = psutil.Process(self.process.pid)
-        return [root, *root.children(recursive=True)]
-
-    def cpu_s(self) -> float:
-        """Processor time of all its processes so far."""
-        total_s = 0.0
-        for process in self.family():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total_s += times.user + times.system
-        return total_s
-
-    def signal(self, number: signal.Signals) -> None:
-        for process in self.family():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-
-
-def _bare(engine: Mapping[str, Any], model: str, port: int) -> list[str]:
-    arguments = [
-        f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in engine.items()
-    ]
-    command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model, "--served-model-name", NAME, "--host", "127.0.0.1"]
-    return [*command, "--port", str(port), "--disable-uvicorn-access-log", *arguments]
-
-
-def _configuration(
-    engine: Mapping[str, Any], model: str, port: int, folder: Path, **args: Any
-) -> str:
-    config = yaml.safe_load(Path("serve_config.yaml").read_text())
-    config["http_options"]["port"] = port
-    application = config["applications"][0]["args"]
-    application |= {"model": model, "served_model_name": NAME, **args}
-    application["engine"] = dict(engine)
-    path = folder / f"{port}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return str(path)
-
-
-def _ray_serve_llm(
-    engine: Mapping[str, Any], model: str, port: int, folder: Path, direct: bool
-) -> str:
-    llm: dict[str, Any] = {
-        "model_loading_config": {"model_id": NAME, "model_source": model},
-        "engine_kwargs": dict(engine),
-        "deployment_config": {"num_replicas": 1},
-    }
-    if not gpu.present():
-        llm["accelerator_config"] = {"kind": "cpu"}
-    args: dict[str, Any] = {"llm_configs": [llm]}
-    if not direct:
-        # Its ingress wants two CPUs reserved, which a small host does not have left.
-        args["ingress_deployment_config"] = {"ray_actor_options": {"num_cpus": 0}}
-    application = {
-        "name": "llm",
-        "import_path": "ray.serve.llm:build_openai_app",
-        "args": args,
-    }
-    config = {
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [application],
-    }
-    path = folder / f"{port}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return str(path)
-
-
-def _command(
-    name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path
-) -> list[str]:
-    ours = [sys.executable, "-m", "serve_app", "serve", "--config"]
-    if name == "bare":
-        return _bare(engine, model, port)
-    if name == "ours":
-        return [*ours, _configuration(engine, model, port, folder)]
-    if name == "ours-gateway":
-        gateway = {"enabled": True}
-        return [*ours, _configuration(engine, model, port, folder, gateway=gateway)]
-    if name == "ours-unmeasured":
-        observe = {"metrics": False}
-        return [*ours, _configuration(engine, model, port, folder, observe=observe)]
-    if name == "ours-every-token":
-        return [*ours, _configuration(engine, model, port, folder, stream_gap_ms=0.0)]
-    if name == "classic":
-        # Without the launcher nobody turns HAProxy on.
-        serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
-        return [*serve, _configuration(engine, model, port, folder)]
-    if name in ("ray-serve-llm", "ray-serve-llm-direct"):
-        serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
-        direct = name == "ray-serve-llm-direct"
-        return [*serve, _ray_serve_llm(engine, model, port, folder, direct)]
-    raise SystemExit(
-        f"unknown system {name!r}: bare, ours, ours-gateway, ours-unmeasured, ours-every-token, "
-        "classic, ray-serve-llm, ray-serve-llm-direct"
-    )
-
-
-def apart(port: int) -> dict[str, str]:
-    """Environment that keeps the Ray cluster and HAProxy of `port` apart from any other's."""
-    folder = f"/tmp/haproxy-{port}"
-    return {
-        "RAY_TMPDIR": f"/tmp/ray-{port}",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(port + 1001),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(port + 1002),
-        # Two clusters of one machine would share the port, and each answer for the other.
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(port + 1003),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port + 22000),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 22050),
-    }
-
-
-@contextlib.contextmanager
-def running(
-    name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path
-) -> Iterator[System]:
-    """Start a system, and stop it in the end, with all it started."""
-    command = _command(name, engine, model, port, folder)
-    log = open(folder / f"{name}.log", "wb")  # noqa: SIM115
-    started_s = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **QUIET, **apart(port), **_ENVIRONMENT.get(name, {})},
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        process_group=0,
-    )
-    system = System(name, port, process, Path(log.name), started_s)
-    try:
-        yield system
-    finally:
-        log.close()
-        _stop(system)
-
-
-def wait(system: System, timeout_s: float = 400.0) -> None:
-    deadline_s = time.perf_counter() + timeout_s
-    while time.perf_counter() < deadline_s:
-        if system.process.poll() is not None:
-            raise SystemExit(f"{system.name} ended: {system.log.read_text()[-2000:]}")
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{system.port}/v1/models", timeout=5).close()
-            system.ready_s = time.perf_counter() - system.started_s
-            print(f"{system.name} is ready after {system.ready_s:.1f} s", file=sys.stderr)
-            return
-        time.sleep(0.2)
-    said = system.log.read_text()[-2000:]
-    raise SystemExit(f"{system.name} is not ready after {timeout_s:g} s: {said}")
-
-
-def _stop(system: System) -> None:
-    if system.process.poll() is not None:
-        return
-    system.signal(signal.SIGCONT)
-    family = system.family()
-    system.process.send_signal(signal.SIGINT)
-    _, alive = psutil.wait_procs(family, timeout=90)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 # --- the comparison -------------------------------------------------------------------------

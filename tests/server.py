@@ -15,7 +15,7 @@ import httpx
 import psutil
 import yaml
 
-from bench.overhead import apart
+from bench.engine.systems import apart
 
 ROOT = Path(__file__).parent.parent
 # Two cores hold the engine, its front end, Ray and the test: small caches, one thread.

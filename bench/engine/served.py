@@ -27,8 +27,8 @@ import msgspec
 import psutil
 import yaml
 
-from bench import measure, overhead
-from bench.engine import deployment, trial
+from bench import measure
+from bench.engine import deployment, systems, trial
 from bench.engine.trial import Answer, EngineError
 from bench.errors import BenchError
 from bench.measure import Slo
@@ -76,7 +76,7 @@ class Served:
             self._command = _bare(model, arguments, port)
         else:
             self._command = _ours(model, arguments, port, folder, replicas)
-        self._environment = {**overhead.QUIET, **overhead.apart(port), **(environment or {})}
+        self._environment = {**systems.QUIET, **systems.apart(port), **(environment or {})}
         self.load_s = 0.0
         self._loads = 0
 
@@ -204,7 +204,7 @@ async def _closed(port: int, requests: Sequence[Request], users: int, limit_s: f
 def _client(port: int, limit_s: float) -> Client:
     target = Target(
         url=f"http://127.0.0.1:{port}",
-        model=overhead.NAME,
+        model=systems.NAME,
         timeout_s=limit_s,
         extra={"temperature": 0, "ignore_eos": True},
     )
@@ -259,7 +259,7 @@ def _share(
 
 def _bare(model: str, arguments: Mapping[str, Any], port: int) -> list[str]:
     words = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
-    words += ["--model", model, "--served-model-name", overhead.NAME, "--host", "127.0.0.1"]
+    words += ["--model", model, "--served-model-name", systems.NAME, "--host", "127.0.0.1"]
     words += ["--port", str(port), "--disable-uvicorn-access-log"]
     return words + [_flag(name, value) for name, value in arguments.items()]
 
@@ -280,7 +280,7 @@ def _ours(
         deployment.text(model=model, engine=arguments, tuned={}, why="bench", replicas=replicas)
     )
     config["http_options"]["port"] = port
-    config["applications"][0]["args"]["served_model_name"] = overhead.NAME
+    config["applications"][0]["args"]["served_model_name"] = systems.NAME
     path = folder / f"{port}.yaml"
     path.write_text(yaml.safe_dump(config))
     return [sys.executable, "-m", "serve_app", "serve", "--config", str(path)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from bench.overhead import apart
+from bench.engine.systems import apart
 from serve_app import launcher
 
 # Of this folder's tests: 8840 to 8859.

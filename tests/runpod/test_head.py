@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.overhead import apart
+from bench.engine.systems import apart
 from tests.runpod.conftest import FOLDER
 from tests.server import ROOT, wait
 

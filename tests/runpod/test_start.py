@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from bench.overhead import apart
+from bench.engine.systems import apart
 from tests.runpod import hub, job_server, rest_server
 from tests.runpod.conftest import FOLDER
 from tests.runpod.rest_server import Rest

@@ -155,9 +155,8 @@ def interleaved(
 ) -> list[dict[str, Any]]:
     """Every concurrency, every round, every system in turn. One row for each."""
     rows = []
-    stop, go = signal.SIGSTOP, signal.SIGCONT
-    if options.running:
-        stop = go
+    go = signal.SIGCONT
+    stop = go if options.running else signal.SIGSTOP
     for system in systems:
         system.signal(stop)
     for round_ in range(options.rounds + 1):

@@ -24,7 +24,7 @@ import psutil
 logger = logging.getLogger("serve_app")
 
 # How often the engine is looked at, and the longest that its requests may take to hear of its end.
-_PROBE_S = 0.5
+_LOOK_S = 0.5
 _FAREWELL_S = 3.0
 # An engine that dies again so soon after it was started anew is not mended by starting it.
 _LASTING_S = 10.0
@@ -124,8 +124,8 @@ class Supervisor:
         """Until the next look: soon while requests are in flight, later while none are."""
         rested_s = 0.0
         while rested_s < _IDLE_PROBE_S and not self._engine.dead:
-            await asyncio.sleep(_PROBE_S)
-            rested_s += _PROBE_S
+            await asyncio.sleep(_LOOK_S)
+            rested_s += _LOOK_S
             if self._in_flight():
                 return
 
@@ -142,13 +142,13 @@ class Supervisor:
         sign_s = self._engine.last_sign_s
         try:
             # A long step answers late, so each round waits for the probe and for outputs alike.
-            while not (await asyncio.wait({probe}, timeout=_PROBE_S))[0]:
+            while not (await asyncio.wait({probe}, timeout=_LOOK_S))[0]:
                 if self._engine.dead:
                     return "the engine died"
                 # Counted in rounds and not by the clock: when this process was itself stopped, or
                 # the machine was, the engine had no time to answer either.
                 silent = sign_s == self._engine.last_sign_s
-                self.silent_s = self.silent_s + _PROBE_S if silent else 0.0
+                self.silent_s = self.silent_s + _LOOK_S if silent else 0.0
                 sign_s = self._engine.last_sign_s
                 if self.silent_s >= self._hang_timeout_s:
                     return f"the engine has been silent for {self.silent_s:.0f} s"

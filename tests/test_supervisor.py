@@ -33,7 +33,7 @@ class FakeEngine:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    monkeypatch.setattr(supervisor, "_PROBE_S", 0.01)
+    monkeypatch.setattr(supervisor, "_LOOK_S", 0.01)
     return FakeEngine()
 
 

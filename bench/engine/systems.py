@@ -40,8 +40,13 @@ QUIET = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-
-
+# This application: what of its configuration is other than as it comes.
+_OURS: Mapping[str, Mapping[str, Any]] = {
+    "ours": {},
+    "ours-gateway": {"gateway": {"enabled": True}},
+    "ours-unmeasured": {"observe": {"metrics": False}},
+    "ours-every-token": {"stream_gap_ms": 0.0},
+}
 # What a system's own guide has set for it.
 _GUIDED = {
     # https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
@@ -88,9 +93,9 @@ def _bare(engine: Mapping[str, Any], model: str, port: int) -> list[str]:
     arguments = [
         f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in engine.items()
     ]
-    command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model, "--served-model-name", NAME, "--host", "127.0.0.1"]
-    return [*command, "--port", str(port), "--disable-uvicorn-access-log", *arguments]
+    words = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--model", model, "--served-model-name", NAME, "--host", "127.0.0.1"]
+    return [*words, "--port", str(port), "--disable-uvicorn-access-log", *arguments]
 
 
 def _configuration(
@@ -134,34 +139,22 @@ def _ray_serve_llm(
     return str(path)
 
 
-def _command(
-    name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path
-) -> list[str]:
-    ours = [sys.executable, "-m", "serve_app", "serve", "--config"]
+def command(name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path) -> list[str]:
+    """What starts a system; its configuration is written into `folder`."""
+    serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
     if name == "bare":
         return _bare(engine, model, port)
-    if name == "ours":
-        return [*ours, _configuration(engine, model, port, folder)]
-    if name == "ours-gateway":
-        gateway = {"enabled": True}
-        return [*ours, _configuration(engine, model, port, folder, gateway=gateway)]
-    if name == "ours-unmeasured":
-        observe = {"metrics": False}
-        return [*ours, _configuration(engine, model, port, folder, observe=observe)]
-    if name == "ours-every-token":
-        return [*ours, _configuration(engine, model, port, folder, stream_gap_ms=0.0)]
+    if name in _OURS:
+        ours = [sys.executable, "-m", "serve_app", "serve", "--config"]
+        return [*ours, _configuration(engine, model, port, folder, **_OURS[name])]
     if name == "classic":
         # Without the launcher nobody turns HAProxy on.
-        serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
         return [*serve, _configuration(engine, model, port, folder)]
     if name in ("ray-serve-llm", "ray-serve-llm-direct"):
-        serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
         direct = name == "ray-serve-llm-direct"
         return [*serve, _ray_serve_llm(engine, model, port, folder, direct)]
-    raise SystemExit(
-        f"unknown system {name!r}: bare, ours, ours-gateway, ours-unmeasured, ours-every-token, "
-        "classic, ray-serve-llm, ray-serve-llm-direct"
-    )
+    known = ", ".join(("bare", *_OURS, "classic", "ray-serve-llm", "ray-serve-llm-direct"))
+    raise SystemExit(f"unknown system {name!r}: {known}")
 
 
 def apart(port: int) -> dict[str, str]:
@@ -188,11 +181,11 @@ def running(
     name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path
 ) -> Iterator[System]:
     """Start a system, and stop it in the end, with all it started."""
-    command = _command(name, engine, model, port, folder)
+    words = command(name, engine, model, port, folder)
     log = open(folder / f"{name}.log", "wb")  # noqa: SIM115
     started_s = time.perf_counter()
     process = subprocess.Popen(
-        command,
+        words,
         env={**os.environ, **QUIET, **apart(port), **_GUIDED.get(name, {})},
         stdin=subprocess.DEVNULL,
         stdout=log,

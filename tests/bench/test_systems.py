@@ -1,0 +1,62 @@
+"""Each system gets the same model and engine arguments, by its own way of saying them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bench.engine import systems
+
+ENGINE = {"max_model_len": 512, "enforce_eager": True}
+
+
+def written(name: str, folder: Path) -> dict[str, Any]:
+    """The configuration that a system is started with."""
+    path = systems.command(name, ENGINE, "/model", 8123, folder)[-1]
+    found: dict[str, Any] = yaml.safe_load(Path(path).read_text())
+    assert found["http_options"]["port"] == 8123
+    return found["applications"][0]["args"] | {
+        "import_path": found["applications"][0]["import_path"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("ours", {}),
+        ("ours-gateway", {"gateway": {"enabled": True}}),
+        ("ours-unmeasured", {"observe": {"metrics": False}}),
+        ("ours-every-token", {"stream_gap_ms": 0.0}),
+        ("classic", {}),
+    ],
+)
+def test_ours_is_the_configuration_that_comes_but_for_what_its_name_says(
+    name: str, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    comes = yaml.safe_load(Path("serve_config.yaml").read_text())["applications"][0]
+    same = {"model": "/model", "served_model_name": systems.NAME, "engine": ENGINE}
+    expected = comes["args"] | same | changed | {"import_path": comes["import_path"]}
+    assert written(name, tmp_path) == expected
+
+
+@pytest.mark.parametrize("name", ["ray-serve-llm", "ray-serve-llm-direct"])
+def test_the_peer_has_the_same_engine_and_one_replica(name: str, tmp_path: Path) -> None:
+    args = written(name, tmp_path)
+    assert args["import_path"] == "ray.serve.llm:build_openai_app"
+    (llm,) = args["llm_configs"]
+    assert llm["engine_kwargs"] == ENGINE
+    assert llm["model_loading_config"] == {"model_id": systems.NAME, "model_source": "/model"}
+    assert llm["deployment_config"] == {"num_replicas": 1}
+    # With direct streaming it has no ingress, and refuses to start where one is configured.
+    assert ("ingress_deployment_config" in args) == (name == "ray-serve-llm")
+
+
+def test_bare_is_told_by_flags(tmp_path: Path) -> None:
+    words = systems.command("bare", ENGINE, "/model", 8123, tmp_path)
+    assert {"--max-model-len=512", "--enforce-eager", "/model", "8123"} <= set(words)
+
+
+def test_an_unknown_system_is_refused_with_the_names_of_all(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"'ur'.*bare, ours, .*classic, ray-serve-llm, ray-serve"):
+        systems.command("ur", ENGINE, "/model", 8123, tmp_path)

@@ -46,7 +46,7 @@ format: install
 
 bench-overhead: install ## What the layers around the engine cost, beside a bare vLLM.
 	$(BIN)/python -m bench.tiny_model $(VENV)/tiny-model
-	$(BIN)/python -m bench.overhead --model $(VENV)/tiny-model
+	$(BIN)/python -m bench.experiments.overhead --model $(VENV)/tiny-model
 
 # Runpod (runpod/README.md): needs RUNPOD_API_KEY and no installation.
 NAME ?= qwen-ray-serve

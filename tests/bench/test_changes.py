@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bench import changes
+from bench.experiments import changes
 
 
 class Dashboard(http.server.ThreadingHTTPServer):

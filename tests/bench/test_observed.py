@@ -1,8 +1,8 @@
-"""What is put beside what, in bench.observed; the run itself is a benchmark."""
+"""What is put beside what, in bench.experiments.observed; the run itself is a benchmark."""
 
 import pytest
 
-from bench.observed import compared, quantile
+from bench.experiments.observed import compared, quantile
 
 
 def test_a_quantile_is_within_its_bucket() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_run, result
+from bench import result
 from bench.engine import kvcache, scale, scheduler
 from bench.engine.scale import Row
 from bench.engine.trial import Answer, Ready
 from bench.errors import BenchError
+from bench.experiments import gpu_run
 from bench.hardware import profile
 from bench.pages import story
 from bench.records import Record

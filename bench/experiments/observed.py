@@ -1,6 +1,7 @@
 """Whether Prometheus says what bench measured: counts exactly, medians within a tenth.
 
-    python -m bench.observed --model FOLDER [--requests 400] [--users 8] [--screenshot FILE]
+    python -m bench.experiments.observed --model FOLDER [--requests 400] [--users 8]
+                                         [--screenshot FILE]
 
 This application runs with `observe` beside it. A load is measured by bench from outside, and what
 Prometheus' counters grew by meanwhile is put beside it. With `--screenshot`, Chromium takes a

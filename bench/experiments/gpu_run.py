@@ -1,7 +1,7 @@
 """The GPU part in one command: stages of bench within a time limit, results kept as they come.
 
-    python -m bench.gpu_run --stage roofline,baseline,profile --models 7B,0.5B --out OUT
-    python -m bench.gpu_run --stage tune --models 7B --out OUT --limit-s 570
+    python -m bench.experiments.gpu_run --stage roofline,baseline,profile --models 7B,0.5B --out OUT
+    python -m bench.experiments.gpu_run --stage tune --models 7B --out OUT --limit-s 570
 
 A lent machine goes away: what is not on its way back by then is lost. So each step is a command of
 its own, in a process group of its own, with what is left of the limit as its own; after each, what

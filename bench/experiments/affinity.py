@@ -1,6 +1,7 @@
 """What prefix affinity is worth on real engines: time to first token and cache hits, by policy.
 
-    python -m bench.affinity [--policies prefix,least_connections] [--rounds 3] [--requests 256]
+    python -m bench.experiments.affinity [--policies prefix,least_connections] [--rounds 3]
+                                         [--requests 256]
 
 For each policy, in rounds whose order turns: this application with a gateway and two engines, each
 with a KV cache for `--cache` (0.6) of all prefixes, and a closed loop of prompts that begin with

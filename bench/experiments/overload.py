@@ -1,6 +1,7 @@
 """What a server does at ten times its capacity: tokens/s kept, and how soon the rest are refused.
 
-    python -m bench.overload --url URL --users N [--times 10] [--rounds 3] [--seconds 20]
+    python -m bench.experiments.overload --url URL --users N [--times 10] [--rounds 3]
+                                         [--seconds 20]
 
 In turn: a closed loop of N users, which is as many as the server serves at once, for its capacity;
 then an open loop of `times` the requests/s that it just answered. Said are, over rounds, tokens/s

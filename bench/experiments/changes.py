@@ -1,6 +1,6 @@
 """Does a change lose a request? Every kind of change to a running application, under steady load.
 
-    python -m bench.changes --model FOLDER --out DIR [--replicas 3] [--requests 2000]
+    python -m bench.experiments.changes --model FOLDER --out DIR [--replicas 3] [--requests 2000]
 
 The application is started, with a key file. Two loops of greedy streams run against it, one of
 short answers and one of long ones (`--long-tokens`: minutes); each answer is compared with the
@@ -79,8 +79,8 @@ def _loads(options: argparse.Namespace) -> tuple["subprocess.Popen[bytes]", ...]
     begun, over = options.out / "begun", options.out / "over"
     for mark in (begun, over):
         mark.unlink(missing_ok=True)
-    this = f"{sys.executable} -m bench.changes --model {options.model} --out {options.out}"
-    this += f" --port {options.port} --dashboard {options.dashboard}"
+    this = f"{sys.executable} -m bench.experiments.changes --model {options.model}"
+    this += f" --out {options.out} --port {options.port} --dashboard {options.dashboard}"
     disturb = []
     for number, step in enumerate(options.only):
         when = f"every={10 + number},count=1,apart={_BETWEEN_S:g},jitter=0"

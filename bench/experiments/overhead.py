@@ -1,6 +1,6 @@
 """What the serving layers cost: this application beside a bare vLLM, in one run.
 
-    python -m bench.overhead --model FOLDER [--systems bare,ours,classic] [--rounds 3]
+    python -m bench.experiments.overhead --model FOLDER [--systems bare,ours,classic] [--rounds 3]
 
 Of Ray Serve's own LLM application there are two: `ray-serve-llm`, as it comes, and
 `ray-serve-llm-direct`, with the variables that its guide gives for the highest throughput. (They

@@ -1,7 +1,7 @@
 """What came back: one record a request, with the raw times that every latency is derived from.
 
 All times are seconds since the start of the run, on the one clock that the load was started by.
-Nothing here is derived: `measure.py` is the only place that turns times into latencies.
+Nothing here is derived: `bench.measure` is the only place that turns times into latencies.
 """
 
 from collections.abc import Iterable, Iterator

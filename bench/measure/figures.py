@@ -1,0 +1,277 @@
+"""The figures of one repeat, and of several."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import msgspec
+import numpy as np
+
+from bench import interval
+from bench.measure.flow import (
+    Window,
+    per_second,
+    running_in,
+    share_inside,
+    tokens_inside,
+    whole_span,
+)
+from bench.measure.latency import (
+    PERCENTS,
+    Values,
+    e2e_s,
+    gaps,
+    known,
+    lag_s,
+    percentile,
+    reason,
+    tpot_s,
+    ttft_s,
+)
+from bench.measure.slo import Slo
+from bench.records import Record
+
+# The metrics of a system under load, and which way is better. Lag is not one: it is bench's own.
+METRICS: Mapping[str, str] = {
+    "requests_per_s": "higher",
+    "output_tokens_per_s": "higher",
+    "total_tokens_per_s": "higher",
+    "user_tokens_per_s": "higher",
+    "goodput_per_s": "higher",
+    "good_share": "higher",
+    "failed_share": "lower",
+    **{
+        f"{latency}_{statistic}_s": "lower"
+        for latency in ("ttft", "tpot", "itl", "e2e")
+        for statistic in ("mean", *(f"p{percent}" for percent in PERCENTS))
+    },
+}
+
+
+class Kind(msgspec.Struct, kw_only=True):
+    """The figures of one class of requests, beside which others were served."""
+
+    requests: int
+    failed: int
+    ttft_p50_s: float | None
+    ttft_p95_s: float | None
+    e2e_p50_s: float | None
+    user_tokens_per_s: float | None
+
+
+class Measures(msgspec.Struct, kw_only=True):
+    """The figures of one repeat. What each means is said at the top of this module.
+
+    Attributes:
+        steady: whether this is a steady-state window; else it is the whole, with start and end.
+        from_s, to_s: the window, on the records' clock.
+        requests: planned in the window; each is one of `ok` and `failed`.
+        sent: of those, how many were.
+        planned_per_s: requests / duration: what was offered, in an open loop.
+        backlog: requests minus those that ended in the window: by how much the queue grew.
+        failures: how many for each reason; `failure_texts`: one error text of each.
+        statuses: how many requests for each HTTP status; "0" is no response.
+        finish_reasons: of successes.
+        without_usage: successes for which the server's usage named no output tokens.
+        input_tokens, output_tokens, cached_tokens: sums over successes; None where no usage said.
+        kinds: empty unless the workload has kinds.
+        intervals: 95% intervals for the percentiles of ttft, tpot and e2e by their names, as if
+            requests were independent; not for itl, where one request has many.
+    """
+
+    steady: bool
+    from_s: float
+    to_s: float
+    duration_s: float
+    requests: int
+    sent: int
+    ok: int
+    failed: int
+    planned_per_s: float | None
+    backlog: int
+    failures: dict[str, int]
+    failure_texts: dict[str, str]
+    statuses: dict[str, int]
+    finish_reasons: dict[str, int]
+    without_usage: int
+    input_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int | None
+    requests_per_s: float | None
+    output_tokens_per_s: float | None
+    total_tokens_per_s: float | None
+    user_tokens_per_s: float | None
+    goodput_per_s: float | None
+    good_share: float | None
+    failed_share: float | None
+    max_running: int
+    mean_running: float | None
+    kinds: dict[str, Kind]
+    fairness: float | None
+    ttft_mean_s: float | None
+    ttft_std_s: float | None
+    ttft_p50_s: float | None
+    ttft_p90_s: float | None
+    ttft_p95_s: float | None
+    ttft_p99_s: float | None
+    tpot_mean_s: float | None
+    tpot_std_s: float | None
+    tpot_p50_s: float | None
+    tpot_p90_s: float | None
+    tpot_p95_s: float | None
+    tpot_p99_s: float | None
+    itl_mean_s: float | None
+    itl_std_s: float | None
+    itl_p50_s: float | None
+    itl_p90_s: float | None
+    itl_p95_s: float | None
+    itl_p99_s: float | None
+    e2e_mean_s: float | None
+    e2e_std_s: float | None
+    e2e_p50_s: float | None
+    e2e_p90_s: float | None
+    e2e_p95_s: float | None
+    e2e_p99_s: float | None
+    lag_p50_s: float | None
+    lag_p99_s: float | None
+    lag_max_s: float | None
+    intervals: dict[str, tuple[float, float]]
+
+
+def measure(
+    records: Iterable[Record], slo: Slo | None = None, window: Window | None = None
+) -> Measures:
+    """The figures of one repeat, in `window` or, without one, of the whole.
+
+    Rates are None for a duration of 0.
+    """
+    everything = list(records)
+    from_s, to_s = window or whole_span(everything)
+    counted = [record for record in everything if from_s <= record.planned_s <= to_s]
+    ok = [record for record in counted if record.ok]
+    shares = [(r, share_inside(r, from_s, to_s)) for r in everything if r.ok]
+    ended = sum(from_s < record.end_s <= to_s for record in everything if record.end_s is not None)
+    output, total = tokens_inside(shares)
+    good = {id(record) for record in everything if slo and slo.met_by(record)}
+    good_inside = sum(share for record, share in shares if id(record) in good)
+    good_share = sum(id(r) in good for r in counted) / len(counted) if counted else None
+    latencies = {"ttft": known(map(ttft_s, ok)), "tpot": known(map(tpot_s, ok))}
+    latencies["e2e"] = known(map(e2e_s, ok))
+    lags = known(map(lag_s, counted))
+    duration_s = to_s - from_s
+    per_s = partial(per_second, duration_s=duration_s)
+    max_running, mean_running = running_in(everything, from_s, to_s)
+    kinds = _kinds(counted)
+    return Measures(
+        steady=window is not None,
+        from_s=from_s,
+        to_s=to_s,
+        duration_s=duration_s,
+        requests=len(counted),
+        sent=sum(record.sent_s is not None for record in counted),
+        ok=len(ok),
+        failed=len(counted) - len(ok),
+        planned_per_s=per_s(len(counted)),
+        backlog=len(counted) - ended,
+        failures=_counts(reason(record) for record in counted if not record.ok),
+        failure_texts={reason(record): record.error for record in counted[::-1] if not record.ok},
+        statuses=_counts(str(record.status) for record in counted),
+        finish_reasons=_counts(record.finish_reason for record in ok if record.finish_reason),
+        without_usage=sum(record.output_tokens is None for record in ok),
+        input_tokens=_sum(record.input_tokens for record in ok),
+        output_tokens=_sum(record.output_tokens for record in ok),
+        cached_tokens=_sum(record.cached_tokens for record in ok),
+        requests_per_s=per_s(sum(share for _, share in shares)),
+        output_tokens_per_s=per_s(output),
+        total_tokens_per_s=per_s(total),
+        user_tokens_per_s=_user_tokens_per_s(ok),
+        goodput_per_s=per_s(good_inside) if slo else None,
+        good_share=good_share if slo else None,
+        failed_share=(len(counted) - len(ok)) / len(counted) if counted else None,
+        max_running=max_running,
+        mean_running=mean_running,
+        kinds=kinds,
+        fairness=_jain([kind.user_tokens_per_s for kind in kinds.values()]),
+        lag_p50_s=percentile(lags, 50),
+        lag_p99_s=percentile(lags, 99),
+        lag_max_s=float(lags.max()) if len(lags) else None,
+        intervals=_intervals(latencies),
+        **_statistics("ttft", latencies["ttft"]),
+        **_statistics("tpot", latencies["tpot"]),
+        **_statistics("itl", gaps(ok)),
+        **_statistics("e2e", latencies["e2e"]),
+    )
+
+
+def summary(repeats: Sequence[Measures]) -> dict[str, dict[str, float | None]]:
+    """For every metric that each repeat has: its mean over repeats, and the t interval for that.
+
+    {metric: {"mean", "low", "high"}}; low and high are None for a single repeat.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for metric in METRICS:
+        values = [getattr(measures, metric) for measures in repeats]
+        if values and None not in values:
+            low, high = interval.of_mean(values) or (None, None)
+            found[metric] = {"mean": float(np.mean(values)), "low": low, "high": high}
+    return found
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _counts(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _statistics(latency: str, values: Values) -> dict[str, float | None]:
+    """{"ttft_mean_s": .., "ttft_std_s": .., "ttft_p50_s": .., ..}"""
+    found: dict[str, float | None] = {
+        f"{latency}_mean_s": float(values.mean()) if len(values) else None,
+        f"{latency}_std_s": float(values.std()) if len(values) else None,
+    }
+    for percent in PERCENTS:
+        found[f"{latency}_p{percent}_s"] = percentile(values, percent)
+    return found
+
+
+def _intervals(latencies: Mapping[str, Values]) -> dict[str, interval.Bounds]:
+    """{"ttft_p99_s": (low, high), ..} for each percentile that has one."""
+    return {
+        f"{latency}_p{percent}_s": bounds
+        for latency, values in latencies.items()
+        for percent in PERCENTS
+        if (bounds := interval.of_percentile(values, percent / 100)) is not None
+    }
+
+
+def _user_tokens_per_s(ok: Sequence[Record]) -> float | None:
+    answered = [(r.output_tokens, e2e_s(r)) for r in ok if r.output_tokens is not None]
+    waited_s = sum(took or 0.0 for _, took in answered)
+    return sum(tokens for tokens, _ in answered) / waited_s if waited_s > 0 else None
+
+
+def _kinds(counted: Sequence[Record]) -> dict[str, Kind]:
+    kinds = sorted({record.kind for record in counted})
+    return {kind: _kind([r for r in counted if r.kind == kind]) for kind in kinds if any(kinds)}
+
+
+def _kind(records: Sequence[Record]) -> Kind:
+    ok = [record for record in records if record.ok]
+    ttfts = known(map(ttft_s, ok))
+    return Kind(
+        requests=len(records),
+        failed=len(records) - len(ok),
+        ttft_p50_s=percentile(ttfts, 50),
+        ttft_p95_s=percentile(ttfts, 95),
+        e2e_p50_s=percentile(known(map(e2e_s, ok)), 50),
+        user_tokens_per_s=_user_tokens_per_s(ok),
+    )
+
+
+def _jain(shares: Iterable[float | None]) -> float | None:
+    each = known(shares)
+    squares = float((each**2).sum())
+    return float(each.sum()) ** 2 / len(each) / squares if len(each) > 1 and squares else None

@@ -1,0 +1,80 @@
+"""Whether to trust the figures of a repeat."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from bench.measure.figures import Measures
+
+_LAG_S, _LAG_OF_TTFT = 0.005, 0.05
+_CPU, _FAILED_SHARE = 0.9, 0.01
+_NOT_STEADY = "no steady state: the run was too short, so its start and its end are measured too"
+
+
+def doubts(
+    measures: Measures,
+    cpu: Mapping[Any, float] | None = None,
+    whole: Measures | None = None,
+    batch: bool = False,
+) -> list[str]:
+    """Why a repeat should not be trusted, one sentence each; empty where nothing is wrong.
+
+    Args:
+        measures: of the window, or of the whole where there was no steady state.
+        cpu: for each load actor, CPU time over time; 1 is one core.
+        whole: of the whole repeat, as failures outside the window count too.
+        batch: all was sent at once, and the whole of it is what is measured.
+    """
+    everything = whole or measures
+    found = [] if measures.steady or batch else [_NOT_STEADY]
+    if (lag := _doubtful_lag_s(measures)) is not None:
+        found.append(
+            f"requests were sent late: lag up to {lag * 1e3:.1f} ms, with a median TTFT of "
+            f"{(measures.ttft_p50_s or 0) * 1e3:.1f} ms; bench itself held up the load"
+        )
+    found += [
+        f"load actor {actor} used {used:.0%} of a CPU core: bench may be the bottleneck"
+        for actor, used in (cpu or {}).items()
+        if used > _CPU
+    ]
+    if not everything.ok:
+        found.append(f"nothing succeeded: {_listed(everything.failures) or 'nothing was sent'}")
+    elif (everything.failed_share or 0) > _FAILED_SHARE:
+        found.append(
+            f"{everything.failed} of {everything.requests} requests failed: "
+            f"{_listed(everything.failures)}"
+        )
+    if measures.without_usage:
+        found.append(
+            f"the server's usage is missing for {measures.without_usage} of {measures.ok} "
+            "answers, whose tokens are not counted"
+        )
+    if falls_behind(measures):
+        found.append(
+            f"the server fell behind: {measures.requests} requests were planned and "
+            f"{measures.requests - measures.backlog} ended, so latencies depend on how long the "
+            "run lasted"
+        )
+    return found
+
+
+def falls_behind(measures: Measures) -> bool:
+    """Whether far more requests were planned in a window than ended in it.
+
+    By more than a tenth, and than three standard deviations of a Poisson count. Users of a closed
+    loop wait, so there it never is.
+    """
+    return measures.steady and measures.backlog > max(
+        0.1 * measures.requests, 3 * math.sqrt(measures.requests)
+    )
+
+
+def _doubtful_lag_s(measures: Measures) -> float | None:
+    """The 99th percentile of the lag, or where it is unknown the longest, if that is too long."""
+    lag = measures.lag_max_s if measures.lag_p99_s is None else measures.lag_p99_s
+    limit = max(_LAG_S, _LAG_OF_TTFT * (measures.ttft_p50_s or 0))
+    return lag if lag is not None and lag > limit else None
+
+
+def _listed(failures: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {why}" for why, count in failures.items())

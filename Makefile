@@ -102,12 +102,20 @@ $(VENV)/installed-gpu: constraints-gpu.txt pyproject.toml
 	@$(PIP) install -c constraints-gpu.txt --editable '.[gpu,bench,dev]'
 	@touch $@
 
-# Needs uv. Writes what is installed now (cpu), and what the resolver finds (gpu).
-constraints:
-	@{ sed -n '/^#/p' constraints-cpu.txt; uv pip freeze --python $(BIN)/python --exclude-editable \
-		| grep -viE '^(torch|uv|pip)=='; } > constraints-cpu.new && mv constraints-cpu.new constraints-cpu.txt
-	@{ sed -n '/^#/p' constraints-gpu.txt; uv pip compile pyproject.toml --extra gpu --extra bench --python-version 3.11 \
-		--python-platform x86_64-manylinux_2_28 --no-header --no-annotate -q; } > constraints-gpu.new && mv constraints-gpu.new constraints-gpu.txt
+# Writes what is installed now (cpu), and what resolves (gpu). Pins that still resolve are kept;
+# UPGRADE=--upgrade takes the newest. The GPU list serves Python 3.11 and 3.12 (the image's): the
+# comparison fails where 3.12 needs another one.
+RESOLVE = $(BIN)/uv pip compile pyproject.toml --extra gpu --extra bench --extra eks --extra dev \
+	--python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet
+
+constraints: install
+	@{ sed -n '/^#/p' constraints-cpu.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable \
+		| grep -viE '^(torch|pip)=='; } > constraints-cpu.new && mv constraints-cpu.new constraints-cpu.txt
+	@sed '/^#/d' constraints-gpu.txt > constraints-gpu.new
+	@$(RESOLVE) --python-version 3.11 $(UPGRADE) --output-file constraints-gpu.new >/dev/null
+	@$(RESOLVE) --python-version 3.12 --constraint constraints-gpu.new | diff constraints-gpu.new -
+	@{ sed -n '/^#/p' constraints-gpu.txt; cat constraints-gpu.new; } > constraints-gpu.all
+	@mv constraints-gpu.all constraints-gpu.txt && rm constraints-gpu.new
 
 clean: ## Remove what make created.
 	rm -rf $(VENV) *.egg-info

@@ -1,5 +1,6 @@
 """The image: its steps, run on this machine, and the Dockerfile that calls them."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -22,10 +23,8 @@ def copied() -> list[str]:
     return sorted({word for line in lines for word in line.split()[:-1]})
 
 
-@pytest.fixture(scope="module")
-def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is in the image: the Dockerfile's files, and the packages of this environment."""
-    root = tmp_path_factory.mktemp("image") / "app"
+def copy_to(root: Path) -> None:
+    """Copy what the Dockerfile copies."""
     for name in copied():
         source, target = ROOT / name, root / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +33,13 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
         else:
             shutil.copy(source, target)
+
+
+@pytest.fixture(scope="module")
+def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is in the image: the Dockerfile's files, and the packages of this environment."""
+    root = tmp_path_factory.mktemp("image") / "app"
+    copy_to(root)
     venv = root.parent / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     # The step before it fetches several GB. These packages, which that step pins, stand for them.
@@ -49,11 +55,12 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(application: Path, *steps: str) -> "subprocess.CompletedProcess[str]":
+def run(application: Path, *steps: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     prefix = application.parent
+    own = {"PATH": "/usr/bin:/bin", "PREFIX": str(prefix), "LINKS": str(prefix / "bin")}
     return subprocess.run(
         [str(application / "runpod" / "install.sh"), *steps],
-        env={"PATH": "/usr/bin:/bin", "PREFIX": str(prefix), "LINKS": str(prefix / "bin")},
+        env=own | environ,
         cwd="/",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -81,11 +88,56 @@ def test_the_application_is_installed_and_checked(application: Path) -> None:
     assert "2.60.0" in found.stdout
     # The commands import this copy, and the script beside it kept its mode.
     code = "import serve_app; print(serve_app.__file__)"
-    where = subprocess.run(
-        [str(links / "python"), "-c", code], cwd="/", capture_output=True, text=True, check=True
-    )
+    command = [str(links / "python"), "-c", code]
+    where = subprocess.run(command, cwd="/", env={}, capture_output=True, text=True, check=True)
     assert Path(where.stdout.strip()).parent == application / "serve_app"
     assert (application / "serve_app" / "haproxy").stat().st_mode & 0o111
+
+
+def python_of_the_image() -> str:
+    """A Python of the version that the image's base has, on this machine."""
+    (version,) = re.findall(r"^FROM \S+-ubuntu(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    wanted = {"24.04": "3.12"}[version]
+    uv = shutil.which("uv", path=sysconfig.get_paths()["scripts"])
+    if uv is None:
+        pytest.skip("uv, which finds Python, is not installed")
+    command = [uv, "python", "find", "--no-python-downloads", "--system", wanted]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(f"Python {wanted} is not on this machine: {found.stderr.strip()}")
+    return found.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_image_s_packages_install_with_the_image_s_python(tmp_path: Path) -> None:
+    """The steps of the Dockerfile after `system`, as they are: about 9 GB, deleted at the end."""
+    root = tmp_path / "app"
+    copy_to(root)
+    # How this machine reaches its package index; nothing else of it is in the image.
+    environ = {name: os.environ[name] for name in os.environ if name.startswith("PIP_")}
+    environ["PYTHON"] = python_of_the_image()
+    try:
+        for steps in (["python"], ["application", "check"]):
+            result = run(root, *steps, **environ)
+            assert result.returncode == 0, result.stdout
+        assert "BAD" not in result.stdout
+    finally:
+        shutil.rmtree(tmp_path)
+
+
+def test_the_packages_of_the_system_step_exist() -> None:
+    """Asked of this machine's distribution, which names them as the image's does."""
+    if shutil.which("apt-get") is None:
+        pytest.skip("no apt-get on this machine")
+    (listed,) = re.findall(r"--no-install-recommends \\\n((?:.+\\\n)*.+)\n", STEPS.read_text())
+    names = listed.replace("\\", " ").split()
+    assert "gcc" in names
+    command = ["apt-get", "--simulate", "install", "--no-install-recommends", *names]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "Unable to locate package ca-certificates" in result.stderr:
+        pytest.skip("this machine has no package lists")
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_check_fails_where_a_package_is_missing(application: Path) -> None:

@@ -23,7 +23,6 @@ command, 130 for Ctrl-C before there was a result.
 import argparse
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ from bench.faults import chaos
 from bench.hardware import ceilings, profile, roofline
 from bench.run import Job
 from bench.simulation import simulate
-from bench.traffic import workload
+from bench.traffic import access, workload
 from bench.traffic.client import Target
 
 Options = argparse.Namespace
@@ -188,13 +187,13 @@ def _cells(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _job(options: Options) -> Job:
-    api_key = os.environ.get(options.api_key_env) if options.api_key_env else None
     target = run.with_model(
         Target(
             url=options.url,
             model=options.model or "",
             endpoint=options.endpoint,
-            api_key=api_key,
+            headers=access.headers(options.api_key_env, options.key_header, options.header),
+            ca_file=options.ca,
             timeout_s=options.timeout,
             keep_text=options.keep_text,
             extra={"temperature": options.temperature, **options.extra},
@@ -302,7 +301,7 @@ def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
     add("--out", type=Path, required=True, help="folder of the result")
     add("--name", default="", help="of the run, in reports")
     add("--endpoint", choices=["completions", "chat"], default="completions")
-    add("--api-key-env", help="the environment variable that holds the API key")
+    access.arguments(add)
     add("--actors", type=int, default=1, help="load actors, spread over the nodes")
     add("--repeats", type=int, default=3)
     add("--seed", type=int, default=0)

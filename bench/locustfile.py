@@ -37,7 +37,7 @@ from bench import machine, records
 from bench.errors import BenchError, TargetError, WorkloadError
 from bench.pages import locust_report
 from bench.records import Record
-from bench.traffic import workload
+from bench.traffic import access, workload
 from bench.traffic.client import Target, encode
 from bench.traffic.sse import Events, error_text
 
@@ -69,6 +69,7 @@ def _arguments(parser: Any) -> None:
     add("--bench-think", "seconds a user waits between requests", type=float, default=0.0)
     add("--bench-timeout", "seconds without a byte until it failed", type=float, default=300.0)
     add("--bench-api-key", "bearer token; better as the variable", default="", is_secret=True)
+    access.arguments(parser.add_argument, prefix="bench-", include_in_web_ui=False)
     add("--bench-examples", "file of example prompts, one a line", default="")
 
 
@@ -79,15 +80,18 @@ def connect(host: str | None, options: Any) -> tuple[HTTPClient, str]:
     """A client of the host, and the path of its API, such as "/v1".
 
     Raises:
-        TargetError: the host is not a URL.
+        TargetError: the host is not a URL, or there is no such certificate authority.
     """
     parts = urlsplit(host or "")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise TargetError.of("host", host, "is not http://host:port or https://host")
+    if options.bench_ca:
+        access.tls(options.bench_ca)  # Says what is wrong with the file.
     client = HTTPClient(
         parts.hostname,
         parts.port,
         ssl=parts.scheme == "https",
+        ssl_options={"ca_certs": options.bench_ca} if options.bench_ca else None,
         network_timeout=options.bench_timeout,
         connection_timeout=options.bench_timeout,
     )
@@ -115,10 +119,12 @@ def first_model(http: HTTPClient, base: str, options: Any) -> str:
 
 
 def _headers(options: Any) -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
+    headers = {"content-type": "application/json"}
     if options.bench_api_key:
-        headers["Authorization"] = f"Bearer {options.bench_api_key}"
-    return headers
+        headers["authorization"] = f"Bearer {options.bench_api_key}"
+    return headers | access.headers(
+        options.bench_api_key_env, options.bench_key_header, options.bench_header
+    )
 
 
 # --- one request ----------------------------------------------------------------------------
@@ -374,7 +380,7 @@ _LONG = ("machine", "repeats", "whole", "summary", "examples", "cpu", "server", 
 
 def _command(arguments: list[str], secret: str) -> str:
     """What was typed, without the key."""
-    shown = ["locust", *arguments[1:]]
+    shown = ["locust", *access.shown(arguments[1:])]
     return shlex.join(one.replace(secret, "...") if secret else one for one in shown)
 
 

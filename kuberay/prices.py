@@ -24,7 +24,7 @@ class Instance:
     """An instance type: what it costs, and what a quota and a model need to know of it.
 
     Attributes:
-        gpu: name of the GPU in `serve_app.hardware.ACCELERATORS`; empty without one.
+        gpu: name of the GPU in `serve_app.planning.hardware.ACCELERATORS`; empty without one.
     """
 
     usd_per_hour: float

@@ -1,7 +1,7 @@
 """`python -m kuberay render`: serve_config.yaml into the manifests, and an overlay as one file.
 
 serve_config.yaml, base/settings.yaml and an overlay's settings.yaml, each over the one before, are
-the overlay's serveConfigV2; serve_app/launcher.py's ENVIRONMENT is the environment of every pod.
+the overlay's serveConfigV2; ENVIRONMENT of serve_app/launch/launcher.py is that of every pod.
 Those two are what the manifests have from elsewhere. Without an option they are written into
 base/rayservice.yaml and overlays/*/serve.yaml; a test proves that nobody forgot.
 
@@ -24,8 +24,8 @@ import yaml
 from kuberay import console, tools
 from kuberay.errors import EksError
 from kuberay.owned import CLUSTER
-from serve_app import launcher
 from serve_app.errors import ConfigError
+from serve_app.launch import launcher
 from serve_app.settings import Settings
 
 HERE = Path(__file__).parent
@@ -102,8 +102,8 @@ def environment(worker_cpus: float) -> dict[str, str]:
     values = dict(launcher.ENVIRONMENT)
     # As launcher.py counts them, but of a worker: here it would be those of this machine.
     values["RAY_SERVE_HAPROXY_NBTHREAD"] = str(min(4, max(1, int(worker_cpus) // 2)))
-    # HAProxy with its configuration mended: serve_app/haproxy says how.
-    values["RAY_SERVE_HAPROXY_BINARY_PATH"] = f"{_APPLICATION}/haproxy"
+    # HAProxy with its configuration mended: serve_app/launch/haproxy says how.
+    values["RAY_SERVE_HAPROXY_BINARY_PATH"] = f"{_APPLICATION}/launch/haproxy"
     values["SERVE_APP_HAPROXY"] = _HAPROXY
     values["HF_HOME"] = "/weights"
     # Nothing is written but where volumes are.
@@ -128,7 +128,7 @@ def _service(path: Path, folder: Path) -> str:
     entries = [{"name": k, "value": v} for k, v in environment(cpus).items()]
     blocks = {
         "serve_config.yaml": _dump({"serveConfigV2": _Block(_dump(serve_config(folder=folder)))}),
-        "serve_app/launcher.py": _dump(entries),
+        "serve_app/launch/launcher.py": _dump(entries),
     }
     for source, block in blocks.items():
         pattern = re.compile(

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 import cache
 import overrides
 from logs import show
-from serve_app import embedded
 from serve_app.errors import ConfigError, nearest
-from serve_app.hardware import Gpu
-from serve_app.plan import find, parallelism
+from serve_app.planning import embedded
+from serve_app.planning.hardware import Gpu
+from serve_app.planning.plan import find, parallelism
 from serve_app.settings import ApiKeys, Settings
 
 Mode = Literal["load_balancer", "queue", "pod"]

@@ -42,7 +42,7 @@ def shm_bytes() -> int:
 
 def environment() -> dict[str, str]:
     """What Ray's processes read at import: the launcher's, under whatever is set already."""
-    from serve_app import launcher
+    from serve_app.launch import launcher
 
     # Ray listens beyond loopback, and whoever may speak to it can run code.
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -64,7 +64,7 @@ class Head:
     """
 
     def __init__(self, environ: Mapping[str, str], give_up: Callable[[], bool]) -> None:
-        from serve_app import orphans
+        from serve_app.launch import orphans
 
         self._said: list[str] = []
         self._up = threading.Event()

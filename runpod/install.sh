@@ -65,7 +65,7 @@ PYTHON
 }
 
 application() {
-  # Editable: serve_app/haproxy is a script, and keeps its mode.
+  # Editable: serve_app/launch/haproxy is a script, and keeps its mode.
   install --no-deps --no-build-isolation --editable "$root"
   mkdir -p "$links"
   # A login shell, with which KubeRay starts Ray, forgets the PATH of the image.
@@ -84,7 +84,7 @@ import sys
 
 import runpod
 import serve_app
-from serve_app import doctor
+from serve_app.launch import doctor
 
 checks = [doctor.python(sys.version_info[:2]), doctor.haproxy()]
 checks += [doctor.version(name, pin) for name, pin in doctor.PINS.items()]

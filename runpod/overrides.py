@@ -232,9 +232,9 @@ def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 def ask_vllm() -> str:
     """What engine_arguments.txt should say about the vLLM that is installed."""
-    # It imports vLLM's parser for its own use: no other module imports vLLM.
-    engine: Any = importlib.import_module("serve_app.engine")
-    parser = engine.make_arg_parser(engine.FlexibleArgumentParser(add_help=False))
+    # It imports vLLM's parser for its own use: only serve_app/replica imports vLLM.
+    arguments: Any = importlib.import_module("serve_app.replica.arguments")
+    parser = arguments.make_arg_parser(arguments.FlexibleArgumentParser(add_help=False))
     lines = []
     for action in parser._actions:
         kind = "flag" if action.nargs == 0 else "list" if action.nargs in ("+", "*") else "value"

@@ -32,9 +32,9 @@ from choice import Choice, choose, grace_s, ports_of
 from head import LEAST_SHM_BYTES, Head, environment, object_store_bytes, shm_bytes
 from health import Health, answers
 from logs import show
-from serve_app import doctor, launcher, orphans
 from serve_app.errors import ConfigError
-from serve_app.hardware import HardwareError, local_gpus
+from serve_app.launch import doctor, launcher, orphans
+from serve_app.planning.hardware import HardwareError, local_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 # A replica that cannot start is tried this often: a GPU or a hub may have a bad moment.

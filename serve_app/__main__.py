@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     try:
         if arguments.command == "doctor":
-            from serve_app import doctor
+            from serve_app.launch import doctor
 
             return doctor.run(rest)
         if arguments.command == "observe":
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return observe.main(rest)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        from serve_app import launcher
+        from serve_app.launch import launcher
 
         return launcher.serve(arguments)
     except ConfigError as error:

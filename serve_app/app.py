@@ -21,10 +21,10 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.errors import ConfigError
-from serve_app.gateway import Gateway
-from serve_app.plan import Plan, decide
+from serve_app.gateway.deployment import Gateway
+from serve_app.planning.plan import Plan, decide
 from serve_app.progress import reported, say
-from serve_app.replica import GatewayReplica, Replica
+from serve_app.replica.deployment import GatewayReplica, Replica
 from serve_app.settings import Settings
 
 
@@ -52,7 +52,7 @@ def _behind_gateway(settings: Settings, models: list[tuple[Settings, Plan]]) -> 
     for place, (each, plan) in enumerate(models):
         name = "engine" if len(models) == 1 else f"engine-{place}"
         watch = RequestRouterConfig(
-            request_router_class="serve_app.replicas:ReplicaWatch",
+            request_router_class="serve_app.gateway.fleet:ReplicaWatch",
             request_router_kwargs={"deployment": name},
         )
         engine = serve.deployment(GatewayReplica, name=name).options(

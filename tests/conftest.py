@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 
 from bench import tiny_model
-from serve_app import embedded
+from serve_app.planning import embedded
 
 # Each starts whole servers: one after another, for Ray gives up a start after 30 s, and two cores
 # can be busy for longer with several engines.
 SERVERS = (
     "tests/test_life.py",
-    "tests/test_gateway.py",
-    "tests/test_observed.py",
+    "tests/gateway/test_gateway.py",
+    "tests/observe/test_observed.py",
     "tests/test_overload.py",
-    "tests/test_autoscaling.py",
+    "tests/scaling/test_autoscaling.py",
     "tests/monitoring/test_faults.py",
     "tests/kuberay/test_deploy.py",
     "tests/runpod/test_start.py",
@@ -23,7 +23,7 @@ SERVERS = (
 # One server for all that is in there.
 SERVED = "tests/served/"
 # The longest first, so that no worker has to wait for another in the end.
-FIRST = (*SERVERS, SERVED, "tests/test_continuation.py", "tests/test_scaling.py")
+FIRST = (*SERVERS, SERVED, "tests/test_continuation.py", "tests/scaling/test_policy.py")
 
 
 def _together(nodeid: str) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from serve_app import gateway
 from serve_app.app import _behind_gateway
-from serve_app.placement import place
-from serve_app.plan import Plan
-from serve_app.replicas import Replicas
+from serve_app.gateway import deployment as gateway
+from serve_app.gateway.fleet import Replicas
+from serve_app.planning.placement import place
+from serve_app.planning.plan import Plan
 from serve_app.settings import Settings
 
 ENABLED: dict[str, Any] = {"gateway": {"enabled": True}}

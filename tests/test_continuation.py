@@ -16,12 +16,12 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from serve_app import forkserver
-from serve_app.backend import CONTINUE_HEADER, TOKEN_HEADER, Backend
 from serve_app.continuation import Method, Stream
-from serve_app.pacing import Pacer
-from serve_app.plan import CPU_DEFAULTS
-from serve_app.signals import Signals
+from serve_app.planning.plan import CPU_DEFAULTS
+from serve_app.replica import forkserver
+from serve_app.replica.backend import CONTINUE_HEADER, TOKEN_HEADER, Backend
+from serve_app.replica.pacing import Pacer
+from serve_app.scaling.signals import Signals
 from tests.server import ENGINE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -35,7 +35,7 @@ TOOL = {
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def app(smollm: Path) -> AsyncIterator[Backend]:
     # Only who runs these tests pays for loading vLLM.
-    from serve_app.engine import Engine
+    from serve_app.replica.engine import Engine
 
     os.environ.update(
         VLLM_CPU_OMP_THREADS_BIND="nobind",

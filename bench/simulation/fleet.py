@@ -25,7 +25,7 @@ import numpy as np
 from bench.errors import BenchError
 from bench.records import Record
 from bench.simulation.enginemodel import Batch, Engine, Job, clone
-from serve_app.scaling import Decision, ReplicaLoad, Snapshot
+from serve_app.scaling.policy import Decision, ReplicaLoad, Snapshot
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Fleet:
         start_s: from when a replica is asked for until it serves.
         start_spread: its share by which that varies, evenly, from replica to replica.
         period_s: how often the policy is asked.
-        window_s: how far back the reports of a replica look; as serve_app/signals.py does.
+        window_s: how far back the reports of a replica look; as serve_app/scaling/signals.py does.
         percentile: of the latencies in them.
         ttft_s, tpot_s: limits that requests are counted as having missed; None for no limit.
         min_replicas, max_replicas: bounds, whatever the policy says.

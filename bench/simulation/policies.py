@@ -1,6 +1,6 @@
 """Policies that size a fleet, ours and those it is compared with, each from a spec:
 
-    ours                                  serve_app/scaling.py, with the goal of the run
+    ours                                  serve_app/scaling/policy.py, with the goal of the run
     serve:target=2,up=30,down=600         Ray Serve's own: its functions, called with the fleet's
                                           clock; also up_factor=, down_factor=, look_back=
     waiting:per=5,every=15,down=300       KEDA on vllm:num_requests_waiting, as production-stack
@@ -28,7 +28,7 @@ from bench import spec
 from bench.errors import BenchError
 from bench.simulation.enginemodel import Engine, Job
 from bench.simulation.fleet import Fleet, Policy, View
-from serve_app.scaling import Decision, Goal, State, decide
+from serve_app.scaling.policy import Decision, Goal, State, decide
 
 KINDS = {
     "ours": (),

@@ -1,4 +1,4 @@
-"""What routing costs, and what it is worth, by policy of `serve_app.routing`.
+"""What routing costs, and what it is worth, by policy of `serve_app.gateway.routing`.
 
     python -m bench.simulation.routing [--replicas 2,4,8] [--requests 600] [--cache 0.6] ...
 
@@ -40,8 +40,8 @@ from itertools import accumulate
 from typing import Any
 
 from bench.simulation.enginemodel import Batch, Engine, Job, roofline
-from serve_app import routing
-from serve_app.routing import Candidate, PrefixRouter, Router
+from serve_app.gateway import routing
+from serve_app.gateway.routing import Candidate, PrefixRouter, Router
 
 BYTES_A_TOKEN = 4
 WARM_SHARE = 0.2

@@ -34,7 +34,7 @@ from bench.simulation import demand, enginefit, enginemodel, fleet, policies, re
 from bench.simulation.enginemodel import Engine, Job
 from bench.simulation.fleet import Fleet, Outcome
 from bench.simulation.reality import Measured
-from serve_app.scaling import Goal
+from serve_app.scaling.policy import Goal
 
 MEASURED = "measured"
 # From cheap to dear.

@@ -7,7 +7,7 @@ from kuberay.lines import at
 from kuberay.rayservice import DEFAULT_SHUTDOWN_S, Group, Service
 from kuberay.rules.finding import ERROR, WARNING, Finding, rule
 from kuberay.rules.ours import ours
-from serve_app.plan import Plan
+from serve_app.planning.plan import Plan
 
 
 @rule("drain-over-grace")

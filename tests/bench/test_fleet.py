@@ -12,7 +12,7 @@ from bench.errors import BenchError
 from bench.simulation import fleet
 from bench.simulation.enginemodel import Costs, Engine, Job
 from bench.simulation.fleet import Fleet, View
-from serve_app.scaling import Decision
+from serve_app.scaling.policy import Decision
 
 # A request of 10 tokens in and 1 out takes a second, alone or not.
 ENGINE = Engine(Costs(1.0, 0, 0, 0), max_num_seqs=1, token_budget=16, kv_blocks=100)

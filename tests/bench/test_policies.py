@@ -8,8 +8,8 @@ from bench.errors import BenchError
 from bench.simulation import fleet, policies
 from bench.simulation.enginemodel import Costs, Engine, Job, roofline
 from bench.simulation.fleet import Fleet, Policy, View
-from serve_app import scaling
-from serve_app.scaling import Goal, ReplicaLoad, Snapshot
+from serve_app.scaling import policy as scaling
+from serve_app.scaling.policy import Goal, ReplicaLoad, Snapshot
 
 ENGINE = roofline("A100", "Qwen2.5-7B")
 FLEET = Fleet(ENGINE, max_replicas=20)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from bench.errors import BenchError, WorkloadError
 from bench.traffic import words
 from bench.traffic.workload import KINDS, Request, matrix, parse
-from serve_app import embedded
+from serve_app.planning import embedded
 
 
 def prompts(spec: str, count: int, seed: int = 0) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from bench.engine.systems import apart
-from serve_app import launcher
+from serve_app.launch import launcher
 
 # Of this folder's tests: 8840 to 8859.
 PORT, DASHBOARD, GCS, AGENT = 8840, 8841, 8842, 8843

@@ -120,7 +120,7 @@ def test_a_type_that_nobody_knows_has_no_price(cloud: Cloud) -> None:
 
 
 def test_the_table_is_of_real_gpus() -> None:
-    from serve_app.hardware import ACCELERATORS
+    from serve_app.planning.hardware import ACCELERATORS
 
     for kind, instance in prices.INSTANCES.items():
         assert bool(instance.gpus) == bool(instance.gpu), kind

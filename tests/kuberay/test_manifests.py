@@ -13,10 +13,10 @@ import yaml
 from kuberay import layout, lint, prices, render
 from kuberay.owned import CLUSTER
 from kuberay.rayservice import quantity
-from serve_app.hardware import ACCELERATORS
-from serve_app.plan import Plan
+from serve_app.planning.hardware import ACCELERATORS
+from serve_app.planning.plan import Plan
+from serve_app.planning.sizing import DEFAULT_UTILIZATION, QWEN25, needed_bytes
 from serve_app.settings import Settings
-from serve_app.sizing import DEFAULT_UTILIZATION, QWEN25, needed_bytes
 from tests.kuberay import podsecurity, programs, schemas
 
 ROOT = Path(__file__).parents[2]

@@ -265,7 +265,7 @@ def test_ours_is_gone_on_with(account: Cloud) -> None:
 
 def test_versions_that_disagree_fail(account: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases, "KUBERAY", "1.8.0")
-    monkeypatch.setitem(__import__("serve_app.doctor").doctor.PINS, "ray", "2.61.0")
+    monkeypatch.setitem(__import__("serve_app.launch.doctor").doctor.PINS, "ray", "2.61.0")
     result, checks = checked()
     assert result.returncode == 1
     assert checks["KubeRay"]["status"] == "FAIL"

@@ -13,8 +13,8 @@ import yaml
 from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from serve_app import metrics
 from serve_app.monitoring import dashboards
+from serve_app.observe import metrics
 
 HERE = Path(dashboards.__file__).parent
 TESTS = Path(__file__).with_name("alerts_test.yaml")
@@ -92,7 +92,7 @@ def matchers_in(expression: str) -> Iterator[tuple[str, set[str]]]:
 
 
 def ours() -> dict[str, set[str]]:
-    """The metrics of serve_app/metrics.py as Prometheus has them, and their labels."""
+    """The metrics of serve_app/observe/metrics.py as Prometheus has them, and their labels."""
     found: dict[str, set[str]] = {}
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase | metrics.Gaps):

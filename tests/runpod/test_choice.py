@@ -10,7 +10,7 @@ import yaml
 import choice
 from choice import Choice
 from serve_app.errors import ConfigError
-from serve_app.hardware import Gpu
+from serve_app.planning.hardware import Gpu
 from serve_app.settings import Settings
 from tests.runpod.test_cache import cached
 from tests.server import ROOT
@@ -59,7 +59,7 @@ def test_the_fewest_gpus_that_hold_it_and_as_many_replicas_as_fit(
     hub: Path, model: str, gpus: int, parallel: int, replicas: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The configurations of the published models; the folder of the test has none.
-    from serve_app import plan
+    from serve_app.planning import plan
 
     monkeypatch.setattr(plan, "shape_of", lambda folder: plan.QWEN25[model])
     found = chosen(hub, (L4,) * gpus, MODEL_NAME=model)

@@ -20,7 +20,7 @@ PORT = 8878
 CODE = """
 import os, sys
 sys.path.insert(0, {folder!r})
-from serve_app import orphans
+from serve_app.launch import orphans
 import head
 orphans.adopt()
 running = head.Head(head.environment(), lambda: False)

@@ -9,8 +9,8 @@ import pytest
 import overrides
 import prices
 from serve_app.errors import ConfigError
-from serve_app.hardware import Gpu
-from serve_app.plan import QWEN25, parallelism
+from serve_app.planning.hardware import Gpu
+from serve_app.planning.plan import QWEN25, parallelism
 from serve_app.settings import Settings
 from tests.runpod import rest_server
 from tests.runpod.conftest import FOLDER

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from serve_app.backend import CONTINUE_HEADER, SILENT_HEADER, TOKEN_HEADER
 from serve_app.continuation import Progress
+from serve_app.replica.backend import CONTINUE_HEADER, SILENT_HEADER, TOKEN_HEADER
 
 
 @dataclass

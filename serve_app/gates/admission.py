@@ -1,0 +1,274 @@
+"""Who runs, who waits and who is turned away: the bounded queue in front of the engine.
+
+As many sequences run as the engine batches, so that it is always full and its own queue always
+short; a bounded number of requests wait in order of arrival; the rest are turned away at once,
+which costs a header and no engine time. Then throughput at ten times the capacity is throughput
+at capacity, and everyone who was let in is served.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.errors import GatewayTimeout, RequestError, TooManyRequests, Unavailable
+from serve_app.gates.limits import RequestSize
+from serve_app.scaling.signals import Signals
+from serve_app.settings import Limits
+
+GENERATION_PATHS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/generative_scoring",
+        "/v1/systemone",
+    }
+)
+
+# How long the application may take to end what it was told to leave.
+_FAREWELL_S = 3.0
+
+
+class Admission:
+    """Counts sequences that run and requests that wait. For one event loop.
+
+    Args:
+        max_running: sequences that may run at once.
+        max_queued: requests that may wait; one more is `TooManyRequests`.
+    """
+
+    def __init__(self, max_running: int, max_queued: int, retry_after_s: float) -> None:
+        self.max_running = max_running
+        self.max_queued = max_queued
+        self.retry_after_s = retry_after_s
+        self.running = 0
+        self._waiting: deque[tuple[int, int, asyncio.Future[None]]] = deque()
+
+    @property
+    def queued(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Of the bodies of the requests that wait."""
+        return sum(size for _, size, _ in self._waiting)
+
+    def change(self, max_running: int, max_queued: int, retry_after_s: float) -> None:
+        """Other bounds from now on; who is in stays in."""
+        self.max_running, self.max_queued = max_running, max_queued
+        self.retry_after_s = retry_after_s
+        self._wake()
+
+    @contextlib.asynccontextmanager
+    async def slot(
+        self, sequences: int, queue_timeout_s: float, body_bytes: int = 0
+    ) -> AsyncIterator[None]:
+        """Hold room for `sequences` sequences, waiting for it in order of arrival.
+
+        Raises:
+            TooManyRequests: the queue is full.
+            Unavailable: no room within `queue_timeout_s`.
+        """
+        # A request larger than the whole engine still runs, alone.
+        weight = min(sequences, self.max_running)
+        if self._waiting or self.running + weight > self.max_running:
+            await self._wait(weight, body_bytes, queue_timeout_s)
+        else:
+            self.running += weight
+        try:
+            yield
+        finally:
+            self.running -= weight
+            self._wake()
+
+    async def _wait(self, weight: int, body_bytes: int, timeout_s: float) -> None:
+        if len(self._waiting) >= self.max_queued:
+            raise TooManyRequests(
+                f"{self.running} sequences run and {self.queued} requests wait, which is all this "
+                "replica takes. Try again later.",
+                retry_after_s=self.retry_after_s,
+            )
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (weight, body_bytes, turn)
+        self._waiting.append(entry)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await turn
+        except TimeoutError:
+            self._leave(entry)
+            raise Unavailable(
+                f"No room within {timeout_s:g} s. Try again later.",
+                retry_after_s=self.retry_after_s,
+            ) from None
+        except asyncio.CancelledError:
+            self._leave(entry)
+            raise
+
+    def _leave(self, entry: tuple[int, int, asyncio.Future[None]]) -> None:
+        """Give up a place in the queue, or the room that was given in the same moment."""
+        if entry in self._waiting:
+            self._waiting.remove(entry)
+        else:
+            self.running -= entry[0]
+        self._wake()
+
+    def _wake(self) -> None:
+        # One that is larger than the whole bound, which may have shrunk since, still runs alone.
+        while self._waiting and (
+            not self.running or self.running + self._waiting[0][0] <= self.max_running
+        ):
+            weight, _, turn = self._waiting.popleft()
+            if not turn.done():
+                self.running += weight
+                turn.set_result(None)
+
+
+class AdmissionGate:
+    """ASGI middleware: admits generation requests, and bounds the time of every request.
+
+    Args:
+        healthy: whether the engine can answer; while it cannot, 503 with Retry-After.
+        signals: is told who came, and how long each had to wait for room.
+        waited: is told that wait, in seconds.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        admission: Admission,
+        limits: Limits,
+        healthy: Callable[[], bool],
+        signals: Signals,
+        waited: Callable[[float], None] = lambda wait_s: None,
+    ) -> None:
+        self.app = app
+        self.admission = admission
+        self.limits = limits
+        self.healthy = healthy
+        self.signals = signals
+        self.waited = waited
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in GENERATION_PATHS:
+            await self.app(scope, receive, send)
+            return
+        response = _Response(send, self._engine_error)
+        state = scope.get("state", {})
+        size: RequestSize = state.get("size") or RequestSize()
+        body_bytes: int = state.get("body_bytes", 0)
+        came_s = time.monotonic()
+        self.signals.arrived()
+        try:
+            async with asyncio.timeout(self.limits.request_timeout_s):
+                if not self.healthy():
+                    raise self._unavailable()
+                queue_timeout_s = self.limits.queue_timeout_s
+                async with self.admission.slot(size.sequences, queue_timeout_s, body_bytes):
+                    wait_s = time.monotonic() - came_s
+                    self.signals.admitted(wait_s, body_bytes)
+                    self.waited(wait_s)
+                    await self._answer(scope, receive, response)
+            await response.end(scope)
+        except TimeoutError:
+            bound_s = self.limits.request_timeout_s
+            await response.fail(GatewayTimeout(f"Not finished within {bound_s:g} s."), scope)
+        except RequestError as error:
+            await response.fail(error, scope)
+
+    async def _answer(self, scope: Scope, receive: Receive, response: "_Response") -> None:
+        """Run the application, so that a cancellation also ends the engine's work.
+
+        vLLM works on a request that is not streamed in a task of its own, which it ends when the
+        client leaves, but not when it is cancelled; and cancelling is what Ray Serve does when the
+        client leaves, and what a timeout does. So a cancellation is told as a client that left.
+        Returns, or raises, once the engine is done with the request: only then is its room free.
+        """
+        left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def receive_or_leave() -> Message:
+            message = asyncio.ensure_future(receive())
+            either: set[asyncio.Future[Any]] = {message, left}
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                return message.result() if message.done() else {"type": "http.disconnect"}
+            finally:
+                message.cancel()
+
+        answer = asyncio.ensure_future(self.app(scope, receive_or_leave, response.send))
+        try:
+            await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            response.abandoned = True
+            if response.started:
+                answer.cancel()  # A stream has no task of its own.
+            else:
+                left.set_result(None)
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                await asyncio.wait_for(answer, _FAREWELL_S)
+            raise
+
+    def _engine_error(self, status: int) -> RequestError | None:
+        """What to answer instead of vLLM's 500 for a request whose engine died under it."""
+        return self._unavailable() if status == 500 and not self.healthy() else None
+
+    def _unavailable(self) -> Unavailable:
+        return Unavailable(
+            "The engine stopped and is being replaced. Try again.",
+            retry_after_s=self.limits.retry_after_s,
+        )
+
+
+class _Response:
+    """The response under way: an error becomes a response before it began, an event after.
+
+    Attributes:
+        started: whether the client has been sent anything.
+        abandoned: what the application still sends is dropped.
+    """
+
+    def __init__(self, send: Send, instead: Callable[[int], RequestError | None]) -> None:
+        self._send = send
+        self._instead = instead
+        self.started = False
+        self.abandoned = False
+        self._streaming = False
+        self._replaced: RequestError | None = None
+
+    async def send(self, message: Message) -> None:
+        if self.abandoned:
+            return
+        if message["type"] == "http.response.start":
+            self._replaced = self._instead(message["status"])
+            if self._replaced is None:
+                self.started = True
+                self._streaming = any(
+                    name == b"content-type" and value.startswith(b"text/event-stream")
+                    for name, value in message["headers"]
+                )
+        if self._replaced is None:
+            await self._send(message)
+
+    async def end(self, scope: Scope) -> None:
+        """Send what was put in the place of the application's own answer, if anything was."""
+        if self._replaced is not None:
+            await self._replaced(scope, _no_message, self._send)
+
+    async def fail(self, error: RequestError, scope: Scope) -> None:
+        if not self.started:
+            await error(scope, _no_message, self._send)
+        elif self._streaming:
+            event = b"event: error\n" if scope["path"] == "/v1/messages" else b""
+            data = b"data: " + error.body() + b"\n\n"
+            body = {"type": "http.response.body", "body": event + data, "code": error.code}
+            await self._send(body)
+
+
+async def _no_message() -> Message:
+    return {"type": "http.disconnect"}

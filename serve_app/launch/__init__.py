@@ -1,0 +1,1 @@
+"""`python -m serve_app serve | doctor`: starts Ray Serve, checks the machine, cleans up."""

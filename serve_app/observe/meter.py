@@ -1,0 +1,204 @@
+"""The outermost gate: measures each answer, counts it, and writes one line of it to the log.
+
+It sees what the client sees: the first event of a stream after all waiting, every pause between two
+events, an answer that breaks off. What a request is about is never looked at.
+"""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.gates.keys import OPEN_PATHS, tenant
+from serve_app.observe import metrics
+from serve_app.observe.logs import Log
+from serve_app.observe.tracing import Tracer
+from serve_app.settings import Replicas
+
+ID_HEADER = b"x-request-id"
+# What else a client sends for an id is not put into logs and traces.
+_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+
+
+class Meter:
+    """ASGI middleware.
+
+    Args:
+        model: what a request counts for that names no other.
+        goal: the objective (ttft_s, itl_s) that requests are held against.
+        log: gets a line for each request.
+        counted: whether requests are counted here. Not in a replica behind a gateway.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        model: str,
+        goal: Replicas,
+        log: Log,
+        tracer: Tracer | None = None,
+        counted: bool = True,
+    ) -> None:
+        self.app = app
+        self._model = model
+        self._goal = goal
+        self._log = log
+        self._tracer = tracer
+        self._counted = counted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        request_id = _identify(scope)
+        answer = _Answer(send, self._counted and (lambda: metrics.gaps.of(self._model_of(scope))))
+        under_way = metrics.under_way.labels(self._model)
+        with self._tracer.span(scope, request_id) if self._tracer else nullcontext() as span:
+            under_way.inc(self._counted)
+            try:
+                await self.app(scope, receive, answer.send)
+            except asyncio.CancelledError:
+                answer.left = True
+                raise
+            finally:
+                under_way.dec(self._counted)
+                answer.ended_s = time.monotonic()
+                self._note(scope, request_id, answer)
+                if span is not None:
+                    span.set_attributes(_attributes(answer))
+
+    def _model_of(self, scope: Scope) -> str:
+        """The gateway says which of its models was asked, once it knows."""
+        return str(scope.get("state", {}).get("model", self._model))
+
+    def _note(self, scope: Scope, request_id: str, answer: "_Answer") -> None:
+        model = self._model_of(scope)
+        status, who = answer.final_status, tenant.get()
+        if self._counted:
+            self._count(scope["path"], model, status, who, answer)
+        self._log.write(
+            "error" if status >= 500 else "info",
+            "request",
+            request_id=request_id,
+            tenant=who,
+            model=model,
+            method=scope["method"],
+            path=scope["path"] if scope["path"] in metrics.ROUTES else "other",
+            status=status,
+            reason=answer.reason,
+            duration_s=round(answer.duration_s, 4),
+            first_s=answer.first_s and round(answer.first_s, 4),
+            events=answer.events,
+        )
+
+    def _count(self, path: str, model: str, status: int, who: str, answer: "_Answer") -> None:
+        route = path if path in metrics.ROUTES else "other"
+        metrics.requests.labels(model, route, str(status), who).inc()
+        if answer.reason:
+            metrics.rejections.labels(model, answer.reason).inc()
+        if answer.first_s is not None:
+            metrics.first_tokens.labels(model).observe(answer.first_s)
+        if status < 400:
+            metrics.durations.labels(model).observe(answer.duration_s)
+        if (kept := answer.kept(self._goal)) is not None:
+            metrics.objectives.labels(model, "yes" if kept else "no").inc()
+
+
+class _Answer:
+    """One answer under way.
+
+    Attributes:
+        status: what it began with; 0 before.
+        reason: the code of the error of ours that it is, or ended with.
+        events: pieces of a stream.
+        left: the client left before its end.
+    """
+
+    def __init__(self, send: Send, gaps: Callable[[], metrics.Counts] | Literal[False]) -> None:
+        self._send = send
+        self._gaps_of = gaps
+        self._gaps: metrics.Counts | None = None
+        self._began_s = self._last_s = self.ended_s = time.monotonic()
+        self._streaming = False
+        self._over = False
+        self.status = 0
+        self.reason: str | None = None
+        self.first_s: float | None = None
+        self.events = 0
+        self.left = False
+
+    async def send(self, message: Message) -> None:
+        if (code := message.get("code")) is not None:
+            self.reason = code
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._streaming = any(
+                name == b"content-type" and value.startswith(b"text/event-stream")
+                for name, value in message["headers"]
+            )
+        else:
+            self._over = not message.get("more_body", False)
+            if self._streaming and message.get("body") and code is None:
+                self._event()
+        await self._send(message)
+
+    def _event(self) -> None:
+        now_s = time.monotonic()
+        if self.first_s is None:
+            self.first_s = now_s - self._began_s
+            self._gaps = self._gaps_of() if self._gaps_of else None
+        elif self._gaps is not None:
+            self._gaps.add(now_s - self._last_s)
+        self._last_s = now_s
+        self.events += 1
+
+    @property
+    def duration_s(self) -> float:
+        return self.ended_s - self._began_s
+
+    @property
+    def final_status(self) -> int:
+        """What it came to: a stream that broke off after its 200 did not succeed."""
+        if self.left and not self._over:
+            return metrics.LEFT
+        if self.status == 200 and (self.reason or not self._over):
+            return 500
+        return self.status or 500
+
+    def kept(self, goal: Replicas) -> bool | None:
+        """Whether the objective was kept; None for what says nothing of it."""
+        status = self.final_status
+        if status >= 500 or status == 429:
+            return False
+        if status >= 400:
+            return None
+        gap_s = (self._last_s - self._began_s - (self.first_s or 0.0)) / max(1, self.events - 1)
+        return self.first_s is None or (
+            (goal.ttft_s is None or self.first_s <= goal.ttft_s)
+            and (goal.itl_s is None or self.events < 2 or gap_s <= goal.itl_s)
+        )
+
+
+def _identify(scope: Scope) -> str:
+    """The request's id. Ray Serve gives one to what came without, and tells the client."""
+    given: str = dict(scope["headers"]).get(ID_HEADER, b"").decode("latin-1")
+    if _ID.fullmatch(given):
+        return given
+    request_id = uuid.uuid4().hex
+    others = [(name, value) for name, value in scope["headers"] if name != ID_HEADER]
+    scope["headers"] = [*others, (ID_HEADER, request_id.encode())]
+    return request_id
+
+
+def _attributes(answer: _Answer) -> dict[str, Any]:
+    found: dict[str, Any] = {"http.response.status_code": answer.final_status}
+    if answer.reason:
+        found["error.type"] = answer.reason
+    if answer.first_s is not None:
+        found["gen_ai.latency.time_to_first_token"] = answer.first_s
+    return found

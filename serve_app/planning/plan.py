@@ -1,0 +1,263 @@
+"""From settings and hardware to what one replica is: its model, its parallelism, its place.
+
+Decided once, where the application is built, so that every replica is the same and a start that
+cannot succeed fails before anything is loaded.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from serve_app.errors import ConfigError
+from serve_app.planning import embedded
+from serve_app.planning.hardware import Gpu, cluster_nodes, has_bfloat16
+from serve_app.planning.placement import Placement, place
+from serve_app.planning.sizing import (
+    DEFAULT_UTILIZATION,
+    QWEN25,
+    ModelShape,
+    choose_model,
+    choose_tensor_parallel_size,
+)
+from serve_app.scaling.policy import Goal
+from serve_app.settings import Settings
+
+# The CPU build of vLLM 0.32 compiles wrong code, so without a GPU it always runs eagerly. The KV
+# cache is bounded because vLLM would otherwise take half of the machine for each replica.
+CPU_DEFAULTS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+
+
+# A request that is late hears of it within this time.
+_FAREWELL_S = 10.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every replica of the deployment is.
+
+    Attributes:
+        model: hub id, local folder or s3:// address; `embedded.NAME` is the packaged model.
+        served_model_name: the name that clients ask for.
+        placement: processes, GPUs and nodes of one replica.
+        cpu_threads: OpenMP threads of an engine worker; None with GPUs.
+    """
+
+    model: str
+    served_model_name: str
+    placement: Placement
+    cpu_threads: int | None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of a replica, read when its libraries are loaded."""
+        if self.cpu_threads is None:
+            return {}
+        return {
+            # vLLM would bind the workers of every replica to the same first cores.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(self.cpu_threads),
+            # A worker process would be there to set these two. Beside it the engine's core spins
+            # on the cores that the front end needs: without this, one process is the engine.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # vLLM compiles one line of its log probabilities at the first request for them, also
+            # where it runs eagerly. All streams of the engine stood still for 20 s meanwhile.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of one replica; 1 on a CPU."""
+        return self.placement.tensor_parallel_size * self.placement.pipeline_parallel_size
+
+    @staticmethod
+    def leave_s(settings: Settings) -> float:
+        """How long a replica that leaves may take."""
+        return max(settings.drain_s, settings.limits.request_timeout_s + _FAREWELL_S)
+
+    def deployment_options(self, settings: Settings) -> dict[str, Any]:
+        """Options of the Ray Serve deployment."""
+        options: dict[str, Any] = {
+            # The queue is ours (admission.py): Serve's would answer in plain text, and count
+            # health checks and streams alike.
+            "max_ongoing_requests": 100_000,
+            "max_queued_requests": -1,
+            # A replica that is not needed any more, or is replaced by one of a new version, ends
+            # what it has: that is as long as its longest request. When everything stops, run.py
+            # waits `drain_s`.
+            "graceful_shutdown_timeout_s": self.leave_s(settings),
+            "graceful_shutdown_wait_loop_s": 0.5,
+            "health_check_period_s": 2.0,
+            "health_check_timeout_s": 10.0,
+            "ray_actor_options": {
+                "num_cpus": settings.cpus_per_replica,
+                "num_gpus": self.placement.num_gpus,
+            },
+        }
+        if self.placement.bundles is not None:
+            options["placement_group_bundles"] = [dict(b) for b in self.placement.bundles]
+            options["placement_group_strategy"] = self.placement.strategy
+        replicas = settings.replicas
+        if replicas.fixed:
+            options["num_replicas"] = replicas.min
+        else:
+            options["autoscaling_config"] = self._autoscaling(settings)
+        return options
+
+    def _autoscaling(self, settings: Settings) -> dict[str, Any]:
+        """Ray Serve's autoscaling_config."""
+        replicas = settings.replicas
+        config: dict[str, Any] = {
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.max,
+            # A start has one replica, also where none need stay: only it shows that one can start.
+            "initial_replicas": max(1, replicas.min),
+        }
+        if not replicas.follow_slo:
+            return config | {"target_ongoing_requests": replicas.target_ongoing_requests}
+        goal = Goal(
+            ttft_s=replicas.ttft_s,
+            itl_s=replicas.itl_s,
+            percentile=replicas.percentile,
+            min_replicas=replicas.min,
+            max_replicas=replicas.max,
+            idle_s=replicas.idle_s,
+        )
+        whole = {"CPU": settings.cpus_per_replica, "GPU": float(self.placement.num_gpus)}
+        arguments = {
+            "goal": asdict(goal),
+            "start_s": replicas.start_s,
+            "bundles": [dict(bundle) for bundle in self.placement.bundles or (whole,)],
+        }
+        # Patience is the policy's own. Each replica reports once a second, and the report holds its
+        # own look back.
+        return config | {
+            "metrics_interval_s": 1.0,
+            "look_back_period_s": 5.0,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": 0.0,
+            "downscale_to_zero_delay_s": 0.0,
+            "policy": {
+                "policy_function": "serve_app.scaling.autoscaler:Autoscaler",
+                "policy_kwargs": arguments,
+            },
+        }
+
+    def engine_arguments(self, settings: Settings) -> dict[str, Any]:
+        """vLLM's arguments for one replica, with the weights on this machine (or in S3)."""
+        arguments: dict[str, Any] = {
+            "model": self._weights(),
+            "served_model_name": [self.served_model_name],
+            "tensor_parallel_size": self.placement.tensor_parallel_size,
+            "pipeline_parallel_size": self.placement.pipeline_parallel_size,
+        }
+        if self.cpu_threads is not None:
+            arguments |= CPU_DEFAULTS
+            if not has_bfloat16():
+                # Emulated, it reads a prompt three times slower.
+                arguments["dtype"] = "float32"
+        if self.placement.executor is not None:
+            arguments["distributed_executor_backend"] = self.placement.executor
+        if self.model.startswith("s3://"):
+            arguments["load_format"] = "runai_streamer"
+        if settings.limits.max_tokens is not None:
+            # vLLM takes this as the bound of every request that names no max_tokens of its own.
+            arguments["override_generation_config"] = {"max_new_tokens": settings.limits.max_tokens}
+        if (endpoint := settings.observe.traces_endpoint) is not None:
+            arguments["otlp_traces_endpoint"] = endpoint
+        return arguments | dict(settings.engine)
+
+    def _weights(self) -> str:
+        if self.model == embedded.NAME:
+            return str(embedded.path())
+        if self.model.startswith("s3://") or Path(self.model).is_dir():
+            return self.model
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+            return str(snapshot_download(self.model, allow_patterns=patterns))
+        except Exception as error:
+            # The hub's own errors run over many lines; the first says which it was.
+            problem = str(error).strip().splitlines()[0]
+            raise ConfigError("model", self.model, f"cannot be fetched: {problem}") from error
+
+
+def decide(settings: Settings) -> Plan:
+    """The plan for these settings on this Ray cluster.
+
+    Raises:
+        ConfigError: for a model that is not there or does not fit, needed and found stated.
+    """
+    nodes = cluster_nodes()
+    # Replicas are alike, so they are sized for the node with the most GPUs.
+    gpus = max((node.gpus for node in nodes), key=len, default=())
+    model = find(settings, gpus)
+    placement = parallelism(settings, model, gpus)
+    cores = len(os.sched_getaffinity(0))
+    return Plan(
+        model=model,
+        served_model_name=settings.served_model_name or _short_name(model),
+        placement=placement,
+        # One core of each replica is left to its front end.
+        cpu_threads=None if gpus else max(1, cores // settings.replicas.max - 1),
+    )
+
+
+def find(settings: Settings, gpus: tuple[Gpu, ...]) -> str:
+    """The model to serve: the configured one, or for 'auto' the largest that fits.
+
+    Raises:
+        ConfigError: the folder is not there, or nothing fits.
+    """
+    model = settings.model
+    if model == "auto":
+        return choose_model(gpus, *_memory_settings(settings)) if gpus else embedded.NAME
+    if model.startswith(("/", ".", "~")):
+        model = str(Path(model).expanduser().resolve())
+        if not (Path(model) / "config.json").is_file():
+            raise ConfigError("model", settings.model, "no such folder, or it has no config.json")
+    return model
+
+
+def parallelism(settings: Settings, model: str, gpus: tuple[Gpu, ...]) -> Placement:
+    """How many GPUs a replica takes and where.
+
+    Raises:
+        ConfigError: the model does not fit them, or they do not fit the nodes.
+    """
+    tp, pp = settings.tensor_parallel_size, settings.pipeline_parallel_size or 1
+    if tp is None:
+        tp = 1
+        shape = shape_of(model) if gpus else None
+        if shape is not None:
+            max_len, utilization = _memory_settings(settings)
+            tp = choose_tensor_parallel_size(model, shape, gpus, max_len, utilization, pp)
+    return place(tp, pp, len(gpus), settings.cpus_per_replica)
+
+
+def shape_of(model: str) -> ModelShape | None:
+    """The model's dimensions if they are known without fetching anything, else None."""
+    if model in QWEN25:
+        return QWEN25[model]
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return ModelShape.from_config(json.loads(config.read_text(encoding="utf-8")))
+    except KeyError:
+        return None  # Another architecture: vLLM will measure what it needs.
+    except ValueError as error:
+        raise ConfigError("model", model, f"its config.json is not JSON: {error}") from None
+
+
+def _memory_settings(settings: Settings) -> tuple[int | None, float]:
+    utilization = settings.engine.get("gpu_memory_utilization", DEFAULT_UTILIZATION)
+    return settings.engine.get("max_model_len"), float(utilization)
+
+
+def _short_name(model: str) -> str:
+    """A hub id as it is; of a folder or an address, its last part."""
+    is_path = model.startswith(("/", "s3://"))
+    return model.rstrip("/").rsplit("/", 1)[-1] if is_path else model

@@ -1,0 +1,214 @@
+"""A replica: one engine, the gates in front of it, and the supervisor beside it.
+
+`Replica` is what Ray Serve's own HTTP server asks (app.py). `GatewayReplica` is the same behind a
+gateway (gateway.py), with a server of its own (backend.py).
+"""
+
+import asyncio
+import os
+import time
+from typing import Any
+
+import ray
+from starlette.types import ASGIApp
+
+from serve_app.errors import ConfigError
+from serve_app.gates.admission import Admission, AdmissionGate
+from serve_app.gates.keys import KeyGate, KeyRing, check_exposure
+from serve_app.gates.limits import LimitGate
+from serve_app.observe import logs, metrics, tracing
+from serve_app.observe.observation import Observation
+from serve_app.planning.plan import Plan
+from serve_app.progress import READY, reported, say, stage
+from serve_app.replica import forkserver
+from serve_app.replica.backend import Server
+from serve_app.replica.pacing import Pacer
+from serve_app.replica.supervisor import Reaper, Supervisor
+from serve_app.scaling import autoscaler
+from serve_app.scaling.signals import Signals
+from serve_app.settings import Limits, Settings
+
+# That a restart may take beyond twice the time of the first start.
+_LEAST_RESTART_S = 30.0
+
+
+class _Engine:
+    """What both kinds of replicas are."""
+
+    _continuing = False
+
+    def _load(self, settings: Settings, plan: Plan) -> None:
+        """Start the engine; blocks until its processes are ready."""
+        self._settings = settings
+        self._model = plan.served_model_name
+        self._began_s = time.monotonic()
+        self._observation = Observation(settings.observe, "engine")
+        self._observation.describe(self._model, plan.gpus)
+        self._pacer = Pacer(settings.stream_gap_ms / 1000)
+        goal = settings.replicas
+        self._signals = Signals(goal.percentile, ttft_s=goal.ttft_s, itl_s=goal.itl_s)
+        self._reaper = Reaper()
+        os.environ.update({**plan.environment, **tracing.ENVIRONMENT})
+        forkserver.start()
+        with reported("the replica"):
+            with stage(f"fetching {plan.model}"):
+                arguments = plan.engine_arguments(settings)
+            with stage("loading the engine"), self._reaper.following(), logs.kept():
+                with forkserver.undisturbed():
+                    # Imported here: `build` runs on a head node that may hold no engine.
+                    from serve_app.replica.engine import Engine
+                began_s = time.monotonic()
+                self._engine = Engine.start(
+                    arguments, self._pacer, self._signals, continuing=self._continuing
+                )
+                self._loaded_s = time.monotonic() - began_s
+
+    async def _stack(self) -> ASGIApp:
+        """The engine's application behind its limits, once an answer was generated."""
+        with reported("the replica"), stage("warming up"):
+            answer = await self._engine.app()
+            self._settings.replicas.check(*await self._engine.warm_up())
+        limits = self._settings.limits
+        self._admission = Admission(
+            self._most(limits), limits.max_queued_requests, limits.retry_after_s
+        )
+        self._supervisor = Supervisor(
+            self._engine,
+            self._settings.hang_timeout_s,
+            lambda: self._admission.running,
+            # Without a gateway clients would be sent here meanwhile, to be refused.
+            restart=self._restart if self._continuing else None,
+            restart_within_s=_LEAST_RESTART_S + 2 * self._loaded_s,
+        )
+        self._watch = asyncio.create_task(self._supervisor.watch())
+        self._admitted = AdmissionGate(
+            answer,
+            self._admission,
+            limits,
+            healthy=lambda: self._supervisor.healthy,
+            signals=self._signals,
+            waited=metrics.waits.labels(self._model).observe,
+        )
+        self._limited = LimitGate(self._admitted, limits)
+        self._tell()
+        say(f"{READY}: {time.monotonic() - self._began_s:.1f} s after the replica began")
+        return self._limited
+
+    async def _restart(self) -> None:
+        """Another engine, and its application in the place of the old one's."""
+        began_s = time.monotonic()
+        with self._reaper.following():
+            await self._engine.restart()
+        answer = await self._engine.app()
+        await self._engine.warm_up()
+        self._admitted.app = answer
+        say(f"the engine was started anew: {time.monotonic() - began_s:.1f} s")
+        metrics.engine_restarts.labels(self._model).inc()
+
+    def _tell(self) -> None:
+        """What metrics ask for when they are exported."""
+        queue, supervisor = self._admission, self._supervisor
+        metrics.queued.labels(self._model).set_function(lambda: queue.queued)
+        metrics.queue_room.labels(self._model).set_function(lambda: queue.max_queued)
+        metrics.running.labels(self._model).set_function(lambda: queue.running)
+        metrics.room.labels(self._model).set_function(lambda: queue.max_running)
+        metrics.healthy.labels(self._model).set_function(lambda: supervisor.healthy)
+        metrics.restarting.labels(self._model).set_function(lambda: supervisor.restarting)
+        metrics.engine_restarts.labels(self._model)
+
+    def _gate(self, app: ASGIApp, counted: bool) -> ASGIApp:
+        return self._observation.gate(app, self._model, self._settings.replicas, counted)
+
+    def _most(self, limits: Limits) -> int:
+        return limits.max_running_requests or self._engine.max_running_requests
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Ray Serve with a deployment's `user_config`: limits, while requests run.
+
+        The engine is not touched. What is not valid is said and changes nothing: an exception here
+        would make Serve replace the replica.
+        """
+        try:
+            limits = self._settings.limits_with(user_config)
+        except ConfigError as error:
+            say(f"the replica: {error}; its limits stay as they are")
+            return
+        self._limited.limits = self._admitted.limits = limits
+        self._admission.change(self._most(limits), limits.max_queued_requests, limits.retry_after_s)
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve every `health_check_period_s`."""
+        if not (self._supervisor.healthy or self._supervisor.restarting):
+            raise RuntimeError(self._supervisor.failure or "the engine died")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve once a second, where replicas follow the load."""
+        queue = self._admission
+        load = self._signals.load(
+            max_running=queue.max_running,
+            in_engine=queue.running,
+            queued=queue.queued,
+            queued_bytes=queue.queued_bytes,
+            unread_tokens=self._engine.unread_tokens,
+        )
+        return autoscaler.report(load)
+
+    def _end(self) -> None:
+        """Leave no process behind."""
+        if (watch := getattr(self, "_watch", None)) is not None:
+            watch.cancel()
+        if (engine := getattr(self, "_engine", None)) is not None:
+            engine.stop()
+        if (reaper := getattr(self, "_reaper", None)) is not None:
+            reaper.dismiss()
+        if (observation := getattr(self, "_observation", None)) is not None:
+            observation.close()
+
+
+class Replica(_Engine):
+    """A replica that clients reach through HAProxy, or Serve's proxy."""
+
+    def __init__(self, settings: Settings, plan: Plan) -> None:
+        with reported("the replica"):
+            self._ring = KeyRing(settings.api_keys)
+            check_exposure(self._ring, settings.allow_unauthenticated_network)
+        self._load(settings, plan)
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Ray Serve once the constructor is done; ready when this returns."""
+        return self._gate(KeyGate(await self._stack(), self._ring), counted=True)
+
+    def __del__(self) -> None:
+        """Called by Ray Serve once the requests in flight are done."""
+        self._end()
+
+
+class GatewayReplica(_Engine):
+    """A replica that only gateways reach."""
+
+    _continuing = True
+
+    async def __init__(self, settings: Settings, plan: Plan) -> None:  # type: ignore[misc]
+        self._leave_s = plan.leave_s(settings)
+        self._server = Server(ray.util.get_node_ip_address())
+        self._load(settings, plan)
+        # The gateway counts.
+        app = self._gate(await self._stack(), counted=False)
+        supervisor = self._supervisor
+        self._server.start(app, lambda: supervisor.healthy, lambda: supervisor.silent_s)
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """Called by Ray Serve once; the gateways are told."""
+        return {"address": self._server.address, "token": self._server.token}
+
+    async def wake(self) -> None:
+        """Nothing. That a call waits makes Ray Serve start a replica where there is none."""
+
+    async def __del__(self) -> None:
+        """Called by Ray Serve when no gateway sends requests here any more.
+
+        Serve does not know of the requests that are still here.
+        """
+        if (server := getattr(self, "_server", None)) is not None:
+            await server.drain(self._leave_s)
+        self._end()

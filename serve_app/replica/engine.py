@@ -1,0 +1,305 @@
+"""The engine of one replica: vLLM's AsyncLLM and vLLM's own ASGI application.
+
+Only this module, arguments.py and llm.py import vllm, because what they touch moves between
+releases. Everything else sees `Engine`: start it, serve `app()`, `warm_up()` once, `probe()` now
+and then, `restart()` it if it has died, `stop()` it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import fastapi
+import psutil
+import starlette.exceptions
+import vllm.v1.engine.async_llm as async_llm
+import vllm.v1.engine.utils as engine_processes
+from starlette.types import ASGIApp
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from serve_app.errors import ConfigError
+from serve_app.replica import forkserver
+from serve_app.replica.arguments import first_sentence, parse
+from serve_app.replica.llm import ContinuingLLM, CountingLLM
+from serve_app.replica.pacing import Pacer
+from serve_app.scaling.signals import Signals
+
+
+class Engine:
+    """A running engine, with the application that serves it.
+
+    Attributes:
+        max_running_requests: sequences that the engine batches at once.
+        max_model_len: prompt and output tokens of one request, together.
+        last_sign_s: when the engine was last heard of, on the monotonic clock.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, launch: Callable[[], async_llm.AsyncLLM], pacer: Pacer
+    ) -> None:
+        self._args, self._launch, self._pacer = args, launch, pacer
+        self._take(launch())
+        self.max_running_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
+        self.max_model_len: int = self._llm.model_config.max_model_len
+
+    @classmethod
+    def start(
+        cls,
+        arguments: Mapping[str, Any],
+        pacer: Pacer,
+        signals: Signals,
+        continuing: bool = False,
+    ) -> "Engine":
+        """Load the model; blocks until the engine's processes are ready.
+
+        Args:
+            arguments: vLLM's engine and API server arguments, by their Python names.
+            pacer: decides when tokens of a stream travel together.
+            signals: is told what each step did.
+            continuing: whether it is behind a gateway, which goes on with what broke off.
+
+        Raises:
+            ConfigError: for an argument that vLLM does not know or cannot honour.
+        """
+        args = parse(arguments)
+        # In a Ray worker vLLM spawns its engine process, and offers no other way.
+        engine_processes.get_mp_context = forkserver.Context
+        if pacer.max_gap_s > 0:
+            # AsyncLLM builds its collectors by this name, and offers no other way in.
+            async_llm.RequestOutputCollector = _collector(pacer)
+        kind = ContinuingLLM if continuing else CountingLLM
+
+        def launch() -> async_llm.AsyncLLM:
+            # The usage context sets vLLM's default batch limits: this one is `vllm serve`'s.
+            context = UsageContext.OPENAI_API_SERVER
+            try:
+                config = AsyncEngineArgs.from_cli_args(args).create_engine_config(context)
+            except (ValueError, OSError) as error:
+                raise ConfigError("engine", args.model, first_sentence(error)) from error
+            return kind.from_vllm_config(
+                config,
+                usage_context=context,
+                stat_loggers=[_recorder(signals)],
+                disable_log_stats=args.disable_log_stats,
+            )
+
+        return cls(args, launch, pacer)
+
+    async def restart(self) -> None:
+        """Start it anew after `kill()`; `app()` then gives the application that serves it.
+
+        Only its own processes are new: this one has imported everything already. The event loop
+        turns meanwhile.
+        """
+        # A GPU's memory is free once those who held it are gone.
+        await asyncio.to_thread(psutil.wait_procs, self._processes, 30)
+        self._llm.shutdown(timeout=0)
+
+        def start() -> async_llm.AsyncLLM:
+            forkserver.start()  # Should it have died as well.
+            return self._launch()
+
+        self._take(await asyncio.to_thread(start))
+
+    def _take(self, llm: async_llm.AsyncLLM) -> None:
+        self._llm = llm
+        # Its core and workers. Those whose parent was killed are nobody's children afterwards.
+        self._processes = forkserver.children()
+        self.last_sign_s = time.monotonic()
+        self._observe(llm)
+
+    async def app(self) -> ASGIApp:
+        """vLLM's ASGI application, every endpoint of it."""
+        # What `vllm serve` does before its first request.
+        await self._llm.reset_mm_cache()
+        tasks = await self._llm.get_supported_tasks()
+        app = build_app(self._args, tasks, self._llm.model_config)
+        # An unknown route or method is Starlette's exception, and vLLM's handler FastAPI's.
+        app.add_exception_handler(
+            starlette.exceptions.HTTPException, app.exception_handlers[fastapi.HTTPException]
+        )
+        app.middleware_stack = app.build_middleware_stack()  # vLLM built it without.
+        await init_app_state(self._llm, app.state, self._args, tasks)
+        # vLLM's error handlers tell this object to exit when the engine dies; here the replica's
+        # own supervisor does, and it must first let the other requests hear of it.
+        app.state.server = SimpleNamespace(should_exit=False)
+        asgi: ASGIApp = app
+        return asgi
+
+    async def warm_up(self) -> tuple[float, float]:
+        """Generate a little, so that 'ready' means that an answer was made.
+
+        Returns the least time to a first token and between two tokens, seconds: what one request
+        alone takes.
+        """
+        first_s: list[float] = []
+        gaps_s: list[float] = []
+        for place in range(2):
+            # The first one compiles what only log probabilities need: better now than while others
+            # wait. The second one is as most are.
+            params = SamplingParams(
+                max_tokens=8, ignore_eos=True, temperature=0.0, logprobs=None if place else 1
+            )
+            last_s = time.monotonic()
+            tokens = 0
+            async for output in self._llm.generate(
+                {"prompt_token_ids": [0]}, params, request_id=f"warm-up-{place}"
+            ):
+                now_s, more = time.monotonic(), len(output.outputs[0].token_ids) - tokens
+                (gaps_s if tokens else first_s).append((now_s - last_s) / max(1, more))
+                last_s, tokens = now_s, tokens + more
+        return min(first_s), min(gaps_s, default=0.0)
+
+    @property
+    def unread_tokens(self) -> int:
+        """Prompt tokens of the requests that have no first token yet."""
+        return int(self._llm.get_num_queued_tokens())
+
+    @property
+    def dead(self) -> bool:
+        return bool(self._llm.errored)
+
+    async def probe(self) -> None:
+        """Return once every process of the engine has answered; a hung one never does."""
+        await self._llm.collective_rpc("check_health")
+        self.last_sign_s = time.monotonic()
+
+    def _observe(self, llm: async_llm.AsyncLLM) -> None:
+        """Note each message of the engine core, and tell the pacer how old its outputs are."""
+        pacer, processor = self._pacer, llm.output_processor
+        compare = llm.compared if isinstance(llm, ContinuingLLM) else None
+        process, update = processor.process_outputs, processor.update_scheduler_stats
+
+        def process_outputs(outputs: Any, timestamp: float, *rest: Any, **named: Any) -> Any:
+            # Both clocks are this machine's monotonic one: the engine core is a local process.
+            pacer.observe(time.monotonic() - timestamp)
+            if compare is not None:
+                outputs = compare(outputs)
+            return process(outputs, timestamp, *rest, **named)
+
+        def update_scheduler_stats(stats: Any) -> None:
+            # Called for every message, also for a step that gave no output, as in a long prefill.
+            self.last_sign_s = time.monotonic()
+            update(stats)
+
+        processor.process_outputs = process_outputs
+        processor.update_scheduler_stats = update_scheduler_stats
+
+    def kill(self) -> None:
+        """End its core and workers at once; requests of a hung one then fail instead of waiting."""
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End the engine's processes; returns when they have ended."""
+        # Those that a restart has begun and not finished are only the fork server's yet.
+        mine = {*self._processes, *forkserver.children()}
+        self._llm.shutdown(timeout=5)
+        forkserver.stop()
+        _, alive = psutil.wait_procs(mine, timeout=5)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=5)
+
+
+def _recorder(signals: Signals) -> Callable[[Any, int], StatLoggerBase]:
+    """What vLLM calls after each step of an engine core, beside its own metrics."""
+
+    class Recorder(StatLoggerBase):  # type: ignore[misc]
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            self._engine = engine_index
+
+        def log_engine_initialized(self) -> None:
+            """Nothing to say."""
+
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, *rest: Any, **named: Any
+        ) -> None:
+            if scheduler_stats is not None:
+                signals.state(
+                    self._engine,
+                    scheduler_stats.num_running_reqs,
+                    scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+                    scheduler_stats.kv_cache_usage,
+                )
+            if iteration_stats is not None:
+                signals.step(
+                    iteration_stats.num_prompt_tokens,
+                    iteration_stats.num_generation_tokens,
+                    iteration_stats.num_preempted_reqs,
+                    iteration_stats.time_to_first_tokens_iter,
+                    iteration_stats.inter_token_latencies_iter,
+                    [
+                        (ended.queued_time + ended.prefill_time, ended.mean_time_per_output_token)
+                        for ended in iteration_stats.finished_requests
+                        if ended.num_generation_tokens  # Others were given up before.
+                    ],
+                )
+
+    return Recorder
+
+
+def _collector(pacer: Pacer) -> type[RequestOutputCollector]:
+    """vLLM's per-stream mailbox, opened no more often than the pacer allows.
+
+    The first output and the last leave at once. What comes in between is merged by vLLM's own
+    `RequestOutput.add`, as it is whenever a consumer is late.
+    """
+
+    class PacedCollector(RequestOutputCollector):  # type: ignore[misc]
+        output: Any
+
+        def __init__(self, output_kind: RequestOutputKind, request_id: str) -> None:
+            super().__init__(output_kind, request_id)
+            self._last_s: float | None = None
+            self._timer: asyncio.TimerHandle | None = None
+
+        def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
+            if not self.aggregate or isinstance(output, Exception):
+                super().put(output)
+                return
+            if self.output is None:
+                self.output = output
+            else:
+                self.output.add(output, aggregate=True)
+            if self.ready.is_set():
+                return
+            if output.finished or self._last_s is None:
+                self._open()
+                return
+            if self._timer is not None:
+                return
+            hold_s = pacer.hold_s(time.monotonic() - self._last_s)
+            if hold_s <= 0:
+                self._open()
+            else:
+                self._timer = asyncio.get_running_loop().call_later(hold_s, self._open)
+
+        def _open(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._last_s = time.monotonic()
+            self.ready.set()
+
+        async def get(self) -> RequestOutput | PoolingRequestOutput:
+            await self.ready.wait()
+            return await super().get()
+
+        def get_nowait(self) -> RequestOutput | PoolingRequestOutput | None:
+            return super().get_nowait() if self.ready.is_set() else None
+
+    return PacedCollector

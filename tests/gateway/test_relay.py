@@ -1,0 +1,413 @@
+"""The road through the gateway, against small real engines that fail as told."""
+
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+from prometheus_client.registry import REGISTRY
+from starlette.types import Message, Receive, Scope, Send
+
+from serve_app.continuation import Progress
+from serve_app.gateway import routing
+from serve_app.gateway.fleet import Replica, Replicas
+from serve_app.gateway.relay import Ask, Relay
+from serve_app.replica.backend import Server, exchange
+from serve_app.settings import Gateway
+from tests.services.engine import EngineServer, Fault
+
+WHOLE = "".join(f"{token} " for token in range(10))
+
+
+def unplaced() -> float | None:
+    return REGISTRY.get_sample_value("serve_app_requests_unplaced", {"model": "m"})
+
+
+class Client:
+    """What one client sees."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+        self.over = False
+        self.news = asyncio.Event()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            assert not self.status, "a second response"
+            self.status, self.headers = message["status"], dict(message["headers"])
+        else:
+            assert not self.over
+            self.body += message.get("body", b"")
+            self.over = not message.get("more_body", False)
+        self.news.set()
+
+    @property
+    def events(self) -> list[Any]:
+        lines = [event.removeprefix(b"data: ") for event in self.body.split(b"\n\n") if event]
+        return [line if line == b"[DONE]" else json.loads(line) for line in lines]
+
+    @property
+    def text(self) -> str:
+        return "".join(event.get("text", "") for event in self.events if event != b"[DONE]")
+
+    @property
+    def error(self) -> str:
+        found = self.events[-1] if self.status == 200 else json.loads(self.body)
+        return str(found["error"]["code"])
+
+
+class SlowClient(Client):
+    """One that takes the first piece of an answer only when it may; as uvicorn does, what has not
+    been taken by then is lost with who sends it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_take = asyncio.Event()
+
+    async def send(self, message: Message) -> None:
+        self.news.set()
+        if message["type"] == "http.response.body":
+            await self.may_take.wait()
+        await super().send(message)
+
+
+class Fleet:
+    """A relay before engines."""
+
+    def __init__(self, engines: list[EngineServer], **settings: Any) -> None:
+        self.engines = engines
+        self.replicas = Replicas()
+        self.replicas.update([engine.found for engine in engines])
+        self.woken = 0
+        given = {"stall_timeout_s": 0.6, "replica_timeout_s": 0.5, "routing": "least_outstanding"}
+        self.settings = Gateway(**{**given, **settings})
+        router = routing.make(self.settings.routing, random.Random(1))
+        self.relay = Relay(self.replicas, router, self.settings, 20.0, "m", self._wake)
+
+    def _wake(self) -> None:
+        self.woken += 1
+
+    async def ask(self, client: Client | None = None, **body: Any) -> Client:
+        client = client or Client()
+        content = json.dumps({"model": "m", "prompt": "p", "stream": True, **body}).encode()
+        scope: Scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        scope["headers"] = [(b"content-type", b"application/json"), (b"x-request-id", b"r1")]
+        await self.relay(Ask.of(scope, content, "x-session-id"), client.send)
+        return client
+
+
+@contextlib.asynccontextmanager
+async def fleet(*engines: EngineServer, **settings: Any) -> AsyncIterator[Fleet]:
+    for engine in engines:
+        await engine.start()
+    found = Fleet(list(engines), **settings)
+    yield found
+    await found.relay.close()
+    for engine in engines:
+        await engine.stop()
+
+
+@pytest.mark.parametrize("method", ["resume", "repeat"])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("cut", range(11))
+async def test_a_stream_goes_on_from_every_cut(method: str, half: bool, cut: int) -> None:
+    bad = EngineServer("a", method=method, faults=[Fault(cut_after=cut, half=half)])
+    good = EngineServer("b", method=method)
+    async with fleet(bad, good) as there:
+        bad_first = await _first_to(there, bad)
+    assert bad_first.text == WHOLE
+    assert bad_first.events.count(b"[DONE]") == 1
+    # One answer: one id, one time.
+    assert {(e["id"], e["created"]) for e in bad_first.events[:-1]} == {
+        (e["id"], e["created"]) for e in bad_first.events[:1]
+    }
+    (progress, body), *_ = good.asked
+    assert json.loads(body)["prompt"] == "p"
+    if cut == 0:
+        assert progress is None
+    else:
+        assert progress == Progress(
+            groups=[[token] for token in range(min(cut, 10))],
+            finish="length" if cut == 10 else None,
+            repeat=method == "repeat",
+        )
+
+
+async def _first_to(there: Fleet, engine: EngineServer, **body: Any) -> Client:
+    """Ask so that `engine` is asked first."""
+    for replica in there.replicas.ready():
+        replica.outstanding += 10**6 * (replica.name != engine.name)
+    return await there.ask(**body)
+
+
+async def test_each_replica_may_fail_a_stream_that_goes_on() -> None:
+    engines = [EngineServer(name, length=40) for name in "abc"]
+    engines[0].faults = [Fault(cut_after=9)]
+    engines[1].faults = [Fault(cut_after=20)]
+    engines[2].faults = [Fault(cut_after=32)]
+    async with fleet(*engines, max_attempts=9, replica_timeout_s=5.0) as there:
+        client = await there.ask()
+    assert client.text == "".join(f"{token} " for token in range(40))
+    assert sum(len(engine.asked) for engine in engines) == 4
+
+
+async def test_a_request_that_is_not_streamed_is_asked_again_whole() -> None:
+    bad, good = EngineServer("a", faults=[Fault(cut_after=0)]), EngineServer("b")
+    async with fleet(bad, good) as there:
+        client = await _first_to(there, bad, stream=False)
+    assert client.status == 200
+    assert json.loads(client.body)["text"] == WHOLE
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_fails_before_its_answer_began_is_no_answer(stream: bool) -> None:
+    async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+        current = exchange.get()
+        assert current
+        current.broken = True  # As _ContinuingLLM does where vLLM says that its engine is dead.
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+
+    real, good = Server("127.0.0.1"), EngineServer("b")
+    real.start(fails)
+    try:
+        async with fleet(good, replica_timeout_s=5.0) as there:
+            both = [("a", {"address": real.address, "token": real.token}), good.found]
+            there.replicas.update(both)
+            client = await _first_to(there, EngineServer("a"), stream=stream)
+            assert client.status == 200
+            whole = client.text if stream else json.loads(client.body)["text"]
+            assert whole == WHOLE
+            assert [replica.name for replica in there.replicas.ready()] == ["b"]
+    finally:
+        await real.drain(1.0)
+
+
+async def test_two_deaths_refuse_a_request() -> None:
+    engines = [EngineServer(name, faults=[Fault(cut_after=0)] * 3) for name in "abc"]
+    async with fleet(*engines) as there:
+        client = await there.ask()
+    assert (client.status, client.error) == (500, "replicas_died")
+    assert sum(len(engine.asked) for engine in engines) == 2
+
+
+async def test_a_poisoned_stream_ends_with_an_error_event() -> None:
+    engines = [EngineServer(name, faults=[Fault(cut_after=4)] * 3) for name in "ab"]
+    async with fleet(*engines) as there:
+        client = await there.ask()
+    assert client.status == 200
+    assert client.error == "replicas_died"
+    assert client.text == "0 1 2 3 "
+
+
+async def test_what_cannot_go_on_exactly_ends_with_an_error_event() -> None:
+    bad, good = EngineServer("a", method="never", faults=[Fault(cut_after=3)]), EngineServer("b")
+    async with fleet(bad, good) as there:
+        client = await _first_to(there, bad)
+    assert client.error == "cannot_continue"
+    assert client.text == "0 1 2 "
+    assert not good.asked
+
+
+async def test_before_its_first_event_anything_starts_again() -> None:
+    bad = EngineServer("a", method="never", faults=[Fault(cut_after=0)])
+    async with fleet(bad, EngineServer("b", method="never")) as there:
+        assert (await _first_to(there, bad)).text == WHOLE
+
+
+@pytest.mark.parametrize("after", [0, 4])
+async def test_a_silent_replica_is_left(after: int) -> None:
+    bad, good = EngineServer("a", faults=[Fault(stall_after=after)]), EngineServer("b")
+    async with fleet(bad, good) as there:
+        bad.deaf = False
+        ask = asyncio.create_task(_first_to(there, bad))
+        while not bad.asked:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        bad.deaf = True  # As SIGSTOP does: connections are taken, nothing is answered.
+        client = await ask
+    assert client.text == WHOLE
+    assert bad.left == 1, "the connection to it was kept"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_waits_for_an_engine_that_is_silent_is_asked_elsewhere(stream: bool) -> None:
+    stopped = EngineServer("a", faults=[Fault(stall_after=0)])
+    async with fleet(stopped, EngineServer("b")) as there:
+        ask = asyncio.create_task(_first_to(there, stopped, stream=stream))
+        while not stopped.asked:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        stopped.silent_s = 5.0  # As its supervisor says, where the engine was sent SIGSTOP.
+        client = await ask
+    assert len(stopped.asked) == 1
+    assert WHOLE in (client.text if stream else client.body.decode())
+
+
+async def test_a_replica_says_for_how_long_its_engine_was_silent() -> None:
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("a ping is none of the engine's business")
+
+    server = Server("127.0.0.1")
+    silent_s = [0.0]
+    server.start(never, silent_s=lambda: silent_s[0])
+    try:
+        async with fleet(EngineServer("b")) as there:
+            replica = Replica("a", server.address, server.token)
+            assert await there.relay._ping(replica, 10.0)
+            silent_s[0] = 11.0
+            assert not await there.relay._ping(replica, 10.0)
+            # A stranger is told nothing.
+            assert await there.relay._ping(Replica("a", server.address, "guessed"), 10.0)
+    finally:
+        await server.drain(1.0)
+
+
+async def test_nothing_is_lost_that_a_slow_client_has_not_taken() -> None:
+    """A replica is given up while what came from it waits for the client to take it."""
+    bad, good = EngineServer("a", faults=[Fault(stall_after=4)]), EngineServer("b")
+    client = SlowClient()
+    async with fleet(bad, good) as there:
+        ask = asyncio.create_task(_first_to(there, bad, client=client))
+        await client.news.wait()
+        bad.deaf = True
+        await asyncio.sleep(2.0)  # Its pings fail in that time.
+        client.may_take.set()
+        await ask
+    assert client.text == WHOLE
+
+
+async def test_a_slow_first_token_is_no_stall() -> None:
+    slow = EngineServer("a", pause_s=0.0)
+    slow.faults = [Fault(stall_after=0)]
+    async with fleet(slow) as there:
+        ask = asyncio.create_task(there.ask())
+        _, waiting = await asyncio.wait({ask}, timeout=2.0)
+        assert waiting, "given up, though the replica answers pings"
+        ask.cancel()
+
+
+async def test_a_replica_that_is_full_is_passed_by() -> None:
+    full, good = EngineServer("a", faults=[Fault(status=429)]), EngineServer("b")
+    async with fleet(full, good) as there:
+        assert (await _first_to(there, full)).text == WHOLE
+        assert there.replicas.ready() == list(there.replicas.ready()), "avoided, though only full"
+
+
+async def test_where_all_are_full_the_client_is_told() -> None:
+    engines = [EngineServer(name, faults=[Fault(status=429)]) for name in "ab"]
+    async with fleet(*engines) as there:
+        client = await there.ask()
+    assert client.status == 429
+    assert client.headers[b"retry-after"] == b"7"
+    assert b"told to" in client.body
+
+
+async def test_the_half_of_an_answer_waits_for_room_where_all_are_full() -> None:
+    """Its client has a status and some tokens: a refusal would be written into its stream."""
+    bad = EngineServer("a", faults=[Fault(cut_after=4), *[Fault(status=429)] * 3])
+    full = EngineServer("b", faults=[Fault(status=503), Fault(status=429)])
+    async with fleet(bad, full, replica_timeout_s=20.0) as there:
+        client = await _first_to(there, bad)
+    assert client.text == WHOLE
+    assert client.events.count(b"[DONE]") == 1
+    assert len(full.asked) >= 2
+
+
+async def test_who_is_full_is_not_asked_again_and_again_while_another_is_avoided() -> None:
+    bad = EngineServer("a", faults=[Fault(cut_after=0)])
+    full = EngineServer("b", faults=[Fault(status=429)] * 99)
+    async with fleet(bad, full) as there:
+        client = await _first_to(there, bad)
+    assert client.status == 429
+    assert len(full.asked) == 1
+
+
+async def test_the_half_of_an_answer_that_finds_no_room_ends_with_an_error_event() -> None:
+    bad = EngineServer("a", faults=[Fault(cut_after=4), *[Fault(status=429)] * 99])
+    full = EngineServer("b", faults=[Fault(status=429)] * 99)
+    async with fleet(bad, full, replica_timeout_s=0.3) as there:
+        client = await _first_to(there, bad)
+    assert client.text == "0 1 2 3 "
+    assert client.error == "unavailable"
+
+
+async def test_an_engine_that_is_started_anew_has_not_died_of_the_request() -> None:
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("there is no engine")
+
+    ready = [False]
+    absent = Server("127.0.0.1")
+    absent.start(never, lambda: ready[0])
+    try:
+        async with fleet(EngineServer("b"), max_deaths=1, replica_timeout_s=5.0) as there:
+            both = [("a", {"address": absent.address, "token": absent.token})]
+            there.replicas.update([*both, there.engines[0].found])
+            client = await _first_to(there, EngineServer("a"))
+            assert client.text == WHOLE
+            assert [replica.name for replica in there.replicas.ready()] == ["b"]
+    finally:
+        await absent.drain(1.0)
+
+
+async def test_without_a_replica_503_in_time_and_service_resumes() -> None:
+    async with fleet() as there:
+        client = await there.ask()
+        assert (client.status, client.error) == (503, "unavailable")
+        assert b"retry-after" in client.headers
+        assert there.woken == 1
+        waiting = asyncio.create_task(there.ask())
+        await asyncio.sleep(0.1)
+        assert unplaced() == 1
+        engine = await EngineServer("a").start()
+        there.replicas.update([engine.found])
+        assert (await waiting).text == WHOLE
+        assert unplaced() == 0
+        await engine.stop()
+
+
+async def test_a_replica_that_is_gone_is_avoided_and_tried_again() -> None:
+    gone, good = EngineServer("a"), EngineServer("b")
+    async with fleet(gone, good) as there:
+        await gone.stop()
+        for _ in range(3):
+            assert (await there.ask()).text == WHOLE
+        assert [replica.name for replica in there.replicas.ready()] == ["b"]
+        there.replicas.clock = lambda: asyncio.get_running_loop().time() + 3600
+        assert {replica.name for replica in there.replicas.ready()} == {"a", "b"}
+
+
+async def test_a_client_that_leaves_stops_the_engine() -> None:
+    engine = EngineServer("a", length=1000, pause_s=0.01)
+    async with fleet(engine) as there:
+        client = Client()
+        ask = asyncio.create_task(there.ask(client))
+        await client.news.wait()
+        ask.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await ask
+        async with asyncio.timeout(5):
+            while not engine.left:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert not there.replicas.ready()[0].running
+        assert not there.replicas.ready()[0].outstanding
+
+
+async def test_headers_reach_the_engine_and_its_secrets_stay() -> None:
+    engine = EngineServer("a")
+    async with fleet(engine) as there:
+        scope: Scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        # A client cannot pretend to be a gateway.
+        scope["headers"] = [(b"x-continue", b"5"), (b"x-engine-token", b"no"), (b"host", b"h")]
+        client = Client()
+        await there.relay(Ask.of(scope, b'{"stream": true}', "x-session-id"), client.send)
+    assert client.text == WHOLE
+    assert engine.asked == [(None, b'{"stream": true}')]
+
+
+def test_progress_survives_its_journey() -> None:
+    progress = Progress(groups=[[1], [2, 3]], finish="stop", stop="x", repeat=True)
+    assert msgspec.json.decode(msgspec.json.encode(progress), type=Progress) == progress

@@ -1,0 +1,221 @@
+"""What the outermost gate counts, logs and traces of answers of every kind."""
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from contextvars import copy_context
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from prometheus_client.registry import REGISTRY
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.errors import TooManyRequests, Unauthorized
+from serve_app.gates.keys import tenant
+from serve_app.observe import metrics
+from serve_app.observe.logs import Log
+from serve_app.observe.meter import Meter
+from serve_app.settings import Replicas
+
+GOAL = Replicas(min=1, max=1, ttft_s=0.5, itl_s=0.1)
+EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
+SECRET = "sk-planted-key"
+PROMPT = "planted prompt text"
+
+
+class Watched:
+    """An application behind a meter, and what came of one request."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.written = io.StringIO()
+        self.sent: list[Message] = []
+        self.began = asyncio.Event()
+        self.before = self._all()
+
+    async def ask(self, app: ASGIApp, path: str = "/v1/completions", **headers: str) -> None:
+        log = Log(logging.StreamHandler(self.written), replica="r")
+        meter = Meter(app, self.model, GOAL, log)
+        self.scope: Scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        }
+        await meter(self.scope, self._receive, self._send)
+
+    async def _receive(self) -> Message:
+        return {"type": "http.request", "body": json.dumps({"prompt": PROMPT}).encode()}
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+        if message.get("body"):
+            self.began.set()
+
+    def _all(self) -> dict[tuple[str, tuple[str, ...]], float]:
+        return {
+            (sample.name, tuple(v for k, v in sample.labels.items() if k != "model")): sample.value
+            for family in REGISTRY.collect()
+            for sample in family.samples
+            if sample.labels.get("model") == self.model
+        }
+
+    def counted(self, name: str, *labels: str) -> float:
+        """How much a sample has grown by."""
+        key = (name, labels)
+        return self._all().get(key, 0.0) - self.before.get(key, 0.0)
+
+    @property
+    def line(self) -> dict[str, Any]:
+        (line,) = self.written.getvalue().splitlines()
+        found: dict[str, Any] = json.loads(line)
+        age_s = (datetime.now(UTC) - datetime.fromisoformat(found["time"])).total_seconds()
+        assert 0 <= age_s < 60
+        return found
+
+
+@pytest.fixture
+def watched(request: pytest.FixtureRequest) -> Watched:
+    # Metrics are of a process: a model of its own keeps the tests apart.
+    return Watched(request.node.name)
+
+
+def streams(
+    *pauses_s: float, end: Callable[[Send], Awaitable[None]] | None = None
+) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+        for pause_s in pauses_s:
+            await asyncio.sleep(pause_s)
+            event = {"type": "http.response.body", "body": b"data: x\n\n", "more_body": True}
+            await send(event)
+        await (end(send) if end else send({"type": "http.response.body", "body": b""}))
+
+    return app
+
+
+async def test_a_stream_is_measured_as_its_client_sees_it(watched: Watched) -> None:
+    await watched.ask(streams(0.06, 0.02, 0.02))
+    assert watched.counted("serve_app_requests_total", "/v1/completions", "200", "anonymous") == 1
+    assert watched.counted("serve_app_time_to_first_token_seconds_count") == 1
+    assert watched.counted("serve_app_time_to_first_token_seconds_sum") >= 0.06
+    assert watched.counted("serve_app_inter_token_seconds_count") == 2
+    assert watched.counted("serve_app_inter_token_seconds_sum") >= 0.04
+    assert watched.counted("serve_app_request_duration_seconds_count") == 1
+    assert watched.counted("serve_app_slo_requests_total", "yes") == 1
+    assert watched.counted("serve_app_requests_under_way") == 0
+    assert (watched.line["status"], watched.line["events"]) == (200, 3)
+    assert watched.line["duration_s"] >= watched.line["first_s"] >= 0.06
+
+
+async def test_a_late_first_token_misses_the_objective(watched: Watched) -> None:
+    await watched.ask(streams(0.55, 0.0))
+    assert watched.counted("serve_app_slo_requests_total", "no") == 1
+    assert watched.counted("serve_app_slo_requests_total", "yes") == 0
+
+
+async def test_slow_tokens_miss_the_objective_as_a_mean(watched: Watched) -> None:
+    await watched.ask(streams(0.0, 0.0, 0.15, 0.0))  # 50 ms on average.
+    assert watched.counted("serve_app_slo_requests_total", "yes") == 1
+    await watched.ask(streams(0.0, 0.15, 0.15))
+    assert watched.counted("serve_app_slo_requests_total", "no") == 1
+
+
+async def test_errors_of_ours_are_counted_by_their_code(watched: Watched) -> None:
+    await watched.ask(TooManyRequests("full"))
+    await watched.ask(Unauthorized("no"), path="/v1/models")
+    assert watched.counted("serve_app_requests_total", "/v1/completions", "429", "anonymous") == 1
+    assert watched.counted("serve_app_requests_total", "/v1/models", "401", "anonymous") == 1
+    assert watched.counted("serve_app_rejections_total", "queue_full") == 1
+    assert watched.counted("serve_app_rejections_total", "invalid_api_key") == 1
+    # A full queue is ours to answer for, a wrong key is not.
+    assert watched.counted("serve_app_slo_requests_total", "no") == 1
+    assert watched.counted("serve_app_slo_requests_total", "yes") == 0
+
+
+async def test_a_stream_that_ends_with_an_error_did_not_succeed(watched: Watched) -> None:
+    async def end(send: Send) -> None:
+        await send({"type": "http.response.body", "body": b"data: {}\n\n", "code": "timeout"})
+
+    await watched.ask(streams(0.0, end=end))
+    assert watched.counted("serve_app_requests_total", "/v1/completions", "500", "anonymous") == 1
+    assert watched.counted("serve_app_rejections_total", "timeout") == 1
+    assert (watched.line["level"], watched.line["reason"]) == ("error", "timeout")
+
+
+async def test_an_application_that_raises_is_counted(watched: Watched) -> None:
+    async def end(send: Send) -> None:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError):
+        await watched.ask(streams(0.0, end=end))
+    assert watched.counted("serve_app_requests_total", "/v1/completions", "500", "anonymous") == 1
+    assert watched.counted("serve_app_requests_under_way") == 0
+
+
+async def test_a_client_that_leaves_is_told_apart(watched: Watched) -> None:
+    asking = asyncio.create_task(watched.ask(streams(0.0, 30.0)))
+    await watched.began.wait()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert watched.counted("serve_app_requests_total", "/v1/completions", "499", "anonymous") == 1
+    assert watched.counted("serve_app_slo_requests_total", "no") == 0
+
+
+async def test_labels_are_bounded(watched: Watched) -> None:
+    for at in range(5):
+        await watched.ask(Unauthorized("no"), path=f"/secret/{at}")
+    assert watched.counted("serve_app_requests_total", "other", "401", "anonymous") == 5
+
+
+async def test_health_is_not_counted(watched: Watched) -> None:
+    await watched.ask(streams(), path="/health")
+    assert watched._all() == watched.before
+    assert not watched.written.getvalue()
+
+
+async def test_who_asked_is_a_name(watched: Watched) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        tenant.set("team-a")
+        await streams(0.0)(scope, receive, send)
+
+    await asyncio.create_task(watched.ask(app), context=copy_context())
+    assert watched.counted("serve_app_requests_total", "/v1/completions", "200", "team-a") == 1
+    assert watched.line["tenant"] == "team-a"
+
+
+async def test_a_request_keeps_its_id_or_gets_one(watched: Watched) -> None:
+    await watched.ask(streams(0.0), **{"x-request-id": "id-7"})
+    assert watched.line["request_id"] == "id-7"
+    other = Watched(watched.model)
+    await other.ask(streams(0.0), **{"x-request-id": "a\nb " + "x" * 500})
+    given = dict(other.scope["headers"])[b"x-request-id"].decode()
+    assert other.line["request_id"] == given
+    assert len(given) == 32
+
+
+async def test_prompts_and_keys_are_in_no_log(watched: Watched) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        body = (await receive())["body"]
+        await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
+        await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+
+    await watched.ask(app, authorization=f"Bearer {SECRET}", **{"x-api-key": SECRET})
+    assert PROMPT in str(watched.sent)
+    assert PROMPT not in watched.written.getvalue()
+    assert SECRET not in watched.written.getvalue()
+
+
+def test_every_metric_has_a_unit_or_counts() -> None:
+    """prometheus-client's conventions: base units at the end of the name."""
+    ours = [f for f in REGISTRY.collect() if f.name.startswith("serve_app_")]
+    assert len(ours) > 15
+    for family in ours:
+        if family.type == "histogram":
+            assert family.name.endswith("_seconds")
+        assert family.documentation.endswith(".") or family.name == "serve_app_build_info"
+    assert not any(name.endswith(("_s", "_ms")) for name in metrics.SCALING)

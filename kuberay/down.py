@@ -26,6 +26,7 @@ from pathlib import Path
 
 from kuberay import console, kinds, target, ttl
 from kuberay.aws import Account, tags
+from kuberay.cluster import status
 from kuberay.console import say, step
 from kuberay.errors import AwsError, EksError, InUse, PermissionMissing, Refused
 from kuberay.owned import CLUSTER
@@ -109,16 +110,6 @@ def attempt(name: str, act: Callable[[], None]) -> bool:
 
 
 # --- before -----------------------------------------------------------------------------------
-
-
-def status(account: Account, name: str) -> str:
-    """EKS's word for the cluster; empty where there is none."""
-    try:
-        return str(account.call("eks", "describe_cluster", name=name)["cluster"]["status"])
-    except AwsError as error:
-        if error.absent:
-            return ""
-        raise
 
 
 def confirm(to: Target, yes: bool, keep_data: bool) -> None:

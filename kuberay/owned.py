@@ -45,6 +45,10 @@ class Owner:
         """Every tag key that can make a resource this cluster's: for filters of AWS."""
         return [*_NAMED, f"kubernetes.io/cluster/{self.name}"]
 
+    def marks(self, tags: Mapping[str, str]) -> bool:
+        """Whether these tags have our own, with the cluster's name."""
+        return tags.get(CLUSTER) == self.name
+
     def owns(self, tags: Mapping[str, str]) -> bool:
         """Whether these tags make a resource of this region the cluster's."""
         if CLUSTER in tags:

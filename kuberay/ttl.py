@@ -6,6 +6,8 @@ finds the cluster finds them. `status` reports an outlived cluster and ends with
 --if-expired` from a timer takes it down, where it is so tagged.
 """
 
+import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -15,6 +17,7 @@ from kuberay.errors import AwsError, EksError
 from kuberay.owned import EXPIRES, ON_EXPIRY, Owner
 
 ACTIONS = ("report", "down")
+_MOST_HOURS = 87600  # Ten years.
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,26 @@ def read(account: Account, owner: Owner) -> Ttl:
 
 
 def write(account: Account, owner: Owner, ttl: Ttl) -> None:
-    """Tag a cluster that is there."""
+    """Give a cluster this end; without one, take away the end that it has."""
     found = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
     if ttl.tags:
         account.call("eks", "tag_resource", resourceArn=found["arn"], tags=ttl.tags)
+    for key in ({EXPIRES, ON_EXPIRY} & tags(found, "tags").keys()) - ttl.tags.keys():
+        account.call("eks", "untag_resource", resourceArn=found["arn"], tagKeys=[key])
+
+
+def hours(text: str) -> float:
+    """`--ttl-hours` as a number.
+
+    Raises:
+        ArgumentTypeError: it is not a number of hours between 0 and ten years.
+    """
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found <= _MOST_HOURS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of hours from 0 to {_MOST_HOURS}"
+        )
+    return found

@@ -24,15 +24,10 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-import yaml
-
-from kuberay import console, layout, render, secret, target, ttl
-from kuberay.aws import tags
+from kuberay import cluster, console, layout, render, secret, target, ttl
 from kuberay.console import say, step
-from kuberay.down import status as cluster_status
-from kuberay.errors import AwsError, EksError, Refused, ToolError
+from kuberay.errors import EksError, ToolError
 from kuberay.layout import Service
-from kuberay.owned import CLUSTER, REGION
 from kuberay.preflight import Choice, deployed, preflight
 from kuberay.releases import install_monitoring, install_operator, install_plugin
 from kuberay.status import Served, served
@@ -43,8 +38,6 @@ from kuberay.ttl import Ttl
 _POLL_S = 10.0
 # From apply to an answer: a GPU node (5 min), a 15 GB image (5 min), weights (1 to 15 min).
 _WAIT_S = 3600.0
-# What EKS and the pods write to, with the days that it is kept.
-_LOG_GROUPS = {"cluster": 7, "ray": 14}
 
 
 @console.told
@@ -79,7 +72,7 @@ def up(
     if service is None:
         raise EksError("the overlay has no RayService")
     with step("cluster"):
-        create_cluster(to, run, limit)
+        cluster.create(to, run, cluster.configured(to, limit), limit)
         run.connect()
     with step("plugin"):
         install_plugin(run)
@@ -103,56 +96,6 @@ def apply(run: Tools, manifests: list[dict[str, Any]]) -> None:
     # As one JSON List: the order is kept, and nothing is lost on the way through a dialect of YAML.
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
     run.kubectl("apply", "--server-side", "--force-conflicts", "--filename", "-", stdin=text)
-
-
-# --- cluster --------------------------------------------------------------------------------
-
-
-def create_cluster(to: Target, run: Tools, limit: Ttl) -> None:
-    """The cluster with its node groups; of one that is there, what it lacks.
-
-    Raises:
-        Refused: a cluster of this name is somebody else's.
-    """
-    name, account = to.owner.name, to.account
-    config = yaml.safe_dump(configured(to, limit))
-    log_groups(to)
-    if not cluster_status(account, name):
-        where = ("--kubeconfig", str(run.kubeconfig))
-        run.eksctl("create", "cluster", "--config-file", "-", *where, stdin=config)
-        return
-    found = account.call("eks", "describe_cluster", name=name)["cluster"]
-    if tags(found, "tags").get(CLUSTER) != name:
-        raise Refused(f"the cluster {name} does not carry the tag {CLUSTER}={name}")
-    if found["status"] == "CREATING":
-        say("    it is being created already: waiting")
-        account.wait("eks", "cluster_active", name=name)
-    # Node groups that are there are left as they are.
-    run.eksctl("create", "nodegroup", "--config-file", "-", stdin=config)
-    ttl.write(account, to.owner, limit)
-
-
-def configured(to: Target, limit: Ttl) -> dict[str, Any]:
-    """cluster.yaml with the name, the region and the tags that teardown goes by."""
-    config = dict(to.config)
-    metadata = dict(config.get("metadata") or {})
-    metadata["name"], metadata["region"] = to.owner.name, to.owner.region
-    ours = {CLUSTER: to.owner.name, REGION: to.owner.region, **limit.tags}
-    metadata["tags"] = {**(metadata.get("tags") or {}), **ours}
-    return {**config, "metadata": metadata}
-
-
-def log_groups(to: Target) -> None:
-    """Made before EKS and the pods make them: theirs would carry no tag, and would be left."""
-    ours = {CLUSTER: to.owner.name, REGION: to.owner.region}
-    for kind, days in _LOG_GROUPS.items():
-        name = f"/aws/eks/{to.owner.name}/{kind}"
-        try:
-            to.account.call("logs", "create_log_group", logGroupName=name, tags=ours)
-        except AwsError as error:
-            if error.code != "ResourceAlreadyExistsException":
-                raise
-        to.account.call("logs", "put_retention_policy", logGroupName=name, retentionInDays=days)
 
 
 # --- the service ----------------------------------------------------------------------------
@@ -265,7 +208,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     target.arguments(parser)
     deployed(parser)
     add = parser.add_argument
-    add("--ttl-hours", type=float, default=8.0, help="then `status` fails; 0: never (%(default)s)")
+    add(
+        "--ttl-hours",
+        type=ttl.hours,
+        default=8.0,
+        help="then `status` fails; 0: never (%(default)s)",
+    )
     add("--on-expiry", choices=ttl.ACTIONS, default="report",
         help="what `down --if-expired` then does; default: %(default)s")  # fmt: skip
     add("--wait", type=float, default=_WAIT_S, help="seconds for the model to answer in")

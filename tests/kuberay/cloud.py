@@ -26,6 +26,8 @@ os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
+from tests.kuberay.eks_parts import EksParts
+
 REGION = "us-west-2"
 ACCOUNT_ID = "123456789012"
 WHO = f"arn:aws:iam::{ACCOUNT_ID}:user/tester"
@@ -51,6 +53,7 @@ class Faults:
     app: Any
     calls: list[str] = field(default_factory=list)
     planned: dict[str, Fault] = field(default_factory=dict)
+    parts: EksParts = field(default_factory=EksParts)
 
     def deny(self, action: str, resource: str = "*") -> None:
         """Take a permission away, in AWS's words."""
@@ -72,13 +75,28 @@ class Faults:
         self.calls.append(action)
         fault = self.planned.get(action)
         if fault is None or fault.times <= 0:
-            found: Iterable[bytes] = self.app(environ, start)
-            return found
+            return self._answered(environ, start, body)
         fault.times -= 1
         kind, answer = _refusal(fault, form, "Version=2016-11-15" in body.decode(errors="replace"))
         headers = [("content-type", kind), ("x-amzn-errortype", fault.code)]
         start(f"{fault.status} Refused", [*headers, ("content-length", str(len(answer)))])
         return [answer]
+
+    def _answered(self, environ: Environ, start: Start, body: bytes) -> Iterable[bytes]:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        own = self.parts.answer(method, path, body)
+        if own is None:
+            if method == "DELETE" and (cluster := re.fullmatch("/clusters/([^/]+)", path)):
+                self.parts.forget(cluster[1])
+            found: Iterable[bytes] = self.app(environ, start)
+            return found
+        status, said = own
+        headers = [("content-type", "application/json")]
+        if "__type" in said:
+            headers.append(("x-amzn-errortype", said["__type"]))
+        text = json.dumps(said).encode()
+        start(f"{status} Answer", [*headers, ("content-length", str(len(text)))])
+        return [text]
 
 
 def _action(environ: Environ, body: bytes) -> tuple[str, str]:
@@ -169,6 +187,7 @@ class Cloud:
         urllib.request.urlopen(request).read()
         self.faults.planned.clear()
         self.faults.calls.clear()
+        self.faults.parts.reset()
         self.extras.reset()
 
     def close(self) -> None:

@@ -6,7 +6,8 @@ The folder is FAKE_TOOLS:
 
     calls.jsonl    one line a call: its arguments and its standard input
     objects.json   Kubernetes' objects by kind; releases of helm under `helm`
-    rules.json     calls that are to fail or to hang: the first whose words are all in the call
+    rules.json     calls that are to fail or to hang: the first whose words are all in the call;
+                   with `after`, once eksctl has made so many things
 
 What the real ones do to AWS, these do to the AWS of the tests: eksctl deletes the cluster, a
 Service takes its load balancer with it, a claim its volume, unless something still mounts it.
@@ -18,12 +19,13 @@ import base64
 import itertools
 import json
 import os
-import re
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import fake_aws
 
 FOLDER = Path(os.environ["FAKE_TOOLS"])
 
@@ -33,18 +35,38 @@ def main() -> int:
     stdin = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
     with (FOLDER / "calls.jsonl").open("a") as calls:
         calls.write(json.dumps({"tool": tool, "argv": argv, "stdin": stdin}) + "\n")
-    for rule in _read("rules.json", []):
-        if set(rule["words"]) <= {tool, *argv} and rule.get("times", 1) > 0:
-            rules = _read("rules.json", [])
+    rule = _rule({tool, *argv})
+    if rule is not None and "after" not in rule:
+        return _stop(rule)
+    if tool == "eksctl":
+        import fake_eksctl  # Here, because the other tools need not wait for it.
+
+        try:
+            return fake_eksctl.main(argv, stdin, None if rule is None else rule["after"])
+        except fake_eksctl.Stopped:
+            return _stop(rule or {})
+    return {"kubectl": kubectl, "helm": helm, "aws": aws}[tool](argv, stdin)
+
+
+def _rule(words: set[str]) -> dict[str, Any] | None:
+    """The rule of a call, which is used up by it."""
+    rules = _read("rules.json", [])
+    for rule in rules:
+        if set(rule["words"]) <= words and rule.get("times", 1) > 0:
             for other in rules:
                 if other["words"] == rule["words"]:
                     other["times"] = other.get("times", 1) - 1
             (FOLDER / "rules.json").write_text(json.dumps(rules))
-            if rule.get("hang"):
-                _hang()
-            print(rule.get("says", "it failed"), file=sys.stderr)
-            return int(rule.get("status", 1))
-    return {"eksctl": eksctl, "kubectl": kubectl, "helm": helm, "aws": aws}[tool](argv, stdin)
+            found: dict[str, Any] = rule
+            return found
+    return None
+
+
+def _stop(rule: dict[str, Any]) -> int:
+    if rule.get("hang"):
+        _hang()
+    print(rule.get("says", "it failed"), file=sys.stderr)
+    return int(rule.get("status", 1))
 
 
 def _read(name: str, default: Any) -> Any:
@@ -63,103 +85,6 @@ def _value(argv: list[str], flag: str) -> str:
     return argv[argv.index(flag) + 1] if flag in argv else ""
 
 
-def _asked(service: str, method: str, path: str, body: bytes, kind: str) -> bytes:
-    """One request to AWS, without its SDK, which takes a second to load."""
-    import urllib.request
-
-    scope = f"testing/20260101/us-west-2/{service}/aws4_request"
-    headers = {
-        "authorization": f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0",
-        "content-type": kind,
-    }
-    url = os.environ["AWS_ENDPOINT_URL"] + path
-    request = urllib.request.Request(url, body, headers, method=method)
-    with urllib.request.urlopen(request) as answer:
-        found: bytes = answer.read()
-        return found
-
-
-def _eks(method: str, path: str, **body: Any) -> Any:
-    return json.loads(_asked("eks", method, path, json.dumps(body).encode(), "application/json"))
-
-
-def _query(service: str, version: str, action: str, **more: str) -> str:
-    from urllib.parse import urlencode
-
-    form = urlencode({"Action": action, "Version": version, **more})
-    kind = "application/x-www-form-urlencoded"
-    return _asked(service, "POST", "/", form.encode(), kind).decode()
-
-
-# --- eksctl ---------------------------------------------------------------------------------
-
-
-def eksctl(argv: list[str], stdin: str) -> int:
-    if argv[:2] == ["utils", "write-kubeconfig"]:
-        Path(_value(argv, "--kubeconfig")).write_text("kind: Config\n")
-        return 0
-    if argv[:2] == ["create", "cluster"]:
-        return _create_cluster(stdin)
-    if argv[:2] == ["delete", "nodegroup"]:
-        name, group = _value(argv, "--cluster"), _value(argv, "--name")
-        _eks("DELETE", f"/clusters/{name}/node-groups/{group}")
-        return 0
-    if argv[:2] == ["delete", "cluster"]:
-        return _delete_cluster(_value(argv, "--name"))
-    if argv[:2] == ["create", "nodegroup"]:
-        return 0
-    print(f"Error: unknown command {argv}", file=sys.stderr)
-    return 1
-
-
-def _delete_cluster(name: str) -> int:
-    if name in _eks("GET", "/clusters")["clusters"]:
-        for group in _eks("GET", f"/clusters/{name}/node-groups")["nodegroups"]:
-            _eks("DELETE", f"/clusters/{name}/node-groups/{group}")
-        _eks("DELETE", f"/clusters/{name}")
-    listed = _query("cloudformation", "2010-05-15", "DescribeStacks")
-    for stack in set(re.findall(rf"<StackName>(eksctl-{name}-[^<]*)</StackName>", listed)):
-        _query("cloudformation", "2010-05-15", "DeleteStack", StackName=stack)
-    print(f"[✔]  all cluster resources were deleted: {name}")
-    return 0
-
-
-def _create_cluster(stdin: str) -> int:
-    import yaml
-
-    config = yaml.safe_load(stdin)
-    metadata = config["metadata"]
-    name, tags = metadata["name"], metadata.get("tags", {})
-    role = "arn:aws:iam::123456789012:role/made-by-eksctl"
-    listed = _query("ec2", "2016-11-15", "DescribeSubnets")
-    subnets = sorted(set(re.findall(r"<subnetId>(.*?)</subnetId>", listed)))[:2]
-    _eks(
-        "POST",
-        "/clusters",
-        name=name,
-        roleArn=role,
-        version=str(metadata["version"]),
-        resourcesVpcConfig={"subnetIds": subnets},
-        tags={"alpha.eksctl.io/cluster-name": name, **tags},
-    )
-    for group in config.get("managedNodeGroups", []):
-        _eks(
-            "POST",
-            f"/clusters/{name}/node-groups",
-            nodegroupName=group["name"],
-            nodeRole=role,
-            subnets=subnets,
-            instanceTypes=group["instanceTypes"],
-            scalingConfig={
-                "minSize": group["minSize"],
-                "maxSize": group["maxSize"],
-                "desiredSize": group["desiredCapacity"],
-            },
-            tags=tags,
-        )
-    return 0
-
-
 def aws(argv: list[str], stdin: str) -> int:
     return 0
 
@@ -170,7 +95,9 @@ def aws(argv: list[str], stdin: str) -> int:
 def helm(argv: list[str], stdin: str) -> int:
     objects = _read("objects.json", {})
     releases = objects.setdefault("helm", [])
-    if argv[0] == "list":
+    if argv[0] == "version":
+        print("v3.19.0")
+    elif argv[0] == "list":
         print(json.dumps(releases))
     elif argv[0] == "uninstall":
         objects["helm"] = [entry for entry in releases if entry["name"] != argv[1]]
@@ -196,6 +123,7 @@ def kubectl(argv: list[str], stdin: str) -> int:
     if verb == "kustomize":
         os.execv(os.environ["REAL_KUBECTL"], ["kubectl", *argv])
     if verb == "version":
+        print(json.dumps({"clientVersion": {"gitVersion": "v1.35.2"}}))
         return 0
     if verb == "apply":
         return _apply(stdin)
@@ -258,10 +186,9 @@ def _delete(objects: dict[str, Any], kind: str, chosen: list[dict[str, Any]]) ->
             late = True
             continue
         if balancer := where.get("annotations", {}).get("fake/balancer"):
-            more = {"LoadBalancerArn": balancer}
-            _query("elasticloadbalancing", "2015-12-01", "DeleteLoadBalancer", **more)
+            fake_aws.query("elasticloadbalancing", "DeleteLoadBalancer", LoadBalancerArn=balancer)
         if volume := where.get("annotations", {}).get("fake/volume"):
-            _query("ec2", "2016-11-15", "DeleteVolume", VolumeId=volume)
+            fake_aws.query("ec2", "DeleteVolume", VolumeId=volume)
         objects[kind].remove(item)
     _write(objects)
     if late:

@@ -20,12 +20,14 @@ links=${LINKS:-/usr/local/bin}
 venv=$prefix/venv
 
 system() {
-  # gcc and Python's headers: Triton compiles a launcher for each kernel when it first runs.
+  # gcc and Python's headers: Triton compiles a launcher for each kernel when it first runs. g++:
+  # torch.compile, where a graph computes something on the host. No CUDA toolkit:
+  # serve_app/planning/kernels.py turns off what would be compiled with its nvcc.
   # tini: reaps, and passes signals on, as process 1. wget: KubeRay's probes call it.
   export DEBIAN_FRONTEND=noninteractive
   apt-get update
   apt-get install --yes --no-install-recommends \
-    ca-certificates gcc libc6-dev libnuma1 python3 python3-dev python3-venv tini wget
+    ca-certificates g++ gcc libc6-dev libnuma1 python3 python3-dev python3-venv tini wget
   rm -rf /var/lib/apt/lists/*
   id serve >/dev/null 2>&1 || useradd --uid 1001 --create-home --shell /bin/bash serve
 }

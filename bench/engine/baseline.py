@@ -13,6 +13,7 @@ from typing import Any
 from bench.hardware import gpu
 from bench.records import Record
 from bench.traffic.workload import Request
+from serve_app.planning import kernels
 
 
 class Engine:
@@ -28,6 +29,7 @@ class Engine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        kernels.settle()
         from vllm import LLM
 
         if not gpu.present():

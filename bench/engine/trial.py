@@ -37,6 +37,7 @@ from bench.hardware import gpu
 from bench.measure import Slo
 from bench.records import Record, append, read
 from bench.traffic import schedule, workload
+from serve_app.planning import kernels
 
 START_S = 600.0
 _SETTLE_STEPS = 100
@@ -259,6 +260,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    kernels.settle()
     # Answers go where nothing else does; what libraries print goes to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

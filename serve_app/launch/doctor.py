@@ -14,14 +14,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from serve_app.errors import ConfigError
 from serve_app.launch.launcher import load
-from serve_app.planning import embedded, hardware
+from serve_app.planning import embedded, hardware, kernels
 from serve_app.planning.hardware import Gpu, HardwareError
+from serve_app.planning.kernels import Tools
 from serve_app.planning.plan import shape_of
 from serve_app.planning.sizing import (
     DEFAULT_UTILIZATION,
@@ -133,7 +134,32 @@ def gpu_checks(gpus: Sequence[Gpu]) -> list[Check]:
         found = f"{gpu.name}, {gpu.memory_bytes / GIB:.1f} GiB, compute capability {major}.{minor}"
         mend = "" if ok else "vLLM needs compute capability 7.0 (Volta) or more"
         checks.append(Check(f"GPU {index}", ok, found, mend))
-    return [*checks, cuda(gpus[0].driver_version)]
+    return [*checks, cuda(gpus[0].driver_version), compilers(kernels.tools(), os.environ)]
+
+
+def compilers(found: Tools, environ: Mapping[str, str]) -> Check:
+    """Whether what an engine compiles when it starts can be compiled, and what it does without."""
+
+    def bad(what: str, mend: str) -> Check:
+        return Check("compilers", False, what, mend)
+
+    if not found.compile_triton:
+        missing = "no Python.h" if found.c_compiler else "no C compiler"
+        package = f"python{sys.version_info[0]}.{sys.version_info[1]}-dev"
+        mend = f"install gcc and Python's headers (Debian, Ubuntu: apt install gcc {package})"
+        return bad(f"{missing}, and Triton compiles in every start", mend)
+    if insisted := kernels.insisted_on(found, environ):
+        what = f"{insisted[0]}={environ[insisted[0]]}, and nothing to compile its kernels with"
+        return bad(what, f"unset {insisted[0]}, or install the CUDA toolkit, g++ and ninja")
+    if found.nvcc and found.ninja and not found.cxx_compiler:
+        what = f"{found.nvcc} without a C++ compiler: vLLM would begin to compile, and fail"
+        return bad(what, "install g++, or set CUDA_HOME to a folder without bin/nvcc")
+    triton = f"{found.c_compiler} for Triton"
+    if not kernels.turned_off(found, {}):
+        return Check("compilers", True, f"{triton}, {found.nvcc} for FlashInfer and DeepGEMM")
+    missing = "nvcc" if not found.nvcc else "ninja" if not found.ninja else "C++ compiler"
+    without = "DeepGEMM" if found.prebuilt else "FlashInfer and DeepGEMM"
+    return Check("compilers", True, f"{triton}; no {missing}: without {without}, as the image")
 
 
 def cuda(driver: str) -> Check:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ConfigError
-from serve_app.planning import embedded
+from serve_app.planning import embedded, kernels
 from serve_app.planning.hardware import Gpu, cluster_nodes, has_bfloat16
 from serve_app.planning.placement import Placement, place
 from serve_app.planning.sizing import (
@@ -42,12 +42,14 @@ class Plan:
         served_model_name: the name that clients ask for.
         placement: processes, GPUs and nodes of one replica.
         cpu_threads: OpenMP threads of an engine worker; None with GPUs.
+        compute_capability: of the GPUs.
     """
 
     model: str
     served_model_name: str
     placement: Placement
     cpu_threads: int | None
+    compute_capability: tuple[int, int] | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -157,6 +159,8 @@ class Plan:
             if not has_bfloat16():
                 # Emulated, it reads a prompt three times slower.
                 arguments["dtype"] = "float32"
+        else:
+            arguments |= kernels.engine_defaults(kernels.tools(), self.compute_capability)
         if self.placement.executor is not None:
             arguments["distributed_executor_backend"] = self.placement.executor
         if self.model.startswith("s3://"):
@@ -202,6 +206,7 @@ def decide(settings: Settings) -> Plan:
         placement=placement,
         # One core of each replica is left to its front end.
         cpu_threads=None if gpus else max(1, cores // settings.replicas.max - 1),
+        compute_capability=gpus[0].compute_capability if gpus else None,
     )
 
 

@@ -18,6 +18,7 @@ from serve_app.gates.keys import KeyGate, KeyRing, check_exposure
 from serve_app.gates.limits import LimitGate
 from serve_app.observe import logs, metrics, tracing
 from serve_app.observe.observation import Observation
+from serve_app.planning import kernels
 from serve_app.planning.plan import Plan
 from serve_app.progress import READY, reported, say, stage
 from serve_app.replica import forkserver
@@ -49,6 +50,8 @@ class _Engine:
         self._signals = Signals(goal.percentile, ttft_s=goal.ttft_s, itl_s=goal.itl_s)
         self._reaper = Reaper()
         os.environ.update({**plan.environment, **tracing.ENVIRONMENT})
+        if plan.cpu_threads is None:
+            kernels.settle()
         forkserver.start()
         with reported("the replica"):
             with stage(f"fetching {plan.model}"):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 from serve_app.launch import doctor
 from serve_app.planning import hardware
 from serve_app.planning.hardware import MIB, Gpu, HardwareError
+from serve_app.planning.kernels import Tools
 from serve_app.planning.sizing import GIB
 from serve_app.settings import Settings
 from tests.server import ROOT, configuration
@@ -196,7 +198,7 @@ def test_no_gpu_is_good() -> None:
 
 
 def test_an_old_gpu_is_bad_and_the_others_are_good() -> None:
-    old, new, cuda = doctor.gpu_checks([card(capability=(6, 1)), card(capability=(7, 0))])
+    old, new, cuda, _ = doctor.gpu_checks([card(capability=(6, 1)), card(capability=(7, 0))])
     assert (old.ok, new.ok) == (False, True)
     assert "7.0" in old.mend
     # torch of the tests is the CPU build, which is no good beside a GPU.
@@ -326,3 +328,38 @@ def test_the_doctor_sizes_the_model_for_the_gpus_of_the_driver(
     assert "GPU 1" not in checks
     assert "Qwen/Qwen2.5-7B-Instruct on 1 GPU(s)" in checks["GPU memory"]["found"]
     assert "2.0 GiB free" in checks["GPU memory"]["found"]
+
+
+# --- compilers --------------------------------------------------------------------------------
+
+IMAGE = Tools("/usr/bin/gcc", "/usr/bin/c++", True, ninja="/usr/bin/ninja")
+NVCC = "/usr/local/cuda/bin/nvcc"
+
+
+@pytest.mark.parametrize(
+    ("found", "environ", "ok", "said"),
+    [
+        (IMAGE, {}, True, "no nvcc: without FlashInfer and DeepGEMM"),
+        (replace(IMAGE, nvcc=NVCC), {}, True, f"{NVCC} for FlashInfer and DeepGEMM"),
+        (replace(IMAGE, nvcc=NVCC, ninja=""), {}, True, "no ninja: without FlashInfer"),
+        (replace(IMAGE, prebuilt=True), {}, True, "no nvcc: without DeepGEMM"),
+        (replace(IMAGE, nvcc=NVCC, cxx_compiler=""), {}, False, "without a C++ compiler"),
+        (replace(IMAGE, c_compiler=""), {}, False, "no C compiler"),
+        (replace(IMAGE, python_headers=False), {}, False, "no Python.h"),
+        (IMAGE, {"VLLM_USE_FLASHINFER_SAMPLER": "1"}, False, "VLLM_USE_FLASHINFER_SAMPLER=1"),
+        (replace(IMAGE, nvcc=NVCC), {"VLLM_USE_DEEP_GEMM": "1"}, True, "for FlashInfer"),
+    ],
+)
+def test_what_a_start_compiles_and_with_what(
+    found: Tools, environ: dict[str, str], ok: bool, said: str
+) -> None:
+    check = doctor.compilers(found, environ)
+    assert (check.ok, bool(check.mend)) == (ok, not ok)
+    assert said in check.found
+
+
+def test_compilers_are_asked_for_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "cuda", lambda driver: doctor.Check("CUDA", True, driver))
+    names = [check.name for check in doctor.gpu_checks([card()])]
+    assert "compilers" in names
+    assert "compilers" not in [check.name for check in doctor.gpu_checks([])]

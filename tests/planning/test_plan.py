@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.planning import plan
+from serve_app.planning import kernels, plan
+from serve_app.planning.kernels import Tools
 from serve_app.planning.placement import place
 from serve_app.planning.plan import Plan
 from serve_app.settings import Settings
@@ -34,3 +35,13 @@ def test_on_the_cpu_the_engine_is_one_process_that_compiles_nothing(tiny: Path) 
     on_gpu = Plan(str(tiny), "tiny", place(1, 1, 1, 1.0), cpu_threads=None)
     assert on_gpu.environment == {}
     assert "enforce_eager" not in on_gpu.engine_arguments(Settings.parse({}))
+
+
+def test_attention_that_cannot_be_compiled_is_replaced(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "tools", Tools)
+    blackwell = Plan(str(tiny), "tiny", place(1, 1, 1), None, compute_capability=(10, 0))
+    assert blackwell.engine_arguments(Settings.parse({}))["attention_backend"] == "FLASH_ATTN"
+    asked = Settings.parse({"engine": {"attention_backend": "TRITON_ATTN"}})
+    assert blackwell.engine_arguments(asked)["attention_backend"] == "TRITON_ATTN"

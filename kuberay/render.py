@@ -102,7 +102,7 @@ def environment(worker_cpus: float) -> dict[str, str]:
     values = dict(launcher.ENVIRONMENT)
     # As launcher.py counts them, but of a worker: here it would be those of this machine.
     values["RAY_SERVE_HAPROXY_NBTHREAD"] = str(min(4, max(1, int(worker_cpus) // 2)))
-    # HAProxy with its configuration mended: serve_app/launch/haproxy says how.
+    # HAProxy with its configuration mended: serve_app/launch/haproxy.py says how.
     values["RAY_SERVE_HAPROXY_BINARY_PATH"] = f"{_APPLICATION}/launch/haproxy"
     values["SERVE_APP_HAPROXY"] = _HAPROXY
     values["HF_HOME"] = "/weights"

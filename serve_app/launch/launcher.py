@@ -113,7 +113,11 @@ def haproxy() -> dict[str, str]:
     except (ImportError, OSError):
         return {}  # Ray looks for one on PATH.
     wrapper = Path(__file__).with_name("haproxy")
-    return {"SERVE_APP_HAPROXY": str(binary), "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper)}
+    return {
+        "SERVE_APP_HAPROXY": str(binary),
+        "SERVE_APP_PYTHON": sys.executable,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+    }
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from bench import measure
+from bench.itself import known_server
 from bench.itself.peer import Peer
 from bench.traffic import load, schedule, workload
 from bench.traffic.client import Target
@@ -130,10 +131,8 @@ def main() -> int:
     options = parser.parse_args()
     with ExitStack() as stack:
         if options.fake:
-            from tests.services import openai_server
-
-            served = openai_server.Options(ttft_ms=50, itl_ms=10)
-            options.url = stack.enter_context(openai_server.launched(8868, served)).url
+            served = known_server.Options(ttft_ms=50, itl_ms=10)
+            options.url = stack.enter_context(known_server.launched(8868, served)).url
         load.connect()
         peer = stack.enter_context(Peer())
         pair = [ours(options), theirs(options, peer)]

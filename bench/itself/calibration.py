@@ -2,7 +2,7 @@
 
     python -m bench.itself.calibration [--requests 400]
 
-Each case is a load on a small server (`tests/services/openai_server.py`, a process of its own)
+Each case is a load on a small server (`bench/itself/known_server.py`, a process of its own)
 and what should be found there. Times must be within 2% or 1 ms, counts exact. The stall is seen by
 an open loop, whose requests were due while the server stood still, and hidden by a closed loop,
 whose users waited: that both happen is part of what is checked. The last line is one JSON object,
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench import measure
+from bench.itself import known_server
 from bench.measure import Measures
 from bench.traffic import load, schedule, workload
 from bench.traffic.client import Target
@@ -30,10 +31,8 @@ Finding = tuple[str, float, float | None]
 
 def _case(options: Any, when: str, requests: int) -> Measures:
     """One load on a fresh server."""
-    from tests.services import openai_server
-
-    with openai_server.launched(PORT, openai_server.Options(**options)) as server:
-        target = Target(url=server.url, model=openai_server.MODEL)
+    with known_server.launched(PORT, known_server.Options(**options)) as server:
+        target = Target(url=server.url, model=known_server.MODEL)
         what, how = workload.parse(_WORKLOAD, 0), schedule.parse(when)
         plan = schedule.plan(what, how, requests, None, 0)
         outcome = asyncio.run(load.run(plan, target, 1, lambda records, progress: None))

@@ -2,7 +2,7 @@
 
     python -m bench.itself.capacity [--clients ours,vllm,two] [--rounds 3] [--seconds 4]
 
-The server (`tests/services/openai_server.py`, a process of its own) has N streams open, each with
+The server (`bench/itself/known_server.py`, a process of its own) has N streams open, each with
 an event every ITL and its own phase, so that it offers N / ITL events a second, evenly. The text
 of an event is the time at which the server wrote it (CLOCK_MONOTONIC, the clock of every process
 of a machine). The lag of an event is the time that the client noted for its arrival, minus that.
@@ -37,6 +37,7 @@ from typing import Any
 
 import msgspec
 
+from bench.itself import known_server
 from bench.itself.peer import Peer
 from bench.traffic import load
 from bench.traffic.client import Target
@@ -300,14 +301,11 @@ def main() -> None:
     parser.add_argument("--ttft-ms", type=float, default=1500.0, help="time for all to connect")
     parser.add_argument("--port", type=int, default=8869)
     options = parser.parse_args()
-    # Part of the repository and not of the package.
-    from tests.services import openai_server
-
-    server_options = openai_server.Options(
+    server_options = known_server.Options(
         ttft_ms=options.ttft_ms, itl_ms=options.itl_ms, stamp=True, spread=True
     )
     with ExitStack() as stack:
-        server = stack.enter_context(openai_server.launched(options.port, server_options))
+        server = stack.enter_context(known_server.launched(options.port, server_options))
         probes: dict[str, Probe] = {}
         for name in options.clients.split(","):
             if name == "vllm":

@@ -6,6 +6,7 @@ a text are its tokens. Other vocabularies are near; the server's usage is the tr
 """
 
 import random
+import secrets
 from functools import lru_cache
 
 WORDS = """
@@ -31,7 +32,17 @@ wide wild window winter with word world wrong year
 _HEAD = 4  # Words that tell texts apart: 256**4 texts.
 
 
-def text(seed: int, stream: str, number: int, words: int) -> str:
+def fresh_salt() -> str:
+    """A salt that no earlier run had: texts with it are in no server's prefix cache."""
+    return secrets.token_hex(4)
+
+
+def salted(seed: int, salt: str) -> str:
+    """The seed of texts that another salt does not repeat; an empty salt changes nothing."""
+    return f"{seed}/{salt}" if salt else str(seed)
+
+
+def text(seed: int | str, stream: str, number: int, words: int) -> str:
     """`words` words with a space between; empty for 0.
 
     Texts of one seed and stream are told apart by `number`, from the first word on: any 256
@@ -47,7 +58,7 @@ def text(seed: int, stream: str, number: int, words: int) -> str:
 
 
 @lru_cache(maxsize=64)
-def _mixing(seed: int, stream: str) -> tuple[int, int]:
+def _mixing(seed: int | str, stream: str) -> tuple[int, int]:
     """Factor and offset of a one-to-one map of the whole numbers below 2**32."""
     rng = random.Random(f"{seed}/{stream}")
     # Odd, so that it has an inverse modulo every power of two.

@@ -14,13 +14,13 @@ import pytest
 import uvloop
 
 from bench.errors import TargetError
+from bench.itself.known_server import Options, Server, serving
 from bench.records import Record
 from bench.traffic import alarm
 from bench.traffic.client import Answer, Client, Target, check, encode
 from bench.traffic.sse import Events, error_text
 from bench.traffic.workload import Request
 from tests.bench.made import certificate_of_localhost
-from tests.services.openai_server import Options, Server, serving
 
 PORT = 8850
 OTHER_PORT = 8851

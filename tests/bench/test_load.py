@@ -17,6 +17,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from bench.errors import LoadError, TargetError
+from bench.itself.known_server import Options, launched, serving
 from bench.progress import Line, Progress
 from bench.records import Record
 from bench.traffic import load, sender
@@ -24,7 +25,6 @@ from bench.traffic.client import Target
 from bench.traffic.load import LOST, Outcome
 from bench.traffic.schedule import Closed, Plan, Planned
 from bench.traffic.workload import Request
-from tests.services.openai_server import Options, launched, serving
 
 PORT = 8855
 NODES = 3

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from bench import measure
+from bench.itself.known_server import Options, Process, launched
 from bench.pages import locust_report, report
 from bench.records import Record, read
 from tests.bench import made
-from tests.services.openai_server import Options, Process, launched
 
 ROOT = Path(__file__).parents[2]
 # Tokens far apart: a client without a processor for a while sees several at once.

@@ -17,13 +17,13 @@ import pytest
 
 from bench import machine, matrix, measure, result, run, scrape
 from bench.errors import TargetError
+from bench.itself.known_server import ROOT, Options, launched
 from bench.records import Record, read
 from bench.result import Repeat
 from bench.run import Job
 from bench.traffic import workload
 from bench.traffic.client import Target
 from bench.traffic.load import Happening, Outcome
-from tests.services.openai_server import ROOT, Options, launched
 
 PORT = 8880
 URL = f"http://127.0.0.1:{PORT}"

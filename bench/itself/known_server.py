@@ -1,6 +1,6 @@
 """A real HTTP server that speaks the OpenAI API and keeps time exactly; it generates no thought.
 
-    python -m tests.services.openai_server --port 8850 --ttft-ms 200 --itl-ms 10
+    python -m bench.itself.known_server --port 8850 --ttft-ms 200 --itl-ms 10
 
 What a benchmark should find is known: time to the first token, time between tokens, how many
 requests fail, are refused or are cut, and when the whole server stands still. Faults are dealt
@@ -471,7 +471,7 @@ class Process:
 @contextlib.contextmanager
 def launched(port: int, options: Options, timeout_s: float = 30.0) -> Iterator[Process]:
     """Start a server as a process, wait until it listens; stop it on the way out."""
-    command = [sys.executable, "-m", "tests.services.openai_server", "--port", str(port)]
+    command = [sys.executable, "-m", "bench.itself.known_server", "--port", str(port)]
     for name in (f.name for f in fields(Options)):
         value = getattr(options, name)
         flag = "--" + name.replace("_", "-")

@@ -208,6 +208,7 @@ def _job(options: Options) -> Job:
         duration_s=getattr(options, "duration", None),
         repeats=options.repeats,
         seed=options.seed,
+        **({"salt": options.salt} if options.salt is not None else {}),
         actors=options.actors,
         warm_up=options.warm_up,
         slo=measure.parse_slo(options.slo) if options.slo else None,
@@ -304,7 +305,8 @@ def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
     access.arguments(add)
     add("--actors", type=int, default=1, help="load actors, spread over the nodes")
     add("--repeats", type=int, default=3)
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of lengths and arrival times")
+    add("--salt", help="of an earlier result, to send its prompts again; by default a new one")
     add("--warm-up", type=int, default=4, help="requests before the first repeat")
     add("--timeout", type=float, default=600.0, help="seconds of one request")
     add("--temperature", type=float, default=0.0)

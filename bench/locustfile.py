@@ -39,7 +39,9 @@ from bench.pages import locust_report
 from bench.records import Record
 from bench.traffic import access, workload
 from bench.traffic.client import Target, encode
+from bench.traffic.request import Request
 from bench.traffic.sse import Events, error_text
+from bench.traffic.words import fresh_salt
 
 EXAMPLES = (
     "What is a black hole? Answer in two sentences.",
@@ -48,7 +50,8 @@ EXAMPLES = (
     "Translate into French: The train to Paris leaves at noon.",
 )
 _EXAMPLE_TOKENS, _EXAMPLE_EVERY_S = 96, 1.0
-_WORKLOAD = "synthetic:input=100,output=64"
+# Users take what the model says: 64 tokens are the most, and not what is measured.
+_WORKLOAD = "synthetic:input=100,output=64,exact=no"
 # Answers in flight when the time is up are waited for, unless --stop-timeout says otherwise:
 # leaving them out would leave out the slowest.
 _DRAIN_S = 30.0
@@ -66,6 +69,7 @@ def _arguments(parser: Any) -> None:
     add("--bench-model", "model to ask; by default the first that is served", default="")
     add("--bench-workload", "what to send, as bench.traffic.workload says it", default=_WORKLOAD)
     add("--bench-seed", "seed of the workload", type=int, default=0)
+    add("--bench-salt", "of an earlier run, to send its prompts again", default="")
     add("--bench-think", "seconds a user waits between requests", type=float, default=0.0)
     add("--bench-timeout", "seconds without a byte until it failed", type=float, default=300.0)
     add("--bench-api-key", "bearer token; better as the variable", default="", is_secret=True)
@@ -221,10 +225,13 @@ class Run:
             self._out.mkdir(parents=True, exist_ok=True)
         self.model: str = options.bench_model
         self._examples = _examples(options.bench_examples)
+        self._salt: str = options.bench_salt
         self._reset()
 
     def begin(self) -> None:
         """The clock starts. Called again where the web page runs the test again."""
+        if not self._worker:  # Workers are given the master's options, and with them its salt.
+            self.options.bench_salt = self._salt or fresh_salt()
         self._reset()
         if self._out:  # Not before: a mistake in the command must not cost an older result.
             (self._out / "result.json").unlink(missing_ok=True)
@@ -234,7 +241,9 @@ class Run:
         # Workers send different prompts, or a prefix cache would answer for all but one.
         self.actor = max(0, getattr(self.runner, "worker_index", 0))
         self._workload = workload.parse(
-            self.options.bench_workload, self.options.bench_seed + 7919 * self.actor
+            self.options.bench_workload,
+            self.options.bench_seed + 7919 * self.actor,
+            self.options.bench_salt,
         )
         self._started = datetime.now(UTC)
         self._epoch_s, self._start_s = time.time(), time.perf_counter()
@@ -256,14 +265,14 @@ class Run:
         self._hatched += 1
         return self._hatched - 1 + 100_000 * self.actor
 
-    def next(self) -> tuple[int, workload.Request]:
+    def next(self) -> tuple[int, Request]:
         """The next request of the workload, or an example where one is due."""
         self._index += 1
         asked = len(self._asked)
         if not self.actor and asked < len(self._examples) and self.now_s() > self._example_due_s:
             self._example_due_s = self.now_s() + _EXAMPLE_EVERY_S
             prompt = self._asked[self._index] = self._examples[asked]
-            return self._index, workload.Request(
+            return self._index, Request(
                 prompt=prompt, output_tokens=_EXAMPLE_TOKENS, kind="example"
             )
         # A workload that has an end, such as a file, begins again.
@@ -371,6 +380,7 @@ class Run:
             "workload": options.bench_workload,
             "load": load + (f", for {options.run_time} s" if options.run_time else ""),
             "seed": options.bench_seed,
+            "salt": options.bench_salt,
             "actors": max(1, len(self._cpu)),
         }
 
@@ -450,6 +460,8 @@ class Visitor(User):  # type: ignore[misc]
             user=self._number,
             asked_input_tokens=request.input_tokens,
             asked_output_tokens=request.output_tokens,
+            limit=request.limit,
+            shared=request.shared,
         )
         try:
             body = encode(self._target, request)

@@ -84,10 +84,10 @@ def _batches(engine: Any, cell: Cell, repeats: int, seed: int, folder: Path) -> 
     everything: list[Record] = []
     outcomes = []
     # Of a seed that no repeat has: what is compiled or allocated on first use is not measured.
-    engine.generate(workload.parse(cell.workload, seed - 1).take(1), 0, start_s)
+    engine.generate(workload.parse(cell.workload, seed - 1, salt="").take(1), 0, start_s)
     with gpu.sampling(start_s) as gpus:
         for repeat in range(repeats):
-            requests = workload.parse(cell.workload, seed + repeat).take(cell.users)
+            requests = workload.parse(cell.workload, seed + repeat, salt="").take(cell.users)
             records = engine.generate(requests, repeat, start_s)
             append(path, records)
             everything += records

@@ -13,7 +13,7 @@ from bench import result, run, search
 from bench.progress import Line, Progress
 from bench.records import Record, append
 from bench.run import Job
-from bench.traffic import load, schedule, workload
+from bench.traffic import load, schedule
 from bench.traffic.client import check
 
 
@@ -51,8 +51,7 @@ async def _search(
     async def probe(x: float, count: int) -> list[Record]:
         nonlocal probes
         when, seed = load_of(x), job.seed + probes
-        what = workload.parse(job.workload, seed)
-        plan = schedule.plan(what, schedule.parse(when), count, None, seed)
+        plan = schedule.plan(run.what(job, seed), schedule.parse(when), count, None, seed)
         line = Line(label=f"{when} ")
 
         def take(records: list[Record], progress: Progress) -> None:

@@ -29,8 +29,19 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
         asked_input_tokens, asked_output_tokens: what the workload meant to ask for.
         input_tokens, output_tokens: what the server's usage says; None if it said nothing.
         cached_tokens: prompt tokens that the server's usage says came from its prefix cache.
+        reasoning_tokens: of the output tokens, those of a reasoning that may not be shown.
+        shared: the share of the prompt that may be in a prefix cache, since other prompts of the
+            workload begin with it.
+        limit: whether `asked_output_tokens` was only an upper limit.
         finish_reason: of the first choice.
         text: what was generated; empty unless the run keeps texts.
+        text_bytes: how long that was, in UTF-8.
+        choices: how many answers came in one response.
+        odd: what cannot be believed of a success: "usage: ..." where the token counts contradict
+            what came, which are then None, or "one piece: ..." where a stream was asked for and
+            the answer came all at once. Empty where nothing is odd.
+        session: which session of the plan it belongs to; None outside of sessions.
+        turn: of its session, from 1; 0 outside of sessions.
     """
 
     index: int
@@ -50,8 +61,16 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     input_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int | None = None
+    reasoning_tokens: int = 0
+    shared: float = 0.0
+    limit: bool = False
     finish_reason: str = ""
     text: str = ""
+    text_bytes: int = 0
+    choices: int = 1
+    odd: str = ""
+    session: int | None = None
+    turn: int = 0
 
     @property
     def ok(self) -> bool:

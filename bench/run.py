@@ -23,6 +23,8 @@ from bench.result import Repeat
 from bench.scrape import Scraper, samples
 from bench.traffic import load, schedule, workload
 from bench.traffic.client import Client, Target, check
+from bench.traffic.request import Workload
+from bench.traffic.words import fresh_salt
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +36,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         count, duration_s: what ends a repeat; None for the workload's or the load's own end.
         repeats: how often the load is sent; each time with other prompts and arrival times.
         seed: of the first repeat.
+        salt: of all texts; another one unless given, so that no earlier run has sent them.
         actors: load actors.
         warm_up: requests sent before the first repeat, and not recorded.
         slo: what counts as good.
@@ -50,6 +53,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float | None = None
     repeats: int = 3
     seed: int = 0
+    salt: str = msgspec.field(default_factory=fresh_salt)
     actors: int = 1
     warm_up: int = 4
     slo: Slo | None = None
@@ -71,7 +75,7 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
     when = schedule.parse(job.load)
     plans = [
         schedule.plan(
-            workload.parse(job.workload, job.seed + repeat),
+            what(job, job.seed + repeat),
             when,
             job.count,
             job.duration_s,
@@ -136,6 +140,15 @@ def _scraper(job: Job) -> Scraper:
     )
 
 
+def what(job: Job, seed: int) -> Workload:
+    """What the job sends with a seed: its own texts, which no other run has sent.
+
+    Raises:
+        WorkloadError: the job's workload cannot be understood or read.
+    """
+    return workload.parse(job.workload, seed, job.salt)
+
+
 async def models(target: Target) -> list[str]:
     """What the target serves.
 
@@ -153,7 +166,7 @@ async def warm_up(job: Job) -> None:
         TargetError: one of them fails; so would the run.
     """
     # Of a seed that no repeat has: a repeat must not find its prompts in the prefix cache.
-    requests = workload.parse(job.workload, job.seed - 1).take(job.warm_up)
+    requests = what(job, job.seed - 1).take(job.warm_up)
     with contextlib.closing(Client(job.target, time.perf_counter)) as client:
         for index, request in enumerate(requests):
             record = Record(index=index, planned_s=time.perf_counter())
@@ -175,6 +188,7 @@ def asked(job: Job) -> dict[str, Any]:
         "count": job.count,
         "duration_s": job.duration_s,
         "seed": job.seed,
+        "salt": job.salt,
         "slo": msgspec.to_builtins(job.slo),
     }
 

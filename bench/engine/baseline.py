@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.hardware import gpu
 from bench.records import Record
-from bench.traffic.workload import Request
+from bench.traffic.request import Request
 from serve_app.planning import kernels
 
 

@@ -36,8 +36,8 @@ from bench.records import Record
 from bench.traffic import schedule, workload
 from bench.traffic.client import Client, Target
 from bench.traffic.crowd import Crowd
+from bench.traffic.request import Request
 from bench.traffic.schedule import Closed, Open
-from bench.traffic.workload import Request
 
 _LAG_S = 0.05
 _STOP_S = 60.0

@@ -37,6 +37,7 @@ from bench.hardware import gpu
 from bench.measure import Slo
 from bench.records import Record, append, read
 from bench.traffic import schedule, workload
+from bench.traffic.request import Request
 from serve_app.planning import kernels
 
 START_S = 600.0
@@ -330,7 +331,7 @@ def _limit(scheduler: Any, started: Mapping[str, int], live: Mapping[str, int]) 
 def _drive(engine: Any, scheduler: Any, order: Mapping[str, Any]) -> Answer:
     """One load: its requests when their time comes, and steps until all are answered."""
     slo = msgspec.convert(order["slo"], Slo) if order["slo"] else None
-    source = workload.parse(order["what"], order["seed"])
+    source = workload.parse(order["what"], order["seed"], salt="")
     count = order["count"]
     requests = source.take(count)
     times_s = _times_s(order["when"], len(requests), order["seed"])
@@ -401,9 +402,7 @@ def _times_s(when: str, count: int, seed: int) -> list[float]:
     return load.times_s(count, None, seed)
 
 
-def _prepared(
-    engine: Any, request: workload.Request, priorities: Mapping[str, int]
-) -> tuple[Any, Any, int]:
+def _prepared(engine: Any, request: Request, priorities: Mapping[str, int]) -> tuple[Any, Any, int]:
     """Prompt as tokens, so that no load pays for the tokenizer, and how it is to be answered."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

@@ -35,7 +35,7 @@ from bench.engine.systems import ENGINE, NAME, System, running, wait
 from bench.records import Record
 from bench.traffic.client import Answer, Client, Target
 from bench.traffic.crowd import Crowd
-from bench.traffic.workload import Request
+from bench.traffic.request import Request
 
 _METRICS = (
     "tokens_per_s",

@@ -46,8 +46,8 @@ from bench.faults.victims import Cluster
 from bench.progress import Line, Progress
 from bench.traffic import access, users, workload
 from bench.traffic.client import Answer, Client, Target, check
+from bench.traffic.request import Request
 from bench.traffic.users import Users
-from bench.traffic.workload import Request
 
 _COMMANDS_LOG = "commands.log"
 
@@ -91,7 +91,7 @@ async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> dict[str, An
         BenchError: the job is impossible, or the target does not answer in peace.
     """
     disturbances = [disturb.parse(text) for text in job.disturb]
-    requests = workload.parse(job.workload, job.seed).take(job.distinct)
+    requests = workload.parse(job.workload, job.seed, salt="").take(job.distinct)
     await check(job.target)
     head = result.header("chaos", job.name or f"{job.workload} users={job.users}")
     path = result.prepare(folder)

@@ -39,7 +39,7 @@ from bench.hardware.roofline import Ceilings, Shape
 from bench.records import Record
 from bench.traffic import workload
 from bench.traffic.client import Client, Target
-from bench.traffic.workload import Request
+from bench.traffic.request import Request
 
 TRACES = "traces"
 _STEPS = 24  # Of the engine, in a trace of decode: enough for shares, small enough for a browser.
@@ -314,7 +314,7 @@ async def served(options: argparse.Namespace) -> dict[str, Any]:
 
 async def _load(target: Target, spec: str, users: int, stop: asyncio.Event) -> list[Record]:
     """A closed loop until `stop`."""
-    source = workload.parse(spec, 0)
+    source = workload.parse(spec, 0, salt="")
     done: list[Record] = []
     taken = iter(range(10**9))
     with contextlib.closing(Client(target, time.perf_counter)) as client:

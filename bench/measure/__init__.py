@@ -33,22 +33,25 @@ at the beginning of the window all are at the same point of their first request.
 that is every request as a whole, from the first planned time to the last end.
 """
 
+from bench.measure.answers import Answers
 from bench.measure.figures import METRICS, Kind, Measures, measure, summary
 from bench.measure.flow import Timeline, Window, output_tokens_by_slice, timeline
 from bench.measure.latency import e2e_s, itl_s, lag_s, reason, tpot_s, ttft_s
 from bench.measure.slo import SLOS, Slo, parse_slo
 from bench.measure.steady import window
-from bench.measure.validity import doubts, falls_behind
+from bench.measure.validity import answer_doubts, doubts, falls_behind
 from bench.measure.vllm_result import vllm_names
 
 __all__ = [
     "METRICS",
     "SLOS",
+    "Answers",
     "Kind",
     "Measures",
     "Slo",
     "Timeline",
     "Window",
+    "answer_doubts",
     "doubts",
     "e2e_s",
     "falls_behind",

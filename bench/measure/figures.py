@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from bench import interval
+from bench.measure.answers import Answers, answers
 from bench.measure.flow import (
     Window,
     per_second,
@@ -72,7 +73,8 @@ class Measures(msgspec.Struct, kw_only=True):
         failures: how many for each reason; `failure_texts`: one error text of each.
         statuses: how many requests for each HTTP status; "0" is no response.
         finish_reasons: of successes.
-        without_usage: successes for which the server's usage named no output tokens.
+        without_usage: successes for which the server's usage named no output tokens that can be.
+        answers: how far the answers are those that were asked for.
         input_tokens, output_tokens, cached_tokens: sums over successes; None where no usage said.
         kinds: empty unless the workload has kinds.
         intervals: 95% intervals for the percentiles of ttft, tpot and e2e by their names, as if
@@ -136,6 +138,7 @@ class Measures(msgspec.Struct, kw_only=True):
     lag_p99_s: float | None
     lag_max_s: float | None
     intervals: dict[str, tuple[float, float]]
+    answers: Answers = Answers()
 
 
 def measure(
@@ -196,6 +199,7 @@ def measure(
         lag_p99_s=percentile(lags, 99),
         lag_max_s=float(lags.max()) if len(lags) else None,
         intervals=_intervals(latencies),
+        answers=answers(ok),
         **_statistics("ttft", latencies["ttft"]),
         **_statistics("tpot", latencies["tpot"]),
         **_statistics("itl", gaps(ok)),

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from bench import interval
 from bench.records import Record
+from bench.traffic.verdict import ONE_PIECE
 
 Values = NDArray[np.float64]
 PERCENTS = (50, 90, 95, 99)
@@ -19,14 +20,18 @@ def ttft_s(record: Record) -> float | None:
 
 
 def tpot_s(record: Record) -> float | None:
-    """None where the server's usage is missing, or says less than two tokens."""
-    if not record.chunk_s or record.output_tokens is None or record.output_tokens < 2:
+    """None where the server's usage is missing or says less than two tokens, and where the answer
+    came in one piece: then nobody knows. Of several answers in one response, as if one by one."""
+    if len(record.chunk_s) < 2 or record.odd or record.output_tokens is None:
         return None
-    return (record.chunk_s[-1] - record.chunk_s[0]) / (record.output_tokens - 1)
+    tokens = record.output_tokens / record.choices
+    return (record.chunk_s[-1] - record.chunk_s[0]) / (tokens - 1) if tokens >= 2 else None
 
 
 def itl_s(record: Record) -> list[float]:
-    """One less than there were chunks."""
+    """One less than there were chunks; none of an answer that came in one piece."""
+    if _came_at_once(record):
+        return []
     return [after - before for before, after in pairwise(record.chunk_s)]
 
 
@@ -53,12 +58,16 @@ def last_known_s(record: Record) -> float:
     return max(record.planned_s, record.sent_s or 0.0, *record.chunk_s[-1:])
 
 
+def _came_at_once(record: Record) -> bool:
+    return record.odd.startswith(ONE_PIECE)
+
+
 def known(values: Iterable[float | None]) -> Values:
     return np.array([value for value in values if value is not None], dtype=float)
 
 
 def gaps(records: Iterable[Record]) -> Values:
-    lists = [record.chunk_s for record in records if record.chunk_s]
+    lists = [r.chunk_s for r in records if r.chunk_s and not _came_at_once(r)]
     if not lists:
         return np.empty(0)
     gaps = np.diff(np.concatenate(lists))

@@ -26,11 +26,14 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
     def used(self, record: Record) -> float:
         """The greatest share that a request used of a limit: above 1 it missed the objective.
 
-        Infinite for a failure, and where what is limited is not known.
+        Infinite for a failure, for an odd answer, and where what is limited is not known.
         """
-        if not record.ok:
+        if not record.ok or record.odd:
             return math.inf
-        tpot = 0.0 if record.output_tokens == 1 else tpot_s(record)
+        return self.share(record, 0.0 if record.output_tokens == 1 else tpot_s(record))
+
+    def share(self, record: Record, tpot: float | None) -> float:
+        """The greatest share of a limit that a success used, with this time between its tokens."""
         pairs = ((self.ttft_s, ttft_s(record)), (self.tpot_s, tpot), (self.e2e_s, e2e_s(record)))
         return max(
             (math.inf if took is None else took / limit for limit, took in pairs if limit),

@@ -8,6 +8,9 @@ from bench.measure.figures import Measures
 
 _LAG_S, _LAG_OF_TTFT = 0.005, 0.05
 _CPU, _FAILED_SHARE = 0.9, 0.01
+# Odd answers among the successes; output tokens, of those that were asked for; prompt tokens from
+# the prefix cache that the workload does not explain.
+_ODD_SHARE, _SHORT, _UNEXPLAINED = 0.01, 0.9, 0.01
 _NOT_STEADY = "no steady state: the run was too short, so its start and its end are measured too"
 
 
@@ -44,16 +47,42 @@ def doubts(
             f"{everything.failed} of {everything.requests} requests failed: "
             f"{_listed(everything.failures)}"
         )
-    if measures.without_usage:
-        found.append(
-            f"the server's usage is missing for {measures.without_usage} of {measures.ok} "
-            "answers, whose tokens are not counted"
-        )
+    found += answer_doubts(measures)
     if falls_behind(measures):
         found.append(
             f"the server fell behind: {measures.requests} requests were planned and "
             f"{measures.requests - measures.backlog} ended, so latencies depend on how long the "
             "run lasted"
+        )
+    return found
+
+
+def answer_doubts(measures: Measures) -> list[str]:
+    """What is doubtful about answers that were counted as successes, one sentence each."""
+    found, missing = [], measures.without_usage - measures.answers.odd.get("usage", 0)
+    if missing > _ODD_SHARE * measures.ok:
+        found.append(
+            f"the server's usage is missing for {missing} of {measures.ok} answers, whose tokens "
+            "are not counted"
+        )
+    found += [
+        f"{count} of {measures.ok} answers cannot be believed: {measures.answers.odd_texts[what]}"
+        for what, count in measures.answers.odd.items()
+        if count > _ODD_SHARE * measures.ok
+    ]
+    given = measures.answers.given_output_share
+    if given is not None and given < _SHORT:
+        found.append(
+            f"answers had {given:.0%} of the output tokens that were asked for, so this is another "
+            "load than was planned: ask for exact=yes (vLLM), or for exact=no if the length is an "
+            "upper limit"
+        )
+    unexplained = measures.answers.unexplained_cached_share
+    if unexplained is not None and unexplained > _UNEXPLAINED:
+        found.append(
+            f"{unexplained:.0%} of the prompt tokens came from the server's prefix cache, and the "
+            "workload does not share them: these prompts were sent before (leave out --salt, or "
+            "ask for fresh=yes where they are those of a file)"
         )
     return found
 

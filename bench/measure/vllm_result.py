@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from bench.measure.flow import per_second, whole_span
-from bench.measure.latency import PERCENTS, gaps, itl_s, known, lag_s, percentile, tpot_s, ttft_s
+from bench.measure.latency import PERCENTS, gaps, itl_s, known, lag_s, percentile, ttft_s
 from bench.measure.slo import Slo
 from bench.records import Record
 
@@ -76,7 +76,7 @@ def _vllm_rates(
     duration_s = sum(to_s - from_s for from_s, to_s in windows)
     inputs, outputs = (sum(map(_input_len, ok)), sum(record.output_tokens or 0 for record in ok))
     # vLLM's start of a request is when it was sent.
-    good = sum(slo.met_by(_from_sent(record)) for record in ok) if slo else None
+    good = sum(_vllm_meets(slo, record) for record in ok) if slo else None
     peaks = [_vllm_peaks(repeat) for repeat in repeats]
     per_s = partial(per_second, duration_s=duration_s)
     return {
@@ -98,7 +98,7 @@ def _vllm_rates(
 def _vllm_statistics(ok: Sequence[Record], queued: bool) -> dict[str, float | None]:
     latencies_s = {
         "ttft": known(ttft_s(_from_sent(record)) for record in ok),
-        "tpot": known(map(tpot_s, ok)),
+        "tpot": known(map(_vllm_tpot_s, ok)),
         "itl": gaps(ok),
         "e2el": np.array([_vllm_latency_s(record) for record in ok]),
     }
@@ -146,6 +146,17 @@ def _vllm_peaks(records: Sequence[Record]) -> tuple[float, int]:
         last_s = first_s + _vllm_latency_s(record)
         running.update(range(int(first_s), int(last_s) + 1))
     return float(np.bincount(chunks.astype(int)).max()), max(running.values())
+
+
+def _vllm_meets(slo: Slo, record: Record) -> bool:
+    return slo.share(_from_sent(record), _vllm_tpot_s(record) or 0.0) <= 1
+
+
+def _vllm_tpot_s(record: Record) -> float | None:
+    """Also of an answer that came in one piece, whose time between tokens is then 0."""
+    if record.output_tokens is None or record.output_tokens < 2:
+        return None
+    return (record.chunk_s[-1] - record.chunk_s[0]) / (record.output_tokens - 1)
 
 
 def _vllm_latency_s(record: Record) -> float:

@@ -21,7 +21,7 @@ from bench import spec
 from bench.errors import LoadError
 from bench.simulation.enginemodel import Engine, Job
 from bench.traffic import schedule, workload
-from bench.traffic.workload import Request
+from bench.traffic.request import Request
 
 SPREAD_S = 1.0
 _STRIDE = 997  # A prime: copies of one request have lengths from far apart.
@@ -111,7 +111,7 @@ def jobs(
     """
     if copies < 1:
         raise LoadError.of("copies", copies, "must be at least 1")
-    made = workload.parse(what, seed)
+    made = workload.parse(what, seed, salt="")
     plan = schedule.plan(made, parse(when), count, duration_s, seed)
     planned = [(each.at_s or 0.0, each.request) for each in plan.planned]
     rng = random.Random(f"{seed}/copies")

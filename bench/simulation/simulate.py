@@ -3,11 +3,11 @@
     python -m bench simulate --workload azure:PATH --policy ours --policy 'serve:target=8|16|32' ..
 
 Every policy meets the same requests at the same times, with the same fleet at the start. What comes
-out are records, as of a run, so that `bench.measure` says what they mean. The engine is one of a data
-sheet (--gpu, --model) or one fitted to measured runs (--engine), and --validate says how far such a
-fit can be trusted. With --beside the requests are those of a measured run, and what its replicas
-did is shown beside what they do here (reality.py). See policies.py, demand.py, fleet.py and
-enginemodel.py for what is modelled.
+out are records, as of a run, so that `bench.measure` says what they mean. The engine is one of a
+data sheet (--gpu, --model) or one fitted to measured runs (--engine), and --validate says how far
+such a fit can be trusted. With --beside the requests are those of a measured run, and what its
+replicas did is shown beside what they do here (reality.py). See policies.py, demand.py, fleet.py
+and enginemodel.py for what is modelled.
 
 A policy with alternatives stands for the best of them: the fewest GPU-hours among those that hold
 the objective or, where none does, the one that comes nearest. So do `static` and `foresight`

@@ -23,9 +23,12 @@ import msgspec
 from bench.errors import TargetError
 from bench.records import Record
 from bench.traffic import access
+from bench.traffic.request import Request
 from bench.traffic.sse import UNREADABLE, Events, error_text, read_whole
-from bench.traffic.workload import Request
 
+# How long an idle connection is trusted where the server does not say: the shortest that common
+# servers keep one is 5 s (uvicorn).
+_KEPT_ALIVE_S, _MARGIN_S = 4.0, 1.0
 # Events decoded before the loop may look for new ones: a fraction of a millisecond.
 _SLICE = 256
 
@@ -60,7 +63,16 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 class Answer:
     """A response that is over but not decoded: its bytes, and when each piece of them came."""
 
-    __slots__ = ("_keep_text", "cut", "parts", "record", "streamed", "times")
+    __slots__ = (
+        "_answers",
+        "_asked_stream",
+        "_keep_text",
+        "cut",
+        "parts",
+        "record",
+        "streamed",
+        "times",
+    )
 
     def __init__(self, record: Record, keep_text: bool) -> None:
         self.record = record
@@ -69,6 +81,18 @@ class Answer:
         self.streamed = False
         self.cut = ""  # What ended the response before its end.
         self._keep_text = keep_text
+        self._asked_stream, self._answers = True, 1
+
+    def begin(self, request: Request, extra: dict[str, Any]) -> None:
+        """Note what is asked for, `extra` being the fields of the body beside the prompt."""
+        record = self.record
+        record.asked_input_tokens = request.input_tokens
+        record.asked_output_tokens = request.output_tokens
+        record.limit, record.shared = request.limit, request.shared
+        record.kind, record.turn = request.kind, request.turn
+        self._asked_stream = bool(extra.get("stream", True))
+        answers = extra.get("n") or 1
+        self._answers = answers if isinstance(answers, int) else 1
 
     def fail(self, error: str, at_s: float) -> None:
         """It is over without an end; the part of a response that came is still decoded."""
@@ -99,10 +123,12 @@ class Answer:
         elif self.cut:
             record.error = self.cut
         else:
-            read_whole(record, body, self.times[-1] if self.times else 0.0, self._keep_text)
+            at_s = self.times[-1] if self.times else 0.0
+            asked = self._asked_stream, self._answers
+            read_whole(record, body, at_s, self._keep_text, *asked)
 
     def _stream(self) -> Iterator[None]:
-        events = Events(self.record, self._keep_text)
+        events = Events(self.record, self._keep_text, self._answers)
         for number, (part, at_s) in enumerate(zip(self.parts, self.times, strict=True), 1):
             events.feed(part, at_s)
             if number % _SLICE == 0:
@@ -121,17 +147,16 @@ class _Connection(asyncio.Protocol):
         self._now_s = 0.0
         self._answer: Answer | None = None
         self._over: asyncio.Future[None] | None = None
-        self.used = False
         self.lost = False
         self.reusable = False
-        # Whether the connection went away before a byte of the response had come.
-        self.unanswered = False
+        self.idle_since_s = 0.0
+        self.kept_alive_s = _KEPT_ALIVE_S
 
     # --- the request ------------------------------------------------------------------------
 
     def exchange(self, data: bytes, answer: Answer) -> "asyncio.Future[None]":
         """Send a request. The future is done when the response is over, whole or not."""
-        self._answer, self.unanswered, self.reusable = answer, True, False
+        self._answer, self.reusable = answer, False
         self._parser = httptools.HttpResponseParser(self)
         self._framed = self._interim = False
         self._over = asyncio.get_running_loop().create_future()
@@ -155,7 +180,6 @@ class _Connection(asyncio.Protocol):
         if not self._answer:
             self._transport.abort()  # Nothing was asked: what comes is not an answer.
             return
-        self.unanswered = False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -185,6 +209,8 @@ class _Connection(asyncio.Protocol):
             self._framed = True  # Otherwise the end of the connection is the end of the response.
         elif name == b"content-type" and self._answer:
             self._answer.streamed = value.lower().startswith(b"text/event-stream")
+        elif name == b"keep-alive":
+            self.kept_alive_s = _kept_alive_s(value)
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -256,6 +282,7 @@ class Client:
 
         Cancelled, it closes the connection; what has come until then can be decoded.
         """
+        answer.begin(request, {**self._target.extra, **request.extra})
         try:
             body = encode(self._target, request)
         except ValueError as error:
@@ -313,16 +340,8 @@ class Client:
         record.sent_s = self._clock()
         connection = self._waiting() or await self._connect()
         await self._over(connection, data, answer)
-        if connection.unanswered and connection.used:
-            # A server closes a connection that was idle for long, and may do so while a request
-            # is on its way. It has not read that request, every client of HTTP sends it again,
-            # and as an error it would say nothing about the server. On a new connection, or
-            # after a byte of the response, the server has failed, and that is measured.
-            record.error, record.end_s = "", None
-            connection = await self._connect()
-            await self._over(connection, data, answer)
-        connection.used = True
         if connection.reusable and not connection.lost and not self._target.fresh_connections:
+            connection.idle_since_s = self._clock()
             self._idle.append(connection)
         elif not connection.lost:
             connection.abort()
@@ -336,11 +355,19 @@ class Client:
             raise
 
     def _waiting(self) -> _Connection | None:
-        """The connection that was used last: the least likely to be closed for idleness."""
+        """The connection that was used last, if the server is not about to close it.
+
+        A server closes a connection that was idle for long, and may do so while a request is on
+        its way. Other clients send such a request again; here that would hide a server that
+        closes without an answer. So nothing is sent where a close is due, and one that comes all
+        the same is the server's failure.
+        """
         while self._idle:
             connection = self._idle.pop()
-            if not connection.lost:
+            idle_s = self._clock() - connection.idle_since_s
+            if not connection.lost and idle_s < connection.kept_alive_s:
                 return connection
+            connection.abort()
         return None
 
     async def _connect(self) -> _Connection:
@@ -428,6 +455,15 @@ def _headers(host: str, target: Target) -> str:
     headers = {"host": host, "content-type": "application/json", "user-agent": "bench"}
     headers |= {name.lower(): value for name, value in target.headers.items()}
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+
+
+def _kept_alive_s(header: bytes) -> float:
+    """How long a server keeps an idle connection, from its Keep-Alive header, less a margin."""
+    for part in header.lower().split(b","):
+        name, _, value = part.strip().partition(b"=")
+        if name == b"timeout" and value.strip().isdigit():
+            return max(0.0, float(value) - _MARGIN_S)
+    return _KEPT_ALIVE_S
 
 
 def _reason(error: OSError, host: str) -> str:

@@ -24,7 +24,7 @@ import msgspec
 
 from bench import spec
 from bench.errors import LoadError
-from bench.traffic.workload import Request, Workload
+from bench.traffic.request import Request, Workload
 
 MAX_PLANNED = 1_000_000
 KINDS = {

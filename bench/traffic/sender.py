@@ -194,23 +194,20 @@ class Sender:
         self, client: Client, planned: Planned, planned_s: float, user: int | None
     ) -> Record:
         """Send one request and wait for the end of its response, which is decoded later."""
-        request, share = planned.request, self._share
+        share = self._share
         record = Record(
             index=planned.index,
             planned_s=planned_s,
             repeat=share.repeat,
-            kind=request.kind,
             actor=share.actor,
             user=user,
-            asked_input_tokens=request.input_tokens,
-            asked_output_tokens=request.output_tokens,
         )
         answer = Answer(record, self._target.keep_text)
         self._running += 1
         self._started.append(planned.index)
         self._lags_s.append(self._now_s() - planned_s)
         try:
-            await client.exchange(request, answer)
+            await client.exchange(planned.request, answer)
         finally:
             self._running -= 1
             self._answers.put_nowait(answer)

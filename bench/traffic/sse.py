@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from bench.records import Record
+from bench.traffic import verdict
 
 # Enough to tell errors apart in a table; servers answer with whole tracebacks.
 _SHORT = 200
@@ -21,9 +22,11 @@ class _Delta(msgspec.Struct, gc=False):
     reasoning: str | None = None  # What vLLM calls it since 0.12.
     refusal: str | None = None
     tool_calls: list[Any] | None = None
+    function_call: Any = None  # What tool calls were before 2023-11.
 
 
 class _Choice(msgspec.Struct, gc=False):
+    index: int = 0
     text: str | None = None
     delta: _Delta | None = None
     message: _Delta | None = None
@@ -32,12 +35,14 @@ class _Choice(msgspec.Struct, gc=False):
 
 class _Details(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
 
 
 class _Event(msgspec.Struct, gc=False):
@@ -61,9 +66,10 @@ class Events:
     character that takes several bytes is only decoded once its event is whole.
     """
 
-    __slots__ = ("_cr", "_data", "_done", "_kind", "_line", "_record", "_text")
+    __slots__ = ("_answers", "_cr", "_data", "_done", "_kind", "_line", "_record", "_text")
 
-    def __init__(self, record: Record, keep_text: bool) -> None:
+    def __init__(self, record: Record, keep_text: bool, answers: int = 1) -> None:
+        self._answers = answers  # How many were asked for.
         self._record = record
         self._text: list[str] | None = [] if keep_text else None
         self._line = b""  # The beginning of a line whose end has not come.
@@ -100,6 +106,7 @@ class Events:
             record.error = "cut: the stream ended without [DONE]"
         elif not record.finish_reason:
             record.error = "cut: the stream ended without a finish_reason"
+        verdict.judge(record, answers=self._answers)
 
     @property
     def done(self) -> bool:
@@ -149,18 +156,14 @@ class Events:
                 self._take(event, at_s)
 
     def _take(self, event: _Event, at_s: float) -> None:
-        if event.choices:
-            choice = event.choices[0]
-            said, record = choice.delta, self._record
-            text = choice.text
-            if said:
-                text = said.content or said.reasoning_content or said.reasoning or said.refusal
-            if text or (said and said.tool_calls):
-                record.chunk_s.append(at_s)
+        for choice in event.choices or ():
+            text, size = _output(choice.text, choice.delta)
+            if size:
+                _count(self._record, at_s, size, choice.index)
                 if text and self._text is not None:
                     self._text.append(text)
             if choice.finish_reason:
-                record.finish_reason = choice.finish_reason
+                self._record.finish_reason = choice.finish_reason
         if event.usage:
             _use(self._record, event.usage)
         if event.error or event.object == "error":
@@ -171,8 +174,18 @@ class Events:
         self._record.error = self._record.error or error
 
 
-def read_whole(record: Record, body: bytes, at_s: float, keep_text: bool) -> None:
-    """An answer with status 200 that is not streamed: all its output came at `at_s`."""
+def read_whole(
+    record: Record,
+    body: bytes,
+    at_s: float,
+    keep_text: bool,
+    streamed: bool = False,
+    answers: int = 1,
+) -> None:
+    """An answer with status 200 that is not streamed: all its output came at `at_s`.
+
+    `streamed` says whether a stream was asked for, and `answers` for how many.
+    """
     try:
         answer = _event.decode(body)
     except UNREADABLE:
@@ -183,16 +196,15 @@ def read_whole(record: Record, body: bytes, at_s: float, keep_text: bool) -> Non
     if answer.error or not answer.choices:
         record.error = f"bad response: {_message(answer) or 'no choices'}"
         return
-    choice = answer.choices[0]
-    said = choice.message
-    text = choice.text
-    if said:
-        text = said.content or said.reasoning_content or said.reasoning or said.refusal
-    if text or (said and said.tool_calls):
-        record.chunk_s.append(at_s)
-    record.finish_reason = choice.finish_reason or ""
-    if keep_text:
-        record.text = text or ""
+    for choice in answer.choices:
+        text, size = _output(choice.text, choice.message)
+        if size:
+            _count(record, at_s, size, choice.index)
+        record.finish_reason = record.finish_reason or choice.finish_reason or ""
+        if keep_text:
+            record.text += text
+    record.chunk_s = record.chunk_s[:1]
+    verdict.judge(record, streamed, answers)
 
 
 def error_text(body: bytes) -> str:
@@ -204,11 +216,38 @@ def error_text(body: bytes) -> str:
     return said or _short(body.decode(errors="replace"))
 
 
+def _output(text: str | None, said: _Delta | None) -> tuple[str, int]:
+    """The text that an event shows, and how many bytes of output it has in all."""
+    if said is None:
+        return text or "", len((text or "").encode())
+    text = said.content or said.reasoning_content or said.reasoning or said.refusal or ""
+    calls = [call.get("function") for call in said.tool_calls or () if isinstance(call, dict)]
+    return text, len(text.encode()) + sum(map(_called_bytes, [*calls, said.function_call]))
+
+
+def _called_bytes(function: Any) -> int:
+    """How much of a function's name and arguments there is."""
+    if not isinstance(function, dict):
+        return 0
+    return sum(len(str(function.get(key) or "")) for key in ("name", "arguments"))
+
+
+def _count(record: Record, at_s: float, size: int, choice: int) -> None:
+    record.chunk_s.append(at_s)
+    record.text_bytes += size
+    record.choices = max(record.choices, choice + 1)
+
+
 def _use(record: Record, usage: _Usage) -> None:
-    record.input_tokens = usage.prompt_tokens
-    record.output_tokens = usage.completion_tokens
-    if usage.prompt_tokens_details:
+    """Take what a usage says; what a later one leaves out is kept."""
+    if usage.prompt_tokens is not None:
+        record.input_tokens = usage.prompt_tokens
+    if usage.completion_tokens is not None:
+        record.output_tokens = usage.completion_tokens
+    if usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens is not None:
         record.cached_tokens = usage.prompt_tokens_details.cached_tokens
+    if usage.completion_tokens_details:
+        record.reasoning_tokens = usage.completion_tokens_details.reasoning_tokens or 0
 
 
 def _message(event: _Event) -> str:

@@ -1,7 +1,6 @@
 """Users who ask the same prompts again and again, and keep all that they hear: a closed loop.
 
-All of them share one event loop and no connection. The client would send a request again, by
-itself, that was lost on a connection which had been idle; on a new one whatever is lost is seen.
+All of them share one event loop and no connection.
 """
 
 import asyncio
@@ -15,7 +14,7 @@ from bench import records
 from bench.faults.heard import Heard, hear
 from bench.progress import Line, Progress
 from bench.traffic.client import Answer, Client, Target
-from bench.traffic.workload import Request
+from bench.traffic.request import Request
 
 # A user whose request failed asks again only then: a server that refuses all would otherwise use
 # up the requests of a run in a second.
@@ -130,8 +129,6 @@ def client(target: Target, clock: Callable[[], float]) -> Client:
 
 async def ask(asked: Client, request: Request, record: Heard) -> None:
     """Send a request and fill in its record. Raises nothing but cancellation."""
-    record.asked_input_tokens = request.input_tokens
-    record.asked_output_tokens = request.output_tokens
     if record.whole:
         request = msgspec.structs.replace(request, extra={**request.extra, "stream": False})
     answer = Answer(record, keep_text=True)

@@ -4,167 +4,102 @@
                                             last by median and sigma; max= clips what is drawn
     prefix:groups=8,depth=1,shared=1000,unique=50,output=64
     mixed:long=4000,longs=2,short=50,shorts=30,output=64
-    file:PATH,output=64,repeat=1            .txt, a prompt a line; .jsonl, see `_Line`
-    azure:PATH  mooncake:PATH  vllm:PATH    traces; options start_s, duration_s, limit, scale,
-                                            max_input, max_output, speed: see `trace.Cut`;
-                                            mooncake and vllm also block= (tokens a hash) and
+    file:PATH,output=64,repeat=1            .txt, a prompt a line; .jsonl, see `promptfile`;
+                                            fresh=yes: each begins with words of its own
+    azure: burstgpt: mooncake: vllm: bailian:PATH
+                                            traces, see `trace`; options start_s, duration_s, limit,
+                                            scale, max_input, max_output, speed: see `trace.Cut`;
+                                            those with hashes also block= (tokens a hash) and
                                             tick_s= (seconds a unit of time)
 
-Every kind takes exact=yes: the answer has the length that was asked for, whatever the model would
-rather say (`ignore_eos`, which vLLM knows and other servers may refuse).
+Output lengths are meant: a run whose answers stop well before them is doubted. With exact=yes they
+have that length, whatever the model would rather say (`ignore_eos`, which vLLM knows and other
+servers may refuse); with exact=no it is an upper limit.
 
 Lengths are in words, each a token (`words.py`). What is not declared to be shared is not: prompts
 of one seed differ from their first word on, or a prefix cache would answer part of the benchmark.
-Request N depends on the spec, the seed and N alone: not on how many are taken, nor by whom.
+A salt makes the same of runs: two with different salts have no prompt in common, though lengths,
+sharing and times are the same. Request N depends on the spec, the seed, the salt and N alone: not
+on how many are taken, nor by whom.
 """
 
-import math
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Annotated, Any
 
 import msgspec
 
 from bench import spec
 from bench.errors import WorkloadError
-from bench.traffic import trace, words
+from bench.traffic import promptfile, trace, words
+from bench.traffic.lengths import MAX_TOKENS, length
+from bench.traffic.request import Request, Workload
 
-MAX_TOKENS = 1_000_000
 _CUT = ("start_s", "duration_s", "limit", "scale", "max_input", "max_output", "speed")
 KINDS = {
     "synthetic": ("input", "output", "max", "exact"),
     "prefix": ("groups", "depth", "shared", "unique", "output", "exact"),
     "mixed": ("long", "longs", "short", "shorts", "output", "exact"),
-    "file": (spec.PATH, "output", "repeat", "exact"),
-    "azure": (spec.PATH, *_CUT, "exact"),
-    "mooncake": (spec.PATH, *_CUT, "block", "tick_s", "exact"),
-    "vllm": (spec.PATH, *_CUT, "block", "tick_s", "exact"),
+    "file": (spec.PATH, "output", "repeat", "fresh", "exact"),
+    **{kind: (spec.PATH, *_CUT, "exact") for kind in trace.CSV_FORMATS},
+    **{kind: (spec.PATH, *_CUT, "block", "tick_s", "exact") for kind in trace.BLOCK_TOKENS},
 }
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One request, apart from when it is sent.
-
-    Attributes:
-        prompt: a text, token ids, or the messages of a chat.
-        output_tokens: the most tokens the answer may have.
-        input_tokens: how long the prompt was meant to be; None where nobody said.
-        kind: its class, for fairness between classes.
-        at_s: of a trace: when it came, seconds from the start, the trace's speed-up applied.
-        extra: more fields of the request's body.
-    """
-
-    prompt: str | list[int] | list[dict[str, Any]]
-    output_tokens: int
-    input_tokens: int | None = None
-    kind: str = ""
-    at_s: float | None = None
-    extra: dict[str, Any] = {}
-
-
 @dataclass(frozen=True)
-class Workload:
-    """Requests by number.
+class _Seed:
+    """What a workload is drawn from.
 
     Attributes:
-        name: the spec.
-        request: the request of a number from 0, below `length`; the same each time.
-        length: how many there are; None for endless.
-        timed: each request has its own time, in ascending order.
+        number: decides lengths, groups and times.
+        words: decides texts, together with the salt.
     """
 
-    name: str
-    request: Callable[[int], Request]
-    length: int | None = None
-    timed: bool = False
-
-    def take(self, count: int) -> list[Request]:
-        """The first `count` requests, or all where there are fewer."""
-        if self.length is not None:
-            count = min(count, self.length)
-        return [self.request(index) for index in range(count)]
+    number: int
+    words: str
 
 
-def parse(text: str, seed: int) -> Workload:
+def parse(text: str, seed: int, salt: str | None = None) -> Workload:
     """The workload of a spec.
+
+    Args:
+        seed: the same one gives the same lengths, and with the same salt the same texts.
+        salt: of the texts; None for one that no other call has, so that no server has seen them.
 
     Raises WorkloadError, which names the key, its value and the nearest valid choice.
     """
     options = spec.parse(text, "workload", KINDS, WorkloadError)
-    if options.name == "synthetic":
-        made = _synthetic(options, seed)
-    elif options.name == "prefix":
-        made = _prefix(options, seed)
-    elif options.name == "mixed":
-        made = _mixed(options, seed)
-    elif options.name == "file":
-        made = _file(options)
-    else:
-        made = _trace(options, seed)
-    made = replace(made, name=text.strip())
-    return _exact(made) if options.flag("exact") else made
+    drawn = _Seed(seed, words.salted(seed, words.fresh_salt() if salt is None else salt))
+    makers: dict[str, Callable[[spec.Options, _Seed], Workload]] = {
+        "synthetic": _synthetic,
+        "prefix": _prefix,
+        "mixed": _mixed,
+        "file": lambda options, drawn: promptfile.prompts(options, drawn.words),
+    }
+    made = replace(makers.get(options.name, _trace)(options, drawn), name=text.strip())
+    if "exact" not in options.values:
+        return made
+    return _each(made, _exact if options.flag("exact") else _at_most)
 
 
-def _exact(workload: Workload) -> Workload:
-    def request(index: int) -> Request:
-        loose = workload.request(index)
-        return msgspec.structs.replace(loose, extra={**loose.extra, "ignore_eos": True})
-
-    return replace(workload, request=request)
-
-
-# --- lengths --------------------------------------------------------------------------------
-
-
-_LENGTHS = ("200", "uniform(50;300)", "lognormal(200;0.5)")
-_DRAWN = re.compile(r"(?P<name>uniform|lognormal)\((?P<first>[^;,]*)[;,](?P<second>[^;,]*)\)")
+def _each(workload: Workload, change: Callable[[Request], Request]) -> Workload:
+    """The workload with each of its requests changed."""
+    session = workload.session
+    return replace(
+        workload,
+        request=lambda index: change(workload.request(index)),
+        session=session and (lambda number: tuple(map(change, session(number)))),
+    )
 
 
-@dataclass(frozen=True)
-class Length:
-    """A number of tokens: one (`low`), one from a range, or one around a median with a long tail.
-
-    Attributes:
-        low, high: both included; equal for a fixed length.
-        sigma: of the logarithm; 0 unless lognormal, whose median is `low`.
-        most: longer ones are clipped to it.
-    """
-
-    low: int
-    high: int
-    sigma: float = 0.0
-    most: int = MAX_TOKENS
-
-    def draw(self, rng: random.Random) -> int:
-        if self.sigma:
-            drawn = round(rng.lognormvariate(math.log(self.low), self.sigma))
-        else:
-            drawn = rng.randint(self.low, self.high)
-        return min(max(1, drawn), self.most)
+def _exact(request: Request) -> Request:
+    extra = {**request.extra, "ignore_eos": True}
+    return msgspec.structs.replace(request, extra=extra, limit=False)
 
 
-def _length(options: spec.Options, key: str, most: int) -> Length:
-    value = options.text(key)
-    found = _DRAWN.fullmatch(value)
-    if found is None:
-        if value[:1].isalpha():
-            raise WorkloadError.of(key, value, "not a length", _LENGTHS)
-        tokens = options.whole(key, least=1, most=MAX_TOKENS)
-        return Length(tokens, tokens, most=most)
-    # The two are read as options are, and named in errors as parts of this one.
-    lognormal = found["name"] == "lognormal"
-    first, second = ("median", "sigma") if lognormal else ("low", "high")
-    names = f"{key}: {first} of {value}", f"{key}: {second} of {value}"
-    values = {names[0]: found["first"].strip(), names[1]: found["second"].strip()}
-    parts = replace(options, values=values)
-    low = parts.whole(names[0], least=1, most=MAX_TOKENS)
-    if lognormal:
-        return Length(low, low, parts.number(names[1], above=0.0, most=5.0), most)
-    return Length(low, parts.whole(names[1], least=low, most=MAX_TOKENS), most=most)
+def _at_most(request: Request) -> Request:
+    return msgspec.structs.replace(request, limit=True)
 
 
 # --- kinds ----------------------------------------------------------------------------------
@@ -174,15 +109,15 @@ def _length(options: spec.Options, key: str, most: int) -> Length:
 _shared = lru_cache(maxsize=512)(words.text)
 
 
-def _synthetic(options: spec.Options, seed: int) -> Workload:
+def _synthetic(options: spec.Options, seed: _Seed) -> Workload:
     most = options.whole("max", MAX_TOKENS, least=1)
-    read, written = _length(options, "input", most), _length(options, "output", most)
+    read, written = length(options, "input", most), length(options, "output", most)
 
     def request(index: int) -> Request:
-        rng = random.Random(f"{seed}/length/{index}")
+        rng = random.Random(f"{seed.number}/length/{index}")
         tokens = read.draw(rng)
         return Request(
-            prompt=words.text(seed, "prompt", index, tokens),
+            prompt=words.text(seed.words, "prompt", index, tokens),
             input_tokens=tokens,
             output_tokens=written.draw(rng),
         )
@@ -190,7 +125,7 @@ def _synthetic(options: spec.Options, seed: int) -> Workload:
     return Workload(options.name, request)
 
 
-def _prefix(options: spec.Options, seed: int) -> Workload:
+def _prefix(options: spec.Options, seed: _Seed) -> Workload:
     """Groups that share a prefix. With a depth, groups share the beginning of it too.
 
     The prefixes are the leaves of a tree `depth` levels deep, with as many branches at each node,
@@ -210,12 +145,15 @@ def _prefix(options: spec.Options, seed: int) -> Workload:
     sizes = [shared - shared // depth * (depth - 1)] + [shared // depth] * (depth - 1)
 
     def request(index: int) -> Request:
-        group = random.Random(f"{seed}/group/{index}").randrange(groups)
-        nodes = enumerate(zip(below, sizes, strict=True))
-        parts = [_shared(seed, f"prefix {level}", group // n, size) for level, (n, size) in nodes]
+        group = random.Random(f"{seed.number}/group/{index}").randrange(groups)
+        parts = [
+            _shared(seed.words, f"prefix {level}", group // under, size)
+            for level, (under, size) in enumerate(zip(below, sizes, strict=True))
+        ]
         return Request(
-            prompt=" ".join([*parts, words.text(seed, "prompt", index, unique)]),
+            prompt=" ".join([*parts, words.text(seed.words, "prompt", index, unique)]),
             input_tokens=shared + unique,
+            shared=shared / (shared + unique),
             output_tokens=output,
             kind=f"group {group}",
         )
@@ -223,7 +161,7 @@ def _prefix(options: spec.Options, seed: int) -> Workload:
     return Workload(options.name, request)
 
 
-def _mixed(options: spec.Options, seed: int) -> Workload:
+def _mixed(options: spec.Options, seed: _Seed) -> Workload:
     """Rounds of short prompts with a few long ones early among them.
 
     A tenth of a round's short ones, at least one, come before its long ones: they show the server
@@ -239,7 +177,7 @@ def _mixed(options: spec.Options, seed: int) -> Workload:
     def request(index: int) -> Request:
         kind = "long" if before <= index % (longs + shorts) < before + longs else "short"
         return Request(
-            prompt=words.text(seed, "prompt", index, tokens[kind]),
+            prompt=words.text(seed.words, "prompt", index, tokens[kind]),
             input_tokens=tokens[kind],
             output_tokens=output,
             kind=kind,
@@ -248,57 +186,8 @@ def _mixed(options: spec.Options, seed: int) -> Workload:
     return Workload(options.name, request)
 
 
-_Tokens = Annotated[int, msgspec.Meta(ge=1)]
-
-
-class _Line(msgspec.Struct):
-    """A line of a .jsonl file of prompts: `prompt` (text or token ids) or `messages`.
-
-    Other fields than these are not sent: data sets carry many that a server would refuse.
-    """
-
-    prompt: str | list[int] | None = None
-    messages: list[dict[str, Any]] | None = None
-    max_tokens: _Tokens | None = None
-    output_tokens: _Tokens | None = None
-    kind: str = ""
-    extra: dict[str, Any] = {}
-
-
-def _file(options: spec.Options) -> Workload:
-    output, repeat = options.whole("output", 64, least=1), options.whole("repeat", 1, least=1)
-    path = options.file()
-    if path.suffix not in (".txt", ".jsonl"):
-        raise WorkloadError.of("file", path, "must end in .txt or .jsonl")
-    requests = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            requests.append(_line(raw, path, output))
-        except ValueError as error:  # msgspec's errors are such, and UnicodeDecodeError.
-            raise WorkloadError.of("file", f"{path}:{number}", str(error)) from error
-    if not requests:
-        raise WorkloadError.of("file", path, "holds no prompt")
-
-    def request(index: int) -> Request:
-        return requests[index % len(requests)]
-
-    return Workload(options.name, request, len(requests) * repeat)
-
-
-def _line(raw: bytes, path: Path, output: int) -> Request:
-    if path.suffix == ".txt":
-        return Request(prompt=raw.decode().rstrip("\r"), output_tokens=output)
-    line = msgspec.json.decode(raw, type=_Line)
-    prompt = line.messages or line.prompt
-    if not prompt or (line.messages and line.prompt):
-        raise ValueError("must have either a prompt or messages")
-    asked = line.max_tokens or line.output_tokens or output
-    return Request(prompt=prompt, output_tokens=asked, kind=line.kind, extra=line.extra)
-
-
-def _trace(options: spec.Options, seed: int) -> Workload:
+def _trace(options: spec.Options, seed: _Seed) -> Workload:
+    """Each row of a trace as a request; rows that wait for one another are a session."""
     kind = options.name
     cut = trace.Cut(
         start_s=options.number("start_s", 0.0, most=1e9),
@@ -309,29 +198,38 @@ def _trace(options: spec.Options, seed: int) -> Workload:
         max_output=options.whole_or_none("max_output"),
         speed=options.number("speed", 1.0, above=0.0),
     )
-    block = options.whole("block", trace.BLOCK_TOKENS.get(kind, 1), least=1) * cut.scale
-    tick_s = options.number_or_none("tick_s", above=0.0)
-    rows = cut(trace.read(kind, options.file(), tick_s))
+    path = options.file()
+    everything = trace.read(kind, path, options.number_or_none("tick_s", above=0.0))
+    asked = options.whole_or_none("block")
+    own = trace.block_tokens(kind, path, everything, asked)
+    rows = cut(everything)
     if not rows:
         part = f"start_s={cut.start_s:g}, duration_s={cut.duration_s}"
         raise WorkloadError.of(kind, options.path, f"no request in the part of {part}")
+    block = own * cut.scale
+    common = trace.shared_blocks(rows)
 
     def request(index: int) -> Request:
         row = rows[index]
         parts = [
-            words.text(seed, "prompt", index, tokens)
+            words.text(seed.words, "prompt", index, tokens)
             if known is None
-            else _shared(seed, "block", known, tokens)
+            else _shared(seed.words, "block", known, tokens)
             for known, tokens in trace.blocks(row, block)
         ]
         return Request(
             prompt=" ".join(parts),
             input_tokens=row.input_tokens,
             output_tokens=row.output_tokens,
+            shared=min(1.0, common[index] * block / row.input_tokens),
+            kind=row.kind,
             at_s=row.at_s,
         )
 
-    return Workload(kind, request, len(rows), timed=True)
+    notes = []
+    if kind in trace.BLOCK_TOKENS and asked is None and own != trace.BLOCK_TOKENS[kind]:
+        notes.append(f"{kind}: the lengths say that a hash stands for {own} tokens")
+    return Workload(options.name, request, len(rows), timed=True, notes=tuple(notes))
 
 
 # --- the baseline matrix --------------------------------------------------------------------

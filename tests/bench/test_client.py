@@ -18,8 +18,8 @@ from bench.itself.known_server import Options, Server, serving
 from bench.records import Record
 from bench.traffic import alarm
 from bench.traffic.client import Answer, Client, Target, check, encode
+from bench.traffic.request import Request
 from bench.traffic.sse import Events, error_text
-from bench.traffic.workload import Request
 from tests.bench.made import certificate_of_localhost
 
 PORT = 8850
@@ -229,7 +229,7 @@ async def test_a_response_reads_the_same_byte_by_byte() -> None:
             await asyncio.sleep(0)
 
     async with raw(answer):
-        found = await ask(port=OTHER_PORT)
+        found = await ask(Request(prompt="one two three", output_tokens=5), port=OTHER_PORT)
     assert (found.error, found.status, found.output_tokens) == ("", 200, 5)
     assert found.text == "h\u00e9\U0001f642 {\\n}two lines end"
     assert len(found.chunk_s) == 4
@@ -447,7 +447,7 @@ async def test_as_many_connections_as_requests_at_once() -> None:
         assert server.accepted == 50
 
 
-async def test_an_idle_connection_that_closes_on_a_request_is_no_failure() -> None:
+async def test_a_reused_connection_that_closes_without_an_answer_is_a_failure() -> None:
     """It answers one request of each connection, and closes on the second."""
     seen = []
 
@@ -459,8 +459,30 @@ async def test_an_idle_connection_that_closes_on_a_request_is_no_failure() -> No
     async with raw(answer), client(port=OTHER_PORT) as made:
         assert (await made.ask(THREE, record())).ok
         again = await made.ask(THREE, record())
-        assert (again.error, again.status, again.text) == ("", 200, "a")
-    assert len([request for request in seen if request]) == 3
+        assert (again.error, again.status) == ("connection closed without a response", 0)
+    assert len([request for request in seen if request]) == 2, "a request was sent twice"
+
+
+@pytest.mark.parametrize("header", [b"", b"keep-alive: timeout=3, max=100\r\n"])
+async def test_a_connection_that_is_due_to_close_is_not_used(header: bytes) -> None:
+    """Idle for as long as servers keep one at least, or as long as this one says, less a second."""
+    connections = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while await request_of(reader):
+            writer.write(STREAM[:-2] + header + b"\r\n" + chunked(DONE, 1000))
+
+    now_s = 0.0
+    trusted_s = 2.0 if header else 4.0
+    async with raw(answer):
+        made = Client(target(OTHER_PORT), lambda: now_s)
+        for idle_s, expected in ((0.0, 1), (trusted_s - 0.1, 1), (trusted_s + 0.1, 2)):
+            now_s += idle_s
+            assert (await made.ask(THREE, record())).ok
+            assert connections == expected
+        made.close()
 
 
 async def test_a_new_connection_that_closes_on_a_request_is_a_failure() -> None:
@@ -494,7 +516,7 @@ async def test_a_server_that_closes_idle_connections() -> None:
     async with serving(Options(close_idle_ms=1), PORT), client() as made:
         for _ in range(20):
             assert (await made.ask(THREE, record())).ok
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)
 
 
 # --- https ----------------------------------------------------------------------------------

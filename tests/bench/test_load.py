@@ -23,8 +23,8 @@ from bench.records import Record
 from bench.traffic import load, sender
 from bench.traffic.client import Target
 from bench.traffic.load import LOST, Outcome
+from bench.traffic.request import Request
 from bench.traffic.schedule import Closed, Plan, Planned
-from bench.traffic.workload import Request
 
 PORT = 8855
 NODES = 3

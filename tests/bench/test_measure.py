@@ -407,7 +407,7 @@ def test_a_clean_run_is_not_doubted() -> None:
         ({"ttft_p50_s": None, "lag_p99_s": 0.0051}, "lag up to 5.1 ms"),
         ({"failed_share": 0.02, "failed": 8, "failures": {"cut": 8}}, "failed: 8 cut"),
         ({"ok": 0, "failures": {"connection refused": 400}}, "nothing succeeded: 400 connection"),
-        ({"without_usage": 3}, "usage is missing for 3"),
+        ({"without_usage": 5}, "usage is missing for 5"),
         ({"backlog": 150}, "fell behind"),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.errors import LoadError
+from bench.traffic.request import Workload
 from bench.traffic.schedule import (
     KINDS,
     MAX_PLANNED,
@@ -23,7 +24,6 @@ from bench.traffic.schedule import (
     parse,
     plan,
 )
-from bench.traffic.workload import Workload
 from bench.traffic.workload import parse as workload_of
 
 OPEN = [
@@ -273,7 +273,7 @@ def replay(tmp_path: Path) -> Workload:
 @pytest.mark.parametrize("text", [*OPEN, "users=4"])
 def test_a_plan_is_the_same_for_the_same_seed_and_another_for_another(text: str) -> None:
     load = parse(text)
-    plans = [plan(workload_of(SHORT, seed), load, 50, None, seed) for seed in (1, 1, 2)]
+    plans = [plan(workload_of(SHORT, seed, ""), load, 50, None, seed) for seed in (1, 1, 2)]
     assert plans[0] == plans[1]
     prompts = [{str(each.request.prompt) for each in one.planned} for one in plans]
     assert len(prompts[0]) == 50
@@ -281,7 +281,7 @@ def test_a_plan_is_the_same_for_the_same_seed_and_another_for_another(text: str)
 
 
 def test_an_open_plan_pairs_requests_with_times() -> None:
-    workload, load = workload_of(SHORT, 1), open_load("poisson:rate=5")
+    workload, load = workload_of(SHORT, 1, ""), open_load("poisson:rate=5")
     made = plan(workload, load, 50, None, 7)
     assert made.closed is None
     assert [each.at_s for each in made.planned] == load.times_s(50, None, 7)
@@ -291,7 +291,7 @@ def test_an_open_plan_pairs_requests_with_times() -> None:
 
 
 def test_a_closed_plan_is_a_queue_for_its_users() -> None:
-    workload = workload_of(SHORT, 1)
+    workload = workload_of(SHORT, 1, "")
     made = plan(workload, Closed(8, 0.5), 50, None, 7)
     assert made.closed == Closed(8, 0.5)
     assert [each.request for each in made.planned] == workload.take(50)
@@ -301,13 +301,13 @@ def test_a_closed_plan_is_a_queue_for_its_users() -> None:
 
 
 def test_a_closed_plan_with_only_a_duration_has_more_than_can_be_sent() -> None:
-    made = plan(workload_of(SHORT, 1), Closed(8), None, 10.0, 7)
+    made = plan(workload_of(SHORT, 1, ""), Closed(8), None, 10.0, 7)
     assert made.duration_s == 10.0
     # 50 tokens in 60 ms, at the least.
     assert len(made.planned) == 8 * 167
-    waiting = plan(workload_of(SHORT, 1), Closed(8, think_s=0.94), None, 10.0, 7)
+    waiting = plan(workload_of(SHORT, 1, ""), Closed(8, think_s=0.94), None, 10.0, 7)
     assert len(waiting.planned) == 8 * 10
-    bounded = plan(workload_of(SHORT, 1), Closed(8), 20, 10.0, 7)
+    bounded = plan(workload_of(SHORT, 1, ""), Closed(8), 20, 10.0, 7)
     assert (len(bounded.planned), bounded.duration_s) == (20, 10.0)
 
 
@@ -349,7 +349,7 @@ def test_a_plan_that_cannot_be_is_refused(
 
 
 def test_an_endless_workload_needs_a_bound_and_has_no_times() -> None:
-    workload = workload_of(SHORT, 0)
+    workload = workload_of(SHORT, 0, "")
     for load in (Closed(2), Constant(5.0)):
         with pytest.raises(LoadError, match="no end: give a count or a duration"):
             plan(workload, load, None, None, 0)

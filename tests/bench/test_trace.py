@@ -1,16 +1,20 @@
 """Traces: what of a file becomes a request, when, how long, and which text it shares."""
 
+import gzip
 import itertools
 import json
 import statistics
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench.errors import WorkloadError
 from bench.traffic import trace
+from bench.traffic.request import Request
 from bench.traffic.trace import Cut, Row
-from bench.traffic.workload import Request, parse
+from bench.traffic.workload import parse
 
 TRACES = Path(__file__).parents[3] / "shared" / "traces"
 CONVERSATION = TRACES / "azure-llm-2023-conv.csv"
@@ -98,11 +102,11 @@ def test_mooncake_counts_milliseconds_and_vllm_seconds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("2023-11-16 18:17:03.97,12,", "invalid literal"),
-        ("2023-11-16 18:17:03.97,12", "int()"),
+        ("2023-11-16 18:17:03.97,12,", "column 'GeneratedTokens' is missing"),
+        ("2023-11-16 18:17:03.97,12", "column 'GeneratedTokens' is missing"),
         ("2023-11-16 18:17:03.97,-1,5", "a length is below 0"),
         ("2023-11-16 18:17:03.97,1,-5", "a length is below 0"),
-        ("yesterday,1,5", "Invalid isoformat"),
+        ("yesterday,1,5", "column 'TIMESTAMP' is 'yesterday': not a date"),
     ],
 )
 def test_a_bad_azure_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
@@ -111,6 +115,109 @@ def test_a_bad_azure_line_is_named(tmp_path: Path, line: str, problem: str) -> N
         trace.read("azure", path)
     assert f"azure = '{path}:3': not a request: " in str(caught.value)
     assert problem in str(caught.value)
+
+
+def test_the_multimodal_trace_of_2025_is_read_packed_or_not(tmp_path: Path) -> None:
+    head = "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens"
+    lines = "2024-10-15 00:00:00.1,2,900,30", "2024-10-15 00:00:03,0,20,5"
+    path = azure(tmp_path, *lines, head=head)
+    expected = [Row(0.0, 900, 30), Row(pytest.approx(2.9), 20, 5)]
+    assert trace.read("azure", path) == expected
+    packed = tmp_path / "trace.csv.gz"
+    packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + path.read_bytes()))
+    assert trace.read("azure", packed) == expected
+
+
+BURST_1 = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"
+BURST_3 = BURST_1.replace("Model", "Session ID,Elapsed time,Model")
+
+
+def test_burstgpt_of_both_schemas(tmp_path: Path) -> None:
+    """The first two files, as published, and the third, which has sessions."""
+    path = azure(
+        tmp_path,
+        "5,ChatGPT,472,18,490,Conversation log",
+        "45,ChatGPT,1087,0,1087,API log",  # It failed: nothing was written.
+        "118,GPT-4,417,276,693,Conversation log",
+        head=BURST_1,
+    )
+    rows = trace.read("burstgpt", path)
+    assert [(row.at_s, row.input_tokens, row.output_tokens) for row in rows] == [
+        (0.0, 472, 18),
+        (113.0, 417, 276),
+    ]
+    path = azure(
+        tmp_path,
+        "19440110.0,1722ac82,43,GPT-4,906,446,1352,Conversation log",
+        "19440161.0,d5983bf9,2,ChatGPT,36,29,65,Conversation log",
+        "19440192.0,1722ac82,5,ChatGPT,60,10,70,Conversation log",
+        head=BURST_3,
+    )
+    rows = trace.read("burstgpt", path)
+    assert [row.busy_s for row in rows] == [43.0, 2.0, 5.0]
+    assert trace.families(rows) == [[0, 2], [1]]
+
+
+BAILIAN = [
+    '{"chat_id": 159, "parent_chat_id": -1, "timestamp": 61.114, "input_length": 21, '
+    '"output_length": 4, "type": "text", "turn": 1, "hash_ids": [1089, 1090]}',
+    '{"chat_id": 160, "parent_chat_id": 159, "timestamp": 62.5, "input_length": 40, '
+    '"output_length": 8, "type": "search", "turn": 2, "hash_ids": [1089, 1091, 6326]}',
+    '{"chat_id": 161, "parent_chat_id": 7, "timestamp": 63, "input_length": 9, '
+    '"output_length": 8, "type": "text", "turn": 3, "hash_ids": [5]}',
+]
+
+
+def test_bailian_has_seconds_blocks_of_16_and_parents(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(BAILIAN))
+    rows = trace.read("bailian", path)
+    assert [row.at_s for row in rows] == pytest.approx([0.0, 1.386, 1.886])
+    assert trace.families(rows) == [[0, 1], [2]]
+    one, other, third = parse(f"bailian:{path}", 0).take(3)
+    assert words(one)[:16] == words(other)[:16]
+    assert words(one)[16:] != words(other)[16:21]
+    assert (one.kind, other.kind) == ("text", "search")
+    assert [request.shared for request in (one, other, third)] == pytest.approx(
+        [16 / 21, 16 / 40, 0.0]
+    )
+
+
+@given(
+    size=st.sampled_from([8, 16, 32, 64, 512, 1024]),
+    lengths=st.lists(st.integers(1, 20_000), min_size=1, max_size=8),
+    rounded_up=st.booleans(),
+)
+def test_different_hashes_are_never_read_as_equal_prompts(
+    tmp_path_factory: pytest.TempPathFactory, size: int, lengths: list[int], rounded_up: bool
+) -> None:
+    """Whatever block size a trace was recorded with: it is read with one that fits."""
+    counts = [-(-length // size) if rounded_up else length // size for length in lengths]
+    numbers = itertools.count(1)
+    rows = [
+        (place, length, 5, [next(numbers) for _ in range(count)])
+        for place, (length, count) in enumerate(zip(lengths, counts, strict=True))
+    ]
+    path = jsonl(tmp_path_factory.mktemp("trace"), *rows)
+    read = trace.read("mooncake", path)
+    block = trace.block_tokens("mooncake", path, read, None)
+    for row in read:
+        cut = list(trace.blocks(row, block))
+        assert sum(known is not None for known, _ in cut) == len(row.hashes)
+        assert sum(tokens for _, tokens in cut) == row.input_tokens
+
+
+def test_a_block_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, (0, 160, 5, list(range(10))), (100, 160, 5, [0, *range(20, 29)]))
+    one, other = parse(f"mooncake:{path}", 1).take(2)
+    assert one.prompt != other.prompt
+    assert words(one)[:16] == words(other)[:16]
+    assert "16 tokens" in parse(f"mooncake:{path}", 1).notes[0]
+    with pytest.raises(WorkloadError, match="has 10 hashes for 160 tokens"):
+        parse(f"mooncake:{path},block=512", 1)
+    path = jsonl(tmp_path, (0, 3, 5, [1, 2, 3, 4, 5]))
+    with pytest.raises(WorkloadError, match="say with block="):
+        parse(f"mooncake:{path}", 1)
 
 
 def test_an_azure_file_needs_its_columns(tmp_path: Path) -> None:
@@ -249,7 +356,7 @@ def test_sharing_keeps_its_shape_when_scaled_and_clipped(mooncake: Path) -> None
 
 
 def test_another_seed_replays_the_same_trace_with_other_words(mooncake: Path) -> None:
-    one, other = (parse(f"mooncake:{mooncake}", seed).take(9) for seed in (1, 2))
+    one, other = (parse(f"mooncake:{mooncake}", seed, "").take(9) for seed in (1, 2))
     for a, b in zip(one, other, strict=True):
         assert (a.at_s, a.input_tokens, a.output_tokens) == (
             b.at_s,
@@ -257,7 +364,7 @@ def test_another_seed_replays_the_same_trace_with_other_words(mooncake: Path) ->
             b.output_tokens,
         )
         assert words(a)[:4] != words(b)[:4]
-    assert parse(f"mooncake:{mooncake}", 1).take(9) == one
+    assert parse(f"mooncake:{mooncake}", 1, "").take(9) == one
 
 
 def test_vllm_blocks_are_16_tokens_unless_said(tmp_path: Path) -> None:

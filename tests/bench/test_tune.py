@@ -18,7 +18,7 @@ from bench.engine.tuning import Measured, Outcome, Trial
 from bench.errors import BenchError, ResultError
 from bench.measure import Slo
 from bench.records import Record
-from bench.traffic.workload import Request
+from bench.traffic.request import Request
 from serve_app.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent

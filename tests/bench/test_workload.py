@@ -7,6 +7,7 @@ import random
 import statistics
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,8 @@ from tokenizers import Tokenizer
 
 from bench.errors import BenchError, WorkloadError
 from bench.traffic import words
-from bench.traffic.workload import KINDS, Request, matrix, parse
+from bench.traffic.request import Request
+from bench.traffic.workload import KINDS, matrix, parse
 from serve_app.planning import embedded
 
 
@@ -154,10 +156,19 @@ SPECS = [
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_same_seed_gives_the_same_requests_however_many_are_taken(spec: str) -> None:
-    taken = parse(spec, 7).take(100)
-    assert parse(spec, 7).take(100) == taken
-    assert parse(spec, 7).take(10) == taken[:10]
-    assert parse(spec, 7).request(99) == taken[99]
+    taken = parse(spec, 7, "salt").take(100)
+    assert parse(spec, 7, "salt").take(100) == taken
+    assert parse(spec, 7, "salt").take(10) == taken[:10]
+    assert parse(spec, 7, "salt").request(99) == taken[99]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_another_salt_changes_every_text_and_nothing_else(spec: str) -> None:
+    for salts in (("a", "b"), (None, None)):
+        one, other = (parse(spec, 7, salt).take(100) for salt in salts)
+        assert not set(map(text, one)) & set(map(text, other))
+        for a, b in zip(one, other, strict=True):
+            assert msgspec.structs.replace(a, prompt="") == msgspec.structs.replace(b, prompt="")
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -264,11 +275,44 @@ def test_a_jsonl_file_has_prompts_and_messages(tmp_path: Path) -> None:
         {"prompt": [5, 6, 7]},
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
-    assert parse(f"file:{path}", 0).take(9) == [
-        Request(prompt="one", output_tokens=3),
-        Request(prompt=messages, output_tokens=4, kind="chat", extra={"temperature": 0}),
-        Request(prompt=[5, 6, 7], output_tokens=64),
+    taken = parse(f"file:{path}", 0).take(9)
+    assert [msgspec.structs.replace(one, shared=0.0) for one in taken] == [
+        Request(prompt="one", output_tokens=3, limit=True),
+        Request(
+            prompt=messages, output_tokens=4, limit=True, kind="chat", extra={"temperature": 0}
+        ),
+        Request(prompt=[5, 6, 7], output_tokens=64, limit=True),
     ]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfHello\n\nWorld")
+    assert prompts(f"file:{path}", 9) == ["Hello", "World"]
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "Hello"}')
+    assert prompts(f"file:{path}", 9) == ["Hello"]
+
+
+def test_a_file_says_what_its_prompts_share(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("x" * 100 + "a" * 100 + "\n" + "y" * 200 + "\n" + "x" * 100 + "b" * 100)
+    shares = [request.shared for request in parse(f"file:{path}", 0).take(9)]
+    assert shares == pytest.approx([0.5, 0.0, 0.5], abs=0.02)
+    assert [request.shared for request in parse(f"file:{path},repeat=2", 0).take(9)] == [1.0] * 6
+
+
+def test_a_fresh_file_begins_with_other_words_each_time(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n{"messages": [{"role": "user", "content": "two"}]}')
+    taken = [parse(f"file:{path},repeat=2,fresh=yes", 0).take(4) for _ in range(2)]
+    beginnings = {json.dumps(request.prompt) for one in taken for request in one}
+    assert len(beginnings) == 8
+    assert {request.shared for one in taken for request in one} == {0.0}
+    assert text(taken[0][0]).endswith("\none")
+    path.write_text('{"prompt": [1, 2]}')
+    with pytest.raises(WorkloadError, match="fresh = 'yes'"):
+        parse(f"file:{path},fresh=yes", 0)
 
 
 def test_a_file_is_repeated_only_when_asked(tmp_path: Path) -> None:
@@ -384,8 +428,9 @@ def test_a_bad_spec_is_refused_by_name_value_and_nearest_choice(spec: str, messa
 
 
 def test_spaces_and_commas_in_parentheses_are_no_mistakes() -> None:
-    plain = parse("synthetic:input=uniform(5;9),output=3", 0)
-    assert parse(" synthetic:input = uniform(5, 9) , output = 3 ", 0).take(9) == plain.take(9)
+    plain = parse("synthetic:input=uniform(5;9),output=3", 0, "")
+    spaced = parse(" synthetic:input = uniform(5, 9) , output = 3 ", 0, "")
+    assert spaced.take(9) == plain.take(9)
 
 
 @given(

@@ -1,0 +1,82 @@
+"""Whether an answer with status 200 is one: what contradicts itself is a failure, or unknown.
+
+A server that says it has written 160 tokens of a text of 30 bytes is not to be believed, and a
+figure made of that is wrong. So an answer without output has failed; token counts that cannot be
+are not counted; and an answer that came all at once has no time between its tokens.
+"""
+
+from bench.records import Record
+
+ONE_PIECE = "one piece"
+# No engine writes faster, so what comes closer together was held back on its way.
+_FASTEST_TOKEN_S = 20e-6
+# A text may have as many tokens as bytes, and a few more that are not shown.
+_HIDDEN_TOKENS = 16
+# The longest tokens are runs of spaces; a whole text has far fewer bytes a token.
+_BYTES_PER_TOKEN, _FEW_BYTES = 32, 64
+_BROKEN = ("abort", "aborted", "error", "cancelled")
+
+
+def judge(record: Record, streamed: bool = True, answers: int = 1) -> None:
+    """Mark what is wrong with a complete answer, in its record.
+
+    Args:
+        streamed: whether a stream was asked for.
+        answers: how many were asked for (`n`).
+    """
+    if record.error:
+        return
+    if record.finish_reason in _BROKEN:
+        record.error = f"broken off: the server ended it with {record.finish_reason!r}"
+    elif not record.chunk_s:
+        _without_output(record)
+    elif record.choices > answers:
+        record.odd = f"choices: {record.choices} answers came, and {answers} was asked for"
+    elif contradiction := _contradiction(record):
+        record.odd = f"usage: {contradiction}"
+        record.output_tokens = None
+    elif streamed and in_one_piece(record):
+        record.odd = f"{ONE_PIECE}: a stream was asked for, and the whole answer came at once"
+
+
+def in_one_piece(record: Record) -> bool:
+    """Whether an answer of several tokens came at one time."""
+    tokens = _tokens(record)
+    if tokens is None:
+        return len(set(record.chunk_s)) == 1 and record.text_bytes > _HIDDEN_TOKENS
+    took_s = record.chunk_s[-1] - record.chunk_s[0]
+    return tokens >= 2 and took_s <= _FASTEST_TOKEN_S * (tokens - 1)
+
+
+def _without_output(record: Record) -> None:
+    """Nothing came. Asked to go on after its end, a model may write only what is not shown."""
+    tokens = record.output_tokens
+    if tokens and tokens == record.asked_output_tokens and record.finish_reason == "length":
+        record.odd = f"no text: {tokens} tokens were written, and none of them is shown"
+    else:
+        said = "says nothing of" if tokens is None else f"says {tokens}"
+        record.error = f"empty: the answer has no output, and the usage {said} tokens"
+
+
+def _contradiction(record: Record) -> str:
+    """Why the number of output tokens cannot be; empty where it can, or is not said."""
+    tokens, events, text_bytes = record.output_tokens, len(record.chunk_s), record.text_bytes
+    if tokens is None:
+        return ""
+    said = f"{tokens} output tokens are said"
+    if tokens == 0 or tokens < 0.9 * events - 1:
+        return f"{said}, and {events} events came"
+    most = record.asked_output_tokens
+    if most is not None and tokens > most * record.choices:
+        return f"{said}, and at most {most * record.choices} were asked for"
+    whole = record.finish_reason == "length" and tokens == most
+    if not whole and tokens - record.reasoning_tokens > text_bytes + _HIDDEN_TOKENS:
+        return f"{said}, and the text has {text_bytes} bytes"
+    if text_bytes > max(_FEW_BYTES, _BYTES_PER_TOKEN * tokens):
+        return f"{said}, and the text has {text_bytes} bytes"
+    return ""
+
+
+def _tokens(record: Record) -> float | None:
+    """Output tokens of one of the answers of a response."""
+    return None if record.output_tokens is None else record.output_tokens / record.choices

@@ -1,0 +1,57 @@
+"""Whether what a prefix cache answered is explained by the workload."""
+
+from typing import Any
+
+import pytest
+
+from bench import measure
+from bench.records import Record
+
+
+def record(**changes: Any) -> Record:
+    settings: dict[str, Any] = {
+        "status": 200,
+        "sent_s": 0.0,
+        "end_s": 1.0,
+        "chunk_s": [0.5],
+        "asked_input_tokens": 200,
+        "input_tokens": 200,
+        "output_tokens": 1,
+    }
+    return Record(index=0, planned_s=0.0, **{**settings, **changes})
+
+
+def doubt(*records: Record) -> str:
+    return " ".join(measure.answer_doubts(measure.measure(records)))
+
+
+def test_hits_in_a_workload_that_shares_nothing_are_doubted() -> None:
+    found = doubt(record(cached_tokens=192), record(cached_tokens=0))
+    assert "47% of the prompt tokens" in found
+    assert found in measure.doubts(
+        measure.measure([record(cached_tokens=192), record(cached_tokens=0)])
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cached_tokens": None},
+        {"cached_tokens": 0},
+        {"cached_tokens": 96, "shared": 0.5},  # Half of it is shared.
+        {"cached_tokens": 32, "input_tokens": 234},  # A chat template of 34 tokens.
+        {"cached_tokens": 32, "input_tokens": 60, "asked_input_tokens": None},
+    ],
+)
+def test_hits_that_the_workload_explains_are_not(changes: dict[str, Any]) -> None:
+    assert doubt(record(**changes)) == ""
+
+
+def test_hits_beyond_what_is_shared_are_doubted() -> None:
+    assert doubt(record(cached_tokens=192, shared=0.5))
+
+
+def test_the_share_that_came_from_the_cache() -> None:
+    known, unknown = record(cached_tokens=50), record()
+    assert measure.measure([known, unknown]).answers.cached_share == 0.25
+    assert measure.measure([unknown]).answers.cached_share is None

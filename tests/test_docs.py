@@ -1,0 +1,74 @@
+"""README and docs: links lead somewhere, and commands name targets and options that exist."""
+
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "kuberay" / "README.md",
+    ROOT / "runpod" / "README.md",
+]
+COMMANDS = re.compile(
+    r"python -m ((?:bench|serve_app|kuberay)[\w.]*)((?: [^`\n|]*(?:\\\n[^`\n|]*)*)?)"
+)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target} of {page}"
+        if anchor:
+            assert anchor in anchors(file), f"{target} of {page}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_make_targets_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|^    |^)make ([a-z][a-z-]+)", page.read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target} of {page}"
+
+
+@cache
+def help_of(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"python -m {' '.join(words)} --help: {done.stderr[-300:]}"
+    return done.stdout
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """Page, module and arguments of each `python -m` command of ours."""
+    found = []
+    for page in PAGES[:-2]:  # The pages of kuberay and runpod have tests of their own.
+        for module, rest in COMMANDS.findall(page.read_text()):
+            found.append((str(page.relative_to(ROOT)), module, rest.replace("\\\n", " ")))
+    return found
+
+
+def test_commands_name_options_that_exist() -> None:
+    for page, module, rest in commands():
+        words = rest.partition("#")[0].split()
+        command = [module]
+        if words and re.fullmatch(r"[a-z]+", words[0]) and module in ("bench", "serve_app"):
+            command.append(words[0])
+        options = [word.split("=")[0] for word in words if re.match(r"--[a-z][a-z-]*", word)]
+        for option in options:
+            assert option in help_of(*command), f"{option} of `{' '.join(command)}` in {page}"

@@ -1,0 +1,168 @@
+"""docs/upstream.md, row by row: each test fails when what a row names has moved."""
+
+import argparse
+import inspect
+import os
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+REGISTER = (ROOT / "docs" / "upstream.md").read_text()
+
+
+def parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def test_every_row_has_a_test() -> None:
+    rows = set(re.findall(r"^\| (\d+) \|", REGISTER, re.MULTILINE))
+    tests = {name.split("_")[1] for name in globals() if re.match(r"test_\d+_", name)}
+    assert rows == tests
+
+
+def test_every_private_import_is_registered() -> None:
+    """A module that imports a private name of Ray or vLLM is named in the register."""
+    private = re.compile(
+        r"^\s*(?:from|import) (?:ray\.\S*_private|vllm\.v1|vllm\.entrypoints)", re.M
+    )
+    for path in (ROOT / "serve_app").rglob("*.py"):
+        if private.search(path.read_text()):
+            name = str(path.relative_to(ROOT / "serve_app"))
+            assert f"`{name}`" in REGISTER, f"{name} is not in docs/upstream.md"
+
+
+def test_1_a_request_is_added_by_this_method() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    expected = ["self", "request", "prompt", "parent_req", "index", "queue"]
+    assert parameters(AsyncLLM._add_request) == expected
+    assert callable(AsyncLLM.check_admission)
+
+
+def test_2_outputs_are_processed_by_these_methods() -> None:
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    assert parameters(OutputProcessor.process_outputs)[:3] == [
+        "self",
+        "engine_core_outputs",
+        "engine_core_timestamp",
+    ]
+    assert "request_states" in inspect.getsource(OutputProcessor.__init__)
+    assert callable(OutputProcessor.update_scheduler_stats)
+
+
+def test_3_the_collector_is_looked_up_in_this_module() -> None:
+    import vllm.v1.engine.async_llm as module
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    assert module.RequestOutputCollector is RequestOutputCollector
+    assert "RequestOutputCollector(" in inspect.getsource(module.AsyncLLM)
+    assert parameters(RequestOutputCollector.__init__) == ["self", "output_kind", "request_id"]
+
+
+def test_4_engine_processes_are_made_by_this_context() -> None:
+    import vllm.v1.engine.utils as module
+
+    assert "get_mp_context()" in inspect.getsource(module.CoreEngineProcManager)
+
+
+def test_5_the_application_is_built_by_these_functions() -> None:
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+
+    assert parameters(build_app)[:3] == ["args", "supported_tasks", "model_config"]
+    assert parameters(init_app_state)[:4] == ["engine_client", "state", "args", "supported_tasks"]
+    assert parameters(make_arg_parser) == ["parser"]
+    assert parameters(validate_parsed_serve_args) == ["args"]
+
+
+def test_6_a_parser_lists_its_arguments() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--one", choices=["a"])
+    assert {action.dest for action in parser._actions} == {"help", "one"}
+
+
+def test_7_the_fork_server_is_this_object() -> None:
+    import multiprocessing.forkserver as module
+
+    assert hasattr(module._forkserver, "_forkserver_pid")  # type: ignore[attr-defined]
+    assert callable(module._forkserver._stop)  # type: ignore[attr-defined]
+
+
+def test_8_serve_run_ends_by_this_function() -> None:
+    from ray.serve import scripts
+
+    assert "serve.shutdown()" in inspect.getsource(scripts)
+
+
+def test_9_haproxy_is_configured_by_lines_that_the_edits_match() -> None:
+    from ray.serve._private import haproxy_templates
+
+    template = inspect.getsource(haproxy_templates)
+    for line in ("option splice-re", "errorfile 502", "errorfile 503", "errorfile 504", "defaults"):
+        assert line in template
+
+
+def test_10_ray_says_where_its_logs_are() -> None:
+    from ray._private.node import Node
+
+    assert callable(Node.get_logs_dir_path)
+
+
+def test_11_the_controller_says_where_http_listens() -> None:
+    from ray.serve._private import constants
+    from ray.serve._private.controller import ServeController
+
+    assert constants.SERVE_CONTROLLER_NAME
+    assert constants.SERVE_NAMESPACE
+    original = getattr(ServeController, "__ray_metadata__", None)
+    actor = original.modified_class if original is not None else ServeController
+    assert callable(actor.get_http_config)
+
+
+def test_12_the_state_says_whether_the_cluster_can_grow() -> None:
+    from ray._private.state import state
+
+    assert callable(state.get_max_resources_from_cluster_config)
+
+
+def test_13_ray_says_how_often_it_reports_metrics() -> None:
+    import ray
+
+    assert ray._config.metrics_report_interval_ms() > 0
+
+
+def test_14_a_router_is_given_the_replicas() -> None:
+    from ray.serve.request_router import RequestRouter, RunningReplica
+
+    assert parameters(RequestRouter.update_replicas) == ["self", "replicas"]
+    assert isinstance(RunningReplica.replica_metadata, property)
+
+
+def test_15_ray_reads_these_variables() -> None:
+    import ray
+
+    from serve_app.launch.launcher import ENVIRONMENT
+
+    read = "".join(path.read_text() for path in _python(Path(ray.__file__).parent / "serve"))
+    for name in ENVIRONMENT:
+        if name.startswith("RAY_SERVE_"):
+            assert f'"{name}"' in read, name
+
+
+def test_16_vllms_application_keeps_its_handlers() -> None:
+    from vllm.entrypoints.launchers import app
+
+    source = inspect.getsource(app.build_app)
+    assert "exception_handler" in source
+    assert "FastAPI" in source
+
+
+def _python(folder: Path) -> list[Path]:
+    return [
+        Path(root, name)
+        for root, _, names in os.walk(folder)
+        for name in names
+        if name.endswith(".py")
+    ]

@@ -1,9 +1,6 @@
 """The queue worker: Runpod's jobs, answered by the application on this machine over HTTP.
 
-    job["input"] is one of
-    {"openai_route": "/v1/chat/completions", "openai_input": {...}}   as Runpod's /openai sends it
-    {"route": "/v1/models", "method": "GET", "body": {...}}           any route
-    {"messages": [...] or "prompt": ..., "sampling_params": {...}, "stream": true}
+What a job's input may be is in question.py.
 
 An answer that streams is yielded as whole SSE events, as text: what came in while the batch before
 it was being posted goes out as the next one, so a slow queue gets fewer and larger posts. An error
@@ -16,22 +13,18 @@ import contextlib
 import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+
+from question import BadJob, Question
 
 # No post is made for less than this much time of a stream, except its first.
 _BATCH_S = 0.2
 # While a replica is being replaced the application answers 503; the job can wait for the next.
 _PATIENCE_S = 120.0
 _RETRY_S = (1.0, 30.0)
-_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _EVENT_END = b"\n\n"
-
-
-class BadJob(Exception):
-    """An input that is none of the three shapes."""
 
 
 class Failed(Exception):
@@ -44,47 +37,6 @@ class Failed(Exception):
     def output(self) -> dict[str, str]:
         # The SDK fails a job for this key, and keeps its value as text.
         return {"error": json.dumps({"status": self.status, **self.error})}
-
-
-@dataclass(frozen=True)
-class Question:
-    """One HTTP request to the application."""
-
-    method: str
-    route: str
-    body: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, given: Any) -> "Question":
-        """From a job's input.
-
-        Raises:
-            BadJob: in one sentence.
-        """
-        if not isinstance(given, dict):
-            raise BadJob("input must be an object")
-        if "openai_route" in given or "openai_input" in given:
-            return cls._at(given.get("openai_route") or _CHAT, given.get("openai_input"))
-        if "route" in given:
-            return cls._at(given["route"], given.get("body"), given.get("method"))
-        body = {**(given.get("sampling_params") or {}), "stream": bool(given.get("stream"))}
-        if "messages" in given:
-            return cls._at(_CHAT, {**body, "messages": given["messages"]})
-        if "prompt" in given:
-            return cls._at(_COMPLETIONS, {**body, "prompt": given["prompt"]})
-        raise BadJob("input needs openai_route with openai_input, or route, or messages, or prompt")
-
-    @classmethod
-    def _at(cls, route: Any, body: Any, method: Any = None) -> "Question":
-        if not isinstance(route, str) or not route.startswith("/") or route.startswith("//"):
-            raise BadJob(f"{route!r} is not a route, such as {_CHAT}")
-        if body is not None and not isinstance(body, dict):
-            raise BadJob("the body must be an object")
-        return cls(str(method or ("GET" if body is None else "POST")).upper(), route, body)
-
-    @property
-    def streams(self) -> bool:
-        return self.body is not None and self.body.get("stream") is True
 
 
 class Application:
@@ -130,7 +82,7 @@ class Application:
             return question
         if self._model is None:
             async with self._asked(Question("GET", "/v1/models", None)) as response:
-                self._model = (await response.json())["data"][0]["id"]
+                self._model = _first_model(await response.read())
         return Question(question.method, question.route, {**body, "model": self._model})
 
     @contextlib.asynccontextmanager
@@ -153,7 +105,7 @@ class Application:
                             yield response
                         return
                     failure = Failed(response.status, _error_of(await response.read()))
-                    wait_s = float(response.headers.get("Retry-After") or pause_s)
+                    wait_s = _seconds(response.headers.get("Retry-After"), pause_s)
             except aiohttp.ClientConnectorError as error:
                 failure = Failed(503, {"message": f"the server is not there: {error}"})
                 wait_s = pause_s
@@ -230,6 +182,26 @@ async def _batches(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             await reader
 
 
+def _first_model(data: bytes) -> str:
+    """The first model of an answer of /v1/models.
+
+    Raises:
+        Failed: it is not such an answer.
+    """
+    try:
+        return str(json.loads(data)["data"][0]["id"])
+    except (ValueError, LookupError, TypeError):
+        raise Failed(502, {"message": "the server does not say which model it serves"}) from None
+
+
+def _seconds(retry_after: str | None, default_s: float) -> float:
+    """How long a Retry-After asks to wait; a date, which proxies may send, is not waited for."""
+    try:
+        return max(0.0, float(retry_after or default_s))
+    except ValueError:
+        return default_s
+
+
 def _parsed(data: bytes) -> Any:
     try:
         return json.loads(data)
@@ -265,8 +237,8 @@ def _status(error: Mapping[str, Any]) -> int:
 def room(environ: Mapping[str, str]) -> int:
     """How many jobs at once: what the engines batch, or less where MAX_CONCURRENCY says so."""
     can = int(environ.get("SERVE_ROOM") or 256)
-    wanted = environ.get("MAX_CONCURRENCY") or ""
-    return max(1, min(can, int(wanted)) if wanted.isdigit() else can)
+    wanted = int(environ.get("MAX_CONCURRENCY") or 0)  # choice.py has refused what is no number.
+    return min(can, wanted) if wanted else can
 
 
 def main() -> None:
@@ -278,7 +250,9 @@ def main() -> None:
 
     async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
         try:
-            async with contextlib.aclosing(application.answer(Question.of(job["input"]))) as answer:
+            async with contextlib.aclosing(
+                application.answer(Question.of(job.get("input")))
+            ) as answer:
                 async for output in answer:
                     yield output
         except BadJob as error:

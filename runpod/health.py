@@ -6,21 +6,35 @@
 
 It is a port of its own because the application's port is closed while the model loads, which the
 balancer would take for unhealthy. It knows nothing but a status, so it asks for no key.
+
+The status is that of a probe which runs once a second and is given `_TIMEOUT_S`: while no replica
+is up, the application may hold requests until there is one, and a probe held with them would leave
+the last status standing. A refusal is believed at once, silence when it is repeated.
 """
 
+import http.client
+import queue
 import threading
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from collections.abc import Callable
+from enum import Enum
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 
-# One slow answer under load is no illness.
-_MISSES = 2
 _PERIOD_S = 1.0
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 1.5
+# One slow answer under load is no illness.
+_SILENCES = 2
+
+
+class Answer(Enum):
+    """What a probe came to."""
+
+    YES = "a replica is healthy"
+    NO = "none is"
+    SILENCE = "no answer in time"
 
 
 class Health:
@@ -28,7 +42,7 @@ class Health:
 
     def __init__(self, port: int, path: str = "/ping", host: str = "0.0.0.0") -> None:
         self._status = HTTPStatus.NO_CONTENT
-        self._probe: Callable[[], bool] | None = None
+        self._probe: Callable[[], Answer] | None = None
         self._over = threading.Event()
         self._server = ThreadingHTTPServer((host, port), self._handler(path))
         self._server.daemon_threads = True
@@ -59,29 +73,36 @@ class Health:
     def loading(self) -> None:
         self._set(HTTPStatus.NO_CONTENT, None)
 
-    def ready(self, probe: Callable[[], bool]) -> None:
-        """An answer was generated; from now on `probe` says whether there is a healthy replica."""
+    def ready(self, probe: Callable[[], Answer]) -> None:
+        """An answer was generated; from now on `probe` says whether there is a healthy replica.
+
+        It must return within a few seconds.
+        """
         self._set(HTTPStatus.OK, probe)
 
     def unavailable(self) -> None:
         """Draining, or past help."""
         self._set(HTTPStatus.SERVICE_UNAVAILABLE, None)
 
-    def _set(self, status: HTTPStatus, probe: Callable[[], bool] | None) -> None:
+    def _set(self, status: HTTPStatus, probe: Callable[[], Answer] | None) -> None:
         self._probe, self._status = probe, status
 
     def _watch(self) -> None:
-        misses = 0
+        silences = 0
         while not self._over.wait(_PERIOD_S):
             probe = self._probe
             if probe is None:
-                misses = 0
+                silences = 0
                 continue
-            misses = 0 if probe() else misses + 1
-            # `probe` took its time: what was said meanwhile stands.
-            if self._probe is probe:
-                sick = misses >= _MISSES
-                self._status = HTTPStatus.SERVICE_UNAVAILABLE if sick else HTTPStatus.OK
+            answer = probe()
+            silences = silences + 1 if answer is Answer.SILENCE else 0
+            # `probe` took its time: a status that was set meanwhile stands.
+            if self._probe is not probe:
+                continue
+            if answer is Answer.YES:
+                self._status = HTTPStatus.OK
+            elif answer is Answer.NO or silences >= _SILENCES:
+                self._status = HTTPStatus.SERVICE_UNAVAILABLE
 
     def _handler(self, path: str) -> type[BaseHTTPRequestHandler]:
         health = self
@@ -105,13 +126,32 @@ class Health:
         return Handler
 
 
-def answers(url: str) -> bool:
-    """Whether a GET of `url` is answered with 200."""
+def ask(url: str, timeout_s: float = _TIMEOUT_S) -> Answer:
+    """What a GET of `url` says within `timeout_s`: 200 is YES, another status or no server NO.
+
+    A thread of its own waits for it, because the time limit of a socket begins anew with each byte.
+    """
+    found: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+    threading.Thread(target=lambda: found.put(_get(url, timeout_s)), daemon=True).start()
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
-            return bool(response.status == HTTPStatus.OK)
-    except (urllib.error.URLError, OSError, ValueError):
-        return False
+        return found.get(timeout=timeout_s)
+    except queue.Empty:
+        return Answer.SILENCE
+
+
+def _get(url: str, timeout_s: float) -> Answer:
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
+    try:
+        connection.request("GET", parts.path or "/")
+        status = connection.getresponse().status
+        return Answer.YES if status == HTTPStatus.OK else Answer.NO
+    except TimeoutError:
+        return Answer.SILENCE
+    except (OSError, http.client.HTTPException):
+        return Answer.NO
+    finally:
+        connection.close()
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float, period_s: float = 0.1) -> bool:

@@ -30,7 +30,7 @@ import logs
 import rest
 from choice import Choice, choose, grace_s, ports_of
 from head import LEAST_SHM_BYTES, Head, environment, object_store_bytes, shm_bytes
-from health import Health, answers
+from health import Health, ask
 from logs import show
 from serve_app.errors import ConfigError
 from serve_app.launch import doctor, launcher, orphans
@@ -192,7 +192,7 @@ class Run:
                 if choice.mode == "queue":
                     self._handler = _handle(url, choice)
                     orphans.own.add(self._handler.pid)
-                self._health.ready(lambda: answers(url + "/health"))
+                self._health.ready(lambda: ask(url + "/health"))
                 show("ready: an answer was generated")
         return 0
 

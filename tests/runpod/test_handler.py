@@ -279,7 +279,7 @@ def test_no_more_at_once_than_there_is_room(application: Application, tmp_path: 
         ({"SERVE_ROOM": "512"}, 512),
         ({"SERVE_ROOM": "512", "MAX_CONCURRENCY": "30"}, 30),
         ({"SERVE_ROOM": "8", "MAX_CONCURRENCY": "30"}, 8),
-        ({"MAX_CONCURRENCY": "0"}, 1),
+        ({"MAX_CONCURRENCY": "0"}, 256),
     ],
 )
 def test_the_room_is_the_lesser_of_two(environ: dict[str, str], expected: int) -> None:

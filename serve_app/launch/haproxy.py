@@ -31,11 +31,13 @@ class Rule:
         why: the purpose, for the reader and for the error where nothing matches.
         pattern: matched against the whole text, with ^ and $ at each line.
         replacement: as for `re.sub`.
+        where: the rule concerns only a configuration in which this matches too.
     """
 
     why: str
     pattern: str
     replacement: str
+    where: str = ""
 
     def apply(self, text: str) -> str:
         """The text with the rule applied.
@@ -43,27 +45,90 @@ class Rule:
         Raises:
             UnknownTemplate: no line matches.
         """
+        if not re.search(self.where, text, flags=re.MULTILINE):
+            return text
         changed, count = re.subn(self.pattern, self.replacement, text, flags=re.MULTILINE)
         if not count:
             raise UnknownTemplate(f"no line to change for: {self.why}")
         return changed
 
 
-def _error(status: int, message: str, kind: str, code: str, more: str = "") -> Rule:
-    """Ray Serve answers its own errors in plain text; clients parse JSON."""
-    body = (
+_RETRY = " hdr Retry-After 1"
+# Message, type and code of what is answered while no replica is up.
+_NONE = "no replica is up; ask again", "server_error", "unavailable"
+
+
+def _body(message: str, kind: str, code: str) -> str:
+    """An error as clients parse it."""
+    return (
         f'{{"type":"error","error":{{"message":"{message}","type":"{kind}",'
         f'"param":null,"code":"{code}"}}}}'
     )
+
+
+def _error(status: int, body: str, headers: str = "") -> Rule:
+    """Ray Serve answers its own errors in plain text; clients parse JSON."""
     return Rule(
         why=f"JSON for status {status}",
         pattern=rf"^( *)errorfile {status} .*$",
         replacement=rf"\1http-error status {status} content-type application/json string '{body}'"
-        + more,
+        + headers,
     )
 
 
+def _answer(status: int, body: str = "", headers: str = "") -> str:
+    """An answer that HAProxy gives by itself."""
+    content = f" content-type application/json string '{body}'" if body else ""
+    return f"http-request return status {status}{content}{headers}"
+
+
+# Ray Serve writes these parts once it knows of an application.
+_APPLICATION = r"^ *use_backend "
+_FALLBACK = r"^ *server \S+ (\S+) check backup$"
+# Of a request to the application \g<2>: whether it asks for the health, with no replica up.
+_NONE_UP = "if is_\\g<2> !{ nbsrv(\\g<2>) ge 1 } !{ stopping }"
+_HEALTH = "{ path_end /health /ping }"
+
 RULES = (
+    Rule(
+        why="actions in Lua are known before the rules that name them",
+        pattern=r"^global$",
+        replacement=f'global\n    lua-load-per-thread "{Path(__file__).with_name("haproxy.lua")}"',
+    ),
+    Rule(
+        why="a worker that was replaced passes requests to its successor, which logs them",
+        pattern=r"^( *)# Static routing based on path prefixes.*$",
+        replacement=r"\1http-request set-log-level silent if { stopping }"
+        r"\n\1use_backend successor if { stopping }\n\g<0>",
+    ),
+    Rule(
+        why="with no replica up, a health check is answered at once, and other requests wait a "
+        "bounded time (haproxy.lua); an application that is scaled to zero takes requests",
+        pattern=r"^( *)acl is_(\S+) path \S+$",
+        replacement=r"\g<0>"
+        rf"\n\1{_answer(200)} {_NONE_UP} {_HEALTH} {{ env(SERVE_APP_SCALES_TO_ZERO) -m found }}"
+        rf"\n\1{_answer(503, _body(*_NONE), _RETRY)} {_NONE_UP} {_HEALTH}"
+        rf"\n\1http-request lua.await_replica \2 {_NONE_UP}",
+        where=_APPLICATION,
+    ),
+    Rule(
+        why="a replica that does not answer a health check within a second is not healthy",
+        pattern=r"^( *)# Enable HTTP connection reuse for better performance$",
+        replacement=rf"\1http-request set-timeout server 1s if {_HEALTH}\n\g<0>",
+        where=_APPLICATION,
+    ),
+    Rule(
+        why="a node with Ray Serve's own proxy is still ready for requests while no replica is up",
+        pattern=r"^( *)acl (backend_\S+_server_up) nbsrv\(.*$",
+        replacement=r"\g<0>\n\1acl \2 nbsrv(fallback) ge 1",
+        where=_FALLBACK,
+    ),
+    Rule(
+        why="requests do not wait without bound in that proxy",
+        pattern=_FALLBACK.removesuffix("$") + r"\n",
+        replacement="",
+        where=_FALLBACK,
+    ),
     Rule(
         why="no splicing: HAProxy 2.8 does not notice that the client of a spliced body left, so "
         "the engine works on, and HAProxy spins on one core until the response ends",
@@ -82,13 +147,11 @@ RULES = (
     ),
     _error(
         502,
-        "the replica died before it answered; ask again",
-        "server_error",
-        "unavailable",
-        " hdr Retry-After 1",
+        _body("the replica died before it answered; ask again", "server_error", "unavailable"),
+        _RETRY,
     ),
-    _error(503, "no replica is up; ask again", "server_error", "unavailable", " hdr Retry-After 1"),
-    _error(504, "the replica did not answer in time", "timeout_error", "timeout"),
+    _error(503, _body(*_NONE), _RETRY),
+    _error(504, _body("the replica did not answer in time", "timeout_error", "timeout")),
 )
 
 
@@ -100,9 +163,41 @@ def rewritten(text: str) -> str:
     """
     if text.startswith(MARK):
         return text
+    more = _SUCCESSOR.format(address=_frontend(text)) + _fallback(text)
     for rule in RULES:
         text = rule.apply(text)
-    return f"{MARK}\n{text}"
+    return f"{MARK}\n{text}{more}"
+
+
+# A worker that is told to stop keeps the idle connections of its clients, and never again learns
+# which servers there are. Its successor listens on the same address. A pooled connection could be
+# to a worker that has itself been replaced since.
+_SUCCESSOR = """\
+backend successor
+    http-reuse never
+    option http-server-close
+    server successor {address}
+"""
+
+
+def _frontend(text: str) -> str:
+    """Where this HAProxy listens.
+
+    Raises:
+        UnknownTemplate: it is not stated.
+    """
+    found = re.search(r"^frontend http_frontend\n *bind (\S*):(\d+)$", text, re.MULTILINE)
+    if found is None:
+        raise UnknownTemplate("no address of the frontend")
+    return f"{found[1].removeprefix('*') or '127.0.0.1'}:{found[2]}"
+
+
+def _fallback(text: str) -> str:
+    """A backend for Ray Serve's own proxy on the head node: haproxy.lua asks it for a replica."""
+    found = re.search(_FALLBACK, text, re.MULTILINE)
+    return "backend fallback\n" + (
+        f"    server fallback {found[1]} check inter 1s\n" if found is not None else ""
+    )
 
 
 def main(words: list[str], environment: Mapping[str, str]) -> None:

@@ -49,6 +49,9 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     # A dead server is found by its closed port; a check a second finds one that went silent.
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    # A replica may close an idle connection while HAProxy sends a request over it. A request that
+    # was not answered at all is sent again, to another replica if there is one.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # More threads than cores spin on the cores that the front end needs.
     "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 2))),
     # Ray starts its workers at niceness 15, below whatever else the machine runs.
@@ -76,7 +79,7 @@ def serve(arguments: argparse.Namespace) -> int:
     orphans.adopt()
     with _effective(config, Path(arguments.config), arguments.model) as path, _signals() as stop:
         # Within _signals: a child inherits an ignored SIGINT, as a script's background job has it.
-        child = _Child(path)
+        child = _Child(path, without_replica(settings))
         try:
             return _attend(child, stop, f"http://127.0.0.1:{port}", settings)
         finally:
@@ -118,6 +121,15 @@ def haproxy() -> dict[str, str]:
         "SERVE_APP_PYTHON": sys.executable,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
     }
+
+
+def without_replica(settings: Settings) -> dict[str, str]:
+    """Environment that says what HAProxy does while no replica is up (haproxy.lua)."""
+    asleep = settings.replicas.min == 0 and not settings.gateway.enabled
+    # A request that wakes an application waits for the whole start of a replica.
+    wait_s = settings.limits.request_timeout_s if asleep else settings.gateway.replica_timeout_s
+    variables = {"SERVE_APP_REPLICA_TIMEOUT_S": f"{wait_s:g}"}
+    return variables | ({"SERVE_APP_SCALES_TO_ZERO": "1"} if asleep else {})
 
 
 @contextlib.contextmanager
@@ -210,7 +222,7 @@ class _Child:
     Its whole output goes to a file; the lines of this application are kept for `line`.
     """
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, environment: Mapping[str, str]) -> None:
         descriptor, log = tempfile.mkstemp(prefix="serve_app.", suffix=".log")
         self.log = Path(log)
         self._lines: queue.Queue[str] = queue.Queue()
@@ -220,7 +232,13 @@ class _Child:
         # server in another then wait for seconds in turn.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "serve_app.launch.run", "run", str(config)],
-            env={**ENVIRONMENT, **haproxy(), **os.environ, "PYTHONUNBUFFERED": "1"},
+            env={
+                **ENVIRONMENT,
+                **haproxy(),
+                **environment,
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

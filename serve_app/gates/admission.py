@@ -16,21 +16,10 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import GatewayTimeout, RequestError, TooManyRequests, Unavailable
-from serve_app.gates.limits import RequestSize
+from serve_app.gates import routes
+from serve_app.gates.reading import Reading
 from serve_app.scaling.signals import Signals
 from serve_app.settings import Limits
-
-GENERATION_PATHS = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/chat/completions/batch",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/messages",
-        "/generative_scoring",
-        "/v1/systemone",
-    }
-)
 
 # How long the application may take to end what it was told to leave.
 _FAREWELL_S = 3.0
@@ -156,13 +145,11 @@ class AdmissionGate:
         self.waited = waited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in GENERATION_PATHS:
+        if not _generates(scope):
             await self.app(scope, receive, send)
             return
         response = _Response(send, self._engine_error)
-        state = scope.get("state", {})
-        size: RequestSize = state.get("size") or RequestSize()
-        body_bytes: int = state.get("body_bytes", 0)
+        asked: Reading = scope.get("state", {}).get("reading") or Reading(sequences=1)
         came_s = time.monotonic()
         self.signals.arrived()
         try:
@@ -170,9 +157,9 @@ class AdmissionGate:
                 if not self.healthy():
                     raise self._unavailable()
                 queue_timeout_s = self.limits.queue_timeout_s
-                async with self.admission.slot(size.sequences, queue_timeout_s, body_bytes):
+                async with self.admission.slot(asked.sequences, queue_timeout_s, asked.body_bytes):
                     wait_s = time.monotonic() - came_s
-                    self.signals.admitted(wait_s, body_bytes)
+                    self.signals.admitted(wait_s, asked.body_bytes)
                     self.waited(wait_s)
                     await self._answer(scope, receive, response)
             await response.end(scope)
@@ -223,6 +210,13 @@ class AdmissionGate:
             "The engine stopped and is being replaced. Try again.",
             retry_after_s=self.limits.retry_after_s,
         )
+
+
+def _generates(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    route = routes.find(scope["path"])
+    return route is not None and route.generates
 
 
 class _Response:

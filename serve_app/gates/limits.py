@@ -1,52 +1,25 @@
 """What a single request may ask for, checked before it costs the engine anything.
 
-Only what vLLM does not check itself: the size of a body and the time it may take to arrive, and
-this deployment's bounds on `n` and `max_tokens`. Everything about the meaning of a request is left
-to vLLM, which knows the model.
+Only what vLLM does not check itself: whether there is such a route, the size of a body and the time
+it may take to arrive, and this deployment's bounds on what a request asks for. Everything about the
+meaning of a request is left to vLLM, which knows the model.
 """
 
 import asyncio
-from typing import Any
 
-import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import BadRequest, NotFound, PayloadTooLarge, RequestError, RequestTimeout
+from serve_app.gates import reading, routes
+from serve_app.gates.reading import Reading
 from serve_app.settings import Limits
-
-# vLLM's routes that steer the engine instead of asking it something. Behind a balancer they would
-# reach one replica at random, and any client's key would open them.
-_CONTROL_PREFIXES = ("/inference/", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/invocations")
-
-
-class RequestSize(msgspec.Struct):
-    """The fields of any generation request that say how much it asks for."""
-
-    n: Any = None
-    best_of: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    max_output_tokens: Any = None
-    prompt: Any = None
-
-    @property
-    def sequences(self) -> int:
-        """How many sequences the engine will run for this request."""
-        prompts = 1
-        if isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], str | list):
-            prompts = len(self.prompt)
-        return prompts * max(_whole(self.n), _whole(self.best_of), 1)
-
-
-def _whole(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 class LimitGate:
     """ASGI middleware: reads the body within its bounds, then checks the request's.
 
-    What the request asks for is left in `scope["state"]["size"]`, and how long its body was in
-    `scope["state"]["body_bytes"]`, for the admission behind it.
+    Leaves in `scope["state"]` the `route` (routes.Route) and the `reading` (reading.Reading) of the
+    request, for all that come after it.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
@@ -58,17 +31,16 @@ class LimitGate:
             await self.app(scope, receive, send)
             return
         try:
-            if scope["path"].startswith(_CONTROL_PREFIXES):
-                raise NotFound(f"No such route: {scope['path']}")
-            if scope["method"] == "POST":
-                body = await self._body(scope, receive)
-                state = scope.setdefault("state", {})
-                state["size"], state["body_bytes"] = self._check(body), len(body)
-                receive = _replay(body, receive)
+            route = _route(scope["path"])
+            body = await self._body(scope, receive)
+            asked = reading.read(route, body) if scope["method"] == "POST" else Reading()
+            check(asked, self.limits)
         except RequestError as error:
             await error(scope, receive, send)
             return
-        await self.app(scope, receive, send)
+        state = scope.setdefault("state", {})
+        state["route"], state["reading"] = route, asked
+        await self.app(scope, _replay(body, receive), send)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body, or the error that says why it is not taken."""
@@ -96,27 +68,42 @@ class LimitGate:
             raise RequestTimeout(f"The body did not arrive within {waited_s:g} s.") from None
         return b"".join(chunks)
 
-    def _check(self, body: bytes) -> RequestSize:
-        if not body:
-            return RequestSize()
-        try:
-            size = msgspec.json.decode(body, type=RequestSize)
-        except msgspec.ValidationError:
-            raise BadRequest("The body must be a JSON object.") from None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise BadRequest(f"The body is not valid JSON: {error}") from None
-        bounds = {
-            "n": self.limits.max_n,
-            "best_of": self.limits.max_n,
-            "max_tokens": self.limits.max_tokens,
-            "max_completion_tokens": self.limits.max_tokens,
-            "max_output_tokens": self.limits.max_tokens,
-        }
-        for field, bound in bounds.items():
-            value = _whole(getattr(size, field))
-            if bound is not None and value > bound:
-                raise BadRequest(f"{field} is {value}, above this server's {bound}.", param=field)
-        return size
+
+def check(asked: Reading, limits: Limits) -> None:
+    """Whether a request stays within the limits of one request.
+
+    Raises:
+        BadRequest: it does not; names the field.
+    """
+    bounds: list[tuple[str, int, int | None]] = [
+        ("n", asked.choices, limits.max_n),
+        *((name, value, limits.max_tokens) for name, value in asked.token_bounds),
+        # Of other prompts vLLM counts the tokens (replica/bounds.py).
+        ("the number of token_ids", asked.token_ids, limits.max_prompt_tokens),
+    ]
+    for field, value, bound in bounds:
+        if bound is not None and value > bound:
+            param = field.rpartition(" ")[2]
+            raise BadRequest(f"{field} is {value}, above this server's {bound}.", param=param)
+    if asked.sequences > limits.max_sequences:
+        raise BadRequest(
+            f"The request makes {asked.sequences} sequences of prompts and choices, above this "
+            f"server's {limits.max_sequences}. Send it in parts."
+        )
+    if asked.grammar_bytes > limits.max_grammar_bytes:
+        raise BadRequest(
+            f"The grammar of the answer is too large: {asked.grammar_bytes} bytes with its "
+            f"repetitions written out, above this server's {limits.max_grammar_bytes}."
+        )
+
+
+def _route(path: str) -> routes.Route:
+    route = routes.find(path)
+    if route is None:
+        near = routes.nearest_path(path)
+        hint = f" Did you mean {near}?" if near is not None else ""
+        raise NotFound(f"There is no route {path!r}.{hint}")
+    return route
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

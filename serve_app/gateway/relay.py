@@ -23,14 +23,16 @@ from yarl import URL
 
 from serve_app.continuation import Method, Stream
 from serve_app.errors import (
+    BadRequest,
     CannotContinue,
     GatewayTimeout,
     Poison,
     RequestError,
     Unavailable,
 )
-from serve_app.gates.admission import GENERATION_PATHS
+from serve_app.gates import reading, routes
 from serve_app.gates.keys import tenant
+from serve_app.gates.reading import Reading
 from serve_app.gateway.fleet import Replica, Replicas
 from serve_app.gateway.routing import Candidate, Router, prefix_keys
 from serve_app.observe import metrics
@@ -50,9 +52,9 @@ logger = logging.getLogger("serve_app")
 _CONNECT_S = 2.0
 # How soon those that were full are asked again to go on with an answer.
 _AGAIN_S = 0.2
-# Bytes of a prompt for each token, and tokens of an answer that names no bound: what a request is
-# taken to cost before anything is known of it.
-_BYTES_A_TOKEN, _TOKENS_EXPECTED = 4, 256
+# What a request is taken to cost before anything is known of it: bytes of a prompt for each token,
+# tokens of an answer that names no bound, and of one that names any.
+_BYTES_A_TOKEN, _TOKENS_EXPECTED, _MOST_TOKENS_EXPECTED = 4, 256, 4096
 # A second death counts against a request unless its answer went on by so many tokens in between.
 _INNOCENT = 8
 # What concerns one connection, or is made anew on each.
@@ -62,18 +64,6 @@ _HOP_HEADERS = frozenset(
 _OWN_HEADERS = frozenset(
     (TOKEN_HEADER.encode(), CONTINUE_HEADER.encode(), TENANT_HEADER.encode(), b"x-request-id")
 )
-
-
-class _Fields(msgspec.Struct):
-    """What the gateway reads of a body."""
-
-    model: object = None
-    messages: msgspec.Raw = msgspec.Raw()
-    prompt: msgspec.Raw = msgspec.Raw()
-    input: msgspec.Raw = msgspec.Raw()
-    max_tokens: object = None
-    max_completion_tokens: object = None
-    max_output_tokens: object = None
 
 
 @dataclass
@@ -116,26 +106,36 @@ class Ask:
         raw = scope.get("raw_path") or scope["path"].encode()
         path = raw.decode("latin-1").partition("?")[0] + (f"?{query}" if query else "")
         ask = cls(request_id, scope["method"], path, headers, body)
-        if scope["path"] in GENERATION_PATHS:
-            ask._look_into(body)
-        ask.session = given.get(session_header.encode(), b"").decode("latin-1") or None
+        asked = _reading(scope, body)
+        ask.model = asked.model
+        if asked.sequences:
+            ask.keys = prefix_keys(asked.prompt_head)
+            ask.tokens = _expected_tokens(asked)
+        header = given.get(session_header.encode(), b"").decode("latin-1")
+        ask.session = header or asked.session
         return ask
 
     def again(self) -> "Ask":
         """The same for another model."""
         return replace(self, tried=[])
 
-    def _look_into(self, body: bytes) -> None:
-        try:
-            fields = msgspec.json.decode(body, type=_Fields)
-        except msgspec.MsgspecError:
-            return  # The engine has the words for what is wrong with it.
-        self.model = fields.model if isinstance(fields.model, str) else None
-        prompt = bytes(fields.messages) or bytes(fields.prompt) or bytes(fields.input)
-        self.keys = prefix_keys(prompt)
-        bounds = (fields.max_completion_tokens, fields.max_tokens, fields.max_output_tokens)
-        most = next((n for n in bounds if isinstance(n, int) and n > 0), _TOKENS_EXPECTED)
-        self.tokens = len(prompt) // _BYTES_A_TOKEN + most
+
+def _reading(scope: Scope, body: bytes) -> Reading:
+    """What LimitGate read of the body, or what stands in it where no LimitGate is."""
+    left: Reading | None = scope.get("state", {}).get("reading")
+    if left is not None:
+        return left
+    try:
+        return reading.read(routes.find(scope["path"]) or routes.OTHER, body)
+    except BadRequest:
+        return Reading()  # The engine says what is wrong with it.
+
+
+def _expected_tokens(asked: Reading) -> int:
+    """What a request is taken to cost a replica; a huge bound says nothing of the answer."""
+    answer = asked.max_tokens or _TOKENS_EXPECTED
+    most = min(max(answer, 1), _MOST_TOKENS_EXPECTED)
+    return asked.body_bytes // _BYTES_A_TOKEN + most * asked.sequences
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.gates import routes
 from serve_app.gates.keys import OPEN_PATHS, tenant
 from serve_app.observe import metrics
 from serve_app.observe.logs import Log
@@ -88,7 +89,7 @@ class Meter:
             tenant=who,
             model=model,
             method=scope["method"],
-            path=scope["path"] if scope["path"] in metrics.ROUTES else "other",
+            path=routes.label(scope["path"]),
             status=status,
             reason=answer.reason,
             duration_s=round(answer.duration_s, 4),
@@ -97,8 +98,7 @@ class Meter:
         )
 
     def _count(self, path: str, model: str, status: int, who: str, answer: "_Answer") -> None:
-        route = path if path in metrics.ROUTES else "other"
-        metrics.requests.labels(model, route, str(status), who).inc()
+        metrics.requests.labels(model, routes.label(path), str(status), who).inc()
         if answer.reason:
             metrics.rejections.labels(model, answer.reason).inc()
         if answer.first_s is not None:

@@ -8,8 +8,9 @@ agent of the node, where Prometheus finds them with `ray_` before their names an
 
 The autoscaler's are Ray's own gauges, since Ray Serve's controller has no registry (autoscaler.py).
 
-Labels are bounded: `model` is what this application serves, `route` one of `ROUTES`, `status` an
-HTTP status, `tenant` the name of a key (keys.py), `reason` a code of errors.py.
+Labels are bounded: `model` is what this application serves, `route` a path of gates/routes.py or
+"other", `status` an HTTP status, `tenant` the name of a key (keys.py), `reason` a code of
+errors.py.
 """
 
 import bisect
@@ -33,19 +34,6 @@ _LATENCY_S = _steps(0.001, 60.0, 1.25)
 _DURATION_S = _steps(0.01, 600.0, 1.5)
 _WAIT_S = _steps(0.001, 60.0, 2.0)
 
-# Other paths count as "other".
-ROUTES = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/messages",
-        "/v1/embeddings",
-        "/v1/models",
-        "/tokenize",
-        "/detokenize",
-    }
-)
 # The status of a request whose client left before the end of its answer, as of nginx.
 LEFT = 499
 

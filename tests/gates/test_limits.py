@@ -12,23 +12,30 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from serve_app.gates.limits import LimitGate, RequestSize
+from serve_app.gates.limits import LimitGate
+from serve_app.gates.reading import Reading
 from serve_app.settings import Limits
 
 
 def client(**limits: Any) -> httpx.AsyncClient:
     async def echo(request: Request) -> JSONResponse:
-        size: RequestSize = request.scope["state"]["size"]
-        return JSONResponse({"body": (await request.body()).decode(), "sequences": size.sequences})
+        asked: Reading = request.scope["state"]["reading"]
+        return JSONResponse({"body": (await request.body()).decode(), "sequences": asked.sequences})
 
-    app = Starlette(routes=[Route("/v1/completions", echo, methods=["POST"])])
+    methods = ["POST", "PUT", "PATCH", "DELETE", "GET"]
+    app = Starlette(routes=[Route("/{path:path}", echo, methods=methods)])
     gate = LimitGate(app, Limits(**limits))
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=gate), base_url="http://test")
 
 
-async def post(body: bytes | AsyncIterator[bytes], **limits: Any) -> httpx.Response:
+async def post(
+    body: bytes | AsyncIterator[bytes],
+    path: str = "/v1/completions",
+    method: str = "POST",
+    **limits: Any,
+) -> httpx.Response:
     async with client(**limits) as http:
-        return await http.post("/v1/completions", content=body)
+        return await http.request(method, path, content=body)
 
 
 async def test_the_body_reaches_the_application_whole() -> None:
@@ -45,6 +52,12 @@ async def test_the_body_reaches_the_application_whole() -> None:
         (b"\xff\xfe{}", 400, "JSON"),
         (b'{"prompt": "\xff"}', 400, "JSON"),
         (b'{"n": 9}', 400, "n is 9"),
+        (b'{"n": "9"}', 400, "n is 9"),
+        (b'{"n": 9.0}', 400, "n is 9"),
+        (b'{"n": 1e2}', 400, "n is 100"),
+        (b'{"max_tokens": "101"}', 400, "max_tokens is 101"),
+        (b'{"prompt": ["x", "x", "x", "x", "x"], "n": 4}', 400, "20 sequences"),
+        (b'{"structured_outputs": {"regex": "[a-z]{2000}"}}', 400, "grammar"),
         (b'{"max_tokens": 101}', 400, "max_tokens is 101"),
         (b'{"max_completion_tokens": 101}', 400, "max_completion_tokens"),
         (b'{"max_output_tokens": 101}', 400, "max_output_tokens"),
@@ -53,7 +66,8 @@ async def test_the_body_reaches_the_application_whole() -> None:
     ],
 )
 async def test_a_bad_body_is_refused(body: bytes, status: int, word: str) -> None:
-    response = await post(body, max_n=8, max_tokens=100, max_body_bytes=150_000)
+    more = {"max_sequences": 19, "max_grammar_bytes": 5000}
+    response = await post(body, max_n=8, max_tokens=100, max_body_bytes=150_000, **more)
     assert response.status_code == status
     assert word in response.json()["error"]["message"]
 
@@ -77,25 +91,68 @@ async def test_a_body_that_trickles_is_given_up() -> None:
     assert response.status_code == 408
 
 
-async def test_control_routes_are_not_there() -> None:
-    async with client() as http:
-        assert (await http.post("/scale_elastic_ep", content=b"{}")).status_code == 404
-        assert (await http.post("/inference/v1/generate", content=b"{}")).status_code == 404
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "GET"])
+async def test_a_body_of_any_method_is_bounded(method: str) -> None:
+    taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal taken
+        for _ in range(10_000):
+            taken += 1000
+            yield b"x" * 1000
+
+    assert (await post(endless(), "/v1/models", method, max_body_bytes=50_000)).status_code == 413
+    assert taken < 60_000
 
 
 @pytest.mark.parametrize(
-    ("fields", "sequences"),
+    "path",
     [
-        ({}, 1),
-        ({"n": 3}, 3),
-        ({"n": "3"}, 1),
-        ({"n": -3}, 1),
-        ({"n": True}, 1),
-        ({"prompt": ["a", "b"], "n": 2}, 4),
-        ({"prompt": [1, 2, 3]}, 1),
-        ({"prompt": [[1], [2]]}, 2),
-        ({"prompt": []}, 1),
+        "/scale_elastic_ep",
+        "/inference/v1/abort_requests",
+        "/invocations",
+        "/v1/load_lora_adapter",
+        "/kv_event_sources",
+        "/collective_rpc",
+        "/v1/audio/transcriptions",
+        "/v1/responses/one/two/three",
+        "/",
+        "/v1",
+        "/static/x.js",
     ],
 )
-def test_sequences_of_a_request(fields: dict[str, Any], sequences: int) -> None:
-    assert RequestSize(**fields).sequences == sequences
+async def test_only_routes_that_are_listed_are_there(path: str) -> None:
+    for method in ("GET", "POST"):
+        response = await post(b"{}", path, method)
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "not_found"
+
+
+async def test_a_path_that_is_nearly_right_gets_a_hint() -> None:
+    response = await post(b"{}", "/v1//chat/completions")
+    assert "Did you mean '/v1/chat/completions'?" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/", "/v1/models/org/name", "/v1/responses/resp_1/cancel"]
+)
+async def test_routes_with_names_in_them_are_there(path: str) -> None:
+    assert (await post(b"{}", path)).status_code == 200
+
+
+async def test_a_batch_is_counted_and_bounded() -> None:
+    def batch(count: int) -> bytes:
+        return json.dumps({"messages": [[{"role": "user", "content": "x"}]] * count}).encode()
+
+    path = "/v1/chat/completions/batch"
+    assert (await post(batch(12), path)).json()["sequences"] == 12
+    assert (await post(batch(5000), path)).status_code == 400
+
+
+async def test_token_ids_are_counted_against_the_bound_of_a_prompt() -> None:
+    body = json.dumps({"token_ids": [5] * 11, "sampling_params": {}}).encode()
+    path = "/inference/v1/generate"
+    assert (await post(body, path, max_prompt_tokens=11)).status_code == 200
+    response = await post(body, path, max_prompt_tokens=10)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "token_ids"

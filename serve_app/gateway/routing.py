@@ -41,6 +41,9 @@ HELD_BYTES = 4 << 20
 
 # Of a session only its replica is remembered, so that these are some 200 bytes each.
 _MAX_SESSIONS = 10_000
+# A replica whose requests seem to cost so many times those of the median replica counts as one with
+# less, where the mean of all is taken.
+_ODD = 16
 # A replica that is no candidate may only have failed once, or be what a retry leaves out. One that
 # was none at two looks, so many decisions apart, is gone.
 _LOOK_EVERY = 1000
@@ -165,7 +168,7 @@ class PrefixRouter(Router):
         _refuse_none(candidates)
         self._look(candidates)
         limit = self._limit(candidates)
-        # The least busy is never above the mean, so that there is at least one.
+        # The least busy is never above it, so that there is at least one.
         idle = [candidate for candidate in candidates if candidate.outstanding <= limit]
         chosen, reason = self._affine(idle, keys, session)
         if chosen is None:
@@ -191,12 +194,16 @@ class PrefixRouter(Router):
 
     def _limit(self, candidates: Sequence[Candidate]) -> float:
         """The most outstanding tokens of one that is not too busy."""
-        tokens = requests = 0
+        each = sorted(one.outstanding / one.requests for one in candidates if one.requests)
+        # One estimate that is far off must not make everybody else look idle.
+        most = _ODD * each[(len(each) - 1) // 2] if each else 0.0
+        tokens, requests = 0.0, 0
         for candidate in candidates:
-            tokens += candidate.outstanding
+            tokens += min(candidate.outstanding, most * candidate.requests)
             requests += candidate.requests
         slack_tokens = self._slack_requests * tokens / max(requests, 1)
-        return self._factor * (tokens / len(candidates)) + slack_tokens
+        limit = self._factor * (tokens / len(candidates)) + slack_tokens
+        return max(limit, min(candidate.outstanding for candidate in candidates))
 
     def _affine(
         self, candidates: Sequence[Candidate], keys: Sequence[int], session: str | None

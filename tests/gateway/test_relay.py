@@ -408,6 +408,22 @@ async def test_headers_reach_the_engine_and_its_secrets_stay() -> None:
     assert engine.asked == [(None, b'{"stream": true}')]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "tokens"),
+    [
+        ("/v1/responses", {"input": "x", "max_output_tokens": 10**12}, 4096),
+        ("/v1/chat/completions", {"messages": [], "max_tokens": "1000000"}, 4096),
+        ("/v1/chat/completions", {"messages": [], "max_tokens": "100", "n": "3"}, 300),
+        ("/v1/completions", {"prompt": ["x", "y"]}, 512),
+        ("/tokenize", {"prompt": "x", "max_tokens": 10**12}, 0),
+    ],
+)
+def test_what_a_request_is_taken_to_cost(path: str, body: dict[str, Any], tokens: int) -> None:
+    scope = {"headers": [], "method": "POST", "path": path, "query_string": b""}
+    ask = Ask.of(scope, json.dumps(body).encode(), "x-session-id")
+    assert tokens <= ask.tokens <= tokens + 20
+
+
 def test_progress_survives_its_journey() -> None:
     progress = Progress(groups=[[1], [2, 3]], finish="stop", stop="x", repeat=True)
     assert msgspec.json.decode(msgspec.json.encode(progress), type=Progress) == progress

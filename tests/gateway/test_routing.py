@@ -229,6 +229,23 @@ def test_one_system_prompt_does_not_keep_everything_on_one_replica() -> None:
     assert len(names) == 1
 
 
+@pytest.mark.parametrize("odd", [10**5, 10**9, 10**12])
+def test_one_odd_estimate_does_not_gather_everything_on_one_replica(odd: int) -> None:
+    def spread_of(extra: int) -> list[int]:
+        router, sent = prefix_router(), dict.fromkeys("abcd", 0)
+        for _ in range(400):
+            more = {"d": extra} if extra else {}
+            candidates = [
+                Candidate(name, count * 300 + more.get(name, 0), count + (name in more))
+                for name, count in sent.items()
+            ]
+            sent[router.choose(candidates, keys_of("system", 11), None).name] += 1
+        return sorted(sent.values())
+
+    # One of the four may be left alone, with the odd request or without it.
+    assert min(spread_of(odd)[1:]) >= 0.9 * min(spread_of(0)[1:]) > 100
+
+
 def test_what_an_engine_has_lost_is_not_followed() -> None:
     router = prefix_router(held_bytes=20 * BLOCK_BYTES)
     old, used = keys_of("old", 8), keys_of("used", 8)

@@ -12,11 +12,16 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 FLAVOUR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 INSTALLED = $(VENV)/installed-$(FLAVOUR)
 
-# Two at a time; what stays together is said in tests/conftest.py.
+# Two modules at a time; tests/conftest.py says which stay together.
 BESIDE = --numprocesses 2
 
-.PHONY: serve observe test test-slow lint format types doctor install bench-overhead constraints clean \
+.DEFAULT_GOAL = help
+
+.PHONY: help serve observe test test-fast test-slow lint format types doctor install bench-overhead constraints clean \
 	eks-preflight eks-up eks-status eks-down runpod-up runpod-status runpod-logs runpod-down
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 serve: install ## Serve the model on port 8000.
 	@$(BIN)/python -m serve_app serve --config $(CONFIG) $(if $(MODEL),--model $(MODEL))
@@ -27,20 +32,23 @@ observe: install ## Watch what `make serve` serves: Prometheus, Grafana or a sta
 test: install ## Run the tests.
 	$(BIN)/python -m pytest $(BESIDE)
 
+test-fast: install ## The tests that start no server, engine or cluster: under two minutes.
+	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not server"
+
 test-slow: install ## The tests that take several minutes each.
 	$(BIN)/python -m pytest $(BESIDE) -m slow
 
 doctor: install ## Check this machine.
 	@$(BIN)/python -m serve_app doctor --config $(CONFIG) $(if $(MODEL),--model $(MODEL))
 
-lint: install
+lint: install ## Check style and format.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install
+types: install ## Check types.
 	$(BIN)/mypy
 
-format: install
+format: install ## Mend style and format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -81,7 +89,7 @@ eks-status: install ## What there is, what it bills, and how long it may stay.
 eks-down: install ## Delete all of it, and prove that nothing is left.
 	@$(EKS) down $(ARGS)
 
-install: $(INSTALLED)
+install: $(INSTALLED) ## Install everything into .venv.
 
 # The CPU build of PyTorch is on PyTorch's own index; where that cannot be reached, pip takes a
 # wheel it finds. The constraints list every package, so nothing is resolved: without --no-deps
@@ -108,7 +116,7 @@ $(VENV)/installed-gpu: constraints-gpu.txt pyproject.toml
 RESOLVE = $(BIN)/uv pip compile pyproject.toml --extra gpu --extra bench --extra eks --extra dev \
 	--python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet
 
-constraints: install
+constraints: install ## Pin what is installed (CPU) and what resolves (GPU).
 	@{ sed -n '/^#/p' constraints-cpu.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable \
 		| grep -viE '^(torch|pip)=='; } > constraints-cpu.new && mv constraints-cpu.new constraints-cpu.txt
 	@sed '/^#/d' constraints-gpu.txt > constraints-gpu.new

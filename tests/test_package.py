@@ -1,0 +1,46 @@
+"""The package declares what it imports."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+OWN = {"serve_app", "bench", "kuberay", "runpod", "tests"}
+
+
+def imported(folder: str) -> set[str]:
+    """Top-level names that a folder's modules import."""
+    names = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {each.name.split(".")[0] for each in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names.add(node.module.split(".")[0])
+    # The scripts of runpod/ import each other.
+    own = OWN | {path.stem for path in (ROOT / "runpod").glob("*.py")}
+    return names - set(sys.stdlib_module_names) - own
+
+
+def declared() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    return {normal(re.split(r"[\[<>=! ]", each)[0]) for group in groups for each in group}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_direct_import_is_declared() -> None:
+    distributions = packages_distributions()
+    missing = {}
+    for folder in ("serve_app", "bench", "kuberay"):
+        for name in imported(folder):
+            provided_by = {normal(each) for each in distributions.get(name, [name])}
+            if not provided_by & declared():
+                missing[name] = folder
+    assert missing == {}

@@ -1,30 +1,19 @@
-"""`python -m bench COMMAND`: every command prints one JSON object as its last line.
+"""`python -m bench COMMAND`: measures servers of language models, and says how sure it is.
 
-    run       one load on an endpoint
-    matrix    the baseline matrix on an endpoint
-    baseline  the same matrix on an engine in this process
-    sweep     more and more users, until the endpoint is saturated
-    search    the highest rate that keeps an SLO
-    simulate  a load against scaling policies, on fleets of engines that are a model
-    chaos     a load while replicas are killed, and whether every answer was right
-    roofline  what the hardware allows: ceilings, and the least times of a model
-    profile   where the time of an engine's steps goes, from traces
-    tune      the engine settings that serve most, found on real engines
-    kv        what becomes of the KV cache under a load
-    scheduler who waits for whom: long prompts among short ones
-    scale     tensor parallelism against replicas, on the GPUs there are
-    report    one page from results
-    compare   two results: which differences are more than noise
-
-Exit status: 0 for a valid result, 1 for one that is not to be trusted, 2 for a mistake in the
-command, 130 for Ctrl-C before there was a result.
+Every command ends with a table for people (standard error) and one JSON object (the last line of
+standard output). Exit status: 0 for figures that can be trusted; 1 for figures that are not valid,
+and the doubts say why; 2 for a mistake in the command; 3 where nothing could be measured: the
+endpoint cannot be reached or fails, or the disk is full; 130 for Ctrl-C or SIGTERM before there
+was a result.
 """
 
 import argparse
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +22,8 @@ from bench.engine import kvcache, scale, scheduler, tune
 from bench.errors import BenchError
 from bench.faults import chaos
 from bench.hardware import ceilings, profile, roofline
+from bench.options import folder, json_object, number, whole
+from bench.pages import console
 from bench.run import Job
 from bench.simulation import simulate
 from bench.traffic import access, workload
@@ -43,16 +34,34 @@ Options = argparse.Namespace
 
 def main() -> int:
     options = _parser().parse_args()
+    _end_on_signals()
     try:
-        found = COMMANDS[options.command](options)
+        found = COMMANDS[options.command].run(options)
     except BenchError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+        return _failed(str(error), error.status)
+    except OSError as error:
+        return _failed(f"{error.filename or 'input or output'}: {error.strerror or error}", 3)
     except KeyboardInterrupt:
-        print("bench: interrupted before there was a result", file=sys.stderr)
-        return 130
+        return _failed("interrupted before there was a result", 130)
+    if not COMMANDS[options.command].has_table:
+        console.show(found)
     print(json.dumps(found))
     return 0 if found.get("valid", True) else 1
+
+
+def _failed(why: str, status: int) -> int:
+    print(f"bench: {why}", file=sys.stderr)
+    return status
+
+
+def _end_on_signals() -> None:
+    """End in order on SIGTERM and SIGHUP as on Ctrl-C: what was measured is written.
+
+    A command that a script starts in the background ignores Ctrl-C, unless it is told not to.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 # --- the commands ---------------------------------------------------------------------------
@@ -128,25 +137,6 @@ def _compare(options: Options) -> dict[str, Any]:
     return compare.as_json(rows, notes)
 
 
-COMMANDS: Mapping[str, Callable[[Options], dict[str, Any]]] = {
-    "run": _run,
-    "matrix": _matrix,
-    "baseline": _baseline,
-    "sweep": _sweep,
-    "search": _search,
-    "simulate": simulate.command,
-    "chaos": chaos.command,
-    "roofline": ceilings.command,
-    "profile": profile.command,
-    "tune": tune.command,
-    "kv": kvcache.command,
-    "scheduler": scheduler.command,
-    "scale": scale.command,
-    "report": _report,
-    "compare": _compare,
-}
-
-
 def _held_against(found: dict[str, Any], options: Options) -> None:
     """Add to a result, and to its file, what the hardware would allow, where that is known."""
     from bench import result
@@ -165,9 +155,10 @@ def _told(found: dict[str, Any], options: Options, **more: Any) -> dict[str, Any
     from bench.pages import report
 
     page = options.out / result.REPORT
-    report.report([options.out], page, None)
-    for doubt in found["doubts"]:
-        run.say(f"doubtful: {doubt}")
+    try:
+        report.report([options.out], page, None)
+    except OSError as error:
+        run.say(f"bench: {page}: {error.strerror}")
     return {
         "benchmark": found["benchmark"],
         "name": found["name"],
@@ -226,68 +217,70 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    one = commands.add_parser("run", help="one load on an endpoint")
-    _add_target(one)
-    one.add_argument(
-        "--workload", required=True, help="what to send: see bench/traffic/workload.py"
-    )
-    one.add_argument("--load", required=True, help="when to send: see bench/traffic/schedule.py")
-    one.add_argument("--requests", type=int, help="requests of each repeat")
-    one.add_argument("--duration", type=float, help="seconds of each repeat")
-    _add_roofline(one)
-
-    matrix = commands.add_parser("matrix", help="the baseline matrix on an endpoint")
-    _add_target(matrix)
-    about = "requests of each user and repeat; 1: a batch, as the baseline has it"
-    matrix.add_argument("--per-user", type=int, default=4, help=about)
-    _add_roofline(matrix)
-
-    baseline = commands.add_parser("baseline", help="the baseline matrix on an engine alone")
-    baseline.add_argument("--model", required=True, help="a local folder or a hub id")
-    baseline.add_argument("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON")
-    baseline.add_argument("--repeats", type=int, default=3)
-    baseline.add_argument("--seed", type=int, default=0)
-    baseline.add_argument("--out", type=Path, required=True)
-    _add_roofline(baseline)
-
-    sweep = commands.add_parser("sweep", help="more and more users, until saturation")
-    _add_target(sweep)
-    sweep.add_argument("--workload", required=True)
-    sweep.add_argument("--start", type=int, default=1, help="users of the first point")
-    sweep.add_argument("--most", type=int, default=1024, help="users of the last point")
-    sweep.add_argument("--gain", type=float, default=0.05, help="what counts as growth")
-
-    search = commands.add_parser("search", help="the highest rate that keeps an SLO (--slo)")
-    _add_target(search, slo=True)
-    search.add_argument("--workload", required=True)
-    search.add_argument("--start", type=float, default=1.0, help="requests/s of the first point")
-    search.add_argument("--most", type=float, default=10_000.0, help="requests/s at most")
-    search.add_argument("--precision", type=float, default=0.05)
-
-    simulate.arguments(commands.add_parser("simulate", help="scaling policies on a model"))
-    chaos.arguments(commands.add_parser("chaos", help="a load while replicas are killed"))
-
-    ceilings.arguments(commands.add_parser("roofline", help="what the hardware allows"))
-    profile.arguments(commands.add_parser("profile", help="traces of an engine, and what they say"))
-
-    tune.arguments(commands.add_parser("tune", help="the best engine settings for a goal"))
-    kvcache.arguments(commands.add_parser("kv", help="the KV cache under a load"))
-    scheduler.arguments(commands.add_parser("scheduler", help="who waits for whom"))
-    scale.arguments(commands.add_parser("scale", help="tensor parallelism against replicas"))
-
-    report = commands.add_parser("report", help="one page from results")
-    report.add_argument("folders", type=Path, nargs="+")
-    report.add_argument("--out", type=Path, required=True, help="the HTML file")
-    report.add_argument("--against", type=Path, help="a result that is the baseline")
-    about = "a page of chapters instead: hardware, baseline, profile, tuned, more GPUs"
-    report.add_argument("--story", action="store_true", help=about)
-
-    compare = commands.add_parser("compare", help="which differences are more than noise")
-    compare.add_argument("a", type=Path)
-    compare.add_argument("b", type=Path)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.arguments(commands.add_parser(name, help=command.about, description=command.about))
     return parser
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser)
+    add = parser.add_argument
+    add("--workload", required=True, help="what to send: see bench/traffic/workload.py")
+    add("--load", required=True, help="when to send: see bench/traffic/schedule.py")
+    add("--requests", type=int, help="requests of each repeat, or sessions of a workload of those")
+    add("--duration", type=float, help="seconds of each repeat")
+    _add_roofline(parser)
+
+
+def _matrix_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser)
+    about = "requests of each user and repeat; 1: a batch, as the baseline has it"
+    parser.add_argument("--per-user", type=whole(1), default=4, help=about)
+    _add_roofline(parser)
+
+
+def _baseline_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="a local folder or a hub id")
+    add("--engine", type=json_object, default={}, help="vLLM arguments, as JSON")
+    add("--repeats", type=whole(1), default=3)
+    add("--seed", type=int, default=0)
+    add("--out", type=folder, required=True)
+    _add_roofline(parser)
+
+
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser)
+    add = parser.add_argument
+    add("--workload", required=True)
+    add("--start", type=whole(1), default=1, help="users of the first point")
+    add("--most", type=whole(1), default=1024, help="users of the last point")
+    add("--gain", type=float, default=0.05, help="what counts as growth")
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser, slo=True)
+    add = parser.add_argument
+    add("--workload", required=True)
+    positive = number(above=0.0)
+    add("--start", type=positive, default=1.0, help="requests/s of the first point")
+    add("--most", type=positive, default=10_000.0, help="requests/s at most")
+    add("--precision", type=positive, default=0.05)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folders", type=Path, nargs="+")
+    add("--out", type=Path, required=True, help="the HTML file")
+    add("--against", type=Path, help="a result that is the baseline")
+    about = "a page of chapters instead: hardware, baseline, profile, tuned, more GPUs"
+    add("--story", action="store_true", help=about)
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", type=Path)
+    parser.add_argument("b", type=Path)
 
 
 def _add_roofline(parser: argparse.ArgumentParser) -> None:
@@ -299,18 +292,28 @@ def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
     add = parser.add_argument
     add("--url", required=True, help="http://host:port, with or without /v1")
     add("--model", help="its name in requests; the only one served, if not given")
-    add("--out", type=Path, required=True, help="folder of the result")
+    add("--out", type=folder, required=True, help="folder of the result")
     add("--name", default="", help="of the run, in reports")
     add("--endpoint", choices=["completions", "chat"], default="completions")
     access.arguments(add)
-    add("--actors", type=int, default=1, help="load actors, spread over the nodes")
-    add("--repeats", type=int, default=3)
+    add(
+        "--actors",
+        type=whole(1, 1000),
+        default=1,
+        help="load actors, spread over the nodes",
+    )
+    add("--repeats", type=whole(1, 1000), default=3)
     add("--seed", type=int, default=0, help="of lengths and arrival times")
     add("--salt", help="of an earlier result, to send its prompts again; by default a new one")
-    add("--warm-up", type=int, default=4, help="requests before the first repeat")
-    add("--timeout", type=float, default=600.0, help="seconds of one request")
-    add("--temperature", type=float, default=0.0)
-    add("--extra", type=json.loads, default={}, help="more fields of each request, as JSON")
+    add("--warm-up", type=whole(0), default=4, help="requests before the first repeat")
+    add("--timeout", type=number(above=0.0), default=600.0, help="seconds of one request")
+    add("--temperature", type=number(), default=0.0)
+    add(
+        "--extra",
+        type=json_object,
+        default={},
+        help="more fields of each request, as JSON",
+    )
     add("--keep-text", action="store_true", help="keep what was generated")
     limits = f"{', '.join(measure.SLOS)} or ttft_ms=..,tpot_ms=..,e2e_ms=..,percentile=.."
     add("--slo", required=slo, help=limits)
@@ -318,7 +321,73 @@ def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
     add("--no-metrics", action="store_true", help="do not ask for metrics")
     add("--dashboard", default="", help="http://host:port of Ray's, to count replicas")
     add("--deployment", default="engine", help="whose replicas: %(default)s")
-    add("--linger", type=float, default=0.0, help="seconds to watch replicas after the last answer")
+    add(
+        "--linger",
+        type=number(),
+        default=0.0,
+        help="seconds to watch replicas after the last answer",
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it is for, what it takes, and what it does with that.
+
+    `run` returns what is printed; where that has a `valid` of False the figures are not. It prints
+    a table of its own where it `has_table`.
+    """
+
+    about: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Options], dict[str, Any]]
+    has_table: bool = False
+
+
+COMMANDS: Mapping[str, Command] = {
+    "run": Command("one load on an endpoint", _run_arguments, _run),
+    "matrix": Command("the baseline matrix on an endpoint", _matrix_arguments, _matrix),
+    "baseline": Command(
+        "the baseline matrix on an engine in this process", _baseline_arguments, _baseline
+    ),
+    "sweep": Command(
+        "more and more users, until the endpoint is saturated", _sweep_arguments, _sweep
+    ),
+    "search": Command("the highest rate that keeps an SLO", _search_arguments, _search),
+    "simulate": Command(
+        "a load against scaling policies, on fleets of engines that are a model",
+        simulate.arguments,
+        simulate.command,
+    ),
+    "chaos": Command(
+        "a load while replicas are killed, and whether every answer was right",
+        chaos.arguments,
+        chaos.command,
+    ),
+    "roofline": Command(
+        "what the hardware allows: ceilings, and the least times of a model",
+        ceilings.arguments,
+        ceilings.command,
+    ),
+    "profile": Command(
+        "where the time of an engine's steps goes, from traces", profile.arguments, profile.command
+    ),
+    "tune": Command(
+        "the engine settings that serve most, found on real engines", tune.arguments, tune.command
+    ),
+    "kv": Command("what becomes of the KV cache under a load", kvcache.arguments, kvcache.command),
+    "scheduler": Command(
+        "who waits for whom: long prompts among short ones", scheduler.arguments, scheduler.command
+    ),
+    "scale": Command(
+        "tensor parallelism against replicas, on the GPUs there are",
+        scale.arguments,
+        scale.command,
+    ),
+    "report": Command("one page from results", _report_arguments, _report, True),
+    "compare": Command(
+        "two results: which differences are more than noise", _compare_arguments, _compare, True
+    ),
+}
 
 
 if __name__ == "__main__":

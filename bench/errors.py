@@ -1,10 +1,11 @@
 """The errors that bench raises on purpose, each a sentence for the person at the console.
 
-    BenchError
-    ├── WorkloadError   what to send cannot be understood, or its file cannot be read
-    ├── LoadError       when to send cannot be understood, or does not fit the workload
-    ├── TargetError     the endpoint cannot be reached, or does not serve the model
-    └── ResultError     a result cannot be read
+    BenchError             a mistake in what was asked for: status 2
+    ├── WorkloadError      what to send cannot be understood, or its file cannot be read
+    ├── LoadError          when to send cannot be understood, or does not fit the workload
+    ├── TargetError        the endpoint does not serve the model, or its URL is none
+    │   └── TargetFailed   the endpoint cannot be reached, or fails: status 3
+    └── ResultError        a result cannot be read
 
 A request that fails is not an error of bench: it is a record.
 """
@@ -15,7 +16,9 @@ from typing import Self
 
 
 class BenchError(Exception):
-    """Base of the tree; `str(error)` is the whole message."""
+    """Base of the tree; `str(error)` is the whole message, and `status` that of the command."""
+
+    status = 2
 
     @classmethod
     def of(cls, key: str, value: object, problem: str, choices: Iterable[str] = ()) -> Self:
@@ -36,7 +39,13 @@ class LoadError(BenchError):
 
 
 class TargetError(BenchError):
-    """The endpoint: unreachable, or without the model that was asked for."""
+    """The endpoint: not one, or without the model that was asked for."""
+
+
+class TargetFailed(TargetError):
+    """The endpoint: unreachable, or it fails where it should answer."""
+
+    status = 3
 
 
 class ResultError(BenchError):

@@ -33,9 +33,9 @@ from locust import User, events
 from locust.exception import StopTest, StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
-from bench import machine, records
+from bench import machine, records, result
 from bench.errors import BenchError, TargetError, WorkloadError
-from bench.pages import locust_report
+from bench.pages import locust_report, report
 from bench.records import Record
 from bench.traffic import access, workload
 from bench.traffic.client import Target, encode
@@ -233,9 +233,8 @@ class Run:
         if not self._worker:  # Workers are given the master's options, and with them its salt.
             self.options.bench_salt = self._salt or fresh_salt()
         self._reset()
-        if self._out:  # Not before: a mistake in the command must not cost an older result.
-            (self._out / "result.json").unlink(missing_ok=True)
-            (self._out / "records.jsonl").write_bytes(b"")
+        if self._out:  # Not before: a mistake in the command moves no older result.
+            self._journal = records.Journal(result.prepare(self._out))
 
     def _reset(self) -> None:
         # Workers send different prompts, or a prefix cache would answer for all but one.
@@ -304,7 +303,7 @@ class Run:
         if self._worker:
             self.runner.send_message("bench", self._parcel(pending))
         elif self._out:
-            records.append(self._out / "records.jsonl", pending)
+            self._journal.add(pending)
 
     def _parcel(self, heard: list[Record]) -> dict[str, Any]:
         return {
@@ -358,10 +357,21 @@ class Run:
             self._cut_short(),
         )
         if self._out:
-            text = msgspec.json.format(msgspec.json.encode(found), indent=1)
-            (self._out / "result.json").write_bytes(text + b"\n")
+            self._write(found, self._out)
         brief = {name: value for name, value in found.items() if name not in _LONG}
         print(msgspec.json.encode(brief).decode(), flush=True)
+
+    def _write(self, found: dict[str, Any], folder: Path) -> None:
+        """The same files as of any other run; a full disk costs them, and not the figures."""
+        if self._journal.problem:
+            found["doubts"].append(self._journal.problem)
+            found["valid"] = False
+        try:
+            result.write(folder, found, self._heard)
+            report.report([folder], folder / result.REPORT)
+        except OSError as error:
+            print(f"bench: {folder}: {error.strerror}", file=sys.stderr)
+            self._environment.process_exit_code = 3
 
     def _about(self) -> dict[str, Any]:
         options = self.options

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -59,7 +60,7 @@ def command() -> str:
     """The command line of this process, as a reader would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
-    return " ".join(["python -m", module, *access.shown(sys.argv[1:])])
+    return shlex.join(["python", "-m", module, *access.shown(sys.argv[1:])])
 
 
 def _git(folder: Path, *arguments: str) -> str:

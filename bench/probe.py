@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import result, run, search
 from bench.progress import Line, Progress
-from bench.records import Record, append
+from bench.records import Journal, Record
 from bench.run import Job
 from bench.traffic import load, schedule
 from bench.traffic.client import check
@@ -42,7 +42,7 @@ async def _search(
     """Probe until the controller knows enough, or until it is interrupted."""
     await check(job.target)
     head = result.header(benchmark, job.name or f"{benchmark} {job.workload}")
-    path = result.prepare(folder)
+    journal = Journal(result.prepare(folder))
     load.connect()
     await run.warm_up(job)
     doubts: list[str] = []
@@ -55,7 +55,7 @@ async def _search(
         line = Line(label=f"{when} ")
 
         def take(records: list[Record], progress: Progress) -> None:
-            append(path, records)
+            journal.add(records)
             line(progress)
 
         outcome = await load.run(plan, job.target, job.actors, take, repeat=probes)
@@ -77,6 +77,8 @@ async def _search(
         x = point.users if isinstance(point, search.UsersPoint) else point.rate
         if x == best:
             doubts.extend(f"{load_of(x)}: {doubt}" for doubt in point.doubts)
+    if journal.problem:
+        doubts.append(journal.problem)
     if not found.resolved:
         doubts.append(f"not resolved: {found.reason}")
     told = head | run.asked(job) | search.as_json(found)

@@ -19,6 +19,7 @@ class Progress(msgspec.Struct, kw_only=True):
 
     Attributes:
         at_s: seconds since the start of the run.
+        end_s: when the run is over, if that is known from its plan alone; else None.
         planned: requests in the plan; None where a duration ends the run before they are used up.
         sent, running, done, failed: requests; failed ones are among those done.
         tokens: output tokens of the requests that are done, by the server's usage.
@@ -26,6 +27,7 @@ class Progress(msgspec.Struct, kw_only=True):
     """
 
     at_s: float = 0.0
+    end_s: float | None = None
     planned: int | None = None
     sent: int = 0
     running: int = 0
@@ -83,12 +85,23 @@ class Line:
         return self._tokens_per_s
 
 
+def time_left_s(progress: Progress) -> float | None:
+    """How long the run may still take: by its plan, or at the pace so far; None where unknown."""
+    if progress.end_s is not None and progress.at_s < progress.end_s:
+        return progress.end_s - progress.at_s
+    if not progress.planned or not progress.done or progress.at_s <= 0:
+        return None
+    return progress.at_s * max(0, progress.planned - progress.done) / progress.done
+
+
 def describe(progress: Progress, tokens_per_s: float) -> str:
     """One line of text, shorter than a terminal is wide."""
     of = f"/{progress.planned}" if progress.planned else ""
     lag = "-" if progress.lag_p99_s is None else f"{progress.lag_p99_s * 1e3:.1f} ms"
+    left_s = time_left_s(progress)
     parts = [
         f"{progress.at_s:6.1f} s",
+        "left " + ("?" if left_s is None else f"{left_s:.0f} s"),
         f"sent {progress.sent}{of}",
         f"running {progress.running}",
         f"done {progress.done}",

@@ -86,6 +86,35 @@ def append(path: Path, records: Iterable[Record]) -> None:
         file.write(_encoder.encode_lines(list(records)))
 
 
+class Journal:
+    """A JSONL file to which records are added as they come. A disk that is full ends no run.
+
+    What cannot be written is kept, and tried again with what comes next.
+
+    Attributes:
+        problem: why the file lacks the last records; empty where it has all of them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._kept = path, bytearray()
+        self._whole = 0  # Bytes of the file that are whole lines.
+        self.problem = ""
+
+    def add(self, records: Iterable[Record]) -> None:
+        self._kept += _encoder.encode_lines(list(records))
+        try:
+            with open(self._path, "r+b" if self._path.exists() else "wb") as file:
+                file.seek(self._whole)  # Over what was written in part, before the disk was full.
+                file.write(self._kept)
+        except OSError as error:
+            lines = self._kept.count(b"\n")
+            self.problem = f"{self._path.name} lacks the last {lines} records: {error.strerror}"
+        else:
+            self._whole += len(self._kept)
+            self._kept.clear()
+            self.problem = ""
+
+
 def read(path: Path) -> Iterator[Record]:
     """The records of a JSONL file; a last line that was cut is left out."""
     with open(path, "rb") as file:

@@ -6,6 +6,7 @@ that read this. DIR/records.csv is records.jsonl for spreadsheets, without the t
 
 import csv
 import datetime
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,21 @@ def header(benchmark: str, name: str) -> dict[str, Any]:
 
 
 def prepare(folder: Path) -> Path:
-    """Make the folder, with an empty DIR/records.jsonl, which is returned."""
+    """Make the folder, with an empty DIR/records.jsonl, which is returned.
+
+    What an earlier run left there is moved to DIR/earlier-N: a result is never written over.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RECORDS
+    left = [folder / name for name in (RESULT, RECORDS, CSV, REPORT) if (folder / name).exists()]
+    if any(each.stat().st_size for each in left):
+        number = 1
+        while (folder / f"earlier-{number}").exists():
+            number += 1
+        aside = folder / f"earlier-{number}"
+        aside.mkdir()
+        for each in left:
+            each.rename(aside / each.name)
     path.write_bytes(b"")
     return path
 
@@ -103,12 +116,27 @@ def figures(
 
 
 def write(folder: Path, result: dict[str, Any], records: Sequence[Record] | None = None) -> None:
-    """Write DIR/result.json and, from `records`, DIR/records.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = msgspec.json.format(msgspec.json.encode(result), indent=1)
-    (folder / RESULT).write_bytes(text + b"\n")
-    if records is not None:
-        _write_csv(folder / CSV, records)
+    """Write DIR/result.json and, from `records`, DIR/records.csv.
+
+    Where that is not possible, the disk being full, the figures are not lost: the result says so
+    in a doubt, and goes to standard error.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / RESULT, _text(result))
+        if records is not None:
+            _write_csv(folder / CSV, records)
+    except OSError as error:
+        result["doubts"] = [
+            *result.get("doubts", []),
+            f"the result could not be written: {error.filename}: {error.strerror}",
+        ]
+        result["valid"] = False
+        sys.stderr.write(_text(result).decode())
+
+
+def _text(result: dict[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -127,6 +155,17 @@ def read(folder: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or "benchmark" not in result:
         raise ResultError(f"{path}: not a result of bench")
     return result
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: on a full disk what was there stays."""
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_bytes(data)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def _write_csv(path: Path, records: Sequence[Record]) -> None:

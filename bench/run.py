@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 
 from bench import measure, result
-from bench.errors import TargetError
+from bench.errors import TargetError, TargetFailed
 from bench.measure import Slo
 from bench.progress import Line, Progress
-from bench.records import Record, append
+from bench.records import Journal, Record
 from bench.result import Repeat
 from bench.scrape import Scraper, samples
 from bench.traffic import load, schedule, workload
@@ -86,12 +86,12 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
     await check(job.target)
     await _scraper(job).check()
     head = result.header("run", job.name or f"{job.workload} {job.load}")
-    records_path = result.prepare(folder)
+    journal = Journal(result.prepare(folder))
     load.connect()
     await warm_up(job)
     repeats: list[Repeat] = []
     for number, plan in enumerate(plans):
-        repeats.append(await _repeat(job, plan, number, records_path))
+        repeats.append(await _repeat(job, plan, number, journal))
         if repeats[-1].outcome.interrupted:
             break
     users = when.users if isinstance(when, schedule.Closed) else None
@@ -100,7 +100,9 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
     found = head | asked(job) | result.figures(repeats, job.slo, users, ramp_s, batch)
     if len(repeats) < job.repeats:
         found["doubts"].append(f"{len(repeats)} of {job.repeats} repeats were run")
-        found["valid"] = False
+    if journal.problem:
+        found["doubts"].append(journal.problem)
+    found["valid"] = not found["doubts"]
     records = [record for repeat in repeats for record in repeat.outcome.records]
     found |= measure.vllm_names(
         records,
@@ -116,12 +118,12 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
     return found
 
 
-async def _repeat(job: Job, plan: schedule.Plan, number: int, path: Path) -> Repeat:
+async def _repeat(job: Job, plan: schedule.Plan, number: int, journal: Journal) -> Repeat:
     """Send one plan, while the server is scraped."""
     line = Line(label=f"{number + 1}/{job.repeats} ")
 
     def take(records: list[Record], progress: Progress) -> None:
-        append(path, records)
+        journal.add(records)
         line(progress)
 
     async with _scraper(job).running() as scraper:
@@ -172,7 +174,7 @@ async def warm_up(job: Job) -> None:
             record = Record(index=index, planned_s=time.perf_counter())
             record = await client.ask(request, record)
             if record.error:
-                raise TargetError(f"url = {job.target.url!r}: the warm-up failed: {record.error}")
+                raise TargetFailed(f"url = {job.target.url!r}: the warm-up failed: {record.error}")
 
 
 def asked(job: Job) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class Measures(msgspec.Struct, kw_only=True):
         answers: how far the answers are those that were asked for.
         input_tokens, output_tokens, cached_tokens: sums over successes; None where no usage said.
         kinds: empty unless the workload has kinds.
+        lag_p99_s: with few requests too, as it is no estimate: these are all that were late.
         intervals: 95% intervals for the percentiles of ttft, tpot and e2e by their names, as if
             requests were independent; not for itl, where one request has many.
     """
@@ -196,7 +197,7 @@ def measure(
         kinds=kinds,
         fairness=_jain([kind.user_tokens_per_s for kind in kinds.values()]),
         lag_p50_s=percentile(lags, 50),
-        lag_p99_s=percentile(lags, 99),
+        lag_p99_s=float(np.percentile(lags, 99)) if len(lags) else None,
         lag_max_s=float(lags.max()) if len(lags) else None,
         intervals=_intervals(latencies),
         answers=answers(ok),

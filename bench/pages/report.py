@@ -21,14 +21,13 @@ from markupsafe import Markup
 
 from bench import interval, measure, records, result
 from bench.errors import ResultError
-from bench.pages import compare, plots, story
+from bench.pages import compare, figures, plots, story
 from bench.pages.plots import Curve, Panel, Ratio
 from bench.records import Record
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _STEPS = 150  # Of a timeline.
 _CELLS = ("matrix", "baseline")
-_UNIT = {"ttft": ("ms", 1e3), "tpot": ("ms", 1e3), "itl": ("ms", 1e3), "e2e": ("s", 1.0)}
 
 # The headline table: a heading over columns, each a metric of `measure` and its short name.
 HEADLINE: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
@@ -310,41 +309,18 @@ def _doubts(loaded: Sequence[Loaded], unreadable: Sequence[str]) -> list[dict[st
 # --- figures in tables ----------------------------------------------------------------------
 
 
-def number(value: float) -> str:
-    """A figure with about three significant digits."""
-    size = abs(value)
-    if size >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 1 else f"{value:.3g}"
-
-
 def _cell(summary: Mapping[str, Any], metric: str, ok: int | None) -> dict[str, Any]:
     """One figure of a table: its text, its interval and, where it is absent, why.
 
     Args:
         ok: see `_fewest`.
     """
-    unit, scale = _scale(metric)
-    found = summary.get(metric)
-    if not found or found.get("mean") is None:
+    text, half = figures.with_interval(summary, metric)
+    if not text:
         short, why = _why(metric, ok)
         return {"metric": metric, "value": None, "text": "—", "range": short, "why": why}
-    low, high, mark = found.get("low"), found.get("high"), " %" if unit == "%" else ""
-    half = "" if low is None or high is None else f"± {_half((high - low) / 2 * scale)}"
-    text = number(found["mean"] * scale) + mark
-    return {"metric": metric, "value": found["mean"], "text": text, "range": half, "why": ""}
-
-
-def _half(value: float) -> str:
-    """Half of an interval, which needs no third digit."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}" if value >= 1e-4 else "0"
-
-
-def _scale(metric: str) -> tuple[str, float]:
-    """The unit a metric is shown in, and what its value is multiplied by."""
-    if metric.endswith("_share"):
-        return "%", 100.0
-    return _UNIT.get(metric.partition("_")[0], ("", 1.0))
+    value, half = summary[metric]["mean"], f"± {half}" if half else ""
+    return {"metric": metric, "value": value, "text": text, "range": half, "why": ""}
 
 
 def _why(metric: str, ok: int | None) -> tuple[str, str]:
@@ -604,7 +580,8 @@ def _verdict(data: Mapping[str, Any]) -> dict[str, Any]:
         users, tokens = data.get("users"), data.get("tokens_per_s")
         text = "nothing was answered"
         if users is not None and tokens:
-            text = f"throughput levels off at {users} users, at {number(tokens)} output tokens/s"
+            rate = f"{figures.number(tokens)} output tokens/s"
+            text = f"throughput levels off at {users} users, at {rate}"
     return {"text": text, "resolved": resolved, "reason": reason}
 
 
@@ -778,9 +755,9 @@ def _took(example: Mapping[str, Any]) -> str:
     whole = "failed after" if example.get("error") else "whole answer"
     texts = []
     for label, metric in (("first token", "ttft_s"), (whole, "e2e_s")):
-        unit, scale = _scale(metric)
+        unit, scale = figures.scale(metric)
         if example.get(metric) is not None:
-            texts.append(f"{label} {number(example[metric] * scale)} {unit}")
+            texts.append(f"{label} {figures.number(example[metric] * scale)} {unit}")
     if example.get("output_tokens") is not None:
         texts.append(f"{example['output_tokens']} tokens")
     return ", ".join(texts)
@@ -866,7 +843,7 @@ def _compared(base: Loaded, now: Loaded, place: int) -> dict[str, Any]:
 def _ratio_panels(rows: Sequence[compare.Row]) -> list[tuple[str, list[Ratio]]]:
     """One panel of all metrics for a run; for cells, one for each metric that a matrix shows."""
     if rows and not rows[0].cell:
-        return [("", [_ratio(row, title_of(row.metric)) for row in rows])]
+        return [("", [_ratio(row, figures.title(row.metric)) for row in rows])]
     metrics = [metric for metric, _, _ in _MATRIX]
     by_cell: dict[str, dict[str, compare.Row]] = {}
     for row in rows:
@@ -875,7 +852,7 @@ def _ratio_panels(rows: Sequence[compare.Row]) -> list[tuple[str, list[Ratio]]]:
     if not whole:
         return []
     return [
-        (title_of(metric), [_ratio(found[metric], found[metric].cell) for found in whole])
+        (figures.title(metric), [_ratio(found[metric], found[metric].cell) for found in whole])
         for metric in metrics
     ]
 
@@ -884,25 +861,16 @@ def _ratio(row: compare.Row, label: str) -> Ratio:
     return Ratio(label=label, ratio=row.ratio, low=row.low, high=row.high, verdict=row.verdict)
 
 
-def title_of(metric: str) -> str:
-    """The name of a metric for a reader: "TTFT p50", "output tokens/s"."""
-    first, _, rest = metric.partition("_")
-    if first in _UNIT:
-        names = {"e2e": "end to end"}
-        return f"{names.get(first, first.upper())} {rest.removesuffix('_s')}"
-    return metric.replace("_per_s", "/s").replace("_", " ")
-
-
 def _compared_row(row: compare.Row) -> dict[str, Any]:
-    unit, scale = _scale(row.metric)
+    unit, scale = figures.scale(row.metric)
     known = row.low is not None and row.high is not None
     return {
         "metric": row.metric,
-        "title": title_of(row.metric),
+        "title": figures.title(row.metric),
         "cell": row.cell,
         "unit": unit or "per s",
-        "a": number(row.a * scale),
-        "b": number(row.b * scale),
+        "a": figures.number(row.a * scale),
+        "b": figures.number(row.b * scale),
         "value": row.ratio,
         "ratio": f"{row.ratio:.3f}",
         "range": f"{row.low:.3f} to {row.high:.3f}" if known else "one repeat: none",

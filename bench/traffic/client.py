@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
-from bench.errors import TargetError
+from bench.errors import TargetError, TargetFailed
 from bench.records import Record
 from bench.traffic import access
 from bench.traffic.request import Request
@@ -306,11 +306,13 @@ class Client:
             record.error or (f"http {record.status}: {error_text(body)}", "")[record.status == 200]
         )
         if error:
-            raise TargetError(f"url = {self._target.url!r}: {error}")
+            raise TargetFailed(f"url = {self._target.url!r}: {error}")
         try:
             return [model.id for model in msgspec.json.decode(body, type=_Models).data]
         except UNREADABLE as problem:
-            raise TargetError(f"url = {self._target.url!r}: no list of models: {problem}") from None
+            raise TargetFailed(
+                f"url = {self._target.url!r}: no list of models: {problem}"
+            ) from None
 
     def close(self) -> None:
         """Close the connections that wait."""

@@ -222,7 +222,9 @@ class _Crew:
         self._lags_s: deque[float] = deque(maxlen=_RECENT)
         self._outcome = Outcome()
         endless = plan.closed is not None and plan.duration_s is not None
-        self._progress = Progress(planned=None if endless else len(plan.planned))
+        times_s = [item.at_s for item in plan.planned if item.at_s is not None]
+        end_s = max(times_s, default=None) if plan.closed is None else plan.duration_s
+        self._progress = Progress(planned=None if endless else len(plan.planned), end_s=end_s)
 
     async def hire(self, target: Target) -> None:
         """Start the actors, wait until all answer, and compare clocks."""

@@ -390,7 +390,7 @@ def test_the_line_is_rewritten_on_a_terminal() -> None:
     line.close()
     first, second = stream.getvalue().removesuffix("\n").split("\x1b[K")[:2]
     assert first.startswith("\r")
-    said = "1.0 s  sent 3/9  running 1  done 2  failed 1  40 tokens/s  lag p99 -"
+    said = "1.0 s  left 4 s  sent 3/9  running 1  done 2  failed 1  40 tokens/s  lag p99 -"
     assert first.removeprefix("\r").strip() == said
     assert "50 tokens/s  lag p99 2.1 ms" in second
     assert stream.getvalue().count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 from bench import interval, measure, result
 from bench.errors import ResultError
 from bench.measure import Slo
-from bench.pages import compare, report
+from bench.pages import compare, figures, report
 from bench.records import Record, read
 from bench.scrape import Sample
 from bench.traffic.load import Happening
@@ -216,7 +216,7 @@ def test_other_kinds_are_not_compared(tmp_path: Path) -> None:
     [(0.0, "0"), (0.012345, "0.0123"), (1.2345, "1.23"), (12.345, "12.3"), (12345.6, "12,346")],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert report.number(value) == text
+    assert figures.number(value) == text
 
 
 # --- what is missing ------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_demo_shows_its_summary_and_examples(tmp_path: Path) -> None:
     section = html.sections["demo"]
     assert "What is a black hole?" in section
     assert "Black." in section
-    assert f"first token {report.number(found['examples'][0]['ttft_s'] * 1e3)} ms" in section
+    assert f"first token {figures.number(found['examples'][0]['ttft_s'] * 1e3)} ms" in section
     assert "http 429: rate limit reached" in section
 
 

@@ -331,17 +331,17 @@ def test_demo_shows_its_summary_and_examples(tmp_path: Path) -> None:
     found = demo(tmp_path / "l")
 
     html = page(tmp_path, "l")
-    figures = {f["data-metric"]: f for f in html.figures if f["section"] == "demo"}
+    tiles = {f["data-metric"]: f for f in html.figures if f["section"] == "demo"}
 
     assert found["requests"] == 400
-    for metric, figure in figures.items():
+    for metric, figure in tiles.items():
         if found[metric] is None:
             assert "data-value" not in figure
             assert "needs 368 samples" in figure["title"]
         else:
             assert float(figure["data-value"]) == pytest.approx(found[metric]), metric
-    assert {"requests_per_s", "output_tokens_per_s"} < set(figures)
-    assert {f"e2e_{of}_s" for of in ("mean", "p50", "p95")} < set(figures)
+    assert {"requests_per_s", "output_tokens_per_s"} < set(tiles)
+    assert {f"e2e_{of}_s" for of in ("mean", "p50", "p95")} < set(tiles)
     section = html.sections["demo"]
     assert "What is a black hole?" in section
     assert "Black." in section

@@ -132,7 +132,8 @@ def _compare(options: Options) -> dict[str, Any]:
     from bench.pages import compare
 
     a, b = result.read(options.a), result.read(options.b)
-    rows, notes = compare.compare(a, b), compare.notes(a, b)
+    rows = compare.compare(a, b, anyway=options.anyway)
+    notes = compare.notes(a, b)
     print(compare.table(rows, notes), file=sys.stderr)
     return compare.as_json(rows, notes)
 
@@ -281,6 +282,8 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
+    about = "also where workload or load differ"
+    parser.add_argument("--anyway", action="store_true", help=about)
 
 
 def _add_roofline(parser: argparse.ArgumentParser) -> None:

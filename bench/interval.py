@@ -1,29 +1,84 @@
 """How sure a figure is: intervals for means, ratios, percentiles and shares.
 
 Every `of_...` returns (low, high), or None where the data cannot bear an interval at that
-confidence: one repeat says nothing about the next. Nothing is assumed that a benchmark cannot
-promise: latencies are not normal, so percentiles get order statistics; shares near 1 are where
-approximations fail, so there is an exact interval beside Wilson's. Means of repeats are taken as
-normal (t), since a mean over many requests nearly is.
+confidence. Nothing is assumed that a benchmark cannot promise:
+
+- Latencies are not normal, so percentiles get order statistics.
+- Requests that queue together are not independent. `of_percentile` and `of_series` take samples in
+  the order of time, count them for as many as they are worth (`bench.correlation`), and return None
+  below `ENOUGH` independent ones: there the correlation itself cannot be measured.
+- A mean of a few skewed values lies far from the true mean more often than Student's t allows, so
+  positive values get an interval for the mean of a lognormal distribution, which is that of t where
+  the values differ by little.
+- Shares near 1 are where approximations fail, so there is an exact interval beside Wilson's.
+
+What these intervals cover is tested in `tests/bench/test_interval.py`, and printed by
+`python -m bench.itself`.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist, fmean, variance
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench import correlation
+
 Bounds = tuple[float, float]
 Samples = Sequence[float] | NDArray[np.float64]
 CONFIDENCE = 0.95
+# Below this many values of unknown shape a mean has no interval.
+_FEWEST_VALUES = 5
+# Independent samples that a series must be worth: below, its correlation is underestimated too
+# often. A series that shows none needs fewer.
+ENOUGH, _ENOUGH_UNCORRELATED = 200, 60
+_UNCORRELATED = 1.5
+# A correlation is estimated from the same samples: it is taken as greater by so many standard
+# errors, which are about sqrt(autocorrelation time / samples).
+_CAUTION = 6.0
+# From this percentile on, and below 1 less it, exceedances are rare: they must be worth this many
+# times `samples_needed` where they come in runs.
+_TAIL, _SPARE = 0.75, 1.5
+_MOST_LOG, _ROUNDING = 700.0, 1e-12
 _BLOCKS = 10
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(80)
 
 
 def of_mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Bounds | None:
-    """t interval for the mean that `values`, one a repeat, are samples of. None below two."""
+    """Interval for the mean of independent values of which nothing else is known.
+
+    None below five values: with fewer a skewed distribution cannot be told from a narrow one. Where
+    each value is itself the figure of many requests, use `of_repeats`.
+    """
+    return of_repeats(values, confidence) if len(values) >= _FEWEST_VALUES else None
+
+
+def of_repeats(values: Sequence[float], confidence: float = CONFIDENCE) -> Bounds | None:
+    """Interval for the mean of `values`, each the figure of one repeat; None below two.
+
+    Student's t, for positive values on the log scale with Cox's correction, so that the interval is
+    for the mean and not for the median: it is that of t where values differ by a few percent, and
+    reaches farther up where they differ by more. That each value is right by itself is the caller's
+    to know: a p99 of too few requests is too low in every repeat.
+    """
+    if len(values) < 2:
+        return None
+    if min(values) <= 0:
+        return _of_normal(values, confidence)
+    logs = [math.log(value) for value in values]
+    count, spread = len(logs), variance(logs)
+    if spread == 0:
+        return values[0], values[0]
+    centre = fmean(logs) + spread / 2
+    error = math.sqrt(spread / count + spread**2 / (2 * (count - 1)))
+    half = t_quantile((1 + confidence) / 2, count - 1) * error
+    return math.exp(centre - half), math.exp(min(centre + half, _MOST_LOG))
+
+
+def _of_normal(values: Sequence[float], confidence: float) -> Bounds | None:
     if len(values) < 2:
         return None
     mean, freedom = fmean(values), len(values) - 1
@@ -31,14 +86,48 @@ def of_mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Bounds |
     return mean - half, mean + half
 
 
-def of_ratio(
-    over: Sequence[float], under: Sequence[float], confidence: float = CONFIDENCE
-) -> Bounds | None:
-    """Interval for mean(over) / mean(under) of independent repeats: Welch's, on the log scale.
+def of_series(values: Samples, confidence: float = CONFIDENCE) -> Bounds | None:
+    """Interval for the mean of samples in the order of time, which may depend on each other.
 
-    The log of a mean has the variance (s / mean)² / n (delta method), and the logs of a ratio and
-    of its inverse differ in sign only, so swapping the runs inverts the interval. None where a
-    mean is not positive or a side has less than two repeats.
+    None where they are worth too few independent samples.
+    """
+    series = np.asarray(values, dtype=float)
+    time = _bearable_time(series)
+    if time is None:
+        return None
+    worth = len(series) / _cautious(time, len(series))
+    error = float(series.std()) / math.sqrt(worth)
+    half, mean = t_quantile((1 + confidence) / 2, worth - 1) * error, float(series.mean())
+    if float(series.min()) <= 0:
+        return mean - half, mean + half
+    # Latencies are skewed: a mean of them is nearer to normal on the log scale.
+    return mean * math.exp(-half / mean), mean * math.exp(half / mean)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio on the log scale, where that of the inverse differs in sign only."""
+
+    log: float
+    error: float
+    freedom: float
+
+    def bounds(self, confidence: float = CONFIDENCE) -> Bounds:
+        half = t_quantile((1 + confidence) / 2, self.freedom) * self.error if self.error else 0.0
+        return math.exp(self.log - half), math.exp(self.log + half)
+
+    def p(self) -> float:
+        """How likely a ratio as far from 1 is where the true one is 1."""
+        if self.error == 0:
+            return 1.0 if abs(self.log) < _ROUNDING else 0.0
+        return 1 - t_within(abs(self.log) / self.error, self.freedom)
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> Ratio | None:
+    """mean(over) / mean(under) of independent repeats: Welch's, on the log scale.
+
+    The log of a mean has the variance (s / mean)² / n (delta method). None where a mean is not
+    positive or a side has less than two repeats.
     """
     if min(len(over), len(under)) < 2:
         return None
@@ -49,48 +138,107 @@ def of_ratio(
         variance(values) / mean**2 / len(values)
         for values, mean in zip((over, under), means, strict=True)
     ]
-    centre, squares = math.log(means[0] / means[1]), sum(parts)
-    if squares == 0:
-        return means[0] / means[1], means[0] / means[1]
-    freedom = squares**2 / (parts[0] ** 2 / (len(over) - 1) + parts[1] ** 2 / (len(under) - 1))
-    half = t_quantile((1 + confidence) / 2, freedom) * math.sqrt(squares)
-    return math.exp(centre - half), math.exp(centre + half)
+    squares = sum(parts)
+    weights = parts[0] ** 2 / (len(over) - 1) + parts[1] ** 2 / (len(under) - 1)
+    freedom = squares**2 / weights if weights else 1.0
+    return Ratio(math.log(means[0] / means[1]), math.sqrt(squares), freedom)
+
+
+def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Ratio | None:
+    """The ratio of repeats that belong together pair by pair, as interleaved ones do.
+
+    The mean log ratio: what both of a pair share (drift of the machine, a colder first repeat)
+    cancels. None where a value is not positive or there are less than two pairs.
+    """
+    if len(over) != len(under):
+        raise ValueError(f"pairs need as many on both sides, not {len(over)} and {len(under)}")
+    if len(over) < 2 or min((*over, *under)) <= 0:
+        return None
+    logs = [math.log(a / b) for a, b in zip(over, under, strict=True)]
+    return Ratio(fmean(logs), math.sqrt(variance(logs) / len(logs)), len(logs) - 1)
+
+
+def of_ratio(
+    over: Sequence[float], under: Sequence[float], confidence: float = CONFIDENCE
+) -> Bounds | None:
+    """Interval for `ratio`; swapping the runs inverts it."""
+    found = ratio(over, under)
+    return None if found is None else found.bounds(confidence)
 
 
 def of_paired_ratio(
     over: Sequence[float], under: Sequence[float], confidence: float = CONFIDENCE
 ) -> Bounds | None:
-    """Interval for the ratio of repeats that belong together pair by pair, as interleaved ones do.
-
-    A t interval for the mean log ratio: what both of a pair share (drift of the machine, a colder
-    first repeat) cancels. None where a value is not positive or there are less than two pairs.
-    """
-    if len(over) != len(under):
-        raise ValueError(f"pairs need as many on both sides, not {len(over)} and {len(under)}")
-    if min((*over, *under), default=0) <= 0:
-        return None
-    logs = [math.log(a / b) for a, b in zip(over, under, strict=True)]
-    bounds = of_mean(logs, confidence)
-    return bounds and (math.exp(bounds[0]), math.exp(bounds[1]))
+    """Interval for `paired_ratio`."""
+    found = paired_ratio(over, under)
+    return None if found is None else found.bounds(confidence)
 
 
 def of_percentile(values: Samples, share: float, confidence: float = CONFIDENCE) -> Bounds | None:
-    """Order-statistic interval for the percentile below which `share` (0 to 1) of values lie.
+    """Interval for the percentile below which `share` (0 to 1) of samples lie.
 
-    Free of any distribution: how many of n samples lie below the true percentile is binomial, so
-    two of the sorted samples bracket it with at least `confidence`, at most half of the rest on
-    either side. None where there are no such two, which is below `samples_needed` of `share` or of
-    1 - `share`.
+    Order statistics, free of any distribution: how many of n independent samples lie below the true
+    percentile is binomial, so two of the sorted samples bracket it. Ranks between two samples are
+    interpolated. Samples that depend on each other count for as many independent ones as the
+    sequence of "below" and "above" is worth.
+
+    Args:
+        values: in the order of time.
+
+    Returns:
+        None where there are no such two samples, which is below `samples_needed` of `share` or of
+        1 - `share`, or where the samples are worth too few independent ones.
     """
-    count, tail = len(values), (1 - confidence) / 2
-    below = _binomial_cdf(count, share)  # below[k]: at most k samples lie below
-    # The low end is the greatest sample with P(fewer lie below than its rank) within the tail.
-    low = int(np.searchsorted(below, tail, side="right"))
-    high = int(np.searchsorted(below, 1 - tail, side="left")) + 1
-    if low < 1 or high > count:
+    series = np.asarray(values, dtype=float)
+    count = len(series)
+    overall = _bearable_time(series)
+    if overall is None:
         return None
-    ordered = np.sort(np.asarray(values, dtype=float))
-    return float(ordered[low - 1]), float(ordered[high - 1])
+    above = (series > np.quantile(series, share)).astype(float)
+    mine = correlation.autocorrelation_time(above)
+    tail = max(mine, overall) if max(share, 1 - share) > _TAIL else mine
+    if tail > _UNCORRELATED and count / tail < _SPARE * samples_needed(share, confidence):
+        return None
+    # The few exceedances of a tail understate how long runs are, all samples overstate it.
+    worth = int(count / _cautious(math.sqrt(mine * overall), count))
+    levels = _levels(worth, share, confidence)
+    if levels is None:
+        return None
+    # Rank r of the `worth` independent samples is at r / (worth + 1) of all.
+    places = np.clip(np.array(levels) / (worth + 1) * (count + 1) - 1, 0, count - 1)
+    low, high = np.interp(places, np.arange(count), np.sort(series))
+    return float(low), float(high)
+
+
+def _levels(count: int, share: float, confidence: float) -> Bounds | None:
+    """The two ranks, from 1 and not whole, that bracket a percentile of `count` samples."""
+    tail = (1 - confidence) / 2
+    below = _binomial_cdf(count, share)  # below[k]: at most k samples lie below
+    if below[0] > tail or below[-2] < 1 - tail:
+        return None
+    # As the probability that fewer than rank samples lie below is below[rank - 1].
+    ranks = np.arange(1, count + 1)
+    low, high = np.interp([tail, 1 - tail], below[:-1], ranks)
+    return float(low), float(high)
+
+
+def _bearable_time(series: NDArray[np.float64]) -> float | None:
+    """The autocorrelation time; None where the samples are worth too few independent ones."""
+    if len(series) < _ENOUGH_UNCORRELATED:
+        return None
+    time = max(
+        correlation.autocorrelation_time(series),
+        correlation.autocorrelation_time(correlation.ranks(series)),
+    )
+    enough = _ENOUGH_UNCORRELATED if time < _UNCORRELATED else ENOUGH
+    return time if len(series) / time >= enough else None
+
+
+def _cautious(time: float, count: int) -> float:
+    """An autocorrelation time with what it may be underestimated by."""
+    if time < _UNCORRELATED:
+        return time
+    return 1 + (time - 1) * (1 + _CAUTION * math.sqrt(time / count))
 
 
 def samples_needed(share: float, confidence: float = CONFIDENCE) -> int:
@@ -167,24 +315,32 @@ def inflation(values: Samples) -> float:
 def t_quantile(probability: float, freedom: float) -> float:
     """Student's t below which `probability` (0.5 to 1) lies; any `freedom` of at least 1.
 
-    With t = sqrt(freedom) tan(angle), the probability of |T| < t is the integral of
-    cos(angle)^(freedom - 1) from 0, times a constant. That integrand is smooth, so Gauss-Legendre
-    is exact to about 1e-12, and the angle is found by bisection.
+    The angle of `t_within` is found by bisection.
     """
     if not 0.5 <= probability < 1 or freedom < 1:
         raise ValueError(f"no quantile of {probability} with {freedom} degrees of freedom")
-    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
-    scale = 2 * math.exp(log_scale) / math.sqrt(math.pi)
-
-    def within(angle: float) -> float:
-        angles = angle / 2 * (_NODES + 1)
-        return scale * angle / 2 * float(_WEIGHTS @ np.cos(angles) ** (freedom - 1))
-
     sought = 2 * probability - 1
     # Beyond 40 standard deviations, or a right angle, there is nothing to find.
     most = min(math.pi / 2, math.atan(40 / math.sqrt(freedom)) if freedom > 30 else math.pi / 2)
-    angle = _bisect(lambda angle: within(angle) < sought, 0.0, most)
+    angle = _bisect(lambda angle: _within(angle, freedom) < sought, 0.0, most)
     return math.sqrt(freedom) * math.tan(angle)
+
+
+def t_within(t: float, freedom: float) -> float:
+    """How likely Student's t lies within `t` of 0."""
+    if freedom > 30 and t > 40:
+        return 1.0
+    return min(1.0, _within(math.atan(t / math.sqrt(freedom)), freedom))
+
+
+def _within(angle: float, freedom: float) -> float:
+    """With t = sqrt(freedom) tan(angle), the probability of |T| < t is the integral of
+    cos(angle)^(freedom - 1) from 0, times a constant. That integrand is smooth, so Gauss-Legendre
+    is exact to about 1e-12."""
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    scale = 2 * math.exp(log_scale) / math.sqrt(math.pi)
+    angles = angle / 2 * (_NODES + 1)
+    return scale * angle / 2 * float(_WEIGHTS @ np.cos(angles) ** (freedom - 1))
 
 
 def _binomial_cdf(count: int, share: float) -> NDArray[np.float64]:

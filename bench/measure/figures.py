@@ -12,9 +12,8 @@ from bench.measure.answers import Answers, answers
 from bench.measure.flow import (
     Window,
     per_second,
+    rates,
     running_in,
-    share_inside,
-    tokens_inside,
     whole_span,
 )
 from bench.measure.latency import (
@@ -30,6 +29,7 @@ from bench.measure.latency import (
     ttft_s,
 )
 from bench.measure.slo import Slo
+from bench.measure.steady import Settling, settling
 from bench.records import Record
 
 # The metrics of a system under load, and which way is better. Lag is not one: it is bench's own.
@@ -46,6 +46,21 @@ METRICS: Mapping[str, str] = {
         for latency in ("ttft", "tpot", "itl", "e2e")
         for statistic in ("mean", *(f"p{percent}" for percent in PERCENTS))
     },
+}
+
+
+_LATENCIES = ("ttft", "tpot", "itl", "e2e")
+
+
+def _figure(latency: str, percent: int | None) -> str:
+    """The name of a statistic of a latency; without a percentile its mean."""
+    return f"{latency}_mean_s" if percent is None else f"{latency}_p{percent}_s"
+
+
+_LATENCY_OF = {
+    _figure(latency, percent): (latency, percent)
+    for latency in _LATENCIES
+    for percent in (None, *PERCENTS)
 }
 
 
@@ -78,8 +93,11 @@ class Measures(msgspec.Struct, kw_only=True):
         input_tokens, output_tokens, cached_tokens: sums over successes; None where no usage said.
         kinds: empty unless the workload has kinds.
         lag_p99_s: with few requests too, as it is no estimate: these are all that were late.
-        intervals: 95% intervals for the percentiles of ttft, tpot and e2e by their names, as if
-            requests were independent; not for itl, where one request has many.
+        settling: for ttft, tpot and e2e, how many independent requests they are worth; not where
+            there are too few requests to say.
+        intervals: 95% intervals for the means and percentiles of ttft, tpot and e2e by their
+            names, of those that have one (`interval.of_series`, `interval.of_percentile`); not for
+            itl, where one request has many.
     """
 
     steady: bool
@@ -138,7 +156,8 @@ class Measures(msgspec.Struct, kw_only=True):
     lag_p50_s: float | None
     lag_p99_s: float | None
     lag_max_s: float | None
-    intervals: dict[str, tuple[float, float]]
+    settling: dict[str, Settling]
+    intervals: dict[str, interval.Bounds]
     answers: Answers = Answers()
 
 
@@ -152,12 +171,11 @@ def measure(
     everything = list(records)
     from_s, to_s = window or whole_span(everything)
     counted = [record for record in everything if from_s <= record.planned_s <= to_s]
+    counted.sort(key=lambda record: record.planned_s)  # Intervals need the order of time.
     ok = [record for record in counted if record.ok]
-    shares = [(r, share_inside(r, from_s, to_s)) for r in everything if r.ok]
     ended = sum(from_s < record.end_s <= to_s for record in everything if record.end_s is not None)
-    output, total = tokens_inside(shares)
     good = {id(record) for record in everything if slo and slo.met_by(record)}
-    good_inside = sum(share for record, share in shares if id(record) in good)
+    flow = rates(everything, (from_s, to_s), window is None, good if slo else None)
     good_share = sum(id(r) in good for r in counted) / len(counted) if counted else None
     latencies = {"ttft": known(map(ttft_s, ok)), "tpot": known(map(tpot_s, ok))}
     latencies["e2e"] = known(map(e2e_s, ok))
@@ -185,11 +203,11 @@ def measure(
         input_tokens=_sum(record.input_tokens for record in ok),
         output_tokens=_sum(record.output_tokens for record in ok),
         cached_tokens=_sum(record.cached_tokens for record in ok),
-        requests_per_s=per_s(sum(share for _, share in shares)),
-        output_tokens_per_s=per_s(output),
-        total_tokens_per_s=per_s(total),
+        requests_per_s=flow.requests,
+        output_tokens_per_s=flow.output_tokens,
+        total_tokens_per_s=flow.total_tokens,
         user_tokens_per_s=_user_tokens_per_s(ok),
-        goodput_per_s=per_s(good_inside) if slo else None,
+        goodput_per_s=flow.good,
         good_share=good_share if slo else None,
         failed_share=(len(counted) - len(ok)) / len(counted) if counted else None,
         max_running=max_running,
@@ -199,6 +217,7 @@ def measure(
         lag_p50_s=percentile(lags, 50),
         lag_p99_s=float(np.percentile(lags, 99)) if len(lags) else None,
         lag_max_s=float(lags.max()) if len(lags) else None,
+        settling={name: found for name, of in latencies.items() if (found := settling(of))},
         intervals=_intervals(latencies),
         answers=answers(ok),
         **_statistics("ttft", latencies["ttft"]),
@@ -209,17 +228,39 @@ def measure(
 
 
 def summary(repeats: Sequence[Measures]) -> dict[str, dict[str, float | None]]:
-    """For every metric that each repeat has: its mean over repeats, and the t interval for that.
+    """For every metric that each repeat has: its mean over repeats, and the interval for that.
 
-    {metric: {"mean", "low", "high"}}; low and high are None for a single repeat.
+    {metric: {"mean", "low", "high"}}; low and high are None for a single repeat, and for a latency
+    of which the repeats saw too little (`_trusted`).
     """
     found: dict[str, dict[str, float | None]] = {}
     for metric in METRICS:
         values = [getattr(measures, metric) for measures in repeats]
         if values and None not in values:
-            low, high = interval.of_mean(values) or (None, None)
+            bounds = interval.of_repeats(values) if _trusted(metric, repeats) else None
+            low, high = bounds or (None, None)
             found[metric] = {"mean": float(np.mean(values)), "low": low, "high": high}
     return found
+
+
+def _trusted(metric: str, repeats: Sequence[Measures]) -> bool:
+    """Whether each repeat's figure is right on average, so that their spread says how sure it is.
+
+    A tail is too low in every repeat of too few independent requests. The mean and the median are
+    nearly right, but not where the queue was seen for a few of its ups and downs only.
+    """
+    latency = _LATENCY_OF.get(metric)
+    if latency is None:
+        return True
+    name, percent = latency
+    of = [m.settling.get("tpot" if name == "itl" else name) for m in repeats]
+    if percent is None or percent <= 50:
+        return all(each is None or each.settled for each in of)
+    known = [each for each in of if each is not None]
+    independent = sum(each.independent for each in known)
+    correlated = independent * 1.5 < sum(each.requests for each in known)
+    spare = 1.5 if correlated else 1.0
+    return independent >= spare * interval.samples_needed(percent / 100)
 
 
 def _sum(values: Iterable[int | None]) -> int | None:
@@ -243,13 +284,15 @@ def _statistics(latency: str, values: Values) -> dict[str, float | None]:
 
 
 def _intervals(latencies: Mapping[str, Values]) -> dict[str, interval.Bounds]:
-    """{"ttft_p99_s": (low, high), ..} for each percentile that has one."""
-    return {
-        f"{latency}_p{percent}_s": bounds
+    """{"ttft_mean_s": (low, high), "ttft_p99_s": .., ..} for each figure that has one."""
+    found = {
+        (latency, percent): interval.of_series(values)
+        if percent is None
+        else interval.of_percentile(values, percent / 100)
         for latency, values in latencies.items()
-        for percent in PERCENTS
-        if (bounds := interval.of_percentile(values, percent / 100)) is not None
+        for percent in (None, *PERCENTS)
     }
+    return {_figure(*key): bounds for key, bounds in found.items() if bounds is not None}
 
 
 def _user_tokens_per_s(ok: Sequence[Record]) -> float | None:

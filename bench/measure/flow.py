@@ -1,7 +1,10 @@
 """What flowed when: requests and tokens over time, and how many requests were under way."""
 
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -72,25 +75,102 @@ def token_events(records: Iterable[Record]) -> tuple[Values, Values]:
     return np.concatenate(times), np.concatenate(amounts)
 
 
-def share_inside(record: Record, from_s: float, to_s: float) -> float:
-    """Which share of a request's time lies in a span; 0 where it never ended."""
+def share_inside(record: Record, span: Window) -> float:
+    """Which share of a request's output came in a span; 0 where it never ended.
+
+    Not of its time: above capacity requests wait ever longer, and a share of their waiting is no
+    work of the server.
+    """
     if record.end_s is None:
         return 0.0
-    took_s = record.end_s - record.planned_s
-    if took_s <= 0:
-        return float(from_s <= record.planned_s <= to_s)
-    return max(0.0, min(record.end_s, to_s) - max(record.planned_s, from_s)) / took_s
+    came_s = record.chunk_s or [record.end_s]
+    return (bisect_right(came_s, span[1]) - bisect_right(came_s, span[0])) / len(came_s)
 
 
-def tokens_inside(shares: Sequence[tuple[Record, float]]) -> tuple[float | None, float | None]:
-    """Output tokens, and output and input tokens, of successes that count by these shares.
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """Per second: successes, their tokens, and those within the objective. None where unknown."""
 
-    None where no usage named output tokens.
+    requests: float | None
+    output_tokens: float | None
+    total_tokens: float | None
+    good: float | None
+
+
+def rates(records: Sequence[Record], span: Window, whole: bool, good: set[int] | None) -> Rates:
+    """What flowed in a span.
+
+    Args:
+        whole: the span is that of the whole load: every request counts as a whole.
+        good: of those within the objective, their id(); None without an objective.
     """
-    if all(record.output_tokens is None for record, _ in shares):
-        return None, None
-    output = sum((record.output_tokens or 0) * share for record, share in shares)
-    return output, output + sum((record.input_tokens or 0) * share for record, share in shares)
+    ok = [record for record in records if record.ok]
+    per_s: Callable[[list[float]], float | None]
+    if not whole and all(record.user is not None for record in ok):
+        loop = _Loop.of(records, span)
+        per_s = partial(loop.rate, ok)
+    else:
+        shares = [1.0 if whole else share_inside(record, span) for record in ok]
+        duration_s = span[1] - span[0]
+
+        def per_s(amounts: list[float]) -> float | None:
+            return per_second(sum(map(operator.mul, amounts, shares)), duration_s)
+
+    output, total = _tokens(ok, inputs=False), _tokens(ok, inputs=True)
+    return Rates(
+        requests=per_s([1.0] * len(ok)),
+        output_tokens=None if output is None else per_s(output),
+        total_tokens=None if total is None else per_s(total),
+        good=None if good is None else per_s([float(id(record) in good) for record in ok]),
+    )
+
+
+def _tokens(ok: Sequence[Record], inputs: bool) -> list[float] | None:
+    """Of each success; None where no usage named output tokens."""
+    if all(record.output_tokens is None for record in ok):
+        return None
+    return [
+        float((record.output_tokens or 0) + (record.input_tokens or 0) * inputs) for record in ok
+    ]
+
+
+class _Loop(msgspec.Struct, frozen=True):
+    """A closed loop by Little's law: a rate is what is under way over the time that each takes.
+
+    What ends in a window would count too much where lengths vary: at its beginning all users begin
+    together, and at its end the long requests are under way. The requests that were planned in it,
+    however late they end, are a fair sample of all. The ratio of two means is too great by the
+    variance of its denominator, which Beale's estimator takes off.
+    """
+
+    running: float
+    took_s: dict[int, float]
+
+    @classmethod
+    def of(cls, records: Sequence[Record], span: Window) -> "_Loop":
+        from_s, to_s = span
+        ended = [(r, r.planned_s, r.end_s) for r in records if r.end_s is not None]
+        inside_s = sum(
+            max(0.0, min(end_s, to_s) - max(planned_s, from_s)) for _, planned_s, end_s in ended
+        )
+        took_s = {
+            id(record): end_s - planned_s
+            for record, planned_s, end_s in ended
+            if from_s <= planned_s <= to_s
+        }
+        return cls(inside_s / (to_s - from_s), took_s)
+
+    def rate(self, records: Sequence[Record], amounts: Sequence[float]) -> float | None:
+        amount = {id(r): value for r, value in zip(records, amounts, strict=True)}
+        x = np.array([amount.get(key, 0.0) for key in self.took_s])
+        y = np.array(list(self.took_s.values()))
+        if not len(y) or y.sum() <= 0:
+            return None
+        ratio, count = float(x.sum() / y.sum()), len(y)
+        if count > 1 and x.sum() > 0:
+            both, own = float(np.cov(x, y)[0, 1]), float(y.var(ddof=1))
+            means = float(x.mean() * y.mean()), float(y.mean()) ** 2
+            ratio *= (1 + both / count / means[0]) / (1 + own / count / means[1])
+        return self.running * ratio
 
 
 def sent_and_ended(records: Iterable[Record]) -> tuple[Values, Values]:

@@ -1,13 +1,35 @@
-"""The span of a run in which its load was steady."""
+"""The span of a run in which its load was steady, and whether its latencies had settled there.
+
+A server that begins empty answers its first requests faster than it will answer later ones. What is
+left of that start is found in two steps. MSER-5 cuts off the beginning whose removal makes the mean
+of the rest most certain: the means of five requests each, from the cut on, have the least standard
+error. It cuts only what differs from the rest by more than correlation explains. And what remains
+must be worth enough independent requests, as a queue that was seen for only a few of its ups and
+downs may have been seen in a good hour (`Settling`).
+"""
 
 import math
 from collections.abc import Iterable, Sequence
 
+import msgspec
 import numpy as np
 
+from bench import correlation
 from bench.measure.flow import Window, sent_and_ended
-from bench.measure.latency import last_known_s
+from bench.measure.latency import Values, e2e_s, known, last_known_s, ttft_s
 from bench.records import Record
+
+_BATCH = 5  # Of MSER-5.
+_FEWEST_BATCHES = 8
+_ROUNDING = 1e-12
+_Z = 1.96
+# Below this many independent requests a queue may not have been seen as it is on average. It does
+# not matter where the mean is known to a twentieth, or to the few milliseconds of a clock.
+_ENOUGH, _UNCORRELATED = 100.0, 3.0
+_FEWEST = 20
+_FILLED = 0.9
+_TURNS = 2  # Of each user in a window: the first and the last of a few are no sample of all.
+_SMALL_SHARE, _SMALL_S = 0.05, 0.005
 
 
 def window(records: Iterable[Record], users: int | None, ramp_s: float = 0.0) -> Window | None:
@@ -18,17 +40,20 @@ def window(records: Iterable[Record], users: int | None, ramp_s: float = 0.0) ->
     has a request under way, or is thinking.
 
     Open loop (`users` None): from the first end at which at least as many requests have ended as
-    are under way, so that those which met an empty server are half gone, but not before `ramp_s`
-    (how long the planned rate rises) after the first planned time; until the last planned time.
+    are under way, so that those which met an empty server are half gone; but not before nine in ten
+    requests take from the first planned time, which is how long as many requests as will be under
+    way take to gather, nor before `ramp_s` (how long the planned rate rises), nor before MSER-5
+    cuts the TTFT and the end-to-end time; until the last planned time.
 
     Returns:
         (from, to) in seconds of the records' clock. None where there is no such span, or it is too
-        short: fewer requests planned in it than there are users, or than are under way at its
+        short: fewer requests planned in it than two for each user, or than are under way at its
         beginning, so that most of what is measured would still be the beginning.
     """
     everything = list(records)
     if users is None:
         from_s, to_s, turn = _open_loop(everything, ramp_s)
+        from_s = max(from_s, _settled_from_s(everything, from_s, to_s))
     else:
         from_s, to_s, turn = _closed_loop(everything, users)
     planned = sum(from_s <= record.planned_s <= to_s for record in everything)
@@ -48,7 +73,7 @@ def _closed_loop(records: Sequence[Record], users: int) -> tuple[float, float, i
             first[record.user] = min(first.get(record.user, begun_s), begun_s)
     if len(first) < users:
         return math.inf, -math.inf, users
-    return max(first.values()), min(last.values()), users
+    return max(first.values()), min(last.values()), _TURNS * users
 
 
 def _open_loop(records: Sequence[Record], ramp_s: float) -> tuple[float, float, int]:
@@ -63,5 +88,98 @@ def _open_loop(records: Sequence[Record], ramp_s: float) -> tuple[float, float, 
     turned = np.flatnonzero(under_way <= np.arange(1, len(ends_s) + 1))
     if not len(turned):
         return math.inf, -math.inf, 1
-    from_s = max(float(ends_s[turned[0]]), min(planned_s) + ramp_s)
+    # Of the first half: above capacity the later ones take ever longer.
+    middle_s = float(np.median(planned_s))
+    took_s = known(e2e_s(record) for record in records if record.planned_s <= middle_s)
+    from_s = max(
+        float(ends_s[turned[0]]),
+        min(planned_s) + ramp_s,
+        min(planned_s) + (float(np.quantile(took_s, _FILLED)) if len(took_s) else 0.0),
+    )
     return from_s, max(planned_s), int(np.sum((sent_s <= from_s) & (end_s > from_s)))
+
+
+# --- the start, as the latencies show it ----------------------------------------------------
+
+
+def _settled_from_s(records: Sequence[Record], from_s: float, to_s: float) -> float:
+    """When the first request was planned whose latencies MSER-5 keeps."""
+    counted = sorted(
+        (r for r in records if r.ok and from_s <= r.planned_s <= to_s), key=lambda r: r.planned_s
+    )
+    if not counted:
+        return from_s
+    series = [known(map(of, counted)) for of in (ttft_s, e2e_s)]
+    cut = max(mser(values) for values in series if len(values) == len(counted) or not len(values))
+    return counted[cut].planned_s if cut else from_s
+
+
+def mser(values: Values) -> int:
+    """How many of the first samples MSER-5 cuts off; at most half, and 0 where there are too few.
+
+    The cut has the least sum of squares of what remains over the square of its size, and what it
+    cuts off differs from what remains.
+    """
+    batches = len(values) // _BATCH
+    if batches < _FEWEST_BATCHES:
+        return 0
+    means = values[: batches * _BATCH].reshape(batches, _BATCH).mean(axis=1)
+    left = np.arange(batches, 0, -1)
+    sums, squares = (np.cumsum(x[::-1])[::-1] for x in (means, means**2))
+    errors = np.maximum(squares - sums**2 / left, 0.0) / left.astype(float) ** 2
+    # Differences of rounding are none: the earliest cut stays.
+    errors[errors <= _ROUNDING * float(squares[0])] = 0.0
+    cut = int(np.argmin(errors[: batches // 2 + 1]))
+    return cut * _BATCH if cut and _differ(means, cut) else 0
+
+
+def _differ(means: Values, cut: int) -> bool:
+    """Whether the part before a cut differs from the rest by more than correlation explains.
+
+    Without this check MSER prefers the quiet hours of a queue that is in its steady state.
+    """
+    time = correlation.autocorrelation_time(means)
+    error = float(means.std()) * math.sqrt(time / cut + time / (len(means) - cut))
+    return abs(float(means[:cut].mean() - means[cut:].mean())) > _Z * error
+
+
+class Settling(msgspec.Struct, frozen=True, kw_only=True):
+    """How well a steady mean is known from correlated latencies.
+
+    Attributes:
+        requests: whose latencies are known.
+        independent: how many independent requests they are worth.
+        error_s: half of a 95% interval for the mean, at that worth; as `error_share` of the mean.
+    """
+
+    requests: int
+    independent: float
+    error_s: float
+    error_share: float
+
+    @property
+    def settled(self) -> bool:
+        """Whether the mean can be trusted: it was seen often enough, or hardly varies."""
+        return (
+            self.independent >= _ENOUGH
+            or self.independent >= self.requests / _UNCORRELATED
+            or self.error_share <= _SMALL_SHARE
+            or self.error_s <= _SMALL_S
+        )
+
+
+def settling(values: Values) -> Settling | None:
+    """Of latencies in the order of their planned times; None where there are too few to say."""
+    count = len(values)
+    if count < _FEWEST:
+        return None
+    ranked = correlation.autocorrelation_time(correlation.ranks(values))
+    independent = count / max(ranked, correlation.autocorrelation_time(values))
+    mean = float(values.mean())
+    error_s = _Z * float(values.std()) / math.sqrt(independent)
+    return Settling(
+        requests=count,
+        independent=independent,
+        error_s=error_s,
+        error_share=error_s / mean if mean > 0 else 0.0,
+    )

@@ -7,6 +7,7 @@ from typing import Any
 from bench.measure.figures import Measures
 
 _LAG_S, _LAG_OF_TTFT = 0.005, 0.05
+_LATENCY_NAMES = {"ttft": "TTFT", "tpot": "time per token", "e2e": "end-to-end time"}
 _CPU, _FAILED_SHARE = 0.9, 0.01
 # Odd answers among the successes; output tokens, of those that were asked for; prompt tokens from
 # the prefix cache that the workload does not explain.
@@ -54,6 +55,8 @@ def doubts(
             f"{measures.requests - measures.backlog} ended, so latencies depend on how long the "
             "run lasted"
         )
+    elif measures.steady and (unsettled := _unsettled(measures)):
+        found.append(unsettled)
     return found
 
 
@@ -85,6 +88,20 @@ def answer_doubts(measures: Measures) -> list[str]:
             "ask for fresh=yes where they are those of a file)"
         )
     return found
+
+
+def _unsettled(measures: Measures) -> str:
+    """Of the latency that is known worst; empty where all have settled."""
+    open_ = {name: of for name, of in measures.settling.items() if not of.settled}
+    if not open_:
+        return ""
+    worst = max(open_, key=lambda name: open_[name].error_share)
+    of = open_[worst]
+    return (
+        f"{_LATENCY_NAMES[worst]} did not settle: {of.requests} requests, which waited for the "
+        f"same queue, say as much about its mean as {max(1, round(of.independent))} independent "
+        f"ones, which is {of.error_share:.0%} at best; send more requests, or fewer a second"
+    )
 
 
 def falls_behind(measures: Measures) -> bool:

@@ -1,13 +1,19 @@
 """Two results side by side: what differs, by how much, and whether that is more than noise.
 
-Pure; `compare` takes two results as `result.json` holds them. A difference is called one only where
-the 95% interval of its ratio excludes 1. As that is so for every metric by itself, one in twenty
-equal metrics is called different by chance.
+Pure; `compare` takes two results as `result.json` holds them, and refuses two that were not asked
+the same: a difference would be that of the loads.
+
+There are thirty metrics, and as many for each cell of a matrix. If each were tested by itself, two
+equal servers would differ in some of them nearly always. So the rows are tested together by
+Benjamini and Hochberg's procedure: of equal servers one pair in twenty differs anywhere, and of the
+rows that are said to differ one in twenty is wrong on average. All intervals are as wide as that
+takes (Benjamini and Yekutieli), so a row differs exactly where its interval excludes 1.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, geometric_mean
+from statistics import fmean
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -20,8 +26,11 @@ from bench.measure import METRICS
 Verdict = Literal["better", "worse", "noise", "unknown"]
 
 _ROUNDING = 1e-9
-# Keys that should agree where the difference is to be that of the servers.
-_SETTING = ("benchmark", "workload", "load", "actors", "slo", "machine")
+# What was asked: where it differs, a difference is not that of the servers.
+_ASKED = ("workload", "load", "count", "duration_s")
+# What may differ with the servers, and is told.
+_SETTING = ("benchmark", "actors", "slo", "machine")
+_BY_SLO = ("goodput_per_s", "good_share")
 
 
 class Row(msgspec.Struct, kw_only=True, frozen=True):
@@ -31,8 +40,9 @@ class Row(msgspec.Struct, kw_only=True, frozen=True):
         cell: of a matrix; empty for a run.
         better: which way is better, "higher" or "lower".
         a, b: means over repeats.
-        ratio: b / a, of pairs the geometric mean over them; low and high are its interval, None
-            where there is none.
+        ratio: b / a, of pairs the geometric mean over them; low and high are its interval at the
+            level of all rows together, None where there is none.
+        p: how likely a ratio as far from 1 is of equal servers, by this row alone; None likewise.
         verdict: of b.
     """
 
@@ -44,6 +54,7 @@ class Row(msgspec.Struct, kw_only=True, frozen=True):
     ratio: float
     low: float | None
     high: float | None
+    p: float | None
     verdict: Verdict
 
 
@@ -52,6 +63,7 @@ def compare(
     b: Mapping[str, Any],
     interleaved: bool | None = None,
     confidence: float = interval.CONFIDENCE,
+    anyway: bool = False,
 ) -> list[Row]:
     """Each metric that both have, as the ratio of b to a.
 
@@ -63,9 +75,12 @@ def compare(
             case, and what both share, as a colder first repeat, cancels. False: Welch's interval,
             which is narrower where the repeats have nothing in common. That is also taken where
             the numbers of repeats differ.
+        confidence: that equal servers differ nowhere.
+        anyway: also where the results were not asked the same.
 
     Raises:
-        ResultError: one has neither repeats nor cells, or they have nothing in common.
+        ResultError: one has neither repeats nor cells, they have nothing in common, or they were
+            not asked the same.
     """
     ours, theirs = _repeats(a, "first"), _repeats(b, "second")
     cells = [cell for cell in ours if cell in theirs]
@@ -74,12 +89,37 @@ def compare(
             "the results have nothing in common: "
             f"{', '.join(map(_named, ours))} against {', '.join(map(_named, theirs))}"
         )
-    rows = [
-        _row(cell, metric, ours[cell], theirs[cell], interleaved, confidence)
+    if not anyway and (other := _asked_otherwise(a, b)):
+        raise ResultError(f"the results cannot be compared: {'; '.join(other)}")
+    metrics = [name for name in METRICS if name not in _BY_SLO or a.get("slo") == b.get("slo")]
+    pairs = [
+        pair
         for cell in cells
-        for metric in METRICS
+        for metric in metrics
+        if (pair := _pair(cell, metric, ours[cell], theirs[cell], interleaved))
     ]
-    return [row for row in rows if row is not None]
+    level = _level([known.p() for pair in pairs if (known := pair.ratio)], 1 - confidence)
+    return [pair.row(1 - level) for pair in pairs]
+
+
+def _asked_otherwise(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What was asked of one only. Cells of a matrix are told apart by their names."""
+    if a.get("cells") and b.get("cells"):
+        return []
+    return [_differs(key, a, b) for key in _ASKED if a.get(key) != b.get(key)]
+
+
+def _differs(key: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    return f"{key} differs: {_short(a.get(key))} against {_short(b.get(key))}"
+
+
+def _level(p_values: Sequence[float], error: float) -> float:
+    """Benjamini and Hochberg: the greatest p that is a discovery among these, or what one must be
+    below where there is none."""
+    count = len(p_values)
+    limits = [error * place / count for place in range(1, count + 1)]
+    kept = [limit for p, limit in zip(sorted(p_values), limits, strict=True) if p <= limit]
+    return max(kept, default=error / max(1, count))
 
 
 def notes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -89,11 +129,7 @@ def notes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         for name, result in (("A", a), ("B", b))
         for doubt in result.get("doubts") or []
     ]
-    found += [
-        f"{key} differs: {_short(a.get(key))} against {_short(b.get(key))}"
-        for key in _SETTING
-        if a.get(key) != b.get(key)
-    ]
+    found += [_differs(key, a, b) for key in (*_ASKED, *_SETTING) if a.get(key) != b.get(key)]
     ours, theirs = _wholes(a), _wholes(b)
     found += [
         note
@@ -162,14 +198,46 @@ def _named(cell: str) -> str:
     return cell or "a run"
 
 
-def _row(
+class _Pair(msgspec.Struct, frozen=True, kw_only=True):
+    """One metric of both results, repeat by repeat."""
+
+    cell: str
+    metric: str
+    under: list[float]
+    over: list[float]
+    paired: bool
+
+    @property
+    def ratio(self) -> interval.Ratio | None:
+        of = interval.paired_ratio if self.paired else interval.ratio
+        return of(self.over, self.under)
+
+    def row(self, confidence: float) -> Row:
+        known = self.ratio
+        bounds = None if known is None else known.bounds(confidence)
+        low, high = bounds or (None, None)
+        ratio = fmean(self.over) / fmean(self.under)
+        return Row(
+            metric=self.metric,
+            cell=self.cell,
+            better=METRICS[self.metric],
+            a=fmean(self.under),
+            b=fmean(self.over),
+            ratio=math.exp(known.log) if known and self.paired else ratio,
+            low=low,
+            high=high,
+            p=None if known is None else known.p(),
+            verdict=_verdict(bounds, METRICS[self.metric]),
+        )
+
+
+def _pair(
     cell: str,
     metric: str,
     a: Sequence[Mapping[str, Any]],
     b: Sequence[Mapping[str, Any]],
     interleaved: bool | None,
-    confidence: float,
-) -> Row | None:
+) -> _Pair | None:
     """None where one side has no value, or a mean of 0, which has no ratio."""
     ours, theirs = [each.get(metric) for each in a], [each.get(metric) for each in b]
     paired = interleaved is not False and len(ours) == len(theirs)
@@ -180,23 +248,7 @@ def _row(
     under = [float(value) for value in ours if value is not None]
     if not over or not under or not (fmean(over) and fmean(under)):
         return None
-    of = interval.of_paired_ratio if paired else interval.of_ratio
-    bounds = of(over, under, confidence)
-    low, high = bounds or (None, None)
-    ratio = fmean(over) / fmean(under)
-    if paired and bounds:
-        ratio = geometric_mean(over) / geometric_mean(under)
-    return Row(
-        metric=metric,
-        cell=cell,
-        better=METRICS[metric],
-        a=fmean(under),
-        b=fmean(over),
-        ratio=ratio,
-        low=low,
-        high=high,
-        verdict=_verdict(bounds, METRICS[metric]),
-    )
+    return _Pair(cell=cell, metric=metric, under=under, over=over, paired=paired)
 
 
 def _verdict(bounds: interval.Bounds | None, better: str) -> Verdict:

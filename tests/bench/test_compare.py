@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from bench.errors import ResultError
-from bench.measure import measure
+from bench.measure import METRICS, measure
 from bench.pages import compare
 from bench.pages.compare import Row
 from bench.records import Record
@@ -94,7 +94,7 @@ def test_zeros_have_no_ratio() -> None:
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_equal_servers_differ_about_one_time_in_twenty(interleaved: bool) -> None:
+def test_one_metric_of_equal_servers_differs_about_one_time_in_twenty(interleaved: bool) -> None:
     draw = random.Random(1)
     verdicts = [
         only(
@@ -105,6 +105,72 @@ def test_equal_servers_differ_about_one_time_in_twenty(interleaved: bool) -> Non
         for _ in range(300)
     ]
     assert 0.01 < 1 - verdicts.count("noise") / 300 < 0.09
+
+
+def served(draw: random.Random, slower: float = 1.0, own: float = 0.03) -> dict[str, Any]:
+    """Three repeats with every metric: all share the noise of their repeat, and have their own."""
+    repeats = []
+    for _ in range(3):
+        shared = draw.gauss(1, 0.02)
+        repeats.append(
+            {
+                metric: 100
+                * shared
+                * draw.gauss(1, own)
+                * (slower if better == "lower" else 1 / slower)
+                for metric, better in METRICS.items()
+            }
+        )
+    return result(*repeats)
+
+
+@pytest.mark.parametrize("own", [0.005, 0.03])
+def test_all_metrics_of_equal_servers_together_differ_about_one_time_in_twenty(own: float) -> None:
+    """Of thirty metrics, each by itself, one or more would differ in most pairs."""
+    draw = random.Random(2)
+    pairs = [compare.compare(served(draw, own=own), served(draw, own=own)) for _ in range(200)]
+    differ = [any(row.verdict != "noise" for row in rows) for rows in pairs]
+    assert sum(differ) / 200 < 0.08
+    alone = [any((row.p or 1) < 0.05 for row in rows) for rows in pairs]
+    assert sum(alone) / 200 > 0.2
+
+
+def test_a_server_that_is_slower_is_seen_to_be_in_most_metrics() -> None:
+    draw = random.Random(3)
+    rows = [
+        row
+        for _ in range(40)
+        for row in compare.compare(served(draw, own=0.01), served(draw, 1.2, own=0.01))
+    ]
+    assert sum(row.verdict == "worse" for row in rows) / len(rows) > 0.7
+    assert not [row for row in rows if row.verdict == "better"]
+
+
+def test_a_row_differs_exactly_where_its_interval_excludes_1() -> None:
+    draw = random.Random(4)
+    for slower in (1.0, 1.05, 1.1):
+        for row in compare.compare(served(draw), served(draw, slower)):
+            assert row.low is not None
+            assert row.high is not None
+            assert (row.verdict == "noise") == (row.low <= 1 <= row.high)
+
+
+def test_results_that_were_not_asked_the_same_are_refused() -> None:
+    with pytest.raises(ResultError, match=r"cannot be compared: load differs: users=4 against"):
+        compare.compare(throughputs(1.0, 1.0), throughputs(2.0, 2.1, load="users=8"))
+    rows = compare.compare(
+        throughputs(1.0, 1.1), throughputs(2.0, 2.1, load="users=8"), anyway=True
+    )
+    assert only(rows).verdict == "better"
+
+
+def test_goodput_by_another_objective_is_no_row() -> None:
+    a, b = (
+        result({"goodput_per_s": 1.0}, {"goodput_per_s": 1.1}, slo={"ttft_s": limit_s})
+        for limit_s in (0.5, 2.0)
+    )
+    assert compare.compare(a, b) == []
+    assert len(compare.compare(a, a)) == 1
 
 
 def test_what_measure_gives_can_be_compared() -> None:

@@ -1,6 +1,7 @@
 """The metrics against values worked out by hand, and against vLLM's own code where it is there."""
 
 import ast
+import heapq
 import importlib.util
 import json
 import random
@@ -14,8 +15,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from bench import measure
+from bench import interval, measure
 from bench.errors import BenchError
+from bench.itself import processes
 from bench.measure import Measures, Slo
 from bench.records import Record
 
@@ -199,7 +201,6 @@ def test_no_percentile_from_too_few_requests(percent: int, needed: int) -> None:
     few, enough = measure.measure(many(needed - 1)), measure.measure(many(needed))
     assert getattr(few, name) is None
     assert getattr(enough, name) == pytest.approx(1.0)
-    assert name in enough.intervals
     assert name not in few.intervals
 
 
@@ -209,12 +210,33 @@ def test_failures_do_not_help_to_a_percentile() -> None:
     assert measure.vllm_names(records)["p99_ttft_ms"] is None
 
 
+def shuffled(count: int) -> list[Record]:
+    """TTFTs of 1 to `count` hundredths of a second, in no order."""
+    places = np.random.default_rng(1).permutation(count) + 1
+    return [answered(n, float(n), chunk_s=[n + places[n] / 100]) for n in range(count)]
+
+
 def test_percentiles_and_their_intervals() -> None:
-    records = [answered(n, 0.0, chunk_s=[(n + 1) / 100]) for n in range(100)]
-    found = measure.measure(records)
+    found = measure.measure(shuffled(100))
     assert found.ttft_p50_s == pytest.approx(0.505)
     assert found.ttft_p95_s == pytest.approx(np.percentile(np.arange(1, 101) / 100, 95))
-    assert found.intervals["ttft_p50_s"] == (pytest.approx(0.40), pytest.approx(0.61))
+    assert found.intervals["ttft_p50_s"] == (
+        pytest.approx(0.40, abs=0.02),
+        pytest.approx(0.61, abs=0.02),
+    )
+    low, high = found.intervals["ttft_mean_s"]
+    assert low < 0.505 < high
+
+
+def test_latencies_that_hang_together_have_no_interval() -> None:
+    """The same hundred latencies, but each like the one before."""
+    rising = [answered(n, float(n), chunk_s=[n + (n + 1) / 100]) for n in range(100)]
+    found = measure.measure(rising)
+    assert not [name for name in found.intervals if name.startswith("ttft")]
+    assert not found.settling["ttft"].settled
+    assert measure.measure(shuffled(100)).settling["ttft"].settled
+    # The order of the records does not matter, only that of their times.
+    assert measure.measure(rising[::-1]).settling == found.settling
 
 
 def test_kinds_and_fairness() -> None:
@@ -231,16 +253,35 @@ def test_kinds_and_fairness() -> None:
     assert measure.measure(many(3)).kinds == {}
 
 
-def test_the_summary_over_repeats_has_t_intervals() -> None:
+def test_the_summary_over_repeats_has_an_interval() -> None:
     repeats = [
         measure.measure([answered(0, output_tokens=tokens, end_s=4.0)]) for tokens in (4, 8, 12)
     ]
     found = measure.summary(repeats)["output_tokens_per_s"]
     assert found["mean"] == pytest.approx(2.0)
-    assert found["low"] == pytest.approx(2 - 4.30265 / 3**0.5, abs=1e-4)
+    assert (found["low"], found["high"]) == interval.of_repeats([1.0, 2.0, 3.0])
     assert measure.summary(repeats[:1])["output_tokens_per_s"]["low"] is None
     assert "ttft_p99_s" not in measure.summary(repeats)
     assert measure.summary([]) == {}
+
+
+def test_a_tail_of_repeats_that_saw_too_little_has_no_interval() -> None:
+    """Three repeats of a queue agree on a p99 that is too low in each of them."""
+    rng = np.random.default_rng(5)
+    slow, apart = processes.queue(0.9), processes.exponential()
+
+    def repeats(process: processes.Process) -> list[Measures]:
+        return [
+            measure.measure(
+                [answered(n, float(n), chunk_s=[n + ttft_s]) for n, ttft_s in enumerate(series)]
+            )
+            for series in process.sample(rng, 3, 400)
+        ]
+
+    queued, free = (measure.summary(repeats(process)) for process in (slow, apart))
+    assert queued["ttft_p99_s"]["mean"] is not None
+    assert [queued[f"ttft_{name}_s"]["low"] for name in ("mean", "p50", "p95", "p99")] == [None] * 4
+    assert None not in [free[f"ttft_{name}_s"]["low"] for name in ("mean", "p50", "p95", "p99")]
 
 
 def test_a_result_survives_json() -> None:
@@ -332,24 +373,80 @@ def test_a_window_counts_what_was_planned_in_it_however_late_it_ended() -> None:
     assert (found.steady, found.requests, found.backlog) == (True, 12, 1)
     assert found.e2e_mean_s == 4.5
     assert found.planned_per_s == pytest.approx(12 / 11.5)
-    assert found.requests_per_s == pytest.approx(1.0, rel=0.02)
+    # Each comes in one piece at its end.
+    assert found.requests_per_s == pytest.approx(11 / 11.5)
     assert found.max_running == 5
     assert found.mean_running == pytest.approx(4.5, rel=0.02)
 
 
-def test_a_request_counts_by_the_share_of_its_time_inside_a_window() -> None:
-    record = answered(output_tokens=35)  # from 0 to 3.5 s: 10 tokens for each second
+def test_a_request_counts_by_the_share_of_its_output_inside_a_window() -> None:
+    record = answered(output_tokens=36)  # in three pieces, at 1, 2.5 and 3 s
     found = measure.measure([record], Slo(ttft_s=9.0), window=(1.0, 3.0))
-    assert found.requests_per_s == pytest.approx(2 / 3.5 / 2)
+    assert found.requests_per_s == pytest.approx(2 / 3 / 2)
     assert found.goodput_per_s == found.requests_per_s
-    assert found.output_tokens_per_s == pytest.approx(10.0)
-    assert found.total_tokens_per_s == pytest.approx(10 + 10 / 3.5)
-    outside = measure.measure([record], window=(3.5, 9.0))
+    assert found.output_tokens_per_s == pytest.approx(24 / 2)
+    assert found.total_tokens_per_s == pytest.approx((24 + 10 * 2 / 3) / 2)
+    outside = measure.measure([record], window=(3.0, 9.0))
     assert (outside.requests_per_s, outside.output_tokens_per_s) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("offered", [1.25, 1.5, 2.0, 4.0, 10.0])
+def test_above_capacity_the_rate_is_the_servers(offered: float) -> None:
+    """One request a second, ten tokens each, however many are offered."""
+    records, end_s = [], 0.0
+    for n in range(160):
+        at_s = n / offered
+        begin_s = max(at_s, end_s)
+        end_s = begin_s + 1.0
+        chunk_s = [begin_s + 0.1 * (part + 1) for part in range(10)]
+        records.append(
+            Record(
+                index=n, planned_s=at_s, sent_s=at_s, chunk_s=chunk_s, end_s=end_s, output_tokens=10
+            )
+        )
+    window = measure.window(records, None)
+    found = measure.measure(records, None, window)
+    assert found.requests_per_s == pytest.approx(1.0, rel=0.003)
+    assert found.output_tokens_per_s == pytest.approx(10.0, rel=0.003)
+    assert measure.doubts(found, whole=measure.measure(records)) != []
+
+
+@pytest.mark.parametrize(("spread", "users", "turns"), [(0.5, 8, 4), (1.0, 8, 12), (1.0, 64, 4)])
+def test_lengths_that_vary_do_not_inflate_a_closed_loop(
+    spread: float, users: int, turns: int
+) -> None:
+    """Each user gets 100 tokens/s; requests take a second on average."""
+    rng = np.random.default_rng(2)
+    sigma = float(np.sqrt(np.log(1 + spread**2)))
+    requests, tokens = [], []
+    for _ in range(120):
+        free = [(0.0, user) for user in range(users)]
+        records = []
+        for n in range(users * turns):
+            at_s, user = heapq.heappop(free)
+            end_s = at_s + float(rng.lognormal(-(sigma**2) / 2, sigma))
+            heapq.heappush(free, (end_s, user))
+            records.append(
+                Record(
+                    index=n,
+                    user=user,
+                    planned_s=at_s,
+                    sent_s=at_s,
+                    chunk_s=[at_s + 1e-3, max(end_s, at_s + 1e-3)],
+                    end_s=end_s,
+                    output_tokens=max(2, round(100 * (end_s - at_s))),
+                )
+            )
+        found = measure.measure(records, None, measure.window(records, users))
+        assert found.steady
+        requests.append((found.requests_per_s or 0) / users)
+        tokens.append((found.output_tokens_per_s or 0) / users)
+    assert np.mean(requests) == pytest.approx(1.0, abs=0.03)
+    assert np.mean(tokens) == pytest.approx(100.0, rel=0.01)
+
+
 @pytest.mark.parametrize("first_s", [0.01, 0.5, 0.95])
-@pytest.mark.parametrize("turns", [3, 10])
+@pytest.mark.parametrize("turns", [4, 10])
 def test_the_throughput_of_a_steady_state_is_that_of_the_server(first_s: float, turns: int) -> None:
     """4 users who get 20 tokens a second each, however short the run and late the first token."""
     records = closed_loop(4, turns, first_s)

@@ -87,7 +87,7 @@ def shown(text: str) -> float:
 
 
 def test_headline_shows_the_measures_and_half_of_their_intervals(tmp_path: Path) -> None:
-    repeats = [made.records(400, repeat=repeat, fails=0.01) for repeat in range(3)]
+    repeats = [made.records(460, repeat=repeat, fails=0.01) for repeat in range(3)]
     made.run(tmp_path / "a", "a run", repeats, slo=Slo(ttft_s=0.2))
     windows = [measure.window(each, None) for each in repeats]
     measures = [

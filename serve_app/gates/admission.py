@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,8 +26,26 @@ from serve_app.settings import Limits
 _FAREWELL_S = 3.0
 
 
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    """A request in the queue.
+
+    Attributes:
+        turn: done once its wait is over, whichever way that is.
+        room: sequences that were counted for it; None: it was given no room.
+    """
+
+    sequences: int
+    body_bytes: int
+    turn: asyncio.Future[None]
+    room: int | None = None
+
+
 class Admission:
     """Counts sequences that run and requests that wait. For one event loop.
+
+    What is counted for a request is written down with it, and just that is given back: a turn that
+    comes in the same moment as a cancellation or a timeout was either counted or it was not.
 
     Args:
         max_running: sequences that may run at once.
@@ -38,7 +57,7 @@ class Admission:
         self.max_queued = max_queued
         self.retry_after_s = retry_after_s
         self.running = 0
-        self._waiting: deque[tuple[int, int, asyncio.Future[None]]] = deque()
+        self._waiting: deque[_Waiter] = deque()
 
     @property
     def queued(self) -> int:
@@ -47,7 +66,7 @@ class Admission:
     @property
     def queued_bytes(self) -> int:
         """Of the bodies of the requests that wait."""
-        return sum(size for _, size, _ in self._waiting)
+        return sum(waiter.body_bytes for waiter in self._waiting)
 
     def change(self, max_running: int, max_queued: int, retry_after_s: float) -> None:
         """Other bounds from now on; who is in stays in."""
@@ -65,19 +84,24 @@ class Admission:
             TooManyRequests: the queue is full.
             Unavailable: no room within `queue_timeout_s`.
         """
-        # A request larger than the whole engine still runs, alone.
-        weight = min(sequences, self.max_running)
-        if self._waiting or self.running + weight > self.max_running:
-            await self._wait(weight, body_bytes, queue_timeout_s)
+        if not self._waiting and (room := self._room_for(sequences)) is not None:
+            self.running += room
         else:
-            self.running += weight
+            room = await self._wait(sequences, body_bytes, queue_timeout_s)
         try:
             yield
         finally:
-            self.running -= weight
-            self._wake()
+            self._give_back(room)
 
-    async def _wait(self, weight: int, body_bytes: int, timeout_s: float) -> None:
+    def _room_for(self, sequences: int) -> int | None:
+        """What to count for a request that may run now, or None: it may not.
+
+        One that is larger than the whole engine still runs, alone.
+        """
+        room = min(max(sequences, 1), self.max_running)
+        return room if not self.running or self.running + room <= self.max_running else None
+
+    async def _wait(self, sequences: int, body_bytes: int, timeout_s: float) -> int:
         if len(self._waiting) >= self.max_queued:
             raise TooManyRequests(
                 f"{self.running} sequences run and {self.queued} requests wait, which is all this "
@@ -85,38 +109,47 @@ class Admission:
                 retry_after_s=self.retry_after_s,
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (weight, body_bytes, turn)
-        self._waiting.append(entry)
+        waiter = _Waiter(sequences, body_bytes, turn)
+        self._waiting.append(waiter)
         try:
             async with asyncio.timeout(timeout_s):
                 await turn
-        except TimeoutError:
-            self._leave(entry)
-            raise Unavailable(
-                f"No room within {timeout_s:g} s. Try again later.",
-                retry_after_s=self.retry_after_s,
-            ) from None
-        except asyncio.CancelledError:
-            self._leave(entry)
+        except BaseException as error:
+            self._leave(waiter)
+            if isinstance(error, TimeoutError):
+                raise Unavailable(
+                    f"No room within {timeout_s:g} s. Try again later.",
+                    retry_after_s=self.retry_after_s,
+                ) from None
             raise
+        assert waiter.room is not None
+        return waiter.room
 
-    def _leave(self, entry: tuple[int, int, asyncio.Future[None]]) -> None:
+    def _leave(self, waiter: _Waiter) -> None:
         """Give up a place in the queue, or the room that was given in the same moment."""
-        if entry in self._waiting:
-            self._waiting.remove(entry)
-        else:
-            self.running -= entry[0]
+        if waiter.room is not None:
+            self._give_back(waiter.room)
+        elif waiter in self._waiting:
+            self._waiting.remove(waiter)
+            self._wake()
+
+    def _give_back(self, room: int) -> None:
+        self.running -= room
         self._wake()
 
     def _wake(self) -> None:
-        # One that is larger than the whole bound, which may have shrunk since, still runs alone.
-        while self._waiting and (
-            not self.running or self.running + self._waiting[0][0] <= self.max_running
-        ):
-            weight, _, turn = self._waiting.popleft()
-            if not turn.done():
-                self.running += weight
-                turn.set_result(None)
+        """Let in those at the head of the queue, as far as there is room."""
+        while self._waiting:
+            first = self._waiting[0]
+            if first.turn.done():  # It leaves: it was cancelled in this turn of the loop.
+                self._waiting.popleft()
+                continue
+            if (room := self._room_for(first.sequences)) is None:
+                return
+            self._waiting.popleft()
+            self.running += room
+            first.room = room
+            first.turn.set_result(None)
 
 
 class AdmissionGate:

@@ -44,10 +44,10 @@ def text(
     if replicas > 1:
         _set_replicas(lines, replicas)
     place = _place(lines, r"      engine:") + 1
-    given = {line.strip().partition(":")[0] for line in lines[place : place + 2]}
+    keys = {line.strip().partition(":")[0] for line in lines[place : place + 2]}
     added = [f"{_INDENT}# {why}"]
     for name, value in everything.items():
-        if name in given:
+        if name in keys:
             continue
         knob = BY_NAME.get(name)
         if knob is not None and name in tuned:

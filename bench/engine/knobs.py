@@ -173,22 +173,22 @@ def _given(text: str) -> Knob:
 def _values(text: str) -> list[Any]:
     """A JSON list without its brackets, or words."""
     try:
-        found: list[Any] = json.loads(f"[{text}]")
-        return found
+        values: list[Any] = json.loads(f"[{text}]")
+        return values
     except json.JSONDecodeError:
         return text.split(",")
 
 
 def points(knobs: Sequence[Knob]) -> list[dict[str, Any]]:
     """Every combination: the full grid."""
-    found: list[dict[str, Any]] = [{}]
+    points_so_far: list[dict[str, Any]] = [{}]
     for knob in knobs:
-        found = [
+        points_so_far = [
             point if value is None else {**point, knob.name: value}
-            for point in found
+            for point in points_so_far
             for value in knob.values
         ]
-    return found
+    return points_so_far
 
 
 def started_with(settings: Settings, knobs: Sequence[Knob]) -> dict[str, Any]:

@@ -62,9 +62,9 @@ def view(ready: Ready, answer: Answer) -> View:
         for sample in answer.kv
         if sample["blocks"]
     ]
-    known = [record for record in answer.records if record.ok and record.input_tokens]
-    read = sum(record.input_tokens or 0 for record in known)
-    cached = sum(record.cached_tokens or 0 for record in known)
+    measured = [record for record in answer.records if record.ok and record.input_tokens]
+    read = sum(record.input_tokens or 0 for record in measured)
+    cached = sum(record.cached_tokens or 0 for record in measured)
     return View(
         blocks=blocks,
         block_tokens=size,
@@ -127,7 +127,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     for line in describe(found):
         run.say(line)
     doubts = ["the load was broken off"] if answer.lost else []
-    told = head | {
+    output = head | {
         "model": options.model,
         "engine": options.engine,
         "workload": options.workload,
@@ -137,9 +137,9 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         "kv": msgspec.to_builtins(found),
         "samples": thinned(answer.kv),
     }
-    result.write(options.out, told)
+    result.write(options.out, output)
     keys = ("benchmark", "name", "valid", "doubts", "kv")
-    return {key: told[key] for key in keys} | {"out": str(options.out)}
+    return {key: output[key] for key in keys} | {"out": str(options.out)}
 
 
 def thinned(samples: Sequence[Mapping[str, float]], most: int = 400) -> list[Mapping[str, float]]:

@@ -123,7 +123,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _beside(row: Row, single: Row | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    ratios: dict[str, Any] = {
         "name": row.name,
         "gpus": row.gpus,
         "tensor_parallel": row.tensor_parallel,
@@ -133,33 +133,33 @@ def _beside(row: Row, single: Row | None) -> dict[str, Any]:
     }
     for metric in ("ttft_s", "tpot_s", "tokens_per_s", "saturated"):
         values = getattr(row, metric)
-        found[metric] = fmean(values) if values else None
+        ratios[metric] = fmean(values) if values else None
         base = getattr(single, metric) if single else []
-        found[f"{metric}_times"] = fmean(values) / fmean(base) if values and base else None
-        found[f"{metric}_bounds"] = interval.of_ratio(values, base) if row is not single else None
+        ratios[f"{metric}_times"] = fmean(values) / fmean(base) if values and base else None
+        ratios[f"{metric}_bounds"] = interval.of_ratio(values, base) if row is not single else None
     for metric in ("tokens_per_s", "saturated"):
-        times = found[f"{metric}_times"]
-        found[f"{metric}_efficiency"] = times / row.gpus if times is not None else None
-    return found
+        times = ratios[f"{metric}_times"]
+        ratios[f"{metric}_efficiency"] = times / row.gpus if times is not None else None
+    return ratios
 
 
 def advice(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Which layout to take for which goal."""
-    said = []
+    sentences = []
     for gpus in sorted({row["gpus"] for row in rows if row["gpus"] > 1}):
         same = [row for row in rows if row["gpus"] == gpus and not row["failure"]]
         fast = min((r for r in same if r["tpot_s"]), key=lambda r: r["tpot_s"], default=None)
         wide = max((r for r in same if r["saturated"]), key=lambda r: r["saturated"], default=None)
         if fast is None:
-            said.append(f"{gpus} GPUs: not measured")
+            sentences.append(f"{gpus} GPUs: not measured")
             continue
         one = _of(fast["tpot_s_times"])
         goals = f"for the latency of one request {fast['name']} ({one} of one GPU's time per token)"
         if wide is not None:
             many, linear = _of(wide["saturated_times"]), _of(wide["saturated_efficiency"])
             goals += f"; for throughput {wide['name']} ({many} times one GPU, {linear} of linear)"
-        said.append(f"{gpus} GPUs: {goals}")
-    return said
+        sentences.append(f"{gpus} GPUs: {goals}")
+    return sentences
 
 
 def _of(value: float | None) -> str:
@@ -204,14 +204,14 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     where = "GPUs" if gpu.present() else "engines on a CPU"
     head = result.header("scale", f"{options.model} on {gpus} {where}")
     rows = rows_of(gpus, options.workload, dict(options.variant), options.only)
-    told: dict[str, Any] = {}
+    output: dict[str, Any] = {}
     with Crowd(options.clients or max(1, min(16, (os.cpu_count() or 1) // 4))) as crowd:
         for measured in _rounds(rows, gpus, crowd, options):
             run.say(json.dumps(msgspec.to_builtins(measured)))
-            told = head | _told(rows, options)
-            result.write(options.out, told)  # What there is so far, in case there is no more.
+            output = head | _told(rows, options)
+            result.write(options.out, output)  # What there is so far, in case there is no more.
     keys = ("benchmark", "name", "valid", "doubts", "table", "advice", "workloads")
-    return {key: told[key] for key in keys} | {"out": str(options.out)}
+    return {key: output[key] for key in keys} | {"out": str(options.out)}
 
 
 def _told(rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:

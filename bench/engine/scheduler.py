@@ -99,26 +99,26 @@ def order(longs: Sequence[Record], shorts: Sequence[Record]) -> tuple[float | No
 
 def advice(cases: Sequence[Case]) -> list[str]:
     """What the cases say, in sentences."""
-    found: dict[tuple[str, bool], Case] = {(each.policy, each.chunked): each for each in cases}
-    said = []
+    by_setting: dict[tuple[str, bool], Case] = {(each.policy, each.chunked): each for each in cases}
+    sentences = []
     for policy in dict.fromkeys(each.policy for each in cases):
-        on, off = found.get((policy, True)), found.get((policy, False))
+        on, off = by_setting.get((policy, True)), by_setting.get((policy, False))
         if on and off and "short" in on.ttft_p50_s and "short" in off.ttft_p50_s:
             times = off.ttft_p50_s["short"] / on.ttft_p50_s["short"]
-            said.append(
+            sentences.append(
                 f"{policy}: without chunked prefill short prompts wait {times:.2f} times as long "
                 f"for their first token (median), long ones "
                 f"{_times(off.ttft_p50_s, on.ttft_p50_s, 'long')} times"
             )
     for chunked in (True, False):
-        first, ranked = found.get(("fcfs", chunked)), found.get(("priority", chunked))
+        first, ranked = by_setting.get(("fcfs", chunked)), by_setting.get(("priority", chunked))
         if first and ranked:
             short, long = (_times(ranked.ttft_p50_s, first.ttft_p50_s, kind) for kind in _KINDS)
-            said.append(
+            sentences.append(
                 f"chunked prefill {'on' if chunked else 'off'}: with priorities short prompts wait "
                 f"{short} times as long as first come first served, long ones {long} times"
             )
-    return said
+    return sentences
 
 
 def _times(over: Mapping[str, float], under: Mapping[str, float], kind: str) -> str:
@@ -143,17 +143,21 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     head = result.header("scheduler", f"who waits for whom, {options.model}")
     what = f"mixed:long={options.long},longs=2,short=50,shorts=30,output=64"
     # Without chunks vLLM wants room for the longest prompt there may be.
-    whole = int(options.engine.get("max_model_len", 2 * options.long))
+    whole_prompt_tokens = int(options.engine.get("max_model_len", 2 * options.long))
     cases: list[Case] = []
     doubts: list[str] = []
     # A policy is an engine of its own; the rest can be told to one that stands.
     for policy in options.policies.split(","):
-        given = {**options.engine, "scheduling_policy": policy, "max_num_batched_tokens": whole}
-        given.setdefault("enable_chunked_prefill", True)
-        given["max_num_seqs"] = min(int(given.get("max_num_seqs", 64)), options.tokens)
-        with Engine(options.model, given, options.out) as engine:
+        arguments = {
+            **options.engine,
+            "scheduling_policy": policy,
+            "max_num_batched_tokens": whole_prompt_tokens,
+        }
+        arguments.setdefault("enable_chunked_prefill", True)
+        arguments["max_num_seqs"] = min(int(arguments.get("max_num_seqs", 64)), options.tokens)
+        with Engine(options.model, arguments, options.out) as engine:
             for chunked in (True, False):
-                tokens = options.tokens if chunked else whole
+                tokens = options.tokens if chunked else whole_prompt_tokens
                 live = {"enable_chunked_prefill": int(chunked), "max_num_batched_tokens": tokens}
                 for count, every in ((32, 1000.0), (32 * options.rounds, options.every)):
                     # The first burst warms the engine up and is not looked at.
@@ -170,7 +174,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
                     doubts.append(f"{policy}, chunks {chunked}: the load was broken off")
                 cases.append(case(policy, chunked, answer.records, answer.elapsed_s))
                 run.say(f"{policy}, chunks {'on' if chunked else 'off'}: {cases[-1]}")
-                told = head | {
+                output = head | {
                     "model": options.model,
                     "engine": options.engine,
                     "workload": what,
@@ -179,6 +183,6 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
                     "cases": msgspec.to_builtins(cases),
                     "advice": advice(cases),
                 }
-                result.write(options.out, told)
+                result.write(options.out, output)
     keys = ("benchmark", "name", "valid", "doubts", "cases", "advice")
-    return {key: told[key] for key in keys} | {"out": str(options.out)}
+    return {key: output[key] for key in keys} | {"out": str(options.out)}

@@ -151,8 +151,8 @@ class Served:
         url = f"http://127.0.0.1:{self._port}/v1/models"
         while time.monotonic() < deadline_s:
             if self._process.poll() is not None:
-                said = (self._folder / "server.log").read_text(errors="replace")
-                raise trial.failure(said, self._process.returncode)
+                log = (self._folder / "server.log").read_text(errors="replace")
+                raise trial.failure(log, self._process.returncode)
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(url, timeout=5).close()
                 return
@@ -188,11 +188,11 @@ async def _load(
 
 
 async def _closed(port: int, requests: Sequence[Request], users: int, limit_s: float) -> Answer:
-    records, left = _records(requests), iter(range(len(requests)))
+    records, indexes = _records(requests), iter(range(len(requests)))
     start_s = time.perf_counter()
 
     async def user() -> None:
-        for index in left:
+        for index in indexes:
             records[index].planned_s = time.perf_counter()
             records[index] = await client.ask(requests[index], records[index])
 

@@ -211,8 +211,8 @@ def wait(system: System, timeout_s: float = 400.0) -> None:
             print(f"{system.name} is ready after {system.ready_s:.1f} s", file=sys.stderr)
             return
         time.sleep(0.2)
-    said = system.log.read_text()[-2000:]
-    raise SystemExit(f"{system.name} is not ready after {timeout_s:g} s: {said}")
+    log = system.log.read_text()[-2000:]
+    raise SystemExit(f"{system.name} is not ready after {timeout_s:g} s: {log}")
 
 
 def _stop(system: System) -> None:

@@ -198,9 +198,9 @@ class Engine:
             self._process.stdin.flush()
         except BrokenPipeError:
             self._failed()
-        found = msgspec.convert(self._answer(limit_s + 60), Answer)
-        found.records = list(read(path))
-        return found
+        answer = msgspec.convert(self._answer(limit_s + 60), Answer)
+        answer.records = list(read(path))
+        return answer
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         """The next line of the process that is an answer; what vLLM prints is not."""
@@ -222,8 +222,8 @@ class Engine:
     def _failed(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(15)
-        said = (self._folder / "engine.log").read_text(errors="replace")
-        raise failure(said, self._process.returncode)
+        log = (self._folder / "engine.log").read_text(errors="replace")
+        raise failure(log, self._process.returncode)
 
     def _end(self) -> None:
         """The process, and whatever it started."""
@@ -237,9 +237,9 @@ class Engine:
         self._log.close()
 
 
-def failure(said: str, status: int | None) -> EngineError:
+def failure(log: str, status: int | None) -> EngineError:
     """Why an engine ended, from the end of what it said. SIGKILL is the kernel's out of memory."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     oom = next((line for line in reversed(lines) if _OOM.search(line)), None)
     errors = [line for line in lines if re.match(r"^(failed:|[\w.]*(Error|Exception)\b)", line)]
     text = oom or (errors or lines or ["it said nothing"])[-1]
@@ -514,8 +514,8 @@ def output_tokens_per_s(answer: Answer, by_cpu: bool = False) -> float:
 
 def tpot_s(records: Sequence[Record]) -> float | None:
     """The mean time per token of those that have one."""
-    known = [value for record in records if (value := measure.tpot_s(record)) is not None]
-    return sum(known) / len(known) if known else None
+    values = [value for record in records if (value := measure.tpot_s(record)) is not None]
+    return sum(values) / len(values) if values else None
 
 
 if __name__ == "__main__":

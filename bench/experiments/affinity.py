@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8870)
     options = parser.parse_args(argv)
     policies = options.policies.split(",")
-    found: dict[str, list[dict[str, Any]]] = {policy: [] for policy in policies}
+    results: dict[str, list[dict[str, Any]]] = {policy: [] for policy in policies}
     with tempfile.TemporaryDirectory(prefix="affinity.") as made:
         folder = Path(made)
         corpus = " " + " ".join(words.WORDS * 8)
@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         for turn in range(options.rounds):
             for policy in policies[turn % len(policies) :] + policies[: turn % len(policies)]:
-                one = measured(policy, model, folder, options, seed=turn)
-                found[policy].append(one)
-                print(json.dumps({"round": turn + 1, "policy": policy, **one}), flush=True)
-    print(json.dumps({"benchmark": "affinity", "results": compared(found, policies[0])}))
+                row = measured(policy, model, folder, options, seed=turn)
+                results[policy].append(row)
+                print(json.dumps({"round": turn + 1, "policy": policy, **row}), flush=True)
+    print(json.dumps({"benchmark": "affinity", "results": compared(results, policies[0])}))
     return 0
 
 
@@ -98,16 +98,16 @@ def measured(
     }
 
 
-def compared(found: dict[str, list[dict[str, Any]]], first: str) -> list[dict[str, Any]]:
+def compared(results: dict[str, list[dict[str, Any]]], first: str) -> list[dict[str, Any]]:
     """Medians of the rounds, and TTFT beside that of the first policy in the same round."""
     rows = []
-    for policy, rounds in found.items():
+    for policy, rounds in results.items():
         ratios = [
-            ours["ttft_p50_s"] / one["ttft_p50_s"]
-            for ours, one in zip(found[first], rounds, strict=True)
+            ours["ttft_p50_s"] / other["ttft_p50_s"]
+            for ours, other in zip(results[first], rounds, strict=True)
         ]
         row: dict[str, Any] = {"policy": policy}
-        row |= {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+        row |= {name: statistics.median(other[name] for other in rounds) for name in rounds[0]}
         row[f"{first}_ttft_p50_ratio"] = {
             "median": statistics.median(ratios),
             "min": min(ratios),
@@ -182,7 +182,7 @@ _WANTED = frozenset({"prefix_cache_hits", "prefix_cache_queries", "prompt_tokens
 def counted(port: int) -> dict[str, dict[str, float]]:
     """vLLM's counters of each replica, as Ray's agents tell them."""
     base = Path(apart(port)["RAY_TMPDIR"]) / "ray" / "prom_metrics_service_discovery.json"
-    found: dict[str, dict[str, float]] = {}
+    counts: dict[str, dict[str, float]] = {}
     for group in json.loads(base.read_text(encoding="utf-8")):
         for target in group["targets"]:
             with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
@@ -190,9 +190,9 @@ def counted(port: int) -> dict[str, dict[str, float]]:
             for name, labels, value in _SAMPLE.findall(text):
                 replica = re.search(r'(?:^|,)replica="([^"]*)"', labels)
                 if name in _WANTED and replica:
-                    of = found.setdefault(replica[1], dict.fromkeys(_WANTED, 0.0))
+                    of = counts.setdefault(replica[1], dict.fromkeys(_WANTED, 0.0))
                     of[name] += float(value)
-    return found
+    return counts
 
 
 if __name__ == "__main__":

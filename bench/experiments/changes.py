@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
                 if load.poll() is None:
                     load.send_signal(signal.SIGINT)
                     load.wait()
-    told = _told(options)
-    print(json.dumps(told))
-    return 0 if told["valid"] else 1
+    output = _told(options)
+    print(json.dumps(output))
+    return 0 if output["valid"] else 1
 
 
 def _loads(options: argparse.Namespace) -> tuple["subprocess.Popen[bytes]", ...]:
@@ -189,7 +189,8 @@ def _told(options: argparse.Namespace) -> dict[str, Any]:
             for name, load in loads.items()
         },
         "longest_stream_s": max(
-            (one["end_s"] - one["sent_s"] for one in longest if one.get("end_s")), default=None
+            (record["end_s"] - record["sent_s"] for record in longest if record.get("end_s")),
+            default=None,
         ),
         "steps": steps,
         "replicas": options.replicas,

@@ -110,12 +110,12 @@ def load(out: Path, requests: int, users: int, picture: Path | None = None) -> d
         if picture is not None:
             time.sleep(30)
             screenshot(picture)
-        said, _ = process.communicate()
+        stdout, _ = process.communicate()
     try:
-        found: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
     except OSError as error:
-        raise SystemExit(said) from error
-    return found
+        raise SystemExit(stdout) from error
+    return result
 
 
 def screenshot(picture: Path) -> None:
@@ -134,13 +134,13 @@ Seen = dict[str, dict[float, float]]
 
 def seen() -> Seen:
     """Counts and buckets as Prometheus has them: by name, values by upper bound (0 for a count)."""
-    found: Seen = {}
+    figures: Seen = {}
     for name, expression in COUNTS.items():
-        found[name] = {0.0: sum(value for _, value in _query(expression))}
+        figures[name] = {0.0: sum(value for _, value in _query(expression))}
     for name, metric in MEDIANS.items():
         buckets = _query(f"sum by (le) ({metric})")
-        found[name] = {float(labels["le"]): value for labels, value in buckets}
-    return found
+        figures[name] = {float(labels["le"]): value for labels, value in buckets}
+    return figures
 
 
 def _query(expression: str) -> list[tuple[dict[str, str], float]]:
@@ -148,7 +148,7 @@ def _query(expression: str) -> list[tuple[dict[str, str], float]]:
     url = f"http://127.0.0.1:{_PROMETHEUS_PORT}/api/v1/query?{query}"
     with urllib.request.urlopen(url, timeout=10) as answer:
         series = json.load(answer)["data"]["result"]
-    return [(one["metric"], float(one["value"][1])) for one in series]
+    return [(each["metric"], float(each["value"][1])) for each in series]
 
 
 def compared(result: dict[str, Any], before: Seen, after: Seen) -> list[dict[str, Any]]:

@@ -98,11 +98,11 @@ async def load(port: int, concurrency: int, requests: int, output_tokens: int) -
         prompt="The quick brown fox jumps over the lazy dog, and then it",
         output_tokens=output_tokens,
     )
-    client, left = Client(target, time.perf_counter), iter(range(requests))
+    client, indexes = Client(target, time.perf_counter), iter(range(requests))
     answers: list[Answer] = []
 
     async def user() -> None:
-        for index in left:
+        for index in indexes:
             answers.append(Answer(Record(index=index, planned_s=time.perf_counter()), False))
             await client.exchange(request, answers[-1])
 

@@ -86,15 +86,15 @@ def main() -> int:
         rounds.append(one_round(target, options, 2 * number))
         print(json.dumps(rounds[-1]), file=sys.stderr)
     ratios = [each["ratio"] for each in rounds]
-    found = {
+    output = {
         "benchmark": "overload",
         "times": options.times,
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
         "broken": sum(each["broken"] for each in rounds),
         "rounds": rounds,
     }
-    print(json.dumps(found))
-    return 1 if found["broken"] else 0
+    print(json.dumps(output))
+    return 1 if output["broken"] else 0
 
 
 if __name__ == "__main__":

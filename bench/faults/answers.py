@@ -46,8 +46,8 @@ class Right(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def loops(self) -> bool:
         """Whether its second half goes round, so that a piece more or less would not show."""
-        said: Sequence[Any] = self.token_ids if self.token_ids is not None else self.text
-        half = said[len(said) // 2 :]
+        units: Sequence[Any] = self.token_ids if self.token_ids is not None else self.text
+        half = units[len(units) // 2 :]
         return any(
             half[period:] == half[:-period] for period in range(1, min(_PERIOD, len(half) // 2) + 1)
         )
@@ -104,14 +104,14 @@ class Verdict(msgspec.Struct, kw_only=True, omit_defaults=True):
             "missing": self.missing,
             "different": self.different_at is not None,
         }
-        found = {
+        faults = {
             "lost": self.outcome != "whole",
             **({} if self.tie else content),
             "finish": self.finish,
             "usage": self.usage,
             "identity": self.identity,
         }
-        return [kind for kind, wrong in found.items() if wrong]
+        return [kind for kind, wrong in faults.items() if wrong]
 
 
 FAULTS = ("lost", "doubled", "missing", "different", "finish", "usage", "identity")
@@ -218,12 +218,12 @@ def margins(
             of some tokens by their ids, among them the one that stands there and the likeliest.
         token_ids: of the answer.
     """
-    found = []
+    logprob_margins = []
     for place, token in zip(prompt_logprobs[-len(token_ids) :], token_ids, strict=True):
         logprobs = {key: float(each["logprob"]) for key, each in (place or {}).items()}
         own = logprobs.get(str(token), -math.inf)
-        found.append(max(logprobs.values(), default=0.0) - own)
-    return found
+        logprob_margins.append(max(logprobs.values(), default=0.0) - own)
+    return logprob_margins
 
 
 # --- what is wrong with an answer, in words -------------------------------------------------

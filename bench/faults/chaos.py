@@ -110,18 +110,18 @@ async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> dict[str, An
     stalled = watched.since(start_s)
     judged = await judge(job, heard, rights, stalled)
     _rewrite(path, judged)
-    found = head | _asked(job) | {"duration_s": duration_s}
-    found["machine_stalled_s"] = sum(span.lasted_s for span in stalled)
-    found |= damage.figures(judged, rights, disturber.done, job.disturb, job.gap_s)
+    output = head | _asked(job) | {"duration_s": duration_s}
+    output["machine_stalled_s"] = sum(span.lasted_s for span in stalled)
+    output |= damage.figures(judged, rights, disturber.done, job.disturb, job.gap_s)
     if len(judged) < job.count:
-        found["doubts"].append(f"only {len(judged)} of {job.count} requests came to an end")
+        output["doubts"].append(f"only {len(judged)} of {job.count} requests came to an end")
     if interrupted:
-        found["doubts"].append("interrupted: the rest of the load was not sent")
-        found["valid"] = False
-    result.write(folder, found)
-    page = chaos_page.page(found, judged)
+        output["doubts"].append("interrupted: the rest of the load was not sent")
+        output["valid"] = False
+    result.write(folder, output)
+    page = chaos_page.page(output, judged)
     (folder / result.REPORT).write_text(page, encoding="utf-8", errors="replace")
-    return found
+    return output
 
 
 async def in_peace(job: Job, requests: Sequence[Request]) -> list[Right]:
@@ -130,7 +130,7 @@ async def in_peace(job: Job, requests: Sequence[Request]) -> list[Right]:
     Raises:
         TargetError: one has no whole answer.
     """
-    found, line = [], Line(label="in peace ")
+    rights, line = [], Line(label="in peace ")
     start_s = time.perf_counter()
     with contextlib.closing(users.client(job.target, time.perf_counter)) as client:
         for number, request in enumerate(requests):
@@ -139,12 +139,12 @@ async def in_peace(job: Job, requests: Sequence[Request]) -> list[Right]:
             if record.error:
                 problem = f"the undisturbed answer {number} failed: {record.error}"
                 raise TargetError(f"url = {job.target.url!r}: {problem}")
-            found.append(Right.of(record))
-            done = len(found)
+            rights.append(Right.of(record))
+            done = len(rights)
             at_s = time.perf_counter() - start_s
             line(Progress(at_s=at_s, planned=len(requests), sent=done, done=done))
     line.close()
-    return found
+    return rights
 
 
 async def _disturbed(
@@ -192,7 +192,7 @@ async def judge(
     job: Job, heard: Sequence[Heard], rights: Sequence[Right], stalled: Sequence[Span] = ()
 ) -> list[Judged]:
     """Every record with its verdict, in order; of what differs it is asked whether it is a tie."""
-    found, ends = [], answers.ends(rights)
+    judged, ends = [], answers.ends(rights)
     target = msgspec.structs.replace(job.target, endpoint="completions", extra={})
     with contextlib.closing(Client(target, time.perf_counter)) as client:
         for record in sorted(heard, key=lambda record: record.index):
@@ -202,7 +202,7 @@ async def judge(
                 verdict.margin = await _margin(client, record, right)
                 verdict.tie = verdict.margin is not None and verdict.margin <= job.tie_margin
             silence = gaps.longest(record)
-            found.append(
+            judged.append(
                 Judged(
                     **msgspec.structs.asdict(record),
                     verdict=verdict,
@@ -211,7 +211,7 @@ async def judge(
                     stalled_s=stalls.overlap_s(silence, stalled) if silence else None,
                 )
             )
-    return found
+    return judged
 
 
 async def _margin(client: Client, record: Heard, right: Right) -> float | None:
@@ -340,6 +340,6 @@ def _cluster(job: Job, options: argparse.Namespace) -> Cluster | None:
     if options.pid or options.session:
         return Cluster(pids=options.pid, session=options.session)
     parsed = [disturb.parse(text) for text in job.disturb]
-    if all(one.kind == "command" and not one.min_up for one in parsed):
+    if all(disturbance.kind == "command" and not disturbance.min_up for disturbance in parsed):
         return None
     return victims.of_url(job.target.url)

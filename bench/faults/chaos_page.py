@@ -69,48 +69,48 @@ lines are disturbances: $legend.</p>
 """)
 
 
-def page(found: Mapping[str, Any], judged: Sequence[Judged]) -> str:
+def page(result: Mapping[str, Any], judged: Sequence[Judged]) -> str:
     """The result as an HTML page.
 
     Args:
-        found: what is in result.json.
+        result: what is in result.json.
         judged: its records.
     """
-    answered, kinds = found["answers"], list(found["disturbances"])
+    answered, kinds = result["answers"], list(result["disturbances"])
     about = (
         f"{answered['asked']} answers ({answered['streamed']} of them streams) to "
-        f"{found['workload']}, {found['load']}: {answered['equal']} equal the undisturbed answer, "
-        f"{answered['ties']} differ by a tie within {found['tie_margin']:g} nats."
+        f"{result['workload']}, {result['load']}: {answered['equal']} equal the undisturbed one, "
+        f"{answered['ties']} differ by a tie within {result['tie_margin']:g} nats."
     )
-    wrong = {kind: count for kind, count in found["faults"].items() if count}
+    wrong = {kind: count for kind, count in result["faults"].items() if count}
     legend = [f'<span style="color:{_colour(n)}">{_text(k)}</span>' for n, k in enumerate(kinds)]
     return _PAGE.substitute(
-        title=_text(found["name"]),
-        state="good" if found["valid"] else "bad",
-        verdict=_text(_verdict(found, wrong)),
-        command=_text(found["command"]),
+        title=_text(result["name"]),
+        state="good" if result["valid"] else "bad",
+        verdict=_text(_verdict(result, wrong)),
+        command=_text(result["command"]),
         about=_text(about),
-        doubts="".join(f"<p>{_text(doubt)}</p>" for doubt in found["doubts"]),
-        faults=_faults(found),
-        kinds=_kinds(found),
-        gap=f"{found['silences']['from_s']:g}",
+        doubts="".join(f"<p>{_text(doubt)}</p>" for doubt in result["doubts"]),
+        faults=_faults(result),
+        kinds=_kinds(result),
+        gap=f"{result['silences']['from_s']:g}",
         legend=", ".join(legend) or "none",
-        lanes=_lanes(found, judged, kinds),
-        faulty=_examples(found),
+        lanes=_lanes(result, judged, kinds),
+        faulty=_examples(result),
     )
 
 
-def _verdict(found: Mapping[str, Any], wrong: Mapping[str, int]) -> str:
+def _verdict(result: Mapping[str, Any], wrong: Mapping[str, int]) -> str:
     if wrong:
         return "Wrong answers: " + ", ".join(f"{count} {kind}" for kind, count in wrong.items())
-    return "Nothing was lost, doubled, missing or different." if found["valid"] else "Not valid."
+    return "Nothing was lost, doubled, missing or different." if result["valid"] else "Not valid."
 
 
-def _faults(found: Mapping[str, Any]) -> str:
-    rows = [(kind, str(count)) for kind, count in found["faults"].items()]
+def _faults(result: Mapping[str, Any]) -> str:
+    rows = [(kind, str(count)) for kind, count in result["faults"].items()]
     for what in ("doubled", "missing"):
-        rows += [(f"{unit} {what}", str(n)) for unit, n in found[what].items() if n]
-    errors = found["answers"]["errors"].items()
+        rows += [(f"{unit} {what}", str(n)) for unit, n in result[what].items() if n]
+    errors = result["answers"]["errors"].items()
     return _table(("fault", "answers"), rows) + (
         _table(("error", "answers"), [(error, str(count)) for error, count in errors])
         if errors
@@ -118,18 +118,18 @@ def _faults(found: Mapping[str, Any]) -> str:
     )
 
 
-def _kinds(found: Mapping[str, Any]) -> str:
+def _kinds(result: Mapping[str, Any]) -> str:
     heads = ["disturbance", "done", "not done", "waited, most", "answers met", "lost"]
     heads += ["pauses", "p50 s", "p99 s", "longest s", "longest without the machine's stalls"]
     rows = []
-    for kind, row in found["disturbances"].items():
-        left = "; ".join(f"{count}: {why}" for why, count in row["not_done"].items())
-        known = [kind, str(row["done"]), left, _number(row["waited_s"])]
-        known += [str(row["met"]), str(row["lost"])]
+    for kind, row in result["disturbances"].items():
+        not_done = "; ".join(f"{count}: {why}" for why, count in row["not_done"].items())
+        cells = [kind, str(row["done"]), not_done, _number(row["waited_s"])]
+        cells += [str(row["met"]), str(row["lost"])]
         own = _number(row["pauses_without_stalls"]["max_s"])
-        rows.append([*known, *_statistics(row["pauses"]), own])
+        rows.append([*cells, *_statistics(row["pauses"]), own])
     for name, key in (("all streams", "all"), ("streams that paused", "paused")):
-        rows.append([name, "", "", "", "", "", *_statistics(found["silences"][key]), ""])
+        rows.append([name, "", "", "", "", "", *_statistics(result["silences"][key]), ""])
     return _table(heads, rows)
 
 
@@ -137,23 +137,26 @@ def _statistics(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (str(row["count"]), *(_number(row[key]) for key in ("p50_s", "p99_s", "max_s")))
 
 
-def _examples(found: Mapping[str, Any]) -> str:
-    if not found["faulty"]:
+def _examples(result: Mapping[str, Any]) -> str:
+    if not result["faulty"]:
         return "<p>None.</p>"
     rows = []
-    for one in found["faulty"]:
-        verdict = one["verdict"]
-        said = [one["error"], *(verdict.get(key, "") for key in ("finish", "usage", "identity"))]
+    for example in result["faulty"]:
+        verdict = example["verdict"]
+        reasons = [
+            example["error"],
+            *(verdict.get(key, "") for key in ("finish", "usage", "identity")),
+        ]
         at = verdict.get("parted_at")
         place = "" if at is None else f"{verdict.get('unit', 'tokens')} from {at}"
         rows.append(
             (
-                str(one["index"]),
-                ", ".join(one["faults"]),
-                "; ".join(each for each in said if each),
+                str(example["index"]),
+                ", ".join(example["faults"]),
+                "; ".join(each for each in reasons if each),
                 place,
-                "" if one["received"] is None else str(one["received"]),
-                "" if one["expected"] is None else str(one["expected"]),
+                "" if example["received"] is None else str(example["received"]),
+                "" if example["expected"] is None else str(example["expected"]),
                 _number(verdict.get("margin")),
             )
         )
@@ -172,22 +175,22 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # --- the lanes ------------------------------------------------------------------------------
 
 
-def _lanes(found: Mapping[str, Any], judged: Sequence[Judged], kinds: Sequence[str]) -> str:
-    until_s = max([found["duration_s"], *(record.end_s or 0.0 for record in judged), 1e-3])
+def _lanes(result: Mapping[str, Any], judged: Sequence[Judged], kinds: Sequence[str]) -> str:
+    until_s = max([result["duration_s"], *(record.end_s or 0.0 for record in judged), 1e-3])
     users = 1 + max((record.user or 0 for record in judged), default=0)
     height = _HEAD + users * _LANE + _HEAD
     scale = _WIDTH / until_s
     parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Answers of each user">']
-    for one in found["done"]:
-        if not one["error"]:
-            x, colour = one["at_s"] * scale, _colour(kinds.index(one["kind"]))
-            what = _text(f"{one['at_s']:.1f} s: {one['kind']}, {one['what']}")
+    for event in result["done"]:
+        if not event["error"]:
+            x, colour = event["at_s"] * scale, _colour(kinds.index(event["kind"]))
+            what = _text(f"{event['at_s']:.1f} s: {event['kind']}, {event['what']}")
             parts.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_HEAD - 6}" y2="{height - _HEAD}" '
                 f'stroke="{colour}" stroke-dasharray="2 2"><title>{what}</title></line>'
             )
     for record in judged:
-        parts.append(_line(record, scale, found["silences"]["from_s"]))
+        parts.append(_line(record, scale, result["silences"]["from_s"]))
     for tenth in range(11):
         x, anchor = _WIDTH * tenth / 10, ("start", "middle", "end")[(tenth > 0) + (tenth > 9)]
         label = f"{until_s * tenth / 10:.0f} s"
@@ -203,12 +206,12 @@ def _line(record: Judged, scale: float, gap_s: float) -> str:
     wrong = verdict is not None and bool(verdict.faults)
     tie = verdict is not None and verdict.tie
     colour = "var(--series-1)" if wrong else "var(--series-4)" if tie else "var(--series-0)"
-    said = f"answer {record.index}: {record.sent_s:.1f} to {record.end_s:.1f} s"
+    caption = f"answer {record.index}: {record.sent_s:.1f} to {record.end_s:.1f} s"
     if verdict and wrong:
-        said += f", {', '.join(verdict.faults)}"
+        caption += f", {', '.join(verdict.faults)}"
     pieces = [(record.sent_s, record.end_s)]
     if record.silent_s is not None and record.silent_from_s is not None:
-        said += f", silent for {record.silent_s:.2f} s"
+        caption += f", silent for {record.silent_s:.2f} s"
         if record.silent_s >= gap_s:
             silent_to_s = record.silent_from_s + record.silent_s
             pieces = [(record.sent_s, record.silent_from_s), (silent_to_s, record.end_s)]
@@ -216,7 +219,7 @@ def _line(record: Judged, scale: float, gap_s: float) -> str:
         f'<path d="M{from_s * scale:.1f} {y:.1f}H{max(to_s * scale, from_s * scale + 0.8):.1f}"/>'
         for from_s, to_s in pieces
     )
-    return f'<g stroke="{colour}" stroke-width="3"><title>{_text(said)}</title>{lines}</g>'
+    return f'<g stroke="{colour}" stroke-width="3"><title>{_text(caption)}</title>{lines}</g>'
 
 
 def _colour(number: int) -> str:

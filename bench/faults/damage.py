@@ -55,14 +55,16 @@ def figures(
     faults = Counter(fault for verdict in verdicts for fault in verdict.faults)
     ties = [verdict.margin for verdict in verdicts if verdict.tie and verdict.margin is not None]
     equal = sum(verdict.outcome == "whole" and verdict.parted_at is None for verdict in verdicts)
-    happened = {one.number for one in done if not one.error}
+    happened = {event.number for event in done if not event.error}
     never = [text for number, text in enumerate(asked) if number not in happened]
     doubts = _doubts(judged, rights, done) + [f"{text}: never happened" for text in never]
     return {
         "valid": bool(judged) and not faults and not never,
         "doubts": doubts,
         "events": [
-            {"repeat": 0, "at_s": one.at_s, "what": one.kind} for one in done if not one.error
+            {"repeat": 0, "at_s": event.at_s, "what": event.kind}
+            for event in done
+            if not event.error
         ],
         "answers": {
             "asked": len(judged),
@@ -86,11 +88,11 @@ def figures(
 
 def _counted(verdicts: Sequence[Verdict], what: str) -> dict[str, int]:
     """How much came twice or not at all: tokens, or characters where there are no ids."""
-    found = {"tokens": 0, "characters": 0}
+    totals = {"tokens": 0, "characters": 0}
     for verdict in verdicts:
         if not verdict.tie:
-            found[verdict.unit] += getattr(verdict, what)
-    return found
+            totals[verdict.unit] += getattr(verdict, what)
+    return totals
 
 
 def _faulty(record: Judged) -> bool:
@@ -113,9 +115,9 @@ def by_kind(
     judged: Sequence[Judged], done: Sequence[Done], gap_s: float
 ) -> dict[str, dict[str, Any]]:
     """For each kind of disturbance: how often, whom it met, and the pauses that belong to it."""
-    happened = [one for one in done if not one.error]
-    spans = [one.span for one in happened]
-    pauses: dict[str, list[Judged]] = {one.kind: [] for one in done}
+    happened = [event for event in done if not event.error]
+    spans = [event.span for event in happened]
+    pauses: dict[str, list[Judged]] = {event.kind: [] for event in done}
     for record in judged:
         if record.silent_s is None or record.silent_from_s is None or record.silent_s < gap_s:
             continue
@@ -123,26 +125,26 @@ def by_kind(
         number = gaps.cause(silence, spans)
         if number is not None:
             pauses[happened[number].kind].append(record)
-    found = {}
+    rows = {}
     for kind, paused in pauses.items():
-        mine = [one for one in happened if one.kind == kind]
-        failed = [one.error for one in done if one.kind == kind and one.error]
-        found[kind] = {
+        mine = [event for event in happened if event.kind == kind]
+        failed = [event.error for event in done if event.kind == kind and event.error]
+        rows[kind] = {
             "done": len(mine),
             "not_done": dict(Counter(failed)),
-            "waited_s": max((one.waited_s for one in mine), default=None),
-            "met": sum(any(gaps.met(record, one.span) for one in mine) for record in judged),
+            "waited_s": max((event.waited_s for event in mine), default=None),
+            "met": sum(any(gaps.met(record, event.span) for event in mine) for record in judged),
             "lost": sum(_lost_to(record, mine) for record in judged),
             "pauses": gaps.statistics(record.silent_s or 0.0 for record in paused),
             "pauses_without_stalls": gaps.statistics(record.own_s for record in paused),
         }
-    return found
+    return rows
 
 
 def _lost_to(record: Judged, done: Sequence[Done]) -> bool:
     """Whether an answer was lost that was under way in one of these, or just after it."""
     lost = record.verdict is not None and record.verdict.outcome != "whole"
-    return lost and any(gaps.met(record, gaps.felt(one.span)) for one in done)
+    return lost and any(gaps.met(record, gaps.felt(event.span)) for event in done)
 
 
 def example(record: Judged, rights: Sequence[Right]) -> dict[str, Any]:
@@ -171,19 +173,21 @@ def example(record: Judged, rights: Sequence[Right]) -> dict[str, Any]:
 
 def _doubts(judged: Sequence[Judged], rights: Sequence[Right], done: Sequence[Done]) -> list[str]:
     """What a reader should know before the figures."""
-    found = []
+    doubts = []
     if any(right.token_ids is None for right in rights):
-        found.append("the server gives no token ids: texts are compared, and no tie can be shown")
+        doubts.append("the server gives no token ids: texts are compared, and no tie can be shown")
     loops = sum(right.loops for right in rights)
     if 2 * loops > len(rights):
-        found.append(
+        doubts.append(
             f"{loops} of {len(rights)} right answers repeat themselves: in them a piece that is "
             "doubled or missing shows only in the length"
         )
-    happened = [one for one in done if not one.error]
-    if happened and not any(gaps.met(record, one.span) for record in judged for one in happened):
-        found.append("no request was under way during a disturbance")
+    happened = [event for event in done if not event.error]
+    if happened and not any(
+        gaps.met(record, event.span) for record in judged for event in happened
+    ):
+        doubts.append("no request was under way during a disturbance")
     skipped = len(done) - len(happened)
     if skipped:
-        found.append(f"{skipped} of {len(done)} disturbances did not happen or failed")
-    return found
+        doubts.append(f"{skipped} of {len(done)} disturbances did not happen or failed")
+    return doubts

@@ -81,7 +81,7 @@ class Disturber:
     _left: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._left = sum(one.count or 0 for one in self.disturbances)
+        self._left = sum(disturbance.count or 0 for disturbance in self.disturbances)
 
     def check(self) -> None:
         """Whether there is now somebody to disturb, for each that needs one.
@@ -89,16 +89,19 @@ class Disturber:
         Raises:
             LoadError: there is not.
         """
-        for one in self.disturbances:
-            if one.kind == "command":
+        for disturbance in self.disturbances:
+            if disturbance.kind == "command":
                 continue
-            if one.kind == "kill-raylet":
-                self._check_nodes(one)
-            elif not self._those_of(one):
-                problem = f"no process of the cluster is titled ray::ServeReplica:{one.deployment}"
-                raise LoadError.of("deployment", one.deployment, problem)
+            if disturbance.kind == "kill-raylet":
+                self._check_nodes(disturbance)
+            elif not self._those_of(disturbance):
+                title = f"ray::ServeReplica:{disturbance.deployment}"
+                problem = f"no process of the cluster is titled {title}"
+                raise LoadError.of("deployment", disturbance.deployment, problem)
             if self.cluster is not None:  # From when on they are ready is known from now on.
-                self.cluster.ready(self._counted_of(one), one.up, one.settle_s)
+                self.cluster.ready(
+                    self._counted_of(disturbance), disturbance.up, disturbance.settle_s
+                )
 
     async def run(self) -> None:
         """Do what is planned, each at its time; returns only if all of it has a count."""
@@ -117,21 +120,21 @@ class Disturber:
 
     async def _do(self, due: Due) -> None:
         """Note it before it is done, as its streams may be over before it is."""
-        one = self.disturbances[due.number]
+        disturbance = self.disturbances[due.number]
         if self.done:
-            after_s = self.done[-1].until_s + one.apart_s
+            after_s = self.done[-1].until_s + disturbance.apart_s
             await sleep_until(time.perf_counter() + after_s - self.clock())
         looked_s = self.clock()
-        victim, why = await self._await_victim(one, due)
+        victim, why = await self._await_victim(disturbance, due)
         at_s = self.clock()
         done = Done(
-            kind=one.kind,
+            kind=disturbance.kind,
             number=due.number,
             planned_s=due.at_s,
             at_s=at_s,
             until_s=at_s,
             waited_s=at_s - looked_s,
-            what=victim.what if victim else one.command,
+            what=victim.what if victim else disturbance.command,
             error=why,
         )
         self.done.append(done)
@@ -139,84 +142,96 @@ class Disturber:
             return
         try:
             if victim is None:
-                done.error = await self._command(one)
+                done.error = await self._command(disturbance)
             else:
-                await self._strike(one, victim)
+                await self._strike(disturbance, victim)
         except psutil.NoSuchProcess:
             done.error = "it ended by itself before"
         finally:
-            if victim is None or one.for_s:
+            if victim is None or disturbance.for_s:
                 done.until_s = self.clock()
 
-    async def _await_victim(self, one: Disturbance, due: Due) -> tuple[Victim | None, str]:
+    async def _await_victim(self, disturbance: Disturbance, due: Due) -> tuple[Victim | None, str]:
         """A victim, or why there is none; neither for a command that may run."""
-        until_s = self.clock() + one.wait_s
+        until_s = self.clock() + disturbance.wait_s
         rng = random.Random(f"{self.seed}/victim/{due.number}/{due.turn}")
         while True:
             # Looking through all processes takes milliseconds in which no stream could be read.
             try:
-                victim, why = await asyncio.to_thread(self._choose, one, rng, due.turn)
+                victim, why = await asyncio.to_thread(self._choose, disturbance, rng, due.turn)
             except psutil.NoSuchProcess:  # It ended while it was looked at: look again.
                 victim, why = None, "nobody was there for long enough"
             if not why or self.clock() >= until_s:
                 return victim, why
             await asyncio.sleep(_LOOK_S)
 
-    def _choose(self, one: Disturbance, rng: random.Random, turn: int) -> tuple[Victim | None, str]:
+    def _choose(
+        self, disturbance: Disturbance, rng: random.Random, turn: int
+    ) -> tuple[Victim | None, str]:
         if self.cluster is None:
             return None, ""
-        ready = self.cluster.ready(self._counted_of(one), one.up, one.settle_s)
-        if len(ready) < one.min_up:
-            return None, f"{len(ready)} of {one.deployment} ready, and {one.min_up} needed"
-        if one.kind == "command":
+        ready = self.cluster.ready(
+            self._counted_of(disturbance), disturbance.up, disturbance.settle_s
+        )
+        if len(ready) < disturbance.min_up:
+            return (
+                None,
+                f"{len(ready)} of {disturbance.deployment} ready, and {disturbance.min_up} needed",
+            )
+        if disturbance.kind == "command":
             return None, ""
-        if one.kind == "kill-raylet":
-            return self._node(one, turn, ready)
-        ready = [replica for replica in ready if self.cluster.rested(replica, one.rest_s)]
+        if disturbance.kind == "kill-raylet":
+            return self._node(disturbance, turn, ready)
+        ready = [replica for replica in ready if self.cluster.rested(replica, disturbance.rest_s)]
         among: list[tuple[psutil.Process, str, psutil.Process | None]]
-        if one.kind == "restart-controller":
-            among = [(r.process, r.title, None) for r in self._those_of(one)]
-        elif one.kind in ("kill-engine", "stop-engine"):
+        if disturbance.kind == "restart-controller":
+            among = [(r.process, r.title, None) for r in self._those_of(disturbance)]
+        elif disturbance.kind in ("kill-engine", "stop-engine"):
             among = [
-                (p, f"{title(p)} of {r.title}", r.process) for r in ready for p in r.part(one.part)
+                (p, f"{title(p)} of {r.title}", r.process)
+                for r in ready
+                for p in r.part(disturbance.part)
             ]
         else:
             among = [(replica.process, replica.title, replica.process) for replica in ready]
         if not among:
-            return None, f"nobody to {one.kind}"
+            return None, f"nobody to {disturbance.kind}"
         process, name, replica = rng.choice(among)
         return Victim(process, f"{name}, process {process.pid}", replica), ""
 
     def _node(
-        self, one: Disturbance, turn: int, ready: Sequence[Replica]
+        self, disturbance: Disturbance, turn: int, ready: Sequence[Replica]
     ) -> tuple[Victim | None, str]:
         """The next of the named nodes that is there, if enough replicas are on others."""
         assert self.cluster
         raylets = [raylet for raylet in self.cluster.raylets() if not raylet.head]
-        named = one.nodes[turn % len(one.nodes) :] + one.nodes[: turn % len(one.nodes)]
+        named = (
+            disturbance.nodes[turn % len(disturbance.nodes) :]
+            + disturbance.nodes[: turn % len(disturbance.nodes)]
+        )
         for raylet in (raylet for node in named for raylet in raylets if raylet.is_(node)):
             elsewhere = [r for r in ready if raylet.process not in r.process.parents()]
-            if len(elsewhere) < one.min_up - 1:
-                return None, f"{len(elsewhere)} of {one.deployment} ready on other nodes"
+            if len(elsewhere) < disturbance.min_up - 1:
+                return None, f"{len(elsewhere)} of {disturbance.deployment} ready on other nodes"
             name = raylet.name or raylet.node_id[:8]
             return Victim(raylet.process, f"node {name}, process {raylet.process.pid}"), ""
-        return None, f"none of the nodes {', '.join(one.nodes)} is there"
+        return None, f"none of the nodes {', '.join(disturbance.nodes)} is there"
 
-    def _those_of(self, one: Disturbance) -> list[Replica]:
+    def _those_of(self, disturbance: Disturbance) -> list[Replica]:
         """Who may be disturbed, ready or not."""
         if self.cluster is None:
             return []
-        if one.kind == "restart-controller":
+        if disturbance.kind == "restart-controller":
             return self.cluster.controllers()
-        return self._counted_of(one)
+        return self._counted_of(disturbance)
 
-    def _counted_of(self, one: Disturbance) -> list[Replica]:
+    def _counted_of(self, disturbance: Disturbance) -> list[Replica]:
         """Whose number `min_up` is about."""
-        return self.cluster.replicas(one.deployment) if self.cluster else []
+        return self.cluster.replicas(disturbance.deployment) if self.cluster else []
 
-    def _check_nodes(self, one: Disturbance) -> None:
+    def _check_nodes(self, disturbance: Disturbance) -> None:
         raylets = self.cluster.raylets() if self.cluster else []
-        for node in one.nodes:
+        for node in disturbance.nodes:
             mine = [raylet for raylet in raylets if raylet.is_(node)]
             if not mine:
                 listed = [each.name or each.node_id[:8] for each in raylets if not each.head]
@@ -224,17 +239,17 @@ class Disturber:
             if mine[0].head:
                 raise LoadError.of("nodes", node, "is the head: without it there is no cluster")
 
-    async def _strike(self, one: Disturbance, victim: Victim) -> None:
+    async def _strike(self, disturbance: Disturbance, victim: Victim) -> None:
         process = victim.process
-        if self.cluster and victim.replica and one.for_s is None:
+        if self.cluster and victim.replica and disturbance.for_s is None:
             self.cluster.strike(victim.replica)
-        if one.kind != "stop-engine":
+        if disturbance.kind != "stop-engine":
             process.send_signal(signal.SIGKILL)
             return
         process.send_signal(signal.SIGSTOP)
         self._stopped.append(process)
-        if one.for_s is not None:
-            await asyncio.sleep(one.for_s)
+        if disturbance.for_s is not None:
+            await asyncio.sleep(disturbance.for_s)
             self._resume()
 
     def _resume(self) -> None:
@@ -243,21 +258,21 @@ class Disturber:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._stopped.pop().send_signal(signal.SIGCONT)
 
-    async def _command(self, one: Disturbance) -> str:
+    async def _command(self, disturbance: Disturbance) -> str:
         """Run a command to its end; how it failed, or nothing."""
         with self._logging() as log:
             process = await asyncio.create_subprocess_shell(
-                one.command,
+                disturbance.command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 process_group=0,
             )
         try:
-            async with asyncio.timeout(one.wait_s):
+            async with asyncio.timeout(disturbance.wait_s):
                 status = await process.wait()
         except TimeoutError:
-            return f"not over after {one.wait_s:g} s"
+            return f"not over after {disturbance.wait_s:g} s"
         finally:
             if process.returncode is None:
                 # The shell and what it runs: the process group is its own.

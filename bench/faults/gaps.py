@@ -71,9 +71,9 @@ def cause(silence: Span, disturbances: Sequence[Span]) -> int | None:
 def statistics(lengths_s: Iterable[float]) -> dict[str, Any]:
     """Count, percentiles where there are enough to place them, and the longest; in seconds."""
     values = np.asarray(list(lengths_s), dtype=float)
-    found: dict[str, Any] = {"count": len(values)}
+    figures: dict[str, Any] = {"count": len(values)}
     for percent in (50, 99):
         enough = len(values) >= interval.samples_needed(percent / 100)
-        found[f"p{percent}_s"] = float(np.percentile(values, percent)) if enough else None
-    found["max_s"] = float(values.max()) if len(values) else None
-    return found
+        figures[f"p{percent}_s"] = float(np.percentile(values, percent)) if enough else None
+    figures["max_s"] = float(values.max()) if len(values) else None
+    return figures

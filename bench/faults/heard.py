@@ -171,10 +171,10 @@ def _take(record: Heard, data: bytes, at_s: float, texts: list[str]) -> None:
 
 
 def _choose(record: Heard, choice: _Choice, at_s: float, texts: list[str]) -> None:
-    said, text = choice.delta or choice.message, choice.text
-    if said:
-        text = said.content or said.reasoning_content or said.reasoning
-        record.roles += bool(said.role) and choice.delta is not None
+    message, text = choice.delta or choice.message, choice.text
+    if message:
+        text = message.content or message.reasoning_content or message.reasoning
+        record.roles += bool(message.role) and choice.delta is not None
     record.prompt_token_ids = record.prompt_token_ids or choice.prompt_token_ids
     if text or choice.token_ids:
         record.late += bool(record.finish_reasons)

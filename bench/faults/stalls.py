@@ -36,7 +36,7 @@ class Stalls:
 @contextlib.contextmanager
 def watching() -> Iterator[Stalls]:
     """Watch until the end of the block."""
-    found = Stalls()
+    stalls = Stalls()
     command = [sys.executable, "-m", "bench.faults.stalls"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -45,12 +45,12 @@ def watching() -> Iterator[Stalls]:
         def read() -> None:
             for line in process.stdout or ():
                 from_s, to_s = map(float, line.split())
-                found.seen.append((from_s, to_s))
+                stalls.seen.append((from_s, to_s))
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         try:
-            yield found
+            yield stalls
         finally:
             if process.stdin is not None:
                 process.stdin.close()

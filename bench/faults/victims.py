@@ -96,13 +96,13 @@ class Cluster:
 
     def raylets(self) -> list[Raylet]:
         """Its nodes on this machine, the oldest first."""
-        found = [
+        raylets = [
             Raylet(process, _argument(words, "node_id"), _argument(words, "node-name"), head)
             for process in self._tree()
             if (words := _raylet(process))
             for head in ["--head" in words]
         ]
-        return sorted(found, key=lambda raylet: raylet.process.create_time())
+        return sorted(raylets, key=lambda raylet: raylet.process.create_time())
 
     def replicas(self, deployment: str) -> list[Replica]:
         """The replicas of a deployment ("application:deployment"), the oldest first."""
@@ -164,18 +164,18 @@ class Cluster:
                 for process in psutil.process_iter()
                 if _argument(_raylet(process), "session-name") == self.session
             ]
-        found: dict[psutil.Process, None] = {}
+        processes: dict[psutil.Process, None] = {}
         for root in roots:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if root.is_running():
-                    found |= dict.fromkeys([root, *root.children(recursive=True)])
-        return list(found)
+                    processes |= dict.fromkeys([root, *root.children(recursive=True)])
+        return list(processes)
 
     def _titled(self, name: str) -> list[psutil.Process]:
         """By title; Ray adds ".method" to it while a method runs."""
         wanted = re.compile(re.escape(name) + r"([. (]|$)")
-        found = [p for p in self._tree() if wanted.match(title(p)) and p.pid != os.getpid()]
-        return sorted(found, key=_started_s)
+        processes = [p for p in self._tree() if wanted.match(title(p)) and p.pid != os.getpid()]
+        return sorted(processes, key=_started_s)
 
     def _answering(self, replicas: Iterable[Replica]) -> set[psutil.Process]:
         """Those that answer HTTP. Where one port once did, only that one is asked."""
@@ -210,8 +210,8 @@ def of_url(url: str) -> Cluster:
             continue
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(connection.pid)
-            for one in [process, *process.parents()]:
-                if session := _argument(_raylet(one), "session-name"):
+            for ancestor in [process, *process.parents()]:
+                if session := _argument(_raylet(ancestor), "session-name"):
                     return Cluster(session=session)
     problem = "no process of a Ray cluster listens there: say whose with --pid or --session"
     raise ClusterError.of("url", url, problem)
@@ -230,8 +230,8 @@ def _engine(replica: psutil.Process) -> list[psutil.Process]:
         below = replica.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    found = [process for process in below if _ENGINE.match(title(process))]
-    return sorted(found, key=lambda p: (title(p).startswith("VLLM::Worker"), _started_s(p)))
+    engines = [process for process in below if _ENGINE.match(title(process))]
+    return sorted(engines, key=lambda p: (title(p).startswith("VLLM::Worker"), _started_s(p)))
 
 
 def _runs(replica: Replica) -> bool:

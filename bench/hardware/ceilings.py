@@ -41,28 +41,28 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     """What `python -m bench roofline` does with its options; returns its last line."""
     shape = roofline.shape(options.model, **roofline.kept(options.engine))
     if options.measure:
-        found = measure(shape)
+        ceilings = measure(shape)
     elif options.gpu:
-        found = roofline.of_gpu(options.gpu)
+        ceilings = roofline.of_gpu(options.gpu)
     else:
         raise BenchError("say --measure, or --gpu with the name of a GPU")
-    told = result.header("roofline", f"{shape.name}, {found.source}") | {
+    output = result.header("roofline", f"{shape.name}, {ceilings.source}") | {
         "valid": True,
         "doubts": [],
         "shape": msgspec.to_builtins(shape),
-        "ceilings": msgspec.to_builtins(found),
-        "least": roofline.table(shape, found),
+        "ceilings": msgspec.to_builtins(ceilings),
+        "least": roofline.table(shape, ceilings),
         "weights_bytes": shape.stored_bytes,
         "kv_bytes_a_token": shape.token_bytes,
     }
-    result.write(options.out, told)
+    result.write(options.out, output)
     return {
         "benchmark": "roofline",
-        "name": told["name"],
+        "name": output["name"],
         "valid": True,
         "out": str(options.out),
-        "ceilings": told["ceilings"],
-        "decode_1": told["least"]["decode"][0],
+        "ceilings": output["ceilings"],
+        "decode_1": output["least"]["decode"][0],
         "weights_bytes": shape.stored_bytes,
     }
 
@@ -88,13 +88,13 @@ def known(
         BenchError: the folder holds another kind of result.
     """
     if folder is not None:
-        found = result.read(folder)
-        if "least" not in found:
+        output = result.read(folder)
+        if "least" not in output:
             raise BenchError(f"roofline = {str(folder)!r}: not a result of `bench roofline`")
-        shape = msgspec.convert(found["shape"], Shape)
+        shape = msgspec.convert(output["shape"], Shape)
         if engine:
             shape = msgspec.structs.replace(shape, **roofline.kept(engine))
-        return shape, msgspec.convert(found["ceilings"], Ceilings)
+        return shape, msgspec.convert(output["ceilings"], Ceilings)
     gpus = machine.gpus()
     if not gpus or not Path(model).is_dir():
         return None

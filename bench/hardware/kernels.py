@@ -120,16 +120,16 @@ def family(name: str) -> str:
 
 def summarise(events: Sequence[Event]) -> Summary:
     """What a trace says; see the top of this module."""
-    whole = [event for event in events if event.get("ph") == "X" and "dur" in event]
-    steps = [found for event in whole if (found := _step(event))]
-    gpu = [event for event in whole if event.get("cat") in _GPU]
-    reading = sum(int(found.group(1)) > 0 for found in steps)
+    complete = [event for event in events if event.get("ph") == "X" and "dur" in event]
+    steps = [step for event in complete if (step := _step(event))]
+    gpu = [event for event in complete if event.get("cat") in _GPU]
+    reading = sum(int(step.group(1)) > 0 for step in steps)
     if not gpu:
-        return _of_cpu(whole, len(steps), reading)
+        return _of_cpu(complete, len(steps), reading)
     busy = _union((event["ts"], event["ts"] + event["dur"], event) for event in gpu)
     wall_us = busy[-1][1] - busy[0][0]
     busy_us = sum(end - start for start, end, _ in busy)
-    gaps = _gaps(busy, whole)
+    gaps = _gaps(busy, complete)
     idle = 1 - busy_us / wall_us if wall_us > 0 else 0.0
     waiting = gaps.host_s / (wall_us / 1e6) if wall_us > 0 else 0.0
     bound = waiting >= _LAUNCH_BOUND
@@ -203,11 +203,11 @@ def _families(timed: Iterable[tuple[str, float]]) -> list[Family]:
         by_family[kind][name] += took_us
         calls[kind] += 1
     total_us = sum(sum(names.values()) for names in by_family.values()) or 1.0
-    found = []
+    families = []
     for kind, names in by_family.items():
         top = sorted(names.items(), key=lambda item: -item[1])[:_TOP]
         time_us = sum(names.values())
-        found.append(
+        families.append(
             Family(
                 family=kind,
                 time_s=time_us / 1e6,
@@ -216,7 +216,7 @@ def _families(timed: Iterable[tuple[str, float]]) -> list[Family]:
                 top=[(name[:120], took_us / 1e6) for name, took_us in top],
             )
         )
-    return sorted(found, key=lambda each: -each.time_s)
+    return sorted(families, key=lambda each: -each.time_s)
 
 
 def _of_cpu(events: Sequence[Event], steps: int, reading: int) -> Summary:
@@ -250,13 +250,13 @@ def _of_cpu(events: Sequence[Event], steps: int, reading: int) -> Summary:
 
 def _own_time(thread: Sequence[Event]) -> list[tuple[str, float]]:
     """(name, own time) of the operations of one thread, which lie in one another."""
-    found: list[tuple[str, float]] = []
+    own_times: list[tuple[str, float]] = []
     open_: list[list[Any]] = []  # [end, name, own time] of those around the present one
     for event in sorted(thread, key=lambda each: (each["ts"], -each["dur"])):
         while open_ and event["ts"] >= open_[-1][0]:
             _, name, own_us = open_.pop()
-            found.append((name, max(0.0, own_us)))
+            own_times.append((name, max(0.0, own_us)))
         if open_:
             open_[-1][2] -= event["dur"]
         open_.append([event["ts"] + event["dur"], str(event["name"]), event["dur"]])
-    return found + [(name, max(0.0, own_us)) for _, name, own_us in open_]
+    return own_times + [(name, max(0.0, own_us)) for _, name, own_us in open_]

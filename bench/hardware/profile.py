@@ -53,17 +53,17 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     """What `python -m bench profile` does with its options; returns its last line."""
     # vLLM prints tables of its own when a profile ends.
     with contextlib.redirect_stdout(sys.stderr):
-        found = asyncio.run(served(options)) if options.url else in_process(options)
-    result.write(options.out, found)
-    for case in found["cases"]:
+        profiled = asyncio.run(served(options)) if options.url else in_process(options)
+    result.write(options.out, profiled)
+    for case in profiled["cases"]:
         run.say(describe(case))
     return {
         "benchmark": "profile",
-        "name": found["name"],
-        "valid": found["valid"],
-        "doubts": found["doubts"],
+        "name": profiled["name"],
+        "valid": profiled["valid"],
+        "doubts": profiled["doubts"],
         "out": str(options.out),
-        "cases": {case["name"]: case["in_short"] for case in found["cases"]},
+        "cases": {case["name"]: case["in_short"] for case in profiled["cases"]},
     }
 
 
@@ -114,10 +114,10 @@ class Profiled(Engine):
             self._llm.stop_profile()
         # Of the first GPU; the others of a tensor parallel engine do the same.
         new = sorted(set(self._traces.iterdir()) - before)
-        found = [path for path in new if ".pt.trace.json" in path.name]
-        if not found:
+        traces = [path for path in new if ".pt.trace.json" in path.name]
+        if not traces:
             raise BenchError(f"the profiler wrote no trace of {name} to {self._traces}")
-        return found[0]
+        return traces[0]
 
 
 def in_process(options: argparse.Namespace) -> dict[str, Any]:
@@ -358,8 +358,8 @@ async def _post(url: str, body: dict[str, Any] | None) -> None:
 def _new_traces(folder: Path | None, since_s: float) -> list[Path]:
     if folder is None or not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if ".pt.trace.json" in path.name]
-    return sorted(path for path in found if path.stat().st_mtime >= since_s)
+    traces = [path for path in folder.iterdir() if ".pt.trace.json" in path.name]
+    return sorted(path for path in traces if path.stat().st_mtime >= since_s)
 
 
 def _served_case(trace: Path) -> dict[str, Any]:

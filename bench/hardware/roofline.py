@@ -179,9 +179,9 @@ def of_gpu(name: str) -> Ceilings:
 
     Raises BenchError for one that is not known.
     """
-    for known, gpu in GPUS.items():
-        if known.lower() in name.lower():
-            source = f"data sheet of {known}"
+    for gpu_name, gpu in GPUS.items():
+        if gpu_name.lower() in name.lower():
+            source = f"data sheet of {gpu_name}"
             return Ceilings(flops_per_s=gpu.flops, bytes_per_s=gpu.bandwidth, source=source)
     hint = nearest(name, GPUS)
     raise BenchError.of("gpu", name, "no such GPU", [hint] if hint else GPUS)
@@ -210,8 +210,8 @@ def mixed(shape: Shape, *, seqs: float, context: float, read: float, prompt: flo
     pairs = seqs * context + read * prompt / 2
     attention = 4 * shape.layers * shape.heads * shape.head_dim / shape.gpus
     flops = 2 * (shape.layer_weights * (seqs + read) + shape.head_weights * sampled)
-    kept = shape.token_bytes * (seqs * context + seqs + read)
-    return Work(flops=flops + attention * pairs, bytes=shape.read_bytes + kept)
+    cache_bytes = shape.token_bytes * (seqs * context + seqs + read)
+    return Work(flops=flops + attention * pairs, bytes=shape.read_bytes + cache_bytes)
 
 
 def judge(work: Work, took_s: float, ceilings: Ceilings, busy: float | None = None) -> Verdict:
@@ -268,12 +268,12 @@ def of_cell(
     users, context = int(cell["users"]), cell["input_tokens"] + cell["output_tokens"] / 2
     prompt = _mean(_per_request(each, "input_tokens") for each in repeats)
     prompt = (prompt or 0.0) - (_mean(_per_request(e, "cached_tokens") for e in repeats) or 0.0)
-    found: dict[str, Any] = {}
+    verdicts: dict[str, Any] = {}
     if tpot_s := _mean(each.get("tpot_mean_s") for each in repeats):
-        found["decode"] = judge(decode(shape, users, context), tpot_s, ceilings)
+        verdicts["decode"] = judge(decode(shape, users, context), tpot_s, ceilings)
     if prompt > 0 and (ttft_s := _mean(each.get("ttft_mean_s") for each in repeats)):
-        found["prefill"] = judge(prefill(shape, prompt, users), ttft_s, ceilings)
-    return found
+        verdicts["prefill"] = judge(prefill(shape, prompt, users), ttft_s, ceilings)
+    return verdicts
 
 
 def of_run(
@@ -295,22 +295,22 @@ def of_run(
     return {"step": judge(work, tpot_s, ceilings)}
 
 
-def attach(found: dict[str, Any], shape: Shape, ceilings: Ceilings) -> dict[str, Any]:
+def attach(output: dict[str, Any], shape: Shape, ceilings: Ceilings) -> dict[str, Any]:
     """The result of a run, a matrix or a baseline, with what the hardware would allow beside it."""
     about = {"shape": msgspec.to_builtins(shape), "ceilings": msgspec.to_builtins(ceilings)}
-    if "cells" in found:
-        for each in found["cells"]:
+    if "cells" in output:
+        for each in output["cells"]:
             repeats = each.get("repeats") or []
             verdicts = (
                 of_cell(shape, ceilings, each["cell"], repeats)
-                if found["benchmark"] == "baseline"
+                if output["benchmark"] == "baseline"
                 else of_run(shape, ceilings, repeats)
             )
             each["roofline"] = msgspec.to_builtins(verdicts)
     else:
-        about |= msgspec.to_builtins(of_run(shape, ceilings, found.get("repeats") or []))
-    found["roofline"] = about
-    return found
+        about |= msgspec.to_builtins(of_run(shape, ceilings, output.get("repeats") or []))
+    output["roofline"] = about
+    return output
 
 
 def table(shape: Shape, ceilings: Ceilings) -> dict[str, list[dict[str, Any]]]:
@@ -343,5 +343,5 @@ def _per_request(measures: Mapping[str, Any], what: str) -> float | None:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return fmean(numbers) if numbers else None

@@ -89,10 +89,10 @@ def parse(text: str) -> schedule.Open | schedule.TraceTimes:
         base, peak = options.number("base", above=0.0), options.number("peak", above=0.0)
         every_s = options.number("every", above=0.0)
         return Surge(base, peak, every_s, options.number("lasting", above=0.0, most=every_s))
-    found = schedule.parse(text)
-    if isinstance(found, schedule.Closed):
+    parsed = schedule.parse(text)
+    if isinstance(parsed, schedule.Closed):
         raise LoadError.of("load", text, "is a closed loop; a simulation needs an open one")
-    return found
+    return parsed
 
 
 def jobs(

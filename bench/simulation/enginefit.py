@@ -106,13 +106,13 @@ def loads(folders: Iterable[Path]) -> list[Load]:
 
     Raises ResultError where there is none, or one holds no answer.
     """
-    found = []
+    parsed = []
     for top in folders:
         paths = sorted(top.rglob(result.RECORDS))
         if not paths:
             raise ResultError(f"{top}: holds no {result.RECORDS}")
-        found += [_load(path, top) for path in paths]
-    return found
+        parsed += [_load(path, top) for path in paths]
+    return parsed
 
 
 def _load(path: Path, top: Path) -> Load:
@@ -149,7 +149,7 @@ def fit(measured: Sequence[Load], engine: Engine) -> Fit:
     parts = [_rows(repeat, engine) for load in measured for repeat in load.repeats]
     rows = np.concatenate([part for part, _, _ in parts])
     took_s = np.concatenate([took for _, took, _ in parts])
-    clear: NDArray[np.bool_] = np.concatenate([one for _, _, one in parts])
+    clear: NDArray[np.bool_] = np.concatenate([mask for _, _, mask in parts])
     # Of each equation, the rows that are not clear are only used where there are no others.
     for kind in (rows[:, _REQUEST] > 0, rows[:, _REQUEST] == 0):
         if (kind & clear).sum() < _LEAST_CLEAR:
@@ -158,29 +158,29 @@ def fit(measured: Sequence[Load], engine: Engine) -> Fit:
     if len(took_s) <= len(_NAMES):
         raise ResultError(f"{len(took_s)} usable requests are too few for {len(_NAMES)} constants")
     scaled, ones = rows / took_s[:, None], np.ones(len(took_s))
-    found = _least_squares(scaled, ones)
-    residual = float(np.sqrt(np.mean((scaled @ found - ones) ** 2)))
+    coefficients = _least_squares(scaled, ones)
+    residual = float(np.sqrt(np.mean((scaled @ coefficients - ones) ** 2)))
     # Neighbours met the same steps, so that parts of the time are left out, not single rows.
     place = np.arange(len(ones)) * _PARTS // len(ones)
     without = np.array(
         [_least_squares(scaled[place != part], ones[place != part]) for part in range(_PARTS)]
     )
     spread = np.sqrt((_PARTS - 1) / _PARTS * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
-    return Fit(Costs(*map(float, found)), Costs(*map(float, spread)), residual, len(ones))
+    return Fit(Costs(*map(float, coefficients)), Costs(*map(float, spread)), residual, len(ones))
 
 
 def _least_squares(rows: _Rows, values: _Rows) -> _Rows:
     """Without negative ones: the most negative is set to 0, until none is left."""
     used: NDArray[np.bool_] = np.asarray(rows.any(axis=0))
-    found = np.zeros(rows.shape[1])
+    coefficients = np.zeros(rows.shape[1])
     scale = np.where(used, np.sqrt((rows**2).mean(axis=0)), 1.0)
     while used.any():
         solved, *_ = np.linalg.lstsq(rows[:, used] / scale[used], values, rcond=None)
         if (solved >= 0).all():
-            found[used] = solved / scale[used]
+            coefficients[used] = solved / scale[used]
             break
         used[np.flatnonzero(used)[int(np.argmin(solved))]] = False
-    return found
+    return coefficients
 
 
 def _rows(records: Sequence[Record], engine: Engine) -> tuple[_Rows, _Rows, NDArray[np.bool_]]:
@@ -213,8 +213,8 @@ def _rows(records: Sequence[Record], engine: Engine) -> tuple[_Rows, _Rows, NDAr
             rows.append([steps, tokens, seqs * steps, kv_tokens * steps, 1.0])
             took_s.append(first_s - sent_s)
             clear.append(not seqs)
-    whole = np.array(rows, dtype=float).reshape(-1, len(_NAMES))
-    return whole, np.array(took_s), np.array(clear, dtype=bool)
+    matrix = np.array(rows, dtype=float).reshape(-1, len(_NAMES))
+    return matrix, np.array(took_s), np.array(clear, dtype=bool)
 
 
 class _Meanwhile:
@@ -382,12 +382,12 @@ def _figures(repeats: Iterable[Sequence[Record]]) -> dict[str, float | None]:
 
 def summary(foretold: Sequence[Foretold]) -> dict[str, dict[str, float]]:
     """For each figure the median and the largest absolute error over loads."""
-    found = {}
+    rows = {}
     for name in FIGURES:
         errors = [abs(error) for each in foretold if (error := each.error[name]) is not None]
         if errors:
-            found[name] = {"median": statistics.median(errors), "largest": max(errors)}
-    return found
+            rows[name] = {"median": statistics.median(errors), "largest": max(errors)}
+    return rows
 
 
 # --- keeping it -----------------------------------------------------------------------------
@@ -404,8 +404,8 @@ def from_json(path: Path) -> Engine:
     Raises ResultError where there is none.
     """
     try:
-        found = msgspec.json.decode((path / result.RESULT if path.is_dir() else path).read_bytes())
-        return msgspec.convert(found.get("engine", found), Engine)
+        fields = msgspec.json.decode((path / result.RESULT if path.is_dir() else path).read_bytes())
+        return msgspec.convert(fields.get("engine", fields), Engine)
     except OSError as error:
         raise ResultError(f"{path}: {error.strerror}") from None
     except (msgspec.MsgspecError, AttributeError) as error:

@@ -608,11 +608,15 @@ def _begun(span_s: float, first_s: float, more_s: float) -> int:
         steps = (math.sqrt(half_s * half_s + 2 * more_s * span_s) - half_s) / more_s
     else:
         steps = span_s / first_s
-    found = max(1, math.ceil(steps))
+    steps_begun = max(1, math.ceil(steps))
     # Rounding may have put the last step on the wrong side.
-    while found > 1 and (found - 1) * first_s + more_s * (found - 1) * (found - 2) / 2 >= span_s:
-        found -= 1
-    return found
+    while (
+        steps_begun > 1
+        and (steps_begun - 1) * first_s + more_s * (steps_begun - 1) * (steps_begun - 2) / 2
+        >= span_s
+    ):
+        steps_begun -= 1
+    return steps_begun
 
 
 # --- one engine under one load --------------------------------------------------------------
@@ -636,7 +640,7 @@ def serve_closed(
     mine = [replace(clone(job), at_s=0.0) for job in jobs]
     taken: dict[Job, int] = {}
     free = [(0.0, user) for user in range(users)]
-    left = iter(mine)
+    waiting = iter(mine)
     while True:
         at_s = free[0][0] if free else math.inf
         ended = batch.advance(at_s, stop=True)
@@ -647,11 +651,11 @@ def serve_closed(
         if not free:
             break
         at_s, user = heapq.heappop(free)
-        found = next(left, None)
-        if found is None:
+        following = next(waiting, None)
+        if following is None:
             continue
-        found.at_s, taken[found] = at_s, user
-        batch.add(found, at_s)
-        if found.error:
+        following.at_s, taken[following] = at_s, user
+        batch.add(following, at_s)
+        if following.error:
             heapq.heappush(free, (at_s, user))
     return [job.record(batch.step_end_s, taken[job]) for job in mine if job in taken]

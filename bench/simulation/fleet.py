@@ -253,10 +253,10 @@ def _recent_itl_s(batch: Batch, since_s: float, percentile: float) -> float | No
         return None
     gaps_s = np.diff(ends_s[first - 1 :])
     weights = np.frombuffer(batch.step_seqs, dtype=np.dtype("l"))[first:].copy()
-    kept = weights > 0
-    if not kept.any():
+    positive = weights > 0
+    if not positive.any():
         return None
-    gaps_s, weights = gaps_s[kept], weights[kept]
+    gaps_s, weights = gaps_s[positive], weights[positive]
     order = np.argsort(gaps_s)
     reached = np.cumsum(weights[order])
     place = int(np.searchsorted(reached, percentile / 100 * reached[-1]))

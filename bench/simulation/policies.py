@@ -341,14 +341,14 @@ class Foresight:
 
 def _merged(needed: NDArray[np.bool_], ahead_s: float, after_s: float) -> list[_Need]:
     """The spans in which a level is asked for, those that meet made one."""
-    found: list[_Need] = []
+    merged: list[_Need] = []
     edges = np.flatnonzero(np.diff(np.concatenate([[False], needed, [False]]).astype(int)))
     for begin, end in edges.reshape(-1, 2):
         need = _Need(begin * _BIN_S - ahead_s, end * _BIN_S + after_s)
-        if found and need.from_s <= found[-1].to_s:
-            need = _Need(found.pop().from_s, need.to_s)
-        found.append(need)
-    return found
+        if merged and need.from_s <= merged[-1].to_s:
+            need = _Need(merged.pop().from_s, need.to_s)
+        merged.append(need)
+    return merged
 
 
 def work_s(engine: Engine, job: Job) -> tuple[float, float]:

@@ -46,33 +46,33 @@ class Measured:
         if not known:
             problem = "replicas were not counted; run it with --dashboard http://host:port"
             raise ResultError(f"{folder}: {problem}")
-        records = [one for one in read(folder / result.RECORDS) if one.repeat == 0]
-        if not any(one.ok for one in records):
+        records = [record for record in read(folder / result.RECORDS) if record.repeat == 0]
+        if not any(record.ok for record in records):
             raise ResultError(f"{folder}: no request was answered")
         columns = ("t_s", "wanted", "replicas", "starting", "stopping")
         t_s, *counted = ([each[name] for each in known] for name in columns)
-        wanted, serving, starting, draining = ([int(one) for one in each] for each in counted)
+        wanted, serving, starting, draining = ([int(record) for record in each] for each in counted)
         return cls(
             name=str(data["name"]),
-            records=tuple(sorted(records, key=lambda one: one.planned_s)),
+            records=tuple(sorted(records, key=lambda record: record.planned_s)),
             timeline=Timeline(
                 t_s=t_s, wanted=wanted, serving=serving, starting=starting, draining=draining
             ),
-            end_s=max(one.end_s or one.planned_s for one in records),
+            end_s=max(record.end_s or record.planned_s for record in records),
         )
 
     def jobs(self) -> list[Job]:
         """What was answered, once more. A failure says nothing of how long it would have been."""
-        answered = [one for one in self.records if one.ok and one.output_tokens]
+        answered = [record for record in self.records if record.ok and record.output_tokens]
         return [
             Job(
                 index,
-                one.planned_s,
-                one.input_tokens or one.asked_input_tokens or 1,
-                one.output_tokens or 1,
-                one.cached_tokens or 0,
+                record.planned_s,
+                record.input_tokens or record.asked_input_tokens or 1,
+                record.output_tokens or 1,
+                record.cached_tokens or 0,
             )
-            for index, one in enumerate(answered)
+            for index, record in enumerate(answered)
         ]
 
     @property

@@ -293,9 +293,11 @@ def main() -> int:
     for replicas in [int(text) for text in options.replicas.split(",")]:
         for zipf in (False, True):
             for policy, make in made.items():
-                found = simulate(make, replace(load, zipf=zipf), engine, replicas, options.gateways)
+                outcome = simulate(
+                    make, replace(load, zipf=zipf), engine, replicas, options.gateways
+                )
                 popularity = "zipf" if zipf else "uniform"
-                row = {"replicas": replicas, "popularity": popularity, "policy": policy, **found}
+                row = {"replicas": replicas, "popularity": popularity, "policy": policy, **outcome}
                 worth.append(row)
                 print(json.dumps(row), file=sys.stderr)
     print(json.dumps({"benchmark": "routing", "cost": costs, "worth": worth}))

@@ -793,7 +793,7 @@ def _lines(panels: Sequence[Panel]) -> Iterator[list[Panel]]:
     """As many beside each other as fit; numbers and graphs are of different heights."""
     line: list[Panel] = []
     for panel in panels:
-        full = sum(one.width for one in line) + panel.width > _WIDTH
+        full = sum(placed.width for placed in line) + panel.width > _WIDTH
         if line and (full or panel.number != line[0].number):
             yield line
             line = []

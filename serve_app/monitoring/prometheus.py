@@ -71,17 +71,17 @@ class Prometheus:
         Raises:
             QueryError: no answer, or the expression is wrong.
         """
-        found = self._get("query", query=expression)["result"]
-        return [Sample(one["metric"], [float(one["value"][1])]) for one in found]
+        series = self._get("query", query=expression)["result"]
+        return [Sample(each["metric"], [float(each["value"][1])]) for each in series]
 
     def span(self, expression: str, start_s: float, end_s: float, step_s: float) -> list[Sample]:
         """Its values at `start_s` (Unix time) and every step on to `end_s`, of every series.
 
         Where a series has none, NaN.
         """
-        found = self._get("query_range", query=expression, start=start_s, end=end_s, step=step_s)
+        answer = self._get("query_range", query=expression, start=start_s, end=end_s, step=step_s)
         samples = []
-        for series in found["result"]:
+        for series in answer["result"]:
             values = [math.nan] * (int((end_s - start_s) / step_s + 1e-6) + 1)
             for at_s, value in series["values"]:
                 values[round((at_s - start_s) / step_s)] = float(value)
@@ -100,7 +100,7 @@ class Prometheus:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
             with error:
-                said = error.read().decode("utf-8", "replace")
-            raise QueryError(f"{parameters.get('query', what)}: {said}") from error
+                body = error.read().decode("utf-8", "replace")
+            raise QueryError(f"{parameters.get('query', what)}: {body}") from error
         except (OSError, ValueError) as error:
             raise QueryError(f"{self.url}: {error}") from error

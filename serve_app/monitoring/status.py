@@ -122,7 +122,7 @@ class Status:
         try:
             return {
                 "at": time.time(),
-                "figures": [self._figure(one) for one in FIGURES],
+                "figures": [self._figure(figure) for figure in FIGURES],
                 "replicas": self._replicas(),
                 "alerts": [
                     {
@@ -140,9 +140,9 @@ class Status:
     def _figure(self, figure: Figure) -> dict[str, Any]:
         now_s = time.time()
         step_s = _SPAN_S / _POINTS
-        found = self._prometheus.span(figure.expression, now_s - _SPAN_S, now_s, step_s)
+        series = self._prometheus.span(figure.expression, now_s - _SPAN_S, now_s, step_s)
         now = self._prometheus.instant(figure.expression)
-        past = [_number(value) for value in found[0].values] if found else []
+        past = [_number(value) for value in series[0].values] if series else []
         value = _number(now[0].value) if now else None
         bad = figure.bad is not None and value is not None
         return {

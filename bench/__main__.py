@@ -70,7 +70,25 @@ def _end_on_signals() -> None:
 def _run(options: Options) -> dict[str, Any]:
     found = asyncio.run(run.run(_job(options), options.out))
     _held_against(found, options)
-    return _told(found, options, summary=found["summary"])
+    return _told(found, options, summary=found["summary"], **_about_requests(found))
+
+
+def _about_requests(found: dict[str, Any]) -> dict[str, Any]:
+    """What a reader must know to judge the figures: how long requests were, and what was cached."""
+    answers = [each["answers"] for each in found["repeats"]]
+    told: dict[str, Any] = {"salt": found["salt"]}
+    for name, key in (
+        ("prompt_tokens", "input_tokens"),
+        ("answer_tokens", "output_tokens"),
+        ("prefix_cache_share", "cached_share"),
+    ):
+        known = [each[key] for each in answers if each[key] is not None]
+        told[name] = sum(known) / len(known) if known else None
+    if found.get("sessions"):
+        first = dict(found["sessions"][0])
+        told["turns"] = {turn.pop("name"): turn for turn in first.pop("turns")}
+        told |= {f"sessions_{key}": value for key, value in first.items()}
+    return told
 
 
 def _matrix(options: Options) -> dict[str, Any]:

@@ -58,10 +58,15 @@ def prepare(folder: Path) -> Path:
 
 
 class Repeat(msgspec.Struct, kw_only=True):
-    """One repetition: its outcome, and what the server said meanwhile."""
+    """One repetition: its outcome, and what the server said meanwhile.
+
+    Attributes:
+        session_sizes: of a workload of sessions, how many requests each has.
+    """
 
     outcome: Outcome
     server: list[Sample] = []
+    session_sizes: dict[int, int] = {}
 
 
 def figures(
@@ -110,6 +115,11 @@ def figures(
                 "clock_error_s": repeat.outcome.clock_error_s,
             }
             for repeat in repeats
+        ],
+        "sessions": [
+            msgspec.to_builtins(measure.sessions(repeat.outcome.records, repeat.session_sizes))
+            for repeat in repeats
+            if repeat.session_sizes
         ],
         "server": [msgspec.to_builtins(repeat.server) for repeat in repeats],
     }

@@ -21,10 +21,12 @@ from bench.progress import Line, Progress
 from bench.records import Journal, Record
 from bench.result import Repeat
 from bench.scrape import Scraper, samples
-from bench.traffic import load, schedule, workload
+from bench.traffic import load, schedule
 from bench.traffic.client import Client, Target, check
+from bench.traffic.conversation import Script
 from bench.traffic.request import Workload
 from bench.traffic.words import fresh_salt
+from bench.traffic.workload import parse
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,7 +135,11 @@ async def _repeat(job: Job, plan: schedule.Plan, number: int, journal: Journal) 
     line.close()
     # The scraper's clock is the machine's, the load's starts with the load.
     start_s = time.time() - (time.perf_counter() - outcome.start_s)
-    return Repeat(outcome=outcome, server=samples(scraper.scrapes, start_s))
+    return Repeat(
+        outcome=outcome,
+        server=samples(scraper.scrapes, start_s),
+        session_sizes=plan.session_sizes,
+    )
 
 
 def _scraper(job: Job) -> Scraper:
@@ -148,7 +154,7 @@ def what(job: Job, seed: int) -> Workload:
     Raises:
         WorkloadError: the job's workload cannot be understood or read.
     """
-    return workload.parse(job.workload, seed, job.salt)
+    return parse(job.workload, seed, job.salt)
 
 
 async def models(target: Target) -> list[str]:
@@ -168,7 +174,11 @@ async def warm_up(job: Job) -> None:
         TargetError: one of them fails; so would the run.
     """
     # Of a seed that no repeat has: a repeat must not find its prompts in the prefix cache.
-    requests = what(job, job.seed - 1).take(job.warm_up)
+    workload = what(job, job.seed - 1)
+    count = min(job.warm_up, workload.count or job.warm_up)
+    firsts = [schedule.session(workload, unit, 0, None)[0] for unit in range(count)]
+    script = Script([], chat=job.target.endpoint == "chat")
+    requests = [script.request(first) for first in firsts]
     with contextlib.closing(Client(job.target, time.perf_counter)) as client:
         for index, request in enumerate(requests):
             record = Record(index=index, planned_s=time.perf_counter())

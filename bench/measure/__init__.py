@@ -37,6 +37,7 @@ from bench.measure.answers import Answers
 from bench.measure.figures import METRICS, Kind, Measures, measure, summary
 from bench.measure.flow import Timeline, Window, output_tokens_by_slice, timeline
 from bench.measure.latency import e2e_s, itl_s, lag_s, reason, tpot_s, ttft_s
+from bench.measure.sessions import Sessions, Turn, sessions
 from bench.measure.slo import SLOS, Slo, parse_slo
 from bench.measure.steady import window
 from bench.measure.validity import answer_doubts, doubts, falls_behind
@@ -48,8 +49,10 @@ __all__ = [
     "Answers",
     "Kind",
     "Measures",
+    "Sessions",
     "Slo",
     "Timeline",
+    "Turn",
     "Window",
     "answer_doubts",
     "doubts",
@@ -61,6 +64,7 @@ __all__ = [
     "output_tokens_by_slice",
     "parse_slo",
     "reason",
+    "sessions",
     "summary",
     "timeline",
     "tpot_s",

@@ -51,9 +51,14 @@ def show(found: Mapping[str, Any], stream: TextIO | None = None) -> None:
 
 def _tables(found: Mapping[str, Any]) -> list[Table]:
     if isinstance(found.get("summary"), dict):
-        return [_metrics(found["summary"]), _others(found)]
+        rest = {key: value for key, value in found.items() if key != "summary"}
+        return [_metrics(found["summary"]), *_everything(rest)]
     if isinstance(found.get("cells"), dict):
         return [_cells(found["cells"]), _others(found)]
+    return _everything(found)
+
+
+def _everything(found: Mapping[str, Any]) -> list[Table]:
     nested = {key: value for key, value in found.items() if _is_table(value)}
     return [_others(found), *(_rows(key, value) for key, value in nested.items())]
 

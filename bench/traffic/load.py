@@ -82,7 +82,7 @@ def deal(plan: Plan, actors: int, repeat: int = 0) -> list[Share]:
     actors = max(1, min(actors, users, len(plan.planned)))
     shares = []
     for actor in range(actors):
-        mine = [item for at, item in enumerate(plan.planned) if at % users % actors == actor]
+        mine = [item for item in plan.planned if item.unit % users % actors == actor]
         share = Share(actor=actor, repeat=repeat, planned=mine, duration_s=plan.duration_s)
         if plan.closed:
             share.users = list(range(actor, users, actors))

@@ -48,12 +48,12 @@ class Workload:
 
     Attributes:
         name: the spec.
-        request: the request of a number from 0, below `length`; the same each time. Of a
-            workload of sessions: the first request of a session.
+        request: the request of a number from 0, below `length`; the same each time.
         length: how many there are; None for endless.
         timed: each request has its own time, in ascending order.
-        session: all requests of a session of a number from 0, below `length`; None for a
-            workload whose requests stand alone.
+        session: all requests of a session of a number from 0, below `sessions`, in the order in
+            which they can be sent; None for a workload whose requests stand alone.
+        sessions: how many there are; None for endless.
         notes: what a reader of the result should know about how the workload was read.
     """
 
@@ -62,6 +62,7 @@ class Workload:
     length: int | None = None
     timed: bool = False
     session: Callable[[int], tuple[Request, ...]] | None = None
+    sessions: int | None = None
     notes: tuple[str, ...] = ()
 
     def take(self, count: int) -> list[Request]:
@@ -69,6 +70,11 @@ class Workload:
         if self.length is not None:
             count = min(count, self.length)
         return [self.request(index) for index in range(count)]
+
+    @property
+    def count(self) -> int | None:
+        """How many sessions there are, or requests that stand alone; None for endless."""
+        return self.sessions if self.session else self.length
 
     def turns(self, number: int) -> tuple[Request, ...]:
         """The requests of a session; a request that stands alone is a session of one."""

@@ -17,7 +17,8 @@ import abc
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -234,14 +235,22 @@ class Planned(msgspec.Struct):
     Attributes:
         index: its place in the plan, from 0.
         request: what to send.
-        at_s: seconds from the start; None in a closed loop.
-        user: which user sends it; None where any user that is free takes it.
+        at_s: seconds from the start; None in a closed loop, and for what waits for an answer.
+        session: which session it is of; None where it stands alone.
+        after: the requests of the plan that must be over before it is sent, by their indexes;
+            `request.context` is one of them, as an index of the plan too.
     """
 
     index: int
     request: Request
     at_s: float | None = None
-    user: int | None = None
+    session: int | None = None
+    after: tuple[int, ...] = ()
+
+    @property
+    def unit(self) -> int:
+        """What is sent by one actor, and by one user: a session, or a request that stands alone."""
+        return self.index if self.session is None else self.session
 
 
 class Plan(msgspec.Struct):
@@ -257,6 +266,11 @@ class Plan(msgspec.Struct):
     planned: list[Planned]
     closed: Closed | None = None
     duration_s: float | None = None
+
+    @property
+    def session_sizes(self) -> dict[int, int]:
+        """How many requests each session has; empty for a plan without sessions."""
+        return dict(Counter(each.session for each in self.planned if each.session is not None))
 
 
 def plan(
@@ -275,9 +289,8 @@ def plan(
     if duration_s is not None and not 0 < duration_s < math.inf:
         raise LoadError.of("duration", duration_s, "must be above 0 and finite")
     if isinstance(load, Closed):
-        requests = workload.take(_closed_count(workload, load, count, duration_s))
-        queue = [Planned(index, request) for index, request in enumerate(requests)]
-        return Plan(queue, load, duration_s)
+        units = _closed_count(workload, load, count, duration_s)
+        return Plan(_planned(workload, [None] * units), load, duration_s)
     if isinstance(load, TraceTimes):
         planned = _replayed(workload, load, count, duration_s)
     else:
@@ -287,10 +300,36 @@ def plan(
     return Plan(planned, None, duration_s)
 
 
+def _planned(workload: Workload, times_s: Sequence[float | None]) -> list[Planned]:
+    """A request, or a whole session, for each of the times, at which its first one is sent."""
+    planned: list[Planned] = []
+    for unit, at_s in enumerate(times_s):
+        planned += session(workload, unit, len(planned), at_s)
+    return planned
+
+
+def session(workload: Workload, unit: int, first: int, at_s: float | None) -> list[Planned]:
+    """A session whose requests have the indexes of a plan from `first` on."""
+    number = None if workload.session is None else unit
+    return [
+        Planned(
+            first + place,
+            request
+            if request.context is None
+            else msgspec.structs.replace(request, context=first + request.context),
+            None if request.after else at_s,
+            number,
+            tuple(first + before for before in request.after),
+        )
+        for place, request in enumerate(workload.turns(unit))
+    ]
+
+
 def _enough(workload: Workload, key: str, value: float, count: int) -> int:
     """`count`, which the workload must have."""
-    if workload.length is not None and count > workload.length:
-        problem = f"needs {count} requests, and {workload.name} has {workload.length}"
+    if workload.count is not None and count > workload.count:
+        what = "sessions" if workload.session else "requests"
+        problem = f"needs {count} {what}, and {workload.name} has {workload.count}"
         raise LoadError.of(key, value, problem)
     return count
 
@@ -301,17 +340,19 @@ def _closed_count(
     if count is not None:
         return _enough(workload, "count", count, count)
     if duration_s is None:
-        if workload.length is None:
+        if workload.count is None:
             problem = f"{workload.name} has no end: give a count or a duration"
             raise LoadError.of("count", "", problem)
-        return workload.length
-    some = workload.take(64)
-    output_tokens = sum(request.output_tokens for request in some) / len(some)
-    fastest_s = load.think_s + _FASTEST_S + _FASTEST_TOKEN_S * output_tokens
+        return workload.count
+    some = [workload.turns(unit) for unit in range(min(64, workload.count or 64))]
+    turns = [request for each in some for request in each]
+    fastest_s = load.think_s + sum(
+        _FASTEST_S + _FASTEST_TOKEN_S * request.output_tokens + request.gap_s for request in turns
+    ) / len(some)
     enough = load.users * math.ceil(duration_s / fastest_s)
-    if workload.length is not None:
-        return min(enough, workload.length)
-    input_tokens = sum(request.input_tokens or 0 for request in some) / len(some)
+    if workload.count is not None:
+        return min(enough, workload.count)
+    input_tokens = sum(request.input_tokens or 0 for request in turns) / len(some)
     if enough * input_tokens > _MAX_PREPARED_TOKENS or enough > MAX_PLANNED:
         problem = f"{load} could send {enough} requests in that time: say with a count how many"
         raise LoadError.of("duration", duration_s, problem)
@@ -327,13 +368,14 @@ def _replayed(
     if count is not None:
         _enough(workload, "count", count, count)
     until_s = math.inf if duration_s is None else duration_s
-    planned = []
-    for index in range(workload.length if count is None else count):
-        request = workload.request(index)
-        at_s = (request.at_s or 0.0) / load.speed
-        if at_s >= until_s:
+    planned: list[Planned] = []
+    for unit in range((workload.count or 0) if count is None else count):
+        turns = session(workload, unit, len(planned), None)
+        for turn in turns:  # Each has a time of its own, before which it is not sent.
+            turn.at_s = (turn.request.at_s or 0.0) / load.speed
+        if (turns[0].at_s or 0.0) >= until_s:
             break
-        planned.append(Planned(index, request, at_s))
+        planned += turns
     return planned
 
 
@@ -341,10 +383,8 @@ def _arriving(
     workload: Workload, load: Open, count: int | None, duration_s: float | None, seed: int
 ) -> list[Planned]:
     if count is None and duration_s is None and load.own_duration_s is None:
-        count = workload.length
+        count = workload.count
     times = load.times_s(count, duration_s, seed)
     said = ("duration", duration_s) if count is None else ("count", count)
     _enough(workload, said[0], said[1] or load.own_duration_s or 0.0, len(times))
-    requests = workload.take(len(times))
-    pairs = enumerate(zip(requests, times, strict=True))
-    return [Planned(index, request, at_s) for index, (request, at_s) in pairs]
+    return _planned(workload, times)

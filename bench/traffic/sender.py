@@ -23,6 +23,7 @@ import ray
 from bench.records import Record
 from bench.traffic.alarm import Alarm, sleep_until
 from bench.traffic.client import Answer, Client, Target
+from bench.traffic.conversation import Script
 from bench.traffic.schedule import Planned
 
 BATCH_S = 0.25
@@ -79,6 +80,7 @@ class Sender:
 
     def __init__(self, share: Share, target: Target) -> None:
         self._share, self._target = share, target
+        self._script = Script(share.planned, chat=target.endpoint == "chat")
         self._start_s = 0.0
         self._work: asyncio.Task[None] | None = None
         self._stopped = False
@@ -152,14 +154,14 @@ class Sender:
 
     async def _open(self, client: Client) -> None:
         """Each request at its time."""
-        planned, finished = iter(self._share.planned), asyncio.Event()
+        planned, finished = iter(self._script.first), asyncio.Event()
         following = next(planned, None)
         async with asyncio.TaskGroup() as group:
 
             def send_due() -> None:
                 nonlocal following
                 while following and (following.at_s or 0.0) <= self._now_s():
-                    group.create_task(self._one(client, following, following.at_s or 0.0, None))
+                    group.create_task(self._unit(client, following, following.at_s or 0.0, None))
                     following = next(planned, None)
                 if following:
                     alarm.set(self._start_s + (following.at_s or 0.0))
@@ -174,15 +176,15 @@ class Sender:
                 alarm.close()
 
     async def _closed(self, client: Client) -> None:
-        """The users; each waits for an answer, thinks, and takes the next request."""
+        """The users; each waits for an answer, thinks, and takes the next request or session."""
         share = self._share
-        queue = deque(share.planned)
+        queue = deque(self._script.first)
 
         async def use(user: int) -> None:
             free_s = 0.0
             while queue and (share.duration_s is None or free_s < share.duration_s):
-                record = await self._one(client, queue.popleft(), free_s, user)
-                free_s = (record.end_s or self._now_s()) + share.think_s
+                ended_s = await self._unit(client, queue.popleft(), free_s, user)
+                free_s = ended_s + share.think_s
                 if share.think_s:
                     await sleep_until(self._start_s + free_s)
 
@@ -190,27 +192,59 @@ class Sender:
             for user in share.users or []:
                 group.create_task(use(user))
 
+    async def _unit(
+        self, client: Client, first: Planned, planned_s: float, user: int | None
+    ) -> float:
+        """Send a request, and then all of its session that waits for it. Returns the last end."""
+        item, at_s = first, planned_s
+        while True:
+            await sleep_until(self._start_s + at_s)
+            record = await self._one(client, item, at_s, user)
+            ended_s = self._now_s() if record.end_s is None else record.end_s
+            released = self._script.over(item, record) if self._script.is_followed(item) else []
+            if not self._target.keep_text:
+                record.text = ""
+            if len(released) != 1:
+                break
+            item = released[0]
+            at_s = _due_s(item, ended_s)
+        if not released:
+            return ended_s
+        async with asyncio.TaskGroup() as group:  # Side by side: sub-agents.
+            sides = [
+                group.create_task(self._unit(client, side, _due_s(side, ended_s), user))
+                for side in released
+            ]
+        return max(side.result() for side in sides)
+
     async def _one(
         self, client: Client, planned: Planned, planned_s: float, user: int | None
     ) -> Record:
-        """Send one request and wait for the end of its response, which is decoded later."""
-        share = self._share
+        """Send one request and wait for the end of its response, which is decoded later.
+
+        It is decoded at once where something waits for the answer.
+        """
+        share, followed = self._share, self._script.is_followed(planned)
         record = Record(
             index=planned.index,
             planned_s=planned_s,
             repeat=share.repeat,
             actor=share.actor,
             user=user,
+            session=planned.session,
         )
-        answer = Answer(record, self._target.keep_text)
+        answer = Answer(record, self._target.keep_text or followed)
         self._running += 1
         self._started.append(planned.index)
         self._lags_s.append(self._now_s() - planned_s)
         try:
-            await client.exchange(planned.request, answer)
+            await client.exchange(self._script.request(planned), answer)
         finally:
             self._running -= 1
-            self._answers.put_nowait(answer)
+            if followed:
+                self._records.append(answer.read())
+            else:
+                self._answers.put_nowait(answer)
         return record
 
     async def _decode(self) -> None:
@@ -223,6 +257,11 @@ class Sender:
             if time.perf_counter() > until_s:
                 await asyncio.sleep(0)
                 until_s = time.perf_counter() + _DECODE_S
+
+
+def _due_s(item: Planned, ended_s: float) -> float:
+    """When something is sent that waited until `ended_s`: at its own time, or after its gap."""
+    return ended_s + item.request.gap_s if item.at_s is None else max(item.at_s, ended_s)
 
 
 def _settle() -> None:

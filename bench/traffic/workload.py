@@ -6,6 +6,8 @@
     mixed:long=4000,longs=2,short=50,shorts=30,output=64
     file:PATH,output=64,repeat=1            .txt, a prompt a line; .jsonl, see `promptfile`;
                                             fresh=yes: each begins with words of its own
+    sessions:turns=4,input=100,output=64    conversations whose history grows, see `sessions`
+    sharegpt:PATH  copilot:PATH             recorded ones, see `recorded`
     azure: burstgpt: mooncake: vllm: bailian:PATH
                                             traces, see `trace`; options start_s, duration_s, limit,
                                             scale, max_input, max_output, speed: see `trace.Cut`;
@@ -24,15 +26,15 @@ on how many are taken, nor by whom.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import msgspec
 
 from bench import spec
 from bench.errors import WorkloadError
-from bench.traffic import promptfile, trace, words
+from bench.traffic import promptfile, recorded, sessions, trace, words
 from bench.traffic.lengths import MAX_TOKENS, length
 from bench.traffic.request import Request, Workload
 
@@ -42,6 +44,9 @@ KINDS = {
     "prefix": ("groups", "depth", "shared", "unique", "output", "exact"),
     "mixed": ("long", "longs", "short", "shorts", "output", "exact"),
     "file": (spec.PATH, "output", "repeat", "fresh", "exact"),
+    "sessions": (*sessions.OPTIONS, "exact"),
+    "sharegpt": (*recorded.CHAT_OPTIONS, "exact"),
+    "copilot": (*recorded.AGENT_OPTIONS, "exact"),
     **{kind: (spec.PATH, *_CUT, "exact") for kind in trace.CSV_FORMATS},
     **{kind: (spec.PATH, *_CUT, "block", "tick_s", "exact") for kind in trace.BLOCK_TOKENS},
 }
@@ -76,6 +81,9 @@ def parse(text: str, seed: int, salt: str | None = None) -> Workload:
         "prefix": _prefix,
         "mixed": _mixed,
         "file": lambda options, drawn: promptfile.prompts(options, drawn.words),
+        "sessions": lambda options, drawn: sessions.drawn(options, drawn.number, drawn.words),
+        "sharegpt": lambda options, drawn: recorded.chats(options, drawn.number, drawn.words),
+        "copilot": lambda options, drawn: recorded.agents(options, drawn.words),
     }
     made = replace(makers.get(options.name, _trace)(options, drawn), name=text.strip())
     if "exact" not in options.values:
@@ -229,7 +237,38 @@ def _trace(options: spec.Options, seed: _Seed) -> Workload:
     notes = []
     if kind in trace.BLOCK_TOKENS and asked is None and own != trace.BLOCK_TOKENS[kind]:
         notes.append(f"{kind}: the lengths say that a hash stands for {own} tokens")
-    return Workload(options.name, request, len(rows), timed=True, notes=tuple(notes))
+    made = Workload(options.name, request, len(rows), timed=True, notes=tuple(notes))
+    families = trace.families(rows)
+    if len(families) == len(rows):
+        return made
+    family = partial(_family, request, rows, families)
+    return replace(made, session=family, sessions=len(families))
+
+
+def _family(
+    request: Callable[[int], Request],
+    rows: Sequence[trace.Row],
+    families: Sequence[Sequence[int]],
+    number: int,
+) -> tuple[Request, ...]:
+    """The requests of rows that wait for one another: each for its parent, and as long as there."""
+    places = families[number]
+    by_name = {rows[place].name: at for at, place in enumerate(places)}
+    found = []
+    for at, place in enumerate(places):
+        row = rows[place]
+        before = by_name[row.parent] if at else None
+        parent = rows[places[before]] if before is not None else row
+        gap_s = max(0.0, row.at_s - parent.at_s - parent.busy_s)
+        found.append(
+            msgspec.structs.replace(
+                request(place),
+                turn=at + 1,
+                after=() if before is None else (before,),
+                gap_s=gap_s,
+            )
+        )
+    return tuple(found)
 
 
 # --- the baseline matrix --------------------------------------------------------------------

@@ -287,7 +287,7 @@ def test_an_open_plan_pairs_requests_with_times() -> None:
     assert [each.at_s for each in made.planned] == load.times_s(50, None, 7)
     assert [each.request for each in made.planned] == workload.take(50)
     assert [each.index for each in made.planned] == list(range(50))
-    assert {each.user for each in made.planned} == {None}
+    assert {each.session for each in made.planned} == {None}
 
 
 def test_a_closed_plan_is_a_queue_for_its_users() -> None:

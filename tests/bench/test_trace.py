@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.errors import WorkloadError
@@ -183,6 +183,7 @@ def test_bailian_has_seconds_blocks_of_16_and_parents(tmp_path: Path) -> None:
     )
 
 
+@settings(deadline=None)
 @given(
     size=st.sampled_from([8, 16, 32, 64, 512, 1024]),
     lengths=st.lists(st.integers(1, 20_000), min_size=1, max_size=8),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import measure
@@ -61,6 +61,7 @@ def test_a_usage_that_cannot_be_is_not_counted(tokens: int) -> None:
     assert not SLOS["mlperf-server"].met_by(record)
 
 
+@settings(deadline=None)
 @given(
     tokens=st.integers(1, 300),
     per_event=st.integers(1, 8),
@@ -84,6 +85,7 @@ def test_an_honest_server_is_never_doubted(
     assert record.output_tokens == tokens
 
 
+@settings(deadline=None)
 @given(tokens=st.integers(8, 300), factor=st.sampled_from([0.0, 0.1, 10.0]))
 def test_a_tenth_and_tenfold_are_found_out(tokens: int, factor: float) -> None:
     record = judged(

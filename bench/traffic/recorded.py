@@ -1,0 +1,207 @@
+"""Recorded sessions: conversations of people, and agents at work.
+
+sharegpt:PATH,think=5,turns=8     conversations with their real texts, see `chats`
+copilot:PATH,scale=0.1            agents that call a model and tools in turn, see `agents`
+"""
+
+import random
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench import spec
+from bench.errors import WorkloadError
+from bench.traffic import textfile, words
+from bench.traffic.request import Request, Workload
+
+CHAT_OPTIONS = (spec.PATH, "turns", "think", "limit", "fresh")
+AGENT_OPTIONS = (spec.PATH, "limit", "scale", "speed", "max_input")
+# Bytes of English text that a token of common vocabularies has.
+_BYTES_PER_TOKEN = 4
+_FRESH_WORDS = 8
+
+
+# --- conversations --------------------------------------------------------------------------
+
+
+class _Said(msgspec.Struct):
+    """One message, as ShareGPT writes it (from, value) or as OpenAI does (role, content)."""
+
+    source: str = msgspec.field(default="", name="from")
+    value: str = ""
+    role: str = ""
+    content: str = ""
+
+
+class _Chat(msgspec.Struct):
+    conversations: list[_Said] = []
+    messages: list[_Said] = []
+
+
+def chats(options: spec.Options, seed: int, salted: str) -> Workload:
+    """Conversations of a ShareGPT file: a JSON list, or a JSON object a line.
+
+    What people said is sent; the answers are the server's own, at most as long as the recorded
+    ones (a token for every four bytes, as no tokenizer is asked). Each conversation begins with a
+    few words that no other run has; fresh=no leaves them out.
+    """
+    path, most = options.file(), options.whole("turns", 1000, least=1)
+    think_s, limit = options.number("think", 0.0), options.whole_or_none("limit")
+    fresh = options.text("fresh", "yes")
+    if fresh not in ("yes", "no"):
+        raise WorkloadError.of("fresh", fresh, "not a choice", ("yes", "no"))
+    found = [turns for chat in _chats(path) if (turns := _exchanges(chat)[:most])][:limit]
+    if not found:
+        raise WorkloadError.of("sharegpt", path, "holds no conversation that a person begins")
+
+    def session(number: int) -> tuple[Request, ...]:
+        rng = random.Random(f"{seed}/chat/{number}")
+        opening = words.text(salted, "chat", number, _FRESH_WORDS) + "\n" if fresh == "yes" else ""
+        requests: list[Request] = []
+        for place, (said, answer) in enumerate(found[number]):
+            requests.append(
+                Request(
+                    prompt=said if place else opening + said,
+                    output_tokens=max(1, len(answer.encode()) // _BYTES_PER_TOKEN),
+                    limit=True,
+                    kind="user",
+                    turn=place + 1,
+                    after=(place - 1,) if place else (),
+                    gap_s=rng.expovariate(1 / think_s) if place and think_s else 0.0,
+                    context=place - 1 if place else None,
+                )
+            )
+        return tuple(requests)
+
+    return Workload(
+        options.name,
+        lambda number: session(number)[0],
+        len(found),
+        session=session,
+        sessions=len(found),
+    )
+
+
+def _chats(path: Path) -> list[_Chat]:
+    data = textfile.read(path)
+    try:
+        if data.lstrip().startswith(b"["):
+            return msgspec.json.decode(data, type=list[_Chat])
+    except ValueError as error:
+        raise WorkloadError.of("sharegpt", path, str(error)) from error
+    return list(_lines("sharegpt", path, _Chat))
+
+
+def _exchanges(chat: _Chat) -> list[tuple[str, str]]:
+    """What a person said and what was answered, in turn; whatever comes before is left out."""
+    said = [
+        (message.source or message.role, message.value or message.content)
+        for message in chat.conversations or chat.messages
+    ]
+    pairs = []
+    for (who, text), (other, answer) in pairwise(said):
+        if who in ("human", "user") and other in ("gpt", "assistant", "chatgpt") and text:
+            pairs.append((text, answer))
+    return pairs
+
+
+# --- logs of agents -------------------------------------------------------------------------
+
+
+class _Tokens(msgspec.Struct):
+    prompt: int = 0
+    completion: int = 0
+
+
+class _Call(msgspec.Struct):
+    timestamp: str
+    duration_ms: float = 0.0
+    initiator_type: str = ""
+    tokens: _Tokens = msgspec.field(default_factory=_Tokens)
+
+
+class _Turn(msgspec.Struct):
+    llm_calls: list[_Call] = []
+
+
+class _Session(msgspec.Struct):
+    turns: list[_Turn]
+
+
+def agents(options: spec.Options, salted: str) -> Workload:
+    """Sessions of the GitHub Copilot coding agent traces (2026): a JSON object a line.
+
+    Each call's prompt is as long as recorded, and begins with the call before and its answer;
+    where it is shorter than that the agent has made room, and it is a new one. Between calls are
+    the recorded pauses, in which tools worked and people thought.
+    """
+    path, scale = options.file(), options.number("scale", 1.0, above=0.0, most=1e3)
+    speed, limit = options.number("speed", 1.0, above=0.0), options.whole_or_none("limit")
+    most = options.whole_or_none("max_input")
+    logs = []
+    for log in _lines("copilot", path, _Session):
+        calls = [call for turn in log.turns for call in turn.llm_calls if call.tokens.prompt > 0]
+        if calls:
+            logs.append(calls)
+        if limit is not None and len(logs) == limit:
+            break
+    if not logs:
+        raise WorkloadError.of("copilot", path, "holds no session with a call")
+
+    def session(number: int) -> tuple[Request, ...]:
+        return tuple(_calls(logs[number], number, salted, scale, speed, most))
+
+    return Workload(
+        options.name,
+        lambda number: session(number)[0],
+        len(logs),
+        session=session,
+        sessions=len(logs),
+    )
+
+
+def _calls(
+    calls: list[_Call], number: int, salted: str, scale: float, speed: float, most: int | None
+) -> Iterator[Request]:
+    known, ended_s = 0, 0.0
+    for place, call in enumerate(calls):
+        read = max(1, round(call.tokens.prompt * scale))
+        read = read if most is None else min(read, most)
+        written = max(1, round(call.tokens.completion * scale))
+        begun_s = _seconds(call.timestamp)
+        grows = place > 0 and read > known
+        tokens = read - known if grows else read
+        text = words.text(salted, "call", number * 10_000 + place, tokens)
+        yield Request(
+            prompt=text,
+            input_tokens=tokens,
+            output_tokens=written,
+            kind=call.initiator_type or "agent",
+            turn=place + 1,
+            after=(place - 1,) if place else (),
+            gap_s=max(0.0, begun_s - ended_s) / speed if place else 0.0,
+            context=place - 1 if grows else None,
+        )
+        known, ended_s = read + written, begun_s + call.duration_ms / 1e3
+
+
+def _seconds(timestamp: str) -> float:
+    try:
+        at = datetime.fromisoformat(timestamp)
+    except ValueError:
+        raise WorkloadError(f"copilot: {timestamp!r} is not a date and time") from None
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+
+
+def _lines(kind: str, path: Path, of: Any) -> Iterator[Any]:
+    decoder = msgspec.json.Decoder(of)
+    for number, raw in enumerate(textfile.lines(path), 1):
+        if raw.strip():
+            try:
+                yield decoder.decode(raw)
+            except ValueError as error:
+                raise WorkloadError.of(kind, f"{path}:{number}", str(error)) from error

@@ -5,6 +5,10 @@ in `_plan`: the defaults; each knob by itself, around the best so far; the combi
 worth of their parts promises most of; then successive halving, the better half again with twice
 the requests, until the last rung, where the best stand with repeats beside the defaults.
 
+The best of many scores is partly the luckiest, so it is only a candidate. It wins where it beats
+the defaults in measurements that were made for that alone, in pairs of one seed (`Confirmation`);
+else the defaults stay. What it gains is what those pairs say.
+
 Nothing is measured that cannot win. A setting is pruned where its upper bound (`ceiling`: from the
 hardware, and from the shortest step that was seen) is below what another has reached. Whatever is
 left out is kept with its reason. The knobs' worth comes from all scores together, by least squares
@@ -29,6 +33,9 @@ from bench.hardware.roofline import Ceilings, Shape
 
 # A difference below this is noise at the first rung: the simpler setting stays.
 _TIE = 0.02
+# Of a confirmation: how likely each look at it is to err, 5% together.
+_LOOK_ERRORS = (0.01, 0.04)
+_SEEDS = 1000  # Between those of one part of a confirmation and of the next.
 _COMBINED = 6
 _PROMISING = 1.15
 _HOPEFUL = 0.85  # Of the best at a rung: what is below that is not the best by bad luck.
@@ -42,6 +49,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         share: of the full measurement's requests.
         repeats: with as many seeds.
         why: for the one who watches.
+        held_out: 0 for a trial of the search; else which part of the confirmation this is, whose
+            seeds no other trial has.
     """
 
     settings: dict[str, Any]
@@ -49,6 +58,12 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     share: float
     repeats: int
     why: str
+    held_out: int = 0
+
+    @property
+    def seeds(self) -> range:
+        first = self.held_out * _SEEDS
+        return range(first, first + self.repeats)
 
 
 class Outcome(msgspec.Struct, kw_only=True):
@@ -68,10 +83,16 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 
 class Measured(msgspec.Struct, kw_only=True):
-    """A setting and its outcomes, by rung."""
+    """A setting and its outcomes, by rung.
+
+    Attributes:
+        held_out: scores of the confirmation, which took no part in choosing it; those of the
+            candidate and of the defaults belong together pair by pair.
+    """
 
     settings: dict[str, Any]
     outcomes: dict[int, Outcome]
+    held_out: list[float] = []
 
     @property
     def rung(self) -> int:
@@ -80,6 +101,33 @@ class Measured(msgspec.Struct, kw_only=True):
     def score(self, rung: int | None = None) -> float:
         outcome = self.outcomes.get(self.rung if rung is None else rung)
         return outcome.score if outcome else 0.0
+
+
+class Confirmation(msgspec.Struct, kw_only=True):
+    """A candidate beside the defaults, in pairs that were measured for this alone.
+
+    Attributes:
+        ratios: candidate over defaults, a pair each.
+        parts: how many parts of pairs have been measured; each is a look at the whole.
+    """
+
+    settings: dict[str, Any]
+    ratios: list[float] = []
+    parts: int = 0
+
+    @property
+    def wins(self) -> bool:
+        """Whether it is better than the defaults, by the error of this look alone."""
+        pairs = interval.paired_ratio(self.ratios, [1.0] * len(self.ratios))
+        if pairs is None or not self.parts:
+            return False
+        return pairs.bounds(1 - _LOOK_ERRORS[self.parts - 1])[0] > 1
+
+    @property
+    def over(self) -> bool:
+        """Whether more pairs could not change the verdict, or none are left."""
+        behind = self.parts > 0 and fmean(map(math.log, self.ratios)) <= 0
+        return self.wins or behind or self.parts >= len(_LOOK_ERRORS)
 
 
 class Effect(msgspec.Struct, kw_only=True):
@@ -132,6 +180,7 @@ class Search:
         self.measured: dict[str, Measured] = {}
         self.pruned: dict[str, str] = {}
         self.hurried = False
+        self.confirmation: Confirmation | None = None
         self._running: Settings = {}
         self._generator = self._plan()
         self._trial: Trial | None = next(self._generator)
@@ -145,30 +194,36 @@ class Search:
         trial = self._trial
         if trial is None:
             raise ValueError("the search is over: nothing was asked for")
-        name = key(trial.settings)
-        known = self.measured.setdefault(name, Measured(settings=dict(trial.settings), outcomes={}))
-        known.outcomes[trial.rung] = outcome
+        if not trial.held_out:
+            name = key(trial.settings)
+            known = self.measured.setdefault(
+                name, Measured(settings=dict(trial.settings), outcomes={})
+            )
+            known.outcomes[trial.rung] = outcome
         self._running = started_with(trial.settings, self._knobs)
-        if self.hurried:
-            self._trial = next(self._last(), None)
-            return
         try:
             self._trial = self._generator.send(outcome)
         except StopIteration:
             self._trial = None
 
     def hurry(self) -> None:
-        """Time runs out: no new setting, only the last measurement of the best one."""
-        self.hurried = True
-        if self._trial is not None and self._trial.rung < self._rungs - 1:
-            self._trial = next(self._last(), None)
+        """Time runs out: no new setting, only the confirmation of the best one."""
+        if not self.hurried:
+            self.hurried = True
+            self.conclude()
+
+    def conclude(self) -> None:
+        """Try no other setting: confirm the best."""
+        if self._trial is None or not self._trial.held_out:
+            self._generator = self._confirm()
+            self._trial = next(self._generator, None)
 
     @property
     def default(self) -> Measured | None:
         return self.measured.get(key({}))
 
     @property
-    def best(self) -> Measured | None:
+    def candidate(self) -> Measured | None:
         """The best of those that got farthest; the default, where no other is better."""
         good = [each for each in self.measured.values() if each.score() > 0]
         # The longest measurement that more than the defaults have: scores of one rung compare.
@@ -176,6 +231,15 @@ class Search:
         rung = max(others, default=max((each.rung for each in good), default=0))
         same = [each for each in good if rung in each.outcomes]
         return max(same, key=lambda each: each.score(rung), default=None)
+
+    @property
+    def best(self) -> Measured | None:
+        """The candidate where it was confirmed, else the defaults."""
+        if self.confirmation is not None and self.confirmation.wins:
+            return self.measured[key(self.confirmation.settings)]
+        # Where the defaults serve nothing at all, there is nothing to be held against.
+        default = self.default
+        return self.candidate if default is None or not default.score() else default
 
     # --- the plan ---------------------------------------------------------------------------
 
@@ -189,6 +253,32 @@ class Search:
         for rung in range(1, self._rungs):
             for point in self._better_half(rung):
                 yield from self._measure(point, rung, f"among the best of rung {rung - 1}")
+        yield from self._confirm()
+
+    def _confirm(self) -> Plan:
+        """The candidate beside the defaults, with seeds that no trial had."""
+        found, default, last = self.candidate, self.default, self._rungs - 1
+        if found is None or default is None or not found.settings or not default.score():
+            if default is not None and last not in default.outcomes:
+                yield self._trial_of({}, last, "vLLM's defaults, in full")
+            return
+        self.confirmation = Confirmation(settings=dict(found.settings))
+        while not self.confirmation.over:
+            part = self.confirmation.parts + 1
+            scores = []
+            for settings in (found.settings, {}) if part % 2 else ({}, found.settings):
+                outcome = yield self._trial_of(settings, last, "confirmation", part)
+                scores.append(outcome.scores)
+            mine, theirs = scores if part % 2 else scores[::-1]
+            pairs = [(a, b) for a, b in zip(mine, theirs, strict=False) if b > 0]
+            if not pairs or min(a for a, _ in pairs) <= 0:
+                return  # It failed where the defaults did not.
+            found.held_out += [a for a, _ in pairs]
+            default.held_out += [b for _, b in pairs]
+            self.confirmation.ratios += [a / b for a, b in pairs]
+            self.confirmation.parts = part
+        for each in (found, default):  # Held-out scores are full measurements too.
+            each.outcomes.setdefault(last, Outcome(scores=each.held_out))
 
     def _screen(self) -> Generator[Trial, Outcome, dict[str, Any]]:
         """One knob at a time around the best so far, the most promising first."""
@@ -262,12 +352,6 @@ class Search:
         same = key(self._running)
         return sorted(points, key=lambda point: key(started_with(point, self._knobs)) != same)
 
-    def _last(self) -> Plan:
-        """The best so far in full, where that has not been done."""
-        found = self.best
-        if found is not None and self._rungs - 1 not in found.outcomes:
-            yield self._trial_of(found.settings, self._rungs - 1, "the best so far, in full")
-
     def _measure(self, settings: Settings, rung: int, why: str) -> Plan:
         """Ask for a trial, unless it was made, is impossible, or cannot win."""
         name = key(settings)
@@ -279,7 +363,7 @@ class Search:
             return
         yield self._trial_of(settings, rung, why)
 
-    def _trial_of(self, settings: Settings, rung: int, why: str) -> Trial:
+    def _trial_of(self, settings: Settings, rung: int, why: str, held_out: int = 0) -> Trial:
         last = rung == self._rungs - 1
         return Trial(
             settings=dict(settings),
@@ -287,6 +371,7 @@ class Search:
             share=0.5 ** (self._rungs - 1 - rung),
             repeats=self._repeats if last else 1,
             why=why,
+            held_out=held_out,
         )
 
     def _out_of_the_question(self, settings: Settings) -> str:
@@ -331,51 +416,45 @@ def effects(measured: Iterable[Measured], resolution: float = 1.0) -> list[Effec
     """What every value that was tried multiplies the score by, as if knobs did not depend on each
     other; by least squares on the logs of all scores, each rung with a level of its own.
 
-    A value that only came together with another cannot be told from it and is left out.
+    A score of a rung twice as long has half the variance. All intervals together hold their truths
+    with 95% (Bonferroni), as whoever reads twelve of them looks for the one that stands out. A
+    value that only came together with another cannot be told from it and is left out.
 
     Args:
         resolution: how far apart two scores must be to be told apart, as a ratio: scores of a
             ladder are equal where they are not the same, so intervals are that much wider.
     """
     rows = [
-        (each.settings, rung, score, len(outcome.scores))
+        (each.settings, rung, score)
         for each in measured
         for rung, outcome in each.outcomes.items()
+        # What a setting was chosen by to go on is the score of a lucky one.
+        if rung == each.rung or not each.settings
         for score in outcome.scores
         if score > 0
     ]
-    values: dict[tuple[str, str], Any] = {}
-    for settings, _, _, _ in rows:
-        for name, value in settings.items():
-            values[name, key({"v": value})] = value
-    rungs = sorted({rung for _, rung, _, _ in rows})
+    values = {
+        (name, key({"v": value})): value
+        for settings, _, _ in rows
+        for name, value in settings.items()
+    }
+    rungs = sorted({rung for _, rung, _ in rows})
     columns = list(values)
     if not rows or not columns:
         return []
     matrix = np.zeros((len(rows), len(rungs) + len(columns)))
-    logs = np.zeros(len(rows))
-    for place, (settings, rung, score, _) in enumerate(rows):
+    for place, (settings, rung, _) in enumerate(rows):
         matrix[place, rungs.index(rung)] = 1.0
         for name, value in settings.items():
             matrix[place, len(rungs) + columns.index((name, key({"v": value})))] = 1.0
-        logs[place] = math.log(score)
-    inverse = np.linalg.pinv(matrix)
-    found = inverse @ logs
-    told_apart = np.isclose(np.diag(inverse @ matrix), 1.0, atol=1e-6)
-    freedom = len(rows) - int(np.linalg.matrix_rank(matrix))
-    rest = logs - matrix @ found
-    spread = float(rest @ rest) / freedom if freedom > 0 else math.nan
-    half = (
-        interval.t_quantile((1 + interval.CONFIDENCE) / 2, freedom)
-        * np.sqrt(spread * np.diag(inverse @ inverse.T))
-        if freedom > 0
-        else None
-    )
+    weights = np.array([math.sqrt(2.0**rung) for _, rung, _ in rows])
+    logs = np.array([math.log(score) for _, _, score in rows])
+    fit = _fit(matrix * weights[:, None], logs * weights, len(columns), math.log(resolution))
     listed = []
     for place, (name, text) in enumerate(columns, len(rungs)):
-        if not told_apart[place]:
+        if not fit.told_apart[place]:
             continue
-        centre = float(found[place])
+        centre, half = float(fit.centres[place]), fit.halves
         width = None if half is None else float(half[place])
         listed.append(
             Effect(
@@ -384,10 +463,34 @@ def effects(measured: Iterable[Measured], resolution: float = 1.0) -> list[Effec
                 ratio=math.exp(centre),
                 low=None if width is None else math.exp(centre - width) / resolution,
                 high=None if width is None else math.exp(centre + width) * resolution,
-                trials=len({key(s) for s, _, _, _ in rows if key({"v": s.get(name)}) == text}),
+                trials=len({key(s) for s, _, _ in rows if key({"v": s.get(name)}) == text}),
             )
         )
     return sorted(listed, key=lambda each: -abs(math.log(each.ratio)))
+
+
+class _Fit(msgspec.Struct, frozen=True):
+    """Of least squares; `halves` of the intervals are None where there are too few scores."""
+
+    centres: Any
+    halves: Any
+    told_apart: Any
+
+
+def _fit(matrix: Any, logs: Any, together: int, step: float) -> _Fit:
+    """Least squares, with intervals that hold for `together` columns at once."""
+    inverse = np.linalg.pinv(matrix)
+    found = inverse @ logs
+    told_apart = np.isclose(np.diag(inverse @ matrix), 1.0, atol=1e-6)
+    freedom = len(logs) - int(np.linalg.matrix_rank(matrix))
+    if freedom <= 0:
+        return _Fit(found, None, told_apart)
+    rest = logs - matrix @ found
+    # Scores of a ladder vary by what lies between two rungs of it, also where they are the same.
+    spread = max(float(rest @ rest) / freedom, step**2 / 12)
+    error = (1 - interval.CONFIDENCE) / max(1, together)
+    quantile = interval.t_quantile(1 - error / 2, freedom)
+    return _Fit(found, quantile * np.sqrt(spread * np.diag(inverse @ inverse.T)), told_apart)
 
 
 # --- the hardware ---------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from bench.engine import kvcache, served, trial, tune
+from bench.engine import gain, kvcache, score, served, stand, trial
+from bench.engine.journal import JOURNAL, Journal
+from bench.engine.stand import Stand
 from bench.engine.trial import Answer, Engine, EngineError, failure
 from bench.engine.tuning import Measured, Outcome, Trial
 from bench.errors import BenchError, ResultError
@@ -78,10 +80,10 @@ class Shop:
     ("e2e_s", "least_s", "most_s"), [(0.5, 4.5, 5.5), (8, 15, 17), (90, 19, 21)]
 )
 def test_a_probe_lasts_as_long_as_requests_do(e2e_s: float, least_s: float, most_s: float) -> None:
-    goal = tune.Goal(slo=Slo(ttft_s=1.0, percentile=90.0), what="w", seconds=5.0)
-    pace = tune.Pace(requests_per_s=40.0, step_s=0.01, read=20.0, written=8.0)
+    goal = score.Goal(slo=Slo(ttft_s=1.0, percentile=90.0), what="w", seconds=5.0)
+    pace = score.Pace(requests_per_s=40.0, step_s=0.01, read=20.0, written=8.0)
     shop = Shop(e2e_s, holds=45.0)
-    found, _ = tune.score(shop.load, goal, pace, 1.0, 0, 0, True)
+    found, _ = score.score(shop.load, goal, pace, 1.0, 0, 0, True)
     assert 45.0 / 1.05 < found < 45.0
     assert least_s < max(shop.lasted_s) < most_s
     # Lengthened once: the probes after it begin with that.
@@ -201,7 +203,7 @@ def test_a_search_survives_a_failure_goes_on_after_an_interruption_and_ends_in_a
     first = subprocess.Popen(
         order, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    journal = tmp_path / tune.JOURNAL
+    journal = tmp_path / JOURNAL
     deadline_s = time.monotonic() + 120
     while time.monotonic() < deadline_s and first.poll() is None:
         if journal.is_file() and len(journal.read_text().splitlines()) >= 3:
@@ -248,32 +250,47 @@ def test_a_search_survives_a_failure_goes_on_after_an_interruption_and_ends_in_a
 
 
 def test_a_journal_gives_back_what_was_measured(tmp_path: Path) -> None:
-    journal = tune.Journal(tmp_path, {"a": 1})
-    pace = tune.Pace(requests_per_s=5.0, step_s=0.01, read=20.0, written=8.0)
+    journal = Journal(tmp_path, {"a": 1})
+    pace = score.Pace(requests_per_s=5.0, step_s=0.01, read=20.0, written=8.0)
     journal.begin(pace, {"max_num_seqs": 128})
     asked = Trial(settings={"max_num_seqs": 4}, rung=1, share=0.5, repeats=1, why="")
-    stand = tune.Stand("m", {}, [], tmp_path)
-    journal.add(asked, Outcome(scores=[3.0, 4.0]), stand)
-    again = tune.Journal(tmp_path, {"a": 1})
+    standing = Stand("m", {}, [], tmp_path)
+    journal.add(asked, Outcome(scores=[3.0, 4.0]), standing)
+    again = Journal(tmp_path, {"a": 1})
     assert again.pace == pace
     assert again.limits == {"max_num_seqs": 128}
     assert again.outcome(asked) == Outcome(scores=[3.0, 4.0])
     with pytest.raises(ResultError, match="another search"):
-        tune.Journal(tmp_path, {"a": 2})
+        Journal(tmp_path, {"a": 2})
 
 
 def test_a_gain_has_an_interval_and_a_ladder_widens_it() -> None:
     best = Measured(settings={"a": 1}, outcomes={2: Outcome(scores=[12.0, 11.0, 12.5])})
     default = Measured(settings={}, outcomes={2: Outcome(scores=[10.0, 9.5, 10.0])})
-    plain, wide = (tune.gain(best, default, 2, ladder) for ladder in (False, True))
+    plain, wide = (gain.gain(best, default, 2, ladder) for ladder in (False, True))
     assert plain is not None
     assert wide is not None
     assert plain["low"] < plain["ratio"] < plain["high"]
     assert wide["low"] < plain["low"]
     assert wide["high"] > plain["high"]
-    assert tune.gain(best, None, 2, False) is None
+    assert gain.gain(best, None, 2, False) is None
     nothing = Measured(settings={}, outcomes={0: Outcome(scores=[1.0])})
-    assert tune.gain(best, nothing, 2, False) is None
+    assert gain.gain(best, nothing, 2, False) is None
+
+
+def test_a_gain_is_that_of_the_scores_which_chose_nothing() -> None:
+    best = Measured(
+        settings={"a": 1}, outcomes={2: Outcome(scores=[15.0] * 3)}, held_out=[11.0, 11.0, 11.1]
+    )
+    default = Measured(
+        settings={}, outcomes={2: Outcome(scores=[10.0] * 3)}, held_out=[10.0, 10.1, 10.0]
+    )
+    found = gain.gain(best, default, 2, False)
+    assert found is not None
+    assert found["ratio"] == pytest.approx(1.1, abs=0.01)
+    same = gain.gain(default, default, 2, False)
+    assert same is not None
+    assert (same["ratio"], same["low"], same["in_full"]) == (1.0, None, True)
 
 
 def test_a_limit_that_an_engine_was_not_started_with_needs_another_engine(
@@ -298,7 +315,7 @@ def test_a_limit_that_an_engine_was_not_started_with_needs_another_engine(
         def __exit__(self, *_: object) -> None:
             return
 
-    monkeypatch.setattr(tune, "Engine", Fake)
+    monkeypatch.setattr(stand, "Engine", Fake)
     space = knobs.space(
         ["max_num_seqs=16,256", "max_num_batched_tokens=64", "dtype=x"],
         on_gpu=False,
@@ -306,10 +323,10 @@ def test_a_limit_that_an_engine_was_not_started_with_needs_another_engine(
         dummy=False,
         fixed={},
     )
-    stand = tune.Stand("m", {"block_size": 32}, space, tmp_path)
+    standing = Stand("m", {"block_size": 32}, space, tmp_path)
 
     def limits(settings: dict[str, Any]) -> dict[str, int]:
-        with stand.engine(settings, 10.0) as (_, found):
+        with standing.engine(settings, 10.0) as (_, found):
             return found
 
     assert limits({}) == {"max_num_seqs": 128, "max_num_batched_tokens": 2048}
@@ -324,8 +341,8 @@ def test_a_limit_that_an_engine_was_not_started_with_needs_another_engine(
     assert len(started) == 2
     assert limits({"dtype": "x"})["max_num_seqs"] == 128
     assert started[-1] == {"block_size": 32, "dtype": "x"}
-    assert not stand.would_start({"dtype": "x", "max_num_seqs": 16})
-    assert stand.would_start({})
+    assert not standing.would_start({"dtype": "x", "max_num_seqs": 16})
+    assert standing.would_start({})
 
 
 def test_no_engine_is_left_when_a_trial_is_over(engine: Engine) -> None:

@@ -3,11 +3,12 @@
 import math
 import random
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import pytest
 
-from bench.engine import knobs, tuning
+from bench.engine import gain, knobs, tuning
 from bench.engine.knobs import Knob
 from bench.engine.tuning import Climb, Floor, Lengths, Measured, Outcome, Search, Trial
 from bench.hardware.roofline import Ceilings, Shape
@@ -99,19 +100,22 @@ def test_what_should_be_worth_most_on_paper_is_tried_first() -> None:
     assert first.settings.keys() == {"max_num_seqs"}
 
 
-def test_in_a_hurry_the_best_so_far_is_measured_in_full_and_no_more() -> None:
+def test_in_a_hurry_the_best_so_far_is_confirmed_and_no_more() -> None:
     search = Search(SPACE)
     for _ in range(6):
         trial = search.ask()
         assert trial is not None
         search.tell(Outcome(scores=[landscape(trial.settings)] * trial.repeats))
     search.hurry()
-    last = search.ask()
-    assert last is not None
-    assert (last.rung, last.repeats, last.share) == (2, 3, 1.0)
-    assert last.settings == {"max_num_seqs": 64}
-    search.tell(Outcome(scores=[landscape(last.settings)] * 3))
-    assert search.ask() is None
+    assert search.best is not None
+    assert search.best.settings == {}  # Until it is confirmed.
+    asked = []
+    while (trial := search.ask()) is not None:
+        assert (trial.rung, trial.repeats, trial.share) == (2, 3, 1.0)
+        asked.append(trial.settings)
+        search.tell(Outcome(scores=[landscape(trial.settings)] * 3))
+    assert asked == [{"max_num_seqs": 64}, {}]
+    assert search.best.settings == {"max_num_seqs": 64}
     # Before anything but the defaults was measured, they are all there is.
     early = Search(SPACE)
     early.tell(Outcome(scores=[1.0]))
@@ -121,6 +125,69 @@ def test_in_a_hurry_the_best_so_far_is_measured_in_full_and_no_more() -> None:
     assert trial.settings == {}
     early.tell(Outcome(scores=[1.0] * 3))
     assert early.ask() is None
+
+
+# --- what is better, and what was only lucky ------------------------------------------------
+
+NULL = [
+    Knob(name="a", values=(None, 1, 2, 3, 4), live=True, meaning=""),
+    Knob(name="b", values=(None, 1, 2, 3, 4), live=True, meaning=""),
+    Knob(name="c", values=(None, 1, 2), meaning=""),
+]
+
+
+def tuned(seed: int, spread: float, better: Score = lambda _: 1.0, ladder: bool = False) -> Search:
+    """A search with scores that vary as those of short measurements do."""
+    rng, search = random.Random(seed), Search(NULL)
+    while (trial := search.ask()) is not None:
+        scores = []
+        for _ in range(trial.repeats):
+            score = better(trial.settings) * math.exp(rng.gauss(0, spread * trial.share**-0.5))
+            scores.append(1.04 ** math.floor(math.log(score) / math.log(1.04)) if ladder else score)
+        search.tell(Outcome(scores=scores))
+    return search
+
+
+@pytest.mark.parametrize("ladder", [False, True])
+@pytest.mark.parametrize("spread", [0.02, 0.05])
+def test_where_no_setting_is_better_the_defaults_stay(spread: float, ladder: bool) -> None:
+    """The best of a dozen noisy scores is no better than the rest: only luck chose it."""
+    ratios, changed, false = [], 0, 0
+    for seed in range(60):
+        search = tuned(seed, spread, ladder=ladder)
+        assert search.best is not None
+        changed += search.best.settings != {}
+        found = gain.gain(search.best, search.default, 2, ladder)
+        assert found is not None
+        ratios.append(found["ratio"])
+        effects = tuning.effects(search.measured.values(), 1.04 if ladder else 1.0)
+        false += any(e.low is not None and not e.low <= 1 <= (e.high or 0) for e in effects)
+    assert changed <= 4
+    assert fmean(ratios) == pytest.approx(1.0, abs=0.003)
+    assert false <= 6
+
+
+def test_a_setting_that_is_better_is_found_and_its_gain_is_not_flattered() -> None:
+    ratios = []
+    for seed in range(40):
+        search = tuned(seed, 0.03, lambda settings: 1.2 if settings.get("a") == 3 else 1.0)
+        assert search.best is not None
+        if search.best.settings.get("a") == 3:
+            found = gain.gain(search.best, search.default, 2, False)
+            assert found is not None
+            ratios.append(found["ratio"])
+    assert len(ratios) >= 36
+    assert fmean(ratios) == pytest.approx(1.2, rel=0.01)
+
+
+def test_a_confirmation_is_measured_with_seeds_of_its_own() -> None:
+    search, seeds = Search(NULL), {False: set(), True: set()}
+    rng = random.Random(1)
+    while (trial := search.ask()) is not None:
+        seeds[trial.held_out > 0].update(trial.seeds)
+        search.tell(Outcome(scores=[rng.gauss(1, 0.05) for _ in range(trial.repeats)]))
+    assert seeds[True]
+    assert not seeds[True] & seeds[False]
 
 
 def test_effects_are_what_each_value_multiplies_the_score_by() -> None:

@@ -1,0 +1,50 @@
+"""What a setting gains over the defaults, and what a million tokens cost with it."""
+
+import math
+from statistics import fmean
+from typing import Any
+
+from bench import interval
+from bench.engine.score import STEP
+from bench.engine.tuning import Measured
+
+
+def gain(
+    best: Measured | None, default: Measured | None, last: int, ladder: bool
+) -> dict[str, Any] | None:
+    """What the best gains over the defaults, with its interval; 1 where the defaults are best.
+
+    Of a search it is what the confirmation says: the scores that the best was chosen by are those
+    of the luckiest. Rates lie on a ladder, so that equal ones may differ by a step of it: the
+    interval is that much wider on both sides.
+    """
+    if best is None or default is None or not default.score():
+        return None
+    if best is default:
+        return {"ratio": 1.0, "low": None, "high": None, "in_full": last in default.outcomes}
+    rungs = sorted(set(best.outcomes) & set(default.outcomes))
+    if not rungs:
+        return None
+    over, under = best.held_out, default.held_out
+    if not over:  # `--against` measures nothing else, and has nothing to choose.
+        over, under = best.outcomes[rungs[-1]].scores, default.outcomes[rungs[-1]].scores
+    pairs = [(a, b) for a, b in zip(over, under, strict=False) if min(a, b) > 0]
+    if not pairs:
+        return None
+    bounds = interval.of_paired_ratio([a for a, _ in pairs], [b for _, b in pairs])
+    wide = STEP if ladder else 1.0
+    return {
+        "ratio": math.exp(fmean(math.log(a / b) for a, b in pairs)),
+        "low": bounds[0] / wide if bounds else None,
+        "high": bounds[1] * wide if bounds else None,
+        "in_full": bool(best.held_out) or rungs[-1] == last,
+    }
+
+
+def cost(tokens_per_s: float, price: float | None) -> dict[str, Any]:
+    """What a million output tokens take of the machine, and cost where its price is known."""
+    hours = 1e6 / tokens_per_s / 3600 if tokens_per_s else math.inf
+    found: dict[str, Any] = {"machine_seconds_a_million_tokens": hours * 3600}
+    if price is not None:
+        found["cost_a_million_tokens"] = hours * price
+    return found

@@ -1,0 +1,77 @@
+"""What a search has measured, so that it goes on where it was cut."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.engine import knobs
+from bench.engine.score import Pace
+from bench.engine.stand import Stand
+from bench.engine.tuning import Outcome, Trial
+from bench.errors import ResultError
+
+JOURNAL = "journal.jsonl"
+
+
+class Journal:
+    """What was measured, a line each, so that a search goes on where it was cut.
+
+    Raises:
+        ResultError: the folder has the journal of another search.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / JOURNAL
+        self._about = json.loads(json.dumps(about))
+        self.pace: Pace | None = None
+        self.limits: dict[str, int] = {}
+        self.starts = 0
+        self._known: dict[tuple[str, int, int], Outcome] = {}
+        if self._path.is_file():
+            self._read()
+
+    def begin(self, known: Pace, limits: Mapping[str, int]) -> None:
+        head = {"about": self._about, "pace": msgspec.to_builtins(known), "limits": dict(limits)}
+        self._append(head)
+
+    def outcome(self, asked: Trial) -> Outcome | None:
+        """What the journal has of a trial."""
+        return self._known.get(_place(asked))
+
+    def add(self, asked: Trial, outcome: Outcome, stand: Stand) -> None:
+        self.starts += stand.starts
+        stand.starts = 0
+        self._known[_place(asked)] = outcome
+        row = {"trial": msgspec.to_builtins(asked), "outcome": msgspec.to_builtins(outcome)}
+        self._append(row | {"starts": self.starts, "at": time.time()})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with open(self._path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _read(self) -> None:
+        whole, newline, cut = self._path.read_text().rpartition("\n")
+        if cut:  # Off, as it was written: what comes next must begin a line.
+            self._path.write_text(whole + newline)
+        for line in whole.splitlines():
+            row = json.loads(line)
+            if "about" in row:
+                if row["about"] != self._about:
+                    raise ResultError(f"{self._path}: is the journal of another search")
+                self.pace = msgspec.convert(row["pace"], Pace)
+                self.limits = row["limits"]
+                continue
+            asked = msgspec.convert(row["trial"], Trial)
+            outcome = msgspec.convert(row["outcome"], Outcome)
+            self._known[_place(asked)] = outcome
+            self.starts = row["starts"]
+
+
+def _place(asked: Trial) -> tuple[str, int, int]:
+    """What tells one trial from all others."""
+    return knobs.key(asked.settings), asked.rung, asked.held_out

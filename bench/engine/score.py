@@ -1,0 +1,140 @@
+"""What a setting of an engine is worth: its score, and the loads that it is measured with."""
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+import msgspec
+
+from bench.engine import trial
+from bench.engine.trial import Answer, Engine
+from bench.engine.tuning import Climb
+from bench.measure import Slo
+
+STEP = 1.04  # Of the ladder of rates: what two settings must differ by to be told apart.
+_FEWEST = 64  # Requests of a probe.
+_TURNS = 2.0  # Mean times of a request that a probe lasts at least,
+LONGEST = 4.0  # but no longer than so many times --seconds.
+_ALL_AT_ONCE = "users=1"
+_ALONE, _SURELY = 5, 0.8
+
+
+class Goal(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wanted of a setting.
+
+    Attributes:
+        slo: the highest rate within it; None for throughput.
+        what: the workload.
+        seconds: of a full probe.
+        by_cpu: throughput is by the engine's CPU time, not by the clock.
+    """
+
+    slo: Slo | None
+    what: str
+    seconds: float
+    by_cpu: bool = False
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """What the defaults do with all requests at once, measured first: how long loads must be.
+
+    Attributes:
+        requests_per_s: answered; `step_s`: the shortest step, of one sequence.
+        read, written: tokens of an average request.
+    """
+
+    requests_per_s: float
+    step_s: float
+    read: float
+    written: float
+
+
+def named(goal: Goal) -> str:
+    if goal.slo is None:
+        return "throughput"
+    limits = {k: v for k, v in msgspec.to_builtins(goal.slo).items() if v is not None}
+    return "goodput within " + ", ".join(f"{name} {value:g}" for name, value in limits.items())
+
+
+def pace(engine: Engine, goal: Goal, limits: Mapping[str, int], limit_s: float) -> Pace:
+    """Measure how fast the defaults are, so that loads have a length that says something."""
+    alone = [
+        _step_s(engine.load(goal.what, _ALL_AT_ONCE, count=1, seed=-2 - n), goal)
+        for n in range(_ALONE)
+    ]
+    count, requests_per_s = _FEWEST, 0.0
+    # Longer until it takes a while: the start and the end of a batch are slow.
+    while True:
+        answer = engine.load(
+            goal.what, _ALL_AT_ONCE, count=count, seed=-3, live=limits, limit_s=limit_s
+        )
+        requests_per_s = count / (answer.cpu_s if goal.by_cpu else answer.elapsed_s)
+        if answer.elapsed_s >= goal.seconds / 4 or count >= 4096:
+            break
+        count *= 2
+    return Pace(
+        requests_per_s=requests_per_s,
+        # It prunes, so it must be below what any step takes, also where the machine is disturbed.
+        step_s=_SURELY * min(alone),
+        read=fmean(record.input_tokens or 1 for record in answer.records),
+        written=fmean(record.output_tokens or 1 for record in answer.records),
+    )
+
+
+def _step_s(answer: Answer, goal: Goal) -> float:
+    """The step of a load of one request, on the clock that scores go by."""
+    if goal.by_cpu:
+        return answer.cpu_s / answer.steps
+    return trial.tpot_s(answer.records) or 0.0
+
+
+def score(
+    load: Any, goal: Goal, known: Pace, share: float, seed: int, start: int, precise: bool
+) -> tuple[float, int]:
+    """One score, and the rung of the ladder where it lies.
+
+    Args:
+        load: `Engine.load` or `Served.load`, limits of the scheduler given.
+        share: of the requests of a full measurement.
+        start: the rung to begin at.
+    """
+    if goal.slo is None:
+        count = max(_FEWEST // 2, round(known.requests_per_s * goal.seconds * share))
+        answer: Answer = load(goal.what, _ALL_AT_ONCE, count=count, seed=seed)
+        return trial.output_tokens_per_s(answer, goal.by_cpu), 0
+    climb = Climb(start, gap=1 if precise else 2, most=12 if precise else 8)
+    length_s = goal.seconds * share
+    while (rung := climb.ask()) is not None:
+        rate, kept = rate_of(known, rung), True
+        while kept:
+            count = max(_FEWEST, round(rate * length_s))
+            answer = load(goal.what, f"poisson:rate={rate!r}", count=count, seed=seed, slo=goal.slo)
+            good = trial.good_share(answer.records, goal.slo)
+            kept = not answer.lost and good >= goal.slo.percentile / 100
+            # Until the first requests end there are more and more at once: a load that was over by
+            # then has seen nothing of the crowd. One that failed would fail in a longer one too.
+            needed_s = min(_TURNS * _mean_s(answer), LONGEST * goal.seconds)
+            if count >= 0.9 * rate * needed_s:
+                break
+            length_s = needed_s
+        climb.tell(kept)
+    found = climb.result
+    return (0.0, start) if found is None else (rate_of(known, found), found)
+
+
+def _mean_s(answer: Answer) -> float:
+    """How long a request took from when it was planned."""
+    took_s = [r.end_s - r.planned_s for r in answer.records if r.ok and r.end_s is not None]
+    return fmean(took_s) if took_s else 0.0
+
+
+def rate_of(known: Pace, rung: int) -> float:
+    """Requests/s of a rung of the ladder; rung 0 is below what the defaults answer at once."""
+    return 0.7 * known.requests_per_s * math.pow(STEP, rung)
+
+
+def rung_of(known: Pace, value: float) -> int:
+    """The rung of a rate."""
+    base = rate_of(known, 0)
+    return round(math.log(value / base) / math.log(STEP)) if min(value, base) > 0 else 0

@@ -25,11 +25,16 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from serve_app import events
+
 _COMMENT = b":"
 _HOW, _TOKENS, _LOGPROBS, _END = b": how ", b": t ", b": l ", b": end "
+# What the Responses API sends before there is a token to mark.
+_PREAMBLE = (b"event: response.created", b"event: response.in_progress")
 
-# Of each token: its (id, logprob) and those of the likeliest others; and its rank.
-Logprobs = list[tuple[list[tuple[int, float]], int]]
+# Of each token: its (id, logprob) and those of the likeliest others; and its rank. None stands for
+# minus infinity, the logprob of a token that a grammar forbids: JSON has no number for it.
+Logprobs = list[tuple[list[tuple[int, float | None]], int]]
 
 
 class Method(enum.StrEnum):
@@ -95,6 +100,10 @@ class Marks:
         return lines
 
 
+class Malformed(Exception):
+    """A replica's stream is not what an engine writes, or stops before its end."""
+
+
 class Stream:
     """The gateway's side of one stream: splits it into events and keeps what the marks say.
 
@@ -102,47 +111,103 @@ class Stream:
         progress: what another replica would need.
         method: as the engine said; None before its first event.
         sent: events that were given out, of all replicas together.
+        ended: the last event was given out, or an error: nothing may follow.
     """
 
     def __init__(self) -> None:
         self.progress = Progress()
         self.method: Method | None = None
         self.sent = 0
+        self.ended = False
         self._rest = b""
         self._fresh = self.progress
         self._skip = 0
+        self._unmarked = False
         self._names = Names()
 
     def again(self) -> None:
         """The stream comes from its first event again, from another replica."""
         self._rest = b""
         self._fresh = Progress()
+        if not self.sent:
+            # The client has seen nothing: the next answer need not be the same.
+            self.progress, self.method, self._unmarked = self._fresh, None, False
         self._skip = self.sent
         self._names.again()
 
     def events(self, data: bytes) -> list[bytes]:
-        """The events that are complete now and not given out before, without their marks."""
+        """The events that are complete now and not given out before, without their marks.
+
+        Raises:
+            Malformed: what comes is no event.
+        """
         if self._rest:
             data = self._rest + data
         *whole, self._rest = data.split(b"\n\n")
-        found = []
-        for event in whole:
-            if event.startswith(_COMMENT):
-                event = self._unmarked(event)
-                if not event:
-                    continue
-            if self._skip:
-                self._skip -= 1
-                self._names.repeated(event)
-            else:
-                found.append(self._names.given(event))
+        found: list[bytes] = []
+        try:
+            for event in whole:
+                if event.startswith(_COMMENT):
+                    event = self._without_marks(event)
+                    if not event:
+                        continue
+                if not self._repeated(event):
+                    found.append(self._names.given(event))
+        except Malformed:
+            # It is met again with the next data; what came before it is not lost.
+            if not found:
+                raise
+            self._rest = event + b"\n\n" + self._rest
         self.sent += len(found)
         return found
 
-    def _unmarked(self, event: bytes) -> bytes:
+    def _repeated(self, event: bytes) -> bool:
+        """Whether the client has this event already; notes where the answer ends."""
+        if not events.is_event(event):
+            raise Malformed("not an event")
+        last = events.is_last(event)
+        if events.error_code(event) is not None:
+            # Never a repetition: nothing continues after the client has been sent an error.
+            self._skip, self.ended = 0, True
+        elif self._skip and last:
+            raise Malformed("it ends before the client's own events do")
+        elif self._skip:
+            self._skip -= 1
+            self._names.repeated(event)
+            return True
+        elif last:
+            self.ended = True
+        elif self.method is None and not event.startswith(_PREAMBLE):
+            self._unmarked = True
+        return False
+
+    @property
+    def continuable(self) -> bool:
+        """Whether another replica can go on exactly where this stream is.
+
+        Not where tokens came without marks, or with marks that cannot be read: the client can have
+        such an answer, but nobody else can continue it.
+        """
+        if self.sent and self._unmarked:
+            return False
+        return not self.progress.groups or self.method is not Method.NEVER
+
+    def finish(self) -> None:
+        """The replica has closed its stream.
+
+        Raises:
+            Malformed: it stopped before its end.
+        """
+        if not self.ended:
+            raise Malformed("it stops within an event" if self._rest else "it stops before its end")
+
+    def _without_marks(self, event: bytes) -> bytes:
         while event.startswith(_COMMENT):
             line, _, event = event.partition(b"\n")
-            self._note(line)
+            try:
+                self._note(line)
+            except (ValueError, msgspec.MsgspecError):
+                self._unmarked = True
         return event
 
     def _note(self, line: bytes) -> None:

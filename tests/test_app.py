@@ -9,7 +9,7 @@ import pytest
 
 from serve_app.app import _behind_gateway
 from serve_app.gateway import deployment as gateway
-from serve_app.gateway.fleet import Replicas
+from serve_app.gateway.fleet import Fleet
 from serve_app.planning.placement import place
 from serve_app.planning.plan import Plan
 from serve_app.settings import Settings
@@ -27,12 +27,10 @@ def test_gateways_are_replaced_the_new_ones_first(tiny: Path) -> None:
 
 
 @pytest.fixture
-def replicas(monkeypatch: pytest.MonkeyPatch) -> Replicas:
+def replicas(monkeypatch: pytest.MonkeyPatch) -> Fleet:
     """What the gateways of a test know; they observe nothing, as there is no Ray to tell."""
-    known = Replicas()
-    monkeypatch.setattr(
-        gateway.Gateway, "_relay", lambda self, name, handle: SimpleNamespace(replicas=known)
-    )
+    known = Fleet()
+    monkeypatch.setattr(gateway.Gateway, "_relay", lambda *_, **__: SimpleNamespace(replicas=known))
     observation = SimpleNamespace(gate=lambda app, *_: app, close=lambda: None)
     monkeypatch.setattr(gateway, "Observation", lambda *_: observation)
     return known
@@ -45,7 +43,7 @@ def started() -> "asyncio.Task[Any]":
 
 
 async def test_a_gateway_is_ready_when_it_knows_the_replicas(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+    replicas: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateway, "_LEARN_S", 60.0)
     ready = started()
@@ -56,7 +54,7 @@ async def test_a_gateway_is_ready_when_it_knows_the_replicas(
 
 
 async def test_a_gateway_does_not_wait_for_ever(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+    replicas: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a first start, or scaled to zero, there are no replicas yet."""
     monkeypatch.setattr(gateway, "_LEARN_S", 0.1)

@@ -1,8 +1,9 @@
-"""The engines' replicas, as a gateway sees them: which there are, how busy, which just failed.
+"""The replicas of one model, as a gateway sees them: which there are, how busy, which just failed.
 
-Ray Serve tells which replicas run, through the router of a deployment handle (`ReplicaWatch`), with
-address and token of each. That news comes seconds late when one dies, so what a request meets
-counts first: a replica that failed is avoided for a time that doubles, and is then tried again.
+Ray Serve reports which replicas run, through the router of a deployment handle (`ReplicaWatch`),
+with the address and the token of each. When one dies, that report comes seconds late. So a gateway
+believes its own requests first: it avoids a replica that failed for a time that doubles with each
+failure, and then tries it again.
 """
 
 import asyncio
@@ -18,8 +19,8 @@ _AVOID_S, _MOST_AVOID_S = 1.0, 15.0
 
 
 @dataclass(eq=False)
-class Replica:
-    """One engine's replica.
+class Upstream:
+    """One replica of a model, which requests can be forwarded to.
 
     Attributes:
         address: host:port of its HTTP server.
@@ -39,22 +40,22 @@ class Replica:
 
 
 @dataclass
-class Replicas:
-    """Those of one model. For one event loop.
+class Fleet:
+    """All replicas of one model. For one event loop.
 
     Args:
         clock: monotonic seconds.
     """
 
     clock: Callable[[], float] = time.monotonic
-    _all: dict[str, Replica] = field(default_factory=dict)
+    _all: dict[str, Upstream] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def update(self, found: "Found") -> list[str]:
         """Take over what Ray Serve says: (name, metadata); returns the names that are gone."""
         before = self._all
         self._all = {
-            name: before.get(name) or Replica(name, metadata["address"], metadata["token"])
+            name: before.get(name) or Upstream(name, metadata["address"], metadata["token"])
             for name, metadata in found
             if "address" in metadata
         }
@@ -64,7 +65,7 @@ class Replicas:
     def __len__(self) -> int:
         return len(self._all)
 
-    def ready(self, without: Iterable[str] = ()) -> list[Replica]:
+    def ready(self, without: Iterable[str] = ()) -> list[Upstream]:
         """Those that may be asked now; those in `without` only if there is no other."""
         usable = self._usable()
         return [r for r in usable if r.name not in without] or usable
@@ -73,11 +74,11 @@ class Replicas:
         """Whether any may be asked now that is not in `tried`."""
         return any(r.name not in tried for r in self._usable())
 
-    def _usable(self) -> list[Replica]:
+    def _usable(self) -> list[Upstream]:
         now_s = self.clock()
         return [r for r in self._all.values() if r.avoid_until_s <= now_s]
 
-    async def some(self, timeout_s: float, without: Iterable[str] = ()) -> list[Replica]:
+    async def some(self, timeout_s: float, without: Iterable[str] = ()) -> list[Upstream]:
         """The same, waiting for one; empty after `timeout_s`."""
         deadline_s = self.clock() + timeout_s
         while not (found := self.ready(without)) and (left_s := deadline_s - self.clock()) > 0:
@@ -89,12 +90,12 @@ class Replicas:
                 continue
         return found
 
-    def failed(self, replica: Replica) -> None:
+    def failed(self, replica: Upstream) -> None:
         replica.failures += 1
         avoid_s = min(_AVOID_S * 2 ** (replica.failures - 1), _MOST_AVOID_S)
         replica.avoid_until_s = self.clock() + avoid_s
 
-    def answered(self, replica: Replica) -> None:
+    def answered(self, replica: Upstream) -> None:
         replica.failures = 0
 
 

@@ -84,15 +84,18 @@ class Choice:
     shared: int = 0
 
 
-def prefix_keys(prompt: bytes, block_bytes: int = BLOCK_BYTES, most: int = 256) -> tuple[int, ...]:
+def prefix_keys(
+    prompt: bytes, block_bytes: int = BLOCK_BYTES, most: int = 256, of: str | None = None
+) -> tuple[int, ...]:
     """A chain: key i stands for bytes 0 to (i + 1) * `block_bytes`; a last, shorter block has none.
 
+    Two prompts have keys in common only where `of` is the same too: the name of model or adapter.
     After `most` blocks it ends: who shares so much shares what matters. Python's own hash is the
     fastest there is here, and its secret keeps clients from making two prompts of one key. So keys
     are of this process only.
     """
     keys = []
-    key = 0
+    key = hash(of)
     for end in range(block_bytes, min(len(prompt), most * block_bytes) + 1, block_bytes):
         key = hash((key, prompt[end - block_bytes : end]))
         keys.append(key)

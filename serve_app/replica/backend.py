@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import uvicorn
@@ -28,9 +29,10 @@ from serve_app.errors import NotFound
 from serve_app.gates.keys import tenant
 
 TOKEN_HEADER, CONTINUE_HEADER = "x-engine-token", "x-continue"
-# Of the answer to a ping: for how many seconds the engine has said nothing though it was asked.
-SILENT_HEADER = "x-engine-silent"
-# Who asks, as the gateway found out.
+# In the answer to a ping: for how many seconds the engine has been asked for something and has
+# neither answered nor worked.
+STALLED_HEADER = "x-engine-stalled"
+# Who asks, as the gateway found out; percent-encoded.
 TENANT_HEADER = "x-tenant"
 # Of an answer that is none: the engine failed before it began, or is not there at all.
 FAILED_HEADER = "x-engine-failed"
@@ -71,7 +73,8 @@ class Backend:
     """ASGI middleware: asks for the token, hands `Progress` to the engine, marks the events.
 
     Args:
-        there: whether there is an engine; `silent_s`: for how long nothing was heard of it.
+        there: whether there is an engine.
+        stalled_s: for how long it has been asked and has neither answered nor worked.
     """
 
     def __init__(
@@ -79,11 +82,11 @@ class Backend:
         app: ASGIApp,
         token: str,
         there: Callable[[], bool] = lambda: True,
-        silent_s: Callable[[], float] = lambda: 0.0,
+        stalled_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.app = app
         self.token = token.encode()
-        self._there, self._silent_s = there, silent_s
+        self._there, self._stalled_s = there, stalled_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -97,14 +100,14 @@ class Backend:
             await NotFound("No such route.")(scope, receive, send)
             return
         if scope["path"] == "/ping":
-            await _told(send, 200, SILENT_HEADER, f"{self._silent_s():g}")
+            await _told(send, 200, STALLED_HEADER, f"{self._stalled_s():g}")
             return
         current = Exchange()
         if (length := headers.get(CONTINUE_HEADER.encode())) is not None:
             current.progress, receive = await _split(int(length), receive)
         exchange.set(current)
         if (holder := headers.get(TENANT_HEADER.encode())) is not None:
-            tenant.set(holder.decode("latin-1"))
+            tenant.set(unquote(holder.decode("latin-1")))
         try:
             await self.app(scope, receive, _marking(current, send))
         except EngineFailed:
@@ -186,10 +189,10 @@ class Server:
         self,
         app: ASGIApp,
         there: Callable[[], bool] = lambda: True,
-        silent_s: Callable[[], float] = lambda: 0.0,
+        stalled_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         config = uvicorn.Config(
-            Backend(app, self.token, there, silent_s),
+            Backend(app, self.token, there, stalled_s),
             log_config=None,  # It would close the handlers of everybody else.
             log_level="critical",  # What broke is the gateway's to tell.
             access_log=False,

@@ -198,7 +198,7 @@ class GatewayReplica(_Engine):
         # The gateway counts.
         app = self._gate(await self._stack(), counted=False)
         supervisor = self._supervisor
-        self._server.start(app, lambda: supervisor.healthy, lambda: supervisor.silent_s)
+        self._server.start(app, lambda: supervisor.healthy, lambda: supervisor.stalled_s)
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Called by Ray Serve once; the gateways are told."""

@@ -171,6 +171,16 @@ class Engine:
     def dead(self) -> bool:
         return bool(self._llm.errored)
 
+    @property
+    def cpu_s(self) -> float:
+        """CPU time that its processes have used since they started, seconds."""
+        used_s = 0.0
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                used_s += times.user + times.system
+        return used_s
+
     async def probe(self) -> None:
         """Return once every process of the engine has answered; a hung one never does."""
         await self._llm.collective_rpc("check_health")

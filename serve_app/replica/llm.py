@@ -246,7 +246,7 @@ def _lists(told: Logprobs) -> LogprobsLists:
     rows = [row + row[:1] * (width - len(row)) for row, _ in told]
     return LogprobsLists(
         np.array([[id_ for id_, _ in row] for row in rows], np.int32),
-        np.array([[logprob for _, logprob in row] for row in rows], np.float32),
+        np.array([[-np.inf if it is None else it for _, it in row] for row in rows], np.float32),
         np.array([rank for _, rank in told], np.int32),
     )
 

@@ -31,6 +31,8 @@ _LASTING_S = 10.0
 # How often it is asked while nobody waits for it. vLLM's workers spin for a second after each
 # message, so a probe a second would keep a core of each busy for ever.
 _IDLE_PROBE_S = 10.0
+# An engine whose processes use at least this share of a core works, and only its step is long.
+_AT_WORK = 0.1
 
 
 class Supervised(Protocol):
@@ -40,6 +42,8 @@ class Supervised(Protocol):
     def dead(self) -> bool: ...
     @property
     def last_sign_s(self) -> float: ...
+    @property
+    def cpu_s(self) -> float: ...
     async def probe(self) -> None: ...
     def kill(self) -> None: ...
 
@@ -58,6 +62,8 @@ class Supervisor:
         failure: what is wrong with the engine; None: nothing.
         restarting: it is being started anew.
         silent_s: for how long it has answered nothing and written nothing, while it was asked.
+        stalled_s: the same, if its processes have used no CPU in that time either. 0 in a long
+            step, which ends by itself.
     """
 
     def __init__(
@@ -78,7 +84,7 @@ class Supervisor:
         self._sign_s = -math.inf  # The engine's last sign when it was last looked at.
         self.failure: str | None = None
         self.restarting = False
-        self.silent_s = 0.0
+        self.silent_s = self.stalled_s = 0.0
 
     @property
     def healthy(self) -> bool:
@@ -101,7 +107,8 @@ class Supervisor:
             if not (self.restarting and await self._restarted()):
                 self._leave(1)
                 return
-            self.failure, self.restarting, self.silent_s = None, False, 0.0
+            self.failure, self.restarting = None, False
+            self._answered()
 
     def _may_restart(self) -> bool:
         lasted_s = time.monotonic() - self._restarted_s
@@ -136,10 +143,10 @@ class Supervisor:
         if self._in_flight() and self._engine.last_sign_s > self._sign_s:
             # A probe is answered between steps: with tensor parallelism every GPU would stand still
             # for it, as no step is prepared meanwhile.
-            self._sign_s, self.silent_s = self._engine.last_sign_s, 0.0
+            self._answered()
             return None
         probe = asyncio.ensure_future(self._engine.probe())
-        sign_s = self._engine.last_sign_s
+        sign_s, used_s = self._engine.last_sign_s, self._engine.cpu_s
         try:
             # A long step answers late, so each round waits for the probe and for outputs alike.
             while not (await asyncio.wait({probe}, timeout=_LOOK_S))[0]:
@@ -147,19 +154,27 @@ class Supervisor:
                     return "the engine died"
                 # Counted in rounds and not by the clock: when this process was itself stopped, or
                 # the machine was, the engine had no time to answer either.
-                silent = sign_s == self._engine.last_sign_s
-                self.silent_s = self.silent_s + _LOOK_S if silent else 0.0
-                sign_s = self._engine.last_sign_s
+                if sign_s == self._engine.last_sign_s:
+                    self.silent_s += _LOOK_S
+                    works = self._engine.cpu_s - used_s >= _AT_WORK * self.silent_s
+                    self.stalled_s = 0.0 if works else self.silent_s
+                else:
+                    sign_s, used_s = self._engine.last_sign_s, self._engine.cpu_s
+                    self.silent_s = self.stalled_s = 0.0
                 if self.silent_s >= self._hang_timeout_s:
                     return f"the engine has been silent for {self.silent_s:.0f} s"
             if (error := probe.exception()) is not None:
                 return f"the engine failed its probe: {type(error).__name__}"
-            self._sign_s, self.silent_s = self._engine.last_sign_s, 0.0
+            self._answered()
             return None
         finally:
             probe.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await probe
+
+    def _answered(self) -> None:
+        self._sign_s = self._engine.last_sign_s
+        self.silent_s = self.stalled_s = 0.0
 
 
 class Reaper:

@@ -12,10 +12,12 @@ import pytest
 from prometheus_client.registry import REGISTRY
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_app.continuation import Progress
+from serve_app.continuation import Progress, Stream
 from serve_app.gateway import routing
-from serve_app.gateway.fleet import Replica, Replicas
-from serve_app.gateway.relay import Ask, Relay
+from serve_app.gateway.fleet import Fleet as Upstreams
+from serve_app.gateway.fleet import Upstream
+from serve_app.gateway.relay import Relay
+from serve_app.gateway.request import Request
 from serve_app.replica.backend import Server, exchange
 from serve_app.settings import Gateway
 from tests.services.engine import EngineServer, Fault
@@ -82,7 +84,7 @@ class Fleet:
 
     def __init__(self, engines: list[EngineServer], **settings: Any) -> None:
         self.engines = engines
-        self.replicas = Replicas()
+        self.replicas = Upstreams()
         self.replicas.update([engine.found for engine in engines])
         self.woken = 0
         given = {"stall_timeout_s": 0.6, "replica_timeout_s": 0.5, "routing": "least_outstanding"}
@@ -98,7 +100,7 @@ class Fleet:
         content = json.dumps({"model": "m", "prompt": "p", "stream": True, **body}).encode()
         scope: Scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
         scope["headers"] = [(b"content-type", b"application/json"), (b"x-request-id", b"r1")]
-        await self.relay(Ask.of(scope, content, "x-session-id"), client.send)
+        await self.relay(Request.of(scope, content, "x-session-id"), client.send)
         return client
 
 
@@ -205,6 +207,65 @@ async def test_a_poisoned_stream_ends_with_an_error_event() -> None:
     assert client.text == "0 1 2 3 "
 
 
+async def test_a_replica_that_goes_on_with_an_error_is_heard() -> None:
+    """Its error is not one of the events that the client has already."""
+    bad = EngineServer("a", faults=[Fault(cut_after=5)])
+    async with fleet(bad, EngineServer("b", faults=[Fault(error_after=0)])) as there:
+        client = await _first_to(there, bad)
+    assert client.text == "0 1 2 3 4 "
+    assert client.events[-2]["error"]["message"] == "told to"
+    assert client.events[-1] == b"[DONE]"
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 422, 500])
+async def test_a_refusal_of_a_stream_that_has_begun_is_an_error_event(status: int) -> None:
+    bad = EngineServer("a", faults=[Fault(cut_after=4)])
+    async with fleet(bad, EngineServer("b", faults=[Fault(status=status)])) as there:
+        client = await _first_to(there, bad)
+    assert client.text == "0 1 2 3 "
+    assert client.error == "cannot_continue"
+    assert "told to" in client.events[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize("orderly", [False, True])
+async def test_half_of_a_first_event_is_dropped_with_its_marks(orderly: bool) -> None:
+    bad = EngineServer("a", faults=[Fault(cut_after=1, half=True, orderly=orderly)])
+    bad.faults[0].instead[0] = b": how resume\n: t 0\ndata: {"  # type: ignore[union-attr]
+    async with fleet(bad, EngineServer("b")) as there:
+        client = await _first_to(there, bad)
+    assert client.text == WHOLE
+    assert {event["id"] for event in client.events[:-1]} == {"b-0"}
+    assert b": how" not in client.body
+
+
+async def test_a_response_that_ends_without_its_last_event_goes_on_elsewhere() -> None:
+    bad = EngineServer("a", faults=[Fault(cut_after=4, orderly=True)])
+    async with fleet(bad, EngineServer("b")) as there:
+        client = await _first_to(there, bad)
+    assert client.text == WHOLE
+    assert client.events.count(b"[DONE]") == 1
+
+
+async def test_marks_that_cannot_be_read_cost_a_healthy_stream_nothing() -> None:
+    odd = b': how resume\n: t 4\n: l [[[[4, "?"]], 1]]\n'
+    event = b'data: {"id": "a-0", "created": 97, "text": "4 "}\n\n'
+    engine = EngineServer("a", faults=[Fault(instead={4: odd + event})])
+    async with fleet(engine) as there:
+        assert (await there.ask()).text == WHOLE
+        engine.faults = [Fault(instead={4: odd + event}, cut_after=7)]
+        assert (await there.ask()).error == "cannot_continue"
+
+
+async def test_a_mistake_of_the_gateway_is_an_error_and_not_a_broken_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with fleet(EngineServer("a")) as there:
+        monkeypatch.setattr(there.replicas, "answered", None)
+        monkeypatch.setattr(Stream, "finish", None)
+        client = await there.ask()
+    assert client.over
+
+
 async def test_what_cannot_go_on_exactly_ends_with_an_error_event() -> None:
     bad, good = EngineServer("a", method="never", faults=[Fault(cut_after=3)]), EngineServer("b")
     async with fleet(bad, good) as there:
@@ -241,7 +302,7 @@ async def test_what_waits_for_an_engine_that_is_silent_is_asked_elsewhere(stream
         ask = asyncio.create_task(_first_to(there, stopped, stream=stream))
         while not stopped.asked:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        stopped.silent_s = 5.0  # As its supervisor says, where the engine was sent SIGSTOP.
+        stopped.stalled_s = 5.0  # As its supervisor says, where the engine was sent SIGSTOP.
         client = await ask
     assert len(stopped.asked) == 1
     assert WHOLE in (client.text if stream else client.body.decode())
@@ -252,16 +313,16 @@ async def test_a_replica_says_for_how_long_its_engine_was_silent() -> None:
         raise AssertionError("a ping is none of the engine's business")
 
     server = Server("127.0.0.1")
-    silent_s = [0.0]
-    server.start(never, silent_s=lambda: silent_s[0])
+    stalled_s = [0.0]
+    server.start(never, stalled_s=lambda: stalled_s[0])
     try:
         async with fleet(EngineServer("b")) as there:
-            replica = Replica("a", server.address, server.token)
-            assert await there.relay._ping(replica, 10.0)
-            silent_s[0] = 11.0
-            assert not await there.relay._ping(replica, 10.0)
+            replica = Upstream("a", server.address, server.token)
+            assert await there.relay._visits.alive(replica)
+            stalled_s[0] = 11.0
+            assert not await there.relay._visits.alive(replica)
             # A stranger is told nothing.
-            assert await there.relay._ping(Replica("a", server.address, "guessed"), 10.0)
+            assert await there.relay._visits.alive(Upstream("a", server.address, "guessed"))
     finally:
         await server.drain(1.0)
 
@@ -278,6 +339,29 @@ async def test_nothing_is_lost_that_a_slow_client_has_not_taken() -> None:
         client.may_take.set()
         await ask
     assert client.text == WHOLE
+
+
+@pytest.mark.parametrize("after", [0, 4])
+async def test_a_silent_stream_of_an_engine_at_work_is_no_failure(after: int) -> None:
+    """Its sequence was preempted, or a step takes long: pings say that the engine works."""
+    slow = EngineServer("a", faults=[Fault(stall_after=after, stall_s=2.0)])
+    other = EngineServer("b")
+    async with fleet(slow, other, stall_timeout_s=0.3) as there:
+        client = await _first_to(there, slow)
+    assert client.text == WHOLE
+    assert not other.asked
+
+
+async def test_replicas_that_fall_silent_poison_nobody() -> None:
+    engines = [EngineServer(name, faults=[Fault(stall_after=4)]) for name in "abc"]
+    good = EngineServer("d")
+    async with fleet(*engines, good, max_deaths=2, replica_timeout_s=9.0) as there:
+        ask = asyncio.create_task(_first_to(there, engines[0]))
+        while not ask.done():
+            for engine in engines:
+                engine.stalled_s = 9.0 if engine.asked else 0.0
+            await asyncio.sleep(0.02)
+    assert (await ask).text == WHOLE
 
 
 async def test_a_slow_first_token_is_no_stall() -> None:
@@ -403,7 +487,7 @@ async def test_headers_reach_the_engine_and_its_secrets_stay() -> None:
         # A client cannot pretend to be a gateway.
         scope["headers"] = [(b"x-continue", b"5"), (b"x-engine-token", b"no"), (b"host", b"h")]
         client = Client()
-        await there.relay(Ask.of(scope, b'{"stream": true}', "x-session-id"), client.send)
+        await there.relay(Request.of(scope, b'{"stream": true}', "x-session-id"), client.send)
     assert client.text == WHOLE
     assert engine.asked == [(None, b'{"stream": true}')]
 
@@ -420,7 +504,7 @@ async def test_headers_reach_the_engine_and_its_secrets_stay() -> None:
 )
 def test_what_a_request_is_taken_to_cost(path: str, body: dict[str, Any], tokens: int) -> None:
     scope = {"headers": [], "method": "POST", "path": path, "query_string": b""}
-    ask = Ask.of(scope, json.dumps(body).encode(), "x-session-id")
+    ask = Request.of(scope, json.dumps(body).encode(), "x-session-id")
     assert tokens <= ask.tokens <= tokens + 20
 
 

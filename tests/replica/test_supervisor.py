@@ -17,6 +17,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.dead = False
         self.last_sign_s = 0.0
+        self.cpu_s = 0.0
         self.answers = True
         self.killed = False
         self.probes = 0

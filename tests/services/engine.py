@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from serve_app.continuation import Progress
-from serve_app.replica.backend import CONTINUE_HEADER, SILENT_HEADER, TOKEN_HEADER
+from serve_app.replica.backend import CONTINUE_HEADER, STALLED_HEADER, TOKEN_HEADER
 
 
 @dataclass
@@ -23,14 +23,22 @@ class Fault:
     Attributes:
         cut_after, stall_after: events until the connection ends, or falls silent. 0: before the
             response begins.
+        stall_s: how long it falls silent; None: until the gateway leaves.
         status: answer with this instead.
         half: cut within the next event.
+        orderly: where it is cut, the response ends as if it were complete.
+        error_after: events until an error event, which ends the stream.
+        instead: events by their place, and what is written in place of each.
     """
 
     cut_after: int | None = None
     stall_after: int | None = None
+    stall_s: float | None = None
     status: int | None = None
     half: bool = False
+    orderly: bool = False
+    error_after: int | None = None
+    instead: dict[int, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,7 +53,7 @@ class EngineServer:
     asked: list[tuple[Progress | None, bytes]] = field(default_factory=list)
     left: int = 0
     deaf: bool = False
-    silent_s: float = 0.0
+    stalled_s: float = 0.0
     token: str = "secret"
 
     async def start(self) -> "EngineServer":
@@ -84,7 +92,7 @@ class EngineServer:
             await asyncio.sleep(3600)
         if first.startswith("GET /ping"):
             assert headers[TOKEN_HEADER] == self.token
-            writer.write(_whole(200, b"", f"{SILENT_HEADER}: {self.silent_s:g}\r\n".encode()))
+            writer.write(_whole(200, b"", f"{STALLED_HEADER}: {self.stalled_s:g}\r\n".encode()))
             return True
         assert headers[TOKEN_HEADER] == self.token
         progress = None
@@ -117,21 +125,27 @@ class EngineServer:
     ) -> bool:
         if fault.cut_after == 0:
             return False
-        if fault.stall_after != 0:
-            writer.write(
-                b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-                b"transfer-encoding: chunked\r\n\r\n"
-            )
         gone = asyncio.ensure_future(reader.read(1))
+        if fault.stall_after == 0:
+            await asyncio.wait({gone}, timeout=fault.stall_s)
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+            b"transfer-encoding: chunked\r\n\r\n"
+        )
         for place, event in enumerate(self._events(progress)):
-            if place == fault.stall_after:
-                await asyncio.wait({gone})
+            if place and place == fault.stall_after:
+                await asyncio.wait({gone}, timeout=fault.stall_s)
             if place == fault.cut_after:
                 if fault.half:
                     writer.write(_chunk(event[:-9]))
                     await writer.drain()
-                return False
-            writer.write(_chunk(event))
+                if not fault.orderly:
+                    return False
+                break
+            if place == fault.error_after:
+                writer.write(_chunk(ERROR))
+                break
+            writer.write(_chunk(fault.instead.get(place, event)))
             await writer.drain()
             await asyncio.wait({gone}, timeout=self.pause_s)
             if gone.done():
@@ -160,6 +174,13 @@ class EngineServer:
             }
             yield marks + b"data: " + json.dumps(event).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+
+# What vLLM writes where a request fails after its response began.
+ERROR = (
+    b'data: {"error": {"message": "told to", "type": "InternalServerError", "param": null, '
+    b'"code": 500}}\n\ndata: [DONE]\n\n'
+)
 
 
 def _text(token: int) -> str:

@@ -1,0 +1,58 @@
+"""What one event of a stream means: it is one of many, it is the last one, or it is an error.
+
+An event is what stands between two empty lines of a `text/event-stream`. Three APIs are streamed,
+and each ends its streams in its own way; `is_last` and `error_code` know all of them:
+
+    OpenAI chat and completions   data: [DONE]             data: {"error": {...}}
+    OpenAI Responses              event: response.completed  event: response.failed, event: error
+    Anthropic messages            event: message_stop      event: error
+"""
+
+from typing import Any
+
+import msgspec
+
+_DONE = b"data: [DONE]"
+_EVENT, _DATA = b"event: ", b"data: "
+_LAST = frozenset((b"response.completed", b"response.incomplete", b"message_stop"))
+# Of an error event whose error has no code.
+_UNNAMED = "stream_error"
+
+
+def is_event(event: bytes) -> bool:
+    """Whether it has the form of an event that an engine writes."""
+    return event.startswith((_DATA, _EVENT))
+
+
+def is_last(event: bytes) -> bool:
+    """Whether the answer is complete with this event."""
+    if event.startswith(_EVENT):
+        return event[len(_EVENT) :].partition(b"\n")[0] in _LAST
+    return event == _DONE
+
+
+def error_code(event: bytes) -> str | None:
+    """The code of an event that is an error; None for any other event."""
+    # In a text these quotes are escaped, so that other events are not parsed for it.
+    if b'"error"' not in event and not event.startswith(b"event: error"):
+        return None
+    line = next((line for line in event.split(b"\n") if line.startswith(_DATA)), b"")
+    try:
+        data = msgspec.json.decode(line[len(_DATA) :])
+    except msgspec.DecodeError:
+        return None
+    return _code(data) if isinstance(data, dict) else None
+
+
+def _code(data: dict[str, Any]) -> str | None:
+    error = data.get("error")
+    if error is None and data.get("type") == "response.failed":
+        error = (data.get("response") or {}).get("error")
+    if error is None and data.get("type") == "error":
+        error = data
+    if error is None:
+        return None
+    fields = error if isinstance(error, dict) else {}
+    # vLLM's codes are HTTP statuses, and its types are names.
+    words = (fields.get("code"), fields.get("type"))
+    return next((word for word in words if isinstance(word, str) and word), _UNNAMED)

@@ -1,0 +1,79 @@
+"""What one client is sent: one response, whichever and however many replicas it comes from."""
+
+from dataclasses import dataclass
+
+import msgspec
+from starlette.types import Message, Send
+
+from serve_app.continuation import Stream
+from serve_app.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A response that came in one piece."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    @property
+    def message(self) -> str:
+        """Of an error in JSON; otherwise the beginning of the body."""
+        try:
+            return str(msgspec.json.decode(self.body)["error"]["message"])
+        except (msgspec.DecodeError, KeyError, TypeError):
+            return self.body[:200].decode("utf-8", "replace")
+
+
+class Answer:
+    """What the client has been sent so far.
+
+    Attributes:
+        begun: there is a status; an error can only be an event now.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+        self.stream = Stream()
+
+    async def begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """The status line of a stream; later replicas' are dropped."""
+        if not self.begun:
+            self.begun = True
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def data(self, data: bytes) -> None:
+        """Pass on what is new in a piece of a replica's stream.
+
+        Raises:
+            Malformed: the piece is no part of a stream.
+        """
+        if events := self.stream.events(data):
+            body = b"\n\n".join(events) + b"\n\n"
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def whole(self, answer: Whole) -> None:
+        length = (b"content-length", str(len(answer.body)).encode())
+        await self.begin(answer.status, [*answer.headers, length])
+        await self._send({"type": "http.response.body", "body": answer.body})
+
+    async def fail(self, error: RequestError, path: str) -> None:
+        """End with an error: as a response, or as the last event of a stream that has begun."""
+        if not self.begun:
+            await error({"type": "http"}, _nothing, self._send)
+            return
+        if self.stream.ended:
+            await self.end()
+            return
+        name = b"event: error\n" if path.startswith(("/v1/messages", "/v1/responses")) else b""
+        body = name + b"data: " + error.body() + b"\n\n"
+        await self._send({"type": "http.response.body", "body": body, "code": error.code})
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}

@@ -1,0 +1,110 @@
+"""A request on its way through the gateway: what a replica is sent, and what routing goes by."""
+
+import uuid
+from dataclasses import dataclass, field, replace
+from urllib.parse import quote
+
+from starlette.types import Scope
+
+from serve_app.errors import BadRequest
+from serve_app.gates import reading, routes
+from serve_app.gates.keys import tenant
+from serve_app.gates.reading import Reading
+from serve_app.gateway.routing import prefix_keys
+from serve_app.replica.backend import CONTINUE_HEADER, TENANT_HEADER, TOKEN_HEADER
+
+# What a request is taken to cost before anything is known of it: bytes of a prompt for each token,
+# tokens of an answer that names no bound, and of one that names any.
+_BYTES_A_TOKEN, _TOKENS_EXPECTED, _MOST_TOKENS_EXPECTED = 4, 256, 4096
+# What concerns one connection, or is made anew on each.
+HOP_HEADERS = frozenset(
+    (b"host", b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"upgrade")
+)
+_OWN_HEADERS = frozenset(
+    (TOKEN_HEADER.encode(), CONTINUE_HEADER.encode(), TENANT_HEADER.encode(), b"x-request-id")
+)
+
+
+@dataclass
+class Request:
+    """One request and its attempts.
+
+    Attributes:
+        path: with its query.
+        model: the name in its body; None: it has none.
+        keys, session: what routing goes by.
+        tokens: what it is expected to cost a replica: prompt and answer.
+        deaths: replicas that died under it, less those that it was innocent of.
+        attempts: replicas that failed it.
+        tried: their names, and those of replicas that were full.
+    """
+
+    id: str
+    method: str
+    path: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    model: str | None = None
+    keys: tuple[int, ...] = ()
+    session: str | None = None
+    tokens: int = 0
+    deaths: int = 0
+    attempts: int = 0
+    tried: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, scope: Scope, body: bytes, session_header: str) -> "Request":
+        """The request of an ASGI scope; its reading is the one that LimitGate left there."""
+        given = {name: value for name, value in scope["headers"]}
+        request_id = _text(given.get(b"x-request-id", b"")) or uuid.uuid4().hex
+        headers = [
+            (_text(name), _text(value))
+            for name, value in scope["headers"]
+            if name not in HOP_HEADERS and name not in _OWN_HEADERS
+        ]
+        # The same for each attempt: the answer's id is made of it.
+        headers.append(("x-request-id", request_id))
+        # A name may be in any script, a header may not.
+        headers.append((TENANT_HEADER, quote(tenant.get())))
+        query = scope.get("query_string", b"").decode("latin-1")
+        raw = scope.get("raw_path") or quote(scope["path"]).encode()
+        path = raw.decode("latin-1").partition("?")[0] + (f"?{query}" if query else "")
+        asked = _reading(scope, body)
+        header = _text(given.get(session_header.encode(), b""))
+        made = cls(request_id, scope["method"], path, headers, body, model=asked.model)
+        made.session = header or asked.session
+        if asked.sequences:
+            # The KV cache of an adapter is not the one of its model, or of another adapter.
+            made.keys = prefix_keys(asked.prompt_head, of=asked.model)
+            made.tokens = _expected_tokens(asked)
+        return made
+
+    def listing(self, path: str) -> "Request":
+        """A GET of `path` in the name of whoever sent this request."""
+        return replace(self, method="GET", path=path, body=b"", tried=[])
+
+
+def _text(value: bytes) -> str:
+    """A header's value, which aiohttp sends as UTF-8."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
+
+
+def _reading(scope: Scope, body: bytes) -> Reading:
+    """What LimitGate read of the body, or what stands in it where no LimitGate is."""
+    left: Reading | None = scope.get("state", {}).get("reading")
+    if left is not None:
+        return left
+    try:
+        return reading.read(routes.find(scope["path"]) or routes.OTHER, body)
+    except BadRequest:
+        return Reading()  # The engine says what is wrong with it.
+
+
+def _expected_tokens(asked: Reading) -> int:
+    """What a request is taken to cost a replica; a huge bound says nothing of the answer."""
+    answer = asked.max_tokens or _TOKENS_EXPECTED
+    most = min(max(answer, 1), _MOST_TOKENS_EXPECTED)
+    return asked.body_bytes // _BYTES_A_TOKEN + most * asked.sequences

@@ -1,0 +1,84 @@
+"""The requests that are at a replica now, and how those are given up that wait there for nothing.
+
+A stream may be silent for long while all is well: its sequence was preempted, or a step of the
+engine takes long. So silence of a stream says nothing. Replicas are pinged, and two things count as
+a failure: a replica that does not answer, and one that answers that its engine is asked for
+something and neither responds nor works (`Supervisor.stalled_s`). An engine that works and never
+responds is its supervisor's to kill, after `hang_timeout_s`.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import aiohttp
+
+from serve_app.gateway.fleet import Upstream
+from serve_app.replica.backend import STALLED_HEADER, TOKEN_HEADER
+
+
+@dataclass(eq=False)
+class Visit:
+    """A request at a replica.
+
+    Attributes:
+        limit: its time there; has expired once the visit was given up.
+        sending: the client is being sent what has come: broken off now, that would be lost.
+    """
+
+    replica: Upstream
+    limit: asyncio.Timeout
+    sending: bool = False
+
+
+class Visits:
+    """All requests at the replicas of one model. Watches them until it is closed.
+
+    Args:
+        stall_timeout_s: how long a replica may be silent, or its engine stalled.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, stall_timeout_s: float) -> None:
+        self._session = session
+        self._stall_timeout_s = stall_timeout_s
+        self._all: set[Visit] = set()
+        self._watch = asyncio.create_task(self._give_up_what_stalls())
+
+    def close(self) -> None:
+        self._watch.cancel()
+
+    @contextlib.contextmanager
+    def visit(self, replica: Upstream) -> Iterator[Visit]:
+        made = Visit(replica, asyncio.timeout(None))
+        self._all.add(made)
+        try:
+            yield made
+        finally:
+            self._all.discard(made)
+
+    async def _give_up_what_stalls(self) -> None:
+        pings: dict[Upstream, asyncio.Task[bool]] = {}
+        while True:
+            await asyncio.sleep(min(1.0, self._stall_timeout_s / 4))
+            for replica in {visit.replica for visit in self._all} - pings.keys():
+                pings[replica] = asyncio.create_task(self.alive(replica))
+            lost = {r for r, ping in pings.items() if ping.done() and not ping.result()}
+            pings = {replica: ping for replica, ping in pings.items() if not ping.done()}
+            for visit in self._all:
+                if visit.replica in lost and not visit.sending:
+                    visit.limit.reschedule(0)
+
+    async def alive(self, replica: Upstream) -> bool:
+        """Whether a replica answers a ping, and its engine has not been stalled for too long."""
+        url, headers = f"http://{replica.address}/ping", {TOKEN_HEADER: replica.token}
+        try:
+            async with (
+                asyncio.timeout(self._stall_timeout_s),
+                self._session.get(url, headers=headers) as response,
+            ):
+                return float(response.headers.get(STALLED_HEADER, 0)) <= self._stall_timeout_s
+        except TimeoutError:
+            return False
+        except (aiohttp.ClientError, OSError, ValueError):
+            return True  # Refused or cut: its requests notice that themselves.

@@ -22,6 +22,7 @@ from botocore.exceptions import (
     TokenRetrievalError,
     UnauthorizedSSOTokenError,
 )
+from botocore.parsers import ResponseParserError
 
 from kuberay.errors import AwsError, InUse, PermissionMissing
 
@@ -75,6 +76,8 @@ _IN_USE = {
     "IncorrectInstanceState",
     "InvalidSnapshot.InUse",
 }
+# What botocore raises. Its parsers' error is of none of its trees.
+_TROUBLES = (BotoCoreError, ClientError, ResponseParserError)
 _ACTION = re.compile(r"not authorized to perform: ([\w-]+:\w+)(?: on resource: (\S+))?")
 
 
@@ -87,7 +90,8 @@ class Account:
     """
 
     def __init__(self, region: str, profile: str | None = None) -> None:
-        self.region = region
+        self.region, self._profile = region, profile
+        self._elsewhere: dict[str, Account] = {}
         try:
             self._session = boto3.Session(profile_name=profile, region_name=region)
         except BotoCoreError as error:
@@ -109,6 +113,14 @@ class Account:
                 raise _explained(error) from error
         return self._clients[service]
 
+    def elsewhere(self, region: str) -> "Account":
+        """The same account in another region."""
+        if region == self.region:
+            return self
+        if region not in self._elsewhere:
+            self._elsewhere[region] = Account(region, self._profile)
+        return self._elsewhere[region]
+
     def call(self, service: str, operation: str, **arguments: Any) -> dict[str, Any]:
         """One call, by botocore's name of it.
 
@@ -117,7 +129,7 @@ class Account:
         """
         try:
             answer: dict[str, Any] = getattr(self.client(service), operation)(**arguments)
-        except (BotoCoreError, ClientError) as error:
+        except _TROUBLES as error:
             raise _explained(error, self._action(service, operation)) from error
         return answer
 
@@ -134,14 +146,14 @@ class Account:
                 return
             for page in client.get_paginator(operation).paginate(**arguments):
                 yield from page.get(key, [])
-        except (BotoCoreError, ClientError) as error:
+        except _TROUBLES as error:
             raise _explained(error, self._action(service, operation)) from error
 
     def wait(self, service: str, waiter: str, **arguments: Any) -> None:
         """Until AWS says that it is so, by botocore's name of the state."""
         try:
             self.client(service).get_waiter(waiter).wait(**arguments)
-        except (BotoCoreError, ClientError) as error:
+        except _TROUBLES as error:
             raise _explained(error, f"{service} {waiter}") from error
 
     @property
@@ -186,6 +198,11 @@ def _explained(error: Exception, action: str = "") -> AwsError:
         if code in _IN_USE:
             return InUse(message, code)
         return AwsError(f"{action}: {code}: {message}", code)
+    if isinstance(error, ResponseParserError):
+        said = (
+            f"{action}: what answered is not AWS (is there a proxy that wants to be signed in to?)"
+        )
+        return AwsError(said.removeprefix(": "), "NotAws")
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return AwsError("no AWS credentials: set AWS_PROFILE, or run `aws sso login`", "none")
     if isinstance(error, TokenRetrievalError | UnauthorizedSSOTokenError):

@@ -1,5 +1,6 @@
 """`python -m kuberay down`: the cluster, in the order that leaves no orphan, and its proof.
 
+    mark          what the cluster's controllers made gets our own tag, while the cluster vouches
     services      RayServices and what they started, while the operator is there to end them
     finalizers    of those that did not end
     balancers     Services and Ingresses that hold a load balancer, while its controller is there
@@ -9,6 +10,9 @@
     cluster       by eksctl, with its stacks
     leftovers     whatever still carries the cluster's tag, again and again until it is gone
     proof         a sweep; its exit status is this command's
+
+Where no cluster of ours exists (any more), only what carries our own tag is removed: another
+installer may have a cluster of this name, with the tags that Kubernetes writes.
 
 There is no state file: each step looks at what is there, so a run that was interrupted is simply
 run again. A step that fails is told and the next one goes on, because what fails most often (an
@@ -29,10 +33,11 @@ from kuberay.aws import Account, tags
 from kuberay.cluster import status
 from kuberay.console import say, step
 from kuberay.errors import AwsError, EksError, InUse, PermissionMissing, Refused
-from kuberay.owned import CLUSTER
+from kuberay.kinds import marking
+from kuberay.owned import CLUSTER, Owner
 from kuberay.releases import installed
-from kuberay.search import Found, Search
-from kuberay.sweep import Gap, Sweep, report, sweep
+from kuberay.search import Found, Memory, Search
+from kuberay.sweep import Gap, Sweep, report, sweep, vouched
 from kuberay.target import Target
 from kuberay.tools import Tools, tools
 
@@ -85,6 +90,9 @@ def command(options: argparse.Namespace) -> int:
 def down(to: Target, run: Tools, keep_data: bool, pace: Pace) -> Sweep:
     """The whole way. Returns the proof."""
     account, name = to.account, to.owner.name
+    ours = vouched(account, to.owner)
+    if ours:
+        attempt("mark", lambda: mark(account, to.owner))
     if status(account, name) in ("ACTIVE", "UPDATING") and attempt("connect", run.connect):
         attempt("services", lambda: end_services(run))
         attempt("finalizers", lambda: strip_finalizers(run))
@@ -95,7 +103,7 @@ def down(to: Target, run: Tools, keep_data: bool, pace: Pace) -> Sweep:
         attempt("releases", lambda: delete_releases(run, list(helm_releases(run))))
     attempt("cluster", lambda: delete_cluster(to, run))
     with step("leftovers"):
-        return clear(to, keep_data, pace)
+        return clear(to, keep_data, pace, ours=ours)
 
 
 def attempt(name: str, act: Callable[[], None]) -> bool:
@@ -223,11 +231,32 @@ def delete_releases(run: Tools, releases: list[tuple[str, str]]) -> None:
 # --- in the account ---------------------------------------------------------------------------
 
 
+def mark(account: Account, owner: Owner) -> None:
+    """Give our own tag to what only the tags of controllers make the cluster's.
+
+    Once the cluster is gone nothing else vouches for it: a teardown that is interrupted then would
+    leave it for good.
+    """
+    left = sweep(account, owner, Search(account, owner)).left
+    names: dict[str, list[str]] = {}
+    for found in left:
+        if found.tagged and not found.marked:
+            names.setdefault(found.kind, []).append(found.id)
+    for kind, some in names.items():
+        if marking.mark(account, kind, some, owner.name):
+            say(f"    {kind}: {', '.join(some)}")
+
+
 def delete_cluster(to: Target, run: Tools) -> None:
     """eksctl deletes the cluster and its stacks, also those of a creation that failed."""
-    stacks = kinds.BY_NAME["stack"].find(Search(to.account, to.owner))
-    if not status(to.account, to.owner.name) and not any(stacks):
+    search = Search(to.account, to.owner, vouched(to.account, to.owner))
+    stacks = list(kinds.BY_NAME["stack"].find(search))
+    if not status(to.account, to.owner.name) and not any(stack.tagged for stack in stacks):
         say("    there is none")
+        return
+    if foreign := [stack.id for stack in stacks if not stack.tagged]:
+        # eksctl goes by the name, and would delete these as well.
+        say(f"    eksctl is not called, because of {', '.join(foreign)}, which is not ours")
         return
     run.eksctl(
         "delete", "cluster", "--name", to.owner.name, "--region", to.owner.region,
@@ -236,18 +265,28 @@ def delete_cluster(to: Target, run: Tools) -> None:
 
 
 def clear(
-    to: Target, keep_data: bool, pace: Pace, clock: Callable[[], float] = time.monotonic
+    to: Target,
+    keep_data: bool,
+    pace: Pace,
+    clock: Callable[[], float] = time.monotonic,
+    ours: bool | None = None,
 ) -> Sweep:
-    """Remove what carries the cluster's tag until nothing is left that can go. Returns the proof.
+    """Remove what is the cluster's until nothing is left that can go. Returns the proof.
 
     Rounds, because one thing holds another (an interface its security group), and because AWS lets
     go late. A round that changes nothing is repeated for as long as `pace` has patience.
+
+    Args:
+        ours: whether a cluster of ours was there as the teardown began; None asks now.
     """
+    if ours is None:
+        ours = vouched(to.account, to.owner)
+    memory = Memory()
     refusals: dict[tuple[str, str], list[AwsError]] = {}
     before: frozenset[Found] = frozenset()
     changed_s = clock()
     while True:
-        swept = sweep(to.account, to.owner)
+        swept = sweep(to.account, to.owner, Search(to.account, to.owner, ours, memory))
         todo = [found for found in swept.left if removable(found, keep_data, refusals)]
         if frozenset(swept.left) != before:
             before, changed_s = frozenset(swept.left), clock()

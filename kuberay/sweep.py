@@ -1,7 +1,9 @@
 """The proof that a cluster is gone: every kind of thing that carries its tag, looked for anew.
 
 A sweep reads and removes nothing. It is clean when nothing is left and every kind could be looked
-at: a kind that a missing permission hides is not proved to be gone, and is named.
+at: a kind that a missing permission hides is not proved to be gone, and is named. What serves all
+clusters of the project (its image repository, buckets of weights) is named as well, with its price
+and the command that removes it, and is no reason for a proof to fail.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kuberay import console, kinds, prices, target
-from kuberay.aws import Account
+from kuberay.aws import Account, tags
 from kuberay.errors import AwsError, PermissionMissing
 from kuberay.owned import Owner
 from kuberay.search import Found, Search
@@ -44,11 +46,16 @@ class Sweep:
 
     @property
     def clean(self) -> bool:
-        return not self.left and not self.gaps
+        return not self.counted and not self.gaps
+
+    @property
+    def counted(self) -> list[Found]:
+        """What is left of the cluster, without what outlives clusters."""
+        return [found for found in self.left if found.counted]
 
     @property
     def usd_per_month(self) -> float:
-        return sum(found.usd_per_month or 0.0 for found in self.left)
+        return sum(found.usd_per_month or 0.0 for found in self.counted)
 
     def command(self, found: Found) -> str:
         return kinds.command(found, self.owner.region)
@@ -73,33 +80,51 @@ class Sweep:
     def lines(self) -> list[str]:
         """The same for a person."""
         where = f"{self.owner.name} in {self.owner.region} (account {self.account_id})"
-        if self.clean:
-            return [f"{where}: nothing is left; {len(kinds.KINDS)} kinds of things were looked for"]
         shown = []
         for found in self.left:
-            usd = "price ?" if found.usd_per_month is None else f"{found.usd_per_month:.2f} $/month"
-            state = ", leaving" if found.leaving else ""
-            shown.append(f"left  {found.kind:<22} {usd:>16}  {found.id}  {found.detail}{state}")
-            if not found.tagged:
-                shown.append(f"      {'':<22} {'':>16}  does not carry the tag: left alone")
-            shown.append(f"      {'':<22} {'':>16}  {self.command(found)}")
+            shown += self._shown(found)
         for gap in self.gaps:
             shown.append(f"????  {gap.kind:<22} {'':>16}  not looked at: {gap.problem}")
         for gap in self.refused:
             shown.append(f"????  {gap.kind}: not removed: {gap.problem}")
-        total = f"{len(self.left)} things are left, {self.usd_per_month:.2f} $/month at least"
+        if self.clean:
+            looked = f"{len(kinds.KINDS)} kinds of things were looked for"
+            return [*shown, f"{where}: nothing is left; {looked}"]
+        total = f"{len(self.counted)} things are left, {self.usd_per_month:.2f} $/month at least"
         unseen = f"; {len(self.gaps)} kinds could not be looked at" if self.gaps else ""
         return [*shown, f"{where}: {total}{unseen} (prices of {prices.AS_OF})"]
 
+    def _shown(self, found: Found) -> list[str]:
+        usd = "price ?" if found.usd_per_month is None else f"{found.usd_per_month:.2f} $/month"
+        state = ", leaving" if found.leaving else ""
+        word, margin = "left" if found.counted else "note", f"      {'':<22} {'':>16}  "
+        shown = [f"{word}  {found.kind:<22} {usd:>16}  {found.id}  {found.detail}{state}"]
+        if not found.tagged and found.counted:
+            shown.append(f"{margin}does not carry the tag: left alone")
+        return [*shown, f"{margin}{self.command(found)}"]
 
-def sweep(account: Account, owner: Owner) -> Sweep:
+
+def vouched(account: Account, owner: Owner) -> bool:
+    """Whether a cluster of ours exists: then the tags of its controllers are its own."""
+    try:
+        found = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
+    except AwsError:
+        return False  # Less is removed then. Of a missing permission the kind `cluster` tells.
+    return owner.marks(tags(found, "tags"))
+
+
+def sweep(account: Account, owner: Owner, search: Search | None = None) -> Sweep:
     """Look for every kind of thing.
+
+    Args:
+        search: another than a new one, which knows whether a cluster of ours is there.
 
     Raises:
         AwsError: the credentials are not accepted.
     """
     account_id = account.id
-    search = Search(account, owner)
+    if search is None:
+        search = Search(account, owner, vouched(account, owner))
     left: list[Found] = []
     gaps = []
     for kind in kinds.KINDS:

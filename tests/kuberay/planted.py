@@ -102,6 +102,15 @@ def plant(cloud: Cloud, name: str, cluster: bool = True, octet: int = 20) -> Non
         VPCZoneIdentifier=subnets[0],
         Tags=[{**pair, "PropagateAtLaunch": True} for pair in pairs(ran)],
     )
+    _starters(ec2, subnets[0], template["LaunchTemplate"]["LaunchTemplateId"], made)
+    ec2.create_flow_logs(
+        ResourceIds=[vpc_id],
+        ResourceType="VPC",
+        TrafficType="ALL",
+        LogGroupName="/flows",
+        DeliverLogsPermissionArn="arn:aws:iam::123456789012:role/flows",
+        TagSpecifications=marked("vpc-flow-log", made),
+    )
     _balancers(cloud, name, vpc_id, subnets, ran)
     _storage(cloud, name, made)
     _identities(cloud, name, made)
@@ -110,6 +119,33 @@ def plant(cloud: Cloud, name: str, cluster: bool = True, octet: int = 20) -> Non
     )
     if cluster:
         _cluster(cloud, name, made, subnets)
+
+
+def _starters(ec2: Any, subnet: str, template: str, tags: Tags) -> None:
+    """A spot request and a fleet, which start instances."""
+    request = ec2.request_spot_instances(
+        SpotPrice="1",
+        Type="persistent",
+        LaunchSpecification={
+            "ImageId": "ami-12c6146b", "InstanceType": "g6.xlarge", "SubnetId": subnet,
+        },
+        TagSpecifications=marked("spot-instances-request", tags),
+    )  # fmt: skip
+    number = request["SpotInstanceRequests"][0]["SpotInstanceRequestId"]
+    started = ec2.describe_spot_instance_requests(SpotInstanceRequestIds=[number])
+    instance = started["SpotInstanceRequests"][0]["InstanceId"]
+    ec2.create_tags(Resources=[number, instance], Tags=pairs(tags))
+    ec2.create_fleet(
+        LaunchTemplateConfigs=[
+            {"LaunchTemplateSpecification": {"LaunchTemplateId": template, "Version": "1"}}
+        ],
+        TargetCapacitySpecification={
+            "TotalTargetCapacity": 0, "OnDemandTargetCapacity": 0, "SpotTargetCapacity": 0,
+            "DefaultTargetCapacityType": "on-demand",
+        },
+        Type="maintain",
+        TagSpecifications=marked("fleet", tags),
+    )  # fmt: skip
 
 
 def _network_of_pods(ec2: Any, name: str, vpc_id: str, subnets: list[str], tags: Tags) -> None:
@@ -169,6 +205,20 @@ def _storage(cloud: Cloud, name: str, tags: Tags) -> None:
         Description=name,
         Tags=[{"TagKey": key, "TagValue": value} for key, value in tags.items()],
     )
+    bucket = f"qwen-ray-serve-weights-{name}"
+    s3 = cloud.client("s3")
+    s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
+    s3.put_object(Bucket=bucket, Key="model.safetensors", Body=b"0" * 1000)
+    s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": pairs(tags)})
+    cloud.client("secretsmanager").create_secret(
+        Name=f"{name}/keys", SecretString="x", Tags=pairs(tags)
+    )
+    zone = cloud.client("route53").create_hosted_zone(Name=f"{name}.example.", CallerReference=name)
+    cloud.client("route53").change_tags_for_resource(
+        ResourceType="hostedzone",
+        ResourceId=zone["HostedZone"]["Id"].rpartition("/")[2],
+        AddTags=pairs(tags),
+    )
     # Of no kind that the sweep knows: Karpenter's queue of interruptions.
     cloud.client("sqs").create_queue(QueueName=f"karpenter-{name}", tags=dict(tags))
 
@@ -180,7 +230,9 @@ def _identities(cloud: Cloud, name: str, tags: Tags) -> None:
     iam.put_role_policy(RoleName=role, PolicyName="inline", PolicyDocument=POLICY)
     policy = iam.create_policy(PolicyName=f"users-{name}", PolicyDocument=POLICY)["Policy"]["Arn"]
     iam.attach_role_policy(RoleName=role, PolicyArn=policy)
-    iam.create_instance_profile(InstanceProfileName=role)
+    iam.create_policy(PolicyName=f"balancers-{name}", PolicyDocument=POLICY, Tags=pairs(tags))
+    iam.create_user(UserName=f"ci-{name}", Tags=pairs(tags))
+    iam.create_instance_profile(InstanceProfileName=role, Tags=pairs(tags))
     iam.add_role_to_instance_profile(InstanceProfileName=role, RoleName=role)
     iam.create_open_id_connect_provider(
         Url=f"https://oidc.eks.{REGION}.amazonaws.com/id/{name.upper()}",
@@ -306,6 +358,26 @@ def everything(cloud: Cloud) -> dict[str, set[str]]:
             "describe_internet_gateways", "InternetGateways", "InternetGatewayId"
         ),
         "VPC": ids("describe_vpcs", "Vpcs", "VpcId"),
+        "spot request": {
+            found["SpotInstanceRequestId"]
+            for found in ec2.describe_spot_instance_requests()["SpotInstanceRequests"]
+            if found["State"] != "cancelled"
+        },
+        "fleet": {
+            found["FleetId"]
+            for found in ec2.describe_fleets()["Fleets"]
+            if not found["FleetState"].startswith("deleted")
+        },
+        "flow log": {found["FlowLogId"] for found in ec2.describe_flow_logs()["FlowLogs"]},
+        "bucket": {found["Name"] for found in cloud.client("s3").list_buckets()["Buckets"]},
+        "secret": {
+            found["ARN"] for found in cloud.client("secretsmanager").list_secrets()["SecretList"]
+        },
+        "hosted zone": {
+            found["Id"].rpartition("/")[2]
+            for found in cloud.client("route53").list_hosted_zones()["HostedZones"]
+        },
+        "user": {found["UserName"] for found in iam.list_users()["Users"]},
         "queue": set(cloud.client("sqs").list_queues().get("QueueUrls", [])),
         "policy": {
             policy["Arn"] for policy in iam.list_policies(Scope="Local")["Policies"]

@@ -452,13 +452,63 @@ def test_nodes_are_private_encrypted_and_tagged() -> None:
             assert group["minSize"] == group["desiredCapacity"] == 0
             (taint,) = group["taints"]
             assert (taint["key"], taint["effect"]) == ("nvidia.com/gpu", "NoSchedule")
-    storage = (HERE / "base" / "storage.yaml").read_text()
-    parsed = yaml.safe_load(storage)
     name = config["metadata"]["name"]
-    assert parsed["parameters"] == {
-        "type": "gp3", "encrypted": "true", "tagSpecification_1": f"{CLUSTER}={name}",
-    }  # fmt: skip
-    assert parsed["reclaimPolicy"] == "Delete"
+    for storage in yaml.safe_load_all((HERE / "base" / "storage.yaml").read_text()):
+        assert storage["parameters"]["tagSpecification_1"] == f"{CLUSTER}={name}"
+        assert (storage["parameters"]["type"], storage["parameters"]["encrypted"]) == (
+            "gp3",
+            "true",
+        )
+        assert storage["reclaimPolicy"] == "Delete"
+
+
+def test_a_node_whose_driver_is_being_installed_is_one_with_gpus() -> None:
+    """The Cluster Autoscaler's label of AWS: without it, it would start a second node."""
+    for group in cluster()["managedNodeGroups"]:
+        gpus = any(prices.INSTANCES[kind].gpus for kind in group["instanceTypes"])
+        assert bool(group["labels"].get("k8s.amazonaws.com/accelerator")) == gpus, group["name"]
+
+
+def test_nodes_are_repaired_by_what_an_add_on_sees() -> None:
+    repaired = [g for g in cluster()["managedNodeGroups"] if g.get("nodeRepairConfig")]
+    assert repaired
+    assert "eks-node-monitoring-agent" in {addon["name"] for addon in cluster()["addons"]}
+
+
+def test_no_budget_forbids_to_drain_the_nodes_of_the_head(
+    documents: list[dict[str, Any]],
+) -> None:
+    """A budget of one for a single pod holds up an upgrade of its node group for ever."""
+    labels = {"app.kubernetes.io/part-of": "qwen"}
+    single = [
+        {**labels, "ray.io/node-type": "head"},
+        {"app.kubernetes.io/name": "redis"},
+        {"app.kubernetes.io/name": "cluster-autoscaler"},
+    ]
+    for budget in (d["spec"] for d in documents if d["kind"] == "PodDisruptionBudget"):
+        for pod in single:
+            if selects(budget["selector"], pod):
+                assert budget.get("minAvailable", 0) == 0
+                assert budget["maxUnavailable"] >= 1
+
+
+def test_weights_are_written_and_read_in_minutes(documents: list[dict[str, Any]]) -> None:
+    """From the disk of the pod: its size holds them, and its throughput moves them in time."""
+    plan = layout.layout(cluster(), documents)
+    assert plan.service is not None
+    shape = QWEN25[Settings.parse(plan.service.arguments).model]
+    (spec,) = service(documents)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (claim,) = [
+        volume["ephemeral"]["volumeClaimTemplate"]["spec"]
+        for volume in spec["template"]["spec"]["volumes"]
+        if "ephemeral" in volume
+    ]
+    storage = of(documents, "StorageClass", claim["storageClassName"])["parameters"]
+    throughput = int(storage.get("throughput", 125))
+    assert throughput * 4 <= max(3000, int(storage.get("iops", 0)))
+    weights = shape.weights_bytes
+    assert weights < 0.8 * quantity(claim["resources"]["requests"]["storage"])
+    assert weights / (throughput * 2**20) < 300
 
 
 def test_the_image_has_what_the_probes_call(documents: list[dict[str, Any]]) -> None:

@@ -156,11 +156,17 @@ def test_the_command_prints_an_overlay_for_a_cluster() -> None:
     ]
     assert names == [{"name": "mine", "region": "eu-west-1"}] * 2
     # A disk that outlives the cluster says whose it was.
-    (storage,) = [d for d in documents if d["kind"] == "StorageClass"]
-    key, _, value = storage["parameters"]["tagSpecification_1"].partition("=")
-    assert Owner("mine", "eu-west-1").owns({key: value})
-    assert not Owner("qwen-ray-serve", "eu-west-1").owns({key: value})
     (service,) = [d for d in documents if d["kind"] == "RayService"]
+    annotations = service["spec"]["serveService"]["metadata"]["annotations"]
+    tags = [d["parameters"]["tagSpecification_1"] for d in documents if d["kind"] == "StorageClass"]
+    tags += [
+        value for key, value in annotations.items() if key.endswith("additional-resource-tags")
+    ]
+    assert len(tags) == 3
+    for tag in tags:
+        key, _, value = tag.partition("=")
+        assert Owner("mine", "eu-west-1").marks({key: value})
+        assert not Owner("qwen-ray-serve", "eu-west-1").owns({key: value})
     assert "s3://b/Qwen/Qwen2.5-7B-Instruct" in service["spec"]["serveConfigV2"]
     assert done.stdout.count("image: r/i:2") == 2
     assert "qwen-ray-serve:0.1.0" not in done.stdout

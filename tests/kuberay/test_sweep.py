@@ -1,5 +1,6 @@
 """The sweep: it finds one of every kind that a cluster leaves, and nothing of anybody else's."""
 
+import fnmatch
 import functools
 import json
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from kuberay import kinds, prices, sweep
+from kuberay import kinds, prices, search, sweep
 from kuberay.aws import Account
+from kuberay.kinds import storage
 from kuberay.owned import Owner, regions
 from kuberay.search import Found, parsed
 from kuberay.sweep import Sweep
@@ -17,6 +19,8 @@ from tests.kuberay.cli import run
 from tests.kuberay.cloud import REGION, Cloud
 
 OWNER = Owner("ours", REGION)
+# What belongs to no region.
+GLOBAL = ("role", "user", "policy", "instance profile", "identity provider", "hosted zone")
 
 
 @functools.cache
@@ -62,6 +66,11 @@ def test_tags_decide_what_is_ours(tags: dict[str, str], owned: bool) -> None:
     assert OWNER.owns(tags) is owned
 
 
+def test_long_lists_are_narrowed_to_a_pattern_that_all_keys_match() -> None:
+    keys = [*OWNER.keys, storage._CSI]
+    assert [key for key in keys if not fnmatch.fnmatchcase(key, search._CLUSTER_KEYS)] == []
+
+
 def test_what_is_global_names_its_region() -> None:
     assert regions({"qwen-ray-serve/region": "us-west-2"}) == {"us-west-2"}
     assert regions({}, "oidc.eks.us-east-1.amazonaws.com/id/ABC") == {"us-east-1"}
@@ -105,8 +114,8 @@ def test_one_of_every_kind_is_found(cloud: Cloud) -> None:
     mine = planted.minus(planted.everything(cloud), before)
     for kind, entries in found.items():
         if kind in mine:
-            # The disk of an instance and the main table of a network go with them, without a tag.
-            root = {"volume": 1, "route table": 1}.get(kind, 0)
+            # The disks of instances and the main table of a network go with them, without a tag.
+            root = {"volume": 2, "route table": 1}.get(kind, 0)
             named = {entry.id for entry in entries if entry.tagged}
             assert named <= mine[kind], kind
             assert len(named) == len(mine[kind]) - root, kind
@@ -122,7 +131,7 @@ def test_what_is_left_has_its_price(cloud: Cloud) -> None:
         return sum(entry.usd_per_month or 0 for entry in found[kind])
 
     assert usd("NAT gateway") == pytest.approx(0.045 * 730)
-    assert usd("instance") == pytest.approx(prices.INSTANCES["g6.xlarge"].usd_per_hour * 730)
+    assert usd("instance") == pytest.approx(2 * prices.INSTANCES["g6.xlarge"].usd_per_hour * 730)
     assert usd("cluster") == pytest.approx(73.0)
     assert usd("load balancer") == pytest.approx(0.0225 * 730)
     assert usd("classic load balancer") == pytest.approx(0.025 * 730)
@@ -130,8 +139,11 @@ def test_what_is_left_has_its_price(cloud: Cloud) -> None:
     assert usd("snapshot") == pytest.approx(100 * 0.05)
     assert usd("key") == pytest.approx(1.0)
     assert any(e.usd_per_month == pytest.approx(8.0) for e in found["volume"])
+    assert usd("secret") == pytest.approx(0.40)
+    assert usd("hosted zone") == pytest.approx(0.50)
+    assert usd("bucket") == pytest.approx(0.023 * 1000 / 1e9)
     (queue,) = found["other"]
-    assert queue.usd_per_month is None
+    assert queue.usd_per_month == 0.0
     total = swept()
     assert total.usd_per_month == pytest.approx(
         sum(entry.usd_per_month or 0 for entry in total.left)
@@ -149,7 +161,7 @@ def test_each_thing_that_is_left_has_the_command_that_removes_it(cloud: Cloud) -
             continue
         assert entry.id.rpartition("/")[2] in command
         assert "{" not in command
-        if entry.kind not in ("role", "identity provider"):
+        if entry.kind not in GLOBAL:
             assert f"--region {REGION}" in command
 
 
@@ -199,12 +211,150 @@ def test_what_is_gone_is_not_left(cloud: Cloud) -> None:
     planted.plant(cloud, "ours", cluster=False)
     ec2, kms = cloud.client("ec2"), cloud.client("kms")
     found = by_kind(swept())
-    ec2.terminate_instances(InstanceIds=[found["instance"][0].id])
+    ec2.terminate_instances(InstanceIds=[entry.id for entry in found["instance"]])
     ec2.delete_nat_gateway(NatGatewayId=found["NAT gateway"][0].id)
     kms.schedule_key_deletion(KeyId=found["key"][0].id, PendingWindowInDays=7)
     cloud.client("cloudformation").delete_stack(StackName=found["stack"][0].id)
     after = by_kind(swept())
     assert not {"instance", "NAT gateway", "key", "stack"} & set(after)
+
+
+def test_what_serves_all_clusters_is_named_and_is_no_reason_to_fail(cloud: Cloud) -> None:
+    cloud.client("ecr").create_repository(repositoryName="qwen-ray-serve")
+    s3 = cloud.client("s3")
+    for name in ("qwen-ray-serve-weights", "somebody-elses"):
+        s3.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": REGION})
+    far = {"LocationConstraint": "eu-west-1"}
+    cloud.client("s3", "eu-west-1").create_bucket(
+        Bucket="qwen-ray-serve-far", CreateBucketConfiguration=far
+    )
+    found = swept()
+    assert found.clean
+    commands = {entry.id: found.command(entry) for entry in found.left}
+    assert commands == {
+        "qwen-ray-serve": f"aws ecr delete-repository --region {REGION} "
+        "--repository-name qwen-ray-serve --force",
+        "qwen-ray-serve-weights": f"aws s3 rb --region {REGION} --force s3://qwen-ray-serve-weights",
+    }
+    for entry in found.left:
+        assert not entry.tagged
+        assert any(entry.id in line for line in found.lines())
+
+
+# --- without a cluster that vouches ---------------------------------------------------------------
+
+
+def test_without_a_cluster_of_ours_only_our_own_tag_makes_a_thing_ours(cloud: Cloud) -> None:
+    planted.plant(cloud, "ours", cluster=False)
+    ec2 = cloud.client("ec2")
+    ran = planted.controller_tags("ours")
+    made = ec2.run_instances(
+        ImageId="ami-12c6146b", InstanceType="m5.large", MinCount=1, MaxCount=1,
+        TagSpecifications=planted.marked("instance", {**ran, "Name": "masters.ours"}),
+    )  # fmt: skip
+    kops = made["Instances"][0]["InstanceId"]
+    found = by_kind(swept())
+    removable = {kind: {e.id for e in entries if e.tagged} for kind, entries in found.items()}
+    # By the tags of other programs alone: told, and nobody's to remove.
+    for kind in ("volume", "snapshot", "identity provider", "classic load balancer"):
+        assert found[kind]
+        assert not removable[kind], kind
+    assert kops in {entry.id for entry in found["instance"]}
+    assert kops not in removable["instance"]
+    # In a VPC that carries our own tag, theirs are enough.
+    for kind in ("VPC", "subnet", "load balancer", "security group", "network interface"):
+        assert removable[kind], kind
+    # And while a cluster of ours is there, they are everywhere.
+    planted._cluster(cloud, "ours", planted.eksctl_tags("ours"), [])
+    found = by_kind(swept())
+    for kind in ("volume", "snapshot", "instance", "identity provider", "classic load balancer"):
+        assert all(entry.tagged for entry in found[kind]), kind
+
+
+# --- what has no tag of the cluster ---------------------------------------------------------------
+
+
+def test_snapshots_of_its_volumes_are_reported(cloud: Cloud) -> None:
+    ec2 = cloud.client("ec2")
+    planted.plant(cloud, "ours")
+    (volume,) = by_kind(swept())["volume"]
+    name = ec2.create_snapshot(VolumeId=volume.id)["SnapshotId"]
+    other = ec2.create_volume(AvailabilityZone=f"{REGION}a", Size=1)["VolumeId"]
+    foreign = ec2.create_snapshot(VolumeId=other)["SnapshotId"]
+    found = {entry.id: entry for entry in by_kind(swept())["snapshot"]}
+    assert not found[name].tagged
+    assert found[name].usd_per_month == pytest.approx(5.0)
+    assert foreign not in found
+
+
+def test_a_volume_whose_driver_named_no_cluster_is_reported_until_it_is_told_apart(
+    cloud: Cloud,
+) -> None:
+    ec2 = cloud.client("ec2")
+    tags = {"CSIVolumeName": "pvc-1", "ebs.csi.aws.com/cluster": "true"}
+    name, other = (
+        ec2.create_volume(
+            AvailabilityZone=f"{REGION}a", Size=10,
+            TagSpecifications=planted.marked("volume", {**tags, **more}),
+        )["VolumeId"]
+        for more in ({"Name": "x"}, {"kubernetes.io/cluster/other": "owned"})
+    )  # fmt: skip
+    (found,) = by_kind(swept())["volume"]
+    assert (found.id, found.tagged, found.counted) == (name, False, True)
+    assert other != name
+    ec2.create_tags(Resources=[name], Tags=planted.pairs({"qwen-ray-serve/cluster": "none"}))
+    assert swept().clean
+
+
+def test_gateways_and_endpoints_without_a_tag_in_our_network_are_reported(cloud: Cloud) -> None:
+    ec2 = cloud.client("ec2")
+    planted.plant(cloud, "ours", cluster=False)
+    (vpc,) = (entry.id for entry in by_kind(swept())["VPC"])
+    inside = [{"Name": "vpc-id", "Values": [vpc]}]
+    subnet = ec2.describe_subnets(Filters=inside)["Subnets"][0]["SubnetId"]
+    address = ec2.allocate_address(Domain="vpc")["AllocationId"]
+    nat = ec2.create_nat_gateway(SubnetId=subnet, AllocationId=address)["NatGateway"]
+    endpoint = ec2.create_vpc_endpoint(
+        VpcId=vpc, ServiceName=f"com.amazonaws.{REGION}.ecr.api", VpcEndpointType="Interface",
+        SubnetIds=[subnet],
+    )["VpcEndpoint"]  # fmt: skip
+    made = ec2.run_instances(
+        ImageId="ami-12c6146b", InstanceType="g6.xlarge", MinCount=1, MaxCount=1, SubnetId=subnet
+    )
+    found = {entry.id: entry for entry in swept().left}
+    for name in (
+        nat["NatGatewayId"], endpoint["VpcEndpointId"], made["Instances"][0]["InstanceId"]
+    ):  # fmt: skip
+        assert not found[name].tagged
+        assert (found[name].usd_per_month or 0) > 5
+
+
+def test_log_groups_are_known_by_the_clusters_name(cloud: Cloud) -> None:
+    logs = cloud.client("logs")
+    certain = ("/aws/eks/ours/cluster", "/aws/containerinsights/ours/application", "/ours/pods")
+    perhaps = ("/aws/lambda/ours-ttl", "/aws/codebuild/ours-down")
+    others = ("/aws/eks/ours-2/cluster", "/aws/lambda/ours-2-ttl", "/aws/lambda/yours", "hours")
+    for name in (*certain, *perhaps, *others):
+        logs.create_log_group(logGroupName=name)
+    cloud.client("eks").create_cluster(
+        name="ours-2", roleArn="arn:aws:iam::123456789012:role/x", resourcesVpcConfig={}
+    )
+    found = {entry.id: entry for entry in by_kind(swept())["log group"]}
+    assert set(found) == {*certain, *perhaps}
+    assert not any(entry.tagged for entry in found.values())
+    assert {name for name, entry in found.items() if entry.counted} == set(certain)
+
+
+def test_a_group_with_the_autoscalers_tag_alone_is_ours(cloud: Cloud) -> None:
+    planted.plant(cloud, "ours")
+    for name in ("ours", "other"):
+        cloud.client("autoscaling").create_auto_scaling_group(
+            AutoScalingGroupName=f"scaled-{name}", MinSize=0, MaxSize=1,
+            AvailabilityZones=[f"{REGION}a"], LaunchTemplate={"LaunchTemplateName": "lt-ours"},
+            Tags=[{"Key": f"k8s.io/cluster-autoscaler/{name}", "Value": "owned"}],
+        )  # fmt: skip
+    found = {entry.id: entry.tagged for entry in by_kind(swept())["auto scaling group"]}
+    assert found == {"asg-ours": True, "scaled-ours": True}
 
 
 # --- what AWS does not let it see ---------------------------------------------------------------
@@ -217,7 +367,6 @@ def test_what_is_gone_is_not_left(cloud: Cloud) -> None:
         ("ec2:DescribeNatGateways", "NAT gateway"),
         ("elasticloadbalancing:DescribeTargetGroups", "target group"),
         ("ecr:DescribeRepositories", "image repository"),
-        ("iam:GetAccountAuthorizationDetails", "role"),
         ("elasticfilesystem:DescribeFileSystems", "file system"),
         ("autoscaling:DescribeAutoScalingGroups", "auto scaling group"),
     ],
@@ -232,12 +381,22 @@ def test_a_kind_that_may_not_be_looked_at_is_no_proof(cloud: Cloud, action: str,
     assert f"missing permission: {action}" in "\n".join(found.lines())
 
 
+def test_roles_and_users_that_may_not_be_listed_are_no_proof(cloud: Cloud) -> None:
+    cloud.faults.deny("iam:GetAccountAuthorizationDetails")
+    found = swept()
+    assert not found.clean
+    assert [gap.kind for gap in found.gaps] == ["role", "user"]
+    assert {gap.action for gap in found.gaps} == {"iam:GetAccountAuthorizationDetails"}
+
+
 def test_without_the_tag_index_the_other_kinds_are_still_found(cloud: Cloud) -> None:
     planted.plant(cloud, "ours")
     cloud.faults.deny("tag:GetResources")
     found = swept()
-    assert {gap.kind for gap in found.gaps} == {"log group", "key", "other"}
-    assert len(by_kind(found)) == len(kinds.KINDS) - 3
+    gaps = {gap.kind for gap in found.gaps}
+    assert gaps == {"log group", "key", "policy", "other"}
+    # The bucket's name and the profile's role say what the index would.
+    assert len(by_kind(found)) == len(kinds.KINDS) - len(gaps)
 
 
 def test_throttling_is_waited_out(cloud: Cloud) -> None:

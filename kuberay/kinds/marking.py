@@ -1,0 +1,35 @@
+"""Our own tag, put on what only the tags of controllers make the cluster's."""
+
+from collections.abc import Sequence
+
+from kuberay.aws import Account
+from kuberay.owned import CLUSTER
+
+# What EC2 tags by its id.
+_OF_EC2 = (
+    "instance", "NAT gateway", "VPC endpoint", "elastic IP", "network interface", "security group",
+    "volume", "snapshot", "launch template", "subnet", "route table", "internet gateway", "VPC",
+    "spot request",
+)  # fmt: skip
+_AT_ONCE = 20
+
+
+def mark(account: Account, kind: str, names: Sequence[str], cluster: str) -> bool:
+    """Tag things of one kind. Returns whether things of that kind can be tagged here."""
+    tag = {"Key": CLUSTER, "Value": cluster}
+    for start in range(0, len(names), _AT_ONCE):
+        some = list(names[start : start + _AT_ONCE])
+        if kind in _OF_EC2:
+            account.call("ec2", "create_tags", Resources=some, Tags=[tag])
+        elif kind in ("load balancer", "target group"):
+            account.call("elbv2", "add_tags", ResourceArns=some, Tags=[tag])
+        elif kind == "classic load balancer":
+            for name in some:  # Its call takes one.
+                account.call("elb", "add_tags", LoadBalancerNames=[name], Tags=[tag])
+        elif kind == "auto scaling group":
+            of = {"ResourceType": "auto-scaling-group", "PropagateAtLaunch": True}
+            wanted = [{"ResourceId": name, **of, **tag} for name in some]
+            account.call("autoscaling", "create_or_update_tags", Tags=wanted)
+        else:
+            return False
+    return True

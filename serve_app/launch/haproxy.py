@@ -82,8 +82,8 @@ def _answer(status: int, body: str = "", headers: str = "") -> str:
     return f"http-request return status {status}{content}{headers}"
 
 
-# Ray Serve writes these parts once it knows of an application.
-_APPLICATION = r"^ *use_backend "
+# Ray Serve writes these parts once it knows of an application. A rule adds another use_backend.
+_APPLICATION = r"^ *use_backend (?!successor )"
 _FALLBACK = r"^ *server \S+ (\S+) check backup$"
 # Of a request to the application \g<2>: whether it asks for the health, with no replica up.
 _NONE_UP = "if is_\\g<2> !{ nbsrv(\\g<2>) ge 1 } !{ stopping }"

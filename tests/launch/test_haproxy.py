@@ -35,6 +35,11 @@ def test_a_template_without_a_line_to_change_is_refused(configuration: Path) -> 
         haproxy.rewritten(text)
 
 
+def test_before_there_is_an_application_there_is_nothing_to_change_for_one(tmp_path: Path) -> None:
+    text = haproxy.rewritten(generated(tmp_path, applications=False).read_text())
+    assert "await_replica" not in text
+
+
 def test_it_is_rewritten_once(configuration: Path) -> None:
     once = haproxy.rewritten(configuration.read_text())
     assert haproxy.rewritten(once) == once

@@ -108,6 +108,8 @@ def _chaos(
     command += ["--api-key-env", _KEY_ENV, "--out", str(options.out / name), "--name", name]
     command += ["--workload", f"synthetic:input=20,output={tokens}", "--distinct", str(distinct)]
     command += ["--requests", str(requests), "--users", str(users), "--think", "1"]
+    command += ["--most-think", str(options.most_think)] if name == "short" else []
+    command += ["--keep-alive" if options.keep_alive else "--no-keep-alive"]
     # With random weights answers repeat themselves, which hides what is doubled. A long one has
     # more tokens than the vocabulary: its penalty counts how often each was used.
     penalty = "repetition_penalty" if name == "short" else "frequency_penalty"
@@ -195,6 +197,7 @@ def _told(options: argparse.Namespace) -> dict[str, Any]:
         "steps": steps,
         "replicas": options.replicas,
         "gateway": options.gateway,
+        "keep_alive": options.keep_alive,
         "machine": loads["short"]["machine"],
         "out": str(options.out),
     }
@@ -367,6 +370,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--long-tokens", type=int, default=8000)
     about = "changes, in this order"
     add("--only", type=lambda text: text.split(","), default=list(STEPS), help=about)
+    add("--most-think", type=float, default=0.0, help="drawn for each pause, 1 s at least")
+    about = "whether each user keeps its connection between its requests; default: it does"
+    add("--keep-alive", action=argparse.BooleanOptionalAction, default=True, help=about)
     add("--port", type=int, default=8930)
     add("--dashboard", default="http://127.0.0.1:8265", help="of the cluster that is started")
     add("--step", choices=STEPS, help="make one change to the application that runs, and end")

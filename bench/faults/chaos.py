@@ -60,6 +60,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         workload: the prompts, as a spec; the first `distinct` of it are used.
         count, users: requests at least, and how many at once.
         think_s: what each user waits between an answer and its next request.
+        most_think_s: if above `think_s`, the wait is drawn from between the two.
+        keep_alive: whether each user keeps its connection between its requests.
         whole: share of the requests that are not streamed.
         disturb: specs of disturbances.
         tie_margin: nats by which a greedy token may be less likely than the likeliest.
@@ -74,6 +76,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     distinct: int = 64
     whole: float = 0.0
     think_s: float = 0.0
+    most_think_s: float = 0.0
+    keep_alive: bool = True
     disturb: tuple[str, ...] = ()
     tie_margin: float = 0.02
     gap_s: float = 0.5
@@ -158,6 +162,8 @@ async def _disturbed(
         count=job.count,
         whole=job.whole,
         think_s=job.think_s,
+        most_think_s=job.most_think_s,
+        keep_alive=job.keep_alive,
         most_s=job.most_s,
         seed=job.seed,
         clock=disturber.clock,
@@ -254,6 +260,8 @@ def _asked(job: Job) -> dict[str, Any]:
                 "distinct",
                 "whole",
                 "think_s",
+                "most_think_s",
+                "keep_alive",
                 "disturb",
                 "tie_margin",
                 "seed",
@@ -277,6 +285,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--distinct", type=int, default=64, help="distinct prompts, asked again and again")
     add("--whole", type=float, default=0.0, help="share of requests that are not streamed")
     add("--think", type=float, default=0.0, help="seconds of a user between two requests")
+    add("--most-think", type=float, default=0.0, help="drawn for each pause, --think at least")
+    about = "whether each user keeps its connection between its requests; default: it does"
+    add("--keep-alive", action=argparse.BooleanOptionalAction, default=True, help=about)
     add("--disturb", action="append", default=[], help="what happens: see bench/faults/disturb.py")
     add("--pid", type=int, action="append", default=[], help="only what is below may be disturbed")
     add("--session", default="", help="of Ray: only what is below its raylets may be disturbed")
@@ -319,6 +330,8 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         distinct=options.distinct,
         whole=options.whole,
         think_s=options.think,
+        most_think_s=options.most_think,
+        keep_alive=options.keep_alive,
         disturb=tuple(options.disturb),
         tie_margin=options.tie_margin,
         gap_s=options.gap,

@@ -45,6 +45,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         timeout_s: from the start of a request to the end of its response.
         keep_text: whether records keep what was generated.
         fresh_connections: a connection for each request, instead of keeping them alive.
+        kept_alive_s: how long an idle connection is used again where the server does not say.
         extra: more fields of each body, such as `{"ignore_eos": True}`; those of a request come
             before these, and None takes a field away.
     """
@@ -57,6 +58,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 600.0
     keep_text: bool = False
     fresh_connections: bool = False
+    kept_alive_s: float = _KEPT_ALIVE_S
     extra: dict[str, Any] = {}
 
 
@@ -142,7 +144,7 @@ class Answer:
 class _Connection(asyncio.Protocol):
     """One connection: sends a request, collects its response. One exchange at a time."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], kept_alive_s: float) -> None:
         self._clock = clock
         self._now_s = 0.0
         self._answer: Answer | None = None
@@ -150,7 +152,7 @@ class _Connection(asyncio.Protocol):
         self.lost = False
         self.reusable = False
         self.idle_since_s = 0.0
-        self.kept_alive_s = _KEPT_ALIVE_S
+        self.kept_alive_s = kept_alive_s
 
     # --- the request ------------------------------------------------------------------------
 
@@ -383,7 +385,7 @@ class Client:
         for address in list(self._addresses):
             try:
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._clock),
+                    lambda: _Connection(self._clock, self._target.kept_alive_s),
                     address,
                     self._port,
                     ssl=self._tls,

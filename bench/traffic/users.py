@@ -1,9 +1,12 @@
 """Users who ask the same prompts again and again, and keep all that they hear: a closed loop.
 
-All of them share one event loop and no connection.
+All of them share one event loop. Each has a connection of its own, which it keeps between its
+requests as the clients of a service do, or opens for each request.
 """
 
 import asyncio
+import contextlib
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +22,8 @@ from bench.traffic.request import Request
 # A user whose request failed asks again only then: a server that refuses all would otherwise use
 # up the requests of a run in a second.
 _AFTER_FAILURE_S = 0.5
+# Longer than any user is idle: a connection that the server does not close is used again.
+_KEPT_ALIVE_S = 3600.0
 
 
 class Users:
@@ -27,6 +32,9 @@ class Users:
     Args:
         count: requests at least.
         think_s: what each waits between an answer and its next request.
+        most_think_s: if above `think_s`, the wait is drawn from between the two, each order of
+            magnitude as often.
+        keep_alive: whether each keeps its connection between its requests.
         whole: share of the requests that are not streamed.
         most_s: nothing is asked after that time; None: no such time.
         clock: seconds since the start of the load.
@@ -43,6 +51,8 @@ class Users:
         count: int,
         whole: float,
         think_s: float = 0.0,
+        most_think_s: float = 0.0,
+        keep_alive: bool = True,
         most_s: float | None,
         seed: int,
         clock: Callable[[], float],
@@ -51,7 +61,8 @@ class Users:
     ) -> None:
         self._target, self._requests, self._users = target, requests, users
         self._count, self._whole, self._most_s = count, whole, most_s
-        self._think_s = think_s
+        self._think_s, self._most_think_s = think_s, most_think_s
+        self._keep_alive = keep_alive
         self._clock, self._more, self._path = clock, more, path
         self._rng = random.Random(f"{seed}/order")
         self._order: list[int] = []
@@ -60,14 +71,13 @@ class Users:
         self.heard: list[Heard] = []
 
     async def run(self) -> None:
-        asked = client(self._target, self._clock)
-        try:
+        with contextlib.ExitStack() as open_clients:
+            open_clients.callback(self._line.close)
             async with asyncio.TaskGroup() as group:
                 for user in range(self._users):
+                    asked = client(self._target, self._clock, self._keep_alive)
+                    open_clients.callback(asked.close)
                     group.create_task(self._use(asked, user))
-        finally:
-            asked.close()
-            self._line.close()
 
     async def _use(self, asked: Client, user: int) -> None:
         while not self._over():
@@ -84,7 +94,13 @@ class Users:
             await ask(asked, self._requests[record.prompt], record)
             self._running -= 1
             self._take(record)
-            await asyncio.sleep(max(self._think_s, _AFTER_FAILURE_S if record.error else 0.0))
+            await asyncio.sleep(max(self._idle_s(), _AFTER_FAILURE_S if record.error else 0.0))
+
+    def _idle_s(self) -> float:
+        if self._most_think_s <= self._think_s:
+            return self._think_s
+        least = max(self._think_s, 1e-3)
+        return least * math.exp(self._rng.random() * math.log(self._most_think_s / least))
 
     def _over(self) -> bool:
         if self._most_s is not None and self._clock() > self._most_s:
@@ -121,10 +137,11 @@ def in_one_piece(index: int, share: float) -> bool:
     return int((index + 1) * share) > int(index * share)
 
 
-def client(target: Target, clock: Callable[[], float]) -> Client:
-    """A client that asks greedily and for the ids of tokens, on a connection for each request."""
+def client(target: Target, clock: Callable[[], float], keep_alive: bool = True) -> Client:
+    """A client that asks greedily and for the ids of tokens."""
     extra = {"temperature": 0, "return_token_ids": True, **target.extra}
-    return Client(msgspec.structs.replace(target, extra=extra, fresh_connections=True), clock)
+    kept = {"fresh_connections": not keep_alive, "kept_alive_s": _KEPT_ALIVE_S}
+    return Client(msgspec.structs.replace(target, extra=extra, **kept), clock)
 
 
 async def ask(asked: Client, request: Request, record: Heard) -> None:

@@ -27,12 +27,13 @@ from serve_app.errors import ConfigError
 from serve_app.launch.doctor import PINS
 from serve_app.planning.hardware import ACCELERATORS, Gpu
 from serve_app.planning.sizing import (
-    DEFAULT_UTILIZATION,
     GIB,
     QWEN25,
+    EngineMemory,
     ModelShape,
     choose_tensor_parallel_size,
     needed_bytes,
+    usable_bytes,
 )
 
 DEFAULT = "one-gpu"
@@ -372,8 +373,10 @@ def model(account: Account, plan: Layout, model_config: Path | None) -> list[Che
     if shape is None:
         mend = "give --model-config FILE, its config.json"
         return [Check("model", WARN, f"{name}: its needs are not known", mend)]
-    utilization = float(engine.get("gpu_memory_utilization", DEFAULT_UTILIZATION))
-    length = engine.get("max_model_len")
+    try:
+        memory = EngineMemory.of(engine)
+    except ConfigError as error:
+        return [Check("model", FAIL, str(error), "correct this key")]
     asked = service.arguments.get("tensor_parallel_size")
     pipeline = service.arguments.get("pipeline_parallel_size")
     stages = pipeline if isinstance(pipeline, int) else 1
@@ -387,9 +390,7 @@ def model(account: Account, plan: Layout, model_config: Path | None) -> list[Che
                 size = (
                     asked
                     if isinstance(asked, int)
-                    else choose_tensor_parallel_size(
-                        name, shape, cards, length, utilization, stages
-                    )
+                    else choose_tensor_parallel_size(name, shape, cards, memory, stages)
                 )
             except ConfigError as error:
                 checks.append(Check(title, FAIL, str(error), "a larger type, or another overlay"))
@@ -402,8 +403,7 @@ def model(account: Account, plan: Layout, model_config: Path | None) -> list[Che
                     gpu,
                     size,
                     stages,
-                    length,
-                    utilization,
+                    memory,
                     service.gpus_per_worker,
                     prices.INSTANCES[kind].gpus,
                 )
@@ -413,10 +413,10 @@ def model(account: Account, plan: Layout, model_config: Path | None) -> list[Che
 
 def _fits(
     title: str, name: str, shape: ModelShape, gpu: Gpu, size: int, stages: int,
-    length: int | None, utilization: float, per_worker: int, per_node: int,
+    memory: EngineMemory, per_worker: int, per_node: int,
 ) -> Check:  # fmt: skip
-    needed = needed_bytes(shape, length, size, stages)
-    usable = int(gpu.memory_bytes * utilization)
+    needed = needed_bytes(shape, memory, size, stages)
+    usable = usable_bytes((gpu,), memory) or 0
     found = f"{name} on {size} x {gpu.name}: {needed / GIB:.1f} GiB of {usable / GIB:.1f} each"
     if per_worker > per_node:
         mend = f"the node has {per_node} GPUs: a worker that asks for {per_worker} never starts"
@@ -443,7 +443,9 @@ def _shape(account: Account, name: str, model_config: Path | None) -> ModelShape
             key = f"{prefix.rstrip('/')}/config.json"
             body = account.call("s3", "get_object", Bucket=bucket, Key=key)["Body"].read()
             return ModelShape.from_config(json.loads(body))
-    except (OSError, ValueError, KeyError) as error:
+    except KeyError:
+        return None  # An architecture or a quantization that is not known here.
+    except (OSError, ValueError) as error:
         raise EksError(f"config.json of {name}: {error!r}") from error
     return None
 

@@ -16,6 +16,7 @@ SERVERS = (
     "tests/observe/test_observed.py",
     "tests/test_overload.py",
     "tests/scaling/test_autoscaling.py",
+    "tests/scaling/test_deploy.py",
     "tests/monitoring/test_faults.py",
     "tests/kuberay/test_deploy.py",
     "tests/runpod/test_start.py",

@@ -159,6 +159,13 @@ def test_16_vllms_application_keeps_its_handlers() -> None:
     assert "FastAPI" in source
 
 
+def test_17_rays_key_value_store_takes_a_namespace() -> None:
+    from ray.experimental import internal_kv
+
+    assert parameters(internal_kv._internal_kv_get) == ["key", "namespace"]
+    assert parameters(internal_kv._internal_kv_put) == ["key", "value", "overwrite", "namespace"]
+
+
 def _python(folder: Path) -> list[Path]:
     return [
         Path(root, name)

@@ -1,10 +1,12 @@
 """`python -m serve_app doctor`: will this machine serve, and what to mend if not.
 
 Each check is one line, good or bad, with what was found and the mend. Nothing is started, nothing
-is loaded, and vllm is not imported: a broken installation must not break its diagnosis.
+is loaded, and vllm is imported only by a process of its own: a broken installation must not break
+its diagnosis.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -19,17 +21,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from serve_app.errors import ConfigError
-from serve_app.launch.launcher import load
+from serve_app.launch.launcher import haproxy_ports, load
 from serve_app.planning import embedded, hardware, kernels
 from serve_app.planning.hardware import Gpu, HardwareError
 from serve_app.planning.kernels import Tools
 from serve_app.planning.plan import shape_of
 from serve_app.planning.sizing import (
-    DEFAULT_UTILIZATION,
     GIB,
+    MIN_OVERHEAD_BYTES,
+    EngineMemory,
     choose_model,
     choose_tensor_parallel_size,
     needed_bytes,
+    usable_bytes,
 )
 from serve_app.settings import Settings
 
@@ -84,13 +88,14 @@ def diagnose(config: Path, model: str | None = None) -> list[Check]:
     except ConfigError as error:
         return [*checks, Check("configuration", False, str(error), "correct this key")]
     checks.append(Check("configuration", True, str(config)))
+    checks += [engine_arguments(each) for each in settings.of_each_model()]
     try:
         gpus = hardware.local_gpus()
         checks += gpu_checks(gpus)
     except HardwareError as error:
         return [*checks, Check("GPU", False, str(error), "reinstall the NVIDIA driver")]
     http = parsed.get("http_options") or {}
-    ports = {"HTTP": int(http.get("port", 8000)), "HAProxy metrics": 9101, "HAProxy stats": 8404}
+    ports = {"http_options.port": int(http.get("port", 8000)), **haproxy_ports()}
     return [
         *checks,
         memory(settings, gpus),
@@ -123,15 +128,44 @@ def version(
     return Check(name, False, "not installed", "run `make install`")
 
 
+def engine_arguments(settings: Settings) -> Check:
+    """Whether vLLM takes every argument of `engine`, asked of a process of its own: a broken vllm
+    must not end this one."""
+    told = json.dumps(dict(settings.engine), sort_keys=True, default=str)
+    digest = hashlib.sha256(f"{PINS['vllm']} {told}".encode()).hexdigest()
+    # vLLM takes ten seconds to import. Arguments that name no file are good once and for all.
+    known = embedded.cache_dir() / "engine-arguments" / digest
+    if not known.exists():
+        asked = subprocess.run(
+            [sys.executable, "-m", "serve_app.replica.arguments"],
+            input=told,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if asked.returncode != 0:
+            lines = (asked.stdout or asked.stderr).strip().splitlines()
+            found = lines[-1] if lines else f"the check ended with status {asked.returncode}"
+            return Check("engine arguments", False, found, "correct this key")
+        if "/" not in told:
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.touch()
+    return Check("engine arguments", True, f"vLLM takes all {len(settings.engine)}")
+
+
 def gpu_checks(gpus: Sequence[Gpu]) -> list[Check]:
     """Compute capability, and the driver against the CUDA that torch was built with."""
     if not gpus:
         return [Check("GPU", True, f"none: a CPU engine with {embedded.NAME}")]
     checks = []
     for index, gpu in enumerate(gpus):
-        major, minor = gpu.compute_capability
-        ok = gpu.compute_capability >= _MIN_CAPABILITY
-        found = f"{gpu.name}, {gpu.memory_bytes / GIB:.1f} GiB, compute capability {major}.{minor}"
+        ok = gpu.compute_capability is None or gpu.compute_capability >= _MIN_CAPABILITY
+        capability = ".".join(map(str, gpu.compute_capability or ("unknown",)))
+        memory_of = "memory unknown"
+        if gpu.memory_bytes is not None:
+            memory_of = f"{gpu.memory_bytes / GIB:.1f} GiB"
+        found = f"{gpu.name}, {memory_of}, compute capability {capability}"
         mend = "" if ok else "vLLM needs compute capability 7.0 (Volta) or more"
         checks.append(Check(f"GPU {index}", ok, found, mend))
     return [*checks, cuda(gpus[0].driver_version), compilers(kernels.tools(), os.environ)]
@@ -176,29 +210,33 @@ def memory(settings: Settings, gpus: tuple[Gpu, ...]) -> Check:
     """Whether the model fits, in total memory and in what is free now."""
     if not gpus:
         return Check("GPU memory", True, "no GPU")
-    utilization = float(settings.engine.get("gpu_memory_utilization", DEFAULT_UTILIZATION))
-    max_model_len = settings.engine.get("max_model_len")
     try:
+        asked = EngineMemory.of(settings.engine)
         model = settings.model
         if model == "auto":
-            model = choose_model(gpus, max_model_len, utilization)
-        shape = shape_of(model)
-        if shape is None:
-            return Check("GPU memory", True, f"{model}: its needs are known once it is fetched")
+            model = choose_model(gpus, asked)
+        shape = shape_of(model, settings.engine)
+        usable = usable_bytes(gpus, asked)
+        if shape is None or usable is None:
+            unknown = "the GPU's memory" if usable is None else "its size"
+            return Check("GPU memory", True, f"{model}: {unknown} is not known; vLLM measures it")
+        pp = settings.pipeline_parallel_size or 1
         size = settings.tensor_parallel_size or choose_tensor_parallel_size(
-            model, shape, gpus, max_model_len, utilization
+            model, shape, gpus, asked, pp
         )
     except ConfigError as error:
         return Check("GPU memory", False, str(error), "a smaller model or a larger GPU")
-    needed = needed_bytes(shape, max_model_len, size, settings.pipeline_parallel_size or 1)
-    asked = int(min(g.memory_bytes for g in gpus) * utilization)
-    free = min(g.free_bytes for g in gpus)
+    needed = needed_bytes(shape, asked, size, pp)
+    least = needed_bytes(shape, asked, size, pp, MIN_OVERHEAD_BYTES)
+    # vLLM asks for its share to be free even where a size is set for the KV cache.
+    share = int(min(g.memory_bytes or 0 for g in gpus) * asked.utilization)
+    free = min(usable if g.free_bytes is None else g.free_bytes for g in gpus)
     found = (
         f"{model} on {size} GPU(s): {needed / GIB:.1f} GiB each needed, "
-        f"{asked / GIB:.1f} GiB asked for, {free / GIB:.1f} GiB free; "
-        f"{shape.kv_bytes_per_token() // 1024} KiB of KV cache a token"
+        f"{usable / GIB:.1f} GiB asked for, {free / GIB:.1f} GiB free; "
+        f"{shape.kv_bytes_per_token(asked.kv_value_bytes) // 1024} KiB of KV cache a token"
     )
-    ok = needed <= asked <= free
+    ok = least <= min(usable, free) and share <= free
     mend = "" if ok else "end what uses the GPU (nvidia-smi shows it), or take a smaller model"
     return Check("GPU memory", ok, found, mend)
 
@@ -212,7 +250,10 @@ def weights(settings: Settings, gpus: Sequence[Gpu]) -> Check:
         found = "converted" if embedded.converted() else "converted at the first start"
         return Check("weights", ok, f"{embedded.NAME}: {found}" if ok else "not installed", mend)
     if model == "auto":
-        model = choose_model(tuple(gpus))
+        try:
+            model = choose_model(tuple(gpus), EngineMemory.of(settings.engine))
+        except ConfigError as error:
+            return Check("weights", False, str(error), "name a model that fits")
     path = Path(model).expanduser()
     if model.startswith(("/", ".", "~")):
         ok = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
@@ -289,6 +330,6 @@ def port(name: str, number: int) -> Check:
         try:
             probe.bind(("127.0.0.1", number))
         except OSError as error:
-            mend = f"end what listens on it (ss -ltnp 'sport = :{number}'), or set another"
+            mend = f"end what listens on it (ss -ltnp 'sport = :{number}'), or set {name}"
             return Check(f"port {number}", False, f"{name}: {error.strerror}", mend)
     return Check(f"port {number}", True, f"{name}: free")

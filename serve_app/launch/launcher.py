@@ -62,6 +62,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+# Metrics and statistics of HAProxy, with Ray Serve's own defaults.
+_HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
 # From a ready replica to an answering HAProxy.
 _INGRESS_S = 60.0
 # What an orderly stop takes beyond the requests in flight.
@@ -74,7 +76,10 @@ def serve(arguments: argparse.Namespace) -> int:
     settings = Settings.parse(config["applications"][0].get("args") or {})
     http = config.get("http_options") or {}
     host, port = str(http.get("host", "0.0.0.0")), int(http.get("port", 8000))
-    _require_free(host, port)
+    _require_free("http_options.port", host, port)
+    if {**ENVIRONMENT, **os.environ}["RAY_SERVE_ENABLE_HA_PROXY"] == "1":
+        for variable, number in haproxy_ports().items():
+            _require_free(variable, "127.0.0.1", number)
     find(settings, ())  # A folder that is not there needs no cluster to be missed.
     orphans.adopt()
     with _effective(config, Path(arguments.config), arguments.model) as path, _signals() as stop:
@@ -144,14 +149,22 @@ def _effective(config: Mapping[str, Any], path: Path, model: str | None) -> Iter
         yield Path(file.name)
 
 
-def _require_free(host: str, port: int) -> None:
+def haproxy_ports() -> dict[str, int]:
+    """The ports on which HAProxy tells of itself, by the variable that sets each."""
+    return {name: int(os.environ.get(name, port)) for name, port in _HAPROXY_PORTS.items()}
+
+
+def _require_free(key: str, host: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            problem = f"cannot listen on {host}: {error.strerror}"
-            raise ConfigError("http_options.port", port, problem) from None
+            problem = (
+                f"cannot listen on {host}: {error.strerror}; end what listens there "
+                f"(ss -ltnp 'sport = :{port}'), or set {key} to another port"
+            )
+            raise ConfigError(key, port, problem) from None
 
 
 @contextlib.contextmanager

@@ -4,19 +4,21 @@ Decided once, where the application is built, so that every replica is the same 
 cannot succeed fails before anything is loaded.
 """
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ConfigError
 from serve_app.planning import embedded, kernels
-from serve_app.planning.hardware import Gpu, cluster_nodes, has_bfloat16
+from serve_app.planning.hardware import Gpu, Node, cluster_nodes, has_bfloat16
 from serve_app.planning.placement import Placement, place
 from serve_app.planning.sizing import (
-    DEFAULT_UTILIZATION,
     QWEN25,
+    EngineMemory,
     ModelShape,
     choose_model,
     choose_tensor_parallel_size,
@@ -43,6 +45,8 @@ class Plan:
         placement: processes, GPUs and nodes of one replica.
         cpu_threads: OpenMP threads of an engine worker; None with GPUs.
         compute_capability: of the GPUs.
+        accelerator: Ray's name of the kind of GPU that a replica must get; empty where all GPUs of
+            the cluster are of one kind, or Ray has no name for them.
     """
 
     model: str
@@ -50,6 +54,7 @@ class Plan:
     placement: Placement
     cpu_threads: int | None
     compute_capability: tuple[int, int] | None = None
+    accelerator: str = ""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -98,7 +103,9 @@ class Plan:
             },
         }
         if self.placement.bundles is not None:
-            options["placement_group_bundles"] = [dict(b) for b in self.placement.bundles]
+            options["placement_group_bundles"] = self._bundles(settings)
+        elif self._kind:
+            options["ray_actor_options"]["resources"] = self._kind
             options["placement_group_strategy"] = self.placement.strategy
         replicas = settings.replicas
         if replicas.fixed:
@@ -107,17 +114,34 @@ class Plan:
             options["autoscaling_config"] = self._autoscaling(settings)
         return options
 
+    @property
+    def _kind(self) -> dict[str, float]:
+        """The resource that only nodes with the right kind of GPU have. Ray takes a thousandth of
+        it for an actor that names its accelerator."""
+        return {f"accelerator_type:{self.accelerator}": 0.001} if self.accelerator else {}
+
+    def _bundles(self, settings: Settings) -> list[dict[str, float]]:
+        """Resources of one replica, one mapping for each part that must be on one node."""
+        whole = {"CPU": settings.cpus_per_replica, "GPU": float(self.placement.num_gpus)}
+        return [{**bundle, **self._kind} for bundle in self.placement.bundles or (whole,)]
+
     def _autoscaling(self, settings: Settings) -> dict[str, Any]:
         """Ray Serve's autoscaling_config."""
         replicas = settings.replicas
-        config: dict[str, Any] = {
-            "min_replicas": replicas.min,
-            "max_replicas": replicas.max,
-            # A start has one replica, also where none need stay: only it shows that one can start.
-            "initial_replicas": max(1, replicas.min),
-        }
+        # Without initial_replicas, which Serve applies again whenever anything of the deployment
+        # changes: four that run would become one. A new deployment begins with min_replicas.
+        config: dict[str, Any] = {"min_replicas": replicas.min, "max_replicas": replicas.max}
         if not replicas.follow_slo:
-            return config | {"target_ongoing_requests": replicas.target_ongoing_requests}
+            config["target_ongoing_requests"] = replicas.target_ongoing_requests
+            if replicas.min == 0:
+                config["policy"] = {
+                    "policy_function": "serve_app.scaling.autoscaler:OngoingRequests"
+                }
+            return config
+        if replicas.min == 0:
+            # Where none need stay, a deploy starts one, to show that one can start. Our policy
+            # corrects the number in the same step of the controller, before any is stopped.
+            config["initial_replicas"] = 1
         goal = Goal(
             ttft_s=replicas.ttft_s,
             itl_s=replicas.itl_s,
@@ -126,11 +150,11 @@ class Plan:
             max_replicas=replicas.max,
             idle_s=replicas.idle_s,
         )
-        whole = {"CPU": settings.cpus_per_replica, "GPU": float(self.placement.num_gpus)}
         arguments = {
             "goal": asdict(goal),
             "start_s": replicas.start_s,
-            "bundles": [dict(bundle) for bundle in self.placement.bundles or (whole,)],
+            "bundles": self._bundles(settings),
+            "release": self.release(settings),
         }
         # Patience is the policy's own. Each replica reports once a second, and the report holds its
         # own look back.
@@ -145,6 +169,12 @@ class Plan:
                 "policy_kwargs": arguments,
             },
         }
+
+    def release(self, settings: Settings) -> str:
+        """A name for what decides how fast one replica is: model, hardware, engine arguments."""
+        parts = [self.model, asdict(self.placement), self.cpu_threads, settings.engine]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def engine_arguments(self, settings: Settings) -> dict[str, Any]:
         """vLLM's arguments for one replica, with the weights on this machine (or in S3)."""
@@ -170,6 +200,8 @@ class Plan:
             arguments["override_generation_config"] = {"max_new_tokens": settings.limits.max_tokens}
         if (endpoint := settings.observe.traces_endpoint) is not None:
             arguments["otlp_traces_endpoint"] = endpoint
+        if settings.engine.get("tool_call_parser") == "hermes":
+            arguments["tool_parser_plugin"] = "serve_app.replica.hermes"
         return arguments | dict(settings.engine)
 
     def _weights(self) -> str:
@@ -194,11 +226,8 @@ def decide(settings: Settings) -> Plan:
     Raises:
         ConfigError: for a model that is not there or does not fit, needed and found stated.
     """
-    nodes = cluster_nodes()
-    # Replicas are alike, so they are sized for the node with the most GPUs.
-    gpus = max((node.gpus for node in nodes), key=len, default=())
-    model = find(settings, gpus)
-    placement = parallelism(settings, model, gpus)
+    kinds = _kinds(cluster_nodes())
+    kind, gpus, model, placement = _fitting(settings, kinds or [("", ())])
     cores = len(os.sched_getaffinity(0))
     return Plan(
         model=model,
@@ -207,6 +236,41 @@ def decide(settings: Settings) -> Plan:
         # One core of each replica is left to its front end.
         cpu_threads=None if gpus else max(1, cores // settings.replicas.max - 1),
         compute_capability=gpus[0].compute_capability if gpus else None,
+        accelerator=kind if len(kinds) > 1 else "",
+    )
+
+
+def _fitting(
+    settings: Settings, kinds: Sequence[tuple[str, tuple[Gpu, ...]]]
+) -> tuple[str, tuple[Gpu, ...], str, Placement]:
+    """The first kind of GPU that holds the model, its GPUs, the model, and a replica's placement.
+
+    Raises:
+        ConfigError: none does; says why the first does not.
+    """
+    failures = []
+    for kind, gpus in kinds:
+        try:
+            model = find(settings, gpus)
+            return kind, gpus, model, parallelism(settings, model, gpus)
+        except ConfigError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _kinds(nodes: Sequence[Node]) -> list[tuple[str, tuple[Gpu, ...]]]:
+    """Each kind of GPU in the cluster, with the GPUs of its largest node; the largest kind first.
+
+    Replicas are alike, so all of them are sized for one kind.
+    """
+    largest: dict[str, tuple[Gpu, ...]] = {}
+    for node in nodes:
+        if len(node.gpus) > len(largest.get(node.kind, ())):
+            largest[node.kind] = node.gpus
+    return sorted(
+        largest.items(),
+        key=lambda each: (len(each[1]), sum(gpu.memory_bytes or 0 for gpu in each[1])),
+        reverse=True,
     )
 
 
@@ -218,7 +282,7 @@ def find(settings: Settings, gpus: tuple[Gpu, ...]) -> str:
     """
     model = settings.model
     if model == "auto":
-        return choose_model(gpus, *_memory_settings(settings)) if gpus else embedded.NAME
+        return choose_model(gpus, EngineMemory.of(settings.engine)) if gpus else embedded.NAME
     if model.startswith(("/", ".", "~")):
         model = str(Path(model).expanduser().resolve())
         if not (Path(model) / "config.json").is_file():
@@ -235,31 +299,29 @@ def parallelism(settings: Settings, model: str, gpus: tuple[Gpu, ...]) -> Placem
     tp, pp = settings.tensor_parallel_size, settings.pipeline_parallel_size or 1
     if tp is None:
         tp = 1
-        shape = shape_of(model) if gpus else None
+        shape = shape_of(model, settings.engine) if gpus else None
         if shape is not None:
-            max_len, utilization = _memory_settings(settings)
-            tp = choose_tensor_parallel_size(model, shape, gpus, max_len, utilization, pp)
+            memory = EngineMemory.of(settings.engine)
+            tp = choose_tensor_parallel_size(model, shape, gpus, memory, pp)
     return place(tp, pp, len(gpus), settings.cpus_per_replica)
 
 
-def shape_of(model: str) -> ModelShape | None:
-    """The model's dimensions if they are known without fetching anything, else None."""
-    if model in QWEN25:
-        return QWEN25[model]
+def shape_of(model: str, engine: Mapping[str, Any] | None = None) -> ModelShape | None:
+    """The model's dimensions, as these engine arguments have it served; None where they are not
+    known without fetching anything, or their size is not: vLLM will measure it."""
     config = Path(model) / "config.json"
-    if not config.is_file():
-        return None
     try:
-        return ModelShape.from_config(json.loads(config.read_text(encoding="utf-8")))
-    except KeyError:
-        return None  # Another architecture: vLLM will measure what it needs.
+        if model in QWEN25:
+            shape = QWEN25[model]
+        elif config.is_file():
+            shape = ModelShape.from_config(json.loads(config.read_text(encoding="utf-8")))
+        else:
+            return None
+    except (KeyError, TypeError, AttributeError):
+        return None  # Another architecture or quantization.
     except ValueError as error:
         raise ConfigError("model", model, f"its config.json is not JSON: {error}") from None
-
-
-def _memory_settings(settings: Settings) -> tuple[int | None, float]:
-    utilization = settings.engine.get("gpu_memory_utilization", DEFAULT_UTILIZATION)
-    return settings.engine.get("max_model_len"), float(utilization)
+    return shape.served(engine or {})
 
 
 def _short_name(model: str) -> str:

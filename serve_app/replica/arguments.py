@@ -1,14 +1,31 @@
-"""vLLM's own command line, read from the `engine:` section of serve_config.yaml."""
+"""vLLM's own command line, read from the `engine:` section of serve_config.yaml.
+
+Every value is read by the type that vLLM gives its argument, whatever YAML made of it: `"false"`,
+0 and `off` are a false, `"32k"` is a length, a list is a list. What vLLM would refuse only after it
+has loaded the model (a misspelt parser, a chat template that is not there) is refused here.
+
+`python -m serve_app.replica.arguments` reads the section as JSON from stdin and prints what is
+wrong with it. The doctor asks it in a process of its own, because a broken installation must not
+break its diagnosis.
+"""
 
 import argparse
+import functools
+import importlib
 import json
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from serve_app.errors import ConfigError, nearest
+
+_TRUE = frozenset({"true", "yes", "on", "1"})
+_FALSE = frozenset({"false", "no", "off", "0"})
 
 
 def parse(arguments: Mapping[str, Any]) -> argparse.Namespace:
@@ -17,26 +34,26 @@ def parse(arguments: Mapping[str, Any]) -> argparse.Namespace:
     Raises:
         ConfigError: naming the argument, its value and the nearest valid choice.
     """
-    parser = make_arg_parser(_Parser(add_help=False))
+    parser = _parser()
     known = {action.dest: action for action in parser._actions}
     argv: list[str] = []
     for key, value in arguments.items():
         if key not in known:
             raise ConfigError(f"engine.{key}", value, "unknown to vLLM", nearest(key, known))
-        choices = known[key].choices
-        if choices is not None and isinstance(value, str) and value not in choices:
-            words = [str(choice) for choice in choices]
-            near = nearest(value, words)
-            raise ConfigError(f"engine.{key}", value, f"not one of {', '.join(words)}", near)
-        argv += _argv(key, value)
+        argv += _words(key, value, known[key])
     try:
         args: argparse.Namespace = parser.parse_args(argv)
+        for key, value in arguments.items():
+            if value == [] and known[key].nargs in ("+", "*"):
+                setattr(args, key, [])  # No command line says that.
         validate_parsed_serve_args(args)
     except _Unparsable as error:
         key = error.argument.lstrip("-").replace("-", "_")
-        raise ConfigError(f"engine.{key}", arguments.get(key), error.problem) from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError("engine", dict(arguments), first_sentence(error)) from error
+        raise ConfigError(f"engine.{key}", arguments.get(key), _plain(error.problem)) from None
+    except Exception as error:  # vLLM's checks raise errors of many kinds.
+        raise _refused(arguments, known, error) from error
+    _check_texts(arguments, args)
+    _check_plugins(arguments, args)
     return args
 
 
@@ -55,17 +72,187 @@ class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
         raise _Unparsable(subject.split("/")[0], problem or message)
 
 
-def _argv(key: str, value: Any) -> list[str]:
+@functools.cache
+def _parser() -> _Parser:
+    """Built once: that takes a second."""
+    parser: _Parser = make_arg_parser(_Parser(add_help=False))
+    return parser
+
+
+# --- from a value of YAML to words of a command line ----------------------------------------
+
+
+def _words(key: str, value: Any, action: argparse.Action) -> list[str]:
+    """The words of a command line that give `action` this value."""
     flag = "--" + key.replace("_", "-")
     if value is None:
-        return []
-    if isinstance(value, bool):
-        return [flag if value else "--no-" + flag[2:]]
-    if isinstance(value, Mapping):
-        return [flag, json.dumps(value)]
-    if isinstance(value, list | tuple):
-        return [flag, *(json.dumps(v) if isinstance(v, Mapping) else str(v) for v in value)]
-    return [flag, str(value)]
+        return []  # vLLM's default.
+    if action.nargs == 0:
+        return _switch(key, value, flag, action)
+    if action.nargs == "?" and isinstance(value, bool):
+        return [flag] if value else []
+    _check_choice(key, value, action)
+    if action.nargs in ("+", "*"):
+        values = value if isinstance(value, list | tuple) else [value]
+        return [flag, *map(_word, values)] if values else []
+    if isinstance(action, argparse._AppendAction):
+        values = value if isinstance(value, list | tuple) else [value]
+        return [f"{flag}={_word(each)}" for each in values]
+    if isinstance(value, list | tuple | Mapping):
+        return [f"{flag}={json.dumps(value)}"]
+    if action.type is json.loads:
+        return [f"{flag}={_as_json(value, isinstance(action.default, list))}"]
+    return [f"{flag}={_word(value)}"]
+
+
+def _switch(key: str, value: Any, flag: str, action: argparse.Action) -> list[str]:
+    """A switch, on or off. Off is not to be said where vLLM has no word for it."""
+    word = str(value).strip().lower()
+    if word not in _TRUE | _FALSE:
+        raise ConfigError(f"engine.{key}", value, "must be true or false")
+    if word in _TRUE:
+        return [flag]
+    off = "--no-" + flag.removeprefix("--")
+    return [off] if off in action.option_strings else []
+
+
+def _check_choice(key: str, value: Any, action: argparse.Action) -> None:
+    """Name the nearest choice, which argparse does not."""
+    if action.choices is None or not isinstance(value, str) or value in action.choices:
+        return
+    words = [str(choice) for choice in action.choices]
+    # vLLM's own types may take other spellings of a choice.
+    read = action.type(value) if callable(action.type) else value
+    if read not in action.choices:
+        near = nearest(value, words)
+        raise ConfigError(f"engine.{key}", value, f"not one of {', '.join(words)}", near)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list | tuple | Mapping):
+        return json.dumps(value)
+    # YAML makes a float of 1.0e3, where vLLM wants a whole number.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return str(value)
+
+
+def _as_json(value: Any, is_list: bool) -> str:
+    """JSON for an argument that is JSON; a plain text stands for a list of one."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    try:
+        json.loads(value)
+    except ValueError:
+        return json.dumps([value] if is_list else value)
+    return value
+
+
+# --- what vLLM would refuse later -----------------------------------------------------------
+
+
+def _check_texts(arguments: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """A list or a mapping where vLLM takes one text would become that text's JSON."""
+    for key, value in arguments.items():
+        if isinstance(value, list | tuple | Mapping) and getattr(args, key) == json.dumps(value):
+            raise ConfigError(f"engine.{key}", value, "must be one value")
+
+
+def _check_plugins(arguments: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Names of what is registered in vLLM or by a plugin: its parser takes any text for them.
+
+    Raises:
+        ConfigError: nothing of that name is registered, or a plugin's file cannot be imported.
+    """
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    for key in ("tool_parser_plugin", "reasoning_parser_plugin"):
+        if path := getattr(args, key):
+            try:
+                _import_plugin(path)
+            except Exception as error:
+                problem = f"cannot be imported: {first_sentence(error)}"
+                raise ConfigError(f"engine.{key}", path, problem) from error
+    for key, registered in _registered(ToolParserManager, ReasoningParserManager).items():
+        value = getattr(args, key, None)
+        if not isinstance(value, str) or not value or key not in arguments:
+            continue
+        names = registered()
+        if value.casefold() not in {name.casefold() for name in names}:
+            raise ConfigError(f"engine.{key}", value, "unknown to vLLM", nearest(value, names))
+
+
+def _import_plugin(path: str) -> None:
+    """A file or a module; vLLM's own way to it logs what that raises, and goes on."""
+    if not path.endswith(".py"):
+        importlib.import_module(path)
+        return
+    from vllm.utils.import_utils import import_from_path
+
+    import_from_path(Path(path).stem, path)
+
+
+def _registered(tools: Any, reasoning: Any) -> dict[str, Callable[[], list[str]]]:
+    """By argument: the names that vLLM knows once it looks for one."""
+
+    def quantizations() -> list[str]:
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+        return [*QUANTIZATION_METHODS]
+
+    def load_formats() -> list[str]:
+        from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+
+        return [*_LOAD_FORMAT_TO_MODEL_LOADER]
+
+    def tokenizers() -> list[str]:
+        from vllm.tokenizers.registry import TokenizerRegistry
+
+        return ["auto", *TokenizerRegistry.tokenizers]
+
+    def attention_backends() -> list[str]:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        return [*AttentionBackendEnum.__members__]
+
+    return {
+        "attention_backend": attention_backends,
+        "tool_call_parser": tools.list_registered,
+        "reasoning_parser": reasoning.list_registered,
+        "quantization": quantizations,
+        "load_format": load_formats,
+        "tokenizer_mode": tokenizers,
+    }
+
+
+# What argparse says of a type that it names by its function.
+_TYPES = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "human_readable_int": "must be a whole number, such as 32768 or 32K",
+    "human_readable_int_or_auto": "must be a whole number, such as 32768 or 32K, or auto",
+    "loads": "must be JSON",
+}
+
+
+def _plain(problem: str) -> str:
+    """One sentence of argparse or pydantic, without the names of vLLM's functions."""
+    if (invalid := re.match(r"invalid (\w+) value: ", problem)) and invalid[1] in _TYPES:
+        return _TYPES[invalid[1]]
+    return first_sentence(ValueError(problem))
+
+
+def _refused(arguments: Mapping[str, Any], known: Iterable[str], error: Exception) -> ConfigError:
+    """An error of vLLM about the whole, at the argument that it names, if it names one."""
+    problem = first_sentence(error)
+    text = problem.replace("-", "_")
+    named = [key for key in arguments if key in known and key in text]
+    named += [key for key in ("chat_template",) if key in arguments and "template" in text]
+    if not named:
+        return ConfigError("engine", dict(arguments), problem)
+    key = max(named, key=len)
+    return ConfigError(f"engine.{key}", arguments[key], problem)
 
 
 def first_sentence(error: Exception) -> str:
@@ -75,4 +262,20 @@ def first_sentence(error: Exception) -> str:
     for line in lines:
         if line.startswith("Value error, "):
             return line.removeprefix("Value error, ").split(" [type=")[0]
+    if len(lines) > 2 and "validation error" in lines[0]:
+        return f"{lines[1]}: {lines[2].split(' [type=')[0]}"
     return lines[0] if lines else type(error).__name__
+
+
+def main() -> int:
+    """Print one sentence about the arguments on stdin that cannot be served. Returns 1 then."""
+    try:
+        parse(json.load(sys.stdin))
+    except ConfigError as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

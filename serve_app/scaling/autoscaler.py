@@ -3,35 +3,54 @@
     replica: record_autoscaling_stats -> `report`     once a second
     controller: `Autoscaler.__call__` -> `Snapshot` -> scaling.decide -> replicas wanted
 
-Serve imports it by the name in the deployment's autoscaling_config, makes one object for each
-deployment and version, and calls that ten times a second in the controller's own event loop. So it
-decides once a second, and must neither block nor raise: what Serve does between two calls, such as
-replacing a replica that died, would not be done.
+Serve imports it by the name in the deployment's autoscaling_config and calls it ten times a second
+in the controller's own event loop. It decides once a second, and must neither block nor raise:
+until it returns, Serve does nothing else, such as replacing a replica that died.
+
+Serve makes a new object when the controller restarts and at each deploy that changes the
+deployment, and may reset the number of replicas then. The object resumes from what the one before
+it saved (memory.py), and keeps the replicas that it finds.
 """
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingContext
 from ray.util import metrics
 
 from serve_app.observe.metrics import SCALING, SCALING_PREFIX
 from serve_app.progress import say
-from serve_app.scaling.policy import Decision, Goal, ReplicaLoad, Snapshot, State, decide
+from serve_app.scaling.memory import ClusterStore, Memory, Store
+from serve_app.scaling.policy import (
+    Decision,
+    Goal,
+    ReplicaLoad,
+    Snapshot,
+    State,
+    decide,
+    resumed,
+)
+from serve_app.scaling.starts import Starts
 
-# Serve's own logger: what is said here is in the controller's log, beside what it does about it.
+# Serve's own logger: these lines are in the controller's log, beside what it does about them.
 logger = logging.getLogger("ray.serve")
 
 _PERIOD_S = 1.0
 # How often the cluster is asked for its size: a call to another process, and nodes come slowly.
 _CLUSTER_S = 10.0
-# So many of the last starts say how long the next one takes: the longest of them.
-_STARTS = 3
-# Serve takes numbers only, of the same names each time.
+# How often the memory is saved, unless the target changes.
+_SAVE_S = 10.0
+# A target saved longer ago is not returned to: it may be another day's.
+_TARGET_S = 60.0
+# Likewise the load history: what came since is unknown.
+_HISTORY_S = 900.0
+# A replica reports once a second. One that is silent for longer is too busy to.
+_SILENT_S = 5.0
+# Serve takes numbers only, and the same names each time: this stands for None.
 _NOTHING = -1.0
 _COUNTS = frozenset({"running", "waiting", "queued_tokens", "max_running"})
 
@@ -53,33 +72,22 @@ def load_of(numbers: Mapping[str, float]) -> ReplicaLoad:
     return ReplicaLoad(**known)
 
 
-class Starts:
-    """How long replicas take to start, as seen from outside: from when one is wanted until it runs.
+class OngoingRequests:
+    """Ray Serve's own policy, which starts one replica at first where none need stay.
 
-    With it what no replica can tell: the wait for a node, its image and its weights.
+    Only a replica that has started shows that one can. Serve's `initial_replicas` would show it
+    too, but applies at every deploy, and would stop the others.
     """
 
-    def __init__(self, start_s: float) -> None:
-        self._assumed_s = start_s
-        self._wanted: deque[float] = deque()
-        self._took_s: deque[float] = deque(maxlen=_STARTS)
-        self._target = self._running = 0
+    def __init__(self) -> None:
+        self._started = False
 
-    @property
-    def start_s(self) -> float:
-        return max(self._took_s, default=self._assumed_s)
-
-    def see(self, now_s: float, target: int, running: int) -> None:
-        """Take note of how many are wanted and how many run."""
-        self._wanted.extend([now_s] * (target - self._target))
-        # The last ones that were wanted are the first to be given up.
-        for _ in range(min(self._target - target, len(self._wanted))):
-            self._wanted.pop()
-        for _ in range(min(running - self._running, len(self._wanted))):
-            self._took_s.append(now_s - self._wanted.popleft())
-        if running >= target:
-            self._wanted.clear()
-        self._target, self._running = target, running
+    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+        if not self._started and not context.current_num_replicas:
+            return 1, context.policy_state
+        self._started = True
+        decision: tuple[float, dict[str, Any]] = replica_queue_length_autoscaling_policy(context)
+        return decision
 
 
 class Cluster:
@@ -143,9 +151,10 @@ class Autoscaler:
 
     Args:
         goal: the fields of a `scaling.Goal`.
-        start_s: how long a replica takes to start, until one was seen to.
+        start_s: how long a replica takes to start, until starts were measured.
         bundles: resources of one replica.
-        nodes, clock: for tests.
+        release: what was learned on another one (`Plan.release`) does not hold for this.
+        nodes, clock, store: for tests.
     """
 
     def __init__(
@@ -153,13 +162,20 @@ class Autoscaler:
         goal: Mapping[str, Any],
         start_s: float,
         bundles: Sequence[Mapping[str, float]],
+        release: str = "",
         nodes: Callable[[], Sequence[Mapping[str, float]] | None] = cluster_nodes,
         clock: Callable[[], float] = time.monotonic,
+        store: Store | None = None,
     ) -> None:
         self._goal = Goal(**goal)
+        self._release = release
+        self._start_s = start_s
         self._starts = Starts(start_s)
         self._cluster = Cluster(bundles, nodes)
         self._clock = clock
+        self._store = ClusterStore() if store is None else store
+        self._saved: tuple[float, int] | None = None
+        self._reports = Reports()
         self._state = State()
         self._asked_s = -_PERIOD_S
         self._wanted: int | None = None
@@ -170,18 +186,53 @@ class Autoscaler:
         """How many replicas there should be, and nothing for Serve to keep: the state is here."""
         now_s = self._clock()
         if self._wanted is None or now_s - self._asked_s >= _PERIOD_S:
+            first = self._wanted is None
             self._asked_s = now_s
+            # What was last wanted, should the policy fail.
+            self._wanted = context.target_num_replicas
             try:
-                self._wanted = self._ask(context, now_s)
+                at_least = self._resume(context, now_s) if first else 0
+                self._wanted = max(at_least, self._ask(context, now_s))
+                self._save(context, now_s, self._wanted)
             except Exception:
                 logger.exception("The scaling policy failed; the number of replicas stays.")
-                self._wanted = context.target_num_replicas
         return self._wanted, {}
+
+    def _resume(self, context: AutoscalingContext, now_s: float) -> int:
+        """Take over what was learned before; returns how many replicas must not be taken away.
+
+        Serve may have reset its target just now (`initial_replicas`). Neither a deploy nor the
+        controller's restart is a reason to stop a replica.
+        """
+        running: int = context.current_num_replicas
+        memory = self._store.load(_key(context))
+        if memory is None:
+            return running
+        age_s = max(0.0, context.current_time - memory.saved_unix_s)
+        took_s: tuple[float, ...] = ()
+        if memory.release == self._release:
+            self._state = resumed(memory.state, now_s, keep_load=age_s <= _HISTORY_S)
+            took_s = memory.took_s
+        self._starts = Starts(self._start_s, took_s, resumed=True)
+        return max(running, memory.target) if running and age_s <= _TARGET_S else running
+
+    def _save(self, context: AutoscalingContext, now_s: float, wanted: int) -> None:
+        if self._saved is not None:
+            saved_s, saved = self._saved
+            if wanted == saved and now_s - saved_s < _SAVE_S:
+                return
+        self._saved = now_s, wanted
+        memory = Memory(
+            self._release, context.current_time, wanted, self._starts.took_s, self._state
+        )
+        self._store.save(_key(context), memory)
 
     def _ask(self, context: AutoscalingContext, now_s: float) -> int:
         target, running = context.target_num_replicas, context.current_num_replicas
-        self._starts.see(now_s, target, running)
-        loads = loads_of(context)
+        scaled_up = context.last_scale_up_time
+        scaled_up_s = None if scaled_up is None else now_s - (context.current_time - scaled_up)
+        self._starts.see(now_s, target, running, scaled_up_s)
+        loads, silent = self._reports.read(context, now_s)
         snapshot = Snapshot(
             now_s=now_s,
             replicas=loads,
@@ -189,6 +240,7 @@ class Autoscaler:
             placeable=self._cluster.placeable(now_s),
             start_s=self._starts.start_s,
             pending=round(context.total_queued_requests + 0.49),
+            silent=silent,
         )
         # Serve's bounds follow its target capacity, which is for a change of clusters.
         goal = replace(
@@ -211,14 +263,43 @@ class Autoscaler:
         say(line)
 
 
-def loads_of(context: AutoscalingContext) -> tuple[ReplicaLoad, ...]:
-    """What each replica that runs has last reported; nothing of one that has not yet."""
-    latest: dict[Any, dict[str, float]] = {replica: {} for replica in context.running_replicas}
-    for name, series_of in context.raw_metrics.items():
-        for replica, series in series_of.items():
-            if series and replica in latest:
-                latest[replica][name] = series[-1].value
-    return tuple(load_of(numbers) for numbers in latest.values())
+def _key(context: AutoscalingContext) -> str:
+    return f"scaling/{context.app_name}/{context.deployment_name}"
+
+
+class Reports:
+    """The last load that each running replica reported."""
+
+    def __init__(self) -> None:
+        # By replica: the time stamp of its last report, when that was first read, the load.
+        self._last: dict[Any, tuple[float | None, float, ReplicaLoad]] = {}
+
+    def read(
+        self, context: AutoscalingContext, now_s: float
+    ) -> tuple[tuple[ReplicaLoad, ...], int]:
+        """The load of each running replica, and how many of them are silent.
+
+        The last report of a silent replica stands. One that has not reported yet is silent, and
+        stands for nothing.
+        """
+        latest: dict[Any, dict[str, float]] = {replica: {} for replica in context.running_replicas}
+        stamps: dict[Any, float] = {}
+        for name, series_of in context.raw_metrics.items():
+            for replica, series in series_of.items():
+                if series and replica in latest:
+                    latest[replica][name] = series[-1].value
+                    stamps[replica] = max(stamps.get(replica, 0.0), series[-1].timestamp)
+        last = {}
+        for replica, numbers in latest.items():
+            stamp, read_s, load = self._last.get(replica, (None, now_s, ReplicaLoad()))
+            if replica in stamps and stamps[replica] != stamp:
+                stamp, read_s, load = stamps[replica], now_s, load_of(numbers)
+            last[replica] = stamp, read_s, load
+        self._last = last
+        silent = sum(
+            stamp is None or now_s - read_s > _SILENT_S for stamp, read_s, _ in last.values()
+        )
+        return tuple(load for _, _, load in last.values()), silent
 
 
 class Gauges:

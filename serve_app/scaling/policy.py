@@ -23,50 +23,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-# A step's costs are learnt from about the last so many seconds, and what a prompt brings with it:
-# the mix of requests changes over hours, noise over seconds.
-_COSTS_S, _MIX_S = 1800.0, 600.0
-# Reports of an engine that did almost nothing tell of overhead, not of costs.
-_LEAST_BUSY = 0.02
-# Weight of "every cost is small" against the reports: decides only what they leave open.
-_RIDGE = 1e-3
-# Sums below this are what is left of something long ago; dividing by them finds absurd costs.
-_NOTHING = 1e-6
-# No replica is planned to be busier: the last twentieth is where queues grow without end.
-_MOST_WORK = 0.95
-# Above this share of its KV cache an engine is about to take blocks from sequences that run.
-_MOST_KV = 0.9
-# A batch without a place left is more than full: what comes next waits.
-_NO_PLACE = 1.1
-# Queued tokens come and go with each prompt: their growth is looked at over this time.
-_QUEUE_S = 10.0
-# Forecasts are made of so many means over the time that a start takes; shorter ones are noise.
-_PARTS, _LEAST_PART_S = 12, 5.0
-# From "as now" to "as ever": the share of each new mean in a guess.
-_GUESSES = (1.0, 0.5, 0.2, 0.07, 0.02)
-# How far back demand is remembered, and in how many starts a surprise loses most of its weight.
-_MEMORY_S, _MEMORY_STARTS, _FORGET_STARTS = 1800.0, 40.0, 8.0
-# Headroom as a share of the highest load, until the first forecast can be compared with what came.
-_UNKNOWN = 0.3
-# Of the requests that come while there is more to do than foreseen, about one in so many misses the
-# goal; but the forecast is never as likely to be exceeded as not.
-_MISSING, _LEAST_COVER = 4.0, 0.75
-# Share of an exponential tail that is taken to lie beyond the few surprises seen so far.
-_TAIL = 0.5
-# To go down, as many must do with so much more load, for so many starts, and at least so long.
-_MARGIN, _PATIENCE_STARTS, _LEAST_PATIENCE_S = 0.05, 1.0, 60.0
-# Down by no more than this share at a time, and after the last change was looked at for so long.
-_STEP_DOWN, _LOOK_S = 0.2, 20.0
-# A backlog is worked off within one start, and never is so little time left for it.
-_LEAST_DRAIN_S = 15.0
-# The estimate of what a replica carries is of means, and what misses the goal are the tails. So the
-# load is multiplied with a factor, which grows by this share a second while all requests miss, and
-# shrinks as slowly as the few that may miss allow: over time as many do as `_AIM` of those. Below
-# the factor 1 the estimate asked for too much. What it does shows only after a start: the longer
-# that takes, the slower it grows (`_GAIN_A_START`), or it would have grown far too much by then.
-_GAIN_A_S, _AIM, _LEAST_FACTOR, _MOST_FACTOR = 0.1, 0.7, 0.6, 3.0
-_FIRST_FACTOR, _GAIN_A_START = 1.5, 6.0
-_TYPICAL_S = 300.0  # What is usual is a mean over about so long.
+from serve_app.scaling.tuning import DEFAULT, Tuning
+
+# A sum below this is the rest of something long ago; dividing by it would give absurd costs.
+_NEGLIGIBLE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -117,6 +77,7 @@ class Snapshot:
         placeable: how many replicas the cluster can hold in all; None where it can grow.
         start_s: how long a replica takes to start, as observed.
         pending: requests that wait where no replica is.
+        silent: serving replicas whose report is overdue; their last one stands in `replicas`.
     """
 
     now_s: float
@@ -125,6 +86,12 @@ class Snapshot:
     placeable: int | None = None
     start_s: float = 60.0
     pending: int = 0
+    silent: int = 0
+
+    @property
+    def target(self) -> int:
+        """Replicas that serve or start."""
+        return len(self.replicas) + self.starting
 
 
 @dataclass(frozen=True)
@@ -204,7 +171,7 @@ class State:
     busy_s: float = 0.0
     target: int = -1
     changed_s: float = 0.0
-    factor: float = _FIRST_FACTOR
+    factor: float = DEFAULT.first_factor
     finished_per_s: float = 0.0
 
 
@@ -217,58 +184,32 @@ class _Load:
 
     replicas: float = 0.0
     work: float = 0.0
-    full: float = _MOST_WORK
+    full: float = DEFAULT.max_work_ratio
     held: float = 0.0
     backlog: float = 0.0
     costs: Costs = field(default_factory=Costs)
 
 
-def decide(snapshot: Snapshot, goal: Goal, state: State = _NEW) -> tuple[Decision, State]:
+def decide(
+    snapshot: Snapshot, goal: Goal, state: State = _NEW, tuning: Tuning = DEFAULT
+) -> tuple[Decision, State]:
     """How many replicas there should be; call it about once a second, with the state it returned.
 
     The number counts those that start. It is within the goal's bounds and, unless there are more
     already, what the cluster can hold.
     """
-    now_s, start_s = snapshot.now_s, snapshot.start_s
-    target = len(snapshot.replicas) + snapshot.starting
+    now_s = snapshot.now_s
     if state.began_s is None:
         state = replace(state, began_s=now_s, now_s=now_s, part_from_s=now_s, busy_s=now_s)
     passed_s = max(0.0, now_s - state.now_s)
-    state, load = _learn(snapshot, goal, state, passed_s)
-    state = _remember(snapshot, goal, state, load, passed_s)
-
-    ahead = max(state.ahead, load.replicas) + load.backlog / max(_LEAST_DRAIN_S, start_s)
-    need = math.ceil(ahead - 1e-9)
-    patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_STARTS * start_s)
-    wish = math.ceil(ahead * (1 + _MARGIN) - 1e-9)
-    # The highest of the time is all that is asked of it: lower ones before the last are no news.
-    wishes = tuple(old for old in state.wishes if old[0] >= now_s - patience_s and old[1] > wish)
-    wishes = (*wishes, (now_s, wish))
-    state = replace(state, wishes=wishes)
-    if need > target:
-        wanted = need
-    elif now_s - (state.began_s or 0.0) >= patience_s:
-        wanted = min(target, max(need, wishes[0][1]))
-    else:
-        wanted = target
-
-    if target != state.target:
-        state = replace(state, target=target, changed_s=now_s)
-    if wanted < target:
-        # While nothing changes, one pair of rates is all that is known, which many costs explain.
-        # A step down shows which, and is small enough to be wrong.
-        rested = now_s - state.changed_s >= _LOOK_S and not _late(snapshot, goal)
-        wanted = max(wanted, target - max(1, int(target * _STEP_DOWN))) if rested else target
-    idle = (
-        goal.min_replicas == 0
-        and not _active(snapshot)
-        and (not target or now_s - state.busy_s >= goal.idle_s)
-    )
+    state, load = _learn(snapshot, goal, state, passed_s, tuning)
+    state = _remember(snapshot, goal, state, load, passed_s, tuning)
+    drain_s = max(tuning.min_drain_s, snapshot.start_s)
+    ahead = max(state.ahead, load.replicas) + load.backlog / drain_s
+    wanted, state = _wanted(snapshot, goal, state, ahead, tuning)
+    idle = _idle(snapshot, goal, state)
     wanted = 0 if idle else max(wanted, 1)
-    placeable = goal.max_replicas
-    if snapshot.placeable is not None:
-        placeable = max(snapshot.placeable, len(snapshot.replicas))
-    most = max(goal.min_replicas, min(goal.max_replicas, placeable))
+    most = _most(snapshot, goal)
     bounded = min(max(wanted, goal.min_replicas), most)
     reason = _reason(snapshot, state, load, ahead)
     if idle:
@@ -277,6 +218,76 @@ def decide(snapshot: Snapshot, goal: Goal, state: State = _NEW) -> tuple[Decisio
         by = "the cluster holds" if most < goal.max_replicas else "max is"
         reason = f"{wanted} would be right, {by} {bounded}; {reason}"
     return Decision(bounded, reason, load.replicas, ahead), state
+
+
+def _wanted(
+    snapshot: Snapshot, goal: Goal, state: State, ahead: float, tuning: Tuning
+) -> tuple[int, State]:
+    """Replicas that the load `ahead` needs: more at once, fewer with patience and in small steps.
+
+    No fewer while a replica is silent: one that is too busy to report must not count as idle.
+    """
+    now_s, target = snapshot.now_s, snapshot.target
+    need = math.ceil(ahead - 1e-9)
+    patience_s = max(tuning.min_down_s, tuning.down_starts * snapshot.start_s)
+    enough = math.ceil(ahead * (1 + tuning.down_margin_ratio) - 1e-9)
+    # Only the highest of the time of patience matters: a lower one before the last is no news.
+    wishes = tuple(old for old in state.wishes if old[0] >= now_s - patience_s and old[1] > enough)
+    wishes = (*wishes, (now_s, enough))
+    state = replace(state, wishes=wishes)
+    if target != state.target:
+        state = replace(state, target=target, changed_s=now_s)
+    if need > target:
+        return need, state
+    if now_s - (state.began_s or 0.0) < patience_s or snapshot.silent:
+        return target, state
+    wanted = min(target, max(need, wishes[0][1]))
+    if wanted < target:
+        # While nothing changes, one pair of rates is all that is known, which many costs explain.
+        # A step down shows which, and is small enough to be wrong.
+        settled = now_s - state.changed_s >= tuning.settle_s and not _late(snapshot, goal)
+        step = max(1, int(target * tuning.max_step_down_ratio))
+        wanted = max(wanted, target - step) if settled else target
+    return wanted, state
+
+
+def _idle(snapshot: Snapshot, goal: Goal, state: State) -> bool:
+    """Whether the last replica may go."""
+    if goal.min_replicas or snapshot.silent or _active(snapshot):
+        return False
+    return not snapshot.target or snapshot.now_s - state.busy_s >= goal.idle_s
+
+
+def _most(snapshot: Snapshot, goal: Goal) -> int:
+    """The most replicas that the goal and the cluster allow; never fewer than there are."""
+    placeable = goal.max_replicas
+    if snapshot.placeable is not None:
+        placeable = max(snapshot.placeable, len(snapshot.replicas))
+    return max(goal.min_replicas, min(goal.max_replicas, placeable))
+
+
+def resumed(state: State, now_s: float, keep_load: bool = True) -> State:
+    """The state of another process or clock, as if the time between had not passed.
+
+    Args:
+        now_s: on the clock of the snapshots to come.
+        keep_load: False forgets what the load was, and keeps what engines cost.
+    """
+    if state.began_s is None:
+        return state
+    if not keep_load:
+        return State(sums=state.sums, factor=state.factor)
+    shift_s = now_s - state.now_s
+    return replace(
+        state,
+        began_s=state.began_s + shift_s,
+        now_s=now_s,
+        queue=tuple((when_s + shift_s, tokens) for when_s, tokens in state.queue),
+        part_from_s=state.part_from_s + shift_s,
+        wishes=tuple((when_s + shift_s, replicas) for when_s, replicas in state.wishes),
+        busy_s=state.busy_s + shift_s,
+        changed_s=state.changed_s + shift_s,
+    )
 
 
 def _reason(snapshot: Snapshot, state: State, load: _Load, ahead: float) -> str:
@@ -304,17 +315,21 @@ def _reason(snapshot: Snapshot, state: State, load: _Load, ahead: float) -> str:
             said.append(f"{name} {max(values):.3g} s")
     if snapshot.starting:
         said.append(f"{snapshot.starting} start")
+    if snapshot.silent:
+        said.append(f"{snapshot.silent} silent")
     return ", ".join(said)
 
 
 # --- what there is to do --------------------------------------------------------------------
 
 
-def _learn(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> tuple[State, _Load]:
+def _learn(
+    snapshot: Snapshot, goal: Goal, state: State, passed_s: float, tuning: Tuning
+) -> tuple[State, _Load]:
     """What this snapshot teaches, and the load that it shows."""
     now_s, loads = snapshot.now_s, snapshot.replicas
-    sums = _summed(state.sums, loads, passed_s)
-    costs = _costs(sums)
+    sums = _summed(state.sums, loads, passed_s, tuning)
+    costs = _costs(sums, tuning)
     work = sum(
         costs.decode_s * load.decode_tokens_per_s + costs.prefill_s * load.prefill_tokens_per_s
         for load in loads
@@ -322,8 +337,8 @@ def _learn(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> tup
     arrivals_per_s = sum(load.arrivals_per_s for load in loads)
     prefill_per_s = sum(load.prefill_tokens_per_s for load in loads)
     queued, waiting = sum(x.queued_tokens for x in loads), sum(x.waiting for x in loads)
-    kept = math.exp(-passed_s / _MIX_S)
-    queue = tuple(entry for entry in state.queue if entry[0] >= now_s - _QUEUE_S)
+    kept = math.exp(-passed_s / tuning.mix_memory_s)
+    queue = tuple(entry for entry in state.queue if entry[0] >= now_s - tuning.queue_window_s)
     after = replace(
         state,
         now_s=now_s,
@@ -336,17 +351,17 @@ def _learn(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> tup
     )
     # An engine that is full does no more than it can. What came besides is in the queue, or was
     # turned away at its end.
-    a_token = after.work / after.prompt_tokens if after.prompt_tokens > _NOTHING else 0.0
+    a_token = after.work / after.prompt_tokens if after.prompt_tokens > _NEGLIGIBLE else 0.0
     then_s, then = after.queue[0]
     work += a_token * max(0.0, queued - then) / max(now_s - then_s, 1.0)
-    if waiting and after.arrivals > _NOTHING:
+    if waiting and after.arrivals > _NEGLIGIBLE:
         work = max(work, arrivals_per_s * after.work / after.arrivals)
-    full = _full(costs, goal)
-    held = sum(_held(load) for load in loads)
+    full = _full(costs, goal, tuning)
+    held = sum(_held(load, tuning) for load in loads)
     # What is read before it is late is no backlog.
-    in_time = len(loads) * full * (goal.ttft_s or _LEAST_DRAIN_S)
+    in_time = len(loads) * full * (goal.ttft_s or tuning.min_drain_s)
     backlog = max(0.0, a_token * queued - in_time) / full
-    replicas = max(work / full * state.factor, work / _MOST_WORK, held)
+    replicas = max(work / full * state.factor, work / tuning.max_work_ratio, held)
     return after, _Load(replicas, work, full, held, backlog, costs)
 
 
@@ -366,32 +381,32 @@ def _late(snapshot: Snapshot, goal: Goal) -> bool:
     )
 
 
-def _held(load: ReplicaLoad) -> float:
+def _held(load: ReplicaLoad, tuning: Tuning) -> float:
     """How full a replica is by what it holds: places in its batch, KV blocks."""
     kv_usage = 1.0 if load.preemptions_per_s else load.kv_usage
     places = load.running / load.max_running
-    return max(kv_usage / _MOST_KV, places if places < 1 else _NO_PLACE)
+    return max(kv_usage / tuning.max_kv_ratio, places if places < 1 else tuning.full_batch_load)
 
 
-def _full(costs: Costs, goal: Goal) -> float:
+def _full(costs: Costs, goal: Goal, tuning: Tuning) -> float:
     """The share of its time that a replica may spend on tokens.
 
     Steps follow each other: with a share w of the time spent on tokens, the rest is the fixed time
     of steps, so that a step, which is the time between two tokens, takes step_s / (1 - w).
     """
     if goal.itl_s is None or costs.step_s >= goal.itl_s:
-        return _MOST_WORK
-    return min(_MOST_WORK, 1 - costs.step_s / goal.itl_s)
+        return tuning.max_work_ratio
+    return min(tuning.max_work_ratio, 1 - costs.step_s / goal.itl_s)
 
 
 def _summed(
-    sums: tuple[float, ...], loads: Sequence[ReplicaLoad], passed_s: float
+    sums: tuple[float, ...], loads: Sequence[ReplicaLoad], passed_s: float, tuning: Tuning
 ) -> tuple[float, ...]:
     """The sums of least squares, older reports with less weight."""
-    kept = math.exp(-passed_s / _COSTS_S)
+    kept = math.exp(-passed_s / tuning.cost_memory_s)
     found = [value * kept for value in sums]
     for load in loads:
-        if load.busy < _LEAST_BUSY:
+        if load.busy < tuning.min_busy_ratio:
             continue
         s, d, p = load.steps_per_s, load.decode_tokens_per_s, load.prefill_tokens_per_s
         b = load.busy
@@ -402,7 +417,7 @@ def _summed(
     return tuple(found)
 
 
-def _costs(sums: Sequence[float]) -> Costs:
+def _costs(sums: Sequence[float], tuning: Tuning = DEFAULT) -> Costs:
     """The costs, none below 0, that explain best how busy the engines were.
 
     Coordinate descent, each cost in turn; a few rounds, unless two of them go together. Written
@@ -410,10 +425,11 @@ def _costs(sums: Sequence[float]) -> Costs:
     """
     ss, sd, sp, dd, dp, pp, sb, db, pb = sums
     # By their own size, so that a token weighs as much as a step.
-    of_s, of_d, of_p = (math.sqrt(value) if value > _NOTHING else 1.0 for value in (ss, dd, pp))
+    of_s, of_d, of_p = (math.sqrt(value) if value > _NEGLIGIBLE else 1.0 for value in (ss, dd, pp))
     sd, sp, dp = sd / (of_s * of_d), sp / (of_s * of_p), dp / (of_d * of_p)
     sb, db, pb = sb / of_s, db / of_d, pb / of_p
-    ss, dd, pp = ss / of_s**2 + _RIDGE, dd / of_d**2 + _RIDGE, pp / of_p**2 + _RIDGE
+    ridge = tuning.ridge
+    ss, dd, pp = ss / of_s**2 + ridge, dd / of_d**2 + ridge, pp / of_p**2 + ridge
     s = d = p = 0.0
     for _ in range(200):
         before = s, d, p
@@ -429,50 +445,53 @@ def _costs(sums: Sequence[float]) -> Costs:
 # --- what there will be to do ---------------------------------------------------------------
 
 
-def _remember(snapshot: Snapshot, goal: Goal, state: State, load: _Load, passed_s: float) -> State:
+def _remember(
+    snapshot: Snapshot, goal: Goal, state: State, load: _Load, passed_s: float, tuning: Tuning
+) -> State:
     """Note the load; at the end of a part, make the forecast anew."""
     now_s, start_s = snapshot.now_s, snapshot.start_s
     if not snapshot.replicas and (snapshot.starting or snapshot.pending):
         # Nobody is there to say what the load is.
         return replace(state, part=0.0, part_from_s=now_s)
     state = replace(
-        _judge(snapshot, goal, state, passed_s), part=state.part + load.replicas * passed_s
+        _judge(snapshot, goal, state, passed_s, tuning), part=state.part + load.replicas * passed_s
     )
-    part_s = max(_LEAST_PART_S, start_s / _PARTS)
+    part_s = max(tuning.min_part_s, start_s / tuning.parts_per_start)
     over_s = now_s - state.part_from_s
     if over_s < part_s - 1e-6:
         return state
     if state.part_from_s == state.began_s:
         # The first reports are of no time at all, and the costs are not known yet.
         return replace(state, part=0.0, part_from_s=now_s)
-    memory_s = max(_MEMORY_S, _MEMORY_STARTS * start_s)
+    memory_s = max(tuning.memory_s, tuning.memory_starts * start_s)
     means = (*state.means, state.part / over_s)[-max(2, int(memory_s / part_s)) :]
-    cover = max(_LEAST_COVER, 1 - _MISSING * (1 - goal.percentile / 100))
-    ahead = _forecast(means, max(1, math.ceil(start_s / part_s)), cover)
+    cover = max(tuning.min_cover, 1 - tuning.misses_per_excess * (1 - goal.percentile / 100))
+    ahead = _forecast(means, max(1, math.ceil(start_s / part_s)), cover, tuning)
     return replace(state, part=0.0, part_from_s=now_s, means=means, ahead=ahead)
 
 
-def _judge(snapshot: Snapshot, goal: Goal, state: State, passed_s: float) -> State:
+def _judge(snapshot: Snapshot, goal: Goal, state: State, passed_s: float, tuning: Tuning) -> State:
     """Adjust the factor of the load, by the requests that ended."""
     finished = sum(x.finished_per_s for x in snapshot.replicas)
     missed = min(finished, sum(x.missed_per_s for x in snapshot.replicas))
-    if finished <= _NOTHING:
+    if finished <= _NEGLIGIBLE:
         return state
     usual = state.finished_per_s + (finished - state.finished_per_s) * min(
-        1.0, passed_s / _TYPICAL_S
+        1.0, passed_s / tuning.typical_s
     )
     # A moment with few requests says little, one with many no more than so much.
-    excess = (missed - _AIM * (1 - goal.percentile / 100) * finished) / max(usual, finished)
+    allowed = tuning.target_miss_ratio * (1 - goal.percentile / 100) * finished
+    excess = (missed - allowed) / max(usual, finished)
     if excess > 0:
         # What starts is the answer to what is missed, as far as it goes.
         excess *= max(0.0, 1 - snapshot.starting / len(snapshot.replicas))
-    gain_a_s = min(_GAIN_A_S, _GAIN_A_START / max(1.0, snapshot.start_s))
+    gain_a_s = min(tuning.gain_per_s, tuning.gain_per_start / max(1.0, snapshot.start_s))
     factor = state.factor * math.exp(min(1.0, gain_a_s * passed_s * excess))
-    factor = min(max(factor, _LEAST_FACTOR), _MOST_FACTOR)
+    factor = min(max(factor, tuning.min_factor), tuning.max_factor)
     return replace(state, factor=factor, finished_per_s=usual)
 
 
-def _forecast(means: Sequence[float], parts: int, cover: float) -> float:
+def _forecast(means: Sequence[float], parts: int, cover: float, tuning: Tuning) -> float:
     """The load that will not be exceeded, `parts` means from now, with the chance `cover`.
 
     Each guess is a running mean; how far what came `parts` later was above it, in the past, is what
@@ -480,14 +499,14 @@ def _forecast(means: Sequence[float], parts: int, cover: float) -> float:
     """
     count = len(means)
     if count <= parts:
-        return max(means) * (1 + _UNKNOWN)
-    ages = [math.exp(-(count - 1 - i) / (parts * _FORGET_STARTS)) for i in range(count)]
+        return max(means) * (1 + tuning.first_headroom_ratio)
+    ages = [math.exp(-(count - 1 - i) / (parts * tuning.forget_starts)) for i in range(count)]
     weights = [(means[i] + 1e-9) * ages[i] for i in range(parts, count)]
     total = sum(weights)
     # Surprises one after the other are one surprise: so many starts, so many of them.
     unseen = max(0.0, -math.log((1 - cover) * ((count - parts) / parts + 1)))
     best: tuple[float, float] | None = None
-    for share in _GUESSES:
+    for share in tuning.smoothings:
         guess, guesses = means[0], []
         for mean in means:
             guess += share * (mean - guess)
@@ -499,7 +518,7 @@ def _forecast(means: Sequence[float], parts: int, cover: float) -> float:
         # those of a tenth of it are noise, which has an end.
         burst = min(1.0, mean_above / max(mean_guess, 1e-9)) ** 2
         margin = max(0.0, _quantile(above, weights, cover * total))
-        margin += _TAIL * burst * mean_above * unseen
+        margin += tuning.tail_ratio * burst * mean_above * unseen
         price = mean_guess + margin
         if best is None or price < best[0]:
             best = price, guess + margin

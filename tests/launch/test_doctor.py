@@ -100,6 +100,26 @@ def test_a_good_machine_is_ready(tmp_path: Path, tiny: Path) -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("engine", "problem"),
+    [
+        ({"tool_call_parser": "hermess"}, "did you mean 'hermes'?"),
+        ({"chat_template": "no/such.jinja"}, "doesn't exist"),
+        ({"enforce_eager": "maybe"}, "must be true or false"),
+    ],
+)
+def test_an_engine_argument_that_cannot_start_is_bad(engine: dict[str, Any], problem: str) -> None:
+    check = doctor.engine_arguments(settings(engine=engine))
+    assert not check.ok
+    assert problem in check.found
+    assert check.found.startswith(f"engine.{next(iter(engine))} = ")
+
+
+def test_engine_arguments_in_any_spelling_are_good() -> None:
+    engine = {"enforce_eager": "false", "allowed_origins": ["*"], "max_model_len": "32k"}
+    assert doctor.engine_arguments(settings(engine=engine)).ok
+
+
 def test_json_is_the_same_diagnosis(tmp_path: Path, tiny: Path) -> None:
     result = diagnosis("--json", "--config", str(write(tmp_path)), "--model", str(tiny))
     assert result.returncode == 0, result.stdout

@@ -1,11 +1,18 @@
 """What tells the launcher to stop."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import yaml
+
+from bench.engine.systems import apart
+from tests.server import ROOT, configuration
 
 _WAITS = """
 import time
@@ -42,3 +49,28 @@ def test_under_nohup_it_outlives_its_terminal() -> None:
         process.wait(0.5)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60) == ("told to stop\n", None)
+
+
+@pytest.mark.parametrize(
+    "variable", ["RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"]
+)
+def test_a_taken_port_of_haproxy_is_named_with_what_sets_it(
+    variable: str, tmp_path: Path, tiny: Path
+) -> None:
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(configuration(8827, model=str(tiny))))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        ended = subprocess.run(
+            [sys.executable, "-m", "serve_app", "serve", "--config", str(path)],
+            env={**os.environ, **apart(8827), variable: str(number)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert ended.returncode == 2
+    (line,) = (ended.stdout + ended.stderr).strip().splitlines()
+    assert f"{variable} = {number}: cannot listen" in line
+    assert f"set {variable} to another port" in line

@@ -1,17 +1,26 @@
 """Memory from config.json: exact parameter counts, and what fits where."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from serve_app.errors import ConfigError
 from serve_app.planning.hardware import ACCELERATORS, Gpu
+from serve_app.planning.plan import parallelism, shape_of
 from serve_app.planning.sizing import (
     GIB,
+    OVERHEAD_BYTES,
     QWEN25,
+    EngineMemory,
     ModelShape,
     choose_model,
     choose_tensor_parallel_size,
     needed_bytes,
+    tensor_parallel_sizes,
 )
+from serve_app.settings import Settings
 
 
 def gpus(name: str, count: int = 1) -> tuple[Gpu, ...]:
@@ -54,18 +63,186 @@ def test_a_llama_has_no_bias() -> None:
     assert shape.kv_bytes_per_token() == 2 * 30 * 3 * 64 * 2
 
 
-def test_quantized_weights_count_their_bits() -> None:
-    config = {
-        "model_type": "qwen2",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 100,
-        "quantization_config": {"bits": 4},
-    }
-    shape = ModelShape.from_config(config)
-    assert shape.weights_bytes == shape.parameters // 2
+QWEN_7B = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "torch_dtype": "bfloat16",
+}
+QWEN_32B = QWEN_7B | {
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "num_local_experts": 8,
+}
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
+PHI_3_MEDIUM = {
+    "model_type": "phi3",
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "vocab_size": 32064,
+}
+
+
+def quantized(config: dict[str, Any], **quantization: Any) -> dict[str, Any]:
+    return config | {"quantization_config": quantization}
+
+
+W4A16 = {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}}
+W8A8 = {"group_0": {"weights": {"num_bits": 8, "strategy": "channel", "group_size": None}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "published_gib"),
+    [
+        (QWEN_7B, 14.2),
+        (quantized(QWEN_7B, quant_method="awq", bits=4, group_size=128), 5.2),
+        (quantized(QWEN_7B, quant_method="gptq", bits=8, group_size=128), 8.1),
+        (quantized(QWEN_7B, quant_method="bitsandbytes", load_in_4bit=True), 5.3),
+        (quantized(QWEN_32B, quant_method="fp8", activation_scheme="dynamic"), 31.9),
+        (quantized(QWEN_32B, quant_method="compressed-tensors", config_groups=W4A16), 18.0),
+        (quantized(QWEN_32B, quant_method="compressed-tensors", config_groups=W8A8), 31.9),
+        (quantized(QWEN_32B, quant_method="modelopt", quant_algo="NVFP4"), 19.2),
+        (MIXTRAL, 87.0),
+        (QWEN3_30B_A3B, 56.9),
+        (PHI_3_MEDIUM, 26.0),
+    ],
+)
+def test_weights_are_as_large_as_their_checkpoints(
+    config: dict[str, Any], published_gib: float
+) -> None:
+    found = ModelShape.from_config(config).weights_bytes / GIB
+    assert found == pytest.approx(published_gib, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        QWEN_7B | {"model_type": "jamba"},
+        {key: value for key, value in QWEN_7B.items() if key != "model_type"},
+        quantized(QWEN_7B, quant_method="quark"),
+        quantized(QWEN_7B, quant_method="compressed-tensors"),
+        quantized(QWEN_7B, quant_method="modelopt", quant_algo="MIXED_PRECISION"),
+        QWEN_7B | {"quantization_config": "x"},
+    ],
+)
+def test_what_is_not_known_is_left_to_vllm(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert shape_of(str(tmp_path)) is None
+    # No refusal, whatever the GPU.
+    small = (Gpu("small", 2 * GIB, 2 * GIB, (8, 0)),)
+    assert parallelism(Settings.parse({}), str(tmp_path), small).tensor_parallel_size == 1
+
+
+def test_what_fits_is_not_refused() -> None:
+    def size(config: dict[str, Any], count: int, memory_gib: int) -> int:
+        shape = ModelShape.from_config(config)
+        cards = (Gpu("card", memory_gib * GIB, memory_gib * GIB, (9, 0)),) * count
+        return choose_tensor_parallel_size("model", shape, cards)
+
+    assert size(quantized(QWEN_32B, quant_method="fp8"), 1, 48) == 1
+    w4a16 = quantized(QWEN_32B, quant_method="compressed-tensors", config_groups=W4A16)
+    assert size(w4a16, 1, 40) == 1
+    assert size(quantized(QWEN_7B, quant_method="awq", bits=4), 1, 10) == 1
+    assert size(MIXTRAL, 2, 80) == 2
+    assert size(QWEN3_30B_A3B, 4, 24) == 4
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "sizes"),
+    [(40, 10, [1, 2]), (40, 8, [1, 2, 4, 8]), (28, 4, [1, 2, 4]), (64, 2, [1, 2, 4, 8])],
+)
+def test_kv_heads_are_divided_or_kept_equally_often(heads: int, kv: int, sizes: list[int]) -> None:
+    config = QWEN_7B | {"num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": 128}
+    assert tensor_parallel_sizes(ModelShape.from_config(config), 8) == sizes
+
+
+@pytest.mark.parametrize(
+    ("value", "tokens"),
+    [("32k", 32_000), ("32K", 32_768), ("1.5k", 1500), ("4096", 4096), (4096.0, 4096)],
+)
+def test_a_length_is_read_as_vllm_reads_it(value: Any, tokens: int) -> None:
+    from vllm.utils.argparse_utils import human_readable_int
+
+    assert EngineMemory.of({"max_model_len": value}).max_model_len == tokens
+    if isinstance(value, str):
+        assert human_readable_int(value) == tokens
+
+
+@pytest.mark.parametrize("value", ["auto", -1, "-1"])
+def test_a_context_that_is_made_to_fit_needs_no_room(value: Any) -> None:
+    shape = QWEN25["Qwen/Qwen2.5-7B-Instruct"]
+    assert needed_bytes(shape, value) == shape.weights_bytes + OVERHEAD_BYTES
+
+
+@pytest.mark.parametrize("key", ["max_model_len", "kv_cache_memory_bytes", "cpu_offload_gb"])
+@pytest.mark.parametrize("value", ["long", [1], True, {}])
+def test_what_is_no_number_is_named(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"engine.{key} = .*must be a number"):
+        EngineMemory.of({key: value})
+
+
+def test_a_kv_cache_of_a_set_size_is_not_bound_by_the_share_of_memory() -> None:
+    name = "Qwen/Qwen2.5-7B-Instruct"
+    engine = {"kv_cache_memory_bytes": "5G", "gpu_memory_utilization": 0.05}
+    h200 = gpus("H200")
+    memory = EngineMemory.of(engine)
+    assert choose_tensor_parallel_size(name, QWEN25[name], h200, memory) == 1
+    small = EngineMemory.of({"gpu_memory_utilization": 0.05})
+    with pytest.raises(ConfigError):
+        choose_tensor_parallel_size(name, QWEN25[name], h200, small)
+
+
+def test_engine_arguments_change_what_is_needed() -> None:
+    shape = QWEN25["Qwen/Qwen2.5-7B-Instruct"]
+    online = shape.served({"quantization": "fp8"})
+    assert online is not None
+    assert online.weights_bytes < 0.65 * shape.weights_bytes
+    wide = shape.served({"dtype": "float32"})
+    assert wide is not None
+    assert wide.weights_bytes == 2 * shape.weights_bytes
+    assert shape.served({"quantization": "torchao"}) is None
+    assert shape.served({"hf_overrides": {"num_hidden_layers": 2}}) is None
+    narrow = EngineMemory.of({"kv_cache_dtype": "fp8", "max_model_len": 4096})
+    assert needed_bytes(shape, narrow) < needed_bytes(shape, 4096)
+
+
+def test_a_gpu_whose_memory_is_not_known_is_left_to_vllm() -> None:
+    unknown = (Gpu("NVIDIA GB10", None, None, (12, 1)),)
+    name = "Qwen/Qwen2.5-72B-Instruct"
+    assert choose_tensor_parallel_size(name, QWEN25[name], unknown) == 1
+    with pytest.raises(ConfigError, match="name the model"):
+        choose_model(unknown)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +290,8 @@ def test_what_does_not_fit_says_needed_found_and_nearest() -> None:
 
 def test_a_shorter_context_makes_room() -> None:
     name = "Qwen/Qwen2.5-7B-Instruct"
-    small = (Gpu("small", 19 * GIB, 19 * GIB, (8, 0)),)
+    small = (Gpu("small", 18 * GIB, 18 * GIB, (8, 0)),)
     with pytest.raises(ConfigError, match="max_model_len"):
         choose_tensor_parallel_size(name, QWEN25[name], small)
-    assert choose_tensor_parallel_size(name, QWEN25[name], small, max_model_len=8192) == 1
+    short = EngineMemory(max_model_len=8192)
+    assert choose_tensor_parallel_size(name, QWEN25[name], small, short) == 1

@@ -1,0 +1,85 @@
+"""What the policy has learned, kept outside the Serve controller.
+
+Ray Serve makes a new policy object whenever the controller restarts or the deployment's
+configuration changes. Without this, each would start from nothing: an unknown start time, unknown
+costs of a step, no history to forecast from. It is kept in the internal key-value store of Ray's
+GCS, where Serve keeps its own checkpoints, so it lives as long as they do: as the cluster does,
+and with Redis behind the GCS, beyond the head node. One small JSON value for each deployment.
+"""
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from serve_app.scaling.policy import State
+
+logger = logging.getLogger("ray.serve")
+
+_NAMESPACE = b"serve_app"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one policy object leaves to the next.
+
+    Attributes:
+        release: which model on which hardware it was learned from (`Plan.release`).
+        saved_unix_s: when, on the wall clock: a monotonic one ends with its machine.
+        target: replicas that were wanted.
+        took_s: how long the last starts took.
+        state: of the policy, on the clock of the process that saved it.
+    """
+
+    release: str
+    saved_unix_s: float
+    target: int
+    took_s: tuple[float, ...]
+    state: State
+
+
+class Store(Protocol):
+    """Where memories are kept. `save` must return at once: the controller waits for it."""
+
+    def load(self, key: str) -> Memory | None: ...
+
+    def save(self, key: str, memory: Memory) -> None: ...
+
+
+class ClusterStore:
+    """Memories in the key-value store of the Ray cluster."""
+
+    def __init__(self) -> None:
+        self._saving: threading.Thread | None = None
+
+    def load(self, key: str) -> Memory | None:
+        """What was saved under `key`; None for nothing, or for what another version wrote."""
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        try:
+            value = _internal_kv_get(key, namespace=_NAMESPACE)
+            return None if value is None else msgspec.json.decode(value, type=Memory)
+        except Exception as error:
+            logger.warning(f"The scaling policy starts anew: its memory cannot be read: {error}")
+            return None
+
+    def save(self, key: str, memory: Memory) -> None:
+        """Save in the background; skipped while the last save has not ended."""
+        if self._saving is not None and self._saving.is_alive():
+            return
+        self._saving = threading.Thread(
+            target=self._put, args=(key, msgspec.json.encode(memory)), daemon=True
+        )
+        self._saving.start()
+
+    @staticmethod
+    def _put(key: str, value: bytes) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        try:
+            _internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+        except Exception as error:
+            # The next save follows in seconds.
+            logger.warning(f"The scaling policy's memory was not saved: {error}")

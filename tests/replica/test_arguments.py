@@ -1,0 +1,135 @@
+"""Every value of `engine:` is read by vLLM's own type, or refused in one sentence at once."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.errors import ConfigError
+from serve_app.replica.arguments import parse
+from tests.server import ROOT
+
+BASE = {"model": "m", "enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+
+
+def read(key: str, value: Any) -> Any:
+    return getattr(parse({**BASE, key: value}), key)
+
+
+@pytest.mark.parametrize("text", ["false", "False", "no", "off", "0", 0, False])
+@pytest.mark.parametrize("key", ["enforce_eager", "disable_log_stats", "enable_prefix_caching"])
+def test_a_false_in_any_spelling_is_false(key: str, text: Any) -> None:
+    assert read(key, text) is False
+
+
+@pytest.mark.parametrize("text", ["true", "TRUE", "yes", "on", "1", 1, True])
+@pytest.mark.parametrize("key", ["enforce_eager", "disable_log_stats", "enable_prefix_caching"])
+def test_a_true_in_any_spelling_is_true(key: str, text: Any) -> None:
+    assert read(key, text) is True
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("allowed_origins", ["*"], ["*"]),
+        ("allowed_origins", ["https://a", "https://b"], ["https://a", "https://b"]),
+        ("allowed_origins", "https://a", ["https://a"]),
+        ("allowed_origins", '["https://a"]', ["https://a"]),
+        ("max_model_len", "32k", 32000),
+        ("max_model_len", "32K", 32768),
+        ("max_model_len", "auto", -1),
+        ("max_model_len", -1, -1),
+        ("max_model_len", 4096.0, 4096),
+        ("max_num_seqs", "64", 64),
+        ("kv_cache_memory_bytes", "4G", 2**32),
+        ("gpu_memory_utilization", "0.5", 0.5),
+        ("gpu_memory_utilization", 1, 1.0),
+        ("cudagraph_capture_sizes", [1, 2], [1, 2]),
+        ("cudagraph_capture_sizes", 8, [8]),
+        ("ignore_patterns", [], []),
+        ("middleware", ["a.b", "c.d"], ["a.b", "c.d"]),
+        ("override_generation_config", {"temperature": 0.5}, {"temperature": 0.5}),
+        ("override_generation_config", '{"temperature": 0.5}', {"temperature": 0.5}),
+        ("hf_token", True, True),
+        ("hf_token", False, None),
+        ("tool_strict_level", "parameter", "parameter"),
+        ("quantization", "fp8", "fp8"),
+        ("served_model_name", "x", ["x"]),
+        ("chat_template", None, None),
+    ],
+)
+def test_a_value_is_what_vllm_makes_of_it(key: str, value: Any, found: Any) -> None:
+    assert read(key, value) == found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("enforce_eager", "maybe", "must be true or false"),
+        ("enforce_eager", 2, "must be true or false"),
+        ("enforce_eager", [True], "must be true or false"),
+        ("max_num_seqs", "many", "must be a whole number"),
+        ("max_num_seqs", True, "must be a whole number"),
+        ("max_model_len", "long", "or auto"),
+        ("max_model_len", [4096], "or auto"),
+        ("gpu_memory_utilization", "most", "must be a number"),
+        ("tool_call_parser", "hermess", "did you mean 'hermes'?"),
+        ("tool_call_parser", ["hermes"], "must be one value"),
+        ("tool_call_parser", True, "unknown to vLLM"),
+        ("reasoning_parser", "qwen33", "did you mean 'qwen3'?"),
+        ("load_format", "dumy", "did you mean 'dummy'?"),
+        ("quantization", "awk", "did you mean 'awq'?"),
+        ("attention_backend", "FLASH_ATTNN", "did you mean 'FLASH_ATTN'?"),
+        ("tokenizer_mode", "mistrall", "did you mean 'mistral'?"),
+        ("dtype", "bfloat17", "did you mean 'bfloat16'?"),
+        ("tool_strict_level", "params", "did you mean 'parameter'?"),
+        ("compilation_config", {"nope": 0}, "nope: Unexpected keyword argument"),
+        ("chat_template", "no/such.jinja", "doesn't exist"),
+        ("tool_parser_plugin", "no/such.py", "cannot be imported"),
+        ("enfore_eager", True, "did you mean 'enforce_eager'?"),
+    ],
+)
+def test_what_vllm_cannot_honour_is_one_sentence(key: str, value: Any, problem: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read(key, value)
+    text = str(refused.value)
+    assert text.startswith(f"engine.{key} = ")
+    assert problem in text
+    assert "\n" not in text
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2**40) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    key=st.sampled_from(
+        ["enforce_eager", "max_model_len", "max_num_seqs", "allowed_origins", "compilation_config"]
+    ),
+    value=values,
+)
+def test_whatever_yaml_gives_it_is_read_or_refused_by_name(key: str, value: Any) -> None:
+    with contextlib.suppress(ConfigError):
+        read(key, value)
+
+
+def test_the_check_is_a_command(tmp_path: Path) -> None:
+    def check(engine: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "serve_app.replica.arguments"]
+        return subprocess.run(
+            command, input=json.dumps(engine), cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    refused = check({"tool_call_parser": "hermess"})
+    assert refused.returncode == 1
+    assert refused.stdout.splitlines()[-1].endswith("did you mean 'hermes'?")

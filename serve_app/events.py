@@ -44,6 +44,14 @@ def error_code(event: bytes) -> str | None:
     return _code(data) if isinstance(data, dict) else None
 
 
+def error_in(body: bytes) -> str | None:
+    """The code of the first error among the events of a piece of a stream; None: there is none."""
+    if b"error" not in body:
+        return None
+    codes = (error_code(event) for event in body.split(b"\n\n"))
+    return next((code for code in codes if code is not None), None)
+
+
 def _code(data: dict[str, Any]) -> str | None:
     error = data.get("error")
     if error is None and data.get("type") == "response.failed":

@@ -137,7 +137,8 @@ def _logprobs(given: dict[str, Any] | None) -> list[Any]:
             [c["token"], round(c["logprob"], 1), len(c["top_logprobs"])] for c in given["content"]
         ]
     pairs = zip(given["tokens"], given["token_logprobs"], given["text_offset"], strict=True)
-    return [[token, round(logprob, 1), offset] for token, logprob, offset in pairs]
+    # The first token of an echoed prompt has none.
+    return [[token, logprob and round(logprob, 1), offset] for token, logprob, offset in pairs]
 
 
 PROMPT = "The three primary colours are"
@@ -186,6 +187,25 @@ ANSWERS: dict[str, tuple[str, dict[str, Any], Method]] = {
         "/v1/chat/completions",
         GREEDY | {"messages": CHAT, "max_tokens": 16, "logprobs": True, "top_logprobs": 2},
         Method.RESUME,
+    ),
+    # The tokens that a grammar forbids have a logprob of minus infinity.
+    "a grammar with top_logprobs": (
+        "/v1/chat/completions",
+        GREEDY
+        | {"messages": CHAT, "max_tokens": 8, "logprobs": True, "top_logprobs": 5}
+        | {"structured_outputs": {"choice": ["yes and no", "no and yes"]}},
+        Method.REPEAT,
+    ),
+    "a grammar with logprobs of completions": (
+        "/v1/completions",
+        COMPLETION | {"max_tokens": 8, "logprobs": 3, "structured_outputs": {"regex": "[ab]{6}"}},
+        Method.REPEAT,
+    ),
+    "echo": ("/v1/completions", COMPLETION | {"echo": True}, Method.RESUME),
+    "echo and logprobs": (
+        "/v1/completions",
+        COMPLETION | {"echo": True, "logprobs": 2},
+        Method.REPEAT,
     ),
     "presence and frequency": (
         "/v1/completions",

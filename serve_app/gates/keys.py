@@ -45,11 +45,22 @@ class KeyRing:
         self._read_at = -_REREAD_S
 
     def holder(self, key: str) -> str | None:
-        """Whose `key` is; None for no key of ours. Takes a time that does not tell how nearly."""
+        """The name of the tenant that has this key; None: nobody has.
+
+        A header has bytes, and `key` is what they are as latin-1. Clients send a key beyond ASCII
+        as UTF-8, some as latin-1; either is accepted. The time that this takes does not depend on
+        how nearly a key matches.
+        """
         self._reread()
-        given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        sent = {key.encode("utf-8", "surrogateescape"), key.encode("latin-1", "replace")}
+        digests = [hashlib.sha256(each).digest() for each in sent]
         known = self._from_env + self._from_file
-        found = [name for name, digest in known if hmac.compare_digest(given, digest)]
+        found = [
+            name
+            for name, digest in known
+            for given in digests
+            if hmac.compare_digest(given, digest)
+        ]
         return found[0] if found else None
 
     def __len__(self) -> int:

@@ -5,7 +5,6 @@ events, an answer that breaks off. What a request is about is never looked at.
 """
 
 import asyncio
-import re
 import time
 import uuid
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app import events
 from serve_app.gates import routes
 from serve_app.gates.keys import OPEN_PATHS, tenant
 from serve_app.observe import metrics
@@ -22,8 +22,8 @@ from serve_app.observe.tracing import Tracer
 from serve_app.settings import Replicas
 
 ID_HEADER = b"x-request-id"
-# What else a client sends for an id is not put into logs and traces.
-_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+# So much of an id that a client sent is in logs and traces.
+_MOST_ID_CHARACTERS = 1024
 
 
 class Meter:
@@ -114,7 +114,7 @@ class _Answer:
 
     Attributes:
         status: what it began with; 0 before.
-        reason: the code of the error of ours that it is, or ended with.
+        reason: the code of the error that it is, or ended with.
         events: pieces of a stream.
         left: the client left before its end.
     """
@@ -144,6 +144,7 @@ class _Answer:
         else:
             self._over = not message.get("more_body", False)
             if self._streaming and message.get("body") and code is None:
+                self.reason = self.reason or events.error_in(message["body"])
                 self._event()
         await self._send(message)
 
@@ -185,14 +186,16 @@ class _Answer:
 
 
 def _identify(scope: Scope) -> str:
-    """The request's id. Ray Serve gives one to what came without, and tells the client."""
-    given: str = dict(scope["headers"]).get(ID_HEADER, b"").decode("latin-1")
-    if _ID.fullmatch(given):
-        return given
-    request_id = uuid.uuid4().hex
-    others = [(name, value) for name, value in scope["headers"] if name != ID_HEADER]
-    scope["headers"] = [*others, (ID_HEADER, request_id.encode())]
-    return request_id
+    """The request's id: the first one that the client sent, which Ray Serve puts into the answer.
+
+    Whoever comes after this sees one id. Ray Serve has given one to a request that had none.
+    """
+    given = [value for name, value in scope["headers"] if name == ID_HEADER]
+    request_id = given[0] if given else uuid.uuid4().hex.encode()
+    if len(given) != 1:
+        others = [(name, value) for name, value in scope["headers"] if name != ID_HEADER]
+        scope["headers"] = [*others, (ID_HEADER, request_id)]
+    return request_id.decode("latin-1")[:_MOST_ID_CHARACTERS]
 
 
 def _attributes(answer: _Answer) -> dict[str, Any]:

@@ -44,6 +44,21 @@ async def test_every_route_but_health_asks(path: str, monkeypatch: pytest.Monkey
     assert await status(ring, "/health") == 200
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "ключ", "鍵", "plain"])
+async def test_a_key_in_any_script_is_accepted_as_clients_send_it(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEYS", f"tenant {key}")
+    ring = KeyRing(ApiKeys(env="KEYS"))
+    assert ring.holder(key.encode().decode("latin-1")) == "tenant"
+    assert ring.holder(key) == "tenant"
+    assert ring.holder(key + "x") is None
+    async with client(ring) as http:
+        bearer = b"Bearer " + key.encode()
+        answer = await http.get("/v1/models", headers=[(b"authorization", bearer)])
+    assert answer.status_code == 200
+
+
 async def test_a_refusal_has_the_shape_of_openai(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEYS", "one")
     async with client(KeyRing(ApiKeys(env="KEYS"))) as http:

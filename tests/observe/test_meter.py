@@ -9,8 +9,11 @@ from contextvars import copy_context
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.registry import REGISTRY
+from ray.serve._private.http_util import RequestIdMiddleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import TooManyRequests, Unauthorized
@@ -192,10 +195,53 @@ async def test_a_request_keeps_its_id_or_gets_one(watched: Watched) -> None:
     await watched.ask(streams(0.0), **{"x-request-id": "id-7"})
     assert watched.line["request_id"] == "id-7"
     other = Watched(watched.model)
-    await other.ask(streams(0.0), **{"x-request-id": "a\nb " + "x" * 500})
+    await other.ask(streams(0.0))
     given = dict(other.scope["headers"])[b"x-request-id"].decode()
     assert other.line["request_id"] == given
     assert len(given) == 32
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [["my id, with spaces"], ["first", "second"], ['"quoted" \\ {id}'], ["größe"], ["x" * 400], []],
+)
+async def test_the_id_in_the_log_is_the_one_in_the_answer(
+    watched: Watched, sent: list[str]
+) -> None:
+    """Ray Serve's own middleware puts it into the answer."""
+    seen: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(value for name, value in scope["headers"] if name == b"x-request-id")
+        await PlainTextResponse("x")(scope, receive, send)
+
+    log = Log(logging.StreamHandler(watched.written), replica="r")
+    stack = RequestIdMiddleware(Meter(app, watched.model, Replicas(), log))
+    transport = httpx.ASGITransport(stack)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        headers = [(b"x-request-id", one.encode("latin-1")) for one in sent]
+        answer = await client.get("/v1/models", headers=headers)
+    raw = dict(answer.headers.raw)[b"x-request-id"]
+    assert watched.line["request_id"] == raw.decode("latin-1")
+    assert seen == [raw], "whoever comes later sees another id"
+
+
+@pytest.mark.parametrize(
+    ("event", "code"),
+    [
+        (b'data: {"error": {"type": "BadRequestError", "code": 400}}', "BadRequestError"),
+        (b'event: error\ndata: {"type": "error", "error": {"type": "api_error"}}', "api_error"),
+    ],
+)
+async def test_a_stream_that_ends_in_an_error_has_its_reason(
+    watched: Watched, event: bytes, code: str
+) -> None:
+    async def end(send: Send) -> None:
+        await send({"type": "http.response.body", "body": event + b"\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    await watched.ask(streams(0.0, end=end))
+    assert (watched.line["status"], watched.line["reason"]) == (500, code)
 
 
 async def test_prompts_and_keys_are_in_no_log(watched: Watched) -> None:

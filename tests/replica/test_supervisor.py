@@ -111,6 +111,37 @@ async def test_how_long_an_engine_is_silent_is_known_until_it_answers(engine: Fa
     task.cancel()
 
 
+async def test_an_engine_in_a_long_step_is_silent_and_not_stalled(engine: FakeEngine) -> None:
+    """It works, so whoever waits for it goes on waiting; until it has been silent for too long."""
+    engine.answers = False
+    watch = Supervisor(engine, 0.3, lambda: 1, lambda status: None)
+    task = asyncio.create_task(watch.watch())
+    stalled = []
+    async with asyncio.timeout(10):
+        while not task.done():
+            engine.cpu_s += 0.01
+            stalled.append(watch.stalled_s)
+            await asyncio.sleep(0.001)
+    assert not any(stalled)
+    assert "silent" in str(watch.failure)
+
+
+async def test_an_engine_that_is_stopped_is_stalled_until_it_works_again(
+    engine: FakeEngine,
+) -> None:
+    engine.answers = False
+    watch = Supervisor(engine, 60.0, lambda: 1, lambda status: None)
+    task = asyncio.create_task(watch.watch())
+    async with asyncio.timeout(10):
+        while watch.stalled_s < 0.05:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        assert watch.stalled_s == watch.silent_s
+        engine.last_sign_s += 1
+        while watch.stalled_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    task.cancel()
+
+
 async def test_a_probe_that_fails_is_a_failure(engine: FakeEngine) -> None:
     async def broken() -> None:
         raise RuntimeError("worker gone")

@@ -9,11 +9,12 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 import msgspec
 
 from serve_app.continuation import Progress
-from serve_app.replica.backend import CONTINUE_HEADER, STALLED_HEADER, TOKEN_HEADER
+from serve_app.replica.backend import CONTINUE_HEADER, STALLED_HEADER, TENANT_HEADER, TOKEN_HEADER
 
 
 @dataclass
@@ -43,7 +44,13 @@ class Fault:
 
 @dataclass
 class EngineServer:
-    """One replica. `faults` holds one entry for each coming request; none: all goes well."""
+    """One replica. `faults` holds one entry for each coming request; none: all goes well.
+
+    Attributes:
+        asked: what came along of an answer, and the body, of each request.
+        tenants: in whose name each came.
+        status, whole: what is answered where no stream is asked for; no body: the tokens' text.
+    """
 
     name: str
     length: int = 10
@@ -51,6 +58,9 @@ class EngineServer:
     method: str = "resume"
     faults: list[Fault | None] = field(default_factory=list)
     asked: list[tuple[Progress | None, bytes]] = field(default_factory=list)
+    tenants: list[str] = field(default_factory=list)
+    status: int = 200
+    whole: bytes = b""
     left: int = 0
     deaf: bool = False
     stalled_s: float = 0.0
@@ -86,7 +96,8 @@ class EngineServer:
     async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = await reader.readuntil(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
-        headers = dict(line.lower().split(": ", 1) for line in lines if line)
+        named = (line.split(": ", 1) for line in lines if line)
+        headers = {name.lower(): value for name, value in named}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         if self.deaf:
             await asyncio.sleep(3600)
@@ -100,6 +111,7 @@ class EngineServer:
             progress = msgspec.json.decode(body[: int(length)], type=Progress)
             body = body[int(length) :]
         self.asked.append((progress, body))
+        self.tenants.append(unquote(headers.get(TENANT_HEADER, "")))
         fault = (self.faults.pop(0) if self.faults else None) or Fault()
         if fault.status is not None:
             writer.write(_whole(fault.status, b'{"error": {"message": "told to"}}'))
@@ -111,9 +123,8 @@ class EngineServer:
             raise ConnectionResetError
         if fault.cut_after is not None:
             return False
-        writer.write(
-            _whole(200, json.dumps({"text": "".join(map(_text, range(self.length)))}).encode())
-        )
+        text = {"text": "".join(map(_text, range(self.length)))}
+        writer.write(_whole(self.status, self.whole or json.dumps(text).encode()))
         return True
 
     async def _stream(

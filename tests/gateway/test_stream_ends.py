@@ -1,0 +1,177 @@
+"""However replicas fail, a stream ends with its last event or with an error event.
+
+Properties over random cuts, refusals, stalls, errors and malformed answers, against small real
+servers; and over random cuts of the bytes that a gateway reads.
+"""
+
+import asyncio
+import io
+import itertools
+import json
+import logging
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.types import Receive, Scope, Send
+
+from serve_app.continuation import Malformed, Marks, Method, Stream
+from serve_app.gateway.request import Request
+from serve_app.observe.logs import Log
+from serve_app.observe.meter import Meter
+from serve_app.settings import Replicas
+from tests.gateway.test_relay import WHOLE, Client, Fleet, fleet
+from tests.services.engine import EngineServer, Fault
+
+LENGTH = 10
+PLACES = st.integers(0, LENGTH)
+
+# What an engine never writes, or writes only when it fails.
+GARBAGE = st.sampled_from(
+    [
+        b"\n\n",
+        b"garbage\n\n",
+        b'{"error": {"message": "raw"}}\n\n',
+        b'data: {"text": \n\n',
+        b": how nonsense\n: t x y\n\n",
+        b": how resume\n: t 1 2 x\ndata: {}\n\n",
+        b': how resume\n: t 3\n: l [[[[3, null]], 1]]\ndata: {"text": ""}\n\n',
+        b": how resume\n: t 3\n: l [nonsense\ndata: {}\n\n",
+        b": end\ndata: {}\n\n",
+        b"\xff\xfe\n\n",
+        b"data: [DONE]\n\n",
+    ]
+)
+FAULTS = st.one_of(
+    st.builds(Fault, cut_after=PLACES, half=st.booleans(), orderly=st.booleans()),
+    st.builds(Fault, status=st.sampled_from([200, 204, 400, 404, 422, 429, 500, 502, 503])),
+    st.builds(Fault, error_after=PLACES),
+    st.builds(Fault, stall_after=PLACES, stall_s=st.just(0.02)),
+    st.builds(
+        Fault,
+        cut_after=st.none() | PLACES,
+        half=st.booleans(),
+        instead=st.dictionaries(PLACES, GARBAGE, max_size=3),
+    ),
+)
+FLEETS = st.lists(st.lists(FAULTS, max_size=3), min_size=1, max_size=3)
+# Of these no part of the stream is changed: where such a stream is called complete, it is.
+HONEST = st.lists(
+    st.lists(FAULTS.filter(lambda fault: not fault.instead), max_size=3), min_size=1, max_size=3
+)
+
+
+def asked(faults: list[list[Fault]], method: str, **relay: Any) -> tuple[Client, dict[str, Any]]:
+    """What a client sees of one stream, and the line in the log."""
+    engines = [
+        EngineServer(f"e{place}", length=LENGTH, method=method, faults=list(each))
+        for place, each in enumerate(faults)
+    ]
+    written = io.StringIO()
+    client = Client()
+
+    async def run() -> None:
+        async with fleet(*engines, replica_timeout_s=0.3, **relay) as there:
+            await metered(there, written)(SCOPE, _receive, client.send)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    return client, json.loads(written.getvalue().splitlines()[-1])
+
+
+SCOPE: Scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+
+
+async def _receive() -> dict[str, Any]:
+    return {"type": "http.request", "body": b""}
+
+
+def metered(there: Fleet, written: io.StringIO) -> Meter:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        body = json.dumps({"model": "m", "prompt": "p", "stream": True}).encode()
+        await there.relay(Request.of(dict(scope), body, "x-session-id"), send)
+
+    return Meter(app, "m", Replicas(), Log(logging.StreamHandler(written), replica="r"))
+
+
+SLOW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@SLOW
+@given(FLEETS, st.sampled_from(["resume", "repeat", "never"]), st.integers(1, 4))
+def test_a_stream_ends_with_its_last_event_or_an_error(
+    faults: list[list[Fault]], method: str, max_deaths: int
+) -> None:
+    client, line = asked(faults, method, max_deaths=max_deaths)
+    assert client.over
+    assert b": how" not in client.body
+    if client.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+        assert client.body.endswith(b"\n\n")
+        events = client.body.split(b"\n\n")[:-1]
+        failed = [event for event in events if b'"error"' in event]
+        assert failed or events[-1] == b"data: [DONE]"
+        assert events[-1] == b"data: [DONE]" or events[-1] == failed[-1]
+        assert line["status"] == (500 if failed else 200)
+        assert bool(line.get("reason")) == bool(failed)
+    elif client.status >= 400:
+        assert json.loads(client.body)["error"]
+        assert line["status"] == client.status
+
+
+@SLOW
+@given(HONEST, st.sampled_from(["resume", "repeat", "never"]), st.integers(1, 4))
+def test_what_a_client_is_sent_is_a_part_of_the_right_answer_and_all_of_it_if_it_ends_well(
+    faults: list[list[Fault]], method: str, max_deaths: int
+) -> None:
+    client, line = asked(faults, method, max_deaths=max_deaths)
+    if not client.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+        return
+    assert WHOLE.startswith(client.text)
+    assert client.events.count(b"[DONE]") <= 1
+    if line["status"] == 200:
+        assert client.text == WHOLE
+        names = {(event["id"], event["created"]) for event in client.events[:-1]}
+        assert len(names) == 1, "two answers in one"
+
+
+def events_of(length: int, method: Method = Method.RESUME) -> list[bytes]:
+    engine = EngineServer("a", length=length, method=method.value)
+    return list(engine._events(None))
+
+
+@given(st.integers(1, 8), st.data())
+def test_events_are_the_same_however_their_bytes_are_cut(length: int, data: st.DataObject) -> None:
+    raw = b"".join(events_of(length))
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)), max_size=12)) | {0, len(raw)})
+    stream, got = Stream(), []
+    for start, end in itertools.pairwise(cuts):
+        got += stream.events(raw[start:end])
+    assert b"\n\n".join(got) + b"\n\n" == b"".join(
+        event[event.index(b"data: ") :] for event in events_of(length)
+    )
+    assert stream.ended
+    stream.finish()
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_break_the_reading_of_a_stream(raw: bytes) -> None:
+    stream = Stream()
+    try:
+        for event in stream.events(raw + b"\n\n"):
+            assert event.startswith((b"data: ", b"event: "))
+        stream.finish()
+    except Malformed:
+        assert not stream.ended
+
+
+@pytest.mark.parametrize("logprob", [-0.5, float("-inf"), -9999.0])
+def test_a_token_that_a_grammar_forbids_has_a_logprob_that_travels(logprob: float) -> None:
+    marks, stream = Marks(), Stream()
+    marks.how(Method.REPEAT)
+    marks.group([5], [([(5, -0.1), (6, logprob)], 1)])
+    assert stream.events(marks.take() + b'data: {"text": "x"}\n\n')
+    assert stream.continuable
+    assert stream.progress.logprobs is not None
+    (likeliest, _), *_ = stream.progress.logprobs
+    expected = None if logprob == float("-inf") else logprob
+    assert likeliest[1] == (6, expected)

@@ -6,6 +6,7 @@ unknown otherwise: a rule says nothing about what it cannot see.
 """
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,12 +72,27 @@ class Group:
     def hosts(self) -> int:
         return int(self.spec.get("numOfHosts") or 1)
 
-    def resource(self, key: str) -> float:
-        """A limit of Ray's container: what the operator tells Ray of it."""
-        given = {"nvidia.com/gpu": "num-gpus", "cpu": "num-cpus"}.get(key)
-        if given and given in self.start:
-            return quantity(self.start[given])
-        return quantity(at(self.container, "resources", "limits", key) or 0)
+    @property
+    def gpus(self) -> float:
+        """The GPUs that the operator tells Ray of: of any vendor."""
+        limits = _mapping(at(self.container, "resources", "limits"))
+        of_pod = sum(quantity(value) for key, value in limits.items() if key.endswith("gpu"))
+        return self._told("num-gpus", "GPU", of_pod)
+
+    @property
+    def cpus(self) -> float | None:
+        """The cores that the operator tells Ray of; None where it says none."""
+        resources = _mapping(self.container.get("resources"))
+        found = at(resources, "limits", "cpu") or at(resources, "requests", "cpu")
+        told = self._told("num-cpus", "CPU", quantity(found) if found is not None else -1.0)
+        return None if told < 0 else told
+
+    def _told(self, parameter: str, resource: str, of_pod: float) -> float:
+        if self.start.get(parameter) not in (None, ""):
+            return quantity(self.start[parameter])
+        own = _mapping(self.spec.get("resources"))
+        given = {key.upper(): value for key, value in own.items()}.get(resource)
+        return of_pod if given is None else quantity(given)
 
     def ports(self) -> dict[str, int]:
         found = self.container.get("ports") or []
@@ -127,7 +143,21 @@ class Service:
 
     @property
     def autoscaler_v2(self) -> bool:
-        return self.autoscaling and at(self.cluster, "autoscalerOptions", "version") == "v2"
+        return self.autoscaling and self.asks_for_v2
+
+    @property
+    def asks_for_v2(self) -> bool:
+        """Whether it names autoscaler v2, switched on or not."""
+        return bool(at(self.cluster, "autoscalerOptions", "version") == "v2")
+
+    @property
+    def annotations(self) -> Mapping[str, Any]:
+        return _mapping(at(self.document, "metadata", "annotations"))
+
+    def ray_at_least(self, *wanted: int) -> bool:
+        """Whether rayVersion is a version, and at least this one."""
+        found = re.match(r"v?(\d+)\.(\d+)", str(self.cluster.get("rayVersion", "")))
+        return found is not None and (int(found[1]), int(found[2])) >= wanted
 
     @property
     def upgrade(self) -> str:
@@ -140,7 +170,8 @@ class Service:
         """serveConfigV2, parsed, with the lines of this file. Empty where it is not YAML."""
         text = self.spec.get("serveConfigV2")
         if not isinstance(text, str):
-            return {}
+            # A mapping is a mistake, but what is in it can be judged.
+            return _mapping(text)
         # A block begins on the line after its key; its margin is already gone.
         offset = (
             text.first - 1 if isinstance(text, Text) else self.line("spec", "serveConfigV2") - 1
@@ -162,6 +193,19 @@ class Service:
             for index, deployment in enumerate(_mapping(application).get("deployments") or []):
                 path = ("applications", place, "deployments", index)
                 yield path, _mapping(deployment)
+
+    def llms(self) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+        """Every model of applications that ray.serve.llm builds, with its path inside."""
+        for place, application in enumerate(self.serve.get("applications") or []):
+            if str(at(application, "import_path")).startswith("ray.serve.llm"):
+                for index, config in enumerate(at(application, "args", "llm_configs") or []):
+                    yield ("applications", place, "args", "llm_configs", index), _mapping(config)
+
+    def llm_scaling(self) -> Iterator[tuple[Path, Any]]:
+        """The autoscaling_config of each of these."""
+        for path, config in self.llms():
+            scaling = at(config, "deployment_config", "autoscaling_config")
+            yield (*path, "deployment_config", "autoscaling_config"), scaling
 
     # --- the environment -------------------------------------------------------------------
 

@@ -4,12 +4,24 @@ Each says what the operator (1.7) or Ray does with what is written, on which lin
 """
 
 from kuberay.rayservice import Service
-from kuberay.rules import controller, doors, drain, pods, ports, scaling, upgrades, variables
+from kuberay.rules import (
+    doors,
+    drain,
+    operator,
+    ours,
+    pods,
+    ports,
+    reach,
+    scaling,
+    serve,
+    upgrades,
+    variables,
+)
 from kuberay.rules.finding import ERROR, RULES, WARNING, Finding
 from kuberay.rules.upgrades import edits
 
 __all__ = ["ERROR", "RULES", "WARNING", "Finding", "edits", "findings"]
-_ = (controller, doors, drain, pods, ports, scaling, upgrades, variables)
+_ = (doors, drain, operator, ours, pods, ports, reach, scaling, serve, upgrades, variables)
 
 
 def findings(service: Service, ignored: frozenset[str] = frozenset()) -> list[Finding]:

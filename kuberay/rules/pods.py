@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from kuberay.lines import at
-from kuberay.rayservice import Service
+from kuberay.rayservice import Group, Service
 from kuberay.rules.finding import ERROR, WARNING, Finding, rule
 
 # Known to have no wget, by the part of the name before the tag; a tag may say so too.
@@ -20,7 +20,7 @@ def _no_wget(service: Service) -> Iterator[Finding]:
         image = str(group.container.get("image", ""))
         if not _BARE_IMAGES.search(image):
             continue
-        injected = [p for p in ("livenessProbe", "readinessProbe") if p not in group.container]
+        injected = _probes_with_wget(service, group)
         if injected:
             yield Finding(
                 "no-wget", ERROR, service.line(*group.container_path, "image"),
@@ -28,6 +28,44 @@ def _no_wget(service: Service) -> Iterator[Finding]:
                 f"{group.name}: the pod never becomes ready, and is killed",
                 f"install wget in the image, or write {' and '.join(injected)} without it",
             )  # fmt: skip
+
+
+def _probes_with_wget(service: Service, group: Group) -> list[str]:
+    """Which of the probes that the operator adds call wget.
+
+    From Ray 2.53 on they ask over HTTP, but for a worker's readiness, which asks its proxy too.
+    """
+    lacking = [p for p in ("livenessProbe", "readinessProbe") if p not in group.container]
+    if not service.ray_at_least(2, 53):
+        return lacking
+    return [] if group.head else [probe for probe in lacking if probe == "readinessProbe"]
+
+
+@rule("gpu-toleration")
+def _gpu_toleration(service: Service) -> Iterator[Finding]:
+    """GPU nodes are tainted, so that nothing else fills them."""
+    for group in service.workers:
+        if not group.gpus or _tolerates_gpus(group):
+            continue
+        selector = group.pod.get("nodeSelector") or {}
+        # Those of cluster.yaml, which are known to be tainted.
+        ours = selector.get("qwen-ray-serve/workers") not in (None, "cpu")
+        yield Finding(
+            "gpu-toleration", ERROR if ours else WARNING, service.line(*group.pod_path),
+            f"pods of {group.name} ask for GPUs and do not tolerate the taint nvidia.com/gpu: "
+            + ("the nodes that they choose have it" if ours else "where nodes have it, they wait"),
+            "tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]",
+        )  # fmt: skip
+
+
+def _tolerates_gpus(group: Group) -> bool:
+    for each in group.pod.get("tolerations") or []:
+        key, operator = at(each, "key"), at(each, "operator") or "Equal"
+        effect = at(each, "effect") in (None, "", "NoSchedule")
+        of_gpus = key == "nvidia.com/gpu" and (operator == "Exists" or at(each, "value") == "true")
+        if effect and (of_gpus or (not key and operator == "Exists")):
+            return True
+    return False
 
 
 @rule("version-differs")

@@ -60,22 +60,50 @@ def _monitored(service: Service, monitor: Mapping[str, Any]) -> Iterator[Finding
 @rule("serve-port")
 def _serve_port(service: Service) -> Iterator[Finding]:
     port = int(at(service.serve, "http_options", "port") or SERVE_PORT)
-    head = service.head.ports().get("serve")
-    if head is None and "serveService" not in service.spec:
+    line = service.line(*service.head.container_path, "ports")
+    mend = f"declare {{name: serve, containerPort: {port}}} on the head, even if it serves none"
+    served = _served_ports(service)
+    if not served:
         yield Finding(
-            "serve-port", ERROR, service.line(*service.head.container_path, "ports"),
-            "the head declares no port named serve: the operator makes no service for requests",
-            f"declare {{name: serve, containerPort: {port}}} on the head, even if it serves none",
+            "serve-port", ERROR, line,
+            "the head declares ports, and none is named serve or serve-...: the operator makes no "
+            "service for requests",
+            mend,
         )  # fmt: skip
-    for group in service.groups:
-        declared = group.ports().get("serve", None if group.head else SERVE_PORT)
-        if declared is not None and declared != port:
+    elif "serve" in served and served["serve"] != port:
+        yield Finding(
+            "serve-port", ERROR, line,
+            f"Ray Serve listens on {port}, and the service for requests leads to {served['serve']}",
+            mend,
+        )  # fmt: skip
+    for group in service.workers:
+        declared = group.ports().get("serve", SERVE_PORT)
+        # The operator asks this port only in the probe that it adds itself.
+        if declared != port and "readinessProbe" not in group.container:
             yield Finding(
                 "serve-port", ERROR, service.line(*group.container_path, "ports"),
                 f"Ray Serve listens on {port}, and the port named serve of {group.name} is "
                 f"{declared}: its readiness probe never succeeds",
                 f"declare {{name: serve, containerPort: {port}}}",
             )  # fmt: skip
+
+
+def _served_ports(service: Service) -> dict[str, int]:
+    """The ports of the service for requests, as BuildServeService of the operator makes it."""
+    found = {
+        name: number
+        for name, number in service.head.ports().items()
+        if name == "serve" or name.startswith("serve-")
+    }
+    if not service.head.container.get("ports"):
+        found = {"serve": SERVE_PORT}  # Of a head that declares none, the operator adds its own.
+    if service.upgrade == "NewClusterWithIncrementalUpgrade":
+        return found
+    for port in at(service.spec, "serveService", "spec", "ports") or []:
+        name, target = str(at(port, "name")), at(port, "targetPort") or at(port, "port")
+        if (name in found or not found) and isinstance(target, int):
+            found[name] = target
+    return found
 
 
 @rule("serve-host")

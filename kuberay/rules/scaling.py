@@ -1,39 +1,38 @@
 """Replicas that may grow where nobody adds a worker, or where there is no GPU for them."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kuberay.lines import at
-from kuberay.rayservice import UNBOUNDED, Service
+from kuberay.rayservice import UNBOUNDED, Group, Path, Service
 from kuberay.rules.finding import ERROR, WARNING, Finding, rule
 from kuberay.rules.ours import ours
 
 
 @dataclass(frozen=True)
 class _Growth:
-    """How many replicas of something there may be, and what each needs."""
+    """How many replicas of something there may be, and what each needs.
+
+    Attributes:
+        spread: a replica may take GPUs of several nodes.
+    """
 
     name: str
     line: int
     least: float
     most: float
     gpus: float
+    cpus: float = 0.0
+    spread: bool = False
 
 
 def _growth(service: Service) -> Iterator[_Growth]:
     for path, deployment in service.deployments():
-        scaling = deployment.get("autoscaling_config") or {}
-        fixed = deployment.get("num_replicas")
-        gpus = float(at(deployment, "ray_actor_options", "num_gpus") or 0)
-        name = str(deployment.get("name", "?"))
-        if scaling or fixed == "auto":
-            auto = 100 if fixed == "auto" else 1  # Serve's own maximum of each.
-            most = float(scaling.get("max_replicas", auto))
-            least = float(scaling.get("min_replicas", 1))
-            key = "autoscaling_config" if scaling else "num_replicas"
-            yield _Growth(name, service.serve_line(*path, key), least, most, gpus)
-        elif isinstance(fixed, int):
-            yield _Growth(name, service.serve_line(*path, "num_replicas"), fixed, fixed, gpus)
+        yield _of_deployment(service, path, deployment)
+    for path, config in service.llms():
+        yield _of_llm(service, path, config)
     for place, settings in ours(service):
         path = ("applications", place, "args", "replicas")
         replicas = settings.replicas
@@ -43,14 +42,60 @@ def _growth(service: Service) -> Iterator[_Growth]:
         yield _Growth("engine", line, replicas.min, replicas.max, gpus)
 
 
+def _of_deployment(service: Service, path: Path, deployment: Mapping[str, Any]) -> _Growth:
+    least, most, key = _bounds(deployment, 1)
+    bundles = deployment.get("placement_group_bundles") or []
+    options = deployment.get("ray_actor_options") or {}
+    gpus = sum(float(at(each, "GPU") or 0) for each in bundles) or options.get("num_gpus") or 0
+    return _Growth(
+        name=str(deployment.get("name", "?")),
+        line=service.serve_line(*path, key),
+        least=least,
+        most=most,
+        gpus=float(gpus),
+        cpus=float(options.get("num_cpus") or 0),
+        spread=bool(bundles) and deployment.get("placement_group_strategy") != "STRICT_PACK",
+    )
+
+
+def _of_llm(service: Service, path: Path, config: Mapping[str, Any]) -> _Growth:
+    """A model of ray.serve.llm: TP x PP GPUs a replica, and DP replicas that stand together."""
+    deployment, engine = config.get("deployment_config") or {}, config.get("engine_kwargs") or {}
+    sizes = [
+        int(engine.get(f"{word}_parallel_size") or 1) for word in ("tensor", "pipeline", "data")
+    ]
+    least, most, key = _bounds(deployment, 1)
+    name = str(at(config, "model_loading_config", "model_id") or "the model")
+    line = service.serve_line(*path, "deployment_config", key)
+    if not deployment:
+        line = service.serve_line(*path)
+    return _Growth(name, line, least, most, float(math.prod(sizes)), spread=True)
+
+
+def _bounds(deployment: Mapping[str, Any], default: int) -> tuple[float, float, str]:
+    """Least and most replicas, and the key that says so."""
+    scaling, fixed = deployment.get("autoscaling_config") or {}, deployment.get("num_replicas")
+    if scaling or fixed == "auto":
+        auto = 100 if fixed == "auto" else 1  # Serve's own maximum of each.
+        most = float(scaling.get("max_replicas", auto))
+        key = "autoscaling_config" if scaling else "num_replicas"
+        return float(scaling.get("min_replicas", 1)), most, key
+    count = float(fixed) if isinstance(fixed, int) else float(default)
+    return count, count, "num_replicas"
+
+
 @rule("autoscaler-off")
 def _autoscaler_off(service: Service) -> Iterator[Finding]:
     if service.autoscaling:
         return
-    grows = [each for each in _growth(service) if each.most > each.least]
+    grows = [
+        each
+        for each in _growth(service)
+        if each.most > each.least and not (each.gpus and each.most <= _room(service, each))
+    ]
     for each in grows:
         yield Finding(
-            "autoscaler-off", ERROR, each.line,
+            "autoscaler-off", WARNING, each.line,
             f"{each.name} may grow to {each.most:g} replicas, and no worker is ever added: "
             "enableInTreeAutoscaling is not true",
             "enableInTreeAutoscaling: true, with autoscalerOptions.version: v2",
@@ -71,17 +116,58 @@ def _autoscaler_off(service: Service) -> Iterator[Finding]:
 
 @rule("too-few-gpus")
 def _too_few_gpus(service: Service) -> Iterator[Finding]:
-    each = [(group, group.resource("nvidia.com/gpu")) for group in service.workers]
-    if not any(gpus for _, gpus in each):
-        return
     for growth in _growth(service):
-        if growth.gpus <= 0:
+        room = _room(service, growth) if growth.gpus > 0 else growth.most
+        if growth.most <= room:
             continue
-        room = sum(group.most * group.hosts * (gpus // growth.gpus) for group, gpus in each if gpus)
-        if growth.most > room:
+        each = f"{growth.gpus:g} GPU{'s' * (growth.gpus != 1)}"
+        if not any(group.gpus for group in service.groups):
+            yield _few(ERROR, growth, f"{growth.name} needs {each} a replica, and no pod has one",
+                       "resources.limits: {nvidia.com/gpu: ...} of a worker group")  # fmt: skip
+        elif growth.least > room:
+            yield _few(ERROR, growth, f"{growth.name} needs {growth.least:g} replicas of {each}, "
+                       f"and all pods at their maximum hold {room:g}: it never gets ready",
+                       "more GPUs a worker, a higher maxReplicas, or a smaller engine")  # fmt: skip
+        elif service.autoscaling:  # Without it, another rule says so.
+            yield _few(WARNING, growth, f"{growth.name} may grow to {growth.most:g} replicas of "
+                       f"{each}, and all pods at their maximum hold {room:g}: the rest waits for "
+                       "ever", "a higher maxReplicas, or fewer replicas")  # fmt: skip
+
+
+def _few(severity: str, growth: _Growth, found: str, mend: str) -> Finding:
+    return Finding("too-few-gpus", severity, growth.line, found, mend)
+
+
+def _room(service: Service, growth: _Growth) -> float:
+    """How many of these replicas the GPUs of all pods at their maximum hold."""
+    nodes = [(_most_nodes(service, group), group.gpus) for group in service.groups]
+    if growth.spread:
+        return sum(most * gpus for most, gpus in nodes) // growth.gpus
+    return sum(most * (gpus // growth.gpus) for most, gpus in nodes)
+
+
+def _most_nodes(service: Service, group: Group) -> int:
+    if group.head:
+        return 1
+    if service.autoscaling:
+        return group.most * group.hosts
+    # Nobody changes it: as many as are asked for, within the bounds.
+    asked = int(group.spec.get("replicas") or group.least)
+    return min(max(asked, group.least), group.most) * group.hosts
+
+
+@rule("too-few-cpus")
+def _too_few_cpus(service: Service) -> Iterator[Finding]:
+    """A replica whose cores no pod has."""
+    cores = [group.cpus for group in service.groups if _most_nodes(service, group) > 0]
+    if not cores or None in cores:
+        return  # A pod without a limit may have any number.
+    largest = max(each for each in cores if each is not None)
+    for growth in _growth(service):
+        if growth.least > 0 and growth.cpus > largest:
             yield Finding(
-                "too-few-gpus", ERROR, growth.line,
-                f"{growth.name} may grow to {growth.most:g} replicas of {growth.gpus:g} GPUs, and "
-                f"all workers at their maximum hold {room:g}: the rest waits for ever",
-                "a higher maxReplicas, or fewer replicas",
+                "too-few-cpus", ERROR, growth.line,
+                f"{growth.name} needs {growth.cpus:g} CPUs a replica, and no pod has more than "
+                f"{largest:g}: it never starts",
+                "a lower ray_actor_options.num_cpus, or a larger worker",
             )  # fmt: skip

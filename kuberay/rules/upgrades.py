@@ -63,8 +63,22 @@ def _upgrade_options(service: Service) -> Iterator[Finding]:
             "the operator refuses an incremental upgrade without Ray's autoscaler",
             "enableInTreeAutoscaling: true",
         )  # fmt: skip
+    yield from _upgrade_bounds(service, options, line)
+    if "serveService" in service.spec:
+        yield Finding(
+            "upgrade-options", WARNING, service.line("spec", "serveService"),
+            "clients of serveService bypass the Gateway that an incremental upgrade shifts traffic "
+            "with, and its type and annotations are not used",
+            "let clients reach the Gateway, and annotate that",
+        )  # fmt: skip
+
+
+def _upgrade_bounds(service: Service, options: Any, line: int) -> Iterator[Finding]:
+    """ValidateClusterUpgradeOptions."""
     missing = [
-        k for k in ("gatewayClassName", "intervalSeconds", "stepSizePercent") if not options.get(k)
+        key
+        for key in ("gatewayClassName", "intervalSeconds", "stepSizePercent")
+        if options.get(key) in (None, "")
     ]
     if missing:
         yield Finding(
@@ -72,12 +86,29 @@ def _upgrade_options(service: Service) -> Iterator[Finding]:
             f"clusterUpgradeOptions lack {', '.join(missing)}",
             "name a GatewayClass of the cluster, a step and an interval",
         )  # fmt: skip
-    if "serveService" in service.spec:
+    surge, step = options.get("maxSurgePercent", 100), options.get("stepSizePercent")
+    interval_s = options.get("intervalSeconds")
+    wrong = []
+    if not 0 <= surge <= 100:
+        wrong.append(("maxSurgePercent", f"maxSurgePercent {surge}", "0 to 100"))
+    if step is not None and not 0 <= step <= 100:
+        wrong.append(("stepSizePercent", f"stepSizePercent {step}", "0 to 100"))
+    elif step is not None and step > surge:
+        found = f"stepSizePercent {step} above maxSurgePercent {surge}"
+        wrong.append(("stepSizePercent", found, "a step of at most the surge"))
+    if interval_s is not None and interval_s <= 0:
+        wrong.append(("intervalSeconds", f"intervalSeconds {interval_s}", "1 or more"))
+    path = ("spec", "upgradeStrategy", "clusterUpgradeOptions")
+    for key, found, mend in wrong:
         yield Finding(
-            "upgrade-options", WARNING, service.line("spec", "serveService"),
-            "clients of serveService bypass the Gateway that an incremental upgrade shifts traffic "
-            "with, and its type and annotations are not used",
-            "let clients reach the Gateway, and annotate that",
+            "upgrade-options", ERROR, service.line(*path, key),
+            f"the operator refuses {found}", mend,
+        )  # fmt: skip
+    if step == 0:
+        yield Finding(
+            "upgrade-options", WARNING, service.line(*path, "stepSizePercent"),
+            "a step of 0 % moves no request to the new cluster: the upgrade never ends",
+            "1 or more",
         )  # fmt: skip
 
 

@@ -87,6 +87,9 @@ spec:
       template:
         spec:
           terminationGracePeriodSeconds: 120
+          tolerations:
+          - key: nvidia.com/gpu
+            operator: Exists
           containers:
           - name: ray-worker
             image: rayproject/ray:2.60.0

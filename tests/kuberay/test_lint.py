@@ -14,7 +14,7 @@ from kuberay.errors import EksError
 from kuberay.lines import line_of, load_all
 from kuberay.lint import Found, lint
 from kuberay.rules import ERROR, WARNING
-from tests.kuberay import schemas
+from tests.kuberay import manifests, schemas
 from tests.kuberay.planted_service import SOUND, document, line, planted
 
 ROOT = Path(__file__).parents[2]
@@ -151,8 +151,16 @@ FAULTS = {
         "secret-in-file", "HF_TOKEN", "secretKeyRef",
     ),
     "a password in the file": (
-        planted("        num-cpus: '0'\n", "        num-cpus: '0'\n        redis-password: '5241590000000000'\n"),
-        "secret-in-file", "redis-password", "secretKeyRef",
+        planted("        valueFrom:\n          secretKeyRef:\n            name: redis\n            key: password\n", "        value: '5241590000000000'\n"),
+        "secret-in-file", "redisPassword", "secretKeyRef",
+    ),
+    "a balancer for everybody": (
+        planted(SERVE, "  serveService: {spec: {type: LoadBalancer}}\n" + SERVE),
+        "open-to-internet", "serveService", "internal",
+    ),
+    "GPUs without a toleration": (
+        planted("          tolerations:\n          - key: nvidia.com/gpu\n            operator: Exists\n", ""),
+        "gpu-toleration", "spec:", "tolerations",
     ),
     "replicas on the head": (
         planted("        num-cpus: '0'\n", "        dashboard-host: 0.0.0.0\n"),
@@ -198,8 +206,71 @@ def test_each_fault_is_found_alone_on_its_line_with_a_mend(name: str) -> None:
 
 def test_every_rule_has_a_planted_fault() -> None:
     planted_rules = {rule for _, rule, _, _ in FAULTS.values()}
-    elsewhere = {"haproxy-alone", "frozen-edit"}  # Below.
+    planted_rules |= {mutation.rule for mutation in manifests.BROKEN}
+    elsewhere = {"haproxy-alone", "frozen-edit", "our-settings"}  # Below.
     assert planted_rules | elsewhere == set(rules.RULES)
+
+
+def errors(text: str) -> set[str]:
+    return {e.finding.rule for e in found(text) if e.finding.severity == ERROR}
+
+
+@pytest.mark.parametrize("mutation", manifests.HARMLESS, ids=lambda each: each.name)
+def test_a_harmless_change_is_no_error(mutation: manifests.Mutation) -> None:
+    assert errors(manifests.made(mutation)) == set()
+
+
+@pytest.mark.parametrize("mutation", manifests.BROKEN, ids=lambda each: each.name)
+def test_what_breaks_is_an_error_with_its_line_and_a_mend(mutation: manifests.Mutation) -> None:
+    text = manifests.made(mutation)
+    named = [e.finding for e in found(text) if e.finding.rule == mutation.rule]
+    assert ERROR in {each.severity for each in named}
+    assert all(1 <= each.line <= len(text.splitlines()) and each.mend for each in named)
+
+
+def test_precision_and_recall_over_manifests_made_by_mutation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each mutation alone, then pairs by chance, in which one change may hide another."""
+    cases = [(each,) for each in (*manifests.HARMLESS, *manifests.BROKEN)]
+    cases += manifests.pairs(seed=20, count=300)  # type: ignore[arg-type]
+    right = false = missed = clean = 0
+    wrong = []
+    for mutations in cases:
+        broken = {each.rule for each in mutations if each.rule}
+        said = errors(manifests.made(*mutations))
+        if broken:
+            right, missed = right + bool(said & broken), missed + (not said & broken)
+        else:
+            clean, false = clean + (not said), false + bool(said)
+        if not said & broken if broken else said:
+            wrong.append(([each.name for each in mutations], said))
+    precision, recall = right / (right + false), right / (right + missed)
+    with capsys.disabled():
+        print(
+            f"\nlint: {len(cases)} manifests made by mutation, {right + missed} broken and "
+            f"{clean + false} sound: precision {precision:.3f}, recall {recall:.3f}"
+        )
+    assert (false, missed) == (0, 0), wrong
+
+
+def test_the_keys_of_serve_are_those_of_the_installed_ray() -> None:
+    config = pytest.importorskip("ray.serve.config")
+    schema = pytest.importorskip("ray.serve.schema")
+    from kuberay.rules import serve
+
+    for known, model in (
+        (serve._CONFIG, schema.ServeDeploySchema),
+        (serve._HTTP, schema.HTTPOptionsSchema),
+        (serve._LOGGING, schema.LoggingConfig),
+        (serve._APPLICATION, schema.ServeApplicationSchema),
+        (serve._DEPLOYMENT, schema.DeploymentSchema),
+        (serve._ACTOR, schema.RayActorOptionsSchema),
+        (serve._SCALING, config.AutoscalingConfig),
+    ):
+        assert set(known) == set(model.model_fields), model.__name__
+    assert schema.LoggingConfig.model_config["extra"] == "forbid"
+    assert "extra" not in schema.DeploymentSchema.model_config
 
 
 @pytest.mark.parametrize("side", ["head", "worker"])

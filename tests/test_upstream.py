@@ -166,6 +166,21 @@ def test_17_rays_key_value_store_takes_a_namespace() -> None:
     assert parameters(internal_kv._internal_kv_put) == ["key", "value", "overwrite", "namespace"]
 
 
+def test_18_a_tool_parser_is_told_of_the_end() -> None:
+    from vllm.parser import abstract_parser
+    from vllm.tool_parsers.abstract_tool_parser import ToolParser
+    from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
+
+    flush = inspect.getsource(abstract_parser.DelegatingParser._flush_engine_parsers)
+    assert "engine_based_streaming" in flush
+    assert "finish_streaming" in flush
+    assert ToolParser.engine_based_streaming is False
+    assert Hermes2ProToolParser.structural_tag_model == "hermes"
+    assert parameters(ToolParser.get_structural_tag) == [
+        *("self", "request", "reasoning", "strict_level")
+    ]
+
+
 def _python(folder: Path) -> list[Path]:
     return [
         Path(root, name)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import measure, run
+from bench import measure, pareto, quality, run
 from bench.engine import kvcache, scale, scheduler, tune
 from bench.errors import BenchError
 from bench.faults import chaos
@@ -27,7 +27,7 @@ from bench.pages import console
 from bench.run import Job
 from bench.simulation import simulate
 from bench.traffic import access, workload
-from bench.traffic.client import Target
+from bench.traffic.client import PAGES, Target
 
 Options = argparse.Namespace
 
@@ -84,6 +84,11 @@ def _about_requests(found: dict[str, Any]) -> dict[str, Any]:
     ):
         known = [each[key] for each in answers if each[key] is not None]
         told[name] = sum(known) / len(known) if known else None
+    last = [each[-1]["acceptance_rate"] for each in found["server"] if each]
+    if known := [rate for rate in last if rate is not None]:
+        told["speculative_acceptance"] = sum(known) / len(known)
+    if found.get("efficiency"):
+        told |= {name: each["mean"] for name, each in found["efficiency"].items()}
     if found.get("sessions"):
         first = dict(found["sessions"][0])
         told["turns"] = {turn.pop("name"): turn for turn in first.pop("turns")}
@@ -133,6 +138,40 @@ def _search(options: Options) -> dict[str, Any]:
     )
     keys = ("rate", "fails_at", "goodput_per_s", "resolved")
     return _told(found, options, **{key: found[key] for key in keys})
+
+
+def _pareto(options: Options) -> dict[str, Any]:
+    users = pareto.users_of(options.users)
+    found = asyncio.run(pareto.curve(_job(options), users, options.per_user, options.out))
+    return _told(
+        found,
+        options,
+        curve={f"{each['users']} users": pareto.row(each) for each in found["curve"]},
+    )
+
+
+def _quality(options: Options) -> dict[str, Any]:
+    if options.write:
+        return _reference(options)
+    if options.out is None or (options.reference is None) == (options.answers is None):
+        raise BenchError("say --write FILE, or --out DIR with one of --reference and --answers")
+    scored = options.reference is None
+    references = quality.read(options.answers if scored else options.reference)
+    found = asyncio.run(
+        quality.judge(_target(options), references, options.tokens, scored, options.out)
+    )
+    shown = {key: value for key, value in found.items() if key not in _LONG}
+    return shown | {"out": str(options.out)}
+
+
+def _reference(options: Options) -> dict[str, Any]:
+    """Keep the answers of an engine that is as it should be."""
+    own = [each.prompt for each in quality.read(options.prompts)] if options.prompts else []
+    prompts = own or list(quality.PROMPTS)
+    answers = asyncio.run(quality.ask(_target(options), prompts, options.tokens))
+    quality.write(options.write, prompts, answers)
+    name = f"{len(answers)} references"
+    return {"benchmark": "quality", "name": name, "file": str(options.write)}
 
 
 def _report(options: Options) -> dict[str, Any]:
@@ -196,8 +235,12 @@ def _cells(found: dict[str, Any]) -> dict[str, Any]:
 # --- the command line -----------------------------------------------------------------------
 
 
-def _job(options: Options) -> Job:
-    target = run.with_model(
+# What is in a result's file and not in a command's last line.
+_LONG = ("schema", "command", "started", "commit", "machine", "target", "answers", "events")
+
+
+def _target(options: Options) -> Target:
+    return run.with_model(
         Target(
             url=options.url,
             model=options.model or "",
@@ -209,6 +252,10 @@ def _job(options: Options) -> Job:
             extra={"temperature": options.temperature, **options.extra},
         )
     )
+
+
+def _job(options: Options) -> Job:
+    target = _target(options)
     base = options.url.rstrip("/").removesuffix("/v1")
     return Job(
         target=target,
@@ -226,6 +273,8 @@ def _job(options: Options) -> Job:
         dashboard=options.dashboard,
         deployment=options.deployment,
         linger_s=options.linger,
+        gpus=options.gpus,
+        usd_per_gpu_hour=options.gpu_hour,
         name=options.name,
     )
 
@@ -288,6 +337,25 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", type=positive, default=0.05)
 
 
+def _pareto_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser)
+    add = parser.add_argument
+    add("--workload", required=True, help="what to send: see bench/traffic/workload.py")
+    add("--users", default="1,2,4,8,16,32,64", help="the loads, by their users: %(default)s")
+    add("--per-user", type=whole(1), default=4, help="requests of each user and repeat")
+
+
+def _quality_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_endpoint(parser, endpoint="chat")
+    add("--tokens", type=whole(1), default=64, help="the most of an answer: %(default)s")
+    add("--prompts", type=Path, help="prompts to ask with --write; the built-in ones by default")
+    add("--write", type=Path, metavar="FILE", help="keep the answers as the reference")
+    add("--reference", type=Path, metavar="FILE", help="of --write: how far answers agree with it")
+    add("--answers", type=Path, metavar="FILE", help="of right answers: how many are correct")
+    add("--out", type=folder, help="folder of the result")
+
+
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", type=Path, nargs="+")
@@ -309,14 +377,24 @@ def _add_roofline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--roofline", type=Path, help=about)
 
 
-def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
+def _add_endpoint(parser: argparse.ArgumentParser, endpoint: str = "completions") -> None:
+    """Who is asked, and how."""
     add = parser.add_argument
     add("--url", required=True, help="http://host:port, with or without /v1")
     add("--model", help="its name in requests; the only one served, if not given")
+    add("--endpoint", choices=list(PAGES), default=endpoint, help="the API: %(default)s")
+    access.arguments(add)
+    add("--timeout", type=number(above=0.0), default=600.0, help="seconds of one request")
+    add("--temperature", type=number(), default=0.0)
+    add("--extra", type=json_object, default={}, help="more fields of each request, as JSON")
+    add("--keep-text", action="store_true", help="keep what was generated")
+
+
+def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
+    _add_endpoint(parser)
+    add = parser.add_argument
     add("--out", type=folder, required=True, help="folder of the result")
     add("--name", default="", help="of the run, in reports")
-    add("--endpoint", choices=["completions", "chat"], default="completions")
-    access.arguments(add)
     add(
         "--actors",
         type=whole(1, 1000),
@@ -327,18 +405,12 @@ def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
     add("--seed", type=int, default=0, help="of lengths and arrival times")
     add("--salt", help="of an earlier result, to send its prompts again; by default a new one")
     add("--warm-up", type=whole(0), default=4, help="requests before the first repeat")
-    add("--timeout", type=number(above=0.0), default=600.0, help="seconds of one request")
-    add("--temperature", type=number(), default=0.0)
-    add(
-        "--extra",
-        type=json_object,
-        default={},
-        help="more fields of each request, as JSON",
-    )
-    add("--keep-text", action="store_true", help="keep what was generated")
     limits = f"{', '.join(measure.SLOS)} or ttft_ms=..,tpot_ms=..,e2e_ms=..,percentile=.."
     add("--slo", required=slo, help=limits)
     add("--metrics", action="append", help="URL of the server's metrics; URL/metrics by default")
+    add("--gpus", type=whole(1), help="how many the server has: figures for each of them")
+    about = "dollars that one of them costs an hour: figures of what tokens cost"
+    add("--gpu-hour", type=number(above=0.0), metavar="USD", help=about)
     add("--no-metrics", action="store_true", help="do not ask for metrics")
     add("--dashboard", default="", help="http://host:port of Ray's, to count replicas")
     add("--deployment", default="engine", help="whose replicas: %(default)s")
@@ -374,6 +446,14 @@ COMMANDS: Mapping[str, Command] = {
         "more and more users, until the endpoint is saturated", _sweep_arguments, _sweep
     ),
     "search": Command("the highest rate that keeps an SLO", _search_arguments, _search),
+    "pareto": Command(
+        "tokens/s of a user against tokens/s of a GPU, with joules and dollars",
+        _pareto_arguments,
+        _pareto,
+    ),
+    "quality": Command(
+        "whether faster answers are still the same, or right", _quality_arguments, _quality
+    ),
     "simulate": Command(
         "a load against scaling policies, on fleets of engines that are a model",
         simulate.arguments,

@@ -15,6 +15,8 @@ import msgspec
 
 from bench import machine, measure
 from bench.errors import ResultError
+from bench.hardware import gpu
+from bench.hardware.gpu import GpuSample
 from bench.measure import Measures, Slo
 from bench.records import Record
 from bench.scrape import Sample
@@ -62,11 +64,13 @@ class Repeat(msgspec.Struct, kw_only=True):
 
     Attributes:
         session_sizes: of a workload of sessions, how many requests each has.
+        gpu: what the GPUs of this machine did, on the clock of the records.
     """
 
     outcome: Outcome
     server: list[Sample] = []
     session_sizes: dict[int, int] = {}
+    gpu: list[GpuSample] = []
 
 
 def figures(
@@ -122,6 +126,27 @@ def figures(
             if repeat.session_sizes
         ],
         "server": [msgspec.to_builtins(repeat.server) for repeat in repeats],
+    }
+
+
+def with_efficiency(
+    found: dict[str, Any],
+    repeats: Sequence[Repeat],
+    gpus: int | None,
+    usd_per_gpu_hour: float | None,
+) -> dict[str, Any]:
+    """A result with what its tokens cost, as far as energy, GPUs and their price are known."""
+    each = [
+        measure.efficiency(
+            msgspec.convert(measures, Measures), gpu.energy(repeat.gpu), gpus, usd_per_gpu_hour
+        )
+        for repeat, measures in zip(repeats, found["repeats"], strict=True)
+    ]
+    return found | {
+        "gpu": [msgspec.to_builtins(repeat.gpu) for repeat in repeats],
+        "gpus": gpus,
+        "usd_per_gpu_hour": usd_per_gpu_hour,
+        "efficiency": measure.efficiency_summary(each),
     }
 
 

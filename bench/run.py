@@ -9,13 +9,16 @@ import asyncio
 import contextlib
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
 from bench import measure, result
 from bench.errors import TargetError, TargetFailed
+from bench.hardware import gpu
 from bench.measure import Slo
 from bench.progress import Line, Progress
 from bench.records import Journal, Record
@@ -27,6 +30,8 @@ from bench.traffic.conversation import Script
 from bench.traffic.request import Workload
 from bench.traffic.words import fresh_salt
 from bench.traffic.workload import parse
+
+_HERE = ("127.0.0.1", "localhost", "::1")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +49,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         slo: what counts as good.
         metrics: where the server's metrics are.
         dashboard, deployment: where Ray's dashboard is, and whose replicas are counted there.
+        gpus: how many the server has; None where that is not known.
+        usd_per_gpu_hour: what one of them costs; None where that is not known.
         linger_s: for which the server is watched after the last answer, as replicas leave.
         name: of the run, in reports.
     """
@@ -62,6 +69,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     metrics: tuple[str, ...] = ()
     dashboard: str = ""
     deployment: str = "engine"
+    gpus: int | None = None
+    usd_per_gpu_hour: float | None = None
     linger_s: float = 0.0
     name: str = ""
 
@@ -100,6 +109,7 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
     ramp_s = when.duration_s if isinstance(when, schedule.Ramp) else 0.0
     batch = users is not None and job.count == users
     found = head | asked(job) | result.figures(repeats, job.slo, users, ramp_s, batch)
+    found = result.with_efficiency(found, repeats, job.gpus, job.usd_per_gpu_hour)
     if len(repeats) < job.repeats:
         found["doubts"].append(f"{len(repeats)} of {job.repeats} repeats were run")
     if journal.problem:
@@ -128,7 +138,7 @@ async def _repeat(job: Job, plan: schedule.Plan, number: int, journal: Journal) 
         journal.add(records)
         line(progress)
 
-    async with _scraper(job).running() as scraper:
+    async with _scraper(job).running() as scraper, _gpus_of(job) as gpus:
         outcome = await load.run(plan, job.target, job.actors, take, repeat=number)
         if not outcome.interrupted:
             await asyncio.sleep(job.linger_s)
@@ -139,7 +149,18 @@ async def _repeat(job: Job, plan: schedule.Plan, number: int, journal: Journal) 
         outcome=outcome,
         server=samples(scraper.scrapes, start_s),
         session_sizes=plan.session_sizes,
+        gpu=[msgspec.structs.replace(each, t_s=each.t_s - start_s) for each in gpus],
     )
+
+
+@contextlib.asynccontextmanager
+async def _gpus_of(job: Job) -> AsyncIterator[list[gpu.GpuSample]]:
+    """What the GPUs of this machine do meanwhile, on `time.time()`; none of a server elsewhere."""
+    if urlsplit(job.target.url).hostname not in _HERE:
+        yield []
+        return
+    with gpu.sampling(0.0) as samples:
+        yield samples
 
 
 def _scraper(job: Job) -> Scraper:
@@ -177,7 +198,7 @@ async def warm_up(job: Job) -> None:
     workload = what(job, job.seed - 1)
     count = min(job.warm_up, workload.count or job.warm_up)
     firsts = [schedule.session(workload, unit, 0, None)[0] for unit in range(count)]
-    script = Script([], chat=job.target.endpoint == "chat")
+    script = Script([], chat=job.target.endpoint != "completions")
     requests = [script.request(first) for first in firsts]
     with contextlib.closing(Client(job.target, time.perf_counter)) as client:
         for index, request in enumerate(requests):

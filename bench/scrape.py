@@ -37,6 +37,8 @@ _COUNTERS = {
     "vllm:num_preemptions_total": "preemptions",
     "vllm:prefix_cache_queries_total": "prefix_queries",
     "vllm:prefix_cache_hits_total": "prefix_hits",
+    "vllm:spec_decode_num_draft_tokens_total": "drafted",
+    "vllm:spec_decode_num_accepted_tokens_total": "accepted",
 }
 
 
@@ -57,6 +59,8 @@ class Sample(msgspec.Struct, kw_only=True):
             end their requests; only where its dashboard was asked.
         prompt_tokens, generation_tokens, preemptions: since the first sample.
         prefix_hit_rate: share of prompt tokens found in the prefix cache since the first sample.
+        acceptance_rate: share of the tokens that speculation drafted since then that were right;
+            None where nothing is speculated.
     """
 
     t_s: float
@@ -71,6 +75,7 @@ class Sample(msgspec.Struct, kw_only=True):
     generation_tokens: float | None = None
     preemptions: float | None = None
     prefix_hit_rate: float | None = None
+    acceptance_rate: float | None = None
 
 
 def totals(texts: Iterable[str]) -> dict[str, float]:
@@ -129,10 +134,20 @@ def samples(scrapes: Iterable[tuple[float, Mapping[str, float]]], start_s: float
         since = {name: found[name] - first[name] for name in _COUNTERS.values() if name in found}
         queries = since.pop("prefix_queries", 0.0)
         hits = since.pop("prefix_hits", 0.0)
+        drafted, accepted = since.pop("drafted", 0.0), since.pop("accepted", 0.0)
+        acceptance = accepted / drafted if drafted else None
         names = {*_GAUGES.values(), "wanted", *_STATES.values()}
         gauges = {name: found[name] for name in names if name in found}
         rate = hits / queries if queries else None
-        result.append(Sample(t_s=at_s - start_s, prefix_hit_rate=rate, **gauges, **since))
+        result.append(
+            Sample(
+                t_s=at_s - start_s,
+                prefix_hit_rate=rate,
+                acceptance_rate=acceptance,
+                **gauges,
+                **since,
+            )
+        )
     return result
 
 

@@ -3,9 +3,11 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
+import numpy as np
 
 
 class GpuSample(msgspec.Struct, kw_only=True):
@@ -16,12 +18,36 @@ class GpuSample(msgspec.Struct, kw_only=True):
         gpu: index of the GPU.
         utilisation: share of the last interval in which a kernel ran, 0 to 1.
         memory_gib: memory in use.
+        joules: energy used since the driver was loaded, or where the GPU does not count it, since
+            the first sample by its power; None where it says neither.
     """
 
     t_s: float
     gpu: int
     utilisation: float
     memory_gib: float
+    joules: float | None = None
+
+
+def energy(samples: Sequence[GpuSample]) -> list[tuple[float, float]]:
+    """Times, and the joules that all GPUs together had used until then, from 0.
+
+    Empty where a GPU does not say. GPUs are sampled one after another: each is read at the times
+    of the first.
+    """
+    every: dict[int, list[tuple[float, float]]] = {}
+    for sample in samples:
+        if sample.joules is None:
+            return []
+        every.setdefault(sample.gpu, []).append((sample.t_s, sample.joules))
+    if not every:
+        return []
+    times = [t_s for t_s, _ in every[min(every)]]
+    total = np.zeros(len(times))
+    for each in every.values():
+        at_s, joules = np.array(each).T
+        total += np.interp(times, at_s, joules - joules[0])
+    return list(zip(times, total.tolist(), strict=True))
 
 
 def present() -> bool:
@@ -53,6 +79,7 @@ def sampling(start_s: float, period_s: float = 0.5) -> Iterator[list[GpuSample]]
     devices = range(pynvml.nvmlDeviceGetCount())
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in devices]
     done = threading.Event()
+    meters = [_Meter(handle) for handle in handles]
 
     def sample() -> None:
         while not done.wait(period_s):
@@ -65,6 +92,7 @@ def sampling(start_s: float, period_s: float = 0.5) -> Iterator[list[GpuSample]]
                         gpu=index,
                         utilisation=rates.gpu / 100,
                         memory_gib=memory.used / 2**30,
+                        joules=meters[index].joules(),
                     )
                 )
 
@@ -76,3 +104,29 @@ def sampling(start_s: float, period_s: float = 0.5) -> Iterator[list[GpuSample]]
         done.set()
         thread.join()
         pynvml.nvmlShutdown()
+
+
+class _Meter:
+    """The energy of one GPU: its own counter, or where it has none its power over time."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._counted = True
+        self._joules, self._at_s = 0.0, time.monotonic()
+
+    def joules(self) -> float | None:
+        import pynvml
+
+        if self._counted:
+            try:
+                return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+            except pynvml.NVMLError:
+                self._counted = False  # Before Volta, and in some virtual machines.
+        try:
+            watts = float(pynvml.nvmlDeviceGetPowerUsage(self._handle)) / 1e3
+        except pynvml.NVMLError:
+            return None
+        now_s = time.monotonic()
+        self._joules += watts * (now_s - self._at_s)
+        self._at_s = now_s
+        return self._joules

@@ -34,6 +34,7 @@ that is every request as a whole, from the first planned time to the last end.
 """
 
 from bench.measure.answers import Answers
+from bench.measure.efficiency import Efficiency, efficiency, efficiency_summary, on_front
 from bench.measure.figures import METRICS, Kind, Measures, measure, summary
 from bench.measure.flow import Timeline, Window, output_tokens_by_slice, timeline
 from bench.measure.latency import e2e_s, itl_s, lag_s, reason, tpot_s, ttft_s
@@ -47,6 +48,7 @@ __all__ = [
     "METRICS",
     "SLOS",
     "Answers",
+    "Efficiency",
     "Kind",
     "Measures",
     "Sessions",
@@ -57,10 +59,13 @@ __all__ = [
     "answer_doubts",
     "doubts",
     "e2e_s",
+    "efficiency",
+    "efficiency_summary",
     "falls_behind",
     "itl_s",
     "lag_s",
     "measure",
+    "on_front",
     "output_tokens_by_slice",
     "parse_slo",
     "reason",

@@ -10,7 +10,7 @@ Ids are prefixed, since those of matplotlib repeat from one SVG to the next.
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,9 +38,14 @@ _HEAT = LinearSegmentedColormap.from_list(
 # A second cue beside the colour.
 _DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1)), "-"]
 _MARKERS = "osD^vP"
+_ALONE = ("#0b62a8", "#c4520a", "#2c7a3f", "#7b3fa0", "#8a6d00", "#5b6470")
 _LINE_POINTS = 300
+# Points of a curve that say their value when pointed at.
+_TIPS = 60
 _LABEL = 60
 _WIDTH_IN = 10.4
+_TIP = "tip: "
+_TIPPED = re.compile(rf'<g id="{_TIP}([^"]*)">')
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -111,20 +116,25 @@ class Ratio(msgspec.Struct, kw_only=True):
     verdict: str
 
 
-def cdfs(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[float]]]]], prefix: str) -> str:
+def cdfs(
+    panels: Sequence[tuple[str, str, Sequence[tuple[str, Sequence[float]]]]], prefix: str
+) -> str:
     """Cumulative distributions side by side.
 
     Args:
-        panels: (title, [(legend, latencies in seconds), ..]) for each metric; a legend keeps
-            its colour from panel to panel by its place.
+        panels: (title, unit, [(legend, latencies in that unit), ..]) for each metric; a legend
+            keeps its colour from panel to panel by its place.
     """
     with _figure(_WIDTH_IN, 3.3) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, (title, series) in zip(axes, panels, strict=True):
-            for index, (label, values_s) in enumerate(series):
-                x, y = _ecdf(values_s)
+        for axis, (title, unit, series) in zip(axes, panels, strict=True):
+            for index, (label, values) in enumerate(series):
+                x, y = _ecdf(values)
                 axis.plot(x, y, label=short(label), **_line(index), drawstyle="steps-post")
-            axis.set(title=title, xscale="log", ylim=(0, 100.5), xlabel="seconds (log)")
+                for percent in (10, 25, 50, 75, 90, 95, 99) if len(values) else ():
+                    at = float(np.percentile(values, percent))
+                    _tip(axis, at, percent, f"{label}: {percent} % within {_plain(at)} {unit}")
+            axis.set(title=title, xscale="log", ylim=(0, 100.5), xlabel=f"{unit} (log)")
             _log_ticks(axis.xaxis)
         axes[0].set(ylabel="share of requests answered within (%)", yticks=[0, 25, 50, 75, 95])
         _legend_below(figure, axes)
@@ -153,8 +163,84 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, pre
                 axis.set_ylim(low / 1.2, high * 1.2)
             _log_ticks(axis.yaxis)
             _notes(axis, lines)
+            for curve in lines:
+                for at, (x, y) in enumerate(zip(curve.x, curve.y, strict=True)):
+                    load = f"{curve.notes[at]}: " if at < len(curve.notes) else ""
+                    _tip(axis, x, y, f"{curve.label}, {load}{_plain(y)} at {_plain(x)} tokens/s")
         _legend_below(figure, axes)
         return _svg(figure, prefix, "Latency over throughput")
+
+
+def pareto(lines: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], prefix: str) -> str:
+    """What users get against what GPUs give, with intervals; the front is a step function.
+
+    Args:
+        lines: (legend, points of a curve as `bench.pareto` writes them).
+    """
+    with _figure(_WIDTH_IN * 0.7, 3.8) as figure:
+        axis = figure.subplots()
+        for index, (label, points) in enumerate(lines):
+            known = [point for point in points if point.get("front") is not None]
+            for point in known:
+                _pareto_point(axis, point, index)
+            best = sorted(_both(point) for point in known if point["front"])
+            axis.plot(
+                [x for x, _ in best],
+                [y for _, y in best],
+                label=short(label),
+                drawstyle="steps-pre",
+                **_line(index),
+            )
+        axis.set(
+            xlabel="output tokens/s of a user (1 / p90 of TPOT)", ylabel="output tokens/s of a GPU"
+        )
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        _legend_below(figure, [axis])
+        return _svg(figure, prefix, "Throughput of a GPU against that of a user")
+
+
+def _pareto_point(axis: Any, point: Mapping[str, Any], index: int) -> None:
+    x, y = _both(point)
+    figures = point["efficiency"]
+    errors = []
+    for name, value in (("user_tokens_per_s", x), ("gpu_tokens_per_s", y)):
+        low, high = figures[name].get("low"), figures[name].get("high")
+        errors.append([[value - low], [high - value]] if low is not None else None)
+    colour = _SERIES[index % SERIES_COLOURS]
+    axis.errorbar([x], [y], xerr=errors[0], yerr=errors[1], color=colour, linewidth=1, fmt="none")
+    marker = _MARKERS[index % len(_MARKERS)]
+    face = colour if point["front"] else "none"
+    axis.plot([x], [y], marker, color=colour, markerfacecolor=face, markersize=5)
+    words = [f"{point['users']} users: {x:.3g} tokens/s a user, {y:.4g} a GPU"]
+    for name, unit in (
+        ("joules_per_output_token", "J"),
+        ("usd_per_million_output_tokens", "$ a million"),
+    ):
+        if name in figures:
+            words.append(f"{figures[name]['mean']:.3g} {unit} output tokens")
+    _tip(axis, x, y, ", ".join(words))
+    axis.annotate(
+        f"{point['users']}",
+        (x, y),
+        xytext=(5, 4),
+        textcoords="offset points",
+        fontsize=7.5,
+        color=_MUTED,
+    )
+
+
+def _both(point: Mapping[str, Any]) -> tuple[float, float]:
+    figures = point["efficiency"]
+    return figures["user_tokens_per_s"]["mean"], figures["gpu_tokens_per_s"]["mean"]
+
+
+def standalone(svg: str) -> str:
+    """An SVG that can be opened by itself: with the colours that a page would give it."""
+    style = "--ink:#1b1f24;--muted:#5b6470;--grid:#d9dee4;--plot-font:sans-serif;" + "".join(
+        f"--series-{index}:{colour};" for index, colour in enumerate(_ALONE)
+    )
+    return svg.replace("<svg ", f'<svg style="{style}background:#fff" ', 1)
 
 
 def timeline(
@@ -198,9 +284,9 @@ def timeline(
         return _svg(figure, prefix, "Timeline of the run")
 
 
-def heat(at_s: Sequence[float], values_s: Sequence[float], y_title: str, prefix: str) -> str:
-    """Counts of `values_s` (log bins) over the time `at_s` (linear bins). Neither may be empty."""
-    times, values = np.asarray(at_s), np.maximum(np.asarray(values_s), 1e-5)
+def heat(at_s: Sequence[float], heights: Sequence[float], y_title: str, prefix: str) -> str:
+    """Counts of `heights` (log bins) over the time `at_s` (linear bins). Neither may be empty."""
+    times, values = np.asarray(at_s), np.maximum(np.asarray(heights), 1e-2)
     with _figure(_WIDTH_IN, 3.3) as figure:
         axis = figure.subplots()
         low, high = np.log10(values.min()) - 0.05, np.log10(values.max()) + 0.05
@@ -314,6 +400,10 @@ def _strip(axis: Any, panel: Panel) -> None:
             axis.fill_between(
                 curve.x, curve.y, step="post", color=line["color"], alpha=0.2, linewidth=0
             )
+    for curve in panel.curves:
+        for at in range(0, len(curve.x), max(1, len(curve.x) // _TIPS)):
+            text = f"{curve.label}: {_plain(curve.y[at])} {panel.y_title} at {curve.x[at]:.1f} s"
+            _tip(axis, curve.x[at], curve.y[at], text)
     axis.set(title=panel.title, ylabel=panel.y_title)
     highest = max((y for curve in panel.curves for y in curve.y), default=0.0)
     axis.set_ylim(bottom=0, top=panel.top or (None if highest > 0 else 1.0))
@@ -334,17 +424,37 @@ def _ecdf(values: Sequence[float]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any
 
 
 def _log_ticks(axis: Any) -> None:
-    """Plain numbers on a log axis; also 2 and 5 where less than two decades are shown."""
+    """Plain numbers on a log axis; also 2 and 5 where less than two decades are shown.
+
+    Where the axis spans so little that these are fewer than two, evenly spaced ones, with as many
+    digits as tell them apart.
+    """
     low, high = axis.get_view_interval()
     subs = (1.0,) if high / max(low, 1e-12) > 300 else (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
-    axis.set_major_formatter(FuncFormatter(_plain))
+    locator: Any = LogLocator(base=10, subs=subs, numticks=12)
+    ticks = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
+    if len(ticks) < 2:
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+        locator = FixedLocator(ticks)
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: distinct(value, ticks)))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _plain(value: float, _: object = None) -> str:
+def distinct(value: float, ticks: Sequence[float]) -> str:
+    """A tick in as few digits, three at least, as tell it from the others."""
+    for digits in range(3, 12):
+        texts = {_plain(tick, digits=digits) for tick in ticks}
+        if len(texts) == len(set(ticks)):
+            break
+    return _plain(value, digits=digits)
+
+
+def _plain(value: float, _: object = None, digits: int = 3) -> str:
     """A tick without an exponent."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    if value >= 10 ** (digits - 1):
+        return f"{value:,.0f}" if value >= 1000 or digits == 3 else f"{value:.0f}"
+    return f"{value:.{digits}g}"
 
 
 def _about_one(span: float) -> list[float]:
@@ -368,6 +478,12 @@ def _legend_below(figure: Figure, axes: Sequence[Any]) -> None:
         figure.legend(list(found.values()), labels, loc="outside lower left", ncols=columns)
 
 
+def _tip(axis: Any, x: float, y: float, text: str) -> None:
+    """A point that says `text` when pointed at; it is not seen."""
+    (point,) = axis.plot([x], [y], "o", markersize=8, alpha=0.004, color=_INK)
+    point.set_gid(_TIP + "".join(c if c.isprintable() else " " for c in text))
+
+
 # --- SVG ------------------------------------------------------------------------------------
 
 
@@ -380,6 +496,7 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
+    text = _TIPPED.sub(r"<g><title>\1</title>", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():

@@ -13,7 +13,7 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
@@ -33,13 +33,24 @@ _KEPT_ALIVE_S, _MARGIN_S = 4.0, 1.0
 _SLICE = 256
 
 
+Endpoint = Literal["completions", "chat", "responses", "messages", "embeddings"]
+PAGES: Mapping[Endpoint, str] = {
+    "completions": "/completions",
+    "chat": "/chat/completions",
+    "responses": "/responses",
+    "messages": "/messages",
+    "embeddings": "/embeddings",
+}
+
+
 class Target(msgspec.Struct, frozen=True, kw_only=True):
     """What is measured, and how it is asked.
 
     Attributes:
         url: base of the API, "http://host:8000" or "https://host/v1"; /v1 is added to a bare host.
         model: its name in requests.
-        endpoint: which of the two APIs is asked.
+        endpoint: which API is asked: OpenAI's completions, chat, Responses or embeddings, or
+            Anthropic's messages.
         headers: more headers of each request; an API key is one of them.
         ca_file: the certificate authority to trust in place of the system's.
         timeout_s: from the start of a request to the end of its response.
@@ -52,7 +63,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     url: str
     model: str
-    endpoint: Literal["completions", "chat"] = "completions"
+    endpoint: Endpoint = "completions"
     headers: dict[str, str] = {}
     ca_file: str = ""
     timeout_s: float = 600.0
@@ -263,7 +274,7 @@ class Client:
         self._tls = access.tls(target.ca_file) if parts.scheme == "https" else None
         self._base = parts.path.rstrip("/") or "/v1"
         self._headers = _headers(parts.netloc.rpartition("@")[2], target)
-        page = "/chat/completions" if target.endpoint == "chat" else "/completions"
+        page = PAGES[target.endpoint]
         self._post = f"POST {self._base}{page} HTTP/1.1\r\n{self._headers}content-length: "
         self._addresses: list[str] = []
         self._resolving = asyncio.Lock()
@@ -285,6 +296,8 @@ class Client:
         Cancelled, it closes the connection; what has come until then can be decoded.
         """
         answer.begin(request, {**self._target.extra, **request.extra})
+        if self._target.endpoint == "embeddings":
+            answer.record.asked_output_tokens = 0
         try:
             body = encode(self._target, request)
         except ValueError as error:
@@ -431,32 +444,57 @@ def encode(target: Target, request: Request) -> bytes:
     Raises:
         ValueError: the prompt is of a kind that the endpoint does not take.
     """
-    prompt = request.prompt
-    messages = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-    if target.endpoint == "chat":
-        if not messages and not isinstance(prompt, str):
-            raise ValueError("the chat endpoint takes text or messages, not token ids")
-        asked = {"messages": prompt if messages else [{"role": "user", "content": prompt}]}
-    elif messages:
-        raise ValueError("the completions endpoint takes text or token ids, not messages")
-    else:
-        asked = {"prompt": prompt}
     body = {
         "model": target.model,
-        **asked,
-        "max_tokens": request.output_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
+        **_asked(target.endpoint, request),
         **target.extra,
         **request.extra,
     }
-    if not body["stream"]:
-        body.pop("stream_options")  # Servers refuse it otherwise.
+    if target.endpoint == "embeddings":
+        body = {key: value for key, value in body.items() if key not in _OF_TEXT}
+    elif not body["stream"]:
+        body.pop("stream_options", None)  # Servers refuse it otherwise.
     return msgspec.json.encode({key: value for key, value in body.items() if value is not None})
+
+
+# What an answer in text may be asked to be, and an embedding not.
+_OF_TEXT = ("temperature", "ignore_eos", "stream", "max_tokens")
+
+
+def _asked(endpoint: Endpoint, request: Request) -> dict[str, Any]:
+    """The fields of a body that say the prompt, how long the answer may be, and that it streams.
+
+    Raises:
+        ValueError: the prompt is of a kind that the endpoint does not take.
+    """
+    prompt, tokens = request.prompt, request.output_tokens
+    messages = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+    if endpoint in ("completions", "embeddings") and messages:
+        raise ValueError(f"the {endpoint} endpoint takes text or token ids, not messages")
+    if endpoint == "embeddings":
+        return {"input": prompt}
+    if endpoint == "completions":
+        usage = {"stream_options": {"include_usage": True}}
+        return {"prompt": prompt, "max_tokens": tokens, "stream": True, **usage}
+    if not messages and not isinstance(prompt, str):
+        raise ValueError(f"the {endpoint} endpoint takes text or messages, not token ids")
+    if endpoint == "responses":
+        return {"input": prompt, "max_output_tokens": tokens, "stream": True}
+    said: list[Any] = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if endpoint == "chat":
+        usage = {"stream_options": {"include_usage": True}}
+        return {"messages": said, "max_tokens": tokens, "stream": True, **usage}
+    # Messages have the system prompt apart.
+    systems = [part["content"] for part in said if part.get("role") == "system"]
+    rest = [part for part in said if part.get("role") != "system"]
+    system = {"system": "\n".join(map(str, systems))} if systems else {}
+    return {**system, "messages": rest, "max_tokens": tokens, "stream": True}
 
 
 def _headers(host: str, target: Target) -> str:
     headers = {"host": host, "content-type": "application/json", "user-agent": "bench"}
+    if target.endpoint == "messages":
+        headers["anthropic-version"] = "2023-06-01"
     headers |= {name.lower(): value for name, value in target.headers.items()}
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
 

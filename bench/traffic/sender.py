@@ -80,7 +80,7 @@ class Sender:
 
     def __init__(self, share: Share, target: Target) -> None:
         self._share, self._target = share, target
-        self._script = Script(share.planned, chat=target.endpoint == "chat")
+        self._script = Script(share.planned, chat=target.endpoint != "completions")
         self._start_s = 0.0
         self._work: asyncio.Task[None] | None = None
         self._stopped = False

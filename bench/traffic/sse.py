@@ -1,4 +1,7 @@
-"""Reads a response of the OpenAI API into a record: events of a stream, a whole answer, an error.
+"""Reads a response into a record: events of a stream, a whole answer, an error.
+
+One reader for the APIs that servers of language models have: OpenAI's completions, chat and
+Responses, and Anthropic's messages; each event says by its fields which of them it is of.
 
 Pure: it is given bytes with the time at which they arrived, cut anywhere, and keeps what
 `records.Record` has a place for. An event counts as output when it shows the user something: text,
@@ -39,10 +42,18 @@ class _Details(msgspec.Struct, gc=False):
 
 
 class _Usage(msgspec.Struct, gc=False):
+    """Completions and chat say prompt and completion, Responses and messages input and output."""
+
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
 
 
 class _Event(msgspec.Struct, gc=False):
@@ -52,9 +63,18 @@ class _Event(msgspec.Struct, gc=False):
     object: str | None = None
     message: Any = None
     detail: Any = None
+    type: str | None = None
+    delta: Any = None
+    response: Any = None
+    status: str | None = None
+    output: list[Any] | None = None
+    content: Any = None
+    stop_reason: str | None = None
+    data: Any = None
 
 
 _event = msgspec.json.Decoder(_Event)
+EMBEDDING = "embedding"  # The finish reason of what is no text.
 # What it raises: for what is not JSON or another JSON, for text that is not UTF-8, for an abyss.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -164,9 +184,31 @@ class Events:
                     self._text.append(text)
             if choice.finish_reason:
                 self._record.finish_reason = choice.finish_reason
+        if event.type is not None and not event.choices:
+            self._take_typed(event, at_s)
         if event.usage:
             _use(self._record, event.usage)
         if event.error or event.object == "error":
+            self._fail(f"error event: {_message(event) or 'without a message'}")
+
+    def _take_typed(self, event: _Event, at_s: float) -> None:
+        """An event of Responses or of messages, whose type says what is in it."""
+        record, kind = self._record, event.type or ""
+        text, size = _typed_output(kind, event.delta)
+        if size:
+            _count(record, at_s, size, 0)
+            if text and self._text is not None:
+                self._text.append(text)
+        if kind in ("response.completed", "response.incomplete", "response.failed"):
+            _finish_response(record, event.response)
+            self._done = True
+        elif kind == "message_start":
+            _use(record, _converted(_member(event.message, "usage"), _Usage))
+        elif kind == "message_delta":
+            record.finish_reason = _reason(_member(event.delta, "stop_reason"))
+        elif kind == "message_stop":
+            self._done = True
+        elif kind == "error":
             self._fail(f"error event: {_message(event) or 'without a message'}")
 
     def _fail(self, error: str) -> None:
@@ -193,6 +235,12 @@ def read_whole(
         return
     if answer.usage:
         _use(record, answer.usage)
+    if answer.error is None and answer.choices is None and _read_other(record, answer, at_s):
+        if keep_text:
+            record.text = _whole_text(answer)
+        if record.finish_reason != EMBEDDING:
+            verdict.judge(record, streamed, answers)
+        return
     if answer.error or not answer.choices:
         record.error = f"bad response: {_message(answer) or 'no choices'}"
         return
@@ -225,6 +273,93 @@ def _output(text: str | None, said: _Delta | None) -> tuple[str, int]:
     return text, len(text.encode()) + sum(map(_called_bytes, [*calls, said.function_call]))
 
 
+def _typed_output(kind: str, delta: Any) -> tuple[str, int]:
+    """The text of an event of Responses or messages, and how many bytes of output it has."""
+    if kind.startswith("response."):
+        if not kind.endswith(".delta") or not isinstance(delta, str):
+            return "", 0
+        text = "" if "arguments" in kind else delta
+        return text, len(delta.encode())
+    if kind == "content_block_delta" and isinstance(delta, dict):
+        shown = str(delta.get("text") or delta.get("thinking") or "")
+        return shown, len(shown.encode()) + len(str(delta.get("partial_json") or "").encode())
+    return "", 0
+
+
+def _finish_response(record: Record, response: Any) -> None:
+    """The end of a Response: its usage, and why it ended."""
+    _use(record, _converted(_member(response, "usage"), _Usage))
+    if error := _member(response, "error"):
+        record.error = record.error or f"error event: {_text_of(error)}"
+    why = _member(_member(response, "incomplete_details"), "reason")
+    record.finish_reason = _reason(why or _member(response, "status") or "completed")
+
+
+def _read_other(record: Record, answer: _Event, at_s: float) -> bool:
+    """A whole answer of Responses, messages or embeddings; False where it is none of these."""
+    if isinstance(answer.data, list) and answer.object == "list":
+        record.chunk_s, record.finish_reason, record.output_tokens = [at_s], EMBEDDING, 0
+        record.error = "" if answer.data else "empty: the answer has no embedding"
+        return True
+    if answer.object == "response":
+        record.finish_reason = _reason(answer.status or "completed")
+    elif answer.type == "message":
+        record.finish_reason = _reason(answer.stop_reason)
+    else:
+        return False
+    if size := len(_whole_text(answer).encode()):
+        _count(record, at_s, size, 0)
+    return True
+
+
+def _whole_text(answer: _Event) -> str:
+    """All that a whole answer shows: texts, and the arguments of calls."""
+    blocks = [block for item in answer.output or () for block in _blocks(item)]
+    blocks += answer.content if isinstance(answer.content, list) else []
+    parts = [
+        _member(block, "text") or _member(block, "thinking") or _member(block, "arguments") or ""
+        for block in blocks
+    ]
+    parts += [_text_of(_member(block, "input")) for block in blocks if _member(block, "input")]
+    return "".join(map(str, parts))
+
+
+def _blocks(item: Any) -> list[Any]:
+    content = _member(item, "content")
+    return content if isinstance(content, list) else [item]
+
+
+def _member(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _converted(value: Any, of: type[_Usage]) -> _Usage:
+    try:
+        return msgspec.convert(value or {}, of)
+    except msgspec.ValidationError:
+        return of()
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, dict) and isinstance(value.get("message"), str):
+        return _short(value["message"])
+    return _short(value if isinstance(value, str) else msgspec.json.encode(value).decode())
+
+
+def _reason(reason: Any) -> str:
+    """Why an answer ended, in the words of the chat API."""
+    same = {
+        "completed": "stop",
+        "end_turn": "stop",
+        "stop_sequence": "stop",
+        "max_output_tokens": "length",
+        "max_tokens": "length",
+        "tool_use": "tool_calls",
+        "failed": "error",
+    }
+    return same.get(str(reason), str(reason)) if reason else ""
+
+
 def _called_bytes(function: Any) -> int:
     """How much of a function's name and arguments there is."""
     if not isinstance(function, dict):
@@ -240,6 +375,17 @@ def _count(record: Record, at_s: float, size: int, choice: int) -> None:
 
 def _use(record: Record, usage: _Usage) -> None:
     """Take what a usage says; what a later one leaves out is kept."""
+    if usage.input_tokens is not None:
+        # Messages leave out what came from the cache, or went to it.
+        cached, stored = usage.cache_read_input_tokens, usage.cache_creation_input_tokens
+        record.input_tokens = usage.input_tokens + (cached or 0) + (stored or 0)
+        record.cached_tokens = record.cached_tokens if cached is None else cached
+    if usage.output_tokens is not None:
+        record.output_tokens = usage.output_tokens
+    if usage.input_tokens_details and usage.input_tokens_details.cached_tokens is not None:
+        record.cached_tokens = usage.input_tokens_details.cached_tokens
+    if usage.output_tokens_details:
+        record.reasoning_tokens = usage.output_tokens_details.reasoning_tokens or 0
     if usage.prompt_tokens is not None:
         record.input_tokens = usage.prompt_tokens
     if usage.completion_tokens is not None:

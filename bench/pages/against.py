@@ -1,0 +1,94 @@
+"""A result beside the one it is held against."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from bench.errors import ResultError
+from bench.pages import compare, figures, plots
+from bench.pages.loaded import CELLS, Loaded
+from bench.pages.matrices import SHOWN
+from bench.pages.plots import Ratio
+
+
+def comparison(loaded: Sequence[Loaded], against: Loaded | None) -> dict[str, Any]:
+    """Each result beside the one it is to be held against: `against`, or the engine alone."""
+    pairs, absent = [], []
+    for one in loaded:
+        if against is not None and _comparable(against, one):
+            pairs.append((against, one))
+        elif against is not None:
+            absent.append(f"{one.name}: a {one.kind} cannot be held against a {against.kind}")
+    alone = [one for one in loaded if one.kind == "baseline"]
+    if against is None:
+        pairs = [(base, one) for base in alone for one in loaded if one.kind == "matrix"]
+        absent = [] if pairs else ["no baseline was given: use --against FOLDER"]
+    shown = []
+    for place, (base, now) in enumerate(pairs):
+        try:
+            shown.append(_compared(base, now, place))
+        except ResultError as error:
+            absent.append(f"{now.name} against {base.name}: {error}")
+    return {"pairs": shown, "absent": absent}
+
+
+def _comparable(base: Loaded, now: Loaded) -> bool:
+    return base.kind == now.kind or (base.kind in CELLS and now.kind in CELLS)
+
+
+def _compared(base: Loaded, now: Loaded, place: int) -> dict[str, Any]:
+    rows = compare.compare(base.data, now.data)
+    if "baseline" in (base.kind, now.kind):
+        # An engine in this process has no stream, hence no gaps between tokens.
+        rows = [row for row in rows if not row.metric.startswith("itl_")]
+    panels = _ratio_panels(rows)
+    svg = plots.ratios(panels, "now / baseline (log)", f"ratio{place}") if panels else ""
+    return {
+        "base": base.name,
+        "now": now.name,
+        "svg": Markup(svg),
+        "rows": [_compared_row(row) for row in rows],
+        "notes": [
+            note.replace("A is", f"{base.name} is", 1).replace("B is", f"{now.name} is", 1)
+            for note in compare.notes(base.data, now.data)
+        ],
+    }
+
+
+def _ratio_panels(rows: Sequence[compare.Row]) -> list[tuple[str, list[Ratio]]]:
+    """One panel of all metrics for a run; for cells, one for each metric that a matrix shows."""
+    if rows and not rows[0].cell:
+        return [("", [_ratio(row, figures.title(row.metric)) for row in rows])]
+    metrics = [metric for metric, _, _ in SHOWN]
+    by_cell: dict[str, dict[str, compare.Row]] = {}
+    for row in rows:
+        by_cell.setdefault(row.cell, {})[row.metric] = row
+    whole = [found for found in by_cell.values() if all(metric in found for metric in metrics)]
+    if not whole:
+        return []
+    return [
+        (figures.title(metric), [_ratio(found[metric], found[metric].cell) for found in whole])
+        for metric in metrics
+    ]
+
+
+def _ratio(row: compare.Row, label: str) -> Ratio:
+    return Ratio(label=label, ratio=row.ratio, low=row.low, high=row.high, verdict=row.verdict)
+
+
+def _compared_row(row: compare.Row) -> dict[str, Any]:
+    unit, scale = figures.scale(row.metric)
+    known = row.low is not None and row.high is not None
+    return {
+        "metric": row.metric,
+        "title": figures.title(row.metric),
+        "cell": row.cell,
+        "unit": unit or "per s",
+        "a": figures.number(row.a * scale),
+        "b": figures.number(row.b * scale),
+        "value": row.ratio,
+        "ratio": f"{row.ratio:.3f}",
+        "range": f"{row.low:.3f} to {row.high:.3f}" if known else "one repeat: none",
+        "verdict": row.verdict,
+    }

@@ -1,0 +1,111 @@
+"""What a report reads: result folders, and what can be made of those that were cut off."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench import measure, records, result
+from bench.errors import ResultError
+from bench.records import Record
+
+CELLS = ("matrix", "baseline")  # Kinds of results that have a cell for each load.
+
+
+class Loaded(msgspec.Struct, kw_only=True):
+    """A result folder.
+
+    Attributes:
+        data: result.json; made up from the records where there is none.
+        records: all that can be read; `records_absent` says why there are no more.
+        namesake: whether another result of the report has the same name.
+    """
+
+    folder: Path
+    data: dict[str, Any]
+    records: list[Record] = []
+    records_absent: str = ""
+    namesake: bool = False
+
+    @property
+    def kind(self) -> str:
+        return str(self.data["benchmark"])
+
+    @property
+    def name(self) -> str:
+        """Its own name, and its folder's where another result of the report has the same."""
+        own = str(self.data.get("name") or self.folder.name)
+        return f"{own} ({self.folder.name})" if self.namesake else own
+
+    def of_repeat(self, repeat: int) -> list[Record]:
+        return [record for record in self.records if record.repeat == repeat]
+
+    def window(self, repeat: int) -> tuple[float, float] | None:
+        """The steady state of a repeat; None where there was none."""
+        repeats = self.data.get("repeats") or []
+        if repeat >= len(repeats) or not repeats[repeat].get("steady"):
+            return None
+        return repeats[repeat]["from_s"], repeats[repeat]["to_s"]
+
+    def measured(self) -> list[Record]:
+        """The successes that the figures are of: in the steady state, where there was one."""
+        found = []
+        for repeat in {record.repeat for record in self.records}:
+            from_s, to_s = self.window(repeat) or (-math.inf, math.inf)
+            found += [r for r in self.of_repeat(repeat) if r.ok and from_s <= r.planned_s <= to_s]
+        return found
+
+
+def load(folder: Path) -> Loaded:
+    """Read a folder; what survived of it where the run did not get as far as its result.
+
+    Raises:
+        ResultError: it holds neither a result nor a record.
+    """
+    found, absent = _records(folder)
+    try:
+        data = result.read(folder)
+    except ResultError as error:
+        if not found:
+            raise
+        data = _from_records(folder, found, str(error))
+    return Loaded(folder=folder, data=data, records=found, records_absent=absent)
+
+
+def _records(folder: Path) -> tuple[list[Record], str]:
+    path = folder / result.RECORDS
+    found: list[Record] = []
+    try:
+        for record in records.read(path):
+            found.append(record)
+    except OSError as error:
+        return [], f"{path.name}: {error.strerror}"
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return found, f"{path.name}: line {len(found) + 1} cannot be read: {error}"
+    return found, "" if found else f"{path.name} is empty"
+
+
+def _from_records(folder: Path, found: Sequence[Record], why: str) -> dict[str, Any]:
+    """A run that left records and no result: its figures are of the whole."""
+    whole = [
+        measure.measure(record for record in found if record.repeat == repeat)
+        for repeat in sorted({record.repeat for record in found})
+    ]
+    return {
+        "benchmark": "run",
+        "name": folder.name,
+        "valid": False,
+        "doubts": [f"the run left no result, so figures are of all its records: {why}"],
+        "events": [],
+        "repeats": msgspec.to_builtins(whole),
+        "whole": msgspec.to_builtins(whole),
+        "summary": measure.summary(whole),
+    }
+
+
+def tell_apart(loaded: Sequence[Loaded]) -> None:
+    names = [one.name for one in loaded]
+    for one, name in zip(loaded, names, strict=True):
+        one.namesake = names.count(name) > 1

@@ -1,0 +1,175 @@
+"""How a run went over time: the load, the server, and the gaps between tokens."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from markupsafe import Markup
+
+from bench import measure
+from bench.pages import plots
+from bench.pages.loaded import Loaded
+from bench.pages.plots import Curve, Panel
+
+_STEPS = 150  # Of a timeline.
+
+
+def timeline(one: Loaded, place: int) -> dict[str, Any]:
+    """The first repeat, with what the server said of itself meanwhile."""
+    shown: dict[str, Any] = {"name": one.name, "repeats": len(one.data.get("repeats") or [])}
+    mine = one.of_repeat(0)
+    if not mine:
+        return shown | {"svg": "", "absent": [one.records_absent or "it has no first repeat"]}
+    end_s = max(record.end_s or record.planned_s for record in mine)
+    step_s = _step_s(end_s)
+    line = measure.timeline(mine, step_s)
+    panels = [
+        Panel(
+            title="Requests under way",
+            y_title="requests",
+            curves=[Curve(label="under way", x=line.t_s, y=line.running)],
+            filled=(0,),
+        ),
+        Panel(
+            title="Output",
+            y_title="tokens/s",
+            curves=[Curve(label="output tokens", x=line.t_s, y=line.output_tokens_per_s)],
+            filled=(0,),
+        ),
+        Panel(
+            title="Requests planned, and failed",
+            y_title="requests/s",
+            curves=[
+                Curve(label="planned", x=line.t_s, y=line.planned_per_s),
+                Curve(label="failed", x=line.t_s, y=line.failed_per_s),
+            ],
+            filled=(1,),
+        ),
+    ]
+    server, absent = _server_panels(one)
+    window = one.window(0)
+    events = [
+        (float(event["at_s"]), str(event["what"]))
+        for event in one.data.get("events") or []
+        if event.get("repeat", 0) == 0
+    ]
+    shaded = [window] if window else []
+    svg = plots.timeline([*panels, *server, *_gpu_panels(one)], f"time{place}", shaded, events)
+    return shown | {"svg": Markup(svg), "absent": absent, "step_s": step_s, "steady": bool(window)}
+
+
+def _step_s(duration_s: float) -> float:
+    """A round length for the steps of a timeline."""
+    for step_s in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0):
+        if duration_s / step_s <= _STEPS:
+            return step_s
+    return duration_s / _STEPS
+
+
+def _server_panels(one: Loaded) -> tuple[list[Panel], list[str]]:
+    """What was scraped in the first repeat; what was not is named."""
+    server = one.data.get("server") or []
+    samples = server[0] if server and isinstance(server[0], list) else server
+    if not samples:
+        return [], ["the server's own metrics: none were scraped"]
+    wanted = (
+        ("Server: requests waiting and running", "requests", ("waiting", "running"), 1.0, None),
+        ("Server: KV cache in use", "%", ("kv_usage",), 100.0, 100.0),
+        (
+            "Server: prompt tokens found in the prefix cache",
+            "%",
+            ("prefix_hit_rate",),
+            100.0,
+            100.0,
+        ),
+        (
+            "Server: replicas",
+            "replicas",
+            ("replicas", "wanted", "starting", "stopping"),
+            1.0,
+            None,
+        ),
+    )
+    panels, absent = [], []
+    for title, unit, names, scale, top in wanted:
+        curves = [_sampled(samples, name, scale) for name in names]
+        known = [curve for curve in curves if curve.x]
+        if known:
+            low = len(known) == 1
+            panels.append(Panel(title=title, y_title=unit, curves=known, top=top, low=low))
+        else:
+            absent.append(f"{title}: the server does not say")
+    acceptance = _sampled(samples, "acceptance_rate", 100.0)
+    if acceptance.y:
+        title = "Server: drafted tokens that were right"
+        panels.append(Panel(title=title, y_title="%", curves=[acceptance], top=100.0, low=True))
+    preemptions = _sampled(samples, "preemptions", 1.0)
+    if any(preemptions.y):
+        title = "Server: preemptions so far"
+        panels.append(Panel(title=title, y_title="requests", curves=[preemptions], low=True))
+    return panels, absent
+
+
+def _gpu_panels(one: Loaded) -> list[Panel]:
+    """What the GPUs did in the first repeat, a line each; none where they were not sampled."""
+    samples = (one.data.get("gpu") or [[]])[0]
+    if not isinstance(samples, list) or not samples:
+        return []
+    each: dict[int, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        each.setdefault(sample["gpu"], []).append(sample)
+    panels = []
+    for title, unit, of, top in (
+        ("GPU: share of time with a kernel", "%", _utilisation, 100.0),
+        ("GPU: memory in use", "GiB", _memory, None),
+        ("GPU: power", "W", _watts, None),
+    ):
+        curves = [_points(f"GPU {gpu}", of(mine)) for gpu, mine in each.items()]
+        if any(curve.y for curve in curves):
+            panels.append(Panel(title=title, y_title=unit, curves=curves, low=True, top=top))
+    return panels
+
+
+_Points = list[tuple[float, float]]
+
+
+def _points(label: str, points: _Points) -> Curve:
+    return Curve(label=label, x=[x for x, _ in points], y=[y for _, y in points])
+
+
+def _utilisation(samples: Sequence[Mapping[str, Any]]) -> _Points:
+    return [(sample["t_s"], 100 * sample["utilisation"]) for sample in samples]
+
+
+def _memory(samples: Sequence[Mapping[str, Any]]) -> _Points:
+    return [(sample["t_s"], sample["memory_gib"]) for sample in samples]
+
+
+def _watts(samples: Sequence[Mapping[str, Any]]) -> _Points:
+    """The mean power between one sample and the next; empty where no energy was sampled."""
+    return [
+        (b["t_s"], (b["joules"] - a["joules"]) / (b["t_s"] - a["t_s"]))
+        for a, b in pairwise(samples)
+        if a.get("joules") is not None and b["t_s"] > a["t_s"]
+    ]
+
+
+def _sampled(samples: Sequence[Mapping[str, Any]], name: str, scale: float) -> Curve:
+    known = [(s["t_s"], s[name] * scale) for s in samples if s.get(name) is not None]
+    return Curve(label=name.replace("_", " "), x=[t for t, _ in known], y=[y for _, y in known])
+
+
+def heat(one: Loaded, place: int) -> dict[str, Any]:
+    """Gaps between the tokens of the first repeat, over time."""
+    at_s: list[float] = []
+    gaps_s: list[float] = []
+    for record in one.of_repeat(0):
+        if record.ok:
+            at_s += record.chunk_s[1:]
+            gaps_s += measure.itl_s(record)
+    if not gaps_s:
+        why = one.records_absent or "no answer came in more than one piece"
+        return {"name": one.name, "svg": "", "absent": [why]}
+    gaps_ms = [gap_s * 1e3 for gap_s in gaps_s]
+    svg = plots.heat(at_s, gaps_ms, "ms since the token before (log)", f"heat{place}")
+    return {"name": one.name, "svg": Markup(svg), "absent": []}

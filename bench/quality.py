@@ -1,0 +1,200 @@
+"""`bench quality`: whether faster answers are still the same answers.
+
+    python -m bench quality --url REFERENCE --write reference.jsonl       the engine as it should be
+    python -m bench quality --url OTHER --reference reference.jsonl --out DIR
+
+Fixed prompts are asked greedily, of the reference and of what is to be judged: a quantized model, a
+speculative setting, another kernel. Two figures say how far they agree: the share of answers that
+are equal, with its interval; and the mean share of a reference answer that the other one begins
+with, which tells one late difference from another answer altogether. Batched kernels make even one
+engine differ from itself now and then: judge the reference's own engine too, to know by how much.
+
+With --answers FILE, a JSON object a line with `prompt` and `answer`, answers are scored against
+what is right: one that contains the expected text is correct.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench import interval, result
+from bench.errors import ResultError, TargetFailed
+from bench.records import Record
+from bench.traffic import textfile
+from bench.traffic.client import Client, Target
+from bench.traffic.request import Request
+
+_AT_ONCE = 4  # Some, so that it does not take long; few, so that answers seldom share a batch.
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "List the first ten prime numbers.",
+    "Translate into German: The train to Paris leaves at noon.",
+    "What is 17 times 23?",
+    "Write a haiku about the sea.",
+    "Summarise in one sentence: Water boils at 100 degrees Celsius at sea level, and at a lower "
+    "temperature on a mountain, because the pressure of the air is lower there.",
+    "Name three rivers of South America.",
+    "Write a Python function that reverses a list.",
+    "Who wrote Romeo and Juliet?",
+    "What comes next: 2, 4, 8, 16?",
+    "Give a synonym of quick.",
+    "Is a whale a fish? Answer with a reason.",
+    "Convert 5 kilometres to miles.",
+    "Put into alphabetical order: pear, apple, fig, plum.",
+    "What does HTTP stand for?",
+    "Write one polite sentence that declines an invitation.",
+    "Which planet is the largest?",
+    "Correct the grammar: She go to school every days.",
+    "Give three uses of a paper clip.",
+    "What is the past tense of swim?",
+    "Write a JSON object with the keys name and age.",
+    "How many minutes are in a day?",
+    "Describe a cat to someone who has never seen one.",
+)
+
+
+class Reference(msgspec.Struct, kw_only=True):
+    """A prompt, and what the reference answered or what is right."""
+
+    prompt: str
+    answer: str
+
+
+class Agreement(msgspec.Struct, frozen=True, kw_only=True):
+    """How far answers agree with those of a reference.
+
+    Attributes:
+        asked, equal: how many.
+        equal_share, equal_low, equal_high: with its 95% interval.
+        common_share: of a reference answer, the mean share that the other begins with.
+        first_words: of the answers that differ, in how many the first word does.
+    """
+
+    asked: int
+    equal: int
+    equal_share: float
+    equal_low: float
+    equal_high: float
+    common_share: float
+    first_words: int
+
+
+def agreement(references: Sequence[str], answers: Sequence[str]) -> Agreement:
+    """How far two lists of answers to the same prompts agree; neither may be empty."""
+    pairs = list(zip(references, answers, strict=True))
+    equal = sum(one == other for one, other in pairs)
+    low, high = interval.of_share_exact(equal, len(pairs))
+    return Agreement(
+        asked=len(pairs),
+        equal=equal,
+        equal_share=equal / len(pairs),
+        equal_low=low,
+        equal_high=high,
+        common_share=sum(common_share(one, other) for one, other in pairs) / len(pairs),
+        first_words=sum(one.split()[:1] != other.split()[:1] for one, other in pairs),
+    )
+
+
+def common_share(reference: str, answer: str) -> float:
+    """The share of the reference's words that the answer begins with; 1 for an empty one."""
+    words, others = reference.split(), answer.split()
+    same = 0
+    for one, other in zip(words, others, strict=False):
+        if one != other:
+            break
+        same += 1
+    return same / len(words) if words else 1.0
+
+
+def correct(answers: Sequence[str], right: Sequence[str]) -> list[bool]:
+    """Whether each answer contains what is right, whatever the case and the spaces."""
+    return [
+        " ".join(want.lower().split()) in " ".join(answer.lower().split())
+        for answer, want in zip(answers, right, strict=True)
+    ]
+
+
+# --- asking ---------------------------------------------------------------------------------
+
+
+async def ask(target: Target, prompts: Sequence[str], tokens: int) -> list[str]:
+    """The greedy answers of a target, in the order of the prompts.
+
+    Raises:
+        TargetFailed: one of them fails.
+    """
+    extra = {"temperature": 0, "seed": 0, **target.extra}
+    greedy = msgspec.structs.replace(target, extra=extra, keep_text=True)
+    slots = asyncio.Semaphore(_AT_ONCE)
+    with contextlib.closing(Client(greedy, time.perf_counter)) as client:
+
+        async def one(number: int, prompt: str) -> str:
+            async with slots:
+                record = Record(index=number, planned_s=time.perf_counter())
+                request = Request(prompt=prompt, output_tokens=tokens, limit=True)
+                record = await client.ask(request, record)
+            if record.error:
+                raise TargetFailed(f"url = {target.url!r}: {prompt!r}: {record.error}")
+            return record.text
+
+        return list(await asyncio.gather(*(one(n, p) for n, p in enumerate(prompts))))
+
+
+def read(path: Path) -> list[Reference]:
+    """The references of a file.
+
+    Raises:
+        ResultError: it cannot be read, or holds none.
+    """
+    found = []
+    try:
+        for line in textfile.lines(path):
+            if line.strip():
+                found.append(msgspec.json.decode(line, type=Reference))
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path}: line {len(found) + 1}: {error}") from None
+    if not found:
+        raise ResultError(f"{path}: holds no reference")
+    return found
+
+
+def write(path: Path, prompts: Sequence[str], answers: Sequence[str]) -> None:
+    """Keep answers as references."""
+    pairs = zip(prompts, answers, strict=True)
+    lines = [msgspec.json.encode(Reference(prompt=p, answer=a)) + b"\n" for p, a in pairs]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(lines))
+
+
+async def judge(
+    target: Target, references: Sequence[Reference], tokens: int, scored: bool, folder: Path
+) -> dict[str, Any]:
+    """Ask what the references were asked, and say how far the answers agree or are right."""
+    head = result.header("quality", f"{target.model} at {target.url}")
+    answers = await ask(target, [each.prompt for each in references], tokens)
+    wanted = [each.answer for each in references]
+    found = head | {"target": {"url": target.url, "model": target.model}, "tokens": tokens}
+    if scored:
+        right = correct(answers, wanted)
+        low, high = interval.of_share_exact(sum(right), len(right))
+        found |= {"asked": len(right), "correct": sum(right), "correct_low": low}
+        found |= {"correct_high": high, "correct_share": sum(right) / len(right)}
+    else:
+        found |= msgspec.to_builtins(agreement(wanted, answers))
+    found |= {
+        "valid": True,
+        "doubts": [],
+        "events": [],
+        "answers": [
+            {"prompt": each.prompt, "reference": each.answer, "answer": answer}
+            for each, answer in zip(references, answers, strict=True)
+        ],
+    }
+    result.write(folder, found)
+    return found

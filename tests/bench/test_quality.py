@@ -1,0 +1,96 @@
+"""Whether answers are the same, and how sure that is."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench import quality, scrape
+from bench.errors import BenchError, ResultError, TargetFailed
+from bench.traffic.client import Target
+
+PORT = 8843
+
+
+def test_equal_answers_agree_and_one_other_word_is_said() -> None:
+    found = quality.agreement(["a b c d"] * 4, ["a b c d", "a b c d", "a b x d", "y"])
+    assert (found.asked, found.equal, found.equal_share, found.first_words) == (4, 2, 0.5, 1)
+    assert found.common_share == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    assert found.equal_low < 0.5 < found.equal_high
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet="ab ", max_size=12), min_size=1, max_size=9))
+def test_whatever_is_answered_agrees_with_itself(answers: list[str]) -> None:
+    found = quality.agreement(answers, answers)
+    assert (found.equal_share, found.common_share, found.equal_high) == (1.0, 1.0, 1.0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from("abc"), max_size=9), st.lists(st.sampled_from("abc"), max_size=9))
+def test_a_share_is_a_share(one: list[str], other: list[str]) -> None:
+    share = quality.common_share(" ".join(one), " ".join(other))
+    assert 0 <= share <= 1
+    assert (share == 1) == (other[: len(one)] == one)
+
+
+def test_an_answer_is_right_whatever_its_case_and_spaces() -> None:
+    assert quality.correct(["It is  PARIS.", "London"], ["paris", "Paris"]) == [True, False]
+
+
+def test_references_are_kept_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "reference.jsonl"
+    quality.write(path, ["p", "q"], ["a", ""])
+    assert [(each.prompt, each.answer) for each in quality.read(path)] == [("p", "a"), ("q", "")]
+    path.write_text("{}")
+    with pytest.raises(ResultError, match="line 1"):
+        quality.read(path)
+    path.write_text("")
+    with pytest.raises(BenchError, match="no reference"):
+        quality.read(path)
+
+
+async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers with the prompt, backwards where it has a "!"; fails where it is empty."""
+    while True:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            break
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        asked = json.loads(await reader.readexactly(length))
+        assert (asked["temperature"], asked["seed"]) == (0, 0)
+        said = asked["messages"][0]["content"]
+        text = said[::-1] if "!" in said else said
+        event = {"choices": [{"delta": {"content": text}, "finish_reason": "stop"}]}
+        whole = f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
+        writer.write(b"content-length: %d\r\n\r\n%b" % (len(whole), whole))
+        await writer.drain()
+    writer.close()
+
+
+async def test_a_target_is_asked_and_judged(tmp_path: Path) -> None:
+    server = await asyncio.start_server(serve, "127.0.0.1", PORT)
+    target = Target(url=f"http://127.0.0.1:{PORT}", model="m", endpoint="chat")
+    references = [quality.Reference(prompt=p, answer=p) for p in ("a b", "c d!", "e f")]
+    found = await quality.judge(target, references, 8, scored=False, folder=tmp_path)
+    assert (found["asked"], found["equal"]) == (3, 2)
+    assert found["answers"][1]["answer"] == "!d c"
+    assert [each["prompt"] for each in found["answers"]] == ["a b", "c d!", "e f"]
+    found = await quality.judge(target, references, 8, scored=True, folder=tmp_path)
+    assert (found["correct"], found["asked"]) == (2, 3)
+    with pytest.raises(TargetFailed, match="empty"):
+        await quality.ask(target, [""], 8)
+    server.close()
+
+
+def test_what_speculation_got_right_is_counted_since_the_start() -> None:
+    drafted, accepted = "drafted", "accepted"
+    scrapes = [(0.0, {drafted: 100.0, accepted: 90.0}), (1.0, {drafted: 300.0, accepted: 150.0})]
+    first, last = scrape.samples(scrapes, 0.0)
+    assert (first.acceptance_rate, last.acceptance_rate) == (None, 0.3)
+    assert scrape.samples([(0.0, {"running": 1.0})], 0.0)[0].acceptance_rate is None

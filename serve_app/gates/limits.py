@@ -92,8 +92,8 @@ def check(asked: Reading, limits: Limits) -> None:
         )
     if asked.grammar_bytes > limits.max_grammar_bytes:
         raise BadRequest(
-            f"The grammar of the answer is too large: {asked.grammar_bytes} bytes with its "
-            f"repetitions written out, above this server's {limits.max_grammar_bytes}."
+            f"The grammar of the answer is too large: {asked.grammar_bytes} bytes, above "
+            f"this server's {limits.max_grammar_bytes}."
         )
 
 

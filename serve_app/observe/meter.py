@@ -1,7 +1,8 @@
 """The outermost gate: measures each answer, counts it, and writes one line of it to the log.
 
-It sees what the client sees: the first event of a stream after all waiting, every pause between two
-events, an answer that breaks off. What a request is about is never looked at.
+It sees what the client sees: the first output of a stream after all waiting, every pause between
+two events, an answer that breaks off or ends with an error. What a request is about is never looked
+at.
 """
 
 import asyncio
@@ -16,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app import events
 from serve_app.gates import routes
 from serve_app.gates.keys import OPEN_PATHS, tenant
-from serve_app.observe import metrics
+from serve_app.gates.reading import Reading
+from serve_app.observe import metrics, output
 from serve_app.observe.logs import Log
 from serve_app.observe.tracing import Tracer
 from serve_app.settings import Replicas
@@ -66,6 +68,9 @@ class Meter:
             except asyncio.CancelledError:
                 answer.left = True
                 raise
+            except Exception as error:
+                answer.raised = type(error).__name__
+                raise
             finally:
                 under_way.dec(self._counted)
                 answer.ended_s = time.monotonic()
@@ -81,7 +86,7 @@ class Meter:
         model = self._model_of(scope)
         status, who = answer.final_status, tenant.get()
         if self._counted:
-            self._count(scope["path"], model, status, who, answer)
+            self._count(scope, model, status, who, answer)
         self._log.write(
             "error" if status >= 500 else "info",
             "request",
@@ -97,15 +102,16 @@ class Meter:
             events=answer.events,
         )
 
-    def _count(self, path: str, model: str, status: int, who: str, answer: "_Answer") -> None:
-        metrics.requests.labels(model, routes.label(path), str(status), who).inc()
-        if answer.reason:
-            metrics.rejections.labels(model, answer.reason).inc()
+    def _count(self, scope: Scope, model: str, status: int, who: str, answer: "_Answer") -> None:
+        route = routes.find(scope["path"]) or routes.OTHER
+        metrics.requests.labels(model, route.path, str(status), who).inc()
+        if answer.code:
+            metrics.rejections.labels(model, answer.code).inc()
         if answer.first_s is not None:
             metrics.first_tokens.labels(model).observe(answer.first_s)
         if status < 400:
             metrics.durations.labels(model).observe(answer.duration_s)
-        if (kept := answer.kept(self._goal)) is not None:
+        if route.generates and (kept := answer.kept(self._goal, _sequences(scope))) is not None:
             metrics.objectives.labels(model, "yes" if kept else "no").inc()
 
 
@@ -114,8 +120,10 @@ class _Answer:
 
     Attributes:
         status: what it began with; 0 before.
-        reason: the code of the error that it is, or ended with.
-        events: pieces of a stream.
+        code: of the error of ours that it is, or ended with.
+        raised: name of the exception that ended it.
+        first_s: until the first output of a stream: text, reasoning, a tool call.
+        events: pieces of a stream, from its first output on.
         left: the client left before its end.
     """
 
@@ -126,15 +134,19 @@ class _Answer:
         self._began_s = self._last_s = self.ended_s = time.monotonic()
         self._streaming = False
         self._over = False
+        self._failure: str | None = None
+        # Of an answer in one piece.
+        self._body = b""
         self.status = 0
-        self.reason: str | None = None
+        self.code: str | None = None
+        self.raised: str | None = None
         self.first_s: float | None = None
         self.events = 0
         self.left = False
 
     async def send(self, message: Message) -> None:
         if (code := message.get("code")) is not None:
-            self.reason = code
+            self.code = code
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self._streaming = any(
@@ -143,14 +155,19 @@ class _Answer:
             )
         else:
             self._over = not message.get("more_body", False)
-            if self._streaming and message.get("body") and code is None:
-                self.reason = self.reason or events.error_in(message["body"])
-                self._event()
+            body = message.get("body", b"")
+            if not self._streaming:
+                self._body = body
+            elif body and code is None:
+                self._event(body)
         await self._send(message)
 
-    def _event(self) -> None:
+    def _event(self, data: bytes) -> None:
+        self._failure = self._failure or events.error_in(data)
         now_s = time.monotonic()
         if self.first_s is None:
+            if self._failure is not None or not output.begins_output(data):
+                return
             self.first_s = now_s - self._began_s
             self._gaps = self._gaps_of() if self._gaps_of else None
         elif self._gaps is not None:
@@ -167,22 +184,54 @@ class _Answer:
         """What it came to: a stream that broke off after its 200 did not succeed."""
         if self.left and not self._over:
             return metrics.LEFT
-        if self.status == 200 and (self.reason or not self._over):
+        broken = self.code or self._failure or self.raised or not self._over
+        if self.status == 200 and broken:
             return 500
         return self.status or 500
 
-    def kept(self, goal: Replicas) -> bool | None:
+    @property
+    def reason(self) -> str | None:
+        """Why it failed, in one word; None: it did not, or only the client knows."""
+        if self.code is not None:
+            return self.code
+        if self._failure is not None:
+            return self._failure
+        if self.raised is not None:
+            return self.raised
+        if self.final_status < 500:
+            return None
+        if not self._over:
+            return "broken_off"
+        return output.whole_failure(self._body) or "error"
+
+    def kept(self, goal: Replicas, sequences: int) -> bool | None:
         """Whether the objective was kept; None for what says nothing of it."""
         status = self.final_status
         if status >= 500 or status == 429:
             return False
         if status >= 400:
             return None
-        gap_s = (self._last_s - self._began_s - (self.first_s or 0.0)) / max(1, self.events - 1)
-        return self.first_s is None or (
-            (goal.ttft_s is None or self.first_s <= goal.ttft_s)
-            and (goal.itl_s is None or self.events < 2 or gap_s <= goal.itl_s)
+        if not self._streaming:
+            return self._kept_whole(goal, sequences)
+        if self.first_s is None:
+            return None
+        gap_s = (self._last_s - self._began_s - self.first_s) / max(1, self.events - 1)
+        return (goal.ttft_s is None or self.first_s <= goal.ttft_s) and (
+            goal.itl_s is None or self.events < 2 or gap_s <= goal.itl_s
         )
+
+    def _kept_whole(self, goal: Replicas, sequences: int) -> bool | None:
+        """Of an answer in one piece: whether it took no longer than a stream may, as a whole."""
+        tokens = output.output_tokens(self._body)
+        if tokens is None or goal.ttft_s is None or goal.itl_s is None:
+            return None
+        each = tokens / max(1, sequences)
+        return self.duration_s <= goal.ttft_s + goal.itl_s * max(0.0, each - 1)
+
+
+def _sequences(scope: Scope) -> int:
+    asked: Reading | None = scope.get("state", {}).get("reading")
+    return 1 if asked is None else asked.sequences
 
 
 def _identify(scope: Scope) -> str:

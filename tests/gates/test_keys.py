@@ -104,3 +104,14 @@ async def test_both_sources_are_joined(tmp_path: Path, monkeypatch: pytest.Monke
     ring = KeyRing(ApiKeys(env="KEYS", file=str(tmp_path / "keys")))
     assert ring.holder("from-env")
     assert ring.holder("from-file")
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "鍵-1", "ключ"])
+async def test_a_key_in_any_script_is_known(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYS", f"team {key}")
+    ring = KeyRing(ApiKeys(env="KEYS"))
+    # As a server reads the header that a client sends in UTF-8.
+    assert ring.holder(key.encode().decode("latin-1")) == "team"
+    if key.isascii() or key == "schlüssel":
+        assert ring.holder(key) == "team"  # Sent in Latin-1.
+    assert ring.holder(key + "x") is None

@@ -149,6 +149,111 @@ async def test_a_stream_that_ends_with_an_error_did_not_succeed(watched: Watched
     assert (watched.line["level"], watched.line["reason"]) == ("error", "timeout")
 
 
+def events(*bodies: bytes, status: int = 200, kind: bytes = b"text/event-stream") -> ASGIApp:
+    """An answer of these pieces, the later ones a little later."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", kind)]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        for place, body in enumerate(bodies):
+            if place:
+                await asyncio.sleep(0.03)
+            more = place < len(bodies) - 1
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+    return app
+
+
+async def test_every_failure_has_its_reason(watched: Watched) -> None:
+    async def raises(scope: Scope, receive: Receive, send: Send) -> None:
+        raise KeyError("x")
+
+    body = b'{"error": {"message": "x", "type": "InternalServerError", "code": 500}}'
+    cases: list[tuple[ASGIApp, str]] = [
+        (events(body, status=500, kind=b"application/json"), "InternalServerError"),
+        (events(b"Internal Server Error", status=500, kind=b"text/plain"), "error"),
+        (events(b"", status=502, kind=b"text/plain"), "error"),
+        (TooManyRequests("full"), "queue_full"),
+        (raises, "KeyError"),
+    ]
+    for app, reason in cases:
+        each = Watched(watched.model)
+        try:
+            await each.ask(app)
+        except KeyError:
+            assert app is raises
+        assert each.line["reason"] == reason
+        assert each.line["status"] >= 429
+
+
+CREATED = (
+    b'event: response.created\ndata: {"type": "response.created", "response": {"error": null}}'
+)
+DELTA = (
+    b'event: response.output_text.delta\ndata: {"type": "response.output_text.delta", "delta": "x"}'
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "first"),
+    [
+        (CREATED, DELTA),
+        (b'data: {"type": "response.in_progress"}', DELTA),
+        (b": keep-alive", b'data: {"choices": [{"text": "x"}]}'),
+        (
+            b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}',
+            b'data: {"choices": [{"delta": {"content": "x"}}]}',
+        ),
+        (
+            b'data: {"choices": [{"delta": {"role": "assistant"}}]}',
+            b'data: {"choices": [{"delta": {"tool_calls": [{"index": 0}]}}]}',
+        ),
+        (
+            b'event: message_start\ndata: {"type": "message_start"}',
+            b'event: content_block_delta\ndata: {"type": "content_block_delta"}',
+        ),
+        (b'data: {"choices": []}', b'data: {"choices": [{"token_ids": [5]}]}'),
+    ],
+)
+async def test_the_first_token_is_the_first_output_and_not_the_first_event(
+    watched: Watched, before: bytes, first: bytes
+) -> None:
+    await watched.ask(events(before + b"\n\n", first + b"\n\n", first + b"\n\n"))
+    assert watched.line["first_s"] >= 0.03
+    assert watched.line["events"] == 2
+    assert watched.counted("serve_app_inter_token_seconds_count") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "usage", "kept"),
+    [
+        ("/v1/chat/completions", {"completion_tokens": 10}, "yes"),
+        ("/v1/messages", {"output_tokens": 10}, "yes"),
+        ("/v1/chat/completions", {"completion_tokens": 1}, "no"),
+        ("/v1/chat/completions", None, None),
+        ("/tokenize", {"completion_tokens": 10}, None),
+        ("/v1/models", None, None),
+    ],
+)
+async def test_an_answer_in_one_piece_is_held_to_the_time_of_a_stream(
+    watched: Watched, path: str, usage: dict[str, int] | None, kept: str | None
+) -> None:
+    async def late(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.55)  # GOAL: 0.5 s, and 0.1 s for each token more.
+        body = json.dumps({"usage": usage}).encode()
+        await events(body, kind=b"application/json")(scope, receive, send)
+
+    await watched.ask(late, path=path)
+    for answer in ("yes", "no"):
+        assert watched.counted("serve_app_slo_requests_total", answer) == (answer == kept)
+
+
+async def test_what_generates_nothing_misses_no_objective(watched: Watched) -> None:
+    await watched.ask(TooManyRequests("full"), path="/v1/models")
+    await watched.ask(TooManyRequests("full"), path="/nowhere")
+    assert watched.counted("serve_app_slo_requests_total", "no") == 0
+
+
 async def test_an_application_that_raises_is_counted(watched: Watched) -> None:
     async def end(send: Send) -> None:
         raise RuntimeError("broken")

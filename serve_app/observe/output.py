@@ -1,0 +1,108 @@
+"""What an answer says of itself, as far as the meter asks: whether its output has begun, how long it
+is, and why it failed. Nothing of what it is about is looked at.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+# Events of /v1/responses and /v1/messages that are no output yet.
+_BEFORE_OUTPUT = frozenset(
+    {
+        "ping",
+        "message_start",
+        "content_block_start",
+        "response.created",
+        "response.queued",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.reasoning_part.added",
+    }
+)
+# Of a choice of a stream, what a model may have written.
+_OUTPUT = ("content", "reasoning", "reasoning_content", "refusal", "tool_calls", "function_call")
+
+
+class Usage(msgspec.Struct):
+    """Of OpenAI's and Anthropic's answers."""
+
+    completion_tokens: Any = None
+    output_tokens: Any = None
+
+
+class Whole(msgspec.Struct):
+    """What is read of an answer in one piece."""
+
+    usage: Usage | None = None
+    error: Any = None
+    type: Any = None
+
+
+def begins_output(data: bytes) -> bool:
+    """Whether a piece of a stream holds output: text, reasoning, a tool call, token ids, an end."""
+    return any(_is_output(event) for event in _events(data))
+
+
+def whole_failure(body: bytes) -> str | None:
+    """The word for what went wrong, from the body of an answer in one piece."""
+    answer = _whole(body)
+    if answer is None or not isinstance(answer.error, dict):
+        return None
+    return _word(answer.error)
+
+
+def output_tokens(body: bytes) -> int | None:
+    """The tokens that an answer in one piece says it has."""
+    answer = _whole(body)
+    if answer is None or answer.usage is None:
+        return None
+    for count in (answer.usage.completion_tokens, answer.usage.output_tokens):
+        if isinstance(count, int):
+            return count
+    return None
+
+
+def _events(data: bytes) -> Iterator[Any]:
+    """The decoded `data:` lines; None for one that is not JSON, as `[DONE]`."""
+    for line in data.split(b"\n"):
+        if line.startswith(b"data:"):
+            try:
+                yield msgspec.json.decode(line[5:])
+            except (msgspec.DecodeError, RecursionError):
+                yield None
+
+
+def _is_output(event: Any) -> bool:
+    if not isinstance(event, dict):
+        return True  # Whatever it is, it is no introduction.
+    if isinstance(kind := event.get("type"), str):
+        return kind not in _BEFORE_OUTPUT
+    choices = event.get("choices")
+    if not isinstance(choices, list):
+        return True
+    return any(_has_output(choice) for choice in choices if isinstance(choice, dict))
+
+
+def _has_output(choice: dict[str, Any]) -> bool:
+    delta = choice.get("delta")
+    parts = delta if isinstance(delta, dict) else choice
+    if any(parts.get(name) for name in _OUTPUT) or choice.get("finish_reason"):
+        return True
+    return bool(choice.get("text") or choice.get("token_ids"))
+
+
+def _word(error: dict[str, Any]) -> str:
+    """A stable word of an error: its code, if that is one, or its type."""
+    for value in (error.get("code"), error.get("type")):
+        if isinstance(value, str) and value.replace("_", "").isalnum() and len(value) < 64:
+            return value
+    return "error"
+
+
+def _whole(body: bytes) -> Whole | None:
+    try:
+        return msgspec.json.decode(body, type=Whole)
+    except (msgspec.MsgspecError, RecursionError):
+        return None

@@ -1,4 +1,4 @@
-"""What an answer says of itself, as far as the meter asks: whether its output has begun, how long it
+"""What an answer says of itself, as far as the meter asks: whether output has begun, how long it
 is, and why it failed. Nothing of what it is about is looked at.
 """
 

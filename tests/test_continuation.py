@@ -308,6 +308,19 @@ async def test_an_answer_that_comes_out_otherwise_is_an_error_after_what_was_sen
     assert "text" not in told(rest[1:])
 
 
+async def test_a_model_is_described_by_its_name(app: Backend) -> None:
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        headers = {TOKEN_HEADER: "secret"}
+        listed = (await client.get("/v1/models", headers=headers)).json()["data"]
+        one = (await client.get("/v1/models/m", headers=headers)).json()
+        # vLLM makes an id for the permission each time.
+        assert {**one, "permission": 0} == {**listed[0], "permission": 0}
+        missing = await client.get("/v1/models/other", headers=headers)
+    assert missing.status_code == 404
+    assert "no model 'other'" in missing.json()["error"]["message"]
+
+
 async def test_without_its_token_nothing_is_told(app: Backend) -> None:
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:

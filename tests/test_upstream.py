@@ -100,7 +100,11 @@ def test_9_haproxy_is_configured_by_lines_that_the_edits_match() -> None:
     from ray.serve._private import haproxy_templates
 
     template = inspect.getsource(haproxy_templates)
-    for line in ("option splice-re", "errorfile 502", "errorfile 503", "errorfile 504", "defaults"):
+    for line in (
+        *("option splice-re", "errorfile 502", "errorfile 503", "errorfile 504", "defaults"),
+        *("frontend http_frontend", "# Static routing based on path prefixes", "check backup"),
+        *("# Enable HTTP connection reuse for better performance", "_server_up nbsrv("),
+    ):
         assert line in template
 
 
@@ -157,6 +161,14 @@ def test_16_vllms_application_keeps_its_handlers() -> None:
     source = inspect.getsource(app.build_app)
     assert "exception_handler" in source
     assert "FastAPI" in source
+
+
+def test_16_vllms_models_are_listed_by_a_method() -> None:
+    from vllm.entrypoints.launchers.api_server import app_state
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    assert parameters(OpenAIServingModels.show_available_models) == ["self"]
+    assert "state.openai_serving_models" in inspect.getsource(app_state)
 
 
 def test_17_rays_key_value_store_takes_a_namespace() -> None:

@@ -19,6 +19,7 @@ import psutil
 import starlette.exceptions
 import vllm.v1.engine.async_llm as async_llm
 import vllm.v1.engine.utils as engine_processes
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -130,6 +131,8 @@ class Engine:
         app.add_exception_handler(
             starlette.exceptions.HTTPException, app.exception_handlers[fastapi.HTTPException]
         )
+        # OpenAI's API has it, vLLM's has not.
+        app.add_api_route("/v1/models/{model:path}", _card_of, methods=["GET"])
         app.middleware_stack = app.build_middleware_stack()  # vLLM built it without.
         await init_app_state(self._llm, app.state, self._args, tasks)
         # vLLM's error handlers tell this object to exit when the engine dies; here the replica's
@@ -223,6 +226,15 @@ class Engine:
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=5)
+
+
+async def _card_of(model: str, request: fastapi.Request) -> JSONResponse:
+    """One of the models or adapters that `/v1/models` lists."""
+    listed = await request.app.state.openai_serving_models.show_available_models()
+    card = next((card for card in listed.data if card.id == model), None)
+    if card is None:
+        raise fastapi.HTTPException(404, f"There is no model {model!r}.")
+    return JSONResponse(card.model_dump())
 
 
 def _recorder(signals: Signals) -> Callable[[Any, int], StatLoggerBase]:

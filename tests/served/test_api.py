@@ -37,6 +37,12 @@ def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
 
 
+def test_a_model_by_its_name(client: openai.OpenAI) -> None:
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError, match="no model 'other/model'"):
+        client.models.retrieve("other/model")
+
+
 def test_chat_is_an_answer(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=ASK, temperature=0, max_tokens=32)
     assert "Paris" in str(answer.choices[0].message.content)

@@ -39,7 +39,7 @@ def error_code(event: bytes) -> str | None:
     line = next((line for line in event.split(b"\n") if line.startswith(_DATA)), b"")
     try:
         data = msgspec.json.decode(line[len(_DATA) :])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
     return _code(data) if isinstance(data, dict) else None
 

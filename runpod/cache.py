@@ -8,8 +8,11 @@ that can be written, so that the next start finds them; weights that are there n
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from logs import show
 
 CACHE = Path("huggingface-cache") / "hub"
 _ROOTS = ("/runpod-volume", "/workspace")
@@ -117,13 +120,53 @@ def fetch(model: str, revision: str | None, folder: Path) -> Path:
             snapshot_download(model, revision=revision, cache_dir=folder, allow_patterns=_PATTERNS)
         )
     except Exception as error:
-        # The hub's own errors run over many lines; the first says which it was.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RuntimeError(f"{model} cannot be fetched: {lines[0]}") from error
+        raise RuntimeError(f"{model} cannot be fetched: {_first_line(error)}") from error
     if not whole(path):
         # Where the hub does not answer, what is there is returned, however little.
         raise RuntimeError(f"{model} cannot be fetched: only a part of it came to {path}")
     return path
+
+
+def configuration(model: str, revision: str | None, folder: Path) -> Path | None:
+    """A folder with the model's config.json, which is fetched before all else; None without it."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(
+            snapshot_download(
+                model, revision=revision, cache_dir=folder, allow_patterns=["config.json"]
+            )
+        )
+    except Exception as error:
+        # `fetch` meets the same, and its failure counts.
+        show(f"warning: {model} is not sized: {_first_line(error)}")
+        return None
+    return path if (path / "config.json").is_file() else None
+
+
+def missing_bytes(model: str, revision: str | None, folder: Path) -> int | None:
+    """How much of the model `fetch` would bring; None where the hub does not say."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = snapshot_download(
+            model, revision=revision, cache_dir=folder, allow_patterns=_PATTERNS, dry_run=True
+        )
+        return sum(file.file_size or 0 for file in files if file.will_download)
+    except Exception as error:
+        show(f"warning: how large {model} is, is not known: {_first_line(error)}")
+        return None
+
+
+def free_bytes(folder: Path) -> int:
+    """What the disk below a folder, which need not be there yet, has room for."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return shutil.disk_usage(there).free
+
+
+def _first_line(error: Exception) -> str:
+    """The hub's own errors run over many lines; the first says which it was."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def offline(engine: Mapping[str, object]) -> bool:

@@ -4,6 +4,7 @@ Decided before anything is started, said in a few lines, and refused where it wo
 pod without keys, a health port that is also the application's, a variable that makes no sense.
 """
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,7 +17,16 @@ from logs import show
 from serve_app.errors import ConfigError, nearest
 from serve_app.planning import embedded
 from serve_app.planning.hardware import Gpu
-from serve_app.planning.plan import find, parallelism
+from serve_app.planning.plan import find, parallelism, shape_of
+from serve_app.planning.sizing import (
+    GIB,
+    MIN_OVERHEAD_BYTES,
+    EngineMemory,
+    ModelShape,
+    choose_tensor_parallel_size,
+    needed_bytes,
+    usable_bytes,
+)
 from serve_app.settings import ApiKeys, Settings
 
 Mode = Literal["load_balancer", "queue", "pod"]
@@ -29,6 +39,8 @@ _BALANCER_S = 320.0
 _GRACE_S = 60.0
 # What is left of it for everything but the requests in flight.
 _END_S = 15.0
+# From the launch of the server to its first answer, once the weights are here.
+_START_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class Choice:
         config: serve_config.yaml with everything that was decided here.
         served_model_name: what a request must ask for.
         key: one accepted API key, or None where none is asked for.
+        start_s: how long a start may take, from the launch of the server to its first answer.
         offline: whether the model hub is left alone.
         said: one line for each thing worth knowing.
     """
@@ -56,6 +69,7 @@ class Choice:
     settings: Settings
     served_model_name: str
     key: str | None
+    start_s: float
     offline: bool
     said: tuple[str, ...]
 
@@ -93,14 +107,25 @@ def ports_of(environ: Mapping[str, str]) -> Ports:
 
 def grace_s(environ: Mapping[str, str]) -> float:
     """How long a stop may take, from STOP_GRACE_S."""
-    text = environ.get("STOP_GRACE_S") or str(_GRACE_S)
+    return _seconds(environ, "STOP_GRACE_S", _GRACE_S, _END_S)
+
+
+def _seconds(environ: Mapping[str, str], name: str, default_s: float, above_s: float) -> float:
+    text = environ.get(name) or str(default_s)
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if value <= _END_S:
-        raise ConfigError("STOP_GRACE_S", text, f"must be a number of seconds above {_END_S:g}")
+    if not above_s < value < math.inf:
+        raise ConfigError(name, text, f"must be a number of seconds above {above_s:g}")
     return value
+
+
+def _concurrency(environ: Mapping[str, str]) -> None:
+    """Refuse a MAX_CONCURRENCY that handler.py could not read."""
+    text = environ.get("MAX_CONCURRENCY") or "0"
+    if not text.isdecimal():
+        raise ConfigError("MAX_CONCURRENCY", text, "must be a number of jobs")
 
 
 def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gpu, ...]) -> Choice:
@@ -111,6 +136,8 @@ def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gp
         RuntimeError: weights that could not be fetched this time.
     """
     mode, ports = mode_of(environ), ports_of(environ)
+    start_s = _seconds(environ, "VLLM_STARTUP_TIMEOUT", _START_S, 0.0)
+    _concurrency(environ)
     result = deepcopy(dict(config))
     application = result["applications"][0]
     shipped = application.get("args") or {}
@@ -121,7 +148,7 @@ def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gp
 
     settings = Settings.parse(args)
     name = find(settings, gpus)
-    model = _weights(name, args, environ, said)
+    model = _weights(name, settings, gpus, environ, said)
     args["model"] = model
     args["served_model_name"] = settings.served_model_name or _spoken(name)
     settings = Settings.parse(args)
@@ -155,6 +182,7 @@ def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gp
         settings=settings,
         served_model_name=str(args["served_model_name"]),
         key=key,
+        start_s=start_s,
         offline=offline or model == embedded.NAME,
         said=tuple(said),
     )
@@ -211,22 +239,83 @@ def _accepted(source: ApiKeys, environ: Mapping[str, str]) -> list[str]:
     return [word.strip() for word in words if word.strip()]
 
 
-def _weights(name: str, args: dict[str, Any], environ: Mapping[str, str], said: list[str]) -> str:
-    """The model's folder, fetched if need be; anything but a hub id is left as it is."""
+def _weights(
+    name: str,
+    settings: Settings,
+    gpus: tuple[Gpu, ...],
+    environ: Mapping[str, str],
+    said: list[str],
+) -> str:
+    """The model's folder, fetched if need be; anything but a hub id is left as it is.
+
+    Raises:
+        ConfigError: the GPUs or the disk cannot hold it; nothing of it was fetched.
+    """
     if name == embedded.NAME or not cache.is_hub_id(name):
+        _require_memory(name, shape_of(name, settings.engine), settings, gpus)
         return name
-    revision = (args.get("engine") or {}).get("revision")
+    revision = settings.engine.get("revision")
     folder = cache.find(name, revision, cache.caches(environ))
     if folder is not None:
         said.append(f"{name}: in the cache, {folder}")
+        _require_memory(name, shape_of(str(folder), settings.engine), settings, gpus)
         return str(folder)
     target = cache.writable(environ)
     if not any(target.is_relative_to(volume) for volume in cache.volumes(environ)):
         said.append(
             "warning: no volume that can be written: weights are fetched anew by every worker"
         )
+    show(f"{name}: not here; asking the hub")
+    shape = shape_of(name, settings.engine)
+    if shape is None and (config := cache.configuration(name, revision, target)) is not None:
+        shape = shape_of(str(config), settings.engine)
+    _require_memory(name, shape, settings, gpus)
+    _require_disk(name, cache.missing_bytes(name, revision, target), target)
     show(f"{name}: fetching to {target}")
     return str(cache.fetch(name, revision, target))
+
+
+def _require_memory(
+    name: str, shape: ModelShape | None, settings: Settings, gpus: tuple[Gpu, ...]
+) -> None:
+    """Refuse what the GPUs cannot hold, where its size is known.
+
+    Raises:
+        ConfigError: says what is needed and found.
+    """
+    if shape is None or not gpus:
+        return
+    memory = EngineMemory.of(settings.engine)
+    tp, pp = settings.tensor_parallel_size, settings.pipeline_parallel_size or 1
+    if tp is None:
+        choose_tensor_parallel_size(name, shape, gpus, memory, pp)
+        return
+    usable = usable_bytes(gpus, memory)
+    if usable is not None and needed_bytes(shape, memory, tp, pp, MIN_OVERHEAD_BYTES) > usable:
+        needed = needed_bytes(shape, memory, tp, pp)
+        problem = (
+            f"{name} needs {needed / GIB:.1f} GiB on each of {tp * pp} GPU(s), and "
+            f"{gpus[0].name} gives {usable / GIB:.1f}: raise it, lower MAX_MODEL_LEN, or take "
+            "larger GPUs"
+        )
+        raise ConfigError("TENSOR_PARALLEL_SIZE", tp, problem)
+
+
+def _require_disk(name: str, missing: int | None, folder: Path) -> None:
+    """Refuse what the disk cannot hold, where its size is known.
+
+    Raises:
+        ConfigError: says what is needed and found.
+    """
+    if missing is None:
+        return
+    free = cache.free_bytes(folder)
+    if missing > free:
+        problem = (
+            f"{missing / 1e9:.1f} GB are to be fetched and {folder} has room for "
+            f"{free / 1e9:.1f}: give the container a larger disk, or a volume"
+        )
+        raise ConfigError("MODEL_NAME", name, problem)
 
 
 def _spoken(model: str) -> str:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import fit
 import prices
 import rest
 import teardown
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="may be repeated"
     )
+    about = "do not check whether the model fits, as where Runpod caches it on the host"
+    up.add_argument("--unchecked", action="store_true", help=about)
     up.add_argument("--yes", action="store_true", help="do not ask whether the cost is right")
     up.add_argument("--no-wait", action="store_true", help="do not wait for a completion")
     up.add_argument("--keep", action="store_true", help="leave a failed start running")
@@ -127,6 +130,8 @@ def _up(client: rest.Client, options: argparse.Namespace) -> int:
     wanted = _described(options)
     catalog = client.get("/v2/catalog/gpus")["gpus"]
     gpus = select(catalog, wanted.gpus, wanted.serverless)
+    if not options.unchecked:
+        print(fit.require(wanted, gpus))
     print(f"{wanted.name}: {wanted.mode}, {wanted.image}, {wanted.model or 'the configured model'}")
     for line in wanted.costs(gpus):
         print(f"  {line}")

@@ -17,9 +17,10 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
+import traceback
 import urllib.request
 from collections.abc import Iterator, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
 
@@ -52,11 +53,11 @@ _STOP_AGAIN_S = 60.0
 
 def main() -> int:
     """Run until told to stop. Returns the exit status: 0 stopped, 1 failed, 2 a value to mend."""
-    orphans.adopt()
     # Bars are for terminals; in a log each step of one is a line.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with _signals() as stop:
         try:
+            orphans.adopt()
             ports, grace, tries = ports_of(os.environ), grace_s(os.environ), _tries()
             with Health(ports.health, ports.health_path) as health:
                 if (failure := _serve(health, stop, grace, tries)) is None:
@@ -69,6 +70,11 @@ def main() -> int:
             show(f"error: {error}")
             _give_up(stop)
             return _TO_MEND
+        except Exception:
+            # Whatever it is: an end by itself would be a new start, and bill like one.
+            show(f"failed: {traceback.format_exc()}")
+            _give_up(stop)
+            return 1
 
 
 def _serve(health: Health, stop: "_Stop", grace: float, tries: int) -> int | None:
@@ -86,6 +92,10 @@ def _serve(health: Health, stop: "_Stop", grace: float, tries: int) -> int | Non
         except (RuntimeError, OSError) as error:
             if not stop.is_set():
                 show(f"failed: {error}")
+            status = 1
+        except Exception:
+            # A mistake of this program, and a failed start like any other.
+            show(f"failed: {traceback.format_exc()}")
             status = 1
         if stop.is_set():
             return None
@@ -165,6 +175,7 @@ class Run:
 
     def _attend(self, choice: Choice, folder: Path) -> int:
         environ = environment()
+        environ.pop("VLLM_API_KEY", None)  # vLLM would ask for it, and know no other key.
         if choice.offline:
             environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         self._head = Head(environ, self._stop.is_set)
@@ -176,6 +187,7 @@ class Run:
         threading.Thread(target=self._show, args=(self._server,), daemon=True).start()
 
         url = f"http://127.0.0.1:{choice.ports.application}"
+        deadline_s = time.monotonic() + choice.start_s
         while not self._stop.wait(0.2):
             if (status := self._server.poll()) is not None:
                 return status or 1
@@ -184,6 +196,9 @@ class Run:
                 return 1
             if self._handler is not None and self._handler.poll() is not None:
                 show(f"failed: the queue handler ended with status {self._handler.returncode}")
+                return 1
+            if not self.served and time.monotonic() > deadline_s:
+                show(f"failed: no answer was generated within {choice.start_s:g} s")
                 return 1
             if self._ready.is_set() and not self.served:
                 if not _generates(url, choice):
@@ -271,7 +286,7 @@ def _generates(url: str, choice: Choice) -> bool:
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return bool(response.status == 200 and json.load(response)["choices"])
-    except (urllib.error.URLError, OSError, ValueError, KeyError):
+    except (OSError, HTTPException, ValueError, LookupError, TypeError):
         return False
 
 
@@ -322,8 +337,8 @@ def _give_up(stop: _Stop) -> None:
         try:
             client.post(f"/v2/pods/{pod}/action", {"action": "stop"})
             show("this pod is told to stop")
-        except rest.ApiError as error:
-            show(f"this pod bills on: it cannot be stopped: {error}")
+        except Exception as error:  # It is tried again as long as the pod bills.
+            show(f"this pod bills on: it cannot be stopped: {error!r}")
         stop.wait(_STOP_AGAIN_S)
 
 

@@ -23,8 +23,10 @@ The body of a `RequestError` is the one that OpenAI's clients parse
 import difflib
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from starlette.types import Receive, Scope, Send
+if TYPE_CHECKING:  # What reads a model's size has Python alone: `make runpod-up`.
+    from starlette.types import Receive, Scope, Send
 
 
 class ServeError(Exception):
@@ -80,7 +82,7 @@ class RequestError(ServeError):
         }
         return json.dumps({"type": "error", "error": error}).encode()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         body = self.body()
         headers = [
             (b"content-type", b"application/json"),

@@ -1,12 +1,19 @@
 """Where weights are found: Runpod's cached models, volumes, and folders that are not whole."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import cache
+from tests.runpod import hub
+from tests.runpod.conftest import FOLDER
+from tests.server import ROOT
 
+HUB = 8875
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 COMMIT = "7ae557604adf67be50417f59c2c2f167def9a775"
 
@@ -79,6 +86,33 @@ def test_weights_are_fetched_to_a_volume_that_can_be_written(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     environ["BASE_PATH"] = str(tmp_path / "file")
     assert cache.writable(environ) == tmp_path / "home" / "hub"
+
+
+def test_size_and_shape_are_asked_before_anything_is_fetched(tmp_path: Path) -> None:
+    """The hub's library, against a hub: of the model only config.json is sent."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"hidden_size": 7}')
+    (model / "model.safetensors").write_bytes(bytes(12345))
+    (model / "pytorch_model.bin").write_bytes(bytes(10))
+    code = (
+        "import sys, json; from pathlib import Path; import cache\n"
+        "to = Path(sys.argv[1]); found = cache.configuration('org/m', None, to)\n"
+        "shape = json.loads((found / 'config.json').read_text())\n"
+        "print([shape, cache.missing_bytes('org/m', None, to), cache.free_bytes(to / 'x') > 0])\n"
+        "other = ('org/none', None, to)\n"
+        "print(cache.configuration(*other), cache.missing_bytes(*other))"
+    )
+    with hub.serving(HUB, "org/m", model) as models:
+        environ = {**os.environ, "HF_ENDPOINT": models.url, "HF_HOME": str(tmp_path / "home")}
+        environ["PYTHONPATH"] = f"{FOLDER}:{ROOT}"
+        command = [sys.executable, "-c", code, str(tmp_path / "cache")]
+        result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert models.fetched == ["config.json"]
+    lines = [line for line in result.stdout.splitlines() if not line.startswith("warning: ")]
+    assert lines == ["[{'hidden_size': 7}, 12345, True]", "None None"]
+    assert result.stdout.count("warning: ") == 2
 
 
 @pytest.mark.parametrize("model", ["/models/x", "./x", "~/x", "s3://bucket/x", "auto"])

@@ -1,5 +1,6 @@
 """What a machine is made to serve: parallelism, keys in the three modes, ports, time limits."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ from serve_app.settings import Settings
 from tests.runpod.test_cache import cached
 from tests.server import ROOT
 
+# The dimensions of Qwen2.5-72B.
+LARGE = {
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+}
 CONFIG = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
 L4 = Gpu("NVIDIA L4", 23034 * 2**20, 23034 * 2**20, (8, 9))
 H100 = Gpu("NVIDIA H100", 81559 * 2**20, 81559 * 2**20, (9, 0))
@@ -28,6 +38,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return cached(folder, model)
 
     monkeypatch.setattr(choice.cache, "fetch", fetch)
+    monkeypatch.setattr(choice.cache, "configuration", lambda *words: None)
+    monkeypatch.setattr(choice.cache, "missing_bytes", lambda *words: None)
     (tmp_path / "volume").mkdir()
     return tmp_path / "volume"
 
@@ -71,6 +83,71 @@ def test_a_model_that_does_not_fit_is_refused_with_the_nearest(hub: Path) -> Non
     small = Gpu("small", 2**30, 2**30, (8, 0))
     with pytest.raises(ConfigError, match=r"needs .* GiB on each of"):
         chosen(hub, (small, small))
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"MODEL_NAME": "Qwen/Qwen2.5-32B-Instruct"}, "needs .* GiB on each of"),
+        # What is asked for is not believed either.
+        (
+            {"MODEL_NAME": "Qwen/Qwen2.5-32B-Instruct", "TENSOR_PARALLEL_SIZE": "1"},
+            "TENSOR_PARALLEL_SIZE = 1: Qwen/Qwen2.5-32B-Instruct needs .* GiB on each of 1 GPU",
+        ),
+        (
+            {"MODEL_NAME": "Qwen/Qwen2.5-7B-Instruct", "MAX_MODEL_LEN": "200k"},
+            "needs .* GiB on each of",
+        ),
+        (
+            {"MODEL_NAME": "org/its-config-is-fetched", "TENSOR_PARALLEL_SIZE": "1"},
+            "org/its-config-is-fetched needs .* GiB on each of",
+        ),
+    ],
+)
+def test_what_the_gpus_cannot_hold_is_not_fetched(
+    hub: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    problem: str,
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LARGE))
+    monkeypatch.setattr(choice.cache, "configuration", lambda *words: tmp_path)
+    monkeypatch.setattr(choice.cache, "fetch", lambda *words: pytest.fail("it was fetched"))
+    with pytest.raises(ConfigError, match=problem):
+        chosen(hub, (L4,), **variables)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        # In 8 bits, or partly in main memory: how much stays is for vLLM to say.
+        {"QUANTIZATION": "fp8", "TENSOR_PARALLEL_SIZE": "1"},
+        {"CPU_OFFLOAD_GB": "60", "TENSOR_PARALLEL_SIZE": "1"},
+        {"MODEL_NAME": "org/of-unknown-size", "TENSOR_PARALLEL_SIZE": "1"},
+        {"MODEL_NAME": "Qwen/Qwen2.5-7B-Instruct", "MAX_MODEL_LEN": "auto"},
+        {"MODEL_NAME": "Qwen/Qwen2.5-7B-Instruct", "MAX_MODEL_LEN": "32K"},
+    ],
+)
+def test_what_may_fit_is_fetched(hub: Path, variables: dict[str, str]) -> None:
+    asked = {"MODEL_NAME": "Qwen/Qwen2.5-32B-Instruct", **variables}
+    assert args(chosen(hub, (L4,), **asked))["tensor_parallel_size"] == 1
+
+
+def test_what_the_disk_cannot_hold_is_not_fetched(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice.cache, "missing_bytes", lambda *words: 15 * 10**9)
+    monkeypatch.setattr(choice.cache, "free_bytes", lambda folder: 10**10)
+    monkeypatch.setattr(choice.cache, "fetch", lambda *words: pytest.fail("it was fetched"))
+    with pytest.raises(ConfigError, match=r"15\.0 GB are to be fetched and .* has room for 10\.0"):
+        chosen(hub, MODEL_NAME="org/model")
+
+
+def test_a_model_that_is_here_needs_no_disk(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice.cache, "missing_bytes", lambda *words: pytest.fail("asked"))
+    cached(hub / "huggingface-cache" / "hub", "org/model")
+    assert chosen(hub, MODEL_NAME="org/model").served_model_name == "org/model"
 
 
 def test_what_is_asked_for_stays(hub: Path) -> None:
@@ -178,6 +255,8 @@ def test_an_answer_ends_before_the_balancer_cuts_it(hub: Path) -> None:
         ({"SERVE_MODE": "podd"}, "SERVE_MODE = 'podd'.* did you mean 'pod'"),
         ({"PORT": "8001"}, "PORT_HEALTH = 8001: must differ from PORT"),
         ({"PORT": "http"}, "PORT = 'http': must be a port"),
+        ({"MAX_CONCURRENCY": "many"}, "MAX_CONCURRENCY = 'many': must be a number of jobs"),
+        ({"VLLM_STARTUP_TIMEOUT": "soon"}, "VLLM_STARTUP_TIMEOUT = 'soon': must be a number"),
         ({"STOP_GRACE_S": "5"}, "STOP_GRACE_S = '5': must be"),
         ({"MAX_MODEL_LEN": "8192", "SERVE_ARGS": "{limit: {}}"}, "did you mean 'limits'"),
     ],

@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runpod import rest_server
+from tests.runpod import hub, rest_server
 from tests.runpod.conftest import FOLDER
 from tests.runpod.rest_server import Account, Fault, Rest
 from tests.server import ROOT
@@ -19,7 +21,7 @@ from tests.server import ROOT
 pytestmark = pytest.mark.skipif(
     not rest_server.SCHEMA.is_file(), reason="Runpod's schema is not in ../shared"
 )
-PORT = 8877
+PORT, HUB = 8877, 8874
 NAME = "fleet"
 IMAGE = "registry/qwen-ray-serve:1"
 
@@ -46,6 +48,8 @@ def begun(*words: str, keys: str | None = "ours", **environ: str) -> "subprocess
         "RUNPOD_API_URL": f"http://127.0.0.1:{PORT}",
         "RUNPOD_PROXY_URL": f"http://127.0.0.1:{PORT}/pod/{{pod}}-{{port}}",
         "PYTHONUNBUFFERED": "1",
+        # No model hub, unless a test has one.
+        "HF_ENDPOINT": "http://127.0.0.1:1",
     }
     if keys is not None:
         own["API_KEYS"] = keys
@@ -535,3 +539,76 @@ def test_a_worker_that_went_does_not_silence_the_others(account: Account) -> Non
     assert status == 1
     assert "no logs: " in output
     assert "[wrk1] hello from wrk1" in output
+
+
+# --- what does not fit ------------------------------------------------------------------------
+
+LARGE = "Qwen/Qwen2.5-32B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--model", LARGE], f"model = '{LARGE}': needs .* GiB on each of 1 GPUs"),
+        (["--env", f"MODEL_NAME={LARGE}"], "needs .* GiB on each of 1 GPUs"),
+        (["--model", LARGE, "--gpu-count", "2", "--disk-gb", "200"], "needs .* on each of 2 GPUs"),
+        (
+            [
+                *("--model", LARGE, "--env", "TENSOR_PARALLEL_SIZE=1"),
+                *("--gpu-count", "8", "--disk-gb", "200"),
+            ],
+            "with TENSOR_PARALLEL_SIZE=1 needs .* on each of 1 GPUs; there are 8 x L4",
+        ),
+        (
+            ["--model", "Qwen/Qwen2.5-7B-Instruct", "--env", "MAX_MODEL_LEN=200k"],
+            "needs .* GiB on each of 1 GPUs",
+        ),
+        (
+            ["--model", LARGE, "--gpu-count", "8"],
+            "is 66 GB, and --disk-gb 40 holds less: --disk-gb 68",
+        ),
+        (
+            ["--model", LARGE, "--gpu-count", "8", "--volume-gb", "50", "--data-center", "EU-RO-1"],
+            "is 66 GB, and --volume-gb 50 holds less: --volume-gb 68",
+        ),
+        (["--model", "Qwen/Qwen2.5-7B-Instruct", "--env", "MAX_MODEL_LEN=lots"], "max_model_len"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_bills(
+    account: Account, words: list[str], problem: str
+) -> None:
+    status, output = up(*words)
+    assert status == 2, output
+    assert re.search(problem, output), output
+    assert "Mend: a larger --gpu" in output or "holds less" in output
+    assert account.made("POST", ".*") == 0
+
+
+def test_the_size_of_another_model_is_the_hubs(account: Account, tmp_path: Path) -> None:
+    config = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80}
+    config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with hub.serving(HUB, "org/large", tmp_path) as models:
+        status, output = up("--model", "org/large", "--disk-gb", "200", HF_ENDPOINT=models.url)
+        assert status == 2, output
+        assert "model = 'org/large': needs" in output
+        assert models.fetched == ["config.json"]
+    assert account.made("POST", ".*") == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", LARGE, "--unchecked"],
+        ["--model", LARGE, "--disk-gb", "80", "--env", "QUANTIZATION=bitsandbytes"],
+        ["--model", LARGE, "--disk-gb", "80", "--gpu", "H100 SXM"],
+        ["--model", "Qwen/Qwen2.5-7B-Instruct", "--env", "MAX_MODEL_LEN=auto"],
+        ["--model", "org/that-no-hub-knows"],
+        [],
+    ],
+)
+def test_what_fits_or_may_fit_is_made(account: Account, words: list[str]) -> None:
+    command = ["up", "--image", IMAGE, "--yes", "--no-wait", *words]
+    status, output = run(*command, *([] if "--gpu" in words else ["--gpu", "L4"]))
+    assert status == 0, output
+    assert account.made("POST", "/v2/serverless") == 1

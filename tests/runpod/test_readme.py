@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import fit
 import overrides
 import prices
 from serve_app.errors import ConfigError
@@ -18,8 +19,6 @@ from tests.runpod.rest_server import KEY, SERVED, Rest
 
 PORT = 8879
 TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
-# Of a card of each size, as its driver says; of several, the least.
-MIB = {16: 16376, 24: 23034, 48: 46068, 80: 81559, 141: 143771}
 
 
 def rows() -> list[tuple[str, int, str, str]]:
@@ -41,7 +40,7 @@ def test_its_prices_are_those_of_the_code_and_dated() -> None:
 
 @pytest.mark.parametrize(("memory", "largest"), sorted({(row[1], row[3]) for row in rows()}))
 def test_the_largest_model_of_a_card(memory: int, largest: str) -> None:
-    gpu = Gpu("one", MIB[memory] * 2**20, MIB[memory] * 2**20, (9, 0))
+    gpu = Gpu("one", fit.MIB[memory] * 2**20, fit.MIB[memory] * 2**20, (9, 0))
 
     def fits(model: str) -> bool:
         settings = Settings.parse({"model": model, "engine": {"max_model_len": 32768}})
@@ -62,7 +61,8 @@ def test_every_variable_that_it_names_is_understood() -> None:
         for name in re.findall(r"`([A-Z_]+)`", row)
     ]
     assert len(named) > 12
-    values = {name: "1" for name in named if name != overrides.ARGS}
+    whole = (overrides.ARGS, overrides.EXTRA, overrides.FILE)
+    values = {name: "1" for name in named if name not in whole}
     assert overrides.apply({}, values)[1] == []
 
 

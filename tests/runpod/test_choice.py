@@ -18,6 +18,7 @@ from tests.server import ROOT
 
 # The dimensions of Qwen2.5-72B.
 LARGE = {
+    "model_type": "qwen2",
     "hidden_size": 8192,
     "intermediate_size": 29568,
     "num_hidden_layers": 80,
@@ -73,7 +74,7 @@ def test_the_fewest_gpus_that_hold_it_and_as_many_replicas_as_fit(
     # The configurations of the published models; the folder of the test has none.
     from serve_app.planning import plan
 
-    monkeypatch.setattr(plan, "shape_of", lambda folder: plan.QWEN25[model])
+    monkeypatch.setattr(plan, "shape_of", lambda folder, engine: plan.QWEN25[model])
     found = chosen(hub, (L4,) * gpus, MODEL_NAME=model)
     assert args(found)["tensor_parallel_size"] == parallel
     assert found.settings.replicas.max == replicas
@@ -121,8 +122,8 @@ def test_what_the_gpus_cannot_hold_is_not_fetched(
 @pytest.mark.parametrize(
     "variables",
     [
-        # In 8 bits, or partly in main memory: how much stays is for vLLM to say.
-        {"QUANTIZATION": "fp8", "TENSOR_PARALLEL_SIZE": "1"},
+        # In fewer bits, or partly in main memory: how much stays is for vLLM to say.
+        {"QUANTIZATION": "bitsandbytes", "TENSOR_PARALLEL_SIZE": "1"},
         {"CPU_OFFLOAD_GB": "60", "TENSOR_PARALLEL_SIZE": "1"},
         {"MODEL_NAME": "org/of-unknown-size", "TENSOR_PARALLEL_SIZE": "1"},
         {"MODEL_NAME": "Qwen/Qwen2.5-7B-Instruct", "MAX_MODEL_LEN": "auto"},

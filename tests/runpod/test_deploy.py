@@ -586,7 +586,12 @@ def test_what_does_not_fit_is_refused_before_anything_bills(
 
 def test_the_size_of_another_model_is_the_hubs(account: Account, tmp_path: Path) -> None:
     config = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80}
-    config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064}
+    config |= {
+        "model_type": "qwen2",
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with hub.serving(HUB, "org/large", tmp_path) as models:
         status, output = up("--model", "org/large", "--disk-gb", "200", HF_ENDPOINT=models.url)

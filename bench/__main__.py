@@ -22,6 +22,7 @@ from bench.engine import kvcache, scale, scheduler, tune
 from bench.errors import BenchError
 from bench.faults import chaos
 from bench.hardware import ceilings, profile, roofline
+from bench.itself import agreement
 from bench.options import folder, json_object, number, whole
 from bench.pages import console
 from bench.run import Job
@@ -483,6 +484,11 @@ COMMANDS: Mapping[str, Command] = {
         "tensor parallelism against replicas, on the GPUs there are",
         scale.arguments,
         scale.command,
+    ),
+    "agreement": Command(
+        "whether bench and `vllm bench serve` say the same of the same server",
+        agreement.arguments,
+        agreement.command,
     ),
     "report": Command("one page from results", _report_arguments, _report, True),
     "compare": Command(

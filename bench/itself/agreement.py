@@ -1,6 +1,6 @@
 """Whether bench and `vllm bench serve` say the same of the same server.
 
-    python -m bench.itself.agreement --url URL --model NAME [--rounds 5] [--users 8] [--requests 64]
+    python -m bench agreement --url URL --model NAME [--rounds 5] [--users 8] [--requests 64]
 
 The same prompts, output lengths and concurrency, in interleaved rounds; the order is turned round
 each time, so that a machine that drifts favours neither. Compared are the figures that both define
@@ -12,7 +12,6 @@ median over rounds with the lowest and the highest. The last line is one JSON ob
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 from bench import measure
 from bench.itself import known_server
 from bench.itself.peer import Peer
+from bench.options import whole
 from bench.traffic import load, schedule, workload
 from bench.traffic.client import Target
 
@@ -106,29 +106,21 @@ def compare(rounds: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[st
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'figure':20}{'ours':>12}{'vllm':>12}{'ratio':>9} (min-max)"]
-    for row in rows:
-        lines.append(
-            f"{row['figure']:20}{row['ours']:>12.2f}{row['vllm']:>12.2f}{row['ratio']:>9.3f} "
-            f"({row['min']:.3f}-{row['max']:.3f}){'' if row['agrees'] else '  differs'}"
-        )
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench agreement`."""
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url")
     where.add_argument("--fake", action="store_true", help="a small server of 50 and 10 ms")
-    parser.add_argument("--model", default="fake")
-    parser.add_argument("--workload", default="synthetic:input=50,output=64")
-    parser.add_argument("--users", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    add = parser.add_argument
+    add("--model", default="fake")
+    add("--workload", default="synthetic:input=50,output=64")
+    add("--users", type=whole(1), default=8)
+    add("--requests", type=whole(1), default=64)
+    add("--rounds", type=whole(1), default=5)
+
+
+def command(options: argparse.Namespace) -> dict[str, Any]:
+    """What `python -m bench agreement` does with its options; returns its last line."""
     with ExitStack() as stack:
         if options.fake:
             served = known_server.Options(ttft_ms=50, itl_ms=10)
@@ -146,11 +138,12 @@ def main() -> int:
             rounds.append((found[0], found[1]))
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
     rows = compare(rounds)
-    print(table(rows))
-    agrees = all(row["agrees"] for row in rows)
-    print(json.dumps({"benchmark": "agreement", "agrees": agrees, "results": rows}))
-    return 0 if agrees else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    differ = [row["figure"] for row in rows if not row["agrees"]]
+    doubts = [f"{figure} differs by more than {TOLERANCE:.0%}" for figure in differ]
+    return {
+        "benchmark": "agreement",
+        "name": "ours beside vllm bench serve",
+        "valid": not doubts,
+        "doubts": doubts,
+        "results": rows,
+    }

@@ -214,11 +214,11 @@ def _pareto_point(axis: Any, point: Mapping[str, Any], index: int) -> None:
     axis.plot([x], [y], marker, color=colour, markerfacecolor=face, markersize=5)
     words = [f"{point['users']} users: {x:.3g} tokens/s a user, {y:.4g} a GPU"]
     for name, unit in (
-        ("joules_per_output_token", "J"),
-        ("usd_per_million_output_tokens", "$ a million"),
+        ("joules_per_output_token", "J an output token"),
+        ("usd_per_million_output_tokens", "$ a million output tokens"),
     ):
         if name in figures:
-            words.append(f"{figures[name]['mean']:.3g} {unit} output tokens")
+            words.append(f"{figures[name]['mean']:.3g} {unit}")
     _tip(axis, x, y, ", ".join(words))
     axis.annotate(
         f"{point['users']}",

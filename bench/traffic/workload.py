@@ -8,6 +8,9 @@
                                             fresh=yes: each begins with words of its own
     sessions:turns=4,input=100,output=64    conversations whose history grows, see `sessions`
     sharegpt:PATH  copilot:PATH             recorded ones, see `recorded`
+    clients:count=50,rate=10,input=300,output=100
+                                            few clients send most, in bursts, see `pools`
+    calls:tools=8,input=60,output=64        prompts that offer tools, see `toolcalls`
     azure: burstgpt: mooncake: vllm: bailian:PATH
                                             traces, see `trace`; options start_s, duration_s, limit,
                                             scale, max_input, max_output, speed: see `trace.Cut`;
@@ -34,7 +37,7 @@ import msgspec
 
 from bench import spec
 from bench.errors import WorkloadError
-from bench.traffic import promptfile, recorded, sessions, trace, words
+from bench.traffic import pools, promptfile, recorded, sessions, toolcalls, trace, words
 from bench.traffic.lengths import MAX_TOKENS, length
 from bench.traffic.request import Request, Workload
 
@@ -45,6 +48,8 @@ KINDS = {
     "mixed": ("long", "longs", "short", "shorts", "output", "exact"),
     "file": (spec.PATH, "output", "repeat", "fresh", "exact"),
     "sessions": (*sessions.OPTIONS, "exact"),
+    "clients": (*pools.OPTIONS, "exact"),
+    "calls": (*toolcalls.OPTIONS, "exact"),
     "sharegpt": (*recorded.CHAT_OPTIONS, "exact"),
     "copilot": (*recorded.AGENT_OPTIONS, "exact"),
     **{kind: (spec.PATH, *_CUT, "exact") for kind in trace.CSV_FORMATS},
@@ -82,6 +87,8 @@ def parse(text: str, seed: int, salt: str | None = None) -> Workload:
         "mixed": _mixed,
         "file": lambda options, drawn: promptfile.prompts(options, drawn.words),
         "sessions": lambda options, drawn: sessions.drawn(options, drawn.number, drawn.words),
+        "clients": lambda options, drawn: pools.pool(options, drawn.number, drawn.words),
+        "calls": lambda options, drawn: toolcalls.calls(options, drawn.number, drawn.words),
         "sharegpt": lambda options, drawn: recorded.chats(options, drawn.number, drawn.words),
         "copilot": lambda options, drawn: recorded.agents(options, drawn.words),
     }

@@ -20,8 +20,8 @@ nobody run (stalls.py), which on a small or shared one may be most of it.
 
 The load comes from one event loop here and not from Ray actors: what is measured is whether answers
 are right and how long silences are, for which milliseconds do not matter, and a cluster of its own
-would take the cores of what is measured. Every request has a connection of its own, so that none is
-sent again by the client.
+would take the cores of what is measured. Each user keeps its connection between its requests, as
+the clients of a service do; no request is sent twice, whatever becomes of the connection.
 """
 
 import argparse

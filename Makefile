@@ -102,6 +102,7 @@ $(VENV)/installed-cpu: constraints-cpu.txt pyproject.toml
 		'torch==2.13.0+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
 	@$(PIP) install --no-deps -r constraints-cpu.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m serve_app.launch.rust
 	@touch $@
 
 $(VENV)/installed-gpu: constraints-gpu.txt pyproject.toml

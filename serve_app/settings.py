@@ -162,6 +162,7 @@ class Settings(_Frozen):
     pipeline_parallel_size: CountOrAuto = None
     replicas: Replicas = Field(default_factory=Replicas)
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
+    lane: Literal["auto", "python"] = "python"
     engine: dict[str, Any] = Field(default_factory=dict)
     limits: Limits = Field(default_factory=Limits)
     gateway: Gateway = Field(default_factory=Gateway)

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 REGISTER = (ROOT / "docs" / "upstream.md").read_text()
 
@@ -200,3 +202,60 @@ def _python(folder: Path) -> list[Path]:
         for name in names
         if name.endswith(".py")
     ]
+
+
+def test_19_an_engine_is_started_apart_from_its_front_ends() -> None:
+    import vllm.v1.engine.utils as utils
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import BackgroundResources, MPClient
+    from vllm.v1.utils import RustFrontendProcessManager
+
+    assert parameters(utils.bind_engine_zmq_listeners) == ["vllm_config", "num_api_servers"]
+    expected = ["vllm_config", "executor_class", "log_stats", "addresses"]
+    assert parameters(utils.launch_core_engines) == expected
+    launched = utils.CoreEngineLaunch.__dataclass_fields__
+    assert {"engine_manager", "addresses", "watched_frontend_processes"} <= launched.keys()
+    assert {"client_addresses", "client_count", "client_index"} <= set(
+        parameters(AsyncLLM.from_vllm_config)
+    )
+    assert {
+        "_api_process_count",
+        "_api_process_rank",
+    } <= AsyncEngineArgs.__dataclass_fields__.keys()
+    assert "engine_manager" in BackgroundResources.__dataclass_fields__
+    assert callable(MPClient.start_engine_core_monitor)
+    assert {"binary_path", "sock", "args", "input_listener", "output_listener"} <= set(
+        parameters(RustFrontendProcessManager.__init__)
+    )
+
+
+def test_20_the_scheduler_ends_requests_and_steps_by_these_methods() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutputs
+
+    for name in ("update_from_output", "make_stats", "add_request"):
+        assert callable(getattr(Scheduler, name))
+    assert parameters(Scheduler.finish_requests) == ["self", "request_ids", "finished_status"]
+    assert parameters(Scheduler._free_request)[:2] == ["self", "request"]
+    source = inspect.getsource(Scheduler)
+    assert source.count("self._free_request(") == 2
+    assert "Return stats to only one of the front-ends" in source
+    assert {"outputs", "scheduler_stats"} <= set(EngineCoreOutputs.__struct_fields__)
+
+
+def test_21_vllm_rs_takes_these_options() -> None:
+    import subprocess
+
+    from serve_app.replica import frontends
+
+    if (found := frontends.binary()) is None:
+        pytest.skip("vllm-rs is not installed")
+    said = subprocess.run([found, "frontend", "--help"], capture_output=True, text=True).stdout
+    for option in ("listen-fd", "input-listener-fd", "output-listener-fd", "args-json"):
+        assert f"--{option}" in said
+
+
+def test_22_haproxy_closes_what_a_transaction_holds() -> None:
+    """tests/lanes/test_door.py shows it: a client that leaves gives its place back."""
+    assert "txn:set_priv(socket)" in (ROOT / "serve_app/launch/door.lua").read_text()

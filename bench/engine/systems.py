@@ -1,8 +1,9 @@
 """Servers under test: how each is started beside the others, and stopped with all that it started.
 
-A bare vLLM ("bare"), this application as it is and with parts of it changed ("ours", "ours-..."),
-the same on Ray Serve's own proxy ("classic"), and Ray Serve's LLM application ("ray-serve-llm", and
-"ray-serve-llm-direct" with what its guide sets for the highest throughput).
+A bare vLLM ("bare"; "apis4" with four Python front ends, "bare-si4" sending four tokens at a time,
+"rust" with vLLM's Rust front end), this application as it is and with parts of it changed ("ours",
+"ours-..."), the same on Ray Serve's own proxy ("classic"), and Ray Serve's LLM application
+("ray-serve-llm", and "ray-serve-llm-direct" with what its guide sets for the highest throughput).
 """
 
 import contextlib
@@ -23,6 +24,8 @@ import yaml
 from bench.hardware import gpu
 
 NAME = "bench"
+# Environment variable with the API keys that this application asks for, where it is set.
+KEYS_VARIABLE = "BENCH_API_KEYS"
 # Engine arguments of every system, unless --engine says others: a small KV cache, and one thread,
 # since the engine, its front end and the client share the machine.
 ENGINE: Mapping[str, Any] = {
@@ -43,12 +46,22 @@ QUIET = {
 # This application: what of its configuration is other than as it comes.
 _OURS: Mapping[str, Mapping[str, Any]] = {
     "ours": {},
+    "ours-fast": {"lane": "auto"},
+    "ours-python": {"lane": "python"},
     "ours-gateway": {"gateway": {"enabled": True}},
     "ours-unmeasured": {"observe": {"metrics": False}},
     "ours-every-token": {"stream_gap_ms": 0.0},
 }
-# What a system's own guide has set for it.
+# Arguments of a bare vLLM that its name stands for.
+_PEERS: Mapping[str, list[str]] = {
+    "bare": [],
+    "bare-si4": ["--stream-interval=4"],
+    "apis4": ["--api-server-count=4"],
+    "rust": [],
+}
+# Environment that a system needs to be what its name says, or that its own guide has set for it.
 _GUIDED = {
+    "rust": {"VLLM_USE_RUST_FRONTEND": "1"},
     # https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
     "ray-serve-llm-direct": {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -93,7 +106,7 @@ def _bare(engine: Mapping[str, Any], model: str, port: int) -> list[str]:
     arguments = [
         f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in engine.items()
     ]
-    words = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
+    words = [sys.executable, "-W", "ignore", "-m", "bench.engine.vllm_serve"]
     words += ["--model", model, "--served-model-name", NAME, "--host", "127.0.0.1"]
     return [*words, "--port", str(port), "--disable-uvicorn-access-log", *arguments]
 
@@ -105,6 +118,8 @@ def _configuration(
     config["http_options"]["port"] = port
     application = config["applications"][0]["args"]
     application |= {"model": model, "served_model_name": NAME, **args}
+    if os.environ.get(KEYS_VARIABLE):
+        application["api_keys"] = {"env": KEYS_VARIABLE}
     application["engine"] = dict(engine)
     path = folder / f"{port}.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -142,8 +157,8 @@ def _ray_serve_llm(
 def command(name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path) -> list[str]:
     """What starts a system; its configuration is written into `folder`."""
     serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
-    if name == "bare":
-        return _bare(engine, model, port)
+    if name in _PEERS:
+        return [*_bare(engine, model, port), *_PEERS[name]]
     if name in _OURS:
         ours = [sys.executable, "-m", "serve_app", "serve", "--config"]
         return [*ours, _configuration(engine, model, port, folder, **_OURS[name])]
@@ -153,7 +168,7 @@ def command(name: str, engine: Mapping[str, Any], model: str, port: int, folder:
     if name in ("ray-serve-llm", "ray-serve-llm-direct"):
         direct = name == "ray-serve-llm-direct"
         return [*serve, _ray_serve_llm(engine, model, port, folder, direct)]
-    known = ", ".join(("bare", *_OURS, "classic", "ray-serve-llm", "ray-serve-llm-direct"))
+    known = ", ".join((*_PEERS, *_OURS, "classic", "ray-serve-llm", "ray-serve-llm-direct"))
     raise SystemExit(f"unknown system {name!r}: {known}")
 
 

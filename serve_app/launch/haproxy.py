@@ -154,8 +154,64 @@ RULES = (
     _error(504, _body("the replica did not answer in time", "timeout_error", "timeout")),
 )
 
+# Where replicas and HAProxy share a secret (launcher.py), the door of a replica is asked about each
+# request that could take the fast lane (door.lua, lanes/door.py).
+SECRET_VARIABLE = "SERVE_APP_LANE_SECRET"
+# Of HAProxy's buffer, which holds such a request whole, the rest is for headers. Larger bodies take
+# the full lane. It takes two buffers of memory for each request that is being read or answered.
+_BUFFER_BYTES, _BODY_BYTES = 32768, 24576
+_COULD_BE_FAST = (
+    "METH_POST { path_end /v1/chat/completions /v1/completions } "
+    f"{{ req.fhdr_cnt(content-length) eq 1 }} {{ req.hdr_val(content-length) 1:{_BODY_BYTES} }} "
+    "!{ stopping }"
+)
+_FAST = "{ var(txn.lane) -m str fast }"
+DOOR_RULES = (
+    Rule(
+        why="the action that asks the door",
+        pattern=r"^global$",
+        replacement=f'global\n    lua-load-per-thread "{Path(__file__).with_name("door.lua")}"',
+    ),
+    Rule(
+        why="a request that could take the fast lane fits a buffer",
+        pattern=r"^( *)tune\.bufsize .*$",
+        replacement=rf"\1tune.bufsize {_BUFFER_BYTES}",
+    ),
+    Rule(
+        why="the door is asked, and the Rust front end answers what it lets in",
+        pattern=r"^( *)use_backend (\S+) if is_\2$",
+        replacement=rf"\1http-request wait-for-body time 20s if is_\2 {_COULD_BE_FAST}"
+        rf"\n\1http-request lua.door \2 if is_\2 {_COULD_BE_FAST}"
+        rf"\n\1http-request set-dst var(txn.host) if {_FAST}"
+        rf"\n\1http-request set-dst-port var(txn.port) if {_FAST}"
+        rf"\n\1use_backend \2-fast if is_\2 {_FAST}"
+        r"\n\g<0>",
+        where=_APPLICATION,
+    ),
+    Rule(
+        why="a header names the lane",
+        pattern=r"^( *)# Enable HTTP connection reuse for better performance$",
+        replacement=r"\1http-response set-header x-serve-lane python\n\g<0>",
+        where=_APPLICATION,
+    ),
+)
+# The Rust front ends of an application. The door names address and port of each; the servers stand
+# here by the names of their replicas, so that HAProxy counts the requests of each.
+_FAST_BACKEND = """\
+backend {name}-fast
+    log global
+    http-reuse always
+    http-request set-timeout server var(txn.timeout_ms)
+    http-request del-header x-api-key
+    http-request set-header authorization "Bearer %[var(txn.token)]"
+    http-request set-header x-request-id %[var(txn.request_id)]
+    http-response set-header x-request-id %[var(txn.request_id)]
+    http-response set-header x-serve-lane fast
+    http-response lua.answered if !{{ status 200 }}
+"""
 
-def rewritten(text: str) -> str:
+
+def rewritten(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The configuration with every rule applied; one that was rewritten before is left alone.
 
     Raises:
@@ -163,10 +219,26 @@ def rewritten(text: str) -> str:
     """
     if text.startswith(MARK):
         return text
+    fast = bool((environment or {}).get(SECRET_VARIABLE))
     more = _SUCCESSOR.format(address=_frontend(text)) + _fallback(text)
-    for rule in RULES:
+    more += _fast_backends(text) if fast else ""
+    for rule in (*RULES, *(DOOR_RULES if fast else ())):
         text = rule.apply(text)
     return f"{MARK}\n{text}{more}"
+
+
+def _fast_backends(text: str) -> str:
+    """A backend for the Rust front ends of each application."""
+    lines = []
+    for name in re.findall(r"^ *use_backend (\S+) if is_\1$", text, re.MULTILINE):
+        section = re.search(rf"^backend {re.escape(name)}\n((?: .*\n|\n)*)", text, re.MULTILINE)
+        if section is None:
+            raise UnknownTemplate(f"no backend {name}")
+        lines.append(_FAST_BACKEND.format(name=name))
+        for server in re.findall(r"^ *server (\S+) (?!.* backup)", section[1], re.MULTILINE):
+            lines.append(f"    use-server {server} if {{ var(txn.server) -m str {server} }}\n")
+            lines.append(f"    server {server} 0.0.0.0:0\n")
+    return "".join(lines)
 
 
 # A worker that is told to stop keeps the idle connections of its clients, and never again learns
@@ -206,7 +278,7 @@ def main(words: list[str], environment: Mapping[str, str]) -> None:
         if option == "-f":
             path = Path(value)
             try:
-                path.write_text(rewritten(path.read_text()))
+                path.write_text(rewritten(path.read_text(), environment))
             except UnknownTemplate as error:
                 sys.exit(f"serve_app: Ray Serve's configuration of HAProxy has changed: {error}")
     binary = environment["SERVE_APP_HAPROXY"]

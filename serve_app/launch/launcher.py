@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import os
 import queue
+import secrets
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ import yaml
 
 from serve_app.errors import ConfigError
 from serve_app.launch import orphans
+from serve_app.launch.haproxy import SECRET_VARIABLE
 from serve_app.planning.plan import find
 from serve_app.progress import FAILED, MARK, READY
 from serve_app.settings import Settings
@@ -84,7 +86,7 @@ def serve(arguments: argparse.Namespace) -> int:
     orphans.adopt()
     with _effective(config, Path(arguments.config), arguments.model) as path, _signals() as stop:
         # Within _signals: a child inherits an ignored SIGINT, as a script's background job has it.
-        child = _Child(path, without_replica(settings))
+        child = _Child(path, {**without_replica(settings), **lanes(settings)})
         try:
             return _attend(child, stop, f"http://127.0.0.1:{port}", settings)
         finally:
@@ -135,6 +137,13 @@ def without_replica(settings: Settings) -> dict[str, str]:
     wait_s = settings.limits.request_timeout_s if asleep else settings.gateway.replica_timeout_s
     variables = {"SERVE_APP_REPLICA_TIMEOUT_S": f"{wait_s:g}"}
     return variables | ({"SERVE_APP_SCALES_TO_ZERO": "1"} if asleep else {})
+
+
+def lanes(settings: Settings) -> dict[str, str]:
+    """Environment with the secret that HAProxy and the doors of the replicas share."""
+    if settings.lane == "python" or settings.gateway.enabled:
+        return {}
+    return {SECRET_VARIABLE: secrets.token_urlsafe(32)}
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from serve_app.gates.keys import OPEN_PATHS, tenant
 from serve_app.gates.reading import Reading
 from serve_app.observe import metrics, output
 from serve_app.observe.logs import Log
+from serve_app.observe.timeline import Timeline
 from serve_app.observe.tracing import Tracer
 from serve_app.settings import Replicas
 
@@ -147,7 +148,9 @@ class _Answer:
     async def send(self, message: Message) -> None:
         if (code := message.get("code")) is not None:
             self.code = code
-        if message["type"] == "http.response.start":
+        if (timeline := message.get("timeline")) is not None:
+            self._follow(timeline, message["body"])
+        elif message["type"] == "http.response.start":
             self.status = message["status"]
             self._streaming = any(
                 name == b"content-type" and value.startswith(b"text/event-stream")
@@ -161,6 +164,18 @@ class _Answer:
             elif body and code is None:
                 self._event(body)
         await self._send(message)
+
+    def _follow(self, timeline: Timeline, body: bytes) -> None:
+        """Take the engine's account of an answer that did not pass through this process."""
+        self.status, self.left, self._body = timeline.status, timeline.left, body
+        self._over = not (timeline.left or timeline.broken)
+        if not self._streaming or timeline.first_s is None or timeline.last_s is None:
+            return
+        self.events = timeline.generated_tokens
+        self.first_s, self._last_s = timeline.first_s - self._began_s, timeline.last_s
+        if self._gaps_of and (gaps := self.events - 1) > 0:
+            gap_s = (timeline.last_s - timeline.first_s) / gaps
+            self._gaps_of().add(gap_s, gaps)
 
     def _event(self, data: bytes) -> None:
         self._failure = self._failure or events.error_in(data)

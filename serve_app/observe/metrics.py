@@ -196,9 +196,9 @@ class Counts:
         self.counts = [0] * (len(bounds) + 1)
         self.sum_s = 0.0
 
-    def add(self, gap_s: float) -> None:
-        self.counts[bisect.bisect_left(self._bounds, gap_s)] += 1
-        self.sum_s += gap_s
+    def add(self, gap_s: float, times: int = 1) -> None:
+        self.counts[bisect.bisect_left(self._bounds, gap_s)] += times
+        self.sum_s += gap_s * times
 
 
 gaps = Gaps(

@@ -16,6 +16,9 @@ from serve_app.errors import ConfigError
 from serve_app.gates.admission import Admission, AdmissionGate
 from serve_app.gates.keys import KeyGate, KeyRing, check_exposure
 from serve_app.gates.limits import LimitGate
+from serve_app.lanes.door import Locator
+from serve_app.lanes.fastlane import FastLane
+from serve_app.launch.haproxy import SECRET_VARIABLE
 from serve_app.observe import logs, metrics, tracing
 from serve_app.observe.observation import Observation
 from serve_app.planning import kernels
@@ -37,10 +40,13 @@ class _Engine:
     """What both kinds of replicas are."""
 
     _continuing = False
+    _fast_lane: FastLane | None = None
 
     def _load(self, settings: Settings, plan: Plan) -> None:
         """Start the engine; blocks until its processes are ready."""
-        self._settings = settings
+        self._settings, self._plan = settings, plan
+        self._limited: list[LimitGate] = []
+        self._admitted: list[AdmissionGate] = []
         self._model = plan.served_model_name
         self._began_s = time.monotonic()
         self._observation = Observation(settings.observe, "engine")
@@ -62,9 +68,17 @@ class _Engine:
                     from serve_app.replica.engine import Engine
                 began_s = time.monotonic()
                 self._engine = Engine.start(
-                    arguments, self._pacer, self._signals, continuing=self._continuing
+                    arguments,
+                    self._pacer,
+                    self._signals,
+                    continuing=self._continuing,
+                    fast_host=self._fast_host(),
                 )
                 self._loaded_s = time.monotonic() - began_s
+
+    def _fast_host(self) -> str | None:
+        """The address for a Rust front end; None: this replica has none."""
+        return None
 
     async def _stack(self) -> ASGIApp:
         """The engine's application behind its limits, once an answer was generated."""
@@ -84,7 +98,15 @@ class _Engine:
             restart_within_s=_LEAST_RESTART_S + 2 * self._loaded_s,
         )
         self._watch = asyncio.create_task(self._supervisor.watch())
-        self._admitted = AdmissionGate(
+        self._full_gates = self._gates(answer)
+        self._tell()
+        say(f"{READY}: {time.monotonic() - self._began_s:.1f} s after the replica began")
+        return self._full_gates
+
+    def _gates(self, answer: ASGIApp) -> LimitGate:
+        """What is in front of an answer, in either lane. Both share one queue."""
+        limits = self._settings.limits
+        admitted = AdmissionGate(
             answer,
             self._admission,
             limits,
@@ -92,10 +114,10 @@ class _Engine:
             signals=self._signals,
             waited=metrics.waits.labels(self._model).observe,
         )
-        self._limited = LimitGate(self._admitted, limits)
-        self._tell()
-        say(f"{READY}: {time.monotonic() - self._began_s:.1f} s after the replica began")
-        return self._limited
+        self._admitted.append(admitted)
+        limited = LimitGate(admitted, limits)
+        self._limited.append(limited)
+        return limited
 
     async def _restart(self) -> None:
         """Another engine, and its application in the place of the old one's."""
@@ -104,7 +126,7 @@ class _Engine:
             await self._engine.restart()
         answer = await self._engine.app()
         await self._engine.warm_up()
-        self._admitted.app = answer
+        self._admitted[0].app = answer
         say(f"the engine was started anew: {time.monotonic() - began_s:.1f} s")
         metrics.engine_restarts.labels(self._model).inc()
 
@@ -136,7 +158,10 @@ class _Engine:
         except ConfigError as error:
             say(f"the replica: {error}; its limits stay as they are")
             return
-        self._limited.limits = self._admitted.limits = limits
+        for limited in self._limited:
+            limited.limits = limits
+        for admitted in self._admitted:
+            admitted.limits = limits
         self._admission.change(self._most(limits), limits.max_queued_requests, limits.retry_after_s)
 
     async def check_health(self) -> None:
@@ -146,13 +171,14 @@ class _Engine:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve once a second, where replicas follow the load."""
-        queue = self._admission
+        queue, fast = self._admission, self._fast_lane
+        unread_tokens = self._engine.unread_tokens + (fast.unread_tokens if fast else 0)
         load = self._signals.load(
             max_running=queue.max_running,
             in_engine=queue.running,
             queued=queue.queued,
             queued_bytes=queue.queued_bytes,
-            unread_tokens=self._engine.unread_tokens,
+            unread_tokens=unread_tokens,
         )
         return autoscaler.report(load)
 
@@ -164,6 +190,8 @@ class _Engine:
             engine.stop()
         if (reaper := getattr(self, "_reaper", None)) is not None:
             reaper.dismiss()
+        if self._fast_lane is not None:
+            self._fast_lane.close()
         if (observation := getattr(self, "_observation", None)) is not None:
             observation.close()
 
@@ -179,10 +207,44 @@ class Replica(_Engine):
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
-        return self._gate(KeyGate(await self._stack(), self._ring), counted=True)
+        app = self._gate(KeyGate(await self._stack(), self._ring), counted=True)
+        if self._fast_lane is None or self._engine.fast is None:
+            return app
+        return await self._open_door(app, self._fast_lane)
 
-    def __del__(self) -> None:
-        """Called by Ray Serve once the requests in flight are done."""
+    def _fast_host(self) -> str | None:
+        secret = os.environ.get(SECRET_VARIABLE)
+        settings = self._settings
+        if settings.lane == "python":
+            return None
+        if not secret:
+            say(
+                f"no fast lane: {SECRET_VARIABLE} is not set in the environment of Ray, or HAProxy "
+                "is off; Python answers every request"
+            )
+            return None
+        if not settings.replicas.fixed and not settings.replicas.follow_slo:
+            say("no fast lane: Ray Serve's own autoscaling policy would not see its requests")
+            return None
+        self._fast_lane = FastLane(self._plan.served_model_name, secret, self._signals)
+        return str(ray.util.get_node_ip_address())
+
+    async def _open_door(self, app: ASGIApp, lane: FastLane) -> ASGIApp:
+        """The same application, which also says where the door to the fast lane is."""
+        grant = lane.grant(self._engine, lambda: self._settings.limits.request_timeout_s)
+        self._fast_gates = self._gates(grant)
+        gated = self._gate(KeyGate(self._fast_gates, self._ring), counted=True)
+        host = ray.util.get_node_ip_address()
+        door = await lane.open(gated, host, lambda: self._fast_gates.limits)
+        return Locator(app, door)
+
+    async def __del__(self) -> None:
+        """Called by Ray Serve once the requests in flight are done.
+
+        Serve does not know of the requests of the fast lane that are still here.
+        """
+        if self._fast_lane is not None:
+            await self._fast_lane.drain(self._plan.leave_s(self._settings))
         self._end()
 
 

@@ -1,8 +1,8 @@
 """The engine of one replica: vLLM's AsyncLLM and vLLM's own ASGI application.
 
-Only this module, arguments.py, hermes.py and llm.py import vllm, because what they touch moves
-between releases. Everything else sees `Engine`: start it, serve `app()`, `warm_up()` once,
-`probe()` now and then, `restart()` it if it has died, `stop()` it.
+Only this module, arguments.py, frontends.py, hermes.py, llm.py and scheduler.py import vllm,
+because what they touch moves between releases. Everything else sees `Engine`: start it, serve
+`app()`, `warm_up()` once, `probe()` now and then, `restart()` it if it has died, `stop()` it.
 """
 
 import argparse
@@ -31,11 +31,16 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.errors import ConfigError
-from serve_app.replica import forkserver
+from serve_app.progress import say
+from serve_app.replica import forkserver, frontends
 from serve_app.replica.arguments import first_sentence, parse
 from serve_app.replica.llm import ContinuingLLM, CountingLLM
 from serve_app.replica.pacing import Pacer
+from serve_app.replica.reports import LATE
 from serve_app.scaling.signals import Signals
+
+# A Python front end, and the Rust one where there is one.
+_Launched = tuple[async_llm.AsyncLLM, frontends.RustFrontend | None]
 
 
 class Engine:
@@ -45,13 +50,14 @@ class Engine:
         max_running_requests: sequences that the engine batches at once.
         max_model_len: prompt and output tokens of one request, together.
         last_sign_s: when the engine was last heard of, on the monotonic clock.
+        fast: its Rust front end; None: it has the Python one only.
     """
 
     def __init__(
-        self, args: argparse.Namespace, launch: Callable[[], async_llm.AsyncLLM], pacer: Pacer
+        self, args: argparse.Namespace, launch: Callable[[], _Launched], pacer: Pacer
     ) -> None:
         self._args, self._launch, self._pacer = args, launch, pacer
-        self._take(launch())
+        self._take(*launch())
         self.max_running_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
         self.max_model_len: int = self._llm.model_config.max_model_len
 
@@ -62,6 +68,7 @@ class Engine:
         pacer: Pacer,
         signals: Signals,
         continuing: bool = False,
+        fast_host: str | None = None,
     ) -> "Engine":
         """Load the model; blocks until the engine's processes are ready.
 
@@ -70,6 +77,7 @@ class Engine:
             pacer: decides when tokens of a stream travel together.
             signals: is told what each step did.
             continuing: whether it is behind a gateway, which goes on with what broke off.
+            fast_host: the address on which a Rust front end listens; None: there is to be none.
 
         Raises:
             ConfigError: for an argument that vLLM does not know or cannot honour.
@@ -81,20 +89,28 @@ class Engine:
             # AsyncLLM builds its collectors by this name, and offers no other way in.
             async_llm.RequestOutputCollector = _collector(pacer)
         kind = ContinuingLLM if continuing else CountingLLM
+        if fast_host is not None and (
+            why := frontends.obstacle(args, parse({"model": args.model}))
+        ):
+            say(f"no fast lane: {why}; Python answers every request")
+            fast_host = None
 
-        def launch() -> async_llm.AsyncLLM:
+        def launch() -> _Launched:
             # The usage context sets vLLM's default batch limits: this one is `vllm serve`'s.
             context = UsageContext.OPENAI_API_SERVER
             try:
+                if fast_host is not None:
+                    return frontends.launch(kind, args, fast_host, [_recorder(signals, None)])
                 config = AsyncEngineArgs.from_cli_args(args).create_engine_config(context)
             except (ValueError, OSError) as error:
                 raise ConfigError("engine", args.model, first_sentence(error)) from error
-            return kind.from_vllm_config(
+            llm = kind.from_vllm_config(
                 config,
                 usage_context=context,
-                stat_loggers=[_recorder(signals)],
+                stat_loggers=[_recorder(signals, signals.state)],
                 disable_log_stats=args.disable_log_stats,
             )
+            return llm, None
 
         return cls(args, launch, pacer)
 
@@ -107,15 +123,17 @@ class Engine:
         # A GPU's memory is free once those who held it are gone.
         await asyncio.to_thread(psutil.wait_procs, self._processes, 30)
         self._llm.shutdown(timeout=0)
+        if self.fast is not None:
+            self.fast.stop()
 
-        def start() -> async_llm.AsyncLLM:
+        def start() -> _Launched:
             forkserver.start()  # Should it have died as well.
             return self._launch()
 
-        self._take(await asyncio.to_thread(start))
+        self._take(*await asyncio.to_thread(start))
 
-    def _take(self, llm: async_llm.AsyncLLM) -> None:
-        self._llm = llm
+    def _take(self, llm: async_llm.AsyncLLM, fast: frontends.RustFrontend | None) -> None:
+        self._llm, self.fast = llm, fast
         # Its core and workers. Those whose parent was killed are nobody's children afterwards.
         self._processes = forkserver.children()
         self.last_sign_s = time.monotonic()
@@ -171,8 +189,13 @@ class Engine:
         return int(self._llm.get_num_queued_tokens())
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return int(self._llm.model_config.get_vocab_size())
+
+    @property
     def dead(self) -> bool:
-        return bool(self._llm.errored)
+        return bool(self._llm.errored) or (self.fast is not None and not self.fast.alive)
 
     @property
     def cpu_s(self) -> float:
@@ -187,7 +210,13 @@ class Engine:
     async def probe(self) -> None:
         """Return once every process of the engine has answered; a hung one never does."""
         await self._llm.collective_rpc("check_health")
+        if self.fast is not None:
+            await self.fast.probe()
         self.last_sign_s = time.monotonic()
+
+    async def abort(self, request_id: str) -> None:
+        """End a request of the fast lane that is late; its stream ends with an error event."""
+        await self._llm.engine_core.abort_requests_async([LATE + request_id])
 
     def _observe(self, llm: async_llm.AsyncLLM) -> None:
         """Note each message of the engine core, and tell the pacer how old its outputs are."""
@@ -215,11 +244,15 @@ class Engine:
         for process in self._processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
+        if self.fast is not None:
+            self.fast.kill()
 
     def stop(self) -> None:
         """End the engine's processes; returns when they have ended."""
         # Those that a restart has begun and not finished are only the fork server's yet.
         mine = {*self._processes, *forkserver.children()}
+        if self.fast is not None:
+            self.fast.stop()
         self._llm.shutdown(timeout=5)
         forkserver.stop()
         _, alive = psutil.wait_procs(mine, timeout=5)
@@ -237,8 +270,14 @@ async def _card_of(model: str, request: fastapi.Request) -> JSONResponse:
     return JSONResponse(card.model_dump())
 
 
-def _recorder(signals: Signals) -> Callable[[Any, int], StatLoggerBase]:
-    """What vLLM calls after each step of an engine core, beside its own metrics."""
+def _recorder(
+    signals: Signals, state: Callable[[int, int, int, float], None] | None
+) -> Callable[[Any, int], StatLoggerBase]:
+    """What vLLM calls after each step of an engine core, beside its own metrics.
+
+    Args:
+        state: is told what the scheduler holds after each step; None: its reports say so.
+    """
 
     class Recorder(StatLoggerBase):  # type: ignore[misc]
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
@@ -250,8 +289,8 @@ def _recorder(signals: Signals) -> Callable[[Any, int], StatLoggerBase]:
         def record(
             self, scheduler_stats: Any, iteration_stats: Any, *rest: Any, **named: Any
         ) -> None:
-            if scheduler_stats is not None:
-                signals.state(
+            if scheduler_stats is not None and state is not None:
+                state(
                     self._engine,
                     scheduler_stats.num_running_reqs,
                     scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,

@@ -170,6 +170,16 @@ class Signals:
             self._stepping[engine] = now_s
         self._state[engine] = running, waiting, kv_usage
 
+    def steps(
+        self, engine: int, steps: int, busy_s: float, running: int, waiting: int, kv_usage: float
+    ) -> None:
+        """The same for several steps at once, whose times the engine core has added up."""
+        slot = self._slot()
+        self._woken_s = None
+        self._steps.add(slot, steps)
+        self._busy_s.add(slot, busy_s)
+        self._state[engine] = running, waiting, kv_usage
+
     def step(
         self,
         prompt_tokens: int,

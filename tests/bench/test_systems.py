@@ -25,6 +25,8 @@ def written(name: str, folder: Path) -> dict[str, Any]:
     ("name", "changed"),
     [
         ("ours", {}),
+        ("ours-fast", {"lane": "auto"}),
+        ("ours-python", {"lane": "python"}),
         ("ours-gateway", {"gateway": {"enabled": True}}),
         ("ours-unmeasured", {"observe": {"metrics": False}}),
         ("ours-every-token", {"stream_gap_ms": 0.0}),
@@ -38,6 +40,13 @@ def test_ours_is_the_configuration_that_comes_but_for_what_its_name_says(
     same = {"model": "/model", "served_model_name": systems.NAME, "engine": ENGINE}
     expected = comes["args"] | same | changed | {"import_path": comes["import_path"]}
     assert written(name, tmp_path) == expected
+
+
+def test_ours_asks_for_keys_where_the_environment_has_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(systems.KEYS_VARIABLE, "secret")
+    assert written("ours", tmp_path)["api_keys"] == {"env": systems.KEYS_VARIABLE}
 
 
 @pytest.mark.parametrize("name", ["ray-serve-llm", "ray-serve-llm-direct"])
@@ -57,6 +66,20 @@ def test_bare_is_told_by_flags(tmp_path: Path) -> None:
     assert {"--max-model-len=512", "--enforce-eager", "/model", "8123"} <= set(words)
 
 
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("apis4", "--api-server-count=4"), ("bare-si4", "--stream-interval=4"), ("rust", None)],
+)
+def test_a_peer_is_bare_vllm_but_for_what_its_name_says(
+    name: str, word: str | None, tmp_path: Path
+) -> None:
+    bare = systems.command("bare", ENGINE, "/model", 8123, tmp_path)
+    words = systems.command(name, ENGINE, "/model", 8123, tmp_path)
+    assert words == [*bare, *([word] if word else [])]
+    assert ("VLLM_USE_RUST_FRONTEND" in systems._GUIDED.get(name, {})) == (name == "rust")
+
+
 def test_an_unknown_system_is_refused_with_the_names_of_all(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"'ur'.*bare, ours, .*classic, ray-serve-llm, ray-serve"):
+    names = r"'ur'.*bare, .*rust, ours, .*classic, ray-serve-llm, ray-serve"
+    with pytest.raises(SystemExit, match=names):
         systems.command("ur", ENGINE, "/model", 8123, tmp_path)

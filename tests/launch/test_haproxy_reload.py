@@ -76,14 +76,14 @@ class Upstream:
 class Proxy:
     """HAProxy, run by Ray Serve's own code, before the servers that it was last told of."""
 
-    def __init__(self, folder: Path, fallback: Upstream | None) -> None:
+    def __init__(self, folder: Path, fallback: Upstream | None, port: int = PORT) -> None:
         config = HAProxyConfig(
             socket_path=str(folder / "admin.sock"),
             server_state_base=str(folder),
             server_state_file=str(folder / "server-state"),
-            http_options=HTTPOptions(host="127.0.0.1", port=PORT),
-            stats_port=PORT + 1,
-            metrics_port=PORT + 2,
+            http_options=HTTPOptions(host="127.0.0.1", port=port),
+            stats_port=port + 1,
+            metrics_port=port + 2,
             metrics_enabled=False,
             health_check_inter="1s",
             retry_on=launcher.ENVIRONMENT["RAY_SERVE_HAPROXY_RETRY_ON"],
@@ -92,7 +92,7 @@ class Proxy:
         )
         self.api = HAProxyApi(config, config_file_path=str(folder / "haproxy.cfg"))
         self._fallback = fallback
-        self.url = f"http://127.0.0.1:{PORT}"
+        self.url = f"http://127.0.0.1:{port}"
 
     def know(self, *servers: Upstream) -> None:
         backend = BackendConfig(

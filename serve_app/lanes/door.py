@@ -1,0 +1,366 @@
+"""The door: asked by HAProxy once for each request that could take the fast lane.
+
+It is a part of each replica, so that it counts the requests of both lanes in one queue and knows
+its engine's state. A request is asked for in one TCP connection (launch/door.lua): the request as
+the client sent it, after a line with the secret that HAProxy and the replicas share. The answer is
+one of three.
+
+    full                                  the full lane must answer it
+    fast HOST PORT TOKEN ID TIMEOUT_MS    HAProxy passes it to the Rust front end
+    refuse STATUS HEADERS BODY            an error of ours: its status, and lengths in bytes
+
+After `fast` the connection stays open for as long as HAProxy has the request, and *is* the
+request's place in the engine: when the stream ends, the client leaves, or HAProxy dies, it closes.
+Nothing is counted that could be forgotten. While a request waits in the queue, the door says `wait
+SECONDS` at once, so that a door that says nothing is known to hang.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import uuid
+from collections import defaultdict, deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.gates.keys import tenant
+from serve_app.gates.reading import Reading
+from serve_app.observe import metrics
+from serve_app.observe.timeline import Timeline
+from serve_app.replica.reports import Ended, client_ids
+
+logger = logging.getLogger("serve_app")
+
+# Header with the secret, and the path at which a replica's own server says where its door is.
+SECRET_HEADER, PATH = b"x-door", "/-/door"
+# Headers of a request, and the body that HAProxy keeps in its buffer.
+_LARGEST_BYTES = 2**18
+# How long the engine may take to report a request that HAProxy is done with.
+_REPORT_S = 2.0
+
+
+class Frontend(Protocol):
+    """Where the Rust front end of this replica listens, and what it asks for."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def token(self) -> str: ...
+
+
+class Ends:
+    """Matches what the engine reports to the requests that wait for it.
+
+    A client may use one id for several requests at once: they are told in their order.
+    """
+
+    def __init__(self) -> None:
+        self._expected: dict[str, deque[asyncio.Future[Ended]]] = defaultdict(deque)
+
+    def expect(self, request_id: str) -> "asyncio.Future[Ended]":
+        found: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._expected[request_id].append(found)
+        return found
+
+    def tell(self, ended: Ended) -> None:
+        """The engine ended a request."""
+        for request_id in client_ids(ended.request_id):
+            if waiting := self._expected.get(request_id):
+                found = waiting.popleft()
+                if not found.done():
+                    found.set_result(ended)
+                if not waiting:
+                    del self._expected[request_id]
+                return
+
+    def forget(self, request_id: str, found: "asyncio.Future[Ended]") -> None:
+        """Nobody waits for it any more."""
+        waiting = self._expected.get(request_id)
+        if waiting and found in waiting:
+            waiting.remove(found)
+        if not waiting:
+            self._expected.pop(request_id, None)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._expected.values()))
+
+
+class Grant:
+    """The application behind the gates of the fast lane: lets HAProxy pass the request on.
+
+    It is over, for the gates in front of it, when HAProxy and the engine are both done with it.
+
+    Args:
+        frontend: of the engine that runs now.
+        abort: ends a request in the engine, by its id.
+        timeout_s: how long the Rust front end may be silent.
+    """
+
+    def __init__(
+        self,
+        frontend: Callable[[], Frontend],
+        ends: Ends,
+        model: str,
+        abort: Callable[[str], Coroutine[Any, Any, None]],
+        timeout_s: Callable[[], float],
+    ) -> None:
+        self._frontend, self._ends, self._model, self._abort = frontend, ends, model, abort
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = request_id or uuid.uuid4().hex  # The meter gives one, where there is a meter.
+        found = self._ends.expect(request_id)
+        frontend = self._frontend()
+        await receive()  # The body, which HAProxy keeps.
+        address = f"{frontend.host} {frontend.port} {frontend.token}"
+        grant = f"fast {address} {request_id} {round(self._timeout_s() * 1000)}\n"
+        asked: Reading = scope.get("state", {}).get("reading") or Reading(stream=True)
+        kind = b"text/event-stream" if asked.stream else b"application/json"
+        headers = [(b"content-type", kind)]
+        start = {"type": "http.response.start", "status": 200, "headers": headers}
+        try:
+            await send({**start, "grant": grant.encode()})
+            status = (await receive()).get("status", 200)
+            ended = await self._ended(found) if status == 200 else None
+        except asyncio.CancelledError:  # Longer than request_timeout_s.
+            await self._abort(request_id)
+            self._count(Timeline.of(await self._ended(found), 200))
+            raise
+        finally:
+            self._ends.forget(request_id, found)
+        timeline = Timeline.of(ended, status)
+        self._count(timeline)
+        # Of what the client got, what the meter reads of an answer in one piece.
+        usage = {"usage": {"completion_tokens": timeline.generated_tokens}}
+        body = b"" if asked.stream else msgspec.json.encode(usage)
+        await send({"type": "http.response.body", "body": body, "timeline": timeline})
+
+    def _count(self, timeline: Timeline) -> None:
+        metrics.prompt_tokens.labels(self._model, tenant.get()).inc(timeline.prompt_tokens)
+        metrics.generated_tokens.labels(self._model, tenant.get()).inc(timeline.generated_tokens)
+
+    async def _ended(self, found: "asyncio.Future[Ended]") -> Ended | None:
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(found), _REPORT_S)
+        return None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as HAProxy passes it on."""
+
+    method: str
+    path: str
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": self.method,
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": list(self.headers),
+            "state": {},
+        }
+
+
+def parse(data: bytes) -> Request | None:
+    """The request, or None while it is not complete.
+
+    Raises:
+        ValueError: it is none.
+    """
+    head, separator, body = data.partition(b"\r\n\r\n")
+    if not separator:
+        return None
+    first, *lines = head.split(b"\r\n")
+    method, target, _ = first.decode("latin-1").split(" ")
+    headers = []
+    for line in lines:
+        name, _, value = line.partition(b":")
+        headers.append((name.lower(), value.strip()))
+    length = next((int(value) for name, value in headers if name == b"content-length"), 0)
+    if len(body) < length:
+        return None
+    return Request(method, target.partition("?")[0], tuple(headers), body[:length])
+
+
+class Door:
+    """The server that HAProxy asks.
+
+    Args:
+        app: the gates of the fast lane, with a `Grant` behind them.
+        secret: what HAProxy says first.
+        obstacle: why a request must take the full lane, or None.
+        wait_s: how long a request may wait in the queue.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        secret: str,
+        obstacle: Callable[[Request], str | None],
+        wait_s: Callable[[], float],
+    ) -> None:
+        self.app, self.obstacle, self.wait_s = app, obstacle, wait_s
+        self.secret = secret.encode()
+        self.address = ""  # host:port, once it listens.
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str) -> None:
+        """Listen on a port that the system picks."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Connection(self), host, 0, backlog=4096)
+        self.address = f"{host}:{self._server.sockets[0].getsockname()[1]}"
+
+    def close(self) -> None:
+        """Take nothing new."""
+        if self._server is not None:
+            self._server.close()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, and return once every request that was let in is over."""
+        self.close()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=timeout_s)
+
+
+class _Connection(asyncio.Protocol):
+    """One request."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._data = b""
+        self._request: Request | None = None
+        self._granted = False
+        self._status, self._body = 0, b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._received = False
+        self._passed_status = 200
+        self._timer: asyncio.TimerHandle | None = None
+        self._gone = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._request is not None:
+            # HAProxy says how the Rust front end answered, where that was not 200.
+            word, _, value = data.partition(b" ")
+            if word == b"status" and value.strip().isdigit():
+                self._passed_status = int(value)
+            return
+        self._data += data
+        try:
+            self._request = parse(self._data)
+            if self._request is None:
+                if len(self._data) > _LARGEST_BYTES:
+                    raise ValueError("too large")
+                return
+        except ValueError:
+            self._transport.close()
+            return
+        self._data = b""
+        self._decide(self._request)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._gone.done():
+            self._gone.set_result(None)
+
+    def _decide(self, request: Request) -> None:
+        headers = dict(reversed(request.headers))  # The first of each name.
+        if not hmac.compare_digest(headers.get(SECRET_HEADER, b""), self._door.secret):
+            self._transport.close()
+            return
+        if self._door.obstacle(request) is not None:
+            self._answer(b"full\n")
+            return
+        # Soon: the queue was not there, or it is long.
+        self._timer = asyncio.get_running_loop().call_later(0.5, self._wait)
+        task = asyncio.get_running_loop().create_task(self._run(request))
+        self._door.tasks.add(task)
+        task.add_done_callback(self._door.tasks.discard)
+
+    def _wait(self) -> None:
+        self._transport.write(f"wait {self._door.wait_s():g}\n".encode())
+
+    async def _run(self, request: Request) -> None:
+        try:
+            await self._door.app(request.scope, self._receive, self._send)
+        except Exception:
+            logger.exception("the door failed")
+        finally:
+            if not self._transport.is_closing():
+                self._transport.close()
+
+    async def _receive(self) -> Message:
+        assert self._request is not None
+        if not self._received:
+            self._received = True
+            return {"type": "http.request", "body": self._request.body, "more_body": False}
+        await asyncio.shield(self._gone)
+        return {"type": "http.disconnect", "status": self._passed_status}
+
+    async def _send(self, message: Message) -> None:
+        if (grant := message.get("grant")) is not None:
+            self._granted = True
+            self._stop_waiting()
+            self._transport.write(grant)
+        elif self._granted:
+            return  # HAProxy has it from the Rust front end.
+        elif message["type"] == "http.response.start":
+            self._status, self._headers = message["status"], message["headers"]
+        elif message["type"] == "http.response.body":
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                self._refuse()
+
+    def _refuse(self) -> None:
+        self._stop_waiting()
+        lines = b"".join(b"%s: %s\r\n" % header for header in self._headers)
+        first = f"refuse {self._status} {len(lines)} {len(self._body)}\n".encode()
+        self._answer(first + lines + self._body)
+
+    def _answer(self, data: bytes) -> None:
+        self._transport.write(data)
+        self._transport.close()
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class Locator:
+    """ASGI middleware: tells HAProxy where the door of this replica is, and nobody else."""
+
+    def __init__(self, app: ASGIApp, door: Door) -> None:
+        self.app, self._door = app, door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = dict(scope["headers"]).get(SECRET_HEADER, b"") if scope["type"] == "http" else b""
+        if not given or not hmac.compare_digest(given, self._door.secret):
+            await self.app(scope, receive, send)
+            return
+        body = self._door.address.encode()
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,97 @@
+"""The fast lane of one replica: its door, and what its engine reports of the requests let in."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp
+
+from serve_app.lanes import capability
+from serve_app.lanes.door import Door, Ends, Frontend, Grant, Request
+from serve_app.replica.reports import Receiver, Report
+from serve_app.scaling.signals import Signals
+from serve_app.settings import Limits
+
+if TYPE_CHECKING:  # It imports vllm.
+    from serve_app.replica.engine import Engine
+
+
+class FastLane:
+    """Joins door, engine and signals.
+
+    Attributes:
+        unread_tokens: prompt tokens of its requests that have no token yet.
+    """
+
+    def __init__(self, model: str, secret: str, signals: Signals) -> None:
+        self._model, self._secret, self._signals = model, secret, signals
+        self._ends = Ends()
+        # Before the engine starts: its scheduler connects as it begins.
+        self._receiver = Receiver(self._receive)
+        self._engine: Engine | None = None
+        self._door: Door | None = None
+        self.unread_tokens = 0
+
+    def grant(self, engine: "Engine", timeout_s: Callable[[], float]) -> Grant:
+        """The application behind the gates."""
+        self._engine = engine
+
+        def frontend() -> Frontend:
+            assert engine.fast is not None
+            return engine.fast
+
+        return Grant(frontend, self._ends, self._model, engine.abort, timeout_s)
+
+    async def open(self, app: ASGIApp, host: str, limits: Callable[[], Limits]) -> Door:
+        """Let requests in, through the gates of `app`."""
+        assert self._engine is not None
+        served = capability.Served(
+            frozenset({self._model}), self._engine.max_model_len, self._engine.vocabulary
+        )
+
+        def obstacle(request: Request) -> str | None:
+            if request.method != "POST":
+                return "the method"
+            headers = dict(request.headers)
+            return capability.obstacle(request.path, headers, request.body, served, limits())
+
+        self._receiver.start()
+        self._door = Door(app, self._secret, obstacle, lambda: limits().queue_timeout_s)
+        await self._door.start(host)
+        return self._door
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let nobody else in, and return once every request that was let in is over."""
+        if self._door is not None:
+            await self._door.drain(timeout_s)
+
+    def close(self) -> None:
+        self._receiver.close()
+
+    def _receive(self, report: Report) -> None:
+        self.unread_tokens = report.unread_tokens
+        self._signals.steps(
+            report.engine,
+            report.steps,
+            report.busy_s,
+            report.running,
+            report.waiting,
+            report.kv_usage,
+        )
+        gap_s = report.gap_s / report.gaps if report.gaps else 0.0
+        self._signals.step(
+            report.prompt_tokens,
+            report.generated_tokens,
+            report.preempted,
+            report.first_s,
+            [gap_s] * report.gaps,
+            [
+                (each.first_s - each.came_s, each.gap_s)
+                for each in report.ended
+                if each.first_s is not None
+            ],
+        )
+        for each in report.ended:
+            self._ends.tell(each)
+        if self._engine is not None:
+            self._engine.last_sign_s = time.monotonic()

@@ -1,0 +1,44 @@
+"""When the tokens of an answer were made that did not pass through this process."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serve_app.replica.reports import Ended
+
+# How the engine names a request that somebody gave up: its client left.
+_ABORTED = "abort"
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The engine's account of one answer, for the Meter.
+
+    Attributes:
+        status: that the client got.
+        first_s, last_s: of its tokens, on the monotonic clock; None: it has none.
+        left: the client left before the end.
+        broken: the engine gave no account of it, or an error.
+    """
+
+    status: int
+    first_s: float | None = None
+    last_s: float | None = None
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    left: bool = False
+    broken: bool = False
+
+    @classmethod
+    def of(cls, ended: "Ended | None", status: int) -> "Timeline":
+        if ended is None:
+            return cls(status, broken=status == 200)
+        return cls(
+            status,
+            ended.first_s,
+            ended.last_s if ended.first_s is not None else None,
+            ended.prompt_tokens,
+            ended.generated_tokens,
+            left=ended.reason == _ABORTED,
+            broken=ended.reason == "error",
+        )

@@ -1,0 +1,194 @@
+"""Two front ends on one engine: vLLM's own in Rust (`vllm-rs`), and AsyncLLM in this process.
+
+The Rust front end answers the requests of the fast lane; no Python touches their tokens. AsyncLLM
+is behind vLLM's Python application, which answers everything else. This is what `vllm serve` does
+for several API servers, of which one is here another program. The names of vLLM that are used are
+in docs/upstream.md.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import os
+import secrets
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import vllm
+import vllm.v1.engine.utils as engine_processes
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor import Executor
+from vllm.v1.utils import RustFrontendProcessManager
+
+from serve_app.replica.scheduler import FAST, FULL, ReportingAsyncScheduler, ReportingScheduler
+
+# Arguments of vLLM's API server that change answers and that vllm-rs does not read. Where one is
+# set, the replica has the full lane only.
+UNREAD_ARGUMENTS = (
+    "chat_template_kwargs",
+    "override_generation_config",
+    "tokenizer",
+    "tokenizer_revision",
+    "skip_tokenizer_init",
+    "return_tokens_as_token_ids",
+    "response_role",
+    "tool_parser_plugin",
+    "reasoning_parser_plugin",
+    "enable_prompt_embeds",
+    "io_processor_plugin",
+    "lora_modules",
+    "enable_lora",
+    "middleware",
+    "root_path",
+    "enable_force_include_usage",
+    "exclude_tools_when_tool_choice_none",
+)
+
+
+def binary() -> Path | None:
+    """Where `vllm-rs` is: named by VLLM_RUST_FRONTEND_PATH, in vLLM's package, or beside Python."""
+    named = os.environ.get("VLLM_RUST_FRONTEND_PATH")
+    places = [Path(named)] if named else []
+    places += [Path(vllm.__file__).with_name("vllm-rs"), Path(sys.prefix) / "bin" / "vllm-rs"]
+    return next((place for place in places if os.access(place, os.X_OK)), None)
+
+
+def obstacle(args: argparse.Namespace, defaults: argparse.Namespace) -> str | None:
+    """Why an engine with these arguments cannot have the Rust front end; None: it can.
+
+    Args:
+        defaults: vLLM's arguments where only the model is named.
+    """
+    if binary() is None:
+        return "vllm-rs is not installed"
+    if args.data_parallel_size > 1:
+        return f"data_parallel_size is {args.data_parallel_size}"
+    for name in UNREAD_ARGUMENTS:
+        if getattr(args, name, None) != getattr(defaults, name, None):
+            return f"vllm-rs does not read the engine argument {name}"
+    return None
+
+
+@dataclass(frozen=True)
+class RustFrontend:
+    """A running `vllm-rs`.
+
+    Attributes:
+        host, port: where it listens.
+        token: what each request must bring, as `Authorization: Bearer`.
+    """
+
+    host: str
+    port: int
+    token: str
+    manager: RustFrontendProcessManager
+
+    @property
+    def alive(self) -> bool:
+        return self.manager._proc.poll() is None
+
+    async def probe(self) -> None:
+        """Return once it has answered; a hung one never does.
+
+        Raises:
+            OSError: it does not take connections, or closed this one without an answer.
+        """
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        try:
+            writer.write(b"GET /health HTTP/1.0\r\nhost: probe\r\n\r\n")
+            if not await reader.readline():
+                raise ConnectionResetError("vllm-rs closed the connection of a probe")
+        finally:
+            writer.close()
+
+    def kill(self) -> None:
+        self.manager._proc.kill()
+
+    def stop(self) -> None:
+        self.manager.shutdown(timeout=5)
+
+
+def launch(
+    kind: type[AsyncLLM], args: argparse.Namespace, host: str, stat_loggers: list[Any]
+) -> tuple[AsyncLLM, RustFrontend]:
+    """Start an engine and both of its front ends; blocks until the engine's processes are ready.
+
+    Args:
+        kind: the class of the Python front end.
+        host: the address that vllm-rs listens on.
+
+    Raises:
+        ValueError, OSError: from vLLM, for arguments that it cannot honour.
+    """
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    engine_args._api_process_count = 2
+    engine_args._api_process_rank = -1
+    # The usage context sets vLLM's default batch limits: this one is `vllm serve`'s.
+    config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    scheduler = (
+        ReportingAsyncScheduler if config.scheduler_config.async_scheduling else ReportingScheduler
+    )
+    config.scheduler_config.scheduler_cls = f"{scheduler.__module__}.{scheduler.__qualname__}"
+    listeners = engine_processes.bind_engine_zmq_listeners(config, 2)
+    with contextlib.ExitStack() as undo:
+        with engine_processes.launch_core_engines(
+            config,
+            Executor.get_class(config),
+            # Our own recorder wants statistics whether or not vLLM's are on.
+            True,
+            listeners.addresses,
+        ) as launched:
+            undo.callback(launched.engine_manager.shutdown, timeout=0)
+            rust = _start_rust(args, host, listeners)
+            undo.callback(rust.manager.shutdown, timeout=0)
+            launched.watched_frontend_processes = rust.manager.processes
+        llm = kind.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            stat_loggers=stat_loggers,
+            disable_log_stats=args.disable_log_stats,
+            client_addresses={
+                "input_address": launched.addresses.inputs[FULL],
+                "output_address": launched.addresses.outputs[FULL],
+                "input_listener": listeners.inputs[FULL].socket,
+                "output_listener": listeners.outputs[FULL].socket,
+            },
+            client_count=2,
+            client_index=FULL,
+        )
+        # vLLM leaves an engine that it did not start to its owner; here that is the same process.
+        llm.engine_core.resources.engine_manager = launched.engine_manager
+        llm.engine_core.start_engine_core_monitor()
+        undo.pop_all()
+    return llm, rust
+
+
+def _start_rust(args: argparse.Namespace, host: str, listeners: Any) -> RustFrontend:
+    token = secrets.token_urlsafe(32)
+    mine = copy.copy(args)
+    mine.api_key = [token]
+    mine.allowed_origins = []  # Requests of browsers take the full lane.
+    mine.enable_request_id_headers = True
+    mine.enable_log_requests = False
+    found = binary()
+    assert found is not None
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The process inherits the listening socket; this one's copy is closed.
+    with socket.create_server((host, 0), family=family, backlog=2048) as listening:
+        manager = RustFrontendProcessManager(
+            binary_path=str(found),
+            sock=listening,
+            args=mine,
+            input_listener=listeners.inputs[FAST],
+            output_listener=listeners.outputs[FAST],
+            engine_start_index=0,
+            engine_count=1,
+            data_parallel_size=1,
+        )
+        return RustFrontend(host, listening.getsockname()[1], token, manager)

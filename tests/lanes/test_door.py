@@ -1,0 +1,392 @@
+"""The door behind a real HAProxy, with real gates, before a small Rust front end of the tests.
+
+Ports 8790 to 8792.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import uvicorn
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve_app.gates.admission import Admission, AdmissionGate
+from serve_app.gates.keys import KeyGate, KeyRing
+from serve_app.gates.limits import LimitGate
+from serve_app.lanes import capability
+from serve_app.lanes.door import Door, Ends, Grant, Locator, Request, parse
+from serve_app.launch import launcher
+from serve_app.launch.haproxy import SECRET_VARIABLE
+from serve_app.replica.reports import Ended
+from serve_app.scaling.signals import Signals
+from serve_app.settings import ApiKeys, Limits
+from tests.launch.test_haproxy_reload import Proxy, Upstream
+
+PORT = 8790
+SECRET, TOKEN = "sesame", "a-token-of-this-replica"
+KEY = {"authorization": "Bearer sk-ann"}
+ASK = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
+
+
+class RustFrontend:
+    """Answers as vllm-rs does, in so many events; the engine's reports come from here as well.
+
+    Attributes:
+        heads: of the requests that came.
+        gap_s: between two events.
+        status: of every answer.
+        running: requests under way.
+    """
+
+    host = "127.0.0.1"
+    token = TOKEN
+
+    def __init__(self, ends: Ends) -> None:
+        self._ends = ends
+        self.heads: list[str] = []
+        self.gap_s, self.status, self.running = 0.0, 200, 0
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._connected, self.host, 0)
+        self.port = int(self._server.sockets[0].getsockname()[1])
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                length = next(x for x in head.lower().split("\r\n") if "content-length" in x)
+                body = json.loads(await reader.readexactly(int(length.split(":")[1])))
+                self.heads.append(head)
+                await self._answer(head, body, reader, writer)
+        writer.close()
+
+    async def _answer(
+        self, head: str, body: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if self.status != 200:
+            writer.write(b"HTTP/1.1 %d No\r\ncontent-length: 2\r\n\r\n{}" % self.status)
+            return
+        request_id = next(
+            line.split(": ")[1] for line in head.split("\r\n") if line.startswith("x-request-id")
+        )
+        came_s = time.monotonic()
+        made, reason, first_s = 0, "length", None
+        self.running += 1
+        try:
+            writer.write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+                b"transfer-encoding: chunked\r\n\r\n"
+            )
+            for _ in range(body["max_tokens"]):
+                if self.gap_s:
+                    with contextlib.suppress(TimeoutError):
+                        if not await asyncio.wait_for(reader.read(1), self.gap_s):
+                            reason = "abort"
+                            raise ConnectionResetError
+                made += 1
+                first_s = first_s or time.monotonic()
+                writer.write(b"9\r\ndata: x\n\n\r\n")
+                await writer.drain()
+        except ConnectionError:
+            reason = "abort"
+            raise
+        finally:
+            self.running -= 1
+            name = f"cmpl-{request_id}-0123abcd"
+            ended = Ended(name, 1, made, came_s, first_s, time.monotonic(), reason)
+            self._ends.tell(ended)
+        writer.write(b"0\r\n\r\n")
+
+
+class Replica:
+    """One replica: its own server (the full lane), its door, its Rust front end."""
+
+    def __init__(self, folder: Path, name: str = "llm_engine_0", **limits: Any) -> None:
+        self.name = name
+        keys = folder / "keys"
+        keys.write_text("ann sk-ann\n")
+        self.limits = Limits(**{"max_queued_requests": 2, "queue_timeout_s": 5.0, **limits})
+        self.admission = Admission(2, self.limits.max_queued_requests, 1.0)
+        self.ends = Ends()
+        self.frontend = RustFrontend(self.ends)
+        self.aborted: list[str] = []
+        self.full: list[str] = []
+        self.timelines: list[Any] = []
+        grant = Grant(lambda: self.frontend, self.ends, "tiny", self._abort, lambda: 60.0)
+        signals = Signals()
+        self.gate = AdmissionGate(grant, self.admission, self.limits, lambda: True, signals)
+        gated = KeyGate(LimitGate(self.gate, self.limits), KeyRing(ApiKeys(file=str(keys))))
+        served = capability.Served(frozenset({"tiny"}), 2048, 1000)
+
+        def obstacle(request: Request) -> str | None:
+            headers = dict(request.headers)
+            return capability.obstacle(request.path, headers, request.body, served, self.limits)
+
+        self.door = Door(self._seen(gated), SECRET, obstacle, lambda: self.limits.queue_timeout_s)
+
+    async def _abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+    def _seen(self, app: ASGIApp) -> ASGIApp:
+        async def seen(scope: Scope, receive: Receive, send: Send) -> None:
+            async def noted(message: Any) -> None:
+                if "timeline" in message:
+                    self.timelines.append(message["timeline"])
+                await send(message)
+
+            await app(scope, receive, noted)
+
+        return seen
+
+    async def start(self) -> None:
+        await self.frontend.start()
+        await self.door.start("127.0.0.1")
+
+        async def full(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] != "/-/healthz":
+                self.full.append(scope["path"])
+            await JSONResponse({"lane": "full"})(scope, receive, send)
+
+        config = uvicorn.Config(
+            Locator(full, self.door), port=0, log_level="critical", lifespan="off"
+        )
+        self.server = uvicorn.Server(config)
+        self.server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        self._task = asyncio.create_task(self.server.serve())
+        await until(lambda: self.server.started)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        self.door.close()
+        self.server.should_exit = True
+        await self._task
+
+    @property
+    def config(self) -> Any:
+        upstream = Upstream(self.name)
+        upstream.port = self.port
+        return upstream
+
+    async def settled(self) -> None:
+        """Wait until nothing is under way."""
+        await until(lambda: not (self.admission.running or self.door.tasks or len(self.ends)))
+
+
+@pytest.fixture
+async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
+    replica = Replica(tmp_path)
+    await replica.start()
+    yield replica
+    await replica.stop()
+
+
+@pytest.fixture
+async def proxy(
+    replica: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[str]:
+    found = launcher.haproxy()
+    if not found:
+        pytest.skip("ray[serve] brings no HAProxy for this platform")
+    for name, value in {**found, SECRET_VARIABLE: SECRET}.items():
+        monkeypatch.setenv(name, value)
+    from ray.serve._private import haproxy as serve_haproxy
+
+    monkeypatch.setattr(
+        serve_haproxy,
+        "RAY_SERVE_HAPROXY_BINARY_PATH",
+        found["RAY_SERVE_HAPROXY_BINARY_PATH"],
+        False,
+    )
+    running = Proxy(tmp_path, None, PORT)
+    running.know(replica.config)
+    await running.api.start()
+    try:
+        yield running.url
+    finally:
+        await running.api.stop()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for something that happens in this process or in HAProxy."""
+    async with asyncio.timeout(60):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def ask(url: str, body: Any = None, **named: Any) -> tuple[int, dict[str, str], bytes]:
+    headers = {**KEY, **named.pop("headers", {})}
+    path = named.pop("path", "/v1/completions")
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(url + path, json=body or ASK, headers=headers) as answer,
+    ):
+        return answer.status, {k.lower(): v for k, v in answer.headers.items()}, await answer.read()
+
+
+async def test_a_request_is_let_in_and_answered_by_the_rust_front_end(
+    replica: Replica, proxy: str
+) -> None:
+    status, headers, body = await ask(proxy, headers={"x-request-id": "mine-1"})
+    assert status == 200
+    assert headers["x-serve-lane"] == "fast"
+    assert headers["x-request-id"] == "mine-1"
+    assert body == b"data: x\n\n" * 4
+    (head,) = replica.frontend.heads
+    assert f"authorization: Bearer {TOKEN}" in head
+    assert "sk-ann" not in head
+    await replica.settled()
+    (timeline,) = replica.timelines
+    assert (timeline.status, timeline.generated_tokens, timeline.left) == (200, 4, False)
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({**ASK, "n": 2}, "/v1/completions"),
+        ({**ASK, "prompt": ["a", "b"]}, "/v1/completions"),
+        ({**ASK, "unknown": 1}, "/v1/completions"),
+        ({**ASK, "prompt": "x" * 40_000}, "/v1/completions"),
+        ({"model": "tiny", "input": "x"}, "/v1/responses"),
+    ],
+)
+async def test_what_it_does_not_answer_alike_takes_the_full_lane(
+    replica: Replica, proxy: str, body: Any, path: str
+) -> None:
+    status, headers, _ = await ask(proxy, body, path=path)
+    assert (status, headers["x-serve-lane"]) == (200, "python")
+    assert replica.full == [path]
+    assert not replica.frontend.heads
+
+
+async def test_an_unknown_key_is_refused_at_the_door(replica: Replica, proxy: str) -> None:
+    status, headers, body = await ask(proxy, headers={"authorization": "Bearer other"})
+    assert status == 401
+    assert headers["www-authenticate"] == "Bearer"
+    assert json.loads(body)["error"]["code"] == "invalid_api_key"
+    assert not replica.frontend.heads
+
+
+async def test_a_full_queue_refuses_and_a_waiting_request_is_answered(
+    replica: Replica, proxy: str
+) -> None:
+    replica.frontend.gap_s = 0.5
+    answers = [asyncio.create_task(ask(proxy)) for _ in range(4)]  # Two run, two wait.
+    await until(lambda: replica.admission.queued == 2)
+    status, headers, body = await ask(proxy)
+    assert (status, headers["retry-after"]) == (429, "1")
+    assert json.loads(body)["error"]["type"] == "rate_limit_error"
+    assert [(await each)[0] for each in answers] == [200] * 4
+    await replica.settled()
+
+
+async def test_no_room_in_time_is_a_503(replica: Replica, proxy: str) -> None:
+    replica.gate.limits = replica.limits.model_copy(update={"queue_timeout_s": 0.2})
+    replica.frontend.gap_s = 0.2
+    held = [asyncio.create_task(ask(proxy, {**ASK, "max_tokens": 600})) for _ in range(2)]
+    await until(lambda: replica.admission.running == 2)
+    status, headers, _ = await ask(proxy)
+    assert (status, headers["retry-after"]) == (503, "1")
+    for each in held:
+        each.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
+    await replica.settled()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_client_that_leaves_gives_its_place_back(
+    replica: Replica, proxy: str, waits: bool
+) -> None:
+    replica.frontend.gap_s = 0.2
+    held = []
+    if waits:
+        held = [asyncio.create_task(ask(proxy, {**ASK, "max_tokens": 600})) for _ in range(2)]
+        await until(lambda: replica.admission.running == 2)
+    leaves = asyncio.create_task(ask(proxy, {**ASK, "max_tokens": 50}))
+    await until(lambda: bool(replica.admission.queued if waits else replica.frontend.running))
+    leaves.cancel()
+    await until(lambda: replica.admission.queued == 0 and replica.admission.running == len(held))
+    assert replica.admission.running == len(held)
+    for each in held:
+        each.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
+    await replica.settled()
+    assert replica.frontend.running == 0
+
+
+async def test_what_the_rust_front_end_refuses_is_counted_so(replica: Replica, proxy: str) -> None:
+    replica.frontend.status = 400
+    status, headers, _ = await ask(proxy)
+    assert (status, headers["x-serve-lane"]) == (400, "fast")
+    await replica.settled()
+    assert [each.status for each in replica.timelines] == [400]
+
+
+async def test_a_door_that_is_gone_leaves_the_full_lane(replica: Replica, proxy: str) -> None:
+    assert (await ask(proxy))[1]["x-serve-lane"] == "fast"
+    replica.door.close()
+    status, headers, _ = await ask(proxy)
+    assert (status, headers["x-serve-lane"]) == (200, "python")
+
+
+async def test_a_door_that_hangs_is_a_503(replica: Replica, proxy: str) -> None:
+    assert (await ask(proxy))[0] == 200
+
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("broken")
+
+    replica.door.app = silent
+    status, headers, body = await ask(proxy)
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert json.loads(body)["error"]["code"] == "unavailable"
+    assert len(replica.frontend.heads) == 1
+
+
+async def test_no_place_is_lost_whatever_clients_do(replica: Replica, proxy: str) -> None:
+    """Random starts, ends and departures, some of them in the queue."""
+    chance = random.Random(7)
+    replica.frontend.gap_s = 0.002
+
+    async def client() -> None:
+        for _ in range(12):
+            request = asyncio.create_task(ask(proxy, {**ASK, "max_tokens": chance.randint(1, 8)}))
+            if chance.random() < 0.5:
+                await asyncio.sleep(chance.random() * 0.03)
+                request.cancel()
+            with contextlib.suppress(asyncio.CancelledError, aiohttp.ClientError):
+                await request
+            assert replica.admission.running <= 2
+
+    await asyncio.gather(*(client() for _ in range(8)))
+    await replica.settled()
+    assert replica.frontend.running == 0
+
+
+async def test_only_haproxy_is_told_where_the_door_is(replica: Replica, proxy: str) -> None:
+    base = f"http://127.0.0.1:{replica.port}/-/door"
+    async with aiohttp.ClientSession() as session:
+        async with session.get(base, headers={"x-door": "guess"}) as answer:
+            assert await answer.json() == {"lane": "full"}
+        async with session.get(base, headers={"x-door": SECRET}) as answer:
+            assert await answer.text() == replica.door.address
+    reader, writer = await asyncio.open_connection(*replica.door.address.split(":"))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nx-door: guess\r\ncontent-length: 2\r\n\r\n{}")
+    assert await reader.read() == b""
+    writer.close()
+
+
+def test_a_request_is_parsed_once_it_is_complete() -> None:
+    data = b"POST /v1/completions?x=1 HTTP/1.1\r\nX-Door: s\r\nContent-Length: 2\r\n\r\n{}"
+    assert all(parse(data[:end]) is None for end in range(len(data)))
+    request = parse(data)
+    assert request is not None
+    assert (request.method, request.path, request.body) == ("POST", "/v1/completions", b"{}")
+    with pytest.raises(ValueError, match="unpack"):
+        parse(b"nonsense\r\n\r\n")

@@ -7,6 +7,7 @@ exit with one sentence, and ends everything it started when told to stop.
 
 import argparse
 import contextlib
+import logging
 import os
 import queue
 import secrets
@@ -20,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -238,6 +240,10 @@ def _show(text: str) -> None:
         print(text, flush=True)
 
 
+# Of the output of `serve run`; a file as large as this is kept beside the one that is written.
+_LOG_BYTES = 64 * 2**20
+
+
 class _Child:
     """The `serve run` process, its output, and everything that it started.
 
@@ -273,10 +279,12 @@ class _Child:
 
     def _read(self, descriptor: int) -> None:
         assert self._process.stdout is not None
-        with os.fdopen(descriptor, "w") as log:
+        os.close(descriptor)
+        log = RotatingFileHandler(self.log, maxBytes=_LOG_BYTES, backupCount=1)
+        log.terminator = ""
+        with contextlib.closing(log):
             for line in self._process.stdout:
-                log.write(line)
-                log.flush()
+                log.handle(logging.LogRecord("serve", logging.INFO, "", 0, line, None, None))
                 if MARK in line:
                     self._lines.put(line.split(MARK, 1)[1].strip())
 

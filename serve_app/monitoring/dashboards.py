@@ -114,7 +114,7 @@ _HEALTHY = Row(
     (
         Panel(
             101,
-            "Objective kept, last hour",
+            "Objective kept, last hour or since the start",
             "Of the requests that count for the objective, those that kept it. 99 % should.",
             "percentunit",
             {"{{model}}": f"1 - model:serve_app_slo_missed:ratio_rate1h{{{_MODEL}}}"},

@@ -1,6 +1,6 @@
 """Structured logs: a JSON object a line, in a file of each replica beside Ray's own logs.
 
-    <session of Ray>/logs/serve_app/<deployment>_<replica>.log
+    <session of Ray>/logs/serve_app/<deployment>_<replica>.log, and .log.1 to .log.3 before it
 
 What collects Ray's logs collects them. Prompts, answers and keys never get here: callers pass
 fields one by one, and none of them is text of a request.
@@ -17,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_FILE_BYTES, _FILES = 64 * 2**20, 4
+# Of one replica, and files of all replicas of a node together.
+_FILE_BYTES, _FILES, _FOLDER_FILES = 64 * 2**20, 4, 100
 
 
 @contextlib.contextmanager
@@ -41,6 +42,23 @@ def kept() -> Iterator[None]:
             handler.setTarget(target)  # Closed as well, it opens its file again.
 
 
+def prune(folder: Path, most: int = _FOLDER_FILES) -> None:
+    """Delete the files that were written to least recently, down to `most`.
+
+    Each replica has files of its own, and replicas come and go.
+    """
+    files = sorted(folder.glob("*.log*"), key=_written_s, reverse=True)
+    for file in files[most:]:
+        file.unlink(missing_ok=True)
+
+
+def _written_s(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:  # Another replica deletes as well.
+        return 0.0
+
+
 class Log:
     """Where a replica's lines go. `handler` None: to nobody.
 
@@ -62,6 +80,7 @@ class Log:
         deployment, replica = context.deployment, context.replica_tag
         folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path()) / "serve_app"
         folder.mkdir(exist_ok=True)
+        prune(folder)
         handler = logging.handlers.RotatingFileHandler(
             folder / f"{deployment}_{replica}.log", maxBytes=_FILE_BYTES, backupCount=_FILES - 1
         )

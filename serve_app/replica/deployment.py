@@ -20,6 +20,7 @@ from serve_app.lanes.door import Locator
 from serve_app.lanes.fastlane import FastLane
 from serve_app.launch.haproxy import SECRET_VARIABLE
 from serve_app.observe import logs, metrics, tracing
+from serve_app.observe.exposition import Exposition
 from serve_app.observe.observation import Observation
 from serve_app.planning import kernels
 from serve_app.planning.plan import Plan
@@ -115,7 +116,8 @@ class _Engine:
             waited=metrics.waits.labels(self._model).observe,
         )
         self._admitted.append(admitted)
-        limited = LimitGate(admitted, limits)
+        shown = Exposition(admitted, by_tenant=self._settings.api_keys.configured)
+        limited = LimitGate(shown, limits)
         self._limited.append(limited)
         return limited
 

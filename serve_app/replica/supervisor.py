@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import psutil
@@ -181,8 +182,9 @@ class Reaper:
     """A tiny process that kills the engine's processes if the replica is gone without a word.
 
     A replica that receives SIGKILL cannot stop its engine, and the engine does not always notice.
-    The reaper waits at the end of a pipe: each line names a process to kill at end-of-file, and
-    the line `done` says that all ended in order.
+    The reaper waits at the end of a pipe: each line names a process to kill at end-of-file by its
+    pid and its start time, as another process may have the pid by then; the line `done` says that
+    all ended in order.
 
     It is nobody's child: where its raylet fails, Ray's worker kills its own children before it ends
     itself, and what those had started, as an engine's processes, would stay for ever.
@@ -190,7 +192,8 @@ class Reaper:
 
     _SCRIPT = (
         'exec 3<&0; { while read -r l; do [ "$l" = done ] && exit 0; p="$p $l"; done; '
-        "kill -9 $p 2>&-; } <&3 & echo $!"
+        "for l in $p; do read -r s </proc/${l%:*}/stat && set -- ${s##*) } "
+        '&& [ "${20}" = "${l#*:}" ] && kill -9 "${l%:*}"; done 2>/dev/null; } <&3 & echo $!'
     )
 
     def __init__(self) -> None:
@@ -209,21 +212,23 @@ class Reaper:
     def guard(self, pids: Iterable[int]) -> None:
         """Kill these processes, too, should this one vanish."""
         assert self._process.stdin is not None
-        self._process.stdin.write("".join(f"{pid}\n" for pid in pids).encode())
+        lines = (f"{pid}:{started}\n" for pid in pids if (started := _start_ticks(pid)))
+        self._process.stdin.write("".join(lines).encode())
         self._process.stdin.flush()
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
         """Guard every process that this one starts in the meantime, as soon as it is there."""
         over = threading.Event()
-        guarded = {self.pid}
+        guarded = set[psutil.Process]()
 
         def follow() -> None:
             last = False
             while not last:
                 last = over.wait(0.2)
-                new = {p.pid for p in psutil.Process().children(recursive=True)} - guarded
-                self.guard(new)
+                # Compared by pid and start time.
+                new = set(psutil.Process().children(recursive=True)) - guarded
+                self.guard(process.pid for process in new if process.pid != self.pid)
                 guarded.update(new)
 
         follower = threading.Thread(target=follow, daemon=True)
@@ -243,3 +248,13 @@ class Reaper:
             self._process.stdin.close()
         self._process.stdout.read()  # Ends when it does.
         self._process.stdout.close()
+
+
+def _start_ticks(pid: int) -> str | None:
+    """When a process started, in the clock ticks of /proc; None: it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The second field is the program's name in parentheses, and may hold anything.
+    return stat.rpartition(")")[2].split()[19]

@@ -3,6 +3,7 @@
 import logging
 import logging.config
 import logging.handlers
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +47,25 @@ def test_the_log_of_ray_serve_goes_on(
     assert serve_log.target.baseFilename == str(tmp_path / "replica.log")
     logger.error("after")
     assert (tmp_path / "replica.log").read_text() == "before\nafter\n"
+
+
+def test_files_of_replicas_that_are_gone_do_not_pile_up(tmp_path: Path) -> None:
+    for age in range(30):
+        file = tmp_path / f"engine_{age}.log"
+        file.write_text("{}")
+        os.utime(file, (1e9 - age, 1e9 - age))
+    (tmp_path / "other.txt").write_text("not a log")
+    logs.prune(tmp_path, most=10)
+    kept = {file.name for file in tmp_path.iterdir()}
+    assert kept == {"other.txt", *(f"engine_{age}.log" for age in range(10))}
+
+
+def test_a_log_that_is_full_is_rotated(tmp_path: Path) -> None:
+    path = tmp_path / "replica.log"
+    log = logs.Log(logging.handlers.RotatingFileHandler(path, maxBytes=2000, backupCount=2))
+    for number in range(100):
+        log.write("info", "request", number=number)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["replica.log", "replica.log.1", "replica.log.2"]
+    assert all(file.stat().st_size <= 2000 for file in files)
+    assert '"number": 99' in path.read_text()

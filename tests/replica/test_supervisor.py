@@ -277,6 +277,25 @@ def test_a_dismissed_reaper_kills_nothing() -> None:
     os.kill(child, 9)
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_a_reaper_spares_a_process_that_has_the_pid_of_one_it_guarded(
+    another: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reaper = Reaper()
+    # A name that /proc shows with what separates its fields.
+    sleeper = subprocess.Popen(["bash", "-c", "exec -a ') 1 (' sleep 300"])
+    if another:
+        monkeypatch.setattr(supervisor, "_start_ticks", lambda pid: "1")
+    reaper.guard([sleeper.pid])
+    assert reaper._process.stdin is not None
+    reaper._process.stdin.close()  # As when the replica is gone.
+    assert gone(reaper.pid)
+    if another:
+        assert sleeper.poll() is None
+        sleeper.kill()
+    assert sleeper.wait(60) == -9
+
+
 def test_a_reaper_without_anything_to_guard_just_ends() -> None:
     reaper = Reaper()
     reaper.dismiss()

@@ -1,0 +1,61 @@
+"""/metrics of one replica: all of its figures, but of tenants only those of the one who asks.
+
+Prometheus does not come here: it scrapes Ray's agent of each node, which asks for no key
+(export.py). Behind a load balancer this route shows one replica of several.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import REGISTRY
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve_app.gates.keys import tenant
+
+
+class Exposition:
+    """ASGI middleware: answers /metrics.
+
+    Args:
+        by_tenant: whether each tenant sees its own series only; without keys there are no tenants.
+    """
+
+    def __init__(self, app: ASGIApp, by_tenant: bool) -> None:
+        self.app = app
+        self._by_tenant = by_tenant
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].rstrip("/") != "/metrics":
+            await self.app(scope, receive, send)
+            return
+        encode, content_type = choose_encoder(Headers(scope=scope).get("accept", ""))
+        body = encode(_Seen(tenant.get() if self._by_tenant else None))
+        headers = [
+            (b"content-type", content_type.encode()),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+class _Seen:
+    """What prometheus-client's encoders take for a registry."""
+
+    def __init__(self, who: str | None) -> None:
+        self._who = who
+
+    def collect(self) -> Iterator[Metric]:
+        families = REGISTRY.collect()
+        return iter(families if self._who is None else of_tenant(families, self._who))
+
+
+def of_tenant(families: Iterable[Metric], who: str) -> Iterator[Metric]:
+    """The families without the series of other tenants."""
+    for family in families:
+        own = [each for each in family.samples if each.labels.get("tenant", who) == who]
+        seen = Metric(family.name, family.documentation, family.type, family.unit)
+        seen.samples = own
+        if own or not family.samples:
+            yield seen

@@ -4,13 +4,14 @@ Without a gateway, a request reaches a replica's own HTTP server, from HAProxy (
 through Serve's proxy), and goes through one stack, outermost first:
 
     Meter           what the client sees of it        meter.py
+    front           CORS, one spelling of requests    front.py, cors.py, anthropic.py
     KeyGate         who is asking                     keys.py
     LimitGate       is it small enough to look at     limits.py
     AdmissionGate   is there room, and for how long   admission.py
     vLLM's app      the answer                        engine.py
 
-With one (`gateway.enabled`), Meter, KeyGate and LimitGate are the gateway's, and between them and
-the rest is the Relay (relay.py), which goes on with an answer elsewhere when a replica fails.
+With one (`gateway.enabled`), everything down to LimitGate is the gateway's, and between it and the
+rest is the Relay (relay.py), which goes on with an answer elsewhere when a replica fails.
 """
 
 import os

@@ -11,6 +11,7 @@ One tree, so that whoever catches `ServeError` has caught them all:
         ├── RequestTimeout     408  the client was too slow to send
         ├── PayloadTooLarge    413
         ├── TooManyRequests    429, with Retry-After
+        ├── HeadersTooLarge    431
         ├── Unavailable        503, with Retry-After
         ├── GatewayTimeout     504  the answer took too long
         ├── CannotContinue     502  it broke off, and no other replica can go on with it exactly
@@ -132,6 +133,12 @@ class PayloadTooLarge(RequestError):
     status = 413
     kind = "invalid_request_error"
     code = "body_too_large"
+
+
+class HeadersTooLarge(RequestError):
+    status = 431
+    kind = "invalid_request_error"
+    code = "headers_too_large"
 
 
 class TooManyRequests(RequestError):

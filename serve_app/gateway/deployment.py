@@ -3,6 +3,7 @@
 A Ray Serve deployment of its own that needs no GPU. A request goes through
 
     Meter       what the client sees of it          meter.py
+    front       CORS, one spelling of requests      front.py
     KeyGate     who is asking                       keys.py
     LimitGate   is it small enough to look at       limits.py
     Models      which model is meant                models.py
@@ -21,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve_app.errors import ConfigError
+from serve_app.gates.front import front
 from serve_app.gates.keys import KeyGate, KeyRing, check_exposure
 from serve_app.gates.limits import LimitGate
 from serve_app.gateway import routing
@@ -68,7 +70,7 @@ class Gateway:
         self._limited = LimitGate(
             Models(self._relays, self._settings, adapters), self._settings.limits
         )
-        gated = KeyGate(self._limited, self._ring)
+        gated = front(KeyGate(self._limited, self._ring), self._settings.engine)
         return self._observation.gate(gated, next(iter(self._relays)), self._settings.replicas)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:

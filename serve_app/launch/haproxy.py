@@ -57,6 +57,8 @@ _RETRY = " hdr Retry-After 1"
 # Message, type and code of what is answered while no replica is up.
 _NONE = "no replica is up; ask again", "server_error", "unavailable"
 
+_NO_HTTP = "the request is no valid HTTP/1.1, or its header lines are longer than 31 KiB"
+
 
 def _body(message: str, kind: str, code: str) -> str:
     """An error as clients parse it."""
@@ -144,6 +146,12 @@ RULES = (
         why="a client that sends its headers a byte at a time is given up",
         pattern=r"^defaults$",
         replacement="defaults\n    timeout http-request 20s",
+    ),
+    Rule(
+        why="JSON for what is no HTTP that HAProxy takes; Ray Serve's template has nothing for it",
+        pattern=r"^defaults$",
+        replacement="defaults\n    http-error status 400 content-type application/json string "
+        f"'{_body(_NO_HTTP, 'invalid_request_error', 'bad_http')}'",
     ),
     _error(
         502,

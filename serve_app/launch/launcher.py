@@ -56,6 +56,8 @@ ENVIRONMENT: Mapping[str, str] = {
     # A replica may close an idle connection while HAProxy sends a request over it. A request that
     # was not answered at all is sent again, to another replica if there is one.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # Header lines of 16 KiB and more reach the gate that refuses them in JSON (gates/front.py).
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "32768",
     # More threads than cores spin on the cores that the front end needs.
     "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 2))),
     # Ray starts its workers at niceness 15, below whatever else the machine runs.
@@ -64,6 +66,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",
+    # Stop strings that a request may name; vLLM's own bound, and OpenAI's, is 4.
+    "VLLM_MAX_STOP_STRINGS": "64",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 # Metrics and statistics of HAProxy, with Ray Serve's own defaults.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ConfigError
+from serve_app.gates.cors import ARGUMENTS as CORS_ARGUMENTS
 from serve_app.planning import embedded, kernels
 from serve_app.planning.hardware import Gpu, Node, cluster_nodes, has_bfloat16
 from serve_app.planning.placement import Placement, place
@@ -202,7 +203,9 @@ class Plan:
             arguments["otlp_traces_endpoint"] = endpoint
         if settings.engine.get("tool_call_parser") == "hermes":
             arguments["tool_parser_plugin"] = "serve_app.replica.hermes"
-        return arguments | dict(settings.engine)
+        # CORS is the front gate's, which answers before vLLM does.
+        engine = {key: v for key, v in settings.engine.items() if key not in CORS_ARGUMENTS}
+        return arguments | engine
 
     def _weights(self) -> str:
         if self.model == embedded.NAME:

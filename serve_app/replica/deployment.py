@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from serve_app.errors import ConfigError
 from serve_app.gates.admission import Admission, AdmissionGate
+from serve_app.gates.front import front
 from serve_app.gates.keys import KeyGate, KeyRing, check_exposure
 from serve_app.gates.limits import LimitGate
 from serve_app.lanes.door import Locator
@@ -209,7 +210,8 @@ class Replica(_Engine):
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
-        app = self._gate(KeyGate(await self._stack(), self._ring), counted=True)
+        gated = KeyGate(await self._stack(), self._ring)
+        app = self._gate(front(gated, self._settings.engine), counted=True)
         if self._fast_lane is None or self._engine.fast is None:
             return app
         return await self._open_door(app, self._fast_lane)

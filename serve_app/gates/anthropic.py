@@ -1,0 +1,73 @@
+"""Errors on Anthropic's routes, in the shape that Anthropic's clients read.
+
+    {"type": "error", "error": {"type": "authentication_error", "message": "..."}}
+
+https://docs.anthropic.com/en/api/errors. Whoever made the error, a gate or vLLM, this is its last
+stop but CORS. Events of a stream that has begun have that shape already.
+"""
+
+import json
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_PATHS = ("/v1/messages", "/v1/messages/count_tokens")
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+class AnthropicErrors:
+    """ASGI middleware: rewrites the body of an error."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun: Message | None = None
+        body = b""
+
+        async def rewrite(message: Message) -> None:
+            nonlocal begun, body
+            # Gates further in may have spelled the path anew.
+            is_error = message.get("status", 200) >= 400 and scope["path"] in _PATHS
+            if message["type"] == "http.response.start" and is_error:
+                begun = message
+                return
+            if begun is None:
+                await send(message)
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                content = _rewritten(begun["status"], body)
+                headers = [
+                    (name, str(len(content)).encode() if name == b"content-length" else value)
+                    for name, value in begun["headers"]
+                ]
+                await send({**begun, "headers": headers})
+                await send({**message, "body": content})
+
+        await self._app(scope, receive, rewrite)
+
+
+def _rewritten(status: int, body: bytes) -> bytes:
+    try:
+        error: Any = json.loads(body)["error"]
+        message = str(error["message"])
+    except (ValueError, KeyError, TypeError):
+        return body  # Of another shape, and none of ours.
+    default = "invalid_request_error" if status < 500 else "api_error"
+    kind = _TYPES.get(status, default)
+    rest = {key: error[key] for key in ("param", "code") if error.get(key) is not None}
+    answer = {"type": "error", "error": {"type": kind, "message": message, **rest}}
+    return json.dumps(answer).encode()

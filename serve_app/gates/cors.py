@@ -1,0 +1,69 @@
+"""Which pages in a browser may ask: CORS, for our own answers and errors as well as vLLM's.
+
+The settings are vLLM's: `engine.allowed_origins`, `allowed_methods`, `allowed_headers` and
+`allow_credentials`. The gate stands before the one that asks for keys, because a browser sends a
+preflight without one, and shows a page no error that has no CORS headers. The work is Starlette's.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve_app.errors import BadRequest
+
+# Arguments of vLLM that are this gate's. vLLM must not add the headers a second time: a browser
+# refuses an answer that has them twice.
+ARGUMENTS = ("allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials")
+# What a page may read of an answer beside its body.
+_EXPOSED = ("x-request-id", "retry-after")
+# How long a browser may remember a preflight.
+_MAX_AGE_S = 600
+
+
+class CorsGate:
+    """ASGI middleware: answers preflights, and lets pages of allowed origins read the answers."""
+
+    def __init__(self, app: ASGIApp, engine: Mapping[str, Any]) -> None:
+        self._app = app
+        self._origins = _list(engine.get("allowed_origins"), [])
+        self._cors = CORSMiddleware(
+            app,
+            allow_origins=self._origins,
+            allow_methods=_list(engine.get("allowed_methods"), ["*"]),
+            allow_headers=_list(engine.get("allowed_headers"), ["*"]),
+            allow_credentials=str(engine.get("allow_credentials")).lower() in ("true", "1", "yes"),
+            expose_headers=_EXPOSED,
+            max_age=_MAX_AGE_S,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        asks = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        if origin is not None and asks and not self._cors.is_allowed_origin(origin):
+            error = BadRequest(
+                f"Pages of {origin} may not use this server: its origin is not in "
+                "engine.allowed_origins of serve_config.yaml."
+            )
+            await error(scope, receive, send)
+            return
+        await self._cors(scope, receive, send)
+
+
+def _list(value: Any, default: list[str]) -> list[str]:
+    """A list, as serve_config.yaml may have it: a list, JSON, or one text."""
+    if value is None:
+        return default
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return [value]
+    return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]

@@ -137,8 +137,7 @@ def _logprobs(given: dict[str, Any] | None) -> list[Any]:
             [c["token"], round(c["logprob"], 1), len(c["top_logprobs"])] for c in given["content"]
         ]
     pairs = zip(given["tokens"], given["token_logprobs"], given["text_offset"], strict=True)
-    # The first token of an echoed prompt has none.
-    return [[token, logprob and round(logprob, 1), offset] for token, logprob, offset in pairs]
+    return [[token, round(logprob, 1), offset] for token, logprob, offset in pairs]
 
 
 PROMPT = "The three primary colours are"
@@ -202,11 +201,6 @@ ANSWERS: dict[str, tuple[str, dict[str, Any], Method]] = {
         Method.REPEAT,
     ),
     "echo": ("/v1/completions", COMPLETION | {"echo": True}, Method.RESUME),
-    "echo and logprobs": (
-        "/v1/completions",
-        COMPLETION | {"echo": True, "logprobs": 2},
-        Method.REPEAT,
-    ),
     "presence and frequency": (
         "/v1/completions",
         COMPLETION | {"presence_penalty": 0.7, "frequency_penalty": 0.6},
@@ -288,6 +282,7 @@ async def test_what_cannot_be_exact_says_so(app: Backend) -> None:
         {"temperature": 1.0, "frequency_penalty": 0.5},
         {"n": 2, "temperature": 1.0},
         {"prompt": ["a", "b"]},
+        {"echo": True, "logprobs": 2},
     ):
         raw = await ask(app, "/v1/completions", COMPLETION | different)
         stream = Stream()

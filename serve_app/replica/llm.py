@@ -196,13 +196,13 @@ def _method(params: SamplingParams) -> Method:
         or params.frequency_penalty
         or params.bad_words
         or params.structured_outputs
-        or params.prompt_logprobs is not None
         or params.logprob_token_ids
         or params.thinking_token_budget is not None
         or params.repetition_detection is not None
         or params.extra_args
     )
-    if params.n > 1:
+    # The first event of an echoed prompt has the logprobs of the prompt, which no mark has.
+    if params.n > 1 or params.prompt_logprobs is not None:
         return Method.NEVER
     if not stateful:
         return Method.RESUME

@@ -8,6 +8,7 @@ through Serve's proxy), and goes through one stack, outermost first:
     KeyGate         who is asking                     keys.py
     LimitGate       is it small enough to look at     limits.py
     AdmissionGate   is there room, and for how long   admission.py
+    RefusalGate     what vLLM refuses has its status  refusal.py
     vLLM's app      the answer                        engine.py
 
 With one (`gateway.enabled`), everything down to LimitGate is the gateway's, and between it and the

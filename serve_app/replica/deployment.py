@@ -17,6 +17,7 @@ from serve_app.gates.admission import Admission, AdmissionGate
 from serve_app.gates.front import front
 from serve_app.gates.keys import KeyGate, KeyRing, check_exposure
 from serve_app.gates.limits import LimitGate
+from serve_app.gates.refusal import RefusalGate
 from serve_app.lanes.door import Locator
 from serve_app.lanes.fastlane import FastLane
 from serve_app.launch.haproxy import SECRET_VARIABLE
@@ -85,7 +86,7 @@ class _Engine:
     async def _stack(self) -> ASGIApp:
         """The engine's application behind its limits, once an answer was generated."""
         with reported("the replica"), stage("warming up"):
-            answer = await self._engine.app()
+            answer = RefusalGate(await self._engine.app())
             self._settings.replicas.check(*await self._engine.warm_up())
         limits = self._settings.limits
         self._admission = Admission(
@@ -127,7 +128,7 @@ class _Engine:
         began_s = time.monotonic()
         with self._reaper.following():
             await self._engine.restart()
-        answer = await self._engine.app()
+        answer = RefusalGate(await self._engine.app())
         await self._engine.warm_up()
         self._admitted[0].app = answer
         say(f"the engine was started anew: {time.monotonic() - began_s:.1f} s")

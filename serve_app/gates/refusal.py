@@ -1,0 +1,79 @@
+"""A request that is refused before its first token is refused with its status, streamed or not.
+
+vLLM begins a streamed answer with 200 and then looks at the request's grammar, so that a JSON
+schema that cannot be compiled is a 400 in one piece and an error event of a stream. Here the
+beginning of a stream waits for its first event. It would be sent together with it anyway.
+"""
+
+import json
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_DATA = b"data: "
+
+
+class RefusalGate:
+    """ASGI middleware, around vLLM's application."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        held: Message | None = None
+        refused = False
+
+        async def first_event_first(message: Message) -> None:
+            nonlocal held, refused
+            if refused:
+                return  # "[DONE]" of the stream that was none.
+            if message["type"] == "http.response.start" and _is_stream(message):
+                held = message
+                return
+            if held is not None:
+                start, held = held, None
+                if (refusal := _refusal(message.get("body", b""))) is not None:
+                    refused = True
+                    await _refuse(start, *refusal, send)
+                    return
+                await send(start)
+            await send(message)
+
+        await self._app(scope, receive, first_event_first)
+
+
+def _is_stream(start: Message) -> bool:
+    return start["status"] == 200 and any(
+        name == b"content-type" and value.startswith(b"text/event-stream")
+        for name, value in start["headers"]
+    )
+
+
+def _refusal(body: bytes) -> tuple[int, bytes] | None:
+    """Status and body of an error that is the first event of a stream; None for any other event."""
+    event = body.partition(b"\n\n")[0]
+    if not event.startswith(_DATA + b'{"error"'):
+        return None
+    try:
+        error: dict[str, Any] = json.loads(event.removeprefix(_DATA))
+        status = int(error["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (status, json.dumps(error).encode()) if 400 <= status < 500 else None
+
+
+async def _refuse(start: Message, status: int, body: bytes, send: Send) -> None:
+    headers = [
+        (name, value)
+        for name, value in start["headers"]
+        if name not in (b"content-type", b"content-length", b"cache-control")
+    ]
+    headers += [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({**start, "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

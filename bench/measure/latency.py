@@ -24,8 +24,8 @@ def tpot_s(record: Record) -> float | None:
     came in one piece: then nobody knows. Of several answers in one response, as if one by one."""
     if len(record.chunk_s) < 2 or record.odd or record.output_tokens is None:
         return None
-    tokens = record.output_tokens / record.choices
-    return (record.chunk_s[-1] - record.chunk_s[0]) / (tokens - 1) if tokens >= 2 else None
+    tokens, took_s = record.output_tokens / record.choices, record.chunk_s[-1] - record.chunk_s[0]
+    return took_s / (tokens - 1) if tokens >= 2 and took_s > 0 else None
 
 
 def itl_s(record: Record) -> list[float]:

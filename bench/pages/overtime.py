@@ -165,8 +165,9 @@ def heat(one: Loaded, place: int) -> dict[str, Any]:
     gaps_s: list[float] = []
     for record in one.of_repeat(0):
         if record.ok:
-            at_s += record.chunk_s[1:]
-            gaps_s += measure.itl_s(record)
+            gaps = measure.itl_s(record)
+            gaps_s += gaps
+            at_s += record.chunk_s[1:] if gaps else []
     if not gaps_s:
         why = one.records_absent or "no answer came in more than one piece"
         return {"name": one.name, "svg": "", "absent": [why]}

@@ -20,6 +20,7 @@ SERVERS = (
     "tests/monitoring/test_faults.py",
     "tests/kuberay/test_deploy.py",
     "tests/runpod/test_start.py",
+    "tests/lanes/test_contract.py",
 )
 # One server for all that is in there.
 SERVED = "tests/served/"

@@ -8,6 +8,7 @@ at capacity, and everyone who was let in is served.
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,8 @@ from serve_app.gates import routes
 from serve_app.gates.reading import Reading
 from serve_app.scaling.signals import Signals
 from serve_app.settings import Limits
+
+logger = logging.getLogger("serve_app")
 
 # How long the application may take to end what it was told to leave.
 _FAREWELL_S = 3.0
@@ -201,6 +204,13 @@ class AdmissionGate:
             await response.fail(GatewayTimeout(f"Not finished within {bound_s:g} s."), scope)
         except RequestError as error:
             await response.fail(error, scope)
+        except ConnectionError:
+            raise  # The connection is to end without a word (replica/backend.py).
+        except Exception:
+            if not response.streaming:
+                raise  # It has become a response with status 500.
+            logger.exception("a stream broke off")
+            await response.fail(RequestError("The answer broke off. Ask again."), scope)
 
     async def _answer(self, scope: Scope, receive: Receive, response: "_Response") -> None:
         """Run the application, so that a cancellation also ends the engine's work.
@@ -257,6 +267,7 @@ class _Response:
 
     Attributes:
         started: whether the client has been sent anything.
+        streaming: it is a stream that has begun.
         abandoned: what the application still sends is dropped.
     """
 
@@ -265,7 +276,7 @@ class _Response:
         self._instead = instead
         self.started = False
         self.abandoned = False
-        self._streaming = False
+        self.streaming = False
         self._replaced: RequestError | None = None
 
     async def send(self, message: Message) -> None:
@@ -275,7 +286,7 @@ class _Response:
             self._replaced = self._instead(message["status"])
             if self._replaced is None:
                 self.started = True
-                self._streaming = any(
+                self.streaming = any(
                     name == b"content-type" and value.startswith(b"text/event-stream")
                     for name, value in message["headers"]
                 )
@@ -290,7 +301,7 @@ class _Response:
     async def fail(self, error: RequestError, scope: Scope) -> None:
         if not self.started:
             await error(scope, _no_message, self._send)
-        elif self._streaming:
+        elif self.streaming:
             event = b"event: error\n" if scope["path"] == "/v1/messages" else b""
             data = b"data: " + error.body() + b"\n\n"
             body = {"type": "http.response.body", "body": event + data, "code": error.code}

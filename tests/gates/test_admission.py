@@ -1,6 +1,7 @@
 """Who runs, who waits, who is turned away; and what a late or broken answer becomes."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -132,6 +133,36 @@ async def test_a_late_stream_ends_with_an_error_event(path: str) -> None:
     assert first == "data: one"
     assert "timeout_error" in last
     assert last.startswith("event: error\n") == (path == "/v1/messages")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_a_stream_whose_generator_fails_ends_with_an_error_event(path: str) -> None:
+    async def breaks(request: Request) -> Response:
+        async def events() -> AsyncIterator[str]:
+            yield "data: one\n\n"
+            raise RuntimeError("a mistake in the application")
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async with gate(breaks) as http:
+        response = await http.post(path)
+    first, last = response.text.strip().split("\n\n")
+    assert first == "data: one"
+    assert json.loads(last.partition("data: ")[2])["error"]["code"] == "internal_error"
+    assert "mistake" not in last
+
+
+async def test_a_stream_of_an_engine_that_another_replica_replaces_breaks_off() -> None:
+    async def fails(request: Request) -> Response:
+        async def events() -> AsyncIterator[str]:
+            yield "data: one\n\n"
+            raise ConnectionAbortedError("the gateway goes on elsewhere")
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async with gate(fails) as http:
+        with pytest.raises(ConnectionAbortedError):
+            await http.post("/v1/chat/completions")
 
 
 async def test_a_failed_engine_is_503_and_not_500() -> None:

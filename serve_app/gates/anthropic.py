@@ -1,4 +1,4 @@
-"""Errors on Anthropic's routes, in the shape that Anthropic's clients read.
+"""Anthropic's route as Anthropic's clients know it: the shape of errors, and `thinking`.
 
     {"type": "error", "error": {"type": "authentication_error", "message": "..."}}
 
@@ -58,6 +58,42 @@ class AnthropicErrors:
                 await send({**message, "body": content})
 
         await self._app(scope, receive, rewrite)
+
+
+class WithoutThinking:
+    """ASGI middleware, before a model that does not think: a wish that it should is no error.
+
+    Anthropic's clients may always send `thinking`. vLLM answers 400 and names a flag of its own
+    command line, which is no help to a client.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != "/v1/messages":
+            await self._app(scope, receive, send)
+            return
+
+        async def without() -> Message:
+            message = await receive()
+            # LimitGate gives a body in one piece.
+            if b'"thinking"' in message.get("body", b"") and not message.get("more_body", False):
+                return {**message, "body": _without_thinking(message["body"])}
+            return message
+
+        await self._app(scope, without, send)
+
+
+def _without_thinking(body: bytes) -> bytes:
+    try:
+        asked = json.loads(body)
+        if asked["thinking"]["type"] != "enabled":
+            return body
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return body  # vLLM says what is wrong with it.
+    del asked["thinking"]
+    return json.dumps(asked).encode()
 
 
 def _rewritten(status: int, body: bytes) -> bytes:

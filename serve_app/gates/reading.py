@@ -64,6 +64,11 @@ class _Body(msgspec.Struct):
     text: Any = None
     output_config: Any = None
     tool_choice: Any = None
+    # Grammars of earlier versions of vLLM, which ignores these now.
+    guided_json: msgspec.Raw = _EMPTY
+    guided_regex: msgspec.Raw = _EMPTY
+    guided_choice: msgspec.Raw = _EMPTY
+    guided_grammar: msgspec.Raw = _EMPTY
     # /inference/v1/generate has n, max_tokens and structured_outputs in here.
     sampling_params: Any = None
 
@@ -126,6 +131,7 @@ def read(route: Route, body: bytes) -> Reading:
         raise BadRequest("The body must be a JSON object.") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"The body is not valid JSON: {error}") from None
+    _refuse_removed(fields)
     sampling = fields.sampling_params if isinstance(fields.sampling_params, dict) else {}
     choices = max(1, _whole(fields.n) or 1, _whole(sampling.get("n")) or 1)
     bounds = _token_bounds(fields, sampling)
@@ -143,6 +149,18 @@ def read(route: Route, body: bytes) -> Reading:
         grammar_bytes=_grammar_bytes(fields, sampling),
         session=fields.session_id if isinstance(fields.session_id, str) else None,
     )
+
+
+def _refuse_removed(fields: _Body) -> None:
+    """A grammar that would be dropped without a word: the answer would be any text."""
+    for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+        if not _null(getattr(fields, name)):
+            now = name.removeprefix("guided_")
+            raise BadRequest(
+                f"vLLM no longer knows {name}: send structured_outputs with {now!r}, or "
+                "response_format.",
+                param=name,
+            )
 
 
 def _token_bounds(fields: _Body, sampling: dict[str, Any]) -> tuple[tuple[str, int], ...]:

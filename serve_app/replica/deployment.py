@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from serve_app.errors import ConfigError
 from serve_app.gates.admission import Admission, AdmissionGate
+from serve_app.gates.anthropic import WithoutThinking
 from serve_app.gates.front import front
 from serve_app.gates.keys import KeyGate, KeyRing, check_exposure
 from serve_app.gates.limits import LimitGate
@@ -86,7 +87,7 @@ class _Engine:
     async def _stack(self) -> ASGIApp:
         """The engine's application behind its limits, once an answer was generated."""
         with reported("the replica"), stage("warming up"):
-            answer = RefusalGate(await self._engine.app())
+            answer = await self._answer()
             self._settings.replicas.check(*await self._engine.warm_up())
         limits = self._settings.limits
         self._admission = Admission(
@@ -123,12 +124,18 @@ class _Engine:
         self._limited.append(limited)
         return limited
 
+    async def _answer(self) -> ASGIApp:
+        """vLLM's application, and what it leaves to be said better."""
+        answer: ASGIApp = RefusalGate(await self._engine.app())
+        thinks = self._settings.engine.keys() & {"reasoning_parser", "reasoning_config"}
+        return answer if thinks else WithoutThinking(answer)
+
     async def _restart(self) -> None:
         """Another engine, and its application in the place of the old one's."""
         began_s = time.monotonic()
         with self._reaper.following():
             await self._engine.restart()
-        answer = RefusalGate(await self._engine.app())
+        answer = await self._answer()
         await self._engine.warm_up()
         self._admitted[0].app = answer
         say(f"the engine was started anew: {time.monotonic() - began_s:.1f} s")

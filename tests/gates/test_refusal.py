@@ -9,6 +9,10 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.testclient import TestClient
 
+from serve_app.errors import BadRequest
+from serve_app.gates import routes
+from serve_app.gates.anthropic import WithoutThinking
+from serve_app.gates.reading import read
 from serve_app.gates.refusal import RefusalGate
 
 
@@ -70,3 +74,37 @@ def test_an_answer_in_one_piece_passes() -> None:
 def test_an_empty_stream_still_begins() -> None:
     answer = served([]).post("/stream")
     assert (answer.status_code, answer.text) == (200, "")
+
+
+@pytest.mark.parametrize("name", ["guided_json", "guided_regex", "guided_choice", "guided_grammar"])
+def test_a_grammar_that_vllm_would_ignore_is_refused(name: str) -> None:
+    route = routes.find("/v1/chat/completions")
+    assert route is not None
+    with pytest.raises(BadRequest, match="structured_outputs"):
+        read(route, json.dumps({name: {"type": "object"}, "messages": []}).encode())
+    assert read(route, json.dumps({name: None}).encode()).sequences == 1
+
+
+@pytest.mark.parametrize(
+    ("thinking", "kept"),
+    [
+        ({"type": "enabled", "budget_tokens": 1024}, False),
+        ({"type": "disabled"}, True),
+        ("x", True),
+        (None, True),
+    ],
+)
+def test_a_wish_to_think_is_no_error_of_a_model_that_does_not(thinking: Any, kept: bool) -> None:
+    app = FastAPI()
+
+    @app.post("/v1/messages")
+    @app.post("/v1/other")
+    async def messages(body: dict[str, Any]) -> dict[str, Any]:
+        return body
+
+    client = TestClient(WithoutThinking(app))
+    body = {"max_tokens": 5, "thinking": thinking, "text": 'größe "thinking"'}
+    assert client.post("/v1/other", json=body).json() == body
+    found = client.post("/v1/messages", json=body).json()
+    assert ("thinking" in found) == kept
+    assert found["text"] == body["text"]

@@ -101,6 +101,7 @@ class Meter:
             duration_s=round(answer.duration_s, 4),
             first_s=answer.first_s and round(answer.first_s, 4),
             events=answer.events,
+            lane=answer.lane,
         )
 
     def _count(self, scope: Scope, model: str, status: int, who: str, answer: "_Answer") -> None:
@@ -126,7 +127,10 @@ class _Answer:
         first_s: until the first output of a stream: text, reasoning, a tool call.
         events: pieces of a stream, from its first output on.
         left: the client left before its end.
+        lane: fast, where the answer did not pass through this process.
     """
+
+    lane = "python"
 
     def __init__(self, send: Send, gaps: Callable[[], metrics.Counts] | Literal[False]) -> None:
         self._send = send
@@ -168,6 +172,7 @@ class _Answer:
     def _follow(self, timeline: Timeline, body: bytes) -> None:
         """Take the engine's account of an answer that did not pass through this process."""
         self.status, self.left, self._body = timeline.status, timeline.left, body
+        self.lane = "fast"
         self._over = not (timeline.left or timeline.broken)
         if not self._streaming or timeline.first_s is None or timeline.last_s is None:
             return

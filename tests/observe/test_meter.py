@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from serve_app.gates.keys import tenant
 from serve_app.observe import metrics
 from serve_app.observe.logs import Log
 from serve_app.observe.meter import Meter
+from serve_app.observe.timeline import Timeline
 from serve_app.settings import Replicas
 
 GOAL = Replicas(min=1, max=1, ttft_s=0.5, itl_s=0.1)
@@ -112,6 +114,57 @@ async def test_a_stream_is_measured_as_its_client_sees_it(watched: Watched) -> N
     assert watched.counted("serve_app_requests_under_way") == 0
     assert (watched.line["status"], watched.line["events"]) == (200, 3)
     assert watched.line["duration_s"] >= watched.line["first_s"] >= 0.06
+
+
+def fast(streams: bool, timeline: Callable[[float], Timeline]) -> ASGIApp:
+    """An answer of the fast lane, with the engine's account of it, made of the time it began."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = EVENTS if streams else [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        body = b"" if streams else b'{"usage": {"completion_tokens": 11}}'
+        account = timeline(time.monotonic())
+        await send({"type": "http.response.body", "body": body, "timeline": account})
+
+    return app
+
+
+async def test_a_stream_of_the_fast_lane_is_measured_by_the_engines_account(
+    watched: Watched,
+) -> None:
+    await watched.ask(fast(True, lambda s: Timeline(200, s + 0.2, s + 0.7, 4, 11)))
+    assert watched.counted("serve_app_time_to_first_token_seconds_count") == 1
+    assert watched.counted("serve_app_time_to_first_token_seconds_sum") == pytest.approx(
+        0.2, abs=0.1
+    )
+    assert watched.counted("serve_app_inter_token_seconds_count") == 10
+    assert watched.counted("serve_app_inter_token_seconds_sum") == pytest.approx(0.5)
+    assert watched.counted("serve_app_slo_requests_total", "yes") == 1
+    assert (watched.line["status"], watched.line["events"]) == (200, 11)
+    assert watched.line["lane"] == "fast"
+
+
+async def test_an_answer_in_one_piece_of_the_fast_lane_has_no_first_token(watched: Watched) -> None:
+    await watched.ask(fast(False, lambda s: Timeline(200, s + 0.2, s + 0.7, 4, 11)))
+    assert watched.counted("serve_app_time_to_first_token_seconds_count") == 0
+    assert watched.counted("serve_app_inter_token_seconds_count") == 0
+    assert watched.counted("serve_app_slo_requests_total", "yes") == 1
+    assert watched.line["status"] == 200
+
+
+@pytest.mark.parametrize(
+    ("account", "status"),
+    [
+        (Timeline(200, left=True), metrics.LEFT),
+        (Timeline(200, broken=True), 500),
+        (Timeline(400), 400),
+    ],
+)
+async def test_what_went_wrong_in_the_fast_lane_is_not_a_success(
+    watched: Watched, account: Timeline, status: int
+) -> None:
+    await watched.ask(fast(True, lambda _: account))
+    assert watched.line["status"] == status
 
 
 async def test_a_late_first_token_misses_the_objective(watched: Watched) -> None:

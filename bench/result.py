@@ -46,17 +46,31 @@ def prepare(folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RECORDS
-    left = [folder / name for name in (RESULT, RECORDS, CSV, REPORT) if (folder / name).exists()]
-    if any(each.stat().st_size for each in left):
-        number = 1
-        while (folder / f"earlier-{number}").exists():
-            number += 1
-        aside = folder / f"earlier-{number}"
-        aside.mkdir()
-        for each in left:
-            each.rename(aside / each.name)
+    _set_aside(folder, (RESULT, RECORDS, CSV, REPORT))
     path.write_bytes(b"")
     return path
+
+
+def _set_aside(folder: Path, names: Sequence[str]) -> None:
+    """Move those of the files that are there, and not all empty, to a folder of their own."""
+    left = [folder / name for name in names if (folder / name).exists()]
+    if not any(each.stat().st_size for each in left):
+        return
+    number = 1
+    while (folder / f"earlier-{number}").exists():
+        number += 1
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for each in left:
+        each.rename(aside / each.name)
+
+
+def _is_of_another_run(folder: Path, result: dict[str, Any]) -> bool:
+    """Whether the folder has the result of a run that began at another time than this one."""
+    try:
+        return read(folder).get("started") != result.get("started")
+    except ResultError:
+        return False
 
 
 class Repeat(msgspec.Struct, kw_only=True):
@@ -158,6 +172,8 @@ def write(folder: Path, result: dict[str, Any], records: Sequence[Record] | None
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if _is_of_another_run(folder, result):  # One that had no records, such as a matrix.
+            _set_aside(folder, (RESULT, CSV, REPORT))
         _replace(folder / RESULT, _text(result))
         if records is not None:
             _write_csv(folder / CSV, records)

@@ -124,9 +124,9 @@ def test_a_mistake_in_the_command_is_one_sentence_and_status_2(
     assert "Traceback" not in said
 
 
-def test_no_server_is_status_2(environment: dict[str, str], tmp_path: Path) -> None:
+def test_no_server_is_status_3(environment: dict[str, str], tmp_path: Path) -> None:
     status, _, said = bench(environment, *load(tmp_path, "--load", "users=1", "--requests", "3"))
-    assert status == 2
+    assert status == 3
     assert "connection refused" in said
 
 

@@ -109,6 +109,15 @@ def test_a_second_run_into_the_same_folder_keeps_the_first(tmp_path: Path) -> No
         assert len(list(records.read(tmp_path / folder / result.RECORDS))) == number + 1
 
 
+def test_a_result_without_records_is_kept_too(tmp_path: Path) -> None:
+    """Such as a matrix, whose records are in the folders of its cells."""
+    for number, started in enumerate(("10:00", "10:00", "11:00")):
+        result.write(tmp_path, {"benchmark": "matrix", "started": started, "number": number})
+    assert result.read(tmp_path)["number"] == 2
+    assert result.read(tmp_path / "earlier-1")["number"] == 1
+    assert not (tmp_path / "earlier-2").exists()
+
+
 def test_an_empty_folder_has_nothing_to_keep(tmp_path: Path) -> None:
     result.prepare(tmp_path)
     result.prepare(tmp_path)

@@ -65,7 +65,9 @@ class Gateway:
         for (name, handle), each in models:
             self._relays[name] = self._relay(name, handle, may_sleep=each.replicas.min == 0)
             adapters |= dict.fromkeys(adapters_of(each.engine), name)
-        await asyncio.gather(*(each.replicas.some(_LEARN_S) for each in self._relays.values()))
+        await asyncio.gather(
+            *(each.replicas.wait_until_ready(_LEARN_S) for each in self._relays.values())
+        )
         say(f"gateway: {time.monotonic() - self._began_s:.1f} s")
         self._limited = LimitGate(
             Models(self._relays, self._settings, adapters), self._settings.limits
@@ -88,11 +90,11 @@ class Gateway:
         replicas = Fleet()
         router = routing.make(self._settings.gateway.routing, random.Random())
 
-        def told(found: Found) -> None:
+        def replace(found: Found) -> None:
             for gone in replicas.update(found):
                 router.forget(gone)
 
-        listen(handle.deployment_name, told)
+        listen(handle.deployment_name, replace)
         wake = Waker(handle)
         wake()  # A handle learns of its replicas once it is used.
         timeout_s = self._settings.limits.request_timeout_s

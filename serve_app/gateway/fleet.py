@@ -52,7 +52,10 @@ class Fleet:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def update(self, found: "Found") -> list[str]:
-        """Take over what Ray Serve says: (name, metadata); returns the names that are gone."""
+        """Replace all replicas by those that Ray Serve reports; returns the names that are gone.
+
+        A replica that was known before keeps its load and its failures.
+        """
         before = self._all
         self._all = {
             name: before.get(name) or Upstream(name, metadata["address"], metadata["token"])
@@ -66,20 +69,22 @@ class Fleet:
         return len(self._all)
 
     def ready(self, without: Iterable[str] = ()) -> list[Upstream]:
-        """Those that may be asked now; those in `without` only if there is no other."""
+        """The replicas that can be asked now; those in `without` only if there is no other."""
         usable = self._usable()
         return [r for r in usable if r.name not in without] or usable
 
-    def others(self, tried: Iterable[str]) -> bool:
-        """Whether any may be asked now that is not in `tried`."""
+    def has_others(self, tried: Iterable[str]) -> bool:
+        """Whether a replica that is not in `tried` can be asked now."""
         return any(r.name not in tried for r in self._usable())
 
     def _usable(self) -> list[Upstream]:
         now_s = self.clock()
         return [r for r in self._all.values() if r.avoid_until_s <= now_s]
 
-    async def some(self, timeout_s: float, without: Iterable[str] = ()) -> list[Upstream]:
-        """The same, waiting for one; empty after `timeout_s`."""
+    async def wait_until_ready(
+        self, timeout_s: float, without: Iterable[str] = ()
+    ) -> list[Upstream]:
+        """As `ready`, once there is one; empty if there is none within `timeout_s`."""
         deadline_s = self.clock() + timeout_s
         while not (found := self.ready(without)) and (left_s := deadline_s - self.clock()) > 0:
             self._changed.clear()
@@ -91,6 +96,7 @@ class Fleet:
         return found
 
     def failed(self, replica: Upstream) -> None:
+        """Avoid it for a while, longer with each failure in a row."""
         replica.failures += 1
         avoid_s = min(_AVOID_S * 2 ** (replica.failures - 1), _MOST_AVOID_S)
         replica.avoid_until_s = self.clock() + avoid_s
@@ -102,7 +108,7 @@ class Fleet:
 # (name, metadata) of every replica that runs.
 Found = list[tuple[str, Mapping[str, Any]]]
 Listener = Callable[[Found], None]
-# By deployment: who wants to hear of its replicas, in this process.
+# By deployment: what in this process is called with its replicas.
 _listeners: dict[str, Listener] = {}
 
 
@@ -110,17 +116,17 @@ def listen(deployment: str, listener: Listener) -> None:
     """Call `listener` in the current event loop whenever replicas of a deployment come or go."""
     loop = asyncio.get_running_loop()
 
-    def told(found: Found) -> None:
+    def notify(found: Found) -> None:
         loop.call_soon_threadsafe(listener, found)
 
-    _listeners[deployment] = told
+    _listeners[deployment] = notify
 
 
 class ReplicaWatch(FIFOMixin, RequestRouter):  # type: ignore[misc]
-    """The request router of the engines' deployment, for what it is told and not for its routing.
+    """A request router of Ray Serve that only observes which replicas a deployment has.
 
-    Serve keeps it up to date in every process that holds a handle. The only call that goes through
-    it is the one that wakes an application that is scaled to zero.
+    Ray Serve keeps it up to date in every process that holds a handle of the deployment. Requests
+    do not go through the handle, except the one that starts a replica when there is none.
     """
 
     def initialize_state(self, deployment: str) -> None:

@@ -134,7 +134,7 @@ class Relay:
                 # Full, not broken: others may have room. The last one speaks for all.
                 request.tried.append(replica.name)
                 metrics.retries.labels(self._model).inc()
-                if self.replicas.others(request.tried):
+                if self.replicas.has_others(request.tried):
                     continue
                 if not answer.begun:
                     await answer.whole(busy.said)
@@ -189,7 +189,7 @@ class Relay:
             if self.may_sleep:
                 timeout_s = self.timeout_s
         with metrics.unplaced.labels(self._model).track_inprogress():
-            found = await self.replicas.some(timeout_s, request.tried)
+            found = await self.replicas.wait_until_ready(timeout_s, request.tried)
         if not found:
             raise Unavailable(f"No replica within {timeout_s:g} s.", retry_after_s=1.0)
         candidates = [

@@ -7,7 +7,7 @@ and counts as healthy, because it takes requests; only a request to it starts a 
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -78,7 +78,7 @@ class Models:
             return
         if len(self._relays) > 1:
             scope.setdefault("state", {})["model"] = model
-        await self._relays[model](request, send)
+        await _until_left(self._relays[model](request, send), receive)
 
     def _model_of(self, request: Request) -> str | None:
         """The name of the model that serves a request; None: there is none of that name."""
@@ -166,6 +166,28 @@ async def _reply(send: Send, content: object) -> None:
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _until_left(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Run `answer` to its end, or until the client leaves.
+
+    Ray Serve cancels a request whose client left, but not where the client's proxy turned that off
+    (`x-request-disconnect-disabled`); then only the request's channel says it.
+    """
+
+    async def leave() -> None:
+        while (await receive())["type"] != "http.disconnect":  # noqa: ASYNC110
+            await asyncio.sleep(0)  # A channel that never waits must not stop the loop.
+
+    answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(leave())
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            answering.result()
+    finally:
+        leaving.cancel()
+        answering.cancel()
+        await asyncio.wait({answering, leaving})
 
 
 async def _live(receive: Receive, send: Send) -> None:

@@ -65,7 +65,7 @@ class Meter:
         with self._tracer.span(scope, request_id) if self._tracer else nullcontext() as span:
             under_way.inc(self._counted)
             try:
-                await self.app(scope, receive, answer.send)
+                await self.app(scope, answer.receiving(receive), answer.send)
             except asyncio.CancelledError:
                 answer.left = True
                 raise
@@ -148,6 +148,17 @@ class _Answer:
         self.first_s: float | None = None
         self.events = 0
         self.left = False
+
+    def receiving(self, receive: Receive) -> Receive:
+        """The request's channel; the client may say there that it leaves."""
+
+        async def received() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.left = True
+            return message
+
+        return received
 
     async def send(self, message: Message) -> None:
         if (code := message.get("code")) is not None:

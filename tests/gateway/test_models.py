@@ -1,7 +1,10 @@
 """Several models behind one gateway: which one a request is for, and which there are."""
 
+import asyncio
 import contextlib
+import io
 import json
+import logging
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import quote
@@ -10,6 +13,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.types import Message
 
 from serve_app.gates import keys
 from serve_app.gates.limits import LimitGate
@@ -17,6 +21,8 @@ from serve_app.gates.routes import ROUTES
 from serve_app.gateway.models import Models, adapters_of
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.request import Request
+from serve_app.observe.logs import Log
+from serve_app.observe.meter import Meter
 from serve_app.settings import Limits, Settings
 from tests.gateway.test_relay import Fleet, fleet
 from tests.services.engine import EngineServer
@@ -205,3 +211,33 @@ async def test_a_tenant_of_any_script_reaches_the_engine() -> None:
     async with gateway(m=engine) as there:
         await there.post("/v1/completions", json={"model": "m"})
     assert engine.tenants == ["Größe 学校"]
+
+
+async def test_a_client_that_left_is_told_by_its_channel_alone() -> None:
+    engine = EngineServer("m", length=1000, pause_s=0.02)
+    async with gateway(m=engine) as there:
+        app = LimitGate(Models(there.relays, SETTINGS), Limits())
+        began = asyncio.Event()
+        messages = [{"type": "http.request", "body": b'{"stream": true, "prompt": "x"}'}]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            await began.wait()
+            return {"type": "http.disconnect"}
+
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+            if len(sent) > 3:
+                began.set()
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        log = io.StringIO()
+        meter = Meter(app, "m", SETTINGS.replicas, Log(logging.StreamHandler(log)))
+        await asyncio.wait_for(meter(scope, receive, send), 30)
+        assert len(sent) < 100
+        assert json.loads(log.getvalue())["status"] == 499
+        while not engine.left:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

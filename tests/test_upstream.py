@@ -195,6 +195,37 @@ def test_18_a_tool_parser_is_told_of_the_end() -> None:
     ]
 
 
+def test_31_serving_objects_bound_every_answer_by_this() -> None:
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.generate import api_router
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.scale_out import factories
+    from vllm.entrypoints.scale_out.render.serving import ServingRender
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
+
+    from serve_app.replica.bounds import SERVING
+
+    kinds = [OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses]
+    for kind in (*kinds, ServingTokens, ServingRender):
+        assert "self.override_max_tokens" in inspect.getsource(kind)
+    assert issubclass(AnthropicServingMessages, OpenAIServingChat)
+    source = inspect.getsource(api_router) + inspect.getsource(factories)
+    for name in SERVING:
+        assert f"state.{name}" in source
+
+
+def test_32_prompts_are_tokenized_by_this_method() -> None:
+    from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.params import TokenizeParams
+
+    assert parameters(BaseRenderer.tokenize_prompts_async) == ["self", "prompts", "params"]
+    for method in (BaseRenderer.render_cmpl_async, BaseRenderer.render_chat_async):
+        assert "self.tokenize_prompts_async(" in inspect.getsource(method)
+    assert "max_total_tokens" in TokenizeParams.__dataclass_fields__
+
+
 def _python(folder: Path) -> list[Path]:
     return [
         Path(root, name)

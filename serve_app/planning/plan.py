@@ -196,9 +196,6 @@ class Plan:
             arguments["distributed_executor_backend"] = self.placement.executor
         if self.model.startswith("s3://"):
             arguments["load_format"] = "runai_streamer"
-        if settings.limits.max_tokens is not None:
-            # vLLM takes this as the bound of every request that names no max_tokens of its own.
-            arguments["override_generation_config"] = {"max_new_tokens": settings.limits.max_tokens}
         if (endpoint := settings.observe.traces_endpoint) is not None:
             arguments["otlp_traces_endpoint"] = endpoint
         if settings.engine.get("tool_call_parser") == "hermes":

@@ -90,6 +90,7 @@ class _Engine:
             answer = await self._answer()
             self._settings.replicas.check(*await self._engine.warm_up())
         limits = self._settings.limits
+        self._engine.bounds.change(limits)
         self._admission = Admission(
             self._most(limits), limits.max_queued_requests, limits.retry_after_s
         )
@@ -173,6 +174,7 @@ class _Engine:
             limited.limits = limits
         for admitted in self._admitted:
             admitted.limits = limits
+        self._engine.bounds.change(limits)
         self._admission.change(self._most(limits), limits.max_queued_requests, limits.retry_after_s)
 
     async def check_health(self) -> None:

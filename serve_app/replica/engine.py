@@ -1,7 +1,7 @@
 """The engine of one replica: vLLM's AsyncLLM and vLLM's own ASGI application.
 
-Only this module, arguments.py, frontends.py, hermes.py, llm.py and scheduler.py import vllm,
-because what they touch moves between releases. Everything else sees `Engine`: start it, serve
+Only this module, arguments.py, bounds.py, frontends.py, hermes.py, llm.py and scheduler.py import
+vllm, because what they touch moves between releases. Everything else sees `Engine`: start it, serve
 `app()`, `warm_up()` once, `probe()` now and then, `restart()` it if it has died, `stop()` it.
 """
 
@@ -31,9 +31,11 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.errors import ConfigError
+from serve_app.gates import routes
 from serve_app.progress import say
 from serve_app.replica import forkserver, frontends
 from serve_app.replica.arguments import first_sentence, parse
+from serve_app.replica.bounds import Bounds
 from serve_app.replica.llm import ContinuingLLM, CountingLLM
 from serve_app.replica.pacing import Pacer
 from serve_app.replica.reports import LATE
@@ -48,6 +50,7 @@ class Engine:
 
     Attributes:
         max_running_requests: sequences that the engine batches at once.
+        bounds: of prompts and answers; may change while requests run.
         max_model_len: prompt and output tokens of one request, together.
         last_sign_s: when the engine was last heard of, on the monotonic clock.
         fast: its Rust front end; None: it has the Python one only.
@@ -57,6 +60,7 @@ class Engine:
         self, args: argparse.Namespace, launch: Callable[[], _Launched], pacer: Pacer
     ) -> None:
         self._args, self._launch, self._pacer = args, launch, pacer
+        self.bounds = Bounds()
         self._take(*launch())
         self.max_running_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
         self.max_model_len: int = self._llm.model_config.max_model_len
@@ -140,11 +144,13 @@ class Engine:
         self._observe(llm)
 
     async def app(self) -> ASGIApp:
-        """vLLM's ASGI application, every endpoint of it."""
+        """vLLM's ASGI application, with those of its routes that we serve (gates/routes.py)."""
         # What `vllm serve` does before its first request.
         await self._llm.reset_mm_cache()
         tasks = await self._llm.get_supported_tasks()
         app = build_app(self._args, tasks, self._llm.model_config)
+        # Then /openapi.json lists no other either.
+        app.router.routes = [each for each in app.routes if routes.find(each.path) is not None]
         # An unknown route or method is Starlette's exception, and vLLM's handler FastAPI's.
         app.add_exception_handler(
             starlette.exceptions.HTTPException, app.exception_handlers[fastapi.HTTPException]
@@ -153,6 +159,7 @@ class Engine:
         app.add_api_route("/v1/models/{model:path}", _card_of, methods=["GET"])
         app.middleware_stack = app.build_middleware_stack()  # vLLM built it without.
         await init_app_state(self._llm, app.state, self._args, tasks)
+        self.bounds.serve(app.state)
         # vLLM's error handlers tell this object to exit when the engine dies; here the replica's
         # own supervisor does, and it must first let the other requests hear of it.
         app.state.server = SimpleNamespace(should_exit=False)
@@ -220,6 +227,8 @@ class Engine:
 
     def _observe(self, llm: async_llm.AsyncLLM) -> None:
         """Note each message of the engine core, and tell the pacer how old its outputs are."""
+        llm.bounds = self.bounds
+        self.bounds.watch(llm.renderer)
         pacer, processor = self._pacer, llm.output_processor
         compare = llm.compared if isinstance(llm, ContinuingLLM) else None
         process, update = processor.process_outputs, processor.update_scheduler_stats

@@ -23,14 +23,22 @@ from serve_app.continuation import Logprobs, Method, Progress
 from serve_app.gates.keys import tenant
 from serve_app.observe import metrics
 from serve_app.replica.backend import Exchange, exchange
+from serve_app.replica.bounds import Bounds
 
 
 class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
-    """Counts the tokens of each tenant. vLLM's own counters do not know who asked."""
+    """Counts the tokens of each tenant. vLLM's own counters do not know who asked.
+
+    Attributes:
+        bounds: that a prompt is held to; set by the engine.
+    """
+
+    bounds = Bounds()
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **named: Any
     ) -> AsyncGenerator[RequestOutput, None]:
+        self.bounds.check(prompt)
         current = exchange.get()
         # An answer that goes on here had its prompt counted where it began.
         new = current is None or current.progress is None

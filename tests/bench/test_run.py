@@ -79,8 +79,9 @@ def test_a_run_leaves_a_result_with_every_request(
         status, last, said = bench(environment, *words, "--actors", "2")
     assert last, said
     assert status == (0 if last["valid"] else 1), said
-    # A machine that is late makes a run doubtful, which is right, and nothing else may.
-    assert last["valid"] or all("late" in doubt or "CPU" in doubt for doubt in last["doubts"]), last
+    # A machine that is late makes a run doubtful, and so do few requests; nothing else may.
+    allowed = ("late", "CPU", "independent")
+    assert all(any(word in doubt for word in allowed) for doubt in last["doubts"]), last
     found = result.read(tmp_path)
     records = list(read(tmp_path / "records.jsonl"))
     assert sorted((record.repeat, record.index) for record in records) == [

@@ -56,10 +56,15 @@ bench-overhead: install ## What the layers around the engine cost, beside a bare
 	$(BIN)/python -m bench.tiny_model $(VENV)/tiny-model
 	$(BIN)/python -m bench.experiments.overhead --model $(VENV)/tiny-model
 
+# Runpod and EKS are managed from any machine, macOS included, with any Python from 3.11 on.
+LIGHT_PYTHON = $(or $(shell for each in $(PYTHON) python3.12 python3.13 python3.14 python3; do \
+	$$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$each && break; \
+	done),$(error none of $(PYTHON), python3.12, python3.13, python3.14, python3 is Python 3.11 or later))
+
 # Runpod (runpod/README.md): needs RUNPOD_API_KEY and no installation.
 NAME ?= qwen-ray-serve
 MODE ?= load_balancer
-RUNPOD = $(PYTHON) runpod/deploy.py
+RUNPOD = $(LIGHT_PYTHON) runpod/deploy.py
 
 runpod-up: ## Deploy IMAGE, after saying what it costs, and wait until it answers.
 	@$(RUNPOD) up --name $(NAME) --mode $(MODE) --image '$(IMAGE)' $(if $(MODEL),--model $(MODEL)) $(ARGS)
@@ -75,18 +80,27 @@ runpod-down: ## Delete all of it, and prove that nothing is left.
 
 # EKS (kuberay/README.md): needs AWS credentials, eksctl, kubectl and helm. ARGS goes on, for example
 # ARGS='--overlay tp2 --name mine --ttl-hours 4'.
-EKS = $(BIN)/python -m kuberay
+# They have an environment of their own: boto3 and a few packages, no engine.
+EKS_VENV ?= .venv-eks
+EKS = $(EKS_VENV)/bin/python -m kuberay
 
-eks-preflight: install ## Will this account hold it, and what will it cost?
+$(EKS_VENV)/installed: constraints-gpu.txt pyproject.toml
+	@echo "installing what the EKS commands need into $(EKS_VENV) (a minute, once)"
+	@test -x $(EKS_VENV)/bin/python || $(LIGHT_PYTHON) -m venv $(EKS_VENV)
+	@$(EKS_VENV)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints-gpu.txt \
+		$$($(EKS_VENV)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['eks'])")
+	@touch $@
+
+eks-preflight: $(EKS_VENV)/installed ## Will this account hold it, and what will it cost?
 	@$(EKS) preflight $(ARGS)
 
-eks-up: install ## From nothing to an answer of the model, after saying what it costs.
+eks-up: $(EKS_VENV)/installed ## From nothing to an answer of the model, after saying what it costs.
 	@$(EKS) up $(ARGS)
 
-eks-status: install ## What there is, what it bills, and how long it may stay.
+eks-status: $(EKS_VENV)/installed ## What there is, what it bills, and how long it may stay.
 	@$(EKS) status $(ARGS)
 
-eks-down: install ## Delete all of it, and prove that nothing is left.
+eks-down: $(EKS_VENV)/installed ## Delete all of it, and prove that nothing is left.
 	@$(EKS) down $(ARGS)
 
 install: $(INSTALLED) ## Install everything into .venv.
@@ -127,4 +141,4 @@ constraints: install ## Pin what is installed (CPU) and what resolves (GPU).
 	@mv constraints-gpu.all constraints-gpu.txt && rm constraints-gpu.new
 
 clean: ## Remove what make created.
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) $(EKS_VENV) *.egg-info

@@ -166,8 +166,7 @@ def load(
     what = f"prefix:groups={GROUPS},depth=1,shared={SHARED},unique={UNIQUE},output={OUTPUT}"
     command = [sys.executable, "-m", "bench", "run", "--url", url, "--workload", what]
     command += ["--load", f"users={options.users}", "--requests", str(requests)]
-    # One salt for both loads of a policy: the measured one finds what the first one left.
-    command += ["--repeats", "1", "--seed", str(seed), "--salt", "affinity", "--out", str(out)]
+    command += ["--repeats", "1", "--seed", str(seed), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@
     render     serve_config.yaml into the manifests, and an overlay as one file
     up         from nothing to an answer of the model
     status     what there is, what it bills, how long it may live
+    rotate     a new API key, in force without a restart
     down       delete everything, and prove that nothing is left
 
 Each is a module with `arguments(parser)` and `command(options)`, imported only when it is asked
@@ -22,6 +23,7 @@ SUBCOMMANDS: Mapping[str, str] = {
     "render": "kuberay.render",
     "up": "kuberay.up",
     "status": "kuberay.status",
+    "rotate": "kuberay.rotate",
     "down": "kuberay.down",
 }
 

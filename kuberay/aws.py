@@ -94,6 +94,7 @@ class Account:
         self._elsewhere: dict[str, Account] = {}
         try:
             self._session = boto3.Session(profile_name=profile, region_name=region)
+            self._session.events.register("before-parse", _refuse_web_page)
         except BotoCoreError as error:
             raise _explained(error) from error
         self._clients: dict[str, Any] = {}
@@ -142,7 +143,7 @@ class Account:
         client = self.client(service)
         try:
             if not client.can_paginate(operation):
-                yield from getattr(client, operation)(**arguments).get(key, [])
+                yield from self.call(service, operation, **arguments).get(key, [])
                 return
             for page in client.get_paginator(operation).paginate(**arguments):
                 yield from page.get(key, [])
@@ -184,6 +185,24 @@ def tags(resource: Any, key: str = "Tags") -> dict[str, str]:
     return {tag[name]: tag.get(value, "") for tag in found}
 
 
+class _WebPage(BotoCoreError):  # type: ignore[misc]
+    """What answered is a page, of a proxy before AWS."""
+
+    fmt = "a web page"
+
+
+def _refuse_web_page(response_dict: Any, **_: Any) -> None:
+    """Look at each answer before it is parsed: a page that is XML would be read as an empty one."""
+    body = response_dict.get("body")
+    if isinstance(body, bytes) and body[:200].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise _WebPage
+
+
+def _not_aws(action: str) -> AwsError:
+    said = "a web page answered in place of AWS: is there a proxy that wants to be signed in to?"
+    return AwsError(f"{action}: {said}".removeprefix(": "), "NotAws")
+
+
 def _explained(error: Exception, action: str = "") -> AwsError:
     """The sentence for what AWS, or the way to it, said."""
     if isinstance(error, ClientError):
@@ -198,11 +217,8 @@ def _explained(error: Exception, action: str = "") -> AwsError:
         if code in _IN_USE:
             return InUse(message, code)
         return AwsError(f"{action}: {code}: {message}", code)
-    if isinstance(error, ResponseParserError):
-        said = (
-            f"{action}: what answered is not AWS (is there a proxy that wants to be signed in to?)"
-        )
-        return AwsError(said.removeprefix(": "), "NotAws")
+    if isinstance(error, ResponseParserError | _WebPage):
+        return _not_aws(action)
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return AwsError("no AWS credentials: set AWS_PROFILE, or run `aws sso login`", "none")
     if isinstance(error, TokenRetrievalError | UnauthorizedSSOTokenError):

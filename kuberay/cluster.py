@@ -57,9 +57,9 @@ def create(to: Target, run: Tools, config: Config, limit: Ttl) -> None:
     say(f"    {name} is complete: node groups, add-ons and pod identities")
 
 
-def configured(to: Target, limit: Ttl) -> Config:
-    """cluster.yaml with the name, the region and the tags by which teardown goes."""
-    config = dict(to.config)
+def configured(to: Target, limit: Ttl, config: Mapping[str, Any] | None = None) -> Config:
+    """cluster.yaml, or what was chosen of it, with the name, the region and teardown's tags."""
+    config = dict(to.config if config is None else config)
     metadata = dict(config.get("metadata") or {})
     metadata["name"], metadata["region"] = to.owner.name, to.owner.region
     ours = {CLUSTER: to.owner.name, REGION: to.owner.region, **limit.tags}

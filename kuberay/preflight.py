@@ -6,6 +6,7 @@ stop somebody who knows. Exit status: 0 without a FAIL, 1 with one.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -15,13 +16,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kuberay import console, cost, layout, prices, releases, render, target, tools, weights
+from kuberay import (
+    console,
+    cost,
+    images,
+    layout,
+    prices,
+    releases,
+    render,
+    target,
+    tools,
+    weights,
+    zones,
+)
 from kuberay.aws import Account, tags
 from kuberay.cost import Bill
 from kuberay.errors import AwsError, EksError, PermissionMissing, ToolError
 from kuberay.layout import Layout, NodeGroup
 from kuberay.owned import CLUSTER
 from kuberay.target import Target
+from kuberay.zones import Zones
 from serve_app import __version__
 from serve_app.errors import ConfigError
 from serve_app.launch.doctor import PINS
@@ -46,7 +60,6 @@ _VCPU_QUOTAS: Mapping[str, tuple[str, str]] = {
 }
 _VPC_QUOTA = ("vpc", "L-F678F1CE", "VPCs")
 _ADDRESS_QUOTA = ("ec2", "L-0263D0A3", "elastic IPs")
-_ECR = re.compile(r"(\d{12})\.dkr\.ecr\.([\w-]+)\.amazonaws\.com/([^:@]+)[:@](.+)")
 
 
 @dataclass(frozen=True)
@@ -61,11 +74,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Preflight:
-    """All lines, the bill, and the manifests that both are about."""
+    """All lines, the bill, the manifests that both are about, and what eksctl is to be given."""
 
     checks: tuple[Check, ...]
     bill: Bill | None = None
     manifests: tuple[dict[str, Any], ...] = ()
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def good(self) -> bool:
@@ -129,7 +143,7 @@ def documents(to: Target, choice: Choice) -> tuple[list[dict[str, Any]], Check]:
     """
     name, region = to.owner.name, to.owner.region
     registry = f"{to.account.id}.dkr.ecr.{region}.amazonaws.com"
-    image = choice.image or f"{registry}/{render.IMAGE}{__version__}"
+    image = images.pinned(to.account, choice.image or f"{registry}/{render.IMAGE}{__version__}")
     try:
         model = render.serve_config(choice.overlay)["applications"][0]["args"]["model"]
         source = weights.source(to.account, to.config, str(model), choice.bucket)
@@ -152,7 +166,8 @@ def preflight(to: Target, choice: Choice) -> Preflight:
     except EksError as error:
         return Preflight((*checks, Check("manifests", FAIL, str(error), "correct this")))
     account = to.account
-    checks += guarded("instance types", lambda: instance_types(account, plan))
+    config, found = zoned(to, plan)
+    checks += found
     checks += guarded("quota", lambda: vcpu_quotas(account, plan))
     if plan.own_network:
         checks += guarded("network", lambda: network_quotas(account, plan))
@@ -162,10 +177,10 @@ def preflight(to: Target, choice: Choice) -> Preflight:
     checks += guarded("model", lambda: model(account, plan, choice.model_config))
     checks += guarded("upgrade", lambda: upgrade(plan))
     checks += versions(to, plan)
-    checks += guarded("image", lambda: images(account, plan))
+    checks += guarded("image", lambda: image_there(account, plan))
     checks += guarded("cluster", lambda: cluster(account, to))
     bill = cost.bill(plan, lambda kind: prices.rate(account, kind))
-    return Preflight(tuple(checks), bill, tuple(manifests))
+    return Preflight(tuple(checks), bill, tuple(manifests), config)
 
 
 def guarded(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
@@ -175,23 +190,37 @@ def guarded(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
     except AwsError as error:
         if name == "credentials":
             return [Check(name, FAIL, str(error), "sign in to AWS, and run this again")]
-        again = "grant it" if isinstance(error, PermissionMissing) else "run it again"
-        return [Check(name, WARN, f"not checked: {error}", f"{again}, or check by hand")]
+        return [unchecked(name, error)]
     except EksError as error:
         return [Check(name, FAIL, str(error), "correct this")]
+
+
+def unchecked(name: str, error: AwsError) -> Check:
+    again = "grant it" if isinstance(error, PermissionMissing) else "run it again"
+    return Check(name, WARN, f"not checked: {error}", f"{again}, or check by hand")
 
 
 # --- who and where --------------------------------------------------------------------------
 
 
 def programs() -> list[Check]:
-    """The commands that `up` and `down` call."""
+    """The commands that `up` and `down` call, and whether they are new enough."""
     checks = []
-    for name in ("eksctl", "kubectl", "helm"):
+    for name, least in tools.LEAST.items():
         try:
-            checks.append(Check(name, OK, tools.find(name)))
+            path = tools.find(name)
         except ToolError as error:
-            checks.append(Check(name, FAIL, "not on PATH", str(error).partition(": ")[2]))
+            mend = str(error).partition(": ")[2]
+            checks.append(Check(name, FAIL, "not on PATH", mend))
+            continue
+        mend = f"install {tools.WHERE[name]}"
+        try:
+            said = tools.version(name)
+        except ToolError as error:
+            checks.append(Check(name, WARN, str(error), mend))
+            continue
+        old, shown = said < least, f"{path} {said[0]}.{said[1]}"
+        checks.append(Check(name, FAIL if old else OK, shown, mend if old else ""))
     signer = shutil.which("aws") or shutil.which("aws-iam-authenticator")
     mend = "" if signer else f"install {tools.WHERE['aws']}"
     found = signer or "neither aws nor aws-iam-authenticator is on PATH"
@@ -218,32 +247,38 @@ def region(account: Account) -> list[Check]:
 # --- capacity -------------------------------------------------------------------------------
 
 
-def instance_types(account: Account, plan: Layout) -> list[Check]:
-    """Which zones offer the types of each node group."""
-    kinds = sorted({kind for group in plan.groups for kind in group.instance_types})
-    offered: dict[str, set[str]] = {kind: set() for kind in kinds}
-    for entry in account.pages(
-        "ec2",
-        "describe_instance_type_offerings",
-        "InstanceTypeOfferings",
-        LocationType="availability-zone",
-        Filters=[{"Name": "instance-type", "Values": kinds}],
-    ):
-        offered[entry["InstanceType"]].add(entry["Location"])
-    checks = []
-    for kind in kinds:
-        zones = sorted(offered[kind] & set(plan.zones) if plan.zones else offered[kind])
+def zoned(to: Target, plan: Layout) -> tuple[dict[str, Any], list[Check]]:
+    """cluster.yaml with the zones that are chosen for the overlay, and the lines about them."""
+    try:
+        found = zones.find(to.account, to.owner, plan)
+    except AwsError as error:
+        return dict(to.config), [unchecked("instance types", error)]
+    return zones.applied(to.config, plan, found), instance_types(plan, found)
+
+
+def instance_types(plan: Layout, found: Zones) -> list[Check]:
+    """Which zones offer the types of each node group, and which were chosen."""
+    said = f"{', '.join(found.network)}{' (of the cluster)' if found.made else ''}"
+    for name, own in found.groups.items():
+        if own and set(own) != set(found.network):
+            said += f"; {name} in {', '.join(own)} only"
+    checks = [Check("zones", OK, said)]
+    for kind in sorted(found.offered):
+        inside = sorted(found.offered[kind] & {*found.network})
+        groups = [group for group in plan.groups if kind in group.instance_types]
         name = f"zones of {kind}"
-        if not zones:
-            elsewhere = ", ".join(sorted(offered[kind])) or "no zone of this region"
-            wanted = f"none of {', '.join(plan.zones)}" if plan.zones else "no zone"
+        elsewhere = ", ".join(sorted(found.offered[kind])) or "no zone of this region"
+        if not inside and all(found.groups[group.name] for group in groups):
+            mend = f"offered in: {elsewhere}; the group's other types are taken"
+            checks.append(Check(name, WARN, f"none of {', '.join(found.network)}", mend))
+        elif not inside:
             mend = f"offered in: {elsewhere}; change availabilityZones, the type or the region"
-            checks.append(Check(name, FAIL, wanted, mend))
-        elif len(zones) == 1:
+            checks.append(Check(name, FAIL, f"none of {', '.join(found.network)}", mend))
+        elif len(inside) == 1:
             mend = "one zone that runs out stops scaling: name a second instance type"
-            checks.append(Check(name, WARN, zones[0], mend))
+            checks.append(Check(name, WARN, inside[0], mend))
         else:
-            checks.append(Check(name, OK, ", ".join(zones)))
+            checks.append(Check(name, OK, ", ".join(inside)))
     return checks
 
 
@@ -491,35 +526,24 @@ def versions(to: Target, plan: Layout) -> list[Check]:
     return [*checks, Check("KubeRay", OK if good else FAIL, found, mend)]
 
 
-def images(account: Account, plan: Layout) -> list[Check]:
+def image_there(account: Account, plan: Layout) -> list[Check]:
     """Whether the image is in its repository."""
     checks = []
     for image in plan.service.images if plan.service else ():
-        parts = _ECR.fullmatch(image)
-        if parts is None:
+        address = images.parsed(image)
+        if address is None:
             mend = "see that the nodes can pull it; private networking reaches out through NAT"
             checks.append(Check("image", WARN, f"{image}: not in ECR, not checked", mend))
-            continue
-        registry, where, name, tag = parts.groups()
-        wanted = {"imageDigest" if tag.startswith("sha256:") else "imageTag": tag}
-        push = "build it and push it (README.md, The image)"
-        if where != account.region:
-            found = f"{image}: in {where}, the cluster in {account.region}"
+        elif address.region != account.region:
+            found = f"{image}: in {address.region}, the cluster in {account.region}"
             mend = "push it to the cluster's region: pulls cross regions at $0.02 per GB"
             checks.append(Check("image", WARN, found, mend))
-            continue
-        try:
-            described = account.call(
-                "ecr", "describe_images", registryId=registry, repositoryName=name,
-                imageIds=[wanted],
-            )["imageDetails"]  # fmt: skip
-        except AwsError as error:
-            if not error.absent:
-                raise
+        elif (described := images.described(account, address)) is None:
+            push = "build it and push it (README.md, The image)"
             checks.append(Check("image", FAIL, f"{image}: not there", push))
-            continue
-        size_gb = described[0].get("imageSizeInBytes", 0) / prices.GB
-        checks.append(Check("image", OK, f"{image}: {size_gb:.1f} GB"))
+        else:
+            size_gb = described.get("imageSizeInBytes", 0) / prices.GB
+            checks.append(Check("image", OK, f"{image}: {size_gb:.1f} GB"))
     return checks
 
 

@@ -4,7 +4,8 @@
     qwen-redis      a password is made up
     qwen-hub        HF_TOKEN, where it is set
 
-A Secret that is there is left as it is. Values go to kubectl through a pipe, where no list of
+What the environment names replaces what is there, so that a changed key or token arrives with the
+next `up`; what it does not name stays. Values go to kubectl through a pipe, where no list of
 processes shows them, and by server-side apply, which keeps no copy of them in an annotation.
 """
 
@@ -12,46 +13,91 @@ import base64
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from kuberay.console import say
 from kuberay.tools import Tools
 
 NAMESPACE = "qwen"
 KEYS = "QWEN_API_KEYS"
+_API_KEYS, _REDIS, _HUB, _TOKEN = "qwen-api-keys", "qwen-redis", "qwen-hub", "HF_TOKEN"
+Values = Mapping[str, str]
 
 
 def make(run: Tools) -> str:
-    """Make those that lack. Returns an API key that the service takes."""
-    there = {
-        found["metadata"]["name"]: found
+    """Make the Secrets that lack, and change those that the environment names otherwise.
+
+    Returns:
+        An API key that the service takes.
+    """
+    there = held(run)
+    lines = _lines(there)
+    if given := _given():
+        if lines and lines != given:
+            say(
+                "    the API keys are replaced by those of QWEN_API_KEYS: pods read them in minutes"
+            )
+        lines = given
+    lines = lines or [new_key()]
+    _apply(run, there, _API_KEYS, {"keys": "".join(f"{line}\n" for line in lines)})
+    if _REDIS not in there:
+        # A new password would lock the head out of its state.
+        _apply(run, there, _REDIS, {"password": secrets.token_urlsafe(32)})
+    if token := os.environ.get(_TOKEN):
+        if _HUB in there and there[_HUB].get(_TOKEN) != token:
+            say("    the hub's token is replaced: workers take it when they start")
+        _apply(run, there, _HUB, {_TOKEN: token})
+    return _key(lines)
+
+
+def rotate(run: Tools, only: bool) -> str:
+    """Add a new API key before those that are there, or put it in their place. Returns it."""
+    there, key = held(run), new_key()
+    lines = [key, *([] if only else _lines(there))]
+    _apply(run, there, _API_KEYS, {"keys": "".join(f"{line}\n" for line in lines)})
+    return key
+
+
+def new_key() -> str:
+    return f"sk-{secrets.token_urlsafe(32)}"
+
+
+def held(run: Tools) -> dict[str, Values]:
+    """The values of each Secret of our namespace."""
+    return {
+        found["metadata"]["name"]: {
+            key: base64.b64decode(value).decode() for key, value in found.get("data", {}).items()
+        }
         for found in run.items("secrets")
         if found["metadata"]["namespace"] == NAMESPACE
     }
-    keys = _given() or [f"sk-{secrets.token_urlsafe(32)}"]
-    wanted: dict[str, Mapping[str, str]] = {
-        "qwen-api-keys": {"keys": "\n".join(keys) + "\n"},
-        "qwen-redis": {"password": secrets.token_urlsafe(32)},
-    }
-    if token := os.environ.get("HF_TOKEN"):
-        wanted["qwen-hub"] = {"HF_TOKEN": token}
-    for name, values in wanted.items():
-        if name not in there:
-            _apply(run, name, values)
-    if "qwen-api-keys" in there:
-        held = base64.b64decode(there["qwen-api-keys"]["data"]["keys"]).decode()
-        keys = [line.strip() for line in held.splitlines() if line.strip()]
-    return keys[0]
+
+
+def _lines(there: Mapping[str, Values]) -> list[str]:
+    """The lines of the API keys that are there: a key, or a tenant's name and its key."""
+    text = there.get(_API_KEYS, {}).get("keys", "")
+    stripped = [line.strip() for line in text.splitlines()]
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
+def _key(lines: Sequence[str]) -> str:
+    return lines[0].split()[-1]
 
 
 def _given() -> list[str]:
     return [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
 
 
-def _apply(run: Tools, name: str, values: Mapping[str, str]) -> None:
+def _apply(run: Tools, there: Mapping[str, Values], name: str, values: Values) -> None:
+    """Make a Secret, unless it has these values already."""
+    if there.get(name) == values:
+        return
     manifest = {
         "apiVersion": "v1",
         "kind": "Secret",
         "metadata": {"name": name, "namespace": NAMESPACE},
         "stringData": dict(values),
     }
-    run.kubectl("apply", "--server-side", "--filename", "-", stdin=json.dumps(manifest))
+    # --force-conflicts: whoever edited it by hand owns the field since then.
+    where = ("--server-side", "--force-conflicts", "--filename", "-")
+    run.kubectl("apply", *where, stdin=json.dumps(manifest))

@@ -6,6 +6,7 @@ Name, region, node groups and tags come from cluster.yaml, which eksctl reads to
 
 import argparse
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,36 @@ class Target:
         region = options.region or metadata.get("region")
         if not name or not region:
             raise EksError(f"{options.cluster}: metadata.name and metadata.region are not set")
-        return cls(config, str(name), str(region), options.profile)
+        return cls(config, cluster_name(str(name)), region_name(str(region)), options.profile)
 
     @functools.cached_property
     def account(self) -> Account:
         return Account(self.owner.region, self.profile)
+
+
+def cluster_name(name: str) -> str:
+    """A name that EKS, eksctl and CloudFormation take.
+
+    Raises:
+        EksError: it is none.
+    """
+    # It is part of the names of stacks, of which CloudFormation takes 128 characters.
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,49}", name):
+        raise EksError(
+            f"{name!r} is no name for a cluster: a letter, then letters, digits and -, 50 in all"
+        )
+    return name
+
+
+def region_name(name: str) -> str:
+    """A name as AWS writes its regions.
+
+    Raises:
+        EksError: it is none.
+    """
+    if not re.fullmatch(r"[a-z]{2}(-[a-z]+)+-\d{1,2}", name):
+        raise EksError(f"{name!r} is no region of AWS, such as us-west-2")
+    return name
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ temporary folder), so that nobody's current context is changed or used by accide
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,10 +20,18 @@ from typing import Any
 from kuberay.errors import ToolError
 from kuberay.target import Target
 
-# The least versions, and where each is had.
+# The least version of each: eksctl's file format, Kubernetes' skew of one minor version, and a helm
+# that knows the charts' schemas.
+LEAST: Mapping[str, tuple[int, int]] = {"eksctl": (0, 230), "kubectl": (1, 34), "helm": (3, 16)}
+_ASK_VERSION: Mapping[str, tuple[str, ...]] = {
+    "eksctl": ("version",),
+    "kubectl": ("version", "--client", "--output", "json"),
+    "helm": ("version", "--template", "{{.Version}}"),
+}
+# And where each is had.
 WHERE: Mapping[str, str] = {
     "eksctl": "eksctl 0.230 or later (https://eksctl.io/installation)",
-    "kubectl": "kubectl 1.33 or later (https://kubernetes.io/docs/tasks/tools)",
+    "kubectl": "kubectl 1.34 or later (https://kubernetes.io/docs/tasks/tools)",
     "helm": "helm 3.16 or later (https://helm.sh/docs/intro/install)",
     "aws": "the AWS CLI 2 (https://aws.amazon.com/cli), which kubectl signs in with",
 }
@@ -40,6 +49,22 @@ def find(name: str) -> str:
     if path is None:
         raise ToolError(f"{name} is not on PATH: install {WHERE[name]}")
     return path
+
+
+def version(name: str) -> tuple[int, int]:
+    """Major and minor version of a command.
+
+    Raises:
+        ToolError: it is not on PATH, or says no version.
+    """
+    said = ask([name, *_ASK_VERSION[name]], {})
+    if name == "kubectl":
+        with contextlib.suppress(ValueError, KeyError):
+            said = json.loads(said)["clientVersion"]["gitVersion"]
+    found = re.search(r"v?(\d+)\.(\d+)", said)
+    if found is None:
+        raise ToolError(f"`{name} {_ASK_VERSION[name][0]}` says no version: {said.strip()[:80]!r}")
+    return int(found[1]), int(found[2])
 
 
 def run(argv: Sequence[str], environment: Mapping[str, str], stdin: str | None = None) -> None:

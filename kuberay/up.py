@@ -55,13 +55,15 @@ def command(options: argparse.Namespace) -> int:
     usd = f"{found.bill.at_rest:.2f} to {found.bill.at_most:.2f}" if found.bill else "?"
     console.confirm(f"This costs {usd} $/hour until `make eks-down`.", to.owner.name, options.yes)
     with tools(to) as run:
-        print(up(to, run, list(found.manifests), limit, options.wait, options.monitoring))
+        config = cluster.configured(to, limit, found.config)
+        print(up(to, run, config, list(found.manifests), limit, options.wait, options.monitoring))
     return 0
 
 
 def up(
     to: Target,
     run: Tools,
+    config: dict[str, Any],
     manifests: list[dict[str, Any]],
     limit: Ttl,
     wait_s: float,
@@ -72,7 +74,7 @@ def up(
     if service is None:
         raise EksError("the overlay has no RayService")
     with step("cluster"):
-        cluster.create(to, run, cluster.configured(to, limit), limit)
+        cluster.create(to, run, config, limit)
         run.connect()
     with step("plugin"):
         install_plugin(run)

@@ -7,12 +7,13 @@ what is found decides: S3 if it is whole, else the model hub, which is said.
 
 import fnmatch
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kuberay.aws import Account
-from kuberay.errors import AwsError
+from kuberay.errors import AwsError, EksError
 
 _WORKER = "qwen-worker"
 _INDEX = "model.safetensors.index.json"
@@ -34,6 +35,8 @@ def source(
     if bucket is None:
         return Source(None, f"{model} from the model hub")
     name, _, prefix = bucket.removeprefix("s3://").strip("/").partition("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", name):
+        raise EksError(f"{bucket!r} is no bucket's name: 3 to 63 of a-z, 0-9, - and .")
     folder = "/".join(part for part in (prefix, model) if part)
     address = f"s3://{name}/{folder}"
     if not readable(config, name):

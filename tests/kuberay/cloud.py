@@ -44,6 +44,7 @@ class Fault:
     message: str
     status: int = 400
     times: int = 10**9
+    page: bool = False  # The message is a web page, as a proxy sends one.
 
 
 @dataclass
@@ -79,6 +80,8 @@ class Faults:
         fault.times -= 1
         kind, answer = _refusal(fault, form, "Version=2016-11-15" in body.decode(errors="replace"))
         headers = [("content-type", kind), ("x-amzn-errortype", fault.code)]
+        if fault.page:
+            answer, headers = fault.message.encode(), [("content-type", "text/html; charset=utf-8")]
         start(f"{fault.status} Refused", [*headers, ("content-length", str(len(answer)))])
         return [answer]
 

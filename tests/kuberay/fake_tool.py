@@ -249,7 +249,12 @@ def _forward(argv: list[str]) -> int:
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     secrets = {each["metadata"]["name"]: each for each in _read("objects.json", {})["secrets"]}
-    key = base64.b64decode(secrets["qwen-api-keys"]["data"]["keys"]).decode().split()[0]
+    key = (
+        base64.b64decode(secrets["qwen-api-keys"]["data"]["keys"])
+        .decode()
+        .split("\n")[0]
+        .split()[-1]
+    )
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

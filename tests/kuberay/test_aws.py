@@ -1,6 +1,7 @@
 """AWS's errors as sentences, and its prices."""
 
 import pytest
+from botocore.config import Config
 
 from kuberay import prices
 from kuberay.aws import Account, tags
@@ -54,6 +55,33 @@ def test_what_is_in_use_is_told_from_what_is_wrong(cloud: Cloud, code: str) -> N
     with pytest.raises(AwsError, match="InvalidParameterValue: what is this") as raised:
         account().call(*EC2)
     assert not isinstance(raised.value, InUse)
+
+
+_CALLS = {
+    "DescribeVolumes": ("ec2", "describe_volumes", "Volumes", {}),
+    "DescribeLoadBalancers": ("elbv2", "describe_load_balancers", "LoadBalancers", {}),
+    "DescribeCluster": ("eks", "describe_cluster", "cluster", {"name": "ours"}),
+    "DescribeRepositories": ("ecr", "describe_repositories", "repositories", {}),
+    "ListBucket": ("s3", "list_objects_v2", "Contents", {"Bucket": "weights"}),
+}
+
+
+@pytest.mark.parametrize("action", _CALLS)
+@pytest.mark.parametrize("status", [200, 403, 407, 503])
+@pytest.mark.parametrize("page", ["<!doctype html><p>Sign in<br>", "<html><p>Sign in</p></html>"])
+def test_a_proxys_page_is_one_sentence_and_no_empty_answer(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, action: str, status: int, page: str
+) -> None:
+    once = Config(retries={"total_max_attempts": 1})
+    monkeypatch.setattr("kuberay.aws._PATIENT", once)
+    cloud.faults.planned[action] = Fault("", page, status, page=True)
+    service, operation, key, arguments = _CALLS[action]
+    with pytest.raises(AwsError) as raised:
+        list(account().pages(service, operation, key, **arguments))
+    said = str(raised.value)
+    assert "a web page answered in place of AWS" in said
+    assert "Sign in" not in said
+    assert len(said.splitlines()) == 1
 
 
 def test_what_is_not_there_is_absent(cloud: Cloud) -> None:

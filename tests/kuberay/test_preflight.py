@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kuberay import layout, prices, releases, render
+from kuberay import layout, preflight, prices, releases, render
 from kuberay.layout import Layout
 from kuberay.target import HERE
 from tests.kuberay import planted
@@ -204,7 +204,6 @@ def test_a_model_too_large_for_the_gpu_fails(account: Cloud, tmp_path: Path) -> 
 
 
 def test_the_config_of_a_model_in_s3_is_read_there(account: Cloud) -> None:
-    from kuberay import preflight
     from kuberay.aws import Account
 
     s3 = account.client("s3")
@@ -281,6 +280,43 @@ def test_a_command_that_is_not_there_is_told(
     result, checks = checked()
     assert (result.returncode, checks["eksctl"]["status"]) == (1, "FAIL")
     assert "https://eksctl.io" in checks["eksctl"]["mend"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "says"),
+    [
+        ("eksctl", "0.180.0"),
+        ("kubectl", '{"clientVersion": {"gitVersion": "v1.29.1"}}'),
+        ("helm", "v3.9.4+gdbc6d8e"),
+    ],
+)
+def test_a_command_that_is_too_old_fails(
+    account: Cloud, commands: Commands, tool: str, says: str
+) -> None:
+    path = commands.folder.parent / "bin" / tool
+    path.write_text(f"#!/bin/sh\necho '{says}'\n")
+    check = {each.name: each for each in preflight.programs()}[tool]
+    assert (check.status, "install" in check.mend) == ("FAIL", True)
+    path.write_text("#!/bin/sh\necho nothing to say\n")
+    check = {each.name: each for each in preflight.programs()}[tool]
+    assert (check.status, "says no version" in check.found) == ("warn", True)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "1st", "x" * 51, "mine;rm", "ours_2", "../x", "-a"])
+def test_a_name_that_is_none_is_one_sentence(account: Cloud, commands: Commands, name: str) -> None:
+    result = run("preflight", f"--name={name}" if name else "--name=~")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
+    assert "is no name for a cluster" in result.stderr
+    assert set(account.faults.calls) == {"CreateRepository", "PutImage"}  # Those of the fixture.
+
+
+def test_a_region_or_a_bucket_that_is_none_is_one_sentence(
+    account: Cloud, commands: Commands
+) -> None:
+    result = run("preflight", "--region", "us west 2")
+    assert (result.returncode, "is no region of AWS" in result.stderr) == (2, True)
+    checks = checked("--bucket", "Not_A_Bucket")[1]
+    assert "is no bucket's name" in checks["manifests"]["found"]
 
 
 # --- the peak of an upgrade ---------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,44 @@ def test_every_file_of_its_list_is_there_and_none_is_left_out() -> None:
     assert {name for name in files if not (HERE / name).exists()} == set()
     ours = {path.name for path in HERE.glob("*.py") if not path.name.startswith("__")}
     assert ours - files == {"errors.py"}
+
+
+def test_its_blocks_run_from_top_to_bottom(tmp_path: Path) -> None:
+    """In bash, in order, with small programs in place of the real ones, which keep their words."""
+    log = tmp_path / "calls"
+    for name in ("aws", "docker", "kubectl", "make", "python", "base64"):
+        path = tmp_path / name
+        # What `aws sts get-caller-identity` prints goes into the names that follow.
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >> "{log}"\necho 123456789012\n')
+        path.chmod(0o755)
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    assert len(blocks) >= 5
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "".join(blocks)],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    calls = log.read_text().splitlines()
+    registry = "123456789012.dkr.ecr.us-west-2.amazonaws.com/qwen-ray-serve"
+    assert any(call.startswith("docker push") and registry in call for call in calls)
+    # The address that is pushed is the one that `up` looks for.
+    from serve_app import __version__
+
+    assert any(call == f"docker push {registry}:{__version__}" for call in calls)
+    ours = [call.split()[3:] for call in calls if call.startswith("python -m kuberay ")]
+    ours += [
+        [made[1].removeprefix("eks-"), *shlex.split(" ".join(made[2:]).removeprefix("ARGS="))]
+        for made in (call.split() for call in calls)
+        if made[0] == "make"
+    ]
+    assert {words[0] for words in ours} >= {"up", "down", "rotate"}
+    for name, *words in ours:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(SUBCOMMANDS[name]).arguments(parser)
+        parser.parse_args(words)
+
+
+def test_the_commands_of_its_first_lines_are_those_of_make() -> None:
+    for target, name in re.findall(r"^ +(make eks-(\w+)) +#", README, re.M):
+        assert target == f"make eks-{name}"
+        assert name in SUBCOMMANDS

@@ -120,11 +120,40 @@ def test_the_manifests_are_those_of_this_account_and_cluster(
     service = documents["RayService", "qwen"]["spec"]
     head = service["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     registry = f"123456789012.dkr.ecr.{REGION}.amazonaws.com"
-    assert head["image"] == f"{registry}/qwen-ray-serve:0.1.0"
+    address, _, digest = head["image"].partition("@")
+    assert address == f"{registry}/qwen-ray-serve:0.1.0"
+    # The image that the tag has now: one that is built anew is a change.
+    assert digest == image_digest(account)
+    push_again(account)
+    assert image_digest(account) != digest
+    run("up", *WHERE, "--yes", "--overlay", "tp2")
+    applied = json.loads(commands.inputs("kubectl", "apply")[-1])["items"]
+    (other,) = [each["spec"] for each in applied if each["kind"] == "RayService"]
+    container = other["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == f"{address}@{image_digest(account)}"
     args = yaml.safe_load(service["serveConfigV2"])["applications"][0]["args"]
     assert args["model"] == "s3://qwen-ray-serve-weights/Qwen/Qwen2.5-14B-Instruct"
     config = yaml.safe_load(commands.inputs("eksctl", "create", "cluster")[0])
     assert (config["metadata"]["name"], config["metadata"]["region"]) == ("ours", REGION)
+
+
+def image_digest(cloud: Cloud) -> str:
+    of = {"repositoryName": "qwen-ray-serve", "imageIds": [{"imageTag": "0.1.0"}]}
+    found: str = cloud.client("ecr").describe_images(**of)["imageDetails"][0]["imageDigest"]
+    return found
+
+
+def push_again(cloud: Cloud) -> None:
+    """Another image under the same tag."""
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+        "config": {"mediaType": "x", "size": 2, "digest": "sha256:" + "2" * 64},
+        "layers": [],
+    }
+    cloud.client("ecr").put_image(
+        repositoryName="qwen-ray-serve", imageManifest=json.dumps(manifest), imageTag="0.1.0"
+    )
 
 
 def test_secrets_are_made_once_and_are_in_no_command_line(
@@ -148,14 +177,33 @@ def test_secrets_are_made_once_and_are_in_no_command_line(
     assert secrets["qwen-api-keys"] == {"keys": "sk-one\nsk-two\n"}
     assert secrets["qwen-hub"] == {"HF_TOKEN": "hf-secret"}
     assert len(secrets["qwen-redis"]["password"]) > 30
-    # Run again, with other values: what is there stays, and the answer still comes.
-    monkeypatch.setenv("QWEN_API_KEYS", "sk-three")
+    # Run again with other values, they arrive, and the answer comes with them; the password stays.
+    monkeypatch.setenv("QWEN_API_KEYS", "team sk-three")
+    monkeypatch.setenv("HF_TOKEN", "hf-other")
     second = run("up", *WHERE, "--yes")
     assert second.returncode == 0, second.stderr
-    assert held() == secrets
+    assert held() == {
+        "qwen-api-keys": {"keys": "team sk-three\n"},
+        "qwen-hub": {"HF_TOKEN": "hf-other"},
+        "qwen-redis": secrets["qwen-redis"],
+    }
+    assert "workers take it when they start" in second.stderr
+    # What the environment does not name stays.
+    monkeypatch.delenv("QWEN_API_KEYS")
+    monkeypatch.delenv("HF_TOKEN")
+    before = held()
+    assert run("up", *WHERE, "--yes").returncode == 0
+    assert held() == before
     words = "\n".join(commands.calls()) + first.stderr + second.stderr + first.stdout
-    for value in ("sk-one", "hf-secret", secrets["qwen-redis"]["password"]):
+    for value in ("sk-one", "sk-three", "hf-secret", secrets["qwen-redis"]["password"]):
         assert value not in words
+    # A new key beside the earlier, and then alone.
+    added = run("rotate", *WHERE)
+    new = added.stdout.strip()
+    assert held()["qwen-api-keys"] == {"keys": f"{new}\nteam sk-three\n"}, added.stderr
+    alone = run("rotate", *WHERE, "--only").stdout.strip()
+    assert held()["qwen-api-keys"] == {"keys": f"{alone}\n"}
+    assert len({new, alone, "sk-three"}) == 3
 
 
 def test_without_keys_one_is_made_up(account: Cloud, commands: Commands) -> None:

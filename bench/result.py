@@ -23,6 +23,8 @@ from bench.scrape import Sample
 from bench.traffic.load import Outcome
 
 SCHEMA = 1
+# What blocks, and requests that others send meanwhile, explain of a hit rate.
+_CACHE_SLACK = 0.05
 RESULT, RECORDS, CSV, REPORT = "result.json", "records.jsonl", "records.csv", "report.html"
 
 
@@ -111,6 +113,7 @@ def figures(
         whole.append(everything)
         steady.append(inside)
         found = measure.doubts(inside, outcome.cpu, everything, batch)
+        found += _cache_doubts(inside, repeat)
         found += outcome.lost_actors
         if outcome.interrupted:
             found.append("interrupted: the rest of the load was not sent")
@@ -141,6 +144,22 @@ def figures(
         ],
         "server": [msgspec.to_builtins(repeat.server) for repeat in repeats],
     }
+
+
+def _cache_doubts(measures: Measures, repeat: Repeat) -> list[str]:
+    """What the server's metrics say of its prefix cache, where its answers say nothing of it."""
+    rates = [sample.prefix_hit_rate for sample in repeat.server]
+    known = [rate for rate in rates if rate is not None]
+    ok = [record for record in repeat.outcome.records if record.ok]
+    may_be = measure.may_be_cached_share(ok)
+    if measures.answers.cached_share is not None or not known or may_be is None:
+        return []
+    if known[-1] <= may_be + _CACHE_SLACK:
+        return []
+    return [
+        f"by the server's metrics {known[-1]:.0%} of the prompt tokens came from its prefix cache, "
+        f"and the workload shares {may_be:.0%}: these prompts were sent before, or others use it"
+    ]
 
 
 def with_efficiency(

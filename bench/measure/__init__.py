@@ -33,7 +33,7 @@ at the beginning of the window all are at the same point of their first request.
 that is every request as a whole, from the first planned time to the last end.
 """
 
-from bench.measure.answers import Answers
+from bench.measure.answers import Answers, may_be_cached_share
 from bench.measure.efficiency import Efficiency, efficiency, efficiency_summary, on_front
 from bench.measure.figures import METRICS, Kind, Measures, measure, summary
 from bench.measure.flow import Timeline, Window, output_tokens_by_slice, timeline
@@ -64,6 +64,7 @@ __all__ = [
     "falls_behind",
     "itl_s",
     "lag_s",
+    "may_be_cached_share",
     "measure",
     "on_front",
     "output_tokens_by_slice",

@@ -59,16 +59,26 @@ def answers(successes: Sequence[Record]) -> Answers:
     )
 
 
+def may_be_cached_share(successes: Sequence[Record]) -> float | None:
+    """The share of the prompt tokens that a prefix cache may answer; None where nothing is read."""
+    read = sum(record.input_tokens or 0 for record in successes)
+    return sum(map(_may_be_cached, successes)) / read if read else None
+
+
 def _class(record: Record) -> str:
     return record.odd.partition(":")[0]
 
 
 def _unexplained(record: Record) -> int:
     """Prompt tokens from the cache that the workload and the server's template do not explain."""
-    cached, read = record.cached_tokens or 0, record.input_tokens or 0
-    asked = record.asked_input_tokens
+    return max(0, (record.cached_tokens or 0) - _may_be_cached(record))
+
+
+def _may_be_cached(record: Record) -> int:
+    """Prompt tokens that other prompts share, and those that a template adds to all of them."""
+    read, asked = record.input_tokens or 0, record.asked_input_tokens
     added = _TEMPLATE_TOKENS if asked is None else max(0, read - asked)
-    return max(0, cached - added - round((record.shared + _SLACK) * read))
+    return min(read, added + round((record.shared + _SLACK) * read))
 
 
 def _mean(values: Iterable[int | None]) -> float | None:

@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 
-from bench import measure
+from bench import measure, result
 from bench.records import Record
+from bench.result import Repeat
+from bench.scrape import Sample
+from bench.traffic.load import Outcome
 
 
 def record(**changes: Any) -> Record:
@@ -55,3 +58,17 @@ def test_the_share_that_came_from_the_cache() -> None:
     known, unknown = record(cached_tokens=50), record()
     assert measure.measure([known, unknown]).answers.cached_share == 0.25
     assert measure.measure([unknown]).answers.cached_share is None
+
+
+@pytest.mark.parametrize(("rate", "doubted"), [(None, False), (0.04, False), (0.9, True)])
+def test_where_answers_do_not_say_it_the_metrics_of_the_server_do(
+    rate: float | None, doubted: bool
+) -> None:
+    server = [Sample(t_s=0.0), Sample(t_s=1.0, prefix_hit_rate=rate)]
+    repeat = Repeat(outcome=Outcome(records=[record() for _ in range(20)]), server=server)
+    found = result.figures([repeat], None, None, batch=True)["doubts"]
+    assert any("by the server's metrics" in doubt for doubt in found) == doubted
+    shared = [record(shared=0.9) for _ in range(20)]
+    repeat = Repeat(outcome=Outcome(records=shared), server=server)
+    found = result.figures([repeat], None, None, batch=True)["doubts"]
+    assert not any("by the server's metrics" in doubt for doubt in found)

@@ -26,9 +26,9 @@ GIB = 2**30
 DEFAULT_UTILIZATION = 0.92
 # CUDA context, NCCL buffers, CUDA graphs and the activations of a step. Between 1.2 and 2.5 GiB
 # for models of this family; the engine itself measures the exact figure when it starts. A size is
-# chosen with the first, and a start refused only if not even the second is there.
+# chosen with it. A start is refused only where not even a CUDA context has room.
 OVERHEAD_BYTES = 2 * GIB
-MIN_OVERHEAD_BYTES = GIB
+MIN_OVERHEAD_BYTES = GIB // 4
 _BYTES = {"float32": 4.0, "float": 4.0, "bfloat16": 2.0, "float16": 2.0, "half": 2.0}
 # Decoders whose parameters are those counted by `ModelShape.parameters`.
 _KNOWN_TYPES = frozenset(
@@ -235,7 +235,7 @@ def _linear_bits(config: Mapping[str, Any]) -> float | None:
     method = str(quantization.get("quant_method") or "").replace("_", "-")
     if method in ("compressed-tensors", "") and (groups := quantization.get("config_groups")):
         weights = [group.get("weights") or {} for group in groups.values()]
-        return max(_with_scales(each["num_bits"], each.get("group_size")) for each in weights)
+        return max(_with_scales(each["num_bits"], each.get("group_size", 128)) for each in weights)
     if method == "bitsandbytes":
         return 8.0 if quantization.get("load_in_8bit") else _with_scales(4, 64)
     if method == "modelopt":

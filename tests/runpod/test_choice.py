@@ -81,7 +81,7 @@ def test_the_fewest_gpus_that_hold_it_and_as_many_replicas_as_fit(
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_nearest(hub: Path) -> None:
-    small = Gpu("small", 2**30, 2**30, (8, 0))
+    small = Gpu("small", 2**29, 2**29, (8, 0))
     with pytest.raises(ConfigError, match=r"needs .* GiB on each of"):
         chosen(hub, (small, small))
 

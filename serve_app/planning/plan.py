@@ -139,10 +139,6 @@ class Plan:
                     "policy_function": "serve_app.scaling.autoscaler:OngoingRequests"
                 }
             return config
-        if replicas.min == 0:
-            # Where none need stay, a deploy starts one, to show that one can start. Our policy
-            # corrects the number in the same step of the controller, before any is stopped.
-            config["initial_replicas"] = 1
         goal = Goal(
             ttft_s=replicas.ttft_s,
             itl_s=replicas.itl_s,

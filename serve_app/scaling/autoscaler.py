@@ -8,7 +8,7 @@ in the controller's own event loop. It decides once a second, and must neither b
 until it returns, Serve does nothing else, such as replacing a replica that died.
 
 Serve makes a new object when the controller restarts and at each deploy that changes the
-deployment, and may reset the number of replicas then. The object resumes from what the one before
+deployment. The object resumes from what the one before
 it saved (memory.py), and keeps the replicas that it finds.
 """
 
@@ -177,6 +177,7 @@ class Autoscaler:
         self._saved: tuple[float, int] | None = None
         self._reports = Reports()
         self._state = State()
+        self._started = False
         self._asked_s = -_PERIOD_S
         self._wanted: int | None = None
         self._said: tuple[int, int] | None = None
@@ -192,6 +193,9 @@ class Autoscaler:
             self._wanted = context.target_num_replicas
             try:
                 at_least = self._resume(context, now_s) if first else 0
+                self._started = self._started or context.current_num_replicas > 0
+                # Only a replica that has started shows that one can, also where none need stay.
+                at_least = max(at_least, int(not self._started))
                 self._wanted = max(at_least, self._ask(context, now_s))
                 self._save(context, now_s, self._wanted)
             except Exception:
@@ -201,8 +205,7 @@ class Autoscaler:
     def _resume(self, context: AutoscalingContext, now_s: float) -> int:
         """Take over what was learned before; returns how many replicas must not be taken away.
 
-        Serve may have reset its target just now (`initial_replicas`). Neither a deploy nor the
-        controller's restart is a reason to stop a replica.
+        Neither a deploy nor the controller's restart is a reason to stop a replica.
         """
         running: int = context.current_num_replicas
         memory = self._store.load(_key(context))
@@ -213,6 +216,7 @@ class Autoscaler:
         if memory.release == self._release:
             self._state = resumed(memory.state, now_s, keep_load=age_s <= _HISTORY_S)
             took_s = memory.took_s
+            self._started = memory.started
         self._starts = Starts(self._start_s, took_s, resumed=True)
         return max(running, memory.target) if running and age_s <= _TARGET_S else running
 
@@ -223,7 +227,12 @@ class Autoscaler:
                 return
         self._saved = now_s, wanted
         memory = Memory(
-            self._release, context.current_time, wanted, self._starts.took_s, self._state
+            self._release,
+            context.current_time,
+            self._started,
+            wanted,
+            self._starts.took_s,
+            self._state,
         )
         self._store.save(_key(context), memory)
 

@@ -28,6 +28,7 @@ class Memory:
     Attributes:
         release: which model on which hardware it was learned from (`Plan.release`).
         saved_unix_s: when, on the wall clock: a monotonic one ends with its machine.
+        started: whether a replica of it has run.
         target: replicas that were wanted.
         took_s: how long the last starts took.
         state: of the policy, on the clock of the process that saved it.
@@ -35,6 +36,7 @@ class Memory:
 
     release: str
     saved_unix_s: float
+    started: bool
     target: int
     took_s: tuple[float, ...]
     state: State

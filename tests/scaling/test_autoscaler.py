@@ -238,6 +238,23 @@ def test_an_idle_application_still_goes() -> None:
     assert wanted[-1] == 0
 
 
+@pytest.mark.parametrize(("release", "wanted"), [("r", 0), ("another model", 1)])
+def test_a_deploy_shows_that_a_replica_can_start_and_wakes_nothing_else(
+    release: str, wanted: int
+) -> None:
+    controller = Controller(minimum=0, target=0)
+    controller.start()
+    assert [controller.tick() for _ in range(3)] == [1, 1, 1]
+    controller.serving(1, ReplicaLoad(max_running=64))
+    while controller.tick():
+        pass
+    controller.running = 0
+    assert controller.tick() == 0
+    controller.tick(20)  # It is saved.
+    controller.start(release)
+    assert controller.tick() == wanted
+
+
 numbers = st.floats(0, 1e9, allow_nan=False)
 
 
@@ -253,7 +270,7 @@ def test_a_state_survives_the_store_and_another_clock(
 ) -> None:
     state = State(began_s=began_s, now_s=began_s + 5, wishes=tuple(wishes), means=tuple(means))
     store = DictStore()
-    store.save("k", Memory("r", 1.0, 2, (3.0,), state))
+    store.save("k", Memory("r", 1.0, True, 2, (3.0,), state))
     memory = store.load("k")
     assert memory is not None
     assert memory.state == state

@@ -38,7 +38,6 @@ UNREAD_ARGUMENTS = (
     "skip_tokenizer_init",
     "return_tokens_as_token_ids",
     "response_role",
-    "tool_parser_plugin",
     "reasoning_parser_plugin",
     "enable_prompt_embeds",
     "io_processor_plugin",
@@ -176,6 +175,9 @@ def _start_rust(args: argparse.Namespace, host: str, listeners: Any) -> RustFron
     mine.allowed_origins = []  # Requests of browsers take the full lane.
     mine.enable_request_id_headers = True
     mine.enable_log_requests = False
+    # Requests with tools take the full lane, and parsers may be ones that vllm-rs does not know.
+    mine.tool_call_parser, mine.enable_auto_tool_choice = None, False
+    mine.tool_parser_plugin = ""
     # HAProxy keeps connections to it: the fewer it closes, the fewer close under a request.
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
     found = binary()

@@ -136,6 +136,7 @@ class Limits(_Frozen):
     max_tokens: Count | None = None
     max_n: Count = 8
     max_sequences: Count = 256
+    max_messages: Count = 4096
     max_grammar_bytes: Count = 2**16
     max_running_requests: Count | None = None
     max_queued_requests: Annotated[int, Field(ge=0)] = 256

@@ -95,6 +95,7 @@ class Reading:
             from the body's length: a token has at least a byte. Holds for text, not for images.
         token_ids: length of `token_ids`, the prompt of /inference/v1/generate, or 0.
         prompt_head: the first bytes of the prompt, in the order in which the model reads it.
+        messages: of a conversation, or items of its input, each of which takes time to render.
         grammar_bytes: size of the grammars that it must be compiled to (grammar.py).
         session: what the body calls its conversation.
     """
@@ -109,6 +110,7 @@ class Reading:
     prompt_tokens: int = 0
     token_ids: int = 0
     prompt_head: bytes = b""
+    messages: int = 0
     grammar_bytes: int = 0
     session: str | None = None
 
@@ -146,6 +148,7 @@ def read(route: Route, body: bytes) -> Reading:
         prompt_tokens=_prompt_tokens(fields, len(body)),
         token_ids=_token_ids(fields.token_ids),
         prompt_head=_prompt_head(fields),
+        messages=max(len(_list(fields.messages)), _items(fields.input)),
         grammar_bytes=_grammar_bytes(fields, sampling),
         session=fields.session_id if isinstance(fields.session_id, str) else None,
     )
@@ -221,6 +224,11 @@ def _prompt_tokens(fields: _Body, body_bytes: int) -> int:
         return max((_commas(each) + 1 for each in _list(fields.prompt)), default=0)
     # Templates write tools with spaces between their parts.
     return body_bytes + len(bytes(fields.tools)) + _TEMPLATE_TOKENS
+
+
+def _items(value: msgspec.Raw) -> int:
+    """Items of the input of /v1/responses; token ids are none."""
+    return len(_list(value)) if _first_byte(value, after=b"[") == b"{" else 0
 
 
 def _token_ids(value: msgspec.Raw) -> int:

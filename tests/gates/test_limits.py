@@ -156,3 +156,21 @@ async def test_token_ids_are_counted_against_the_bound_of_a_prompt() -> None:
     response = await post(body, path, max_prompt_tokens=10)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "token_ids"
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "item"),
+    [
+        ("/v1/chat/completions", "messages", {"role": "user", "content": "x"}),
+        ("/v1/messages", "messages", {"role": "user", "content": "x"}),
+        ("/v1/responses", "input", {"role": "user", "content": "x"}),
+        ("/v1/chat/completions/render", "messages", {"role": "user", "content": "x"}),
+    ],
+)
+async def test_the_number_of_messages_is_bounded(
+    path: str, field: str, item: dict[str, str]
+) -> None:
+    assert (await post(json.dumps({field: [item] * 9}).encode(), path, max_messages=9)).is_success
+    refused = await post(json.dumps({field: [item] * 10}).encode(), path, max_messages=9)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "messages"

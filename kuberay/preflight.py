@@ -30,6 +30,7 @@ from kuberay import (
     zones,
 )
 from kuberay.aws import Account, tags
+from kuberay.cluster import status
 from kuberay.cost import Bill
 from kuberay.errors import AwsError, EksError, PermissionMissing, ToolError
 from kuberay.layout import Layout, NodeGroup
@@ -170,7 +171,7 @@ def preflight(to: Target, choice: Choice) -> Preflight:
     checks += found
     checks += guarded("quota", lambda: vcpu_quotas(account, plan))
     if plan.own_network:
-        checks += guarded("network", lambda: network_quotas(account, plan))
+        checks += guarded("network", lambda: network_quotas(account, to, plan))
     else:
         checks += guarded("subnets", lambda: subnets(account, to.config))
     checks.append(source)
@@ -352,8 +353,10 @@ def quota(account: Account, service: str, code: str) -> float:
     return float(answer["Quota"]["Value"])
 
 
-def network_quotas(account: Account, plan: Layout) -> list[Check]:
-    """A VPC of its own, and an address for each NAT gateway."""
+def network_quotas(account: Account, to: Target, plan: Layout) -> list[Check]:
+    """A VPC of its own, and an address for each NAT gateway; none for a cluster that exists."""
+    if status(account, to.owner.name):
+        return []
     networks = len(list(account.pages("ec2", "describe_vpcs", "Vpcs")))
     addresses = len(account.call("ec2", "describe_addresses")["Addresses"])
     checks = []

@@ -468,12 +468,16 @@ class _Handler(web.Handler):
             return 200, {"data": [{"id": SERVED}]}
         if body["model"] != SERVED:
             return 404, {"error": {"message": "no such model", "code": "model_not_found"}}
-        return 200, _completion()
+        return 200, _stream(body) if body.get("stream") else _completion()
 
     def _queue(self, up: bool, rest: list[str], body: Any) -> tuple[int, Any]:
         account = self.server.account
         if account.stranger:
             return 200, "<html>"
+        if rest == ["openai", "v1", "models"]:
+            return 200, {"data": [{"id": SERVED}]}
+        if rest[:1] == ["openai"] and body.get("stream"):
+            return 200, _stream(body)
         if rest[:1] == ["openai"]:
             return (200, _completion()) if body["model"] == SERVED else (404, "no such model")
         if rest == ["run"]:
@@ -496,6 +500,19 @@ class _Handler(web.Handler):
 def _completion() -> dict[str, Any]:
     message = {"role": "assistant", "content": "Hello."}
     return {"model": SERVED, "choices": [{"index": 0, "message": message}]}
+
+
+def _stream(body: Any) -> str:
+    """The events of an answer of as many tokens as were asked for."""
+    tokens = body["max_tokens"]
+    events: list[dict[str, Any]] = []
+    for number in range(1, tokens + 1):
+        reason = "length" if number == tokens else None
+        choice = {"index": 0, "delta": {"content": " a"}, "finish_reason": reason}
+        events.append({"model": SERVED, "choices": [choice]})
+    usage = {"prompt_tokens": 200, "completion_tokens": tokens, "total_tokens": 200 + tokens}
+    events.append({"model": SERVED, "choices": [], "usage": usage})
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
 
 
 def serving(port: int) -> AbstractContextManager[Rest]:

@@ -1,8 +1,12 @@
 """The README against what it is about: its prices, what holds which model, and each curl."""
 
+import json
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +20,7 @@ from serve_app.settings import Settings
 from tests.runpod import rest_server
 from tests.runpod.conftest import FOLDER
 from tests.runpod.rest_server import KEY, SERVED, Rest
+from tests.server import ROOT
 
 PORT = 8879
 TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -105,6 +110,55 @@ def test_each_curl_is_answered(server: Rest, command: str) -> None:
     )  # fmt: skip
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert '"choices"' in answer.stdout or '"status"' in answer.stdout
+
+
+def benches() -> list[str]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    parts = [
+        part for block in blocks for part in re.split(r"^(?=python -m bench)", block, flags=re.M)
+    ]
+    return [part for part in parts if part.startswith("python -m bench")]
+
+
+def test_there_is_a_benchmark_for_each_mode() -> None:
+    assert len(benches()) == 3
+
+
+@pytest.mark.slow  # Each starts a Ray cluster for its load.
+@pytest.mark.parametrize("command", benches())
+def test_each_benchmark_gets_its_answers(server: Rest, command: str, tmp_path: Path) -> None:
+    account = server.account
+    account.looks_until_up = -1
+    endpoint = account.add("serverless", env={"API_KEYS": "ours"})
+    pod = account.add("pods", ports=["8000/http"], env={"API_KEYS": "ours", "SERVE_MODE": "pod"})
+    for theirs, here in (
+        ("https://ENDPOINT_ID.api.runpod.ai", f"{server.url}/lb/{endpoint}/v1"),
+        ("https://api.runpod.ai/v2/ENDPOINT_ID", f"{server.url}/queue/{endpoint}"),
+        ("https://POD_ID-8000.proxy.runpod.net", f"{server.url}/pod/{pod}-8000/v1"),
+        ("--out results/", f"--repeats 1 --out {tmp_path}/"),
+        ("--requests 40", "--requests 8"),
+        ("python -m bench", f"{sys.executable} -m bench"),
+    ):
+        command = command.replace(theirs, here)
+    assert "https://" not in command
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    answer = subprocess.run(
+        ["bash", "-c", command],
+        env=inherited | {"API_KEYS": "ours", "RUNPOD_API_KEY": KEY},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # 1 is a result with doubts: eight requests say little.
+    assert answer.returncode in (0, 1), answer.stderr
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    assert [record.get("error", "") for record in records] == [""] * 8, answer.stderr
+    # The keys are nowhere in what is kept.
+    kept = "".join(path.read_text(errors="replace") for path in folder.iterdir())
+    assert KEY not in kept
+    assert "x-api-key: ours" not in kept
 
 
 def test_there_is_a_curl_for_each_mode() -> None:

@@ -122,7 +122,7 @@ class Stream:
         self._rest = b""
         self._fresh = self.progress
         self._skip = 0
-        self._unmarked = False
+        self._unmarked = self._complete = False
         self._names = Names()
 
     def again(self) -> None:
@@ -162,10 +162,14 @@ class Stream:
         return found
 
     def _repeated(self, event: bytes) -> bool:
-        """Whether the client has this event already; notes where the answer ends."""
+        """Whether the client has this event already, or its end; notes where the answer ends."""
+        last = events.is_last(event)
+        if self.ended:
+            # Nothing follows the end. An error may be followed by `[DONE]`, once.
+            dropped, self._complete = self._complete or not last, self._complete or last
+            return dropped
         if not events.is_event(event):
             raise Malformed("not an event")
-        last = events.is_last(event)
         if events.error_code(event) is not None:
             # Never a repetition: nothing continues after the client has been sent an error.
             self._skip, self.ended = 0, True
@@ -176,7 +180,7 @@ class Stream:
             self._names.repeated(event)
             return True
         elif last:
-            self.ended = True
+            self.ended = self._complete = True
         elif self.method is None and not event.startswith(_PREAMBLE):
             self._unmarked = True
         return False

@@ -131,6 +131,8 @@ class _Reporting(Scheduler):  # type: ignore[misc]
         for client, each in outputs.items():
             if each.scheduler_stats is not None and client != FULL:
                 stats, each.scheduler_stats = each.scheduler_stats, None
+                if not each.outputs and not each.finished_requests and each.utility_output is None:
+                    del outputs[client]  # vllm-rs refuses a message that holds nothing.
                 mine = outputs.setdefault(FULL, EngineCoreOutputs())
                 mine.scheduler_stats = stats
                 if not each.outputs and not each.finished_requests:

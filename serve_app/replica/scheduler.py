@@ -135,8 +135,6 @@ class _Reporting(Scheduler):  # type: ignore[misc]
                     del outputs[client]  # vllm-rs refuses a message that holds nothing.
                 mine = outputs.setdefault(FULL, EngineCoreOutputs())
                 mine.scheduler_stats = stats
-                if not each.outputs and not each.finished_requests:
-                    del outputs[client]  # vllm-rs refuses a message that says nothing.
                 return
 
     def _count_step(self, fast: EngineCoreOutputs | None) -> None:

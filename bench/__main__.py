@@ -135,9 +135,11 @@ def _search(options: Options) -> dict[str, Any]:
 
     job = _job(options)
     found = asyncio.run(
-        probe.highest_rate(job, options.out, options.start, options.most, options.precision)
+        probe.highest_rate(
+            job, options.out, options.start, options.most, options.precision, options.budget_s
+        )
     )
-    keys = ("rate", "fails_at", "goodput_per_s", "resolved")
+    keys = ("rate", "fails_at", "estimate", "goodput_per_s", "resolved", "elapsed_s")
     return _told(found, options, **{key: found[key] for key in keys})
 
 
@@ -335,7 +337,9 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     positive = number(above=0.0)
     add("--start", type=positive, default=1.0, help="requests/s of the first point")
     add("--most", type=positive, default=10_000.0, help="requests/s at most")
-    add("--precision", type=positive, default=0.05)
+    add("--precision", type=positive, default=0.15, help="width of the interval: %(default)s")
+    about = "seconds of all probes; the interval is what it is when they are over"
+    add("--budget-s", type=positive, default=600.0, help=about)
 
 
 def _pareto_arguments(parser: argparse.ArgumentParser) -> None:

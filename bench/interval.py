@@ -43,7 +43,6 @@ _CAUTION = 6.0
 # times `samples_needed` where they come in runs.
 _TAIL, _SPARE = 0.75, 1.5
 _MOST_LOG, _ROUNDING = 700.0, 1e-12
-_BLOCKS = 10
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(80)
 
 
@@ -292,23 +291,6 @@ def of_share_difference(
         difference - math.hypot(share - one[0], other[1] - other_share),
         difference + math.hypot(one[1] - share, other_share - other[0]),
     )
-
-
-def inflation(values: Samples) -> float:
-    """How many of these samples, in order of time, are worth one independent; >= 1.
-
-    Requests that are under way together wait in the same queue, so latencies come in runs, and an
-    interval that takes them for independent is too narrow. The variance of the means of ten blocks
-    is compared with what independent samples would give. Never more than a block is long, so it is
-    too low where runs are longer than that, and 1 where there are too few samples to say.
-    """
-    length = len(values) // _BLOCKS
-    kept = np.asarray(values[: _BLOCKS * length], dtype=float)
-    spread = float(kept.var()) if length > 1 else 0.0
-    if spread == 0:
-        return 1.0
-    means = kept.reshape(_BLOCKS, length).mean(axis=1)
-    return max(1.0, length * float(means.var(ddof=1)) / spread)
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import result, run, search
+from bench import measure, result, run, search
 from bench.progress import Line, Progress
 from bench.records import Journal, Record
 from bench.run import Job
@@ -24,11 +24,18 @@ async def sweep(job: Job, folder: Path, start: int, most: int, gain: float) -> d
 
 
 async def highest_rate(
-    job: Job, folder: Path, start: float, most: float, precision: float
+    job: Job,
+    folder: Path,
+    start: float,
+    most: float,
+    precision: float,
+    budget_s: float | None = None,
 ) -> dict[str, Any]:
-    """Find the highest Poisson rate that keeps the job's SLO, to within `precision`."""
+    """Find the highest Poisson rate that keeps the job's SLO, to within `precision` or a time."""
     assert job.slo is not None
-    controller = search.RateSearch(job.slo, start, most=most, precision=precision)
+    controller = search.RateSearch(
+        job.slo, start, most=most, precision=precision, budget_s=budget_s
+    )
     return await _search(job, folder, "search", controller, lambda rate: f"poisson:rate={rate!r}")
 
 
@@ -46,6 +53,7 @@ async def _search(
     load.connect()
     await run.warm_up(job)
     doubts: list[str] = []
+    of_probe: list[str] = []
     probes = 0
 
     async def probe(x: float, count: int) -> list[Record]:
@@ -63,20 +71,15 @@ async def _search(
         probes += 1
         if outcome.interrupted:
             raise asyncio.CancelledError
-        doubts.extend(f"{when}: {lost}" for lost in outcome.lost_actors)
+        of_probe[:] = [*outcome.lost_actors, *measure.busy(outcome.cpu)]
         return outcome.records
 
     try:
-        found = await search.run(controller, probe)
+        found = await search.run(controller, probe, _said, lambda: of_probe)
     except asyncio.CancelledError:
         doubts.append("interrupted: the search was not over")
         found = controller.result
-    # What was found stands on this point.
-    best = found.users if isinstance(found, search.SweepResult) else found.rate
-    for point in found.points:
-        x = point.users if isinstance(point, search.UsersPoint) else point.rate
-        if x == best:
-            doubts.extend(f"{load_of(x)}: {doubt}" for doubt in point.doubts)
+    doubts.extend(found.doubts)
     if journal.problem:
         doubts.append(journal.problem)
     if not found.resolved:
@@ -85,3 +88,13 @@ async def _search(
     told |= {"valid": not doubts, "doubts": doubts, "events": []}
     result.write(folder, told)
     return told
+
+
+def _said(found: search.RateResult | search.SweepResult) -> None:
+    """Tell whoever watches what is known after a probe, and how long the rest will take."""
+    if isinstance(found, search.SweepResult) or found.rate is None or found.fails_at is None:
+        return
+    text = f"the highest good rate lies from {found.rate:.3g} to {found.fails_at:.3g} requests/s"
+    if found.forecast is not None:
+        text += f"; about {found.forecast.seconds:.0f} s more for the precision asked for"
+    run.say(text)

@@ -41,7 +41,7 @@ from bench.measure.latency import e2e_s, gaps, itl_s, known, lag_s, reason, tpot
 from bench.measure.sessions import Sessions, Turn, sessions
 from bench.measure.slo import SLOS, Slo, parse_slo
 from bench.measure.steady import window
-from bench.measure.validity import answer_doubts, doubts, falls_behind
+from bench.measure.validity import answer_doubts, busy, doubts, falls_behind
 from bench.measure.vllm_result import vllm_names
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "Turn",
     "Window",
     "answer_doubts",
+    "busy",
     "doubts",
     "e2e_s",
     "efficiency",

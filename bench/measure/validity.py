@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from bench.measure.figures import Measures
 
@@ -15,13 +17,39 @@ _ODD_SHARE, _SHORT, _UNEXPLAINED = 0.01, 0.9, 0.01
 _NOT_STEADY = "no steady state: the run was too short, so its start and its end are measured too"
 
 
+class Doubt(msgspec.Struct, frozen=True, kw_only=True):
+    """One reason not to trust a repeat.
+
+    Attributes:
+        kind: what program logic may ask for; never the text.
+        text: for people, one sentence.
+    """
+
+    kind: Literal["unsteady", "late", "busy", "failed", "answers", "behind", "unsettled"]
+    text: str
+
+
+# Of these bench or the answers are to blame, and not a rate that is too high for the server.
+NOT_OF_RATE = ("late", "busy", "answers")
+
+
 def doubts(
     measures: Measures,
     cpu: Mapping[Any, float] | None = None,
     whole: Measures | None = None,
     batch: bool = False,
 ) -> list[str]:
-    """Why a repeat should not be trusted, one sentence each; empty where nothing is wrong.
+    """Why a repeat should not be trusted, one sentence each; empty where nothing is wrong."""
+    return [doubt.text for doubt in find(measures, cpu, whole, batch)]
+
+
+def find(
+    measures: Measures,
+    cpu: Mapping[Any, float] | None = None,
+    whole: Measures | None = None,
+    batch: bool = False,
+) -> list[Doubt]:
+    """Every doubt about a repeat.
 
     Args:
         measures: of the window, or of the whole where there was no steady state.
@@ -29,35 +57,51 @@ def doubts(
         whole: of the whole repeat, as failures outside the window count too.
         batch: all was sent at once, and the whole of it is what is measured.
     """
-    everything = whole or measures
-    found = [] if measures.steady or batch else [_NOT_STEADY]
-    if (lag := _doubtful_lag_s(measures)) is not None:
-        found.append(
-            f"requests were sent late: lag p99 {lag * 1e3:.1f} ms, with a median TTFT of "
-            f"{(measures.ttft_p50_s or 0) * 1e3:.1f} ms; bench itself held up the load"
-        )
-    found += [
-        f"load actor {actor} used {used:.0%} of a CPU core: bench may be the bottleneck"
-        for actor, used in (cpu or {}).items()
-        if used > _CPU
-    ]
-    if not everything.ok:
-        found.append(f"nothing succeeded: {_listed(everything.failures) or 'nothing was sent'}")
-    elif (everything.failed_share or 0) > _FAILED_SHARE:
-        found.append(
-            f"{everything.failed} of {everything.requests} requests failed: "
-            f"{_listed(everything.failures)}"
-        )
-    found += answer_doubts(measures)
+    found = [] if measures.steady or batch else [Doubt(kind="unsteady", text=_NOT_STEADY)]
+    found += [Doubt(kind="late", text=text) for text in _late(measures)]
+    found += [Doubt(kind="busy", text=text) for text in busy(cpu or {})]
+    found += [Doubt(kind="failed", text=text) for text in _failed(whole or measures)]
+    found += [Doubt(kind="answers", text=text) for text in answer_doubts(measures)]
     if falls_behind(measures):
-        found.append(
+        text = (
             f"the server fell behind: {measures.requests} requests were planned and "
             f"{measures.requests - measures.backlog} ended, so latencies depend on how long the "
             "run lasted"
         )
-    elif measures.steady and (unsettled := _unsettled(measures)):
-        found.append(unsettled)
+        found.append(Doubt(kind="behind", text=text))
+    elif measures.steady:
+        found += [Doubt(kind="unsettled", text=text) for text in _unsettled(measures)]
     return found
+
+
+def _late(measures: Measures) -> list[str]:
+    lag = _doubtful_lag_s(measures)
+    if lag is None:
+        return []
+    return [
+        f"requests were sent late: lag p99 {lag * 1e3:.1f} ms, with a median TTFT of "
+        f"{(measures.ttft_p50_s or 0) * 1e3:.1f} ms; bench itself held up the load"
+    ]
+
+
+def busy(cpu: Mapping[Any, float]) -> list[str]:
+    """A sentence for each load actor that had too little of a CPU core left."""
+    return [
+        f"load actor {actor} used {used:.0%} of a CPU core: bench may be the bottleneck"
+        for actor, used in cpu.items()
+        if used > _CPU
+    ]
+
+
+def _failed(everything: Measures) -> list[str]:
+    if not everything.ok:
+        return [f"nothing succeeded: {_listed(everything.failures) or 'nothing was sent'}"]
+    if (everything.failed_share or 0) <= _FAILED_SHARE:
+        return []
+    return [
+        f"{everything.failed} of {everything.requests} requests failed: "
+        f"{_listed(everything.failures)}"
+    ]
 
 
 def answer_doubts(measures: Measures) -> list[str]:
@@ -90,18 +134,18 @@ def answer_doubts(measures: Measures) -> list[str]:
     return found
 
 
-def _unsettled(measures: Measures) -> str:
+def _unsettled(measures: Measures) -> list[str]:
     """Of the latency that is known worst; empty where all have settled."""
     open_ = {name: of for name, of in measures.settling.items() if not of.settled}
     if not open_:
-        return ""
+        return []
     worst = max(open_, key=lambda name: open_[name].error_share)
     of = open_[worst]
-    return (
+    return [
         f"{_LATENCY_NAMES[worst]} did not settle: {of.requests} requests, which waited for the "
         f"same queue, say as much about its mean as {max(1, round(of.independent))} independent "
         f"ones, which is {of.error_share:.0%} at best; send more requests, or fewer a second"
-    )
+    ]
 
 
 def falls_behind(measures: Measures) -> bool:

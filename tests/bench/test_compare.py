@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from bench.errors import ResultError
-from bench.measure import METRICS, measure
+from bench.itself.power import served
+from bench.measure import measure
 from bench.pages import compare
 from bench.pages.compare import Row
 from bench.records import Record
@@ -105,23 +106,6 @@ def test_one_metric_of_equal_servers_differs_about_one_time_in_twenty(interleave
         for _ in range(300)
     ]
     assert 0.01 < 1 - verdicts.count("noise") / 300 < 0.09
-
-
-def served(draw: random.Random, slower: float = 1.0, own: float = 0.03) -> dict[str, Any]:
-    """Three repeats with every metric: all share the noise of their repeat, and have their own."""
-    repeats = []
-    for _ in range(3):
-        shared = draw.gauss(1, 0.02)
-        repeats.append(
-            {
-                metric: 100
-                * shared
-                * draw.gauss(1, own)
-                * (slower if better == "lower" else 1 / slower)
-                for metric, better in METRICS.items()
-            }
-        )
-    return result(*repeats)
 
 
 @pytest.mark.parametrize("own", [0.005, 0.03])

@@ -267,25 +267,3 @@ def test_the_difference_of_shares_as_newcombe_published_it() -> None:
         pytest.approx(0.3339, abs=1e-4),
     )
     assert interval.of_share_difference(1, 10, 0, 0) is None
-
-
-def test_independent_samples_count_as_what_they_are() -> None:
-    found = [interval.inflation(np.random.default_rng(s).exponential(1, 500)) for s in range(100)]
-    assert np.mean(found) < 1.4
-    assert min(found) == 1.0
-
-
-def test_samples_that_hang_together_count_for_less() -> None:
-    """In an AR(1) series of coefficient r it is (1 + r) / (1 - r) that are worth one: here 9."""
-    found = []
-    for seed in range(50):
-        noise, series = np.random.default_rng(seed).normal(0, 1, 2000), [0.0]
-        for one in noise:
-            series.append(0.8 * series[-1] + one)
-        found.append(interval.inflation(series))
-    assert 7 < np.mean(found) < 11
-
-
-@pytest.mark.parametrize("values", [[], [1.0] * 3, [2.5] * 1000])
-def test_where_nothing_varies_nothing_is_said(values: list[float]) -> None:
-    assert interval.inflation(values) == 1.0

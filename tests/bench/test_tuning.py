@@ -12,6 +12,7 @@ from bench.engine import gain, knobs, tuning
 from bench.engine.knobs import Knob
 from bench.engine.tuning import Climb, Floor, Lengths, Measured, Outcome, Search, Trial
 from bench.hardware.roofline import Ceilings, Shape
+from bench.itself.power import KNOBS, tuned
 
 SPACE = [
     Knob(name="max_num_seqs", values=(None, 4, 16, 64), live=True, meaning=""),
@@ -129,24 +130,6 @@ def test_in_a_hurry_the_best_so_far_is_confirmed_and_no_more() -> None:
 
 # --- what is better, and what was only lucky ------------------------------------------------
 
-NULL = [
-    Knob(name="a", values=(None, 1, 2, 3, 4), live=True, meaning=""),
-    Knob(name="b", values=(None, 1, 2, 3, 4), live=True, meaning=""),
-    Knob(name="c", values=(None, 1, 2), meaning=""),
-]
-
-
-def tuned(seed: int, spread: float, better: Score = lambda _: 1.0, ladder: bool = False) -> Search:
-    """A search with scores that vary as those of short measurements do."""
-    rng, search = random.Random(seed), Search(NULL)
-    while (trial := search.ask()) is not None:
-        scores = []
-        for _ in range(trial.repeats):
-            score = better(trial.settings) * math.exp(rng.gauss(0, spread * trial.share**-0.5))
-            scores.append(1.04 ** math.floor(math.log(score) / math.log(1.04)) if ladder else score)
-        search.tell(Outcome(scores=scores))
-    return search
-
 
 @pytest.mark.parametrize("ladder", [False, True])
 @pytest.mark.parametrize("spread", [0.02, 0.05])
@@ -181,7 +164,7 @@ def test_a_setting_that_is_better_is_found_and_its_gain_is_not_flattered() -> No
 
 
 def test_a_confirmation_is_measured_with_seeds_of_its_own() -> None:
-    search, seeds = Search(NULL), {False: set(), True: set()}
+    search, seeds = Search(KNOBS), {False: set(), True: set()}
     rng = random.Random(1)
     while (trial := search.ask()) is not None:
         seeds[trial.held_out > 0].update(trial.seeds)

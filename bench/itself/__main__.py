@@ -1,0 +1,33 @@
+"""`python -m bench.itself`: what bench's own statistics are worth, on processes with known truth.
+
+Four tables: how often 95% intervals hold the truth (or are withheld); how often equal servers are
+said to differ, and slower ones found; how often `tune` keeps the defaults where nothing is better;
+and whether `search` finds the limit of a server of 16 requests/s within ten minutes.
+"""
+
+import argparse
+import sys
+
+from bench.itself import coverage, power
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.itself", description=__doc__)
+    parser.add_argument("--trials", type=int, default=400, help="series of each process")
+    parser.add_argument("--pairs", type=int, default=200, help="pairs of servers")
+    parser.add_argument("--tunings", type=int, default=100)
+    parser.add_argument("--searches", type=int, default=20)
+    options = parser.parse_args()
+    print("Coverage of 95% intervals, and the share of series that have one\n")
+    print(coverage.table(coverage.known(options.trials)), flush=True)
+    print("\nTwo servers compared, three repeats each\n")
+    print(power.comparisons(options.pairs), flush=True)
+    print("\nTuning\n")
+    print(power.tunings(options.tunings), flush=True)
+    print("\nSearch of a server that keeps its objective up to 16 requests/s, 600 s each\n")
+    print(power.searches(options.searches), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

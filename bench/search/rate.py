@@ -1,0 +1,504 @@
+"""The highest rate under a service level objective.
+
+`RateSearch` doubles the rate in short probes until the objective is missed, and then probes around
+the rate where just the allowed share would miss, by the regression of
+`bench.search.knee` over all that was seen near it. It ends when the interval for that rate is as
+narrow as was asked for, or when the time is over; either way the interval holds the true rate with
+the stated confidence. Where every rate keeps the objective, or none does, the highest or lowest is
+probed until an exact interval for its share says so.
+
+Bench's own lateness fails no rate. A request that was sent late, and was answered within the
+objective from when it was sent, is neither good nor a miss: it is left out, and the result is
+doubted.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from bench import correlation, interval, measure
+from bench.measure import Measures, Slo, validity
+from bench.records import Record
+from bench.search.knee import Block, Knee, expected_slope, fit, forgets
+
+Verdict = Literal["pass", "fail", "unresolved"]
+
+# The first probes say in which direction to go, and no more.
+_CLIMB_S, _CLIMB_LEAST, _CLIMB_MOST = 8.0, 16, 400
+_CLIMB_MISSES, _CLIMB_ODDS = 3, 2.0
+# Of a probe near the limit: the misses that it should see, and how much of all requests it is.
+_MISSES, _PARTS = 40, 7
+_FEWEST = 400
+# A queue forgets that it began empty over about as many requests as one independent one is worth:
+# a probe is so many times as long, and its beginning, of twice that, is left out.
+_LONG, _START, _START_MOST = 14.0, 1.5, 0.3
+# A probe lasts at least so many times as a request takes.
+_TURNS = 4.0
+# Blocks of a probe, each with some misses expected.
+_BLOCKS, _MISSES_OF_BLOCK = 8, 3
+# Probes count for the regression while the log odds that it expects are no farther than this from
+# those allowed, and within these ratios of its estimate: farther off they do not grow evenly.
+_NEAR_ODDS, _NEAR = 2.5, (1.15, 1.35)
+# Log odds to either side of those allowed at which is probed, by what the slope is taken for.
+_ODDS_APART, _APART = 0.7, (0.03, 0.15)
+# The capacity is seen where so many miss; a rate above this share of it is no use.
+_OVERLOADED, _BELOW, _BUSY = 0.5, 0.97, 0.8
+_MIDDLE = (0.2, 0.8)
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 40
+_TELLS = 1.0  # An interval that is wider than this says nothing.
+# With fewer requests under way than this on average, they hardly ever meet.
+_IDLE = 0.5
+_LOOKS = 4
+
+
+class Share(msgspec.Struct, kw_only=True):
+    """How many of the requests of a point were within the objective.
+
+    Attributes:
+        good, counted: requests; failures are counted and not good.
+        unknown: requests that only bench made miss; not counted.
+        independent: how many independent requests the counted ones are worth.
+        low, high: exact interval for the share of that many.
+    """
+
+    good: int = 0
+    counted: int = 0
+    unknown: int = 0
+    independent: int = 0
+    low: float = 0.0
+    high: float = 1.0
+
+
+class RatePoint(msgspec.Struct, kw_only=True):
+    """One rate, and what its probes showed.
+
+    Attributes:
+        verdict: by the interval of the whole search, where there is one.
+    """
+
+    rate: float
+    verdict: Verdict = "unresolved"
+    looks: int = 0
+    share: Share = msgspec.field(default_factory=Share)
+    measures: list[Measures] = msgspec.field(default_factory=list)
+    doubts: list[str] = msgspec.field(default_factory=list)
+
+
+class Forecast(msgspec.Struct, frozen=True, kw_only=True):
+    """What it will take to reach the precision, from here; None where nothing is known yet."""
+
+    requests: int
+    seconds: float
+
+
+class RateResult(msgspec.Struct, kw_only=True):
+    """The highest rate under the objective lies from `rate` to `fails_at`.
+
+    Attributes:
+        estimate: the most likely rate; None where it was not bracketed.
+        rate: a rate that keeps the objective, requests per second; None where none did.
+        fails_at: a rate that does not; None where all did.
+        confidence: that the true rate lies between them.
+        resolved: both are known and differ by no more than the precision.
+        reason: why it is not resolved; empty where it is.
+        goodput_per_s: measured at the highest rate that passed.
+        elapsed_s: of all probes.
+        forecast: what more would resolve it; None where it is resolved, or nothing is known.
+        doubts: of every probe, each once.
+        points: in the order of their rates.
+    """
+
+    estimate: float | None
+    rate: float | None
+    fails_at: float | None
+    confidence: float
+    resolved: bool
+    reason: str
+    goodput_per_s: float | None
+    elapsed_s: float
+    forecast: Forecast | None
+    doubts: list[str]
+    points: list[RatePoint]
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """What a probe showed of a rate.
+
+    Attributes:
+        missed: for each request that was judged, in the order of planned times, whether it missed.
+        unknown: how many could not be judged.
+        failed: how many were answered with an error, or never.
+        running: requests under way on average.
+        served_per_s: answers a second in the middle of the probe.
+        took_s: until the last answer.
+    """
+
+    missed: NDArray[np.bool_]
+    unknown: int
+    failed: int
+    running: float
+    served_per_s: float
+    took_s: float
+
+    @property
+    def overloaded(self) -> bool:
+        return bool(len(self.missed)) and float(self.missed.mean()) > _OVERLOADED
+
+
+def judge(records: Sequence[Record], slo: Slo) -> Seen:
+    """What records say of the server, whose start is left out where a steady state begins later."""
+    span = measure.window(records, None)
+    ordered = sorted(records, key=lambda record: record.planned_s)
+    counted = [r for r in ordered if span is None or r.planned_s >= span[0]]
+    judged = [(slo.used(record) <= 1, record) for record in counted]
+    late = [not good and _only_late(record, slo) for good, record in judged]
+    end_s = max((r.end_s for r in records if r.end_s is not None), default=0.0)
+    took_s = sum(r.end_s - r.planned_s for r in records if r.end_s is not None)
+    return Seen(
+        missed=np.array(
+            [not good for (good, _), one in zip(judged, late, strict=True) if not one], dtype=bool
+        ),
+        unknown=sum(late),
+        failed=sum(not record.ok for record in records),
+        running=took_s / end_s if end_s > 0 else 0.0,
+        served_per_s=_served_per_s([r.end_s for r in records if r.end_s is not None and r.ok]),
+        took_s=end_s,
+    )
+
+
+def _served_per_s(end_s: Sequence[float]) -> float:
+    """Answers a second of the middle of a probe, neither filling up nor running dry."""
+    if len(end_s) < 2:
+        return 0.0
+    first_s, last_s = np.quantile(end_s, _MIDDLE)
+    apart = (_MIDDLE[1] - _MIDDLE[0]) * len(end_s)
+    return float(apart / (last_s - first_s)) if last_s > first_s else math.inf
+
+
+def _only_late(record: Record, slo: Slo) -> bool:
+    """Whether it would have been good, had it been planned for when it was sent."""
+    sent_s = record.sent_s
+    if sent_s is None or not record.ok:
+        return False
+    return slo.met_by(msgspec.structs.replace(record, planned_s=sent_s))
+
+
+class RateSearch:
+    """The highest rate at which no more than the allowed share of requests misses an objective.
+
+    Args:
+        slo: the objective.
+        start: the first rate, requests per second.
+        least, most: limits of the rate.
+        precision: how far apart the ends of the interval may be, 0.15: 15%.
+        confidence: that the interval holds the true rate.
+        budget_s: time for all probes; None for as long as the precision takes.
+    """
+
+    def __init__(
+        self,
+        slo: Slo,
+        start: float = 1.0,
+        *,
+        least: float = 0.01,
+        most: float = 10_000.0,
+        precision: float = 0.15,
+        confidence: float = interval.CONFIDENCE,
+        budget_s: float | None = None,
+    ) -> None:
+        if not 0 < least <= start <= most:
+            raise ValueError(f"rates must be 0 < {least} <= {start} <= {most}")
+        self._slo, self._allowed = slo, 1 - slo.percentile / 100
+        self._least, self._most, self._precision = least, most, precision
+        self._confidence, self._budget_s = confidence, budget_s
+        self._points: dict[float, RatePoint] = {}
+        self._seen: list[tuple[float, Seen]] = []
+        self._rounds = 0
+        self._elapsed_s, self._latency_s = 0.0, 0.0
+        self._knee: Knee | None = None
+        self._middle = 0.0  # Around which is probed, once a rate was too high.
+        self._rate: float | None = start
+        self._reason = ""
+
+    # --- between two probes ---
+
+    def ask(self) -> tuple[float, int] | None:
+        """(rate, requests) to probe next, the same until told; None: the search is over."""
+        return None if self._rate is None else (self._rate, self._count(self._rate))
+
+    def tell(self, records: Sequence[Record], doubts: Sequence[str] = ()) -> None:
+        """What came back of what was asked for last, and what else is doubtful about it."""
+        if self._rate is None:
+            raise ValueError("the search is over: nothing was asked for")
+        rate = self._rate
+        point = self._points.setdefault(rate, RatePoint(rate=rate))
+        measures = measure.measure(records, self._slo, measure.window(records, None))
+        point.measures.append(measures)
+        of_bench = [d.text for d in validity.find(measures) if d.kind in validity.NOT_OF_RATE]
+        point.doubts += [text for text in (*of_bench, *doubts) if text not in point.doubts]
+        self.take(judge(records, self._slo))
+
+    def take(self, seen: Seen) -> None:
+        """`tell`, where the requests have been judged."""
+        if self._rate is None:
+            raise ValueError("the search is over: nothing was asked for")
+        rate = self._rate
+        self._elapsed_s += seen.took_s
+        self._latency_s = seen.running / rate
+        self._seen.append((rate, seen))
+        self._count_in(rate, seen)
+        self._knee = self._fitted()
+        self._judge_points()
+        self._rate = self._following(rate, seen)
+
+    @property
+    def result(self) -> RateResult:
+        passed, failed = self._ends()
+        narrow = passed and failed and failed / passed <= 1 + self._precision + 1e-9
+        knee = self._knee
+        return RateResult(
+            estimate=knee.rate if knee and passed and failed else None,
+            rate=passed,
+            fails_at=failed,
+            confidence=self._confidence,
+            resolved=bool(narrow),
+            reason="" if narrow else self._why_not(),
+            goodput_per_s=self._goodput_per_s(passed),
+            elapsed_s=self._elapsed_s,
+            forecast=None if narrow else self.forecast,
+            doubts=list(dict.fromkeys(self._doubts())),
+            points=sorted(self._points.values(), key=lambda point: point.rate),
+        )
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """By the width of the interval so far, which falls with the root of the requests."""
+        if self._knee is None or not math.isfinite(self._knee.width):
+            return None
+        used = sum(block.counted for block in self._near(self._knee.rate))
+        more = used * ((self._knee.width / self._precision) ** 2 - 1)
+        return Forecast(requests=max(0, round(more)), seconds=max(0.0, more / self._knee.rate))
+
+    # --- what was seen ---
+
+    def _count_in(self, rate: float, seen: Seen) -> None:
+        point = self._points.setdefault(rate, RatePoint(rate=rate))
+        point.looks += 1
+        missed, count = int(seen.missed.sum()), len(seen.missed)
+        share = point.share
+        share.unknown += seen.unknown
+        share.good += count - missed
+        share.counted += count
+        everything = np.concatenate([each.missed for at, each in self._seen if at == rate])
+        time = correlation.autocorrelation_time(everything.astype(float))
+        share.independent = int(share.counted / time)
+        lost = (share.counted - share.good) * share.independent / max(1, share.counted)
+        error = (1 - self._confidence) / _LOOKS
+        share.low, _ = interval.of_share_exact(
+            max(0, share.independent - math.ceil(lost)), share.independent, 1 - error
+        )
+        _, share.high = interval.of_share_exact(
+            share.independent - math.floor(lost), share.independent, 1 - error
+        )
+
+    def _near(self, rate: float) -> list[Block]:
+        """Blocks of the probes near a rate, without the time in which the queue still filled."""
+        fewest = max(1, math.ceil(_MISSES_OF_BLOCK / self._allowed))
+        capacity = self._capacity()
+        near, forgotten = self._reach(rate), forgets(self._load(rate))
+        blocks = []
+        for probe, (at, seen) in enumerate(self._seen):
+            # Above capacity the share of misses is that of the probe's length.
+            if not 1 / near <= at / rate <= near or at > _BELOW * capacity:
+                continue
+            start = min(_START * forgets(self._load(at)), _START_MOST * len(seen.missed))
+            kept = seen.missed[int(start) :]
+            for part in np.array_split(kept, min(_BLOCKS, len(kept) // fewest) or 1):
+                if len(part):
+                    blocks.append(
+                        Block(
+                            rate=at,
+                            missed=int(part.sum()),
+                            counted=len(part),
+                            probe=probe,
+                            weight=forgotten / forgets(self._load(at)),
+                        )
+                    )
+        return blocks
+
+    def _capacity(self) -> float:
+        """Answers a second of the probes that were far above it, where there was one.
+
+        Not below a rate that keeps the objective: a server may get slower in overload.
+        """
+        full = [seen.served_per_s for _, seen in self._seen if seen.overloaded]
+        passed, _ = self._bracket()
+        return max(max(full, default=max(self._points)), (passed or 0.0) / _BELOW**2)
+
+    def _load(self, rate: float) -> float:
+        """Which share of the capacity a rate is."""
+        return rate / self._capacity()
+
+    def _fitted(self) -> Knee | None:
+        """The regression over the probes near its own estimate."""
+        passed, failed = self._bracket()
+        if not passed or not failed:
+            return None
+        if not self._middle:
+            self._middle = min(math.sqrt(passed * failed), _BUSY * self._capacity())
+            return None
+        blocks = self._near(self._middle)
+        found = fit(blocks, self._allowed, self._confidence, self._load(self._middle))
+        if found is not None:  # Not farther at a time than the probes so far reach.
+            near = self._reach(self._middle)
+            self._middle = min(max(found.rate, self._middle / near), self._middle * near)
+        return found
+
+    def _reach(self, rate: float) -> float:
+        """The ratio up to which probes count for the regression around a rate."""
+        slope = expected_slope(self._allowed, self._load(rate))
+        return min(max(math.exp(min(1.0, _NEAR_ODDS / slope)), _NEAR[0]), _NEAR[1])
+
+    def _bracket(self) -> tuple[float | None, float | None]:
+        """The highest rate below all that seemed to fail, and the lowest of those."""
+        failed = [rate for rate in self._points if not self._seems_good(rate)]
+        lowest = min(failed, default=None)
+        passed = [r for r in self._points if r not in failed and (lowest is None or r < lowest)]
+        return max(passed, default=None), lowest
+
+    def _seems_good(self, rate: float) -> bool:
+        share = self._points[rate].share
+        missed = share.counted - share.good
+        if share.counted < _FEWEST:  # A miss or two of a short probe say nothing.
+            allowed = max(_CLIMB_MISSES, _CLIMB_ODDS * self._allowed * share.counted)
+            return missed < allowed
+        return missed <= self._allowed * share.counted
+
+    def _judge_points(self) -> None:
+        for point in self._points.values():
+            if self._knee is not None and self._knee.width <= _TELLS:
+                above, below = point.rate > self._knee.high, point.rate < self._knee.low
+                point.verdict = "fail" if above else "pass" if below else "unresolved"
+            elif point.share.low > 1 - self._allowed:
+                point.verdict = "pass"
+            elif point.share.high < 1 - self._allowed:
+                point.verdict = "fail"
+
+    # --- where to go ---
+
+    def _following(self, rate: float, seen: Seen) -> float | None:
+        """The next rate; None where nothing is left to find, or there is no time."""
+        passed, failed = self._bracket()
+        point = self._points[rate]
+        if failed is None:
+            if rate < self._most:
+                return self._afford(min(self._most, rate * 2))
+            sure = point.verdict == "pass" or point.looks >= _LOOKS
+            return None if sure else self._afford(rate)
+        if passed is None:
+            idle = seen.running < _IDLE or seen.failed == len(seen.missed)
+            sure = point.verdict == "fail" or point.looks >= _LOOKS
+            if idle or rate <= self._least:
+                return None if sure else self._afford(rate)
+            return self._afford(max(self._least, rate / 2))
+        knee = self._knee
+        if knee is not None and self._rounds >= _LEAST_ROUNDS and knee.width <= self._precision:
+            return None
+        self._rounds += 1
+        if self._rounds > _MOST_ROUNDS:
+            self._reason = f"{_MOST_ROUNDS} probes near the limit did not tell"
+            return None
+        return self._afford(self._around())
+
+    def _around(self) -> float:
+        """Below and above the estimate by turns; never so high that no queue would settle."""
+        capacity = self._capacity()
+        slope = expected_slope(self._allowed, self._load(self._middle))
+        apart = min(max(_ODDS_APART / slope, _APART[0]), _APART[1])
+        turned = self._middle * math.exp(apart if self._rounds % 2 else -apart)
+        return float(min(max(turned, self._least), self._most, _BELOW * capacity))
+
+    def _count(self, rate: float) -> int:
+        passed, failed = self._bracket()
+        if not (passed and failed and self._rounds):
+            climb = max(
+                _CLIMB_LEAST,
+                min(round(rate * _CLIMB_S), _CLIMB_MOST),
+                round(_TURNS * rate * self._latency_s),
+            )
+            point = self._points.get(rate)
+            if point is not None:  # The end of what may be probed: to be told for sure.
+                return max(climb, math.ceil(4 / self._allowed), point.share.counted)
+            return climb
+        count = max(
+            _FEWEST,
+            round(_MISSES / self._allowed),
+            round(_LONG * forgets(self._load(rate))),
+            round(2 * _TURNS * rate * self._latency_s),
+            sum(len(seen.missed) for _, seen in self._seen) // _PARTS,
+        )
+        if self._budget_s is not None:
+            parts = max(1, _LEAST_ROUNDS + 1 - self._rounds)
+            left = rate * (self._budget_s - self._elapsed_s) / parts
+            count = min(count, max(_CLIMB_LEAST, round(left)))
+        return count
+
+    def _afford(self, rate: float) -> float | None:
+        """The rate, where there is time for a probe of it."""
+        if self._budget_s is None:
+            return rate
+        needed_s = max(_CLIMB_LEAST, 0.5 * _CLIMB_S * rate) / rate
+        if self._elapsed_s + needed_s <= self._budget_s:
+            return rate
+        self._reason = f"the time of {self._budget_s:g} s was over"
+        return None
+
+    # --- what is known ---
+
+    def _ends(self) -> tuple[float | None, float | None]:
+        knee = self._knee
+        if knee is not None and knee.width <= _TELLS:
+            return knee.low, knee.high
+        if None not in self._bracket():
+            return None, None
+        sure = {p.rate for p in self._points.values() if p.verdict == "pass"}
+        bad = {p.rate for p in self._points.values() if p.verdict == "fail"}
+        return max(sure, default=None), min(bad, default=None)
+
+    def _why_not(self) -> str:
+        if not self._points:
+            return "nothing was probed"
+        if self._rate is not None:
+            return "the search is not over"
+        passed, failed = self._bracket()
+        lowest = self._points[min(self._points)]
+        if failed is None and max(self._points) >= self._most:
+            return f"the highest rate that may be probed passed: {self._most:g} requests/s"
+        if passed is None and not any(m.ok for m in lowest.measures):
+            return f"nothing succeeded at {lowest.rate:g} requests/s"
+        if passed is None and lowest.rate <= self._least:
+            return f"the lowest rate that may be probed failed: {lowest.rate:g} requests/s"
+        if passed is None and not self._reason:
+            return f"the objective is missed by a server that is idle: {lowest.rate:g} requests/s"
+        return self._reason or "the probes do not show how misses grow with the rate"
+
+    def _doubts(self) -> list[str]:
+        return [
+            f"{point.rate:g} requests/s: {doubt}"
+            for _, point in sorted(self._points.items())
+            for doubt in point.doubts
+        ]
+
+    def _goodput_per_s(self, passed: float | None) -> float | None:
+        """Of the probes at the highest rate that keeps the objective."""
+        below = [rate for rate in self._points if passed is not None and rate <= passed]
+        if not below:
+            return None
+        steady = [m for m in self._points[max(below)].measures if m.goodput_per_s is not None]
+        duration_s = sum(m.duration_s for m in steady)
+        good = sum((m.goodput_per_s or 0.0) * m.duration_s for m in steady)
+        return good / duration_s if duration_s else None

@@ -136,7 +136,7 @@ def test_the_ranks_of_the_median_of_a_hundred() -> None:
 @pytest.mark.parametrize(("share", "needed"), [(0.5, 6), (0.9, 36), (0.95, 72), (0.99, 368)])
 def test_a_percentile_needs_so_many_samples(share: float, needed: int) -> None:
     assert interval.samples_needed(share) == needed
-    values = np.random.default_rng(1).permutation(600).astype(float)
+    values = np.random.default_rng(1).permutation(2000).astype(float)
     assert interval.of_percentile(values[: needed - 1], share) is None
     assert interval.of_percentile(values, share) is not None
 

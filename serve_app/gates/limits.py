@@ -77,6 +77,7 @@ def check(asked: Reading, limits: Limits) -> None:
     """
     bounds: list[tuple[str, int, int | None]] = [
         ("n", asked.choices, limits.max_n),
+        ("best_of", asked.best_of, limits.max_n),
         ("the number of messages", asked.messages, limits.max_messages),
         *((name, value, limits.max_tokens) for name, value in asked.token_bounds),
         # Of other prompts vLLM counts the tokens (replica/bounds.py).

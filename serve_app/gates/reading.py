@@ -35,6 +35,7 @@ class _Body(msgspec.Struct):
     stream: Any = None
     session_id: Any = None
     n: Any = None
+    best_of: Any = None
     max_completion_tokens: Any = None
     max_tokens: Any = None
     max_output_tokens: Any = None
@@ -87,6 +88,8 @@ class Reading:
     Attributes:
         body_bytes: length of the body.
         choices: answers to each prompt, `n`. Beam search has as many beams.
+        best_of: candidates that the request asks for; vLLM ignores it, and the limit of this server
+            does not.
         sequences: that the engine runs for it; 0 where it runs none.
         max_tokens: that each answer may have, as far as the request says; None: it does not.
         token_bounds: every field that bounds an answer's tokens, with its value; vLLM ignores
@@ -104,6 +107,7 @@ class Reading:
     model: str | None = None
     stream: bool = False
     choices: int = 1
+    best_of: int = 1
     sequences: int = 0
     max_tokens: int | None = None
     token_bounds: tuple[tuple[str, int], ...] = ()
@@ -142,6 +146,7 @@ def read(route: Route, body: bytes) -> Reading:
         model=fields.model if isinstance(fields.model, str) else None,
         stream=_true(fields.stream),
         choices=choices,
+        best_of=_whole(fields.best_of) or 1,
         sequences=_sequences(route.counts, fields, choices),
         max_tokens=bounds[0][1] if bounds else None,
         token_bounds=bounds,

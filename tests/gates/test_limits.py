@@ -55,6 +55,7 @@ async def test_the_body_reaches_the_application_whole() -> None:
         (b'{"n": "9"}', 400, "n is 9"),
         (b'{"n": 9.0}', 400, "n is 9"),
         (b'{"n": 1e2}', 400, "n is 100"),
+        (b'{"best_of": "9"}', 400, "best_of is 9"),
         (b'{"max_tokens": "101"}', 400, "max_tokens is 101"),
         (b'{"prompt": ["x", "x", "x", "x", "x"], "n": 4}', 400, "20 sequences"),
         (b'{"structured_outputs": {"regex": "[a-z]{2,90}[0-9]{99}[A-Z]{900}"}}', 400, "grammar"),

@@ -33,6 +33,13 @@ def test_every_private_import_is_registered() -> None:
             assert f"`{name}`" in REGISTER, f"{name} is not in docs/upstream.md"
 
 
+def test_only_one_package_imports_vllm() -> None:
+    imports = re.compile(r"^(?:from|import) vllm\b", re.M)
+    for path in (ROOT / "serve_app").rglob("*.py"):
+        if path.parent.name != "replica":
+            assert not imports.search(path.read_text()), path
+
+
 def test_1_a_request_is_added_by_this_method() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -281,8 +281,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     lost = [Sample(t_s=7.5, running=1.0)]  # The dashboard did not answer.
     server = [msgspec.to_builtins([*samples[:2], *lost, *samples[2:]])]
+    path = result.prepare(folder)
     result.write(folder, result.header("run", "a burst") | {"server": server})
-    records.append(result.prepare(folder), outcome.records())
+    records.append(path, outcome.records())
     return folder
 
 

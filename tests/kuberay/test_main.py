@@ -64,7 +64,7 @@ class Heavy(importlib.abc.MetaPathFinder):
         first = name.partition(".")[0]
         if path is None and first not in light and first not in sys.stdlib_module_names:
             if not first.startswith("_"):
-                raise ImportError(f"not of a light environment: {{name}}")
+                raise ModuleNotFoundError(f"not of a light environment: {{name}}")
 
 sys.meta_path.insert(0, Heavy())
 from kuberay.__main__ import SUBCOMMANDS, main

@@ -10,6 +10,7 @@ import yaml
 from kuberay import layout, preflight, prices, releases, render
 from kuberay.layout import Layout
 from kuberay.target import HERE
+from serve_app.launch import doctor
 from tests.kuberay import planted
 from tests.kuberay.cli import Ran, run
 from tests.kuberay.cloud import ACCOUNT_ID, REGION, Cloud, Fault
@@ -210,8 +211,8 @@ def test_the_config_of_a_model_in_s3_is_read_there(account: Cloud) -> None:
     s3.create_bucket(Bucket="weights", CreateBucketConfiguration={"LocationConstraint": REGION})
     body = json.dumps(
         {
-            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "vocab_size": 100,
+            "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 100,
         }
     )  # fmt: skip
     s3.put_object(Bucket="weights", Key="mine/config.json", Body=body)
@@ -264,7 +265,7 @@ def test_ours_is_gone_on_with(account: Cloud) -> None:
 
 def test_versions_that_disagree_fail(account: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases, "KUBERAY", "1.8.0")
-    monkeypatch.setitem(__import__("serve_app.launch.doctor").doctor.PINS, "ray", "2.61.0")
+    monkeypatch.setitem(doctor.PINS, "ray", "2.61.0")
     result, checks = checked()
     assert result.returncode == 1
     assert checks["KubeRay"]["status"] == "FAIL"

@@ -98,7 +98,7 @@ _COVERED = {
         "instance", "volume", "snapshot", "natgateway", "elastic-ip", "network-interface",
         "security-group", "security-group-rule", "launch-template", "subnet", "route-table",
         "internet-gateway", "vpc", "vpc-endpoint", "fleet", "spot-instances-request",
-        "spot-instance-request", "vpc-flow-log",
+        "spot-instance-request", "vpc-flow-log", "flow-logs",
     )),
     ("eks", None),
     ("cloudformation", None),

@@ -213,7 +213,7 @@ def test_a_failed_check_stops_it_before_anything_is_made(
     result = run("up", *WHERE, "--yes")
     assert (result.returncode, planted.everything(account)) == (1, before)
     assert "FAIL  quota G" in result.stderr
-    assert not commands.calls("eksctl")
+    assert commands.calls("eksctl") == ["eksctl version"]
 
 
 def test_without_yes_the_cost_is_shown_and_nothing_is_made(
@@ -222,7 +222,7 @@ def test_without_yes_the_cost_is_shown_and_nothing_is_made(
     result = run("up", *WHERE)
     assert result.returncode == 2
     assert "$/hour until `make eks-down`" in result.stderr
-    assert not commands.calls("eksctl")
+    assert commands.calls("eksctl") == ["eksctl version"]
 
 
 def test_a_cluster_that_is_there_is_gone_on_with(account: Cloud, commands: Commands) -> None:

@@ -1,8 +1,8 @@
 """The engine of one replica: vLLM's AsyncLLM and vLLM's own ASGI application.
 
 Only this package imports vllm, because what it touches moves between releases. Everything else sees
-`Engine`: start it, serve `app()`, `warm_up()` once, `probe()` now and then, `restart()` it if it has
-died, `stop()` it.
+`Engine`: start it, serve `app()`, `warm_up()` once, `probe()` now and then, `restart()` it if it
+has died, `stop()` it.
 """
 
 import argparse

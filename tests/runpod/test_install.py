@@ -169,7 +169,8 @@ def test_every_step_is_in_the_image_and_no_weights_are() -> None:
 def test_every_package_of_the_project_is_in_the_image() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     # A package is copied with those inside it.
-    packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    patterns = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {pattern.rstrip("*") for pattern in patterns}
     assert packages <= set(copied())
 
 

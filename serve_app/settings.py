@@ -12,6 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from serve_app.errors import ConfigError, nearest
 
+# Arguments of `engine` that are the CORS gate's (gates/cors.py). vLLM must not add the headers a
+# second time: a browser refuses an answer that has them twice.
+CORS_ARGUMENTS = ("allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials")
+
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 

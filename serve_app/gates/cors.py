@@ -15,9 +15,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.errors import BadRequest
 
-# Arguments of vLLM that are this gate's. vLLM must not add the headers a second time: a browser
-# refuses an answer that has them twice.
-ARGUMENTS = ("allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials")
 # What a page may read of an answer beside its body.
 _EXPOSED = ("x-request-id", "retry-after")
 # How long a browser may remember a preflight.

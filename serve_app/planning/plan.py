@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ConfigError
-from serve_app.gates.cors import ARGUMENTS as CORS_ARGUMENTS
 from serve_app.planning import embedded, kernels
 from serve_app.planning.hardware import Gpu, Node, cluster_nodes, has_bfloat16
 from serve_app.planning.placement import Placement, place
@@ -25,7 +24,7 @@ from serve_app.planning.sizing import (
     choose_tensor_parallel_size,
 )
 from serve_app.scaling.policy import Goal
-from serve_app.settings import Settings
+from serve_app.settings import CORS_ARGUMENTS, Settings
 
 # The CPU build of vLLM 0.32 compiles wrong code, so without a GPU it always runs eagerly. The KV
 # cache is bounded because vLLM would otherwise take half of the machine for each replica.

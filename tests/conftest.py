@@ -24,6 +24,27 @@ SERVERS = (
 )
 # One server for all that is in there.
 SERVED = "tests/served/"
+# Each starts an engine, a Ray cluster or installs an environment: `make test-fast` leaves them out.
+ENGINES = (
+    "tests/test_continuation.py",
+    "tests/test_docs.py",
+    "tests/test_makefile.py",
+    "tests/launch/test_doctor.py",
+    "tests/launch/test_haproxy_reload.py",
+    "tests/planning/test_placement.py",
+    "tests/replica/test_bounds.py",
+    "tests/bench/test_chaos.py",
+    "tests/bench/test_load.py",
+    "tests/bench/test_locustfile.py",
+    "tests/bench/test_main_path.py",
+    "tests/bench/test_run.py",
+    "tests/bench/test_scale.py",
+    "tests/bench/test_tune.py",
+    "tests/kuberay/test_down.py",
+    "tests/kuberay/test_up.py",
+    "tests/runpod/test_deploy.py",
+    "tests/runpod/test_install.py",
+)
 # The longest first, so that no worker has to wait for another in the end.
 FIRST = (*SERVERS, SERVED, "tests/test_continuation.py", "tests/scaling/test_policy.py")
 
@@ -41,6 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next(found, len(FIRST))
 
     items.sort(key=place)
+    for item in items:
+        if item.nodeid.startswith((*SERVERS, SERVED, *ENGINES)):
+            item.add_marker(pytest.mark.server)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -19,7 +19,7 @@ import pytest
 from serve_app.replica import frontends
 from tests.server import Server, configuration, launched
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 KEY = {"authorization": "Bearer sk-ann"}
 # Takes the full lane because of this header, and nothing else is different.
 FULL = {"origin": "http://localhost"}

@@ -1,4 +1,4 @@
-"""The command line: `python -m serve_app serve`, `doctor` and `observe`."""
+"""The command line: `python -m serve_app serve`, `doctor`, `observe` and `tenants`."""
 
 import argparse
 import sys
@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("--config", default="serve_config.yaml", help="default: %(default)s")
     serve.add_argument("--model", default=None, help="in place of the configured one")
     commands.add_parser("doctor", help="check this machine", add_help=False)
+    commands.add_parser("tenants", help="who shares the fleet", add_help=False)
     commands.add_parser("observe", help="watch what is served", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     try:
@@ -22,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from serve_app.launch import doctor
 
             return doctor.run(rest)
+        if arguments.command == "tenants":
+            from serve_app.tenants import commands as tenant_commands
+
+            return tenant_commands.main(rest)
         if arguments.command == "observe":
             from serve_app.monitoring import observe
 

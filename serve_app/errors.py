@@ -8,6 +8,7 @@ One tree, so that whoever catches `ServeError` has caught them all:
         ├── BadRequest         400
         ├── Unauthorized       401
         ├── NotFound           404
+        ├── ModelNotFound      404  or it is not for this tenant
         ├── RequestTimeout     408  the client was too slow to send
         ├── PayloadTooLarge    413
         ├── TooManyRequests    429, with Retry-After
@@ -121,6 +122,12 @@ class NotFound(RequestError):
     status = 404
     kind = "invalid_request_error"
     code = "not_found"
+
+
+class ModelNotFound(RequestError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "model_not_found"
 
 
 class RequestTimeout(RequestError):

@@ -132,6 +132,25 @@ class ApiKeys(_Frozen):
         return self.env is not None or self.file is not None
 
 
+class Tenants(_Frozen):
+    """Where the tenants are (serve_app/tenants); both may be given, their tenants are joined.
+
+    The database also has what is counted for quotas, and the ledger.
+    """
+
+    file: Annotated[str, Field(min_length=1)] | None = None
+    database: Annotated[str, Field(min_length=1)] | None = None
+
+    @property
+    def configured(self) -> bool:
+        return self.file is not None or self.database is not None
+
+    @property
+    def address(self) -> str:
+        """Of the database: beside the file, where only that is given."""
+        return self.database if self.database is not None else f"{self.file}.sqlite3"
+
+
 class Limits(_Frozen):
     """What one request, and all of them together, may ask of one replica."""
 
@@ -173,6 +192,7 @@ class Settings(_Frozen):
     gateway: Gateway = Field(default_factory=Gateway)
     models: list[dict[str, Any]] = Field(default_factory=list)
     api_keys: ApiKeys = Field(default_factory=ApiKeys)
+    tenants: Tenants = Field(default_factory=Tenants)
     observe: Observe = Field(default_factory=Observe)
     allow_unauthenticated_network: bool = False
     stream_gap_ms: Annotated[float, Field(ge=0, le=1000)] = 50.0
@@ -237,7 +257,7 @@ class Settings(_Frozen):
 
 
 # What belongs to the gateway, or to all.
-_SHARED = frozenset({"gateway", "models", "api_keys", "allow_unauthenticated_network"})
+_SHARED = frozenset({"gateway", "models", "api_keys", "tenants", "allow_unauthenticated_network"})
 
 # Engine arguments that have a key of their own here, and two places for one value would disagree.
 _OWNED = {

@@ -5,11 +5,12 @@ Every route but health is behind the gate. vLLM's own check guards some prefixes
 """
 
 import hashlib
-import hmac
 import os
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,6 +28,21 @@ _REREAD_S = 1.0
 tenant: ContextVar[str] = ContextVar("tenant", default="anonymous")
 
 
+class Keys(Protocol):
+    """The accepted keys, from wherever they come: a KeyRing, or the registry of tenants."""
+
+    @property
+    def required(self) -> bool:
+        """Whether a request needs one."""
+        ...
+
+    def holder(self, key: str) -> str | None:
+        """The name of the tenant that has this key; None: nobody has."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
 class KeyRing:
     """The accepted keys, as digests. A configured source that is empty or missing accepts none.
 
@@ -40,28 +56,18 @@ class KeyRing:
         self.required = source.configured
         self._file = Path(source.file) if source.file is not None else None
         self._from_env = _keys(os.environ.get(source.env or "", "").split(","))
-        self._from_file: Keys = ()
+        self._from_file: Mapping[bytes, str] = {}
         self._signature: tuple[int, int, int] | None = None
         self._read_at = -_REREAD_S
 
     def holder(self, key: str) -> str | None:
-        """The name of the tenant that has this key; None: nobody has.
-
-        A header has bytes, and `key` is what they are as latin-1. Clients send a key beyond ASCII
-        as UTF-8, some as latin-1; either is accepted. The time that this takes does not depend on
-        how nearly a key matches.
-        """
+        """The name of the tenant that has this key; None: nobody has."""
         self._reread()
-        sent = {key.encode("utf-8", "surrogateescape"), key.encode("latin-1", "replace")}
-        digests = [hashlib.sha256(each).digest() for each in sent]
-        known = self._from_env + self._from_file
-        found = [
-            name
-            for name, digest in known
-            for given in digests
-            if hmac.compare_digest(given, digest)
-        ]
-        return found[0] if found else None
+        for digest in sent_digests(key):
+            name = self._from_env.get(digest) or self._from_file.get(digest)
+            if name is not None:
+                return name
+        return None
 
     def __len__(self) -> int:
         self._reread()
@@ -82,21 +88,32 @@ class KeyRing:
                 self._signature = signature
         except (OSError, UnicodeDecodeError):
             # Fails closed: a secret that was taken away no longer opens the door.
-            self._from_file, self._signature = (), None
+            self._from_file, self._signature = {}, None
 
 
-# Names, and SHA-256 digests.
-Keys = tuple[tuple[str, bytes], ...]
+def sent_digests(key: str) -> tuple[bytes, ...]:
+    """The SHA-256 digests of the keys that a client may have meant by a header's value.
+
+    A header has bytes, and `key` is what they are as latin-1. Clients send a key beyond ASCII as
+    UTF-8, some as latin-1; either is accepted. Keys are looked up by digest: how long that takes
+    says nothing of how nearly a key matches.
+    """
+    utf8 = key.encode("utf-8", "surrogateescape")
+    if key.isascii():
+        return (hashlib.sha256(utf8).digest(),)
+    latin1 = key.encode("latin-1", "replace")
+    return (hashlib.sha256(utf8).digest(), hashlib.sha256(latin1).digest())
 
 
-def _keys(lines: list[str]) -> Keys:
-    found = []
+def _keys(lines: list[str]) -> Mapping[bytes, str]:
+    """The names of keys, by digest."""
+    found: dict[bytes, str] = {}
     for line in lines:
         *name, key = line.split() or [""]
         if key:
             digest = hashlib.sha256(key.encode())
-            found.append((" ".join(name) or digest.hexdigest()[:8], digest.digest()))
-    return tuple(found)
+            found.setdefault(digest.digest(), " ".join(name) or digest.hexdigest()[:8])
+    return found
 
 
 class KeyGate:
@@ -106,7 +123,7 @@ class KeyGate:
     platform keeps the Authorization header for itself).
     """
 
-    def __init__(self, app: ASGIApp, ring: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, ring: Keys) -> None:
         self.app = app
         self.ring = ring
 
@@ -133,7 +150,7 @@ class KeyGate:
             await error(scope, receive, send)
 
 
-def check_exposure(ring: KeyRing, allowed: bool) -> None:
+def check_exposure(ring: Keys, allowed: bool) -> None:
     """Without keys, only this machine may ask, unless the settings say otherwise.
 
     Raises:

@@ -34,6 +34,7 @@ class _Body(msgspec.Struct):
     model: Any = None
     stream: Any = None
     session_id: Any = None
+    priority: Any = None
     n: Any = None
     best_of: Any = None
     max_completion_tokens: Any = None
@@ -101,6 +102,7 @@ class Reading:
         messages: of a conversation, or items of its input, each of which takes time to render.
         grammar_bytes: size of the grammars that it must be compiled to (grammar.py).
         session: what the body calls its conversation.
+        priority: whether it asks vLLM's scheduler for another priority than 0.
     """
 
     body_bytes: int = 0
@@ -117,6 +119,7 @@ class Reading:
     messages: int = 0
     grammar_bytes: int = 0
     session: str | None = None
+    priority: bool = False
 
 
 def read(route: Route, body: bytes) -> Reading:
@@ -156,6 +159,7 @@ def read(route: Route, body: bytes) -> Reading:
         messages=max(len(_list(fields.messages)), _items(fields.input)),
         grammar_bytes=_grammar_bytes(fields, sampling),
         session=fields.session_id if isinstance(fields.session_id, str) else None,
+        priority=bool(_whole(fields.priority)),
     )
 
 

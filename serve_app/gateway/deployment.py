@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 
 from serve_app.errors import ConfigError
 from serve_app.gates.front import front
-from serve_app.gates.keys import KeyGate, KeyRing, check_exposure
+from serve_app.gates.keys import KeyGate, check_exposure
 from serve_app.gates.limits import LimitGate
 from serve_app.gateway import routing
 from serve_app.gateway.fleet import Fleet, Found, listen
@@ -32,6 +32,8 @@ from serve_app.gateway.relay import Relay
 from serve_app.observe.observation import Observation
 from serve_app.progress import reported, say
 from serve_app.settings import Settings
+from serve_app.tenants.gate import gated
+from serve_app.tenants.registry import keys_of
 
 logger = logging.getLogger("serve_app")
 
@@ -53,27 +55,27 @@ class Gateway:
         self._relays: dict[str, Relay] = {}
         self._began_s = time.monotonic()
         with reported("the gateway"):
-            self._ring = KeyRing(settings.api_keys)
-            check_exposure(self._ring, settings.allow_unauthenticated_network)
+            self._keys = keys_of(settings)
+            check_exposure(self._keys, settings.allow_unauthenticated_network)
             self._observation = Observation(settings.observe, "gateway")
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
         adapters: dict[str, str] = {}
         # `build` made an engine of each model, in this order.
-        models = zip(self._engines.items(), self._settings.of_each_model(), strict=True)
-        for (name, handle), each in models:
+        described = zip(self._engines.items(), self._settings.of_each_model(), strict=True)
+        for (name, handle), each in described:
             self._relays[name] = self._relay(name, handle, may_sleep=each.replicas.min == 0)
             adapters |= dict.fromkeys(adapters_of(each.engine), name)
         await asyncio.gather(
             *(each.replicas.wait_until_ready(_LEARN_S) for each in self._relays.values())
         )
         say(f"gateway: {time.monotonic() - self._began_s:.1f} s")
-        self._limited = LimitGate(
-            Models(self._relays, self._settings, adapters), self._settings.limits
-        )
-        gated = front(KeyGate(self._limited, self._ring), self._settings.engine)
-        return self._observation.gate(gated, next(iter(self._relays)), self._settings.replicas)
+        main = next(iter(self._relays))
+        models = Models(self._relays, self._settings, adapters)
+        self._limited = LimitGate(gated(models, self._keys, main), self._settings.limits)
+        app = front(KeyGate(self._limited, self._keys), self._settings.engine)
+        return self._observation.gate(app, main, self._settings.replicas)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Ray Serve with the deployment's `user_config`: limits, while requests run."""

@@ -98,6 +98,14 @@ generated_tokens = Counter(
     ("model", "tenant"),
 )
 
+# --- tenants (serve_app/tenants) ---
+
+tenants = Gauge("serve_app_tenants", "Tenants that are configured.")
+tenants_stale = Gauge(
+    "serve_app_tenants_stale",
+    "1 while tenants cannot be read: those that were read last are in force.",
+)
+
 # --- the gateway (relay.py) ---
 
 failed_attempts = Counter(

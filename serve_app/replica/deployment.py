@@ -16,7 +16,7 @@ from serve_app.errors import ConfigError
 from serve_app.gates.admission import Admission, AdmissionGate
 from serve_app.gates.anthropic import WithoutThinking
 from serve_app.gates.front import front
-from serve_app.gates.keys import KeyGate, KeyRing, check_exposure
+from serve_app.gates.keys import KeyGate, check_exposure
 from serve_app.gates.limits import LimitGate
 from serve_app.gates.refusal import RefusalGate
 from serve_app.lanes.door import Locator
@@ -35,6 +35,8 @@ from serve_app.replica.supervisor import Reaper, Supervisor
 from serve_app.scaling import autoscaler
 from serve_app.scaling.signals import Signals
 from serve_app.settings import Limits, Settings
+from serve_app.tenants.gate import gated
+from serve_app.tenants.registry import keys_of
 
 # That a restart may take beyond twice the time of the first start.
 _LEAST_RESTART_S = 30.0
@@ -120,10 +122,15 @@ class _Engine:
             waited=metrics.waits.labels(self._model).observe,
         )
         self._admitted.append(admitted)
-        shown = Exposition(admitted, by_tenant=self._settings.api_keys.configured)
-        limited = LimitGate(shown, limits)
+        settings = self._settings
+        by_tenant = settings.api_keys.configured or settings.tenants.configured
+        limited = LimitGate(self._of_tenants(Exposition(admitted, by_tenant)), limits)
         self._limited.append(limited)
         return limited
+
+    def _of_tenants(self, app: ASGIApp) -> ASGIApp:
+        """The application behind the gate of tenants, where clients reach this replica."""
+        return app
 
     async def _answer(self) -> ASGIApp:
         """vLLM's application, and what it leaves to be said better."""
@@ -214,17 +221,20 @@ class Replica(_Engine):
 
     def __init__(self, settings: Settings, plan: Plan) -> None:
         with reported("the replica"):
-            self._ring = KeyRing(settings.api_keys)
-            check_exposure(self._ring, settings.allow_unauthenticated_network)
+            self._keys = keys_of(settings)
+            check_exposure(self._keys, settings.allow_unauthenticated_network)
         self._load(settings, plan)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
-        gated = KeyGate(await self._stack(), self._ring)
+        gated = KeyGate(await self._stack(), self._keys)
         app = self._gate(front(gated, self._settings.engine), counted=True)
         if self._fast_lane is None or self._engine.fast is None:
             return app
         return await self._open_door(app, self._fast_lane)
+
+    def _of_tenants(self, app: ASGIApp) -> ASGIApp:
+        return gated(app, self._keys, self._model)
 
     def _fast_host(self) -> str | None:
         secret = os.environ.get(SECRET_VARIABLE)
@@ -247,7 +257,7 @@ class Replica(_Engine):
         """The same application, which also says where the door to the fast lane is."""
         grant = lane.grant(self._engine, lambda: self._settings.limits.request_timeout_s)
         self._fast_gates = self._gates(grant)
-        gated = self._gate(KeyGate(self._fast_gates, self._ring), counted=True)
+        gated = self._gate(KeyGate(self._fast_gates, self._keys), counted=True)
         host = ray.util.get_node_ip_address()
         door = await lane.open(gated, host, lambda: self._fast_gates.limits)
         return Locator(app, door)

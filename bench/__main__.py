@@ -37,7 +37,7 @@ def main() -> int:
     options = _parser().parse_args()
     _end_on_signals()
     try:
-        found = COMMANDS[options.command].run(options)
+        output = COMMANDS[options.command].run(options)
     except BenchError as error:
         return _failed(str(error), error.status)
     except OSError as error:
@@ -45,9 +45,9 @@ def main() -> int:
     except KeyboardInterrupt:
         return _failed("interrupted before there was a result", 130)
     if not COMMANDS[options.command].has_table:
-        console.show(found)
-    print(json.dumps(found))
-    return 0 if found.get("valid", True) else 1
+        console.show(output)
+    print(json.dumps(output))
+    return 0 if output.get("valid", True) else 1
 
 
 def _failed(why: str, status: int) -> int:
@@ -69,41 +69,41 @@ def _end_on_signals() -> None:
 
 
 def _run(options: Options) -> dict[str, Any]:
-    found = asyncio.run(run.run(_job(options), options.out))
-    _held_against(found, options)
-    return _told(found, options, summary=found["summary"], **_about_requests(found))
+    output = asyncio.run(run.run(_job(options), options.out))
+    _write_roofline(output, options)
+    return _headline_of(output, options, summary=output["summary"], **_request_figures(output))
 
 
-def _about_requests(found: dict[str, Any]) -> dict[str, Any]:
+def _request_figures(output: dict[str, Any]) -> dict[str, Any]:
     """What a reader must know to judge the figures: how long requests were, and what was cached."""
-    answers = [each["answers"] for each in found["repeats"]]
-    told: dict[str, Any] = {"salt": found["salt"]}
+    answers = [each["answers"] for each in output["repeats"]]
+    headline: dict[str, Any] = {"salt": output["salt"]}
     for name, key in (
         ("prompt_tokens", "input_tokens"),
         ("answer_tokens", "output_tokens"),
         ("prefix_cache_share", "cached_share"),
     ):
-        known = [each[key] for each in answers if each[key] is not None]
-        told[name] = sum(known) / len(known) if known else None
-    last = [each[-1]["acceptance_rate"] for each in found["server"] if each]
-    if known := [rate for rate in last if rate is not None]:
-        told["speculative_acceptance"] = sum(known) / len(known)
-    if found.get("efficiency"):
-        told |= {name: each["mean"] for name, each in found["efficiency"].items()}
-    if found.get("sessions"):
-        first = dict(found["sessions"][0])
-        told["turns"] = {turn.pop("name"): turn for turn in first.pop("turns")}
-        told |= {f"sessions_{key}": value for key, value in first.items()}
-    return told
+        present = [each[key] for each in answers if each[key] is not None]
+        headline[name] = sum(present) / len(present) if present else None
+    last = [each[-1]["acceptance_rate"] for each in output["server"] if each]
+    if present := [rate for rate in last if rate is not None]:
+        headline["speculative_acceptance"] = sum(present) / len(present)
+    if output.get("efficiency"):
+        headline |= {name: each["mean"] for name, each in output["efficiency"].items()}
+    if output.get("sessions"):
+        first = dict(output["sessions"][0])
+        headline["turns"] = {turn.pop("name"): turn for turn in first.pop("turns")}
+        headline |= {f"sessions_{key}": value for key, value in first.items()}
+    return headline
 
 
 def _matrix(options: Options) -> dict[str, Any]:
     from bench import matrix
 
     job, cells = _job(options), workload.matrix()
-    found = asyncio.run(matrix.served(job, options.per_user, options.out, cells))
-    _held_against(found, options)
-    return _told(found, options, cells=_cells(found))
+    output = asyncio.run(matrix.served(job, options.per_user, options.out, cells))
+    _write_roofline(output, options)
+    return _headline_of(output, options, cells=_cells(output))
 
 
 def _baseline(options: Options) -> dict[str, Any]:
@@ -111,22 +111,22 @@ def _baseline(options: Options) -> dict[str, Any]:
 
     cells = workload.matrix()
     arguments = (options.engine, options.repeats, options.seed, options.out, cells)
-    found = matrix.in_process(options.model, *arguments)
-    _held_against(found, options)
-    return _told(found, options, cells=_cells(found))
+    output = matrix.in_process(options.model, *arguments)
+    _write_roofline(output, options)
+    return _headline_of(output, options, cells=_cells(output))
 
 
 def _sweep(options: Options) -> dict[str, Any]:
     from bench import probe
 
     job = _job(options)
-    found = asyncio.run(probe.sweep(job, options.out, options.start, options.most, options.gain))
-    return _told(
-        found,
+    output = asyncio.run(probe.sweep(job, options.out, options.start, options.most, options.gain))
+    return _headline_of(
+        output,
         options,
-        users=found["users"],
-        output_tokens_per_s=found["tokens_per_s"],
-        resolved=found["resolved"],
+        users=output["users"],
+        output_tokens_per_s=output["tokens_per_s"],
+        resolved=output["resolved"],
     )
 
 
@@ -134,22 +134,22 @@ def _search(options: Options) -> dict[str, Any]:
     from bench import probe
 
     job = _job(options)
-    found = asyncio.run(
+    output = asyncio.run(
         probe.highest_rate(
             job, options.out, options.start, options.most, options.precision, options.budget_s
         )
     )
     keys = ("rate", "fails_at", "estimate", "goodput_per_s", "resolved", "elapsed_s")
-    return _told(found, options, **{key: found[key] for key in keys})
+    return _headline_of(output, options, **{key: output[key] for key in keys})
 
 
 def _pareto(options: Options) -> dict[str, Any]:
     users = pareto.users_of(options.users)
-    found = asyncio.run(pareto.curve(_job(options), users, options.per_user, options.out))
-    return _told(
-        found,
+    output = asyncio.run(pareto.curve(_job(options), users, options.per_user, options.out))
+    return _headline_of(
+        output,
         options,
-        curve={f"{each['users']} users": pareto.row(each) for each in found["curve"]},
+        curve={f"{each['users']} users": pareto.row(each) for each in output["curve"]},
     )
 
 
@@ -160,10 +160,10 @@ def _quality(options: Options) -> dict[str, Any]:
         raise BenchError("say --write FILE, or --out DIR with one of --reference and --answers")
     scored = options.reference is None
     references = quality.read(options.answers if scored else options.reference)
-    found = asyncio.run(
+    output = asyncio.run(
         quality.judge(_target(options), references, options.tokens, scored, options.out)
     )
-    shown = {key: value for key, value in found.items() if key not in _LONG}
+    shown = {key: value for key, value in output.items() if key not in _LONG}
     return shown | {"out": str(options.out)}
 
 
@@ -198,19 +198,19 @@ def _compare(options: Options) -> dict[str, Any]:
     return compare.as_json(rows, notes)
 
 
-def _held_against(found: dict[str, Any], options: Options) -> None:
+def _write_roofline(output: dict[str, Any], options: Options) -> None:
     """Add to a result, and to its file, what the hardware would allow, where that is known."""
     from bench import result
 
     # Only an engine of this process is known to run on this machine's GPU.
-    here = found["benchmark"] == "baseline"
+    here = output["benchmark"] == "baseline"
     model, engine = (options.model, options.engine) if here else ("", {})
-    known = ceilings.known(options.roofline, model, engine)
-    if known is not None:
-        result.write(options.out, roofline.attach(found, *known))
+    hardware = ceilings.shape_and_ceilings(options.roofline, model, engine)
+    if hardware is not None:
+        result.write(options.out, roofline.attach(output, *hardware))
 
 
-def _told(found: dict[str, Any], options: Options, **more: Any) -> dict[str, Any]:
+def _headline_of(output: dict[str, Any], options: Options, **more: Any) -> dict[str, Any]:
     """The last line of a command: the result in short; the whole is in the folder."""
     from bench import result
     from bench.pages import report
@@ -221,18 +221,18 @@ def _told(found: dict[str, Any], options: Options, **more: Any) -> dict[str, Any
     except OSError as error:
         run.say(f"bench: {page}: {error.strerror}")
     return {
-        "benchmark": found["benchmark"],
-        "name": found["name"],
-        "valid": found["valid"],
-        "doubts": found["doubts"],
+        "benchmark": output["benchmark"],
+        "name": output["name"],
+        "valid": output["valid"],
+        "doubts": output["doubts"],
         "out": str(options.out),
         "report": str(page),
         **more,
     }
 
 
-def _cells(found: dict[str, Any]) -> dict[str, Any]:
-    return {cell["name"]: cell["summary"] for cell in found["cells"]}
+def _cells(output: dict[str, Any]) -> dict[str, Any]:
+    return {cell["name"]: cell["summary"] for cell in output["cells"]}
 
 
 # --- the command line -----------------------------------------------------------------------

@@ -36,9 +36,9 @@ def autocorrelation_time(values: Values) -> float:
 def ranks(values: Values) -> Values:
     """The place of each sample among all: what a heavy tail cannot distort."""
     order = np.argsort(values, kind="stable")
-    found = np.empty(len(values))
-    found[order] = np.arange(len(values))
-    return found
+    rank_of = np.empty(len(values))
+    rank_of[order] = np.arange(len(values))
+    return rank_of
 
 
 def _autocorrelations(values: Values) -> Values | None:
@@ -51,22 +51,22 @@ def _autocorrelations(values: Values) -> Values | None:
     size = 1 << (2 * count - 1).bit_length()
     spectrum = np.fft.rfft(centred, size)
     sums: Values = np.fft.irfft(spectrum * np.conj(spectrum), size)[:count]
-    found: Values = sums / sums[0]
-    return found
+    correlations: Values = sums / sums[0]
+    return correlations
 
 
 def _geyer(correlations: Values) -> float:
     """Sums of neighbouring pairs, up to the first that is negative, and never growing again."""
     pairs = correlations[: len(correlations) // 2 * 2].reshape(-1, 2).sum(axis=1)
     negative = np.flatnonzero(pairs <= 0)
-    kept = np.minimum.accumulate(pairs[: negative[0] if len(negative) else len(pairs)])
-    return 2 * float(kept.sum()) - 1
+    decreasing = np.minimum.accumulate(pairs[: negative[0] if len(negative) else len(pairs)])
+    return 2 * float(decreasing.sum()) - 1
 
 
 def _autoregressive(correlations: Values, count: int) -> float:
     """By the Levinson-Durbin recursion, which fits one order after the other."""
     coefficients, noise = np.empty(0), 1.0
-    least, found = 0.0, 1.0
+    least, variance = 0.0, 1.0
     for order in range(1, max(1, min(_MOST_ORDERS, count // 10)) + 1):
         foretold = float(coefficients @ correlations[order - 1 : 0 : -1]) if order > 1 else 0.0
         last = (float(correlations[order]) - foretold) / noise
@@ -77,5 +77,5 @@ def _autoregressive(correlations: Values, count: int) -> float:
         criterion = count * math.log(noise) + 2 * order
         if criterion < least:
             gain = 1 - float(coefficients.sum())
-            least, found = criterion, noise / gain**2 if gain > 0 else math.inf
-    return found
+            least, variance = criterion, noise / gain**2 if gain > 0 else math.inf
+    return variance

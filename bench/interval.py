@@ -161,16 +161,16 @@ def of_ratio(
     over: Sequence[float], under: Sequence[float], confidence: float = CONFIDENCE
 ) -> Bounds | None:
     """Interval for `ratio`; swapping the runs inverts it."""
-    found = ratio(over, under)
-    return None if found is None else found.bounds(confidence)
+    bounds = ratio(over, under)
+    return None if bounds is None else bounds.bounds(confidence)
 
 
 def of_paired_ratio(
     over: Sequence[float], under: Sequence[float], confidence: float = CONFIDENCE
 ) -> Bounds | None:
     """Interval for `paired_ratio`."""
-    found = paired_ratio(over, under)
-    return None if found is None else found.bounds(confidence)
+    bounds = paired_ratio(over, under)
+    return None if bounds is None else bounds.bounds(confidence)
 
 
 def of_percentile(values: Samples, share: float, confidence: float = CONFIDENCE) -> Bounds | None:
@@ -282,14 +282,14 @@ def of_share_difference(
     hits: int, count: int, other_hits: int, other_count: int, confidence: float = CONFIDENCE
 ) -> Bounds | None:
     """Newcombe's interval for hits/count - other_hits/other_count, from Wilson's for each."""
-    one, other = of_share(hits, count, confidence), of_share(other_hits, other_count, confidence)
-    if one is None or other is None:
+    first, other = of_share(hits, count, confidence), of_share(other_hits, other_count, confidence)
+    if first is None or other is None:
         return None
     share, other_share = hits / count, other_hits / other_count
     difference = share - other_share
     return (
-        difference - math.hypot(share - one[0], other[1] - other_share),
-        difference + math.hypot(one[1] - share, other_share - other[0]),
+        difference - math.hypot(share - first[0], other[1] - other_share),
+        difference + math.hypot(first[1] - share, other_share - other[0]),
     )
 
 
@@ -303,8 +303,8 @@ def t_quantile(probability: float, freedom: float) -> float:
         raise ValueError(f"no quantile of {probability} with {freedom} degrees of freedom")
     sought = 2 * probability - 1
     # Beyond 40 standard deviations, or a right angle, there is nothing to find.
-    most = min(math.pi / 2, math.atan(40 / math.sqrt(freedom)) if freedom > 30 else math.pi / 2)
-    angle = _bisect(lambda angle: _within(angle, freedom) < sought, 0.0, most)
+    highest = min(math.pi / 2, math.atan(40 / math.sqrt(freedom)) if freedom > 30 else math.pi / 2)
+    angle = _bisect(lambda angle: _within(angle, freedom) < sought, 0.0, highest)
     return math.sqrt(freedom) * math.tan(angle)
 
 

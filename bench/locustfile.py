@@ -249,7 +249,7 @@ class Run:
         self._start_cpu_s = time.process_time()
         self._heard: list[Record] = []
         self._pending: list[Record] = []
-        self._asked: dict[int, str] = {}  # The prompt of an example, by the index of its record.
+        self._prompts: dict[int, str] = {}  # The prompt of an example, by the index of its record.
         self._cpu: dict[str, float] = {}
         self._users, self._hatched = 0, 0
         self._stopped_s: float | None = None
@@ -267,10 +267,10 @@ class Run:
     def next(self) -> tuple[int, Request]:
         """The next request of the workload, or an example where one is due."""
         self._index += 1
-        asked = len(self._asked)
-        if not self.actor and asked < len(self._examples) and self.now_s() > self._example_due_s:
+        count = len(self._prompts)
+        if not self.actor and count < len(self._examples) and self.now_s() > self._example_due_s:
             self._example_due_s = self.now_s() + _EXAMPLE_EVERY_S
-            prompt = self._asked[self._index] = self._examples[asked]
+            prompt = self._prompts[self._index] = self._examples[count]
             return self._index, Request(
                 prompt=prompt, output_tokens=_EXAMPLE_TOKENS, kind="example"
             )
@@ -311,7 +311,7 @@ class Run:
             "actor": self.actor,
             "model": self.model,
             "cpu": self._busy(),
-            "asked": list(self._asked.items()),
+            "asked": list(self._prompts.items()),
             "records": msgspec.json.encode(heard),
         }
 
@@ -322,7 +322,7 @@ class Run:
         heard = msgspec.json.decode(parcel["records"], type=list[Record])
         self.model = self.model or parcel["model"]
         self._cpu[f"worker {parcel['actor']}"] = parcel["cpu"]
-        self._asked.update((index, prompt) for index, prompt in parcel["asked"])
+        self._prompts.update((index, prompt) for index, prompt in parcel["asked"])
         self.hear([_shifted(record, shift_s) for record in heard])
 
     def _busy(self) -> float:
@@ -348,26 +348,26 @@ class Run:
         if self._worker:
             return
         self.flush()
-        found = locust_report.result(
+        output = locust_report.result(
             self._heard,
-            self._asked,
+            self._prompts,
             self._users or self.options.num_users or 1,
             self._cpu or {"locust": self._busy()},
             self._about(),
             self._cut_short(),
         )
         if self._out:
-            self._write(found, self._out)
-        brief = {name: value for name, value in found.items() if name not in _LONG}
+            self._write(output, self._out)
+        brief = {name: value for name, value in output.items() if name not in _LONG}
         print(msgspec.json.encode(brief).decode(), flush=True)
 
-    def _write(self, found: dict[str, Any], folder: Path) -> None:
+    def _write(self, output: dict[str, Any], folder: Path) -> None:
         """The same files as of any other run; a full disk costs them, and not the figures."""
         if self._journal.problem:
-            found["doubts"].append(self._journal.problem)
-            found["valid"] = False
+            output["doubts"].append(self._journal.problem)
+            output["valid"] = False
         try:
-            result.write(folder, found, self._heard)
+            result.write(folder, output, self._heard)
             report.report([folder], folder / result.REPORT)
         except OSError as error:
             print(f"bench: {folder}: {error.strerror}", file=sys.stderr)
@@ -401,7 +401,7 @@ _LONG = ("machine", "repeats", "whole", "summary", "examples", "cpu", "server", 
 def _command(arguments: list[str], secret: str) -> str:
     """What was typed, without the key."""
     shown = ["locust", *access.shown(arguments[1:])]
-    return shlex.join(one.replace(secret, "...") if secret else one for one in shown)
+    return shlex.join(word.replace(secret, "...") if secret else word for word in shown)
 
 
 def _shifted(record: Record, by_s: float) -> Record:

@@ -37,13 +37,15 @@ def gpus() -> list[dict[str, Any]]:
     except pynvml.NVMLError:
         return []
     driver = pynvml.nvmlSystemGetDriverVersion()
-    found = []
+    devices = []
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         name = pynvml.nvmlDeviceGetName(handle)
-        found.append({"name": name, "memory_gib": round(memory.total / 2**30, 1), "driver": driver})
-    return found
+        devices.append(
+            {"name": name, "memory_gib": round(memory.total / 2**30, 1), "driver": driver}
+        )
+    return devices
 
 
 def commit() -> str:
@@ -77,8 +79,8 @@ def _processor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            versions[package] = metadata.version(package)
+    return versions

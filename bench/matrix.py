@@ -37,7 +37,7 @@ async def served(job: Job, per_user: int, folder: Path, cells: Sequence[Cell]) -
     done: list[dict[str, Any]] = []
     for place, cell in enumerate(cells):
         run.say(f"{cell.name} ({place + 1} of {len(cells)})")
-        one = msgspec.structs.replace(
+        cell_job = msgspec.structs.replace(
             job,
             name=cell.name,
             seed=job.seed + _SEEDS * place,
@@ -45,9 +45,9 @@ async def served(job: Job, per_user: int, folder: Path, cells: Sequence[Cell]) -
             load=f"users={cell.users}",
             count=cell.users * per_user,
         )
-        found = await run.run(one, folder / cell.name)
-        done.append({"cell": msgspec.to_builtins(cell), **found})
-        if any(event["what"] == "the run was interrupted" for event in found["events"]):
+        output = await run.run(cell_job, folder / cell.name)
+        done.append({"cell": msgspec.to_builtins(cell), **output})
+        if any(event["what"] == "the run was interrupted" for event in output["events"]):
             break
     return _write(folder, head, done, len(cells))
 
@@ -92,10 +92,10 @@ def _batches(engine: Any, cell: Cell, repeats: int, seed: int, folder: Path) -> 
             append(path, records)
             everything += records
             outcomes.append(Repeat(outcome=Outcome(records=records)))
-    found = result.figures(outcomes, None, None, batch=True)
-    found |= {"gpu": msgspec.to_builtins(gpus)}
-    result.write(folder, result.header("run", cell.name) | found, everything)
-    return {"cell": msgspec.to_builtins(cell), "name": cell.name, **found}
+    figures = result.figures(outcomes, None, None, batch=True)
+    figures |= {"gpu": msgspec.to_builtins(gpus)}
+    result.write(folder, result.header("run", cell.name) | figures, everything)
+    return {"cell": msgspec.to_builtins(cell), "name": cell.name, **figures}
 
 
 def _write(
@@ -104,6 +104,6 @@ def _write(
     doubts = [f"{cell['name']}: {doubt}" for cell in done for doubt in cell["doubts"]]
     if len(done) < planned:
         doubts.append(f"interrupted: {len(done)} of {planned} cells were measured")
-    found = head | {"valid": not doubts, "doubts": doubts, "cells": done}
-    result.write(folder, found)
-    return found
+    output = head | {"valid": not doubts, "doubts": doubts, "cells": done}
+    result.write(folder, output)
+    return output

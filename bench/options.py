@@ -10,28 +10,28 @@ from pathlib import Path
 from typing import Any
 
 
-def whole(least: int, most: int = 1_000_000) -> Callable[[str], int]:
-    """A whole number from `least` to `most`."""
+def whole(minimum: int, maximum: int = 1_000_000) -> Callable[[str], int]:
+    """A whole number from `minimum` to `maximum`."""
 
     def read(text: str) -> int:
         value = int(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: must be from {least} to {most}")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {minimum} to {maximum}")
         return value
 
     read.__name__ = "whole number"  # What argparse calls it.
     return read
 
 
-def number(least: float = 0.0, above: float | None = None) -> Callable[[str], float]:
-    """A finite number from `least`, or above `above`."""
+def number(minimum: float = 0.0, above: float | None = None) -> Callable[[str], float]:
+    """A finite number from `minimum`, or above `above`."""
 
     def read(text: str) -> float:
         value = float(text)
         if above is not None and not above < value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text}: must be above {above:g}")
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: must be {least:g} or more")
+        if not minimum <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: must be {minimum:g} or more")
         return value
 
     read.__name__ = "number"

@@ -44,48 +44,50 @@ async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> 
     points: list[dict[str, Any]] = []
     for place, count in enumerate(users):
         run.say(f"{count} users ({place + 1} of {len(users)})")
-        one = msgspec.structs.replace(
+        point_job = msgspec.structs.replace(
             job,
             name=f"{count} users",
             load=f"users={count}",
             count=count * per_user,
             seed=job.seed + 1000 * place,
         )
-        found = await run.run(one, folder / f"users-{count}")
-        points.append(point(found, count))
-        if any(event["what"] == "the run was interrupted" for event in found["events"]):
+        output = await run.run(point_job, folder / f"users-{count}")
+        points.append(point(output, count))
+        if any(event["what"] == "the run was interrupted" for event in output["events"]):
             break
     doubts = [f"{each['users']} users: {doubt}" for each in points for doubt in each["doubts"]]
     if len(points) < len(users):
         doubts.append(f"interrupted: {len(points)} of {len(users)} loads were measured")
-    found = head | run.asked(job) | {"valid": not doubts, "doubts": doubts, "events": []}
-    found |= {"gpus": job.gpus, "usd_per_gpu_hour": job.usd_per_gpu_hour, "curve": front(points)}
-    result.write(folder, found)
-    (folder / PLOT).write_text(plots.standalone(plots.pareto([("", found["curve"])], "pareto")))
-    return found
+    output = head | run.settings_of(job) | {"valid": not doubts, "doubts": doubts, "events": []}
+    output |= {"gpus": job.gpus, "usd_per_gpu_hour": job.usd_per_gpu_hour, "curve": front(points)}
+    result.write(folder, output)
+    (folder / PLOT).write_text(plots.standalone(plots.pareto([("", output["curve"])], "pareto")))
+    return output
 
 
-def point(found: Mapping[str, Any], users: int) -> dict[str, Any]:
+def point(output: Mapping[str, Any], users: int) -> dict[str, Any]:
     """A run as a point: what it cost, beside the usual figures."""
     return {
         "users": users,
-        "efficiency": found["efficiency"],
-        "summary": found["summary"],
-        "doubts": found["doubts"],
+        "efficiency": output["efficiency"],
+        "summary": output["summary"],
+        "doubts": output["doubts"],
     }
 
 
 def front(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The points, each with whether it is on the front; None where it lacks one of the axes."""
-    known = [place for place, each in enumerate(points) if all(_at(each, axis) for axis in _AXES)]
-    places = [(_at(points[place], _AXES[0]), _at(points[place], _AXES[1])) for place in known]
-    best = dict(zip(known, measure.on_front(places), strict=True))
+    complete = [
+        place for place, each in enumerate(points) if all(_at(each, axis) for axis in _AXES)
+    ]
+    places = [(_at(points[place], _AXES[0]), _at(points[place], _AXES[1])) for place in complete]
+    best = dict(zip(complete, measure.on_front(places), strict=True))
     return [{**each, "front": best.get(place)} for place, each in enumerate(points)]
 
 
 def row(each: Mapping[str, Any]) -> dict[str, Any]:
     """What is said of a point in one line of a table."""
-    figures = {name: found["mean"] for name, found in each["efficiency"].items()}
+    figures = {name: summary["mean"] for name, summary in each["efficiency"].items()}
     return {"front": each["front"], **figures}
 
 

@@ -17,9 +17,9 @@ from bench.traffic import load, schedule
 from bench.traffic.client import check
 
 
-async def sweep(job: Job, folder: Path, start: int, most: int, gain: float) -> dict[str, Any]:
+async def sweep(job: Job, folder: Path, start: int, max_users: int, gain: float) -> dict[str, Any]:
     """Double the users until throughput no longer grows by `gain`."""
-    controller = search.Sweep(start, most=most, gain=gain)
+    controller = search.Sweep(start, max_users=max_users, gain=gain)
     return await _search(job, folder, "sweep", controller, lambda users: f"users={users:g}")
 
 
@@ -27,14 +27,14 @@ async def highest_rate(
     job: Job,
     folder: Path,
     start: float,
-    most: float,
+    max_rate: float,
     precision: float,
     budget_s: float | None = None,
 ) -> dict[str, Any]:
     """Find the highest Poisson rate that keeps the job's SLO, to within `precision` or a time."""
     assert job.slo is not None
     controller = search.RateSearch(
-        job.slo, start, most=most, precision=precision, budget_s=budget_s
+        job.slo, start, highest=max_rate, precision=precision, budget_s=budget_s
     )
     return await _search(job, folder, "search", controller, lambda rate: f"poisson:rate={rate!r}")
 
@@ -75,26 +75,26 @@ async def _search(
         return outcome.records
 
     try:
-        found = await search.run(controller, probe, _said, lambda: of_probe)
+        end = await search.run(controller, probe, _show, lambda: of_probe)
     except asyncio.CancelledError:
         doubts.append("interrupted: the search was not over")
-        found = controller.result
-    doubts.extend(found.doubts)
+        end = controller.result
+    doubts.extend(end.doubts)
     if journal.problem:
         doubts.append(journal.problem)
-    if not found.resolved:
-        doubts.append(f"not resolved: {found.reason}")
-    told = head | run.asked(job) | search.as_json(found)
-    told |= {"valid": not doubts, "doubts": doubts, "events": []}
-    result.write(folder, told)
-    return told
+    if not end.resolved:
+        doubts.append(f"not resolved: {end.reason}")
+    output = head | run.settings_of(job) | search.as_json(end)
+    output |= {"valid": not doubts, "doubts": doubts, "events": []}
+    result.write(folder, output)
+    return output
 
 
-def _said(found: search.RateResult | search.SweepResult) -> None:
+def _show(end: search.RateResult | search.SweepResult) -> None:
     """Tell whoever watches what is known after a probe, and how long the rest will take."""
-    if isinstance(found, search.SweepResult) or found.rate is None or found.fails_at is None:
+    if isinstance(end, search.SweepResult) or end.rate is None or end.fails_at is None:
         return
-    text = f"the highest good rate lies from {found.rate:.3g} to {found.fails_at:.3g} requests/s"
-    if found.forecast is not None:
-        text += f"; about {found.forecast.seconds:.0f} s more for the precision asked for"
+    text = f"the highest good rate lies from {end.rate:.3g} to {end.fails_at:.3g} requests/s"
+    if end.forecast is not None:
+        text += f"; about {end.forecast.seconds:.0f} s more for the precision asked for"
     run.say(text)

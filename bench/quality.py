@@ -88,7 +88,7 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
 def agreement(references: Sequence[str], answers: Sequence[str]) -> Agreement:
     """How far two lists of answers to the same prompts agree; neither may be empty."""
     pairs = list(zip(references, answers, strict=True))
-    equal = sum(one == other for one, other in pairs)
+    equal = sum(answer == other for answer, other in pairs)
     low, high = interval.of_share_exact(equal, len(pairs))
     return Agreement(
         asked=len(pairs),
@@ -96,8 +96,8 @@ def agreement(references: Sequence[str], answers: Sequence[str]) -> Agreement:
         equal_share=equal / len(pairs),
         equal_low=low,
         equal_high=high,
-        common_share=sum(common_share(one, other) for one, other in pairs) / len(pairs),
-        first_words=sum(one.split()[:1] != other.split()[:1] for one, other in pairs),
+        common_share=sum(common_share(answer, other) for answer, other in pairs) / len(pairs),
+        first_words=sum(answer.split()[:1] != other.split()[:1] for answer, other in pairs),
     )
 
 
@@ -105,8 +105,8 @@ def common_share(reference: str, answer: str) -> float:
     """The share of the reference's words that the answer begins with; 1 for an empty one."""
     words, others = reference.split(), answer.split()
     same = 0
-    for one, other in zip(words, others, strict=False):
-        if one != other:
+    for word, other in zip(words, others, strict=False):
+        if word != other:
             break
         same += 1
     return same / len(words) if words else 1.0
@@ -134,16 +134,16 @@ async def ask(target: Target, prompts: Sequence[str], tokens: int) -> list[str]:
     slots = asyncio.Semaphore(_AT_ONCE)
     with contextlib.closing(Client(greedy, time.perf_counter)) as client:
 
-        async def one(number: int, prompt: str) -> str:
+        async def answer(place: int, prompt: str) -> str:
             async with slots:
-                record = Record(index=number, planned_s=time.perf_counter())
+                record = Record(index=place, planned_s=time.perf_counter())
                 request = Request(prompt=prompt, output_tokens=tokens, limit=True)
                 record = await client.ask(request, record)
             if record.error:
                 raise TargetFailed(f"url = {target.url!r}: {prompt!r}: {record.error}")
             return record.text
 
-        return list(await asyncio.gather(*(one(n, p) for n, p in enumerate(prompts))))
+        return list(await asyncio.gather(*(answer(n, p) for n, p in enumerate(prompts))))
 
 
 def read(path: Path) -> list[Reference]:
@@ -152,16 +152,16 @@ def read(path: Path) -> list[Reference]:
     Raises:
         ResultError: it cannot be read, or holds none.
     """
-    found = []
+    prompts = []
     try:
         for line in textfile.lines(path):
             if line.strip():
-                found.append(msgspec.json.decode(line, type=Reference))
+                prompts.append(msgspec.json.decode(line, type=Reference))
     except (OSError, ValueError) as error:
-        raise ResultError(f"{path}: line {len(found) + 1}: {error}") from None
-    if not found:
+        raise ResultError(f"{path}: line {len(prompts) + 1}: {error}") from None
+    if not prompts:
         raise ResultError(f"{path}: holds no reference")
-    return found
+    return prompts
 
 
 def write(path: Path, prompts: Sequence[str], answers: Sequence[str]) -> None:
@@ -179,15 +179,15 @@ async def judge(
     head = result.header("quality", f"{target.model} at {target.url}")
     answers = await ask(target, [each.prompt for each in references], tokens)
     wanted = [each.answer for each in references]
-    found = head | {"target": {"url": target.url, "model": target.model}, "tokens": tokens}
+    output = head | {"target": {"url": target.url, "model": target.model}, "tokens": tokens}
     if scored:
         right = correct(answers, wanted)
         low, high = interval.of_share_exact(sum(right), len(right))
-        found |= {"asked": len(right), "correct": sum(right), "correct_low": low}
-        found |= {"correct_high": high, "correct_share": sum(right) / len(right)}
+        output |= {"asked": len(right), "correct": sum(right), "correct_low": low}
+        output |= {"correct_high": high, "correct_share": sum(right) / len(right)}
     else:
-        found |= msgspec.to_builtins(agreement(wanted, answers))
-    found |= {
+        output |= msgspec.to_builtins(agreement(wanted, answers))
+    output |= {
         "valid": True,
         "doubts": [],
         "events": [],
@@ -196,5 +196,5 @@ async def judge(
             for each, answer in zip(references, answers, strict=True)
         ],
     }
-    result.write(folder, found)
-    return found
+    result.write(folder, output)
+    return output

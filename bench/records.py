@@ -96,22 +96,22 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._kept = path, bytearray()
+        self._path, self._buffer = path, bytearray()
         self._whole = 0  # Bytes of the file that are whole lines.
         self.problem = ""
 
     def add(self, records: Iterable[Record]) -> None:
-        self._kept += _encoder.encode_lines(list(records))
+        self._buffer += _encoder.encode_lines(list(records))
         try:
             with open(self._path, "r+b" if self._path.exists() else "wb") as file:
                 file.seek(self._whole)  # Over what was written in part, before the disk was full.
-                file.write(self._kept)
+                file.write(self._buffer)
         except OSError as error:
-            lines = self._kept.count(b"\n")
+            lines = self._buffer.count(b"\n")
             self.problem = f"{self._path.name} lacks the last {lines} records: {error.strerror}"
         else:
-            self._whole += len(self._kept)
-            self._kept.clear()
+            self._whole += len(self._buffer)
+            self._buffer.clear()
             self.problem = ""
 
 

@@ -112,12 +112,12 @@ def figures(
         inside = measure.measure(outcome.records, slo, window) if window else everything
         whole.append(everything)
         steady.append(inside)
-        found = measure.doubts(inside, outcome.cpu, everything, batch)
-        found += _cache_doubts(inside, repeat)
-        found += outcome.lost_actors
+        reasons = measure.doubts(inside, outcome.cpu, everything, batch)
+        reasons += _cache_doubts(inside, repeat)
+        reasons += outcome.lost_actors
         if outcome.interrupted:
-            found.append("interrupted: the rest of the load was not sent")
-        doubts += [f"repeat {number + 1}: {doubt}" for doubt in found]
+            reasons.append("interrupted: the rest of the load was not sent")
+        doubts += [f"repeat {number + 1}: {doubt}" for doubt in reasons]
         events += [{"repeat": number, "at_s": e.at_s, "what": e.what} for e in outcome.events]
     return {
         "batch": batch,
@@ -149,21 +149,23 @@ def figures(
 def _cache_doubts(measures: Measures, repeat: Repeat) -> list[str]:
     """What the server's metrics say of its prefix cache, where its answers say nothing of it."""
     rates = [sample.prefix_hit_rate for sample in repeat.server]
-    known = [rate for rate in rates if rate is not None]
+    present = [rate for rate in rates if rate is not None]
     ok = [record for record in repeat.outcome.records if record.ok]
     may_be = measure.may_be_cached_share(ok)
-    if measures.answers.cached_share is not None or not known or may_be is None:
+    if measures.answers.cached_share is not None or not present or may_be is None:
         return []
-    if known[-1] <= may_be + _CACHE_SLACK:
+    last = present[-1]
+    if last <= may_be + _CACHE_SLACK:
         return []
     return [
-        f"by the server's metrics {known[-1]:.0%} of the prompt tokens came from its prefix cache, "
-        f"and the workload shares {may_be:.0%}: these prompts were sent before, or others use it"
+        f"by the server's metrics {last:.0%} of the prompt tokens came from its prefix "
+        f"cache, and the workload shares only {may_be:.0%}: these prompts were sent before, or "
+        "other clients use the server"
     ]
 
 
 def with_efficiency(
-    found: dict[str, Any],
+    output: dict[str, Any],
     repeats: Sequence[Repeat],
     gpus: int | None,
     usd_per_gpu_hour: float | None,
@@ -173,9 +175,9 @@ def with_efficiency(
         measure.efficiency(
             msgspec.convert(measures, Measures), gpu.energy(repeat.gpu), gpus, usd_per_gpu_hour
         )
-        for repeat, measures in zip(repeats, found["repeats"], strict=True)
+        for repeat, measures in zip(repeats, output["repeats"], strict=True)
     ]
-    return found | {
+    return output | {
         "gpu": [msgspec.to_builtins(repeat.gpu) for repeat in repeats],
         "gpus": gpus,
         "usd_per_gpu_hour": usd_per_gpu_hour,

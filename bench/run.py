@@ -108,15 +108,15 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
     users = when.users if isinstance(when, schedule.Closed) else None
     ramp_s = when.duration_s if isinstance(when, schedule.Ramp) else 0.0
     batch = users is not None and job.count == users
-    found = head | asked(job) | result.figures(repeats, job.slo, users, ramp_s, batch)
-    found = result.with_efficiency(found, repeats, job.gpus, job.usd_per_gpu_hour)
+    output = head | settings_of(job) | result.figures(repeats, job.slo, users, ramp_s, batch)
+    output = result.with_efficiency(output, repeats, job.gpus, job.usd_per_gpu_hour)
     if len(repeats) < job.repeats:
-        found["doubts"].append(f"{len(repeats)} of {job.repeats} repeats were run")
+        output["doubts"].append(f"{len(repeats)} of {job.repeats} repeats were run")
     if journal.problem:
-        found["doubts"].append(journal.problem)
-    found["valid"] = not found["doubts"]
+        output["doubts"].append(journal.problem)
+    output["valid"] = not output["doubts"]
     records = [record for repeat in repeats for record in repeat.outcome.records]
-    found |= measure.vllm_names(
+    output |= measure.vllm_names(
         records,
         model=job.target.model,
         endpoint=job.target.endpoint,
@@ -126,8 +126,8 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
         burstiness=getattr(when, "cv", 1.0) ** -2,
         max_concurrency=users,
     )
-    result.write(folder, found, records)
-    return found
+    result.write(folder, output, records)
+    return output
 
 
 async def _repeat(job: Job, plan: schedule.Plan, number: int, journal: Journal) -> Repeat:
@@ -208,7 +208,7 @@ async def warm_up(job: Job) -> None:
                 raise TargetFailed(f"url = {job.target.url!r}: the warm-up failed: {record.error}")
 
 
-def asked(job: Job) -> dict[str, Any]:
+def settings_of(job: Job) -> dict[str, Any]:
     """The part of a result that says what was asked for; no key and no header of the target."""
     return {
         "target": {

@@ -90,10 +90,10 @@ def totals(texts: Iterable[str]) -> dict[str, float]:
             for sample in family.samples:
                 if sample.name in names:
                     values.setdefault(names[sample.name], []).append(sample.value)
-    found = {name: sum(each) for name, each in values.items()}
-    if "kv_usage" in found:
-        found["kv_usage"] /= len(values["kv_usage"])
-    return found
+    totals_of = {name: sum(each) for name, each in values.items()}
+    if "kv_usage" in totals_of:
+        totals_of["kv_usage"] /= len(values["kv_usage"])
+    return totals_of
 
 
 def counts(details: bytes, deployment: str) -> dict[str, float]:
@@ -104,21 +104,21 @@ def counts(details: bytes, deployment: str) -> dict[str, float]:
     """
     try:
         applications = msgspec.json.decode(details)["applications"].values()
-        found = [
-            one
+        replicas = [
+            app
             for each in applications
-            for name, one in each["deployments"].items()
+            for name, app in each["deployments"].items()
             if name == deployment
         ]
         result = dict.fromkeys(("wanted", *_STATES.values()), 0.0)
-        for one in found:
-            result["wanted"] += one["target_num_replicas"]
-            for replica in one["replicas"]:
+        for app in replicas:
+            result["wanted"] += app["target_num_replicas"]
+            for replica in app["replicas"]:
                 if (state := _STATES.get(replica["state"])) is not None:
                     result[state] += 1
     except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"not Ray Serve's details: {error!r}") from None
-    if not found:
+    if not replicas:
         raise ValueError(f"Ray Serve has no deployment {deployment!r}")
     return result
 
@@ -127,17 +127,17 @@ def samples(scrapes: Iterable[tuple[float, Mapping[str, float]]], start_s: float
     """Samples on the run's clock, from (time, totals) pairs on the clock of `start_s`."""
     result: list[Sample] = []
     first: dict[str, float] = {}
-    for at_s, found in scrapes:
+    for at_s, values in scrapes:
         for name in _COUNTERS.values():
-            if name in found:
-                first.setdefault(name, found[name])
-        since = {name: found[name] - first[name] for name in _COUNTERS.values() if name in found}
+            if name in values:
+                first.setdefault(name, values[name])
+        since = {name: values[name] - first[name] for name in _COUNTERS.values() if name in values}
         queries = since.pop("prefix_queries", 0.0)
         hits = since.pop("prefix_hits", 0.0)
         drafted, accepted = since.pop("drafted", 0.0), since.pop("accepted", 0.0)
         acceptance = accepted / drafted if drafted else None
         names = {*_GAUGES.values(), "wanted", *_STATES.values()}
-        gauges = {name: found[name] for name in names if name in found}
+        gauges = {name: values[name] for name in names if name in values}
         rate = hits / queries if queries else None
         result.append(
             Sample(
@@ -203,16 +203,16 @@ class Scraper:
             began_s = time.time()
             # Each by itself: what one could not say, the other may.
             parts = await asyncio.gather(self._metrics(), self._replicas(), return_exceptions=True)
-            found: dict[str, float] = {}
+            values: dict[str, float] = {}
             for part in parts:
                 if isinstance(part, dict):
-                    found |= part
+                    values |= part
                 elif isinstance(part, OSError | ValueError):
                     self.failed += 1
                 else:
                     raise part
-            if found:
-                self.scrapes.append(((began_s + time.time()) / 2, found))
+            if values:
+                self.scrapes.append(((began_s + time.time()) / 2, values))
             await asyncio.sleep(max(0.0, began_s + self.period_s - time.time()))
 
     async def _metrics(self) -> dict[str, float]:

@@ -42,38 +42,38 @@ class Options:
         key: str,
         default: float | None = None,
         *,
-        least: float = 0.0,
+        minimum: float = 0.0,
         above: float | None = None,
-        most: float = 1e6,
+        maximum: float = 1e6,
     ) -> float:
-        """A finite number from `least` (or above `above`) to `most`, both included."""
+        """A finite number from `minimum` (or above `above`) to `maximum`, both included."""
         text = self.text(key, None if default is None else str(default))
         if not _NUMBER.fullmatch(text):
             raise self.error.of(key, text, "not a number")
         value = float(text)
         if above is not None and value <= above:
             raise self.error.of(key, text, f"must be above {above:g}")
-        if not least <= value <= most:
-            raise self.error.of(key, text, f"must be from {least:g} to {most:g}")
+        if not minimum <= value <= maximum:
+            raise self.error.of(key, text, f"must be from {minimum:g} to {maximum:g}")
         return value
 
     def number_or_none(self, key: str, **limits: float) -> float | None:
         return self.number(key, **limits) if key in self.values else None
 
     def whole(
-        self, key: str, default: int | None = None, *, least: int = 0, most: int = 1_000_000
+        self, key: str, default: int | None = None, *, minimum: int = 0, maximum: int = 1_000_000
     ) -> int:
-        """A whole number from `least` to `most`, both included."""
+        """A whole number from `minimum` to `maximum`, both included."""
         text = self.text(key, None if default is None else str(default))
         if not _WHOLE.fullmatch(text):
             raise self.error.of(key, text, "not a whole number")
         # Compared as a float first: int() refuses numbers of thousands of digits.
-        if not least <= float(text) <= most:
-            raise self.error.of(key, text, f"must be from {least} to {most}")
+        if not minimum <= float(text) <= maximum:
+            raise self.error.of(key, text, f"must be from {minimum} to {maximum}")
         return int(text)
 
     def whole_or_none(self, key: str, *, least: int = 1) -> int | None:
-        return self.whole(key, least=least) if key in self.values else None
+        return self.whole(key, minimum=least) if key in self.values else None
 
     def flag(self, key: str) -> bool:
         """yes or no; no unless given."""
@@ -121,8 +121,8 @@ def parse(
         raise error.of(noun, name, f"no such {noun}", kinds)
     path, keys = "", [key for key in kinds[name] if key != PATH]
     if PATH in kinds[name]:
-        found = _PATH_AND_OPTIONS.fullmatch(rest)
-        path = found["path"] if found else ""
+        match = _PATH_AND_OPTIONS.fullmatch(rest)
+        path = match["path"] if match else ""
         if not path:
             raise error.of(name, rest, f"needs a file, as in {name}:PATH")
         rest = rest[len(path) + 1 :]

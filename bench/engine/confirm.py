@@ -21,7 +21,7 @@ def confirm(options: argparse.Namespace) -> dict[str, Any]:
     if before.get("benchmark") != "tune" or not before.get("best"):
         raise BenchError(f"against = {str(options.against)!r}: not a result of `bench tune`")
     goal = msgspec.convert(before["goal"], Goal)  # The same question, asked again.
-    known = msgspec.convert(before["pace"], Pace)
+    pace = msgspec.convert(before["pace"], Pace)
     settings = before["best"]["settings"]
     head = result.header("confirm", f"{options.model} as {options.system}, {named(goal)}")
     scores: dict[str, list[float]] = {}
@@ -30,7 +30,7 @@ def confirm(options: argparse.Namespace) -> dict[str, Any]:
     for share, name, given in ((0.5, "default", {}), (1.0, "best", settings)):
         given = {**options.engine, **given}
         # From where it was found; a server is slower by what the one before it was slower by.
-        start = rung_of(known, before[name]["score"])
+        start = rung_of(pace, before[name]["score"])
         rung, end_s = start + slower, began_s + share * options.budget_s
         with _fresh(options, given) as system:
             ready_s = time.monotonic()
@@ -40,7 +40,7 @@ def confirm(options: argparse.Namespace) -> dict[str, Any]:
                         system.load(what, when, limit_s=120.0, **more), options.system
                     ),
                     goal,
-                    known,
+                    pace,
                     1.0,
                     100 + seed,
                     rung,
@@ -59,7 +59,7 @@ def confirm(options: argparse.Namespace) -> dict[str, Any]:
         Measured(settings={}, outcomes={0: Outcome(scores=scores[name])})
         for name in ("best", "default")
     )
-    found = head | {
+    output = head | {
         "valid": fewest > 1 and not late.doubt,
         "doubts": [*doubts, *([late.doubt] if late.doubt else [])],
         "system": options.system,
@@ -70,9 +70,9 @@ def confirm(options: argparse.Namespace) -> dict[str, Any]:
         "scores": scores,
         "gain": gain(best, default, 0, goal.slo is not None),
     }
-    result.write(options.out, found)
+    result.write(options.out, output)
     keys = ("name", "valid", "doubts", "settings", "scores", "gain")
-    return {"benchmark": "confirm", "out": str(options.out), **{key: found[key] for key in keys}}
+    return {"benchmark": "confirm", "out": str(options.out), **{key: output[key] for key in keys}}
 
 
 def _fresh(options: argparse.Namespace, given: dict[str, Any]) -> Any:

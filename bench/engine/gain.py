@@ -44,7 +44,7 @@ def gain(
 def cost(tokens_per_s: float, price: float | None) -> dict[str, Any]:
     """What a million output tokens take of the machine, and cost where its price is known."""
     hours = 1e6 / tokens_per_s / 3600 if tokens_per_s else math.inf
-    found: dict[str, Any] = {"machine_seconds_a_million_tokens": hours * 3600}
+    costs: dict[str, Any] = {"machine_seconds_a_million_tokens": hours * 3600}
     if price is not None:
-        found["cost_a_million_tokens"] = hours * price
-    return found
+        costs["cost_a_million_tokens"] = hours * price
+    return costs

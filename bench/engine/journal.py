@@ -31,23 +31,23 @@ class Journal:
         self.pace: Pace | None = None
         self.limits: dict[str, int] = {}
         self.starts = 0
-        self._known: dict[tuple[str, int, int], Outcome] = {}
+        self._outcomes: dict[tuple[str, int, int], Outcome] = {}
         if self._path.is_file():
             self._read()
 
-    def begin(self, known: Pace, limits: Mapping[str, int]) -> None:
-        head = {"about": self._about, "pace": msgspec.to_builtins(known), "limits": dict(limits)}
+    def begin(self, pace: Pace, limits: Mapping[str, int]) -> None:
+        head = {"about": self._about, "pace": msgspec.to_builtins(pace), "limits": dict(limits)}
         self._append(head)
 
-    def outcome(self, asked: Trial) -> Outcome | None:
+    def outcome(self, trial: Trial) -> Outcome | None:
         """What the journal has of a trial."""
-        return self._known.get(_place(asked))
+        return self._outcomes.get(_place(trial))
 
-    def add(self, asked: Trial, outcome: Outcome, stand: Stand) -> None:
+    def add(self, trial: Trial, outcome: Outcome, stand: Stand) -> None:
         self.starts += stand.starts
         stand.starts = 0
-        self._known[_place(asked)] = outcome
-        row = {"trial": msgspec.to_builtins(asked), "outcome": msgspec.to_builtins(outcome)}
+        self._outcomes[_place(trial)] = outcome
+        row = {"trial": msgspec.to_builtins(trial), "outcome": msgspec.to_builtins(outcome)}
         self._append(row | {"starts": self.starts, "at": time.time()})
 
     def _append(self, row: dict[str, Any]) -> None:
@@ -66,12 +66,12 @@ class Journal:
                 self.pace = msgspec.convert(row["pace"], Pace)
                 self.limits = row["limits"]
                 continue
-            asked = msgspec.convert(row["trial"], Trial)
+            trial = msgspec.convert(row["trial"], Trial)
             outcome = msgspec.convert(row["outcome"], Outcome)
-            self._known[_place(asked)] = outcome
+            self._outcomes[_place(trial)] = outcome
             self.starts = row["starts"]
 
 
-def _place(asked: Trial) -> tuple[str, int, int]:
+def _place(trial: Trial) -> tuple[str, int, int]:
     """What tells one trial from all others."""
-    return knobs.key(asked.settings), asked.rung, asked.held_out
+    return knobs.key(trial.settings), trial.rung, trial.held_out

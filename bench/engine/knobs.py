@@ -165,8 +165,8 @@ def _given(text: str) -> Knob:
     name, equals, values = text.partition("=")
     if not equals or not values:
         raise BenchError.of("knob", text, "not NAME=VALUE,VALUE")
-    known = BY_NAME.get(name)
-    about = known or Knob(name=name, values=(), meaning="An argument of vLLM.")
+    knob = BY_NAME.get(name)
+    about = knob or Knob(name=name, values=(), meaning="An argument of vLLM.")
     return msgspec.structs.replace(about, values=(None, *_values(values)))
 
 

@@ -85,17 +85,17 @@ def fits(blocks: int, block_tokens: int, lengths: Sequence[int] = LENGTHS) -> di
     return {length: blocks // -(-length // block_tokens) for length in lengths}
 
 
-def describe(found: View) -> list[str]:
+def describe(cache: View) -> list[str]:
     """For a person."""
-    room = ", ".join(f"{count} of {length:,}" for length, count in found.fits.items() if count)
-    hit = "unknown" if found.hit_rate is None else f"{found.hit_rate:.0%}"
+    room = ", ".join(f"{count} of {length:,}" for length, count in cache.fits.items() if count)
+    hit = "unknown" if cache.hit_rate is None else f"{cache.hit_rate:.0%}"
     return [
-        f"{found.blocks:,} blocks of {found.block_tokens} tokens hold {found.tokens:,} tokens: "
+        f"{cache.blocks:,} blocks of {cache.block_tokens} tokens hold {cache.tokens:,} tokens: "
         f"sequences {room or 'shorter than any asked about'}",
-        f"in use: {found.used_peak:.0%} at most, {found.used_mean:.0%} on average; "
-        f"{found.waste_share:.1%} of it in blocks that are partly empty",
-        f"{found.preempted} preemptions; prefix cache hit rate {hit}; "
-        f"{found.running_peak} ran and {found.waiting_peak} waited at most",
+        f"in use: {cache.used_peak:.0%} at most, {cache.used_mean:.0%} on average; "
+        f"{cache.waste_share:.1%} of it in blocks that are partly empty",
+        f"{cache.preempted} preemptions; prefix cache hit rate {hit}; "
+        f"{cache.running_peak} ran and {cache.waiting_peak} waited at most",
     ]
 
 
@@ -123,8 +123,8 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
             seed=options.seed,
             limit_s=trial.START_S,
         )
-        found = view(engine.ready, answer)
-    for line in describe(found):
+        cache = view(engine.ready, answer)
+    for line in describe(cache):
         run.say(line)
     doubts = ["the load was broken off"] if answer.lost else []
     output = head | {
@@ -134,7 +134,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         "load": options.load,
         "valid": not doubts,
         "doubts": doubts,
-        "kv": msgspec.to_builtins(found),
+        "kv": msgspec.to_builtins(cache),
         "samples": thinned(answer.kv),
     }
     result.write(options.out, output)
@@ -142,7 +142,9 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     return {key: output[key] for key in keys} | {"out": str(options.out)}
 
 
-def thinned(samples: Sequence[Mapping[str, float]], most: int = 400) -> list[Mapping[str, float]]:
+def thinned(
+    samples: Sequence[Mapping[str, float]], max_samples: int = 400
+) -> list[Mapping[str, float]]:
     """As many samples as a plot shows."""
-    step = max(1, -(-len(samples) // most))
+    step = max(1, -(-len(samples) // max_samples))
     return list(samples[::step])

@@ -153,8 +153,10 @@ def advice(rows: Sequence[dict[str, Any]]) -> list[str]:
         if fast is None:
             sentences.append(f"{gpus} GPUs: not measured")
             continue
-        one = _of(fast["tpot_s_times"])
-        goals = f"for the latency of one request {fast['name']} ({one} of one GPU's time per token)"
+        single = _of(fast["tpot_s_times"])
+        goals = (
+            f"for the latency of one request {fast['name']} ({single} of one GPU's time per token)"
+        )
         if wide is not None:
             many, linear = _of(wide["saturated_times"]), _of(wide["saturated_efficiency"])
             goals += f"; for throughput {wide['name']} ({many} times one GPU, {linear} of linear)"
@@ -208,13 +210,13 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     with Crowd(options.clients or max(1, min(16, (os.cpu_count() or 1) // 4))) as crowd:
         for measured in _rounds(rows, gpus, crowd, options):
             run.say(json.dumps(msgspec.to_builtins(measured)))
-            output = head | _told(rows, options)
+            output = head | _summary(rows, options)
             result.write(options.out, output)  # What there is so far, in case there is no more.
     keys = ("benchmark", "name", "valid", "doubts", "table", "advice", "workloads")
     return {key: output[key] for key in keys} | {"out": str(options.out)}
 
 
-def _told(rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
+def _summary(rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
     doubts = [f"{row.name}, {row.workload}: {row.failure}" for row in rows if row.failure]
     workloads = []
     for what in options.workload:
@@ -356,14 +358,14 @@ def _started(
 
 def placed(wanted: Sequence[tuple[int, int]], gpus: int) -> list[list[int]]:
     """Which GPUs each (TP, replicas) gets, so that the fullest holds the fewest weights."""
-    held = [0.0] * gpus
+    used = [0.0] * gpus
     places: list[list[int]] = [[] for _ in wanted]
     for index in sorted(range(len(wanted)), key=lambda i: -wanted[i][0] * wanted[i][1]):
         parallel, replicas = wanted[index]
-        order = sorted(range(gpus), key=lambda place: held[place])
+        order = sorted(range(gpus), key=lambda place: used[place])
         places[index] = sorted(order[: parallel * replicas])
         for place in places[index]:
-            held[place] += 1 / parallel
+            used[place] += 1 / parallel
     return places
 
 

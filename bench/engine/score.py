@@ -90,7 +90,7 @@ def _step_s(answer: Answer, goal: Goal) -> float:
 
 
 def score(
-    load: Any, goal: Goal, known: Pace, share: float, seed: int, start: int, precise: bool
+    load: Any, goal: Goal, pace: Pace, share: float, seed: int, start: int, precise: bool
 ) -> tuple[float, int]:
     """One score, and the rung of the ladder where it lies.
 
@@ -100,27 +100,27 @@ def score(
         start: the rung to begin at.
     """
     if goal.slo is None:
-        count = max(_FEWEST // 2, round(known.requests_per_s * goal.seconds * share))
+        count = max(_FEWEST // 2, round(pace.requests_per_s * goal.seconds * share))
         answer: Answer = load(goal.what, _ALL_AT_ONCE, count=count, seed=seed)
         return trial.output_tokens_per_s(answer, goal.by_cpu), 0
-    climb = Climb(start, gap=1 if precise else 2, most=12 if precise else 8)
+    climb = Climb(start, gap=1 if precise else 2, highest=12 if precise else 8)
     length_s = goal.seconds * share
     while (rung := climb.ask()) is not None:
-        rate, kept = rate_of(known, rung), True
-        while kept:
+        rate, met = rate_of(pace, rung), True
+        while met:
             count = max(_FEWEST, round(rate * length_s))
             answer = load(goal.what, f"poisson:rate={rate!r}", count=count, seed=seed, slo=goal.slo)
             good = trial.good_share(answer.records, goal.slo)
-            kept = not answer.lost and good >= goal.slo.percentile / 100
+            met = not answer.lost and good >= goal.slo.percentile / 100
             # Until the first requests end there are more and more at once: a load that was over by
             # then has seen nothing of the crowd. One that failed would fail in a longer one too.
             needed_s = min(_TURNS * _mean_s(answer), LONGEST * goal.seconds)
             if count >= 0.9 * rate * needed_s:
                 break
             length_s = needed_s
-        climb.tell(kept)
-    found = climb.result
-    return (0.0, start) if found is None else (rate_of(known, found), found)
+        climb.tell(met)
+    result = climb.result
+    return (0.0, start) if result is None else (rate_of(pace, result), result)
 
 
 def _mean_s(answer: Answer) -> float:
@@ -129,12 +129,12 @@ def _mean_s(answer: Answer) -> float:
     return fmean(took_s) if took_s else 0.0
 
 
-def rate_of(known: Pace, rung: int) -> float:
+def rate_of(pace: Pace, rung: int) -> float:
     """Requests/s of a rung of the ladder; rung 0 is below what the defaults answer at once."""
-    return 0.7 * known.requests_per_s * math.pow(STEP, rung)
+    return 0.7 * pace.requests_per_s * math.pow(STEP, rung)
 
 
-def rung_of(known: Pace, value: float) -> int:
+def rung_of(pace: Pace, value: float) -> int:
     """The rung of a rate."""
-    base = rate_of(known, 0)
+    base = rate_of(pace, 0)
     return round(math.log(value / base) / math.log(STEP)) if min(value, base) > 0 else 0

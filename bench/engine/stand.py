@@ -39,7 +39,7 @@ class Stand:
         if any(value > limits.get(name, 0) for name, value in self._live(settings).items()):
             return True
         # A limit that was raised for another must be known to be lowered again.
-        return any(name not in settings for name in self._raised) and not self._known()
+        return any(name not in settings for name in self._raised) and not self._measured_tokens()
 
     @contextlib.contextmanager
     def engine(
@@ -55,7 +55,7 @@ class Stand:
             self._start(settings, start_s)
         assert self._engine is not None
         assert self._engine.ready is not None
-        limits = dict(self._known() or self._engine.ready.limits) | self._live(settings)
+        limits = dict(self._measured_tokens() or self._engine.ready.limits) | self._live(settings)
         limits["max_num_seqs"] = min(limits["max_num_seqs"], limits["max_num_batched_tokens"])
         try:
             yield self._engine, limits
@@ -82,17 +82,17 @@ class Stand:
         live = {knob.name for knob in self._space if knob.live}
         return {name: int(value) for name, value in settings.items() if name in live}
 
-    def _known(self) -> dict[str, int] | None:
+    def _measured_tokens(self) -> dict[str, int] | None:
         return self._defaults.get(knobs.key(self._base))
 
     def _start(self, settings: Mapping[str, Any], start_s: float) -> None:
         self._base = knobs.started_with(settings, self._space)
-        known = self._known()
+        tokens = self._measured_tokens()
         # Only what is above the defaults; less can be told to the engine later.
         self._raised = {
             name: value
             for name, value in self._live(settings).items()
-            if known is None or value > known[name]
+            if tokens is None or value > tokens[name]
         }
         given = {**self._fixed, **self._base, **self._raised}
         run.say(f"starting an engine: {knobs.describe({**self._base, **self._raised})}")

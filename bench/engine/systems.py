@@ -168,8 +168,8 @@ def command(name: str, engine: Mapping[str, Any], model: str, port: int, folder:
     if name in ("ray-serve-llm", "ray-serve-llm-direct"):
         direct = name == "ray-serve-llm-direct"
         return [*serve, _ray_serve_llm(engine, model, port, folder, direct)]
-    known = ", ".join((*_PEERS, *_OURS, "classic", "ray-serve-llm", "ray-serve-llm-direct"))
-    raise SystemExit(f"unknown system {name!r}: {known}")
+    names = ", ".join((*_PEERS, *_OURS, "classic", "ray-serve-llm", "ray-serve-llm-direct"))
+    raise SystemExit(f"unknown system {name!r}: {names}")
 
 
 def apart(port: int) -> dict[str, str]:

@@ -108,7 +108,7 @@ class Tuning:
         self._head = result.header("tune", f"{options.model}, {named(goal)}")
         self._journal = Journal(options.out, self._about())
         self._stand = Stand(options.model, options.engine, self._space, options.out)
-        self._roof = ceilings.known(options.roofline, options.model, options.engine)
+        self._roof = ceilings.shape_and_ceilings(options.roofline, options.model, options.engine)
         self._took_s: dict[int, list[float]] = {}
         self._rung = 0
         self._pace: Pace | None = self._journal.pace
@@ -153,7 +153,7 @@ class Tuning:
             self._space,
             rungs=self._options.rungs,
             repeats=self._options.repeats,
-            most=self._options.most,
+            max_trials=self._options.most,
             worth=lambda settings: tuning.worth(floor, lengths, settings),
             ceiling=lambda settings: unit * tuning.requests_per_s(floor, lengths, settings),
             refused=self._refused,
@@ -175,85 +175,85 @@ class Tuning:
         if self._options.grid:
             planned = iter(_full_grid(self._space, self._options))
         while True:
-            asked = next(planned, None) if planned else search.ask()
-            if asked is None and planned:  # The grid is measured: who won is to be confirmed.
+            trial = next(planned, None) if planned else search.ask()
+            if trial is None and planned:  # The grid is measured: who won is to be confirmed.
                 planned = None
                 search.conclude()
                 continue
-            if asked is None:
+            if trial is None:
                 return
-            outcome = self._journal.outcome(asked)
+            outcome = self._journal.outcome(trial)
             if outcome is None:
-                if not self._affordable(asked, search):
+                if not self._affordable(trial, search):
                     if search.hurried:
                         return
                     planned = None
                     search.hurry()
                     continue
-                outcome = self._measure(asked)
+                outcome = self._measure(trial)
                 if outcome.failure and self._left_s() <= _OVER_S:
                     search.hurried = True  # It was the time that ended it: not to be remembered.
                     return
-                self._journal.add(asked, outcome, self._stand)
+                self._journal.add(trial, outcome, self._stand)
             if planned:
-                name = knobs.key(asked.settings)
-                known = search.measured.setdefault(
-                    name, Measured(settings=asked.settings, outcomes={})
+                name = knobs.key(trial.settings)
+                measured = search.measured.setdefault(
+                    name, Measured(settings=trial.settings, outcomes={})
                 )
-                known.outcomes[asked.rung] = outcome
+                measured.outcomes[trial.rung] = outcome
             else:
                 search.tell(outcome)
 
-    def _affordable(self, asked: Trial, search: Search) -> bool:
+    def _affordable(self, trial: Trial, search: Search) -> bool:
         """Whether there is time for it, and then for a first look at the confirmation."""
-        need_s = self._estimate_s(asked)
-        found = search.candidate
-        if not search.hurried and not asked.held_out and found is not None:
+        need_s = self._estimate_s(trial)
+        candidate = search.candidate
+        if not search.hurried and not trial.held_out and candidate is not None:
             last = msgspec.structs.replace(
-                asked, rung=self._options.rungs - 1, share=1.0, repeats=self._options.repeats
+                trial, rung=self._options.rungs - 1, share=1.0, repeats=self._options.repeats
             )
             need_s += sum(
                 self._estimate_s(msgspec.structs.replace(last, settings=settings))
-                for settings in (found.settings, {})
+                for settings in (candidate.settings, {})
             )
         return need_s <= self._left_s()
 
-    def _estimate_s(self, asked: Trial) -> float:
-        seen_s = self._took_s.get(asked.rung)
+    def _estimate_s(self, trial: Trial) -> float:
+        seen_s = self._took_s.get(trial.rung)
         if seen_s:
             took_s = max(seen_s[-3:])
         else:
             probes = _PROBES if self._goal.slo else 1.2
-            took_s = self._goal.seconds * asked.share * asked.repeats * probes
-        return took_s + (self._stand.start_s if self._stand.would_start(asked.settings) else 0.0)
+            took_s = self._goal.seconds * trial.share * trial.repeats * probes
+        return took_s + (self._stand.start_s if self._stand.would_start(trial.settings) else 0.0)
 
-    def _measure(self, asked: Trial) -> Outcome:
+    def _measure(self, trial: Trial) -> Outcome:
         """One trial, whatever comes of it."""
         assert self._pace is not None
-        label = f"rung {asked.rung}: {knobs.describe(asked.settings)} ({asked.why})"
+        label = f"rung {trial.rung}: {knobs.describe(trial.settings)} ({trial.why})"
         run.say(f"{label}; {self._left_s():.0f} s left")
         outcome = Outcome()
         try:
-            with self._stand.engine(asked.settings, self._left_s()) as (engine, limits):
+            with self._stand.engine(trial.settings, self._left_s()) as (engine, limits):
                 began_s = time.monotonic()
-                for seed in asked.seeds:
+                for seed in trial.seeds:
                     value, self._rung = score(
                         lambda what, when, **more: engine.load(
                             what, when, live=limits, limit_s=self._limit_s(), **more
                         ),
                         self._goal,
                         self._pace,
-                        asked.share,
+                        trial.share,
                         seed,
                         self._rung,
-                        asked.rung == self._options.rungs - 1,
+                        trial.rung == self._options.rungs - 1,
                     )
                     outcome.scores.append(value)
-                self._took_s.setdefault(asked.rung, []).append(time.monotonic() - began_s)
+                self._took_s.setdefault(trial.rung, []).append(time.monotonic() - began_s)
         except EngineError as error:
             outcome = Outcome(failure=str(error), oom=error.oom)
-        said = [f"{value:.4g}" for value in outcome.scores]
-        run.say(f"  {', '.join(said) or outcome.failure}")
+        scores = [f"{value:.4g}" for value in outcome.scores]
+        run.say(f"  {', '.join(scores) or outcome.failure}")
         return outcome
 
     def _left_s(self) -> float:
@@ -299,7 +299,7 @@ class Tuning:
         if search and search.hurried:
             doubts.append(f"the time of {self._options.budget_s:g} s ended the search early")
         about = self._about()
-        found: dict[str, Any] = self._head | {
+        output: dict[str, Any] = self._head | {
             **{name: about.pop(name) for name in ("model", "engine", "goal")},
             "search": about,
             "valid": best is not None and last in best.outcomes,
@@ -326,19 +326,19 @@ class Tuning:
             "config": None,
         }
         if best is not None:
-            found["config"] = str(self._configuration(best, found["gain"]))
+            output["config"] = str(self._configuration(best, output["gain"]))
             if self._goal.slo is None:
-                found["cost"] = cost(best.score(), self._options.price)
-        result.write(self._options.out, found)
+                output["cost"] = cost(best.score(), self._options.price)
+        result.write(self._options.out, output)
         keys = ("best", "default", "gain", "effects", "config", "engine_starts", "wall_s")
         return {
             "benchmark": "tune",
-            "name": found["name"],
-            "valid": found["valid"],
+            "name": output["name"],
+            "valid": output["valid"],
             "doubts": doubts,
             "out": str(self._options.out),
             "trials": len(measured),
-            **{key: found[key] for key in keys},
+            **{key: output[key] for key in keys},
         }
 
     def _configuration(self, best: Measured, gained: dict[str, Any] | None) -> Path:
@@ -380,7 +380,7 @@ def _row(each: Measured | None) -> dict[str, Any] | None:
 def _lossless(measured: Sequence[Measured], space: Sequence[Knob], last: int) -> Measured | None:
     """The best that does not change the answers, of the longest measurement there is."""
     lossy = {knob.name for knob in space if knob.lossy}
-    kept = [each for each in measured if not lossy & set(each.settings) and each.score() > 0]
-    rung = 0 if not any(last in each.outcomes and each.settings for each in kept) else last
-    same = [each for each in kept if rung in each.outcomes]
+    lossless = [each for each in measured if not lossy & set(each.settings) and each.score() > 0]
+    rung = 0 if not any(last in each.outcomes and each.settings for each in lossless) else last
+    same = [each for each in lossless if rung in each.outcomes]
     return max(same, key=lambda each: each.score(rung), default=None)

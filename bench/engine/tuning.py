@@ -169,13 +169,13 @@ class Search:
         *,
         rungs: int = 3,
         repeats: int = 3,
-        most: int | None = None,
+        max_trials: int | None = None,
         worth: Callable[[Settings], float] = lambda _: 1.0,
         ceiling: Callable[[Settings], float] = lambda _: math.inf,
         refused: Callable[[Settings], str] = lambda _: "",
     ) -> None:
         self._knobs, self._rungs, self._repeats = list(knobs), rungs, repeats
-        self._most = most if most is not None else 10**9
+        self._max_trials = max_trials if max_trials is not None else 10**9
         self._worth, self._ceiling, self._refused = worth, ceiling, refused
         self.measured: dict[str, Measured] = {}
         self.pruned: dict[str, str] = {}
@@ -196,10 +196,10 @@ class Search:
             raise ValueError("the search is over: nothing was asked for")
         if not trial.held_out:
             name = key(trial.settings)
-            known = self.measured.setdefault(
+            measured = self.measured.setdefault(
                 name, Measured(settings=dict(trial.settings), outcomes={})
             )
-            known.outcomes[trial.rung] = outcome
+            measured.outcomes[trial.rung] = outcome
         self._running = started_with(trial.settings, self._knobs)
         try:
             self._trial = self._generator.send(outcome)
@@ -257,27 +257,27 @@ class Search:
 
     def _confirm(self) -> Plan:
         """The candidate beside the defaults, with seeds that no trial had."""
-        found, default, last = self.candidate, self.default, self._rungs - 1
-        if found is None or default is None or not found.settings or not default.score():
+        candidate, default, last = self.candidate, self.default, self._rungs - 1
+        if candidate is None or default is None or not candidate.settings or not default.score():
             if default is not None and last not in default.outcomes:
                 yield self._trial_of({}, last, "vLLM's defaults, in full")
             return
-        self.confirmation = Confirmation(settings=dict(found.settings))
+        self.confirmation = Confirmation(settings=dict(candidate.settings))
         while not self.confirmation.over:
             part = self.confirmation.parts + 1
             scores = []
-            for settings in (found.settings, {}) if part % 2 else ({}, found.settings):
+            for settings in (candidate.settings, {}) if part % 2 else ({}, candidate.settings):
                 outcome = yield self._trial_of(settings, last, "confirmation", part)
                 scores.append(outcome.scores)
             mine, theirs = scores if part % 2 else scores[::-1]
             pairs = [(a, b) for a, b in zip(mine, theirs, strict=False) if b > 0]
             if not pairs or min(a for a, _ in pairs) <= 0:
                 return  # It failed where the defaults did not.
-            found.held_out += [a for a, _ in pairs]
+            candidate.held_out += [a for a, _ in pairs]
             default.held_out += [b for _, b in pairs]
             self.confirmation.ratios += [a / b for a, b in pairs]
             self.confirmation.parts = part
-        for each in (found, default):  # Held-out scores are full measurements too.
+        for each in (candidate, default):  # Held-out scores are full measurements too.
             each.outcomes.setdefault(last, Outcome(scores=each.held_out))
 
     def _screen(self) -> Generator[Trial, Outcome, dict[str, Any]]:
@@ -305,8 +305,8 @@ class Search:
     def _promise(self, knob: Knob, best: Settings) -> tuple[float, bool]:
         """What its best value should bring on paper; where little, what needs no start is first."""
         values = knob.values[1:]
-        most = max((self._worth({**best, knob.name: value}) for value in values), default=0.0)
-        promise = most / self._worth(best)
+        highest = max((self._worth({**best, knob.name: value}) for value in values), default=0.0)
+        promise = highest / self._worth(best)
         return (round(promise, 1) if promise >= _PROMISING else 1.0), knob.live
 
     def _promising(self, best: Settings) -> list[dict[str, Any]]:
@@ -342,10 +342,10 @@ class Search:
         best = there[0].score(rung - 1) if there else 0.0
         there = [each for each in there if each.score(rung - 1) >= _HOPEFUL * best]
         # The first rung has many that only differ in what does not matter: few go on.
-        kept = there[: max(2, math.ceil(len(there) / 2**rung))]
+        better = there[: max(2, math.ceil(len(there) / 2**rung))]
         if rung == self._rungs - 1:
-            kept = kept[:2]
-        return self._standing_first([each.settings for each in kept if rung not in each.outcomes])
+            better = better[:2]
+        return self._standing_first([each.settings for each in better if rung not in each.outcomes])
 
     def _standing_first(self, points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """In the same order, but for those that the engine which stands can measure."""
@@ -355,10 +355,10 @@ class Search:
     def _measure(self, settings: Settings, rung: int, why: str) -> Plan:
         """Ask for a trial, unless it was made, is impossible, or cannot win."""
         name = key(settings)
-        known = self.measured.get(name)
-        if name in self.pruned or (known is not None and rung in known.outcomes):
+        measured = self.measured.get(name)
+        if name in self.pruned or (measured is not None and rung in measured.outcomes):
             return
-        if settings and known is None and (reason := self._out_of_the_question(settings)):
+        if settings and measured is None and (reason := self._out_of_the_question(settings)):
             self.pruned[name] = reason
             return
         yield self._trial_of(settings, rung, why)
@@ -386,13 +386,13 @@ class Search:
         ceiling = self._ceiling(settings)
         if ceiling < best:
             return f"cannot exceed {ceiling:.4g}, and {best:.4g} was reached"
-        if len(self.measured) >= self._most:
-            return f"{self._most} settings were measured, which is all that were allowed"
+        if len(self.measured) >= self._max_trials:
+            return f"{self._max_trials} settings were measured, which is all that were allowed"
         return ""
 
     def _score(self, settings: Settings, rung: int) -> float:
-        known = self.measured.get(key(settings))
-        return known.score(rung) if known else 0.0
+        measured = self.measured.get(key(settings))
+        return measured.score(rung) if measured else 0.0
 
     def _logs(self) -> dict[tuple[str, str], float]:
         return {
@@ -480,17 +480,17 @@ class _Fit(msgspec.Struct, frozen=True):
 def _fit(matrix: Any, logs: Any, together: int, step: float) -> _Fit:
     """Least squares, with intervals that hold for `together` columns at once."""
     inverse = np.linalg.pinv(matrix)
-    found = inverse @ logs
+    coefficients = inverse @ logs
     told_apart = np.isclose(np.diag(inverse @ matrix), 1.0, atol=1e-6)
     freedom = len(logs) - int(np.linalg.matrix_rank(matrix))
     if freedom <= 0:
-        return _Fit(found, None, told_apart)
-    rest = logs - matrix @ found
+        return _Fit(coefficients, None, told_apart)
+    rest = logs - matrix @ coefficients
     # Scores of a ladder vary by what lies between two rungs of it, also where they are the same.
     spread = max(float(rest @ rest) / freedom, step**2 / 12)
     error = (1 - interval.CONFIDENCE) / max(1, together)
     quantile = interval.t_quantile(1 - error / 2, freedom)
-    return _Fit(found, quantile * np.sqrt(spread * np.diag(inverse @ inverse.T)), told_apart)
+    return _Fit(coefficients, quantile * np.sqrt(spread * np.diag(inverse @ inverse.T)), told_apart)
 
 
 # --- the hardware ---------------------------------------------------------------------------
@@ -542,7 +542,7 @@ def worth(floor: Floor, lengths: Lengths, settings: Settings) -> float:
     return sum(default) / sum(mine) if mine and default else 1.0
 
 
-def _as_kept(floor: Floor, settings: Settings) -> tuple[Shape, Ceilings] | None:
+def _shape_and_ceilings(floor: Floor, settings: Settings) -> tuple[Shape, Ceilings] | None:
     if floor.shape is None or floor.ceilings is None:
         return None
     shape, ceilings = floor.shape, floor.ceilings
@@ -556,10 +556,10 @@ def _as_kept(floor: Floor, settings: Settings) -> tuple[Shape, Ceilings] | None:
 
 def _read_s(floor: Floor, lengths: Lengths, settings: Settings, seqs: int) -> float:
     """The least time of a step that writes a token to so many sequences."""
-    known = _as_kept(floor, settings)
-    if known is None:
+    hardware = _shape_and_ceilings(floor, settings)
+    if hardware is None:
         return 0.0
-    shape, ceilings = known
+    shape, ceilings = hardware
     return roofline.decode(shape, seqs, lengths.read).least_s(ceilings)
 
 
@@ -567,10 +567,10 @@ def _hardware_s(
     floor: Floor, lengths: Lengths, settings: Settings, seqs: int
 ) -> tuple[float, float] | None:
     """Of one request in a batch of `seqs`: the least time to compute, and to read memory."""
-    known = _as_kept(floor, settings)
-    if known is None:
+    hardware = _shape_and_ceilings(floor, settings)
+    if hardware is None:
         return None
-    shape, ceilings = known
+    shape, ceilings = hardware
     prompt = roofline.prefill(shape, lengths.read)
     step = roofline.decode(shape, seqs, lengths.read)
     flops = prompt.flops + lengths.written * step.flops / seqs
@@ -592,10 +592,10 @@ class Climb:
     """
 
     def __init__(
-        self, start: int, *, stride: int = 4, gap: int = 1, least: int = -60, most: int = 12
+        self, start: int, *, stride: int = 4, gap: int = 1, lowest: int = -60, highest: int = 12
     ) -> None:
         self._at, self._stride, self._gap = start, max(stride, gap), gap
-        self._least, self._left = least, most
+        self._least, self._left = lowest, highest
         self.passed: int | None = None
         self.failed: int | None = None
 

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
                 if load.poll() is None:
                     load.send_signal(signal.SIGINT)
                     load.wait()
-    output = _told(options)
+    output = _result(options)
     print(json.dumps(output))
     return 0 if output["valid"] else 1
 
@@ -151,8 +151,8 @@ def _serving(options: argparse.Namespace) -> Iterator[None]:
             deadline_s = time.monotonic() + _START_S
             while len(_settled(options) or ()) < options.replicas:
                 if process.poll() is not None or time.monotonic() > deadline_s:
-                    said = (folder / "server.log").read_text(errors="replace")
-                    raise SystemExit(f"the server did not start:\n{said[-4000:]}")
+                    text = (folder / "server.log").read_text(errors="replace")
+                    raise SystemExit(f"the server did not start:\n{text[-4000:]}")
                 time.sleep(_LOOK_S)
             yield
         finally:
@@ -160,7 +160,7 @@ def _serving(options: argparse.Namespace) -> Iterator[None]:
             process.wait()
 
 
-def _told(options: argparse.Namespace) -> dict[str, Any]:
+def _result(options: argparse.Namespace) -> dict[str, Any]:
     """What both loops saw, together."""
     loads = {name: result.read(options.out / name) for name in ("short", "long")}
     steps = [
@@ -204,7 +204,7 @@ def _told(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _in_order(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(done, key=lambda one: int(one["number"]))
+    return sorted(done, key=lambda answer: int(answer["number"]))
 
 
 # --- one change -----------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def _there(
     options: argparse.Namespace, config: dict[str, Any], before: set[str]
 ) -> Callable[[], bool]:
     """Whether a change is there: asked again and again."""
-    most = config["applications"][0]["args"]["engine"]["max_model_len"]
+    max_model_len = config["applications"][0]["args"]["engine"]["max_model_len"]
     wanted = _replicas(config)
 
     def rested() -> bool:
@@ -295,19 +295,19 @@ def _there(
 
     def resized() -> bool:
         after = _settled(options)
-        kept = min(len(before), wanted)
-        return after is not None and len(after) == wanted and len(after & before) == kept
+        count = min(len(before), wanted)
+        return after is not None and len(after) == wanted and len(after & before) == count
 
     def limited() -> bool:
-        asked = {"model": "m", "prompt": "a", "max_tokens": most - 500, "stream": True}
-        return _always(lambda: _status(options, _KEY, asked) == 400) and rested()
+        body = {"model": "m", "prompt": "a", "max_tokens": max_model_len - 500, "stream": True}
+        return _always(lambda: _status(options, _KEY, body) == 400) and rested()
 
-    def known() -> bool:
+    def changed() -> bool:
         return _always(lambda: _status(options, _SECOND_KEY) == 200) and rested()
 
     return {
         "limits": limited,
-        "key": known,
+        "key": changed,
         "engine": replaced,
         "version": replaced,
         "down": resized,
@@ -337,10 +337,10 @@ def _status(options: argparse.Namespace, key: str, body: dict[str, Any] | None =
 def _settled(options: argparse.Namespace) -> set[str] | None:
     """The engines' replicas, by id, if all run that are to; None while anything changes."""
     try:
-        told = json.loads(scrape.serve_details(options.dashboard))
+        details = json.loads(scrape.serve_details(options.dashboard))
     except (OSError, ValueError):
         return None
-    application = told.get("applications", {}).get("llm", {})
+    application = details.get("applications", {}).get("llm", {})
     deployments = application.get("deployments", {})
     if application.get("status") != "RUNNING" or "engine" not in deployments:
         return None

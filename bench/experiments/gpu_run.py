@@ -67,27 +67,27 @@ def steps(options: argparse.Namespace, left_s: Callable[[], float]) -> Iterator[
     for place, model in enumerate(options.models.split(",")):
         name, folder = Path(model).name, options.work
         roof = folder / f"roofline-{name}"
-        held = ("--roofline", str(roof))
+        against = ("--roofline", str(roof))
         mine = ("--model", model, "--engine", engine)
         if "roofline" in options.stage or not (roof / "result.json").is_file():
             yield Step(f"roofline-{name}", ("roofline", *mine, "--measure", "--out", str(roof)))
         if "baseline" in options.stage:
             out = ("--repeats", str(options.repeats), "--out", str(folder / f"baseline-{name}"))
-            yield Step(f"baseline-{name}", ("baseline", *mine, *held, *out), 60)
+            yield Step(f"baseline-{name}", ("baseline", *mine, *against, *out), 60)
         if "profile" in options.stage:
             cases = ("--batches", options.batches, "--prefill", options.prefill)
-            told = ("--out", str(folder / f"profile-{name}"))
-            yield Step(f"profile-{name}", ("profile", *mine, *held, *cases, *told), 60)
+            out_of = ("--out", str(folder / f"profile-{name}"))
+            yield Step(f"profile-{name}", ("profile", *mine, *against, *cases, *out_of), 60)
         if place:
             continue
-        yield from _first_model_only(options, name, mine, held, left_s)
+        yield from _first_model_only(options, name, mine, against, left_s)
 
 
 def _first_model_only(
     options: argparse.Namespace,
     name: str,
     mine: tuple[str, ...],
-    held: tuple[str, ...],
+    against: tuple[str, ...],
     left_s: Callable[[], float],
 ) -> Iterator[Step]:
     folder = options.work
@@ -96,7 +96,7 @@ def _first_model_only(
     if "tune" in options.stage:
         budget_s = max(30.0, left_s() - 40.0)
         more = ("--budget-s", f"{budget_s:.0f}", "--out", str(tuned), *options.tune.split())
-        yield Step(f"tune-{name}", ("tune", *mine, *held, *goal, *more), 60)
+        yield Step(f"tune-{name}", ("tune", *mine, *against, *goal, *more), 60)
     if "confirm" in options.stage:
         budget_s = max(30.0, left_s() - 60.0)
         more = ("--against", str(tuned), "--out", str(folder / f"confirm-{name}"))
@@ -146,14 +146,14 @@ def run(step: Step, work: Path, limit_s: float) -> dict[str, Any]:
             last = json.loads(lines[-1])
         except json.JSONDecodeError:
             last = lines[-1][:400]
-    said = log.read_text(errors="replace").splitlines()
+    log_lines = log.read_text(errors="replace").splitlines()
     return {
         "step": step.name,
         "status": status,
         "wall_s": round(time.monotonic() - began_s, 1),
         "command": "python -m bench " + " ".join(_quoted(word) for word in step.words),
         "last": last,
-        "said": said[-6:] if status != 0 else [],
+        "said": log_lines[-6:] if status != 0 else [],
     }
 
 

@@ -122,24 +122,24 @@ def compare(heard: Heard, right: Right) -> Verdict:
     outcome = _outcome(heard)
     whole = outcome == "whole"
     unit = "characters"
-    found = Alignment()
+    alignment = Alignment()
     if heard.token_ids is not None and right.token_ids is not None:
         unit = "tokens"
-        found = align(heard.token_ids, right.token_ids, _SURE[unit], whole)
-    if found.parted_at is None:
+        alignment = align(heard.token_ids, right.token_ids, _SURE[unit], whole)
+    if alignment.parted_at is None:
         # The right tokens can still make a wrong text: half of a character before the cut, and
         # half after it.
         in_text = align(heard.text, right.text, _SURE["characters"], whole)
         if in_text.parted_at is not None or unit == "characters":
-            unit, found = "characters", in_text
-    equal = whole and found.parted_at is None
+            unit, alignment = "characters", in_text
+    equal = whole and alignment.parted_at is None
     return Verdict(
         outcome=outcome,
         unit=unit,
-        parted_at=found.parted_at,
-        doubled=found.doubled,
-        missing=found.missing,
-        different_at=found.different_at,
+        parted_at=alignment.parted_at,
+        doubled=alignment.doubled,
+        missing=alignment.missing,
+        different_at=alignment.different_at,
         finish=_finish(heard, right, whole, equal),
         usage=_usage(heard, right, whole, equal),
         identity=_identity(heard),
@@ -152,27 +152,27 @@ def align(received: Sequence[Any], right: Sequence[Any], sure: int, whole: bool)
     At a difference, the shortest jump is taken after which `sure` elements agree, or all that are
     left. Whatever `received` lacks at its end is missing if it is `whole`.
     """
-    found = Alignment()
+    alignment = Alignment()
     at = place = 0
     while True:
         while at < len(received) and place < len(right) and received[at] == right[place]:
             at, place = at + 1, place + 1
         if at == len(received):
             break
-        if found.parted_at is None:
-            found.parted_at = at
+        if alignment.parted_at is None:
+            alignment.parted_at = at
         jump = _jump(received[at : at + sure], right, place)
         if jump is None:
-            found.different_at = at
-            return found
-        found.doubled += max(0, -jump)
-        found.missing += max(0, jump)
+            alignment.different_at = at
+            return alignment
+        alignment.doubled += max(0, -jump)
+        alignment.missing += max(0, jump)
         place += jump
     if whole and place < len(right):
-        found.missing += len(right) - place
-        if found.parted_at is None:
-            found.parted_at = at
-    return found
+        alignment.missing += len(right) - place
+        if alignment.parted_at is None:
+            alignment.parted_at = at
+    return alignment
 
 
 def _jump(following: Sequence[Any], right: Sequence[Any], place: int) -> int | None:

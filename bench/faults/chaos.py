@@ -114,7 +114,7 @@ async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> dict[str, An
     stalled = watched.since(start_s)
     judged = await judge(job, heard, rights, stalled)
     _rewrite(path, judged)
-    output = head | _asked(job) | {"duration_s": duration_s}
+    output = head | _settings(job) | {"duration_s": duration_s}
     output["machine_stalled_s"] = sum(span.lasted_s for span in stalled)
     output |= damage.figures(judged, rights, disturber.done, job.disturb, job.gap_s)
     if len(judged) < job.count:
@@ -246,7 +246,7 @@ def _rewrite(path: Path, judged: Sequence[Judged]) -> None:
     new.replace(path)
 
 
-def _asked(job: Job) -> dict[str, Any]:
+def _settings(job: Job) -> dict[str, Any]:
     """The part of a result that says what was asked for; no key and no header of the target."""
     target = job.target
     return {
@@ -339,12 +339,12 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
         name=options.name,
     )
-    found = asyncio.run(chaos(job, _cluster(job, options), options.out))
-    for doubt in found["doubts"]:
+    output = asyncio.run(chaos(job, _cluster(job, options), options.out))
+    for doubt in output["doubts"]:
         run.say(f"doubtful: {doubt}")
     # The whole is in the folder.
     long = ("machine", "events", "done", "faulty", "measures")
-    short = {key: value for key, value in found.items() if key not in long}
+    short = {key: value for key, value in output.items() if key not in long}
     return short | {"out": str(options.out), "report": str(options.out / result.REPORT)}
 
 

@@ -40,7 +40,7 @@ def figures(
     judged: Sequence[Judged],
     rights: Sequence[Right],
     done: Sequence[Done],
-    asked: Sequence[str],
+    prompts: Sequence[str],
     gap_s: float,
 ) -> dict[str, Any]:
     """Everything that is said of a run, its doubts and whether it is valid.
@@ -56,7 +56,7 @@ def figures(
     ties = [verdict.margin for verdict in verdicts if verdict.tie and verdict.margin is not None]
     equal = sum(verdict.outcome == "whole" and verdict.parted_at is None for verdict in verdicts)
     happened = {event.number for event in done if not event.error}
-    never = [text for number, text in enumerate(asked) if number not in happened]
+    never = [text for number, text in enumerate(prompts) if number not in happened]
     doubts = _doubts(judged, rights, done) + [f"{text}: never happened" for text in never]
     return {
         "valid": bool(judged) and not faults and not never,

@@ -113,7 +113,7 @@ def parse(text: str) -> Disturbance:
         every_s=every_s,
         first_s=options.number("first", every_s),
         count=options.whole_or_none("count"),
-        jitter=options.number("jitter", 0.2, most=0.5),
+        jitter=options.number("jitter", 0.2, maximum=0.5),
         deployment=options.text("deployment", "llm:gateway" if gateway else "llm:engine"),
         min_up=options.whole("min_up", 0 if command else 2),
         wait_s=options.number("wait", 300.0),
@@ -138,8 +138,8 @@ def _choice(options: spec.Options, key: str, default: str, choices: Sequence[str
 def planned(disturbances: Sequence[Disturbance], seed: int) -> Iterator[Due]:
     """All times of all disturbances, in order. The same arguments give the same plan."""
 
-    def of(number: int, one: Disturbance) -> Iterator[Due]:
-        for turn, at_s in enumerate(one.times_s(f"{seed}/{number}")):
+    def of(number: int, disturbance: Disturbance) -> Iterator[Due]:
+        for turn, at_s in enumerate(disturbance.times_s(f"{seed}/{number}")):
             yield Due(at_s, number, turn)
 
-    return heapq.merge(*(of(number, one) for number, one in enumerate(disturbances)))
+    return heapq.merge(*(of(number, each) for number, each in enumerate(disturbances)))

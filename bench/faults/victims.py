@@ -121,7 +121,7 @@ class Cluster:
         replicas = list(replicas)
         running = [replica for replica in replicas if _runs(replica) and self._has_engine(replica)]
         answering = {r.process for r in running} if up == "process" else self._answering(running)
-        found = []
+        ready = []
         for replica in replicas:
             process, now_s = replica.process, time.monotonic()
             if process not in answering:
@@ -131,8 +131,8 @@ class Cluster:
             if up == "process":
                 since_s = now_s - (time.time() - process.create_time())
             if now_s - since_s >= settle_s:
-                found.append(replica)
-        return found
+                ready.append(replica)
+        return ready
 
     def strike(self, replica: psutil.Process) -> None:
         """Note that a replica or its engine was killed: it may answer for a while yet."""
@@ -187,10 +187,10 @@ class Cluster:
         ]
         # All at once: a replica that is loading keeps whoever asks waiting.
         with ThreadPoolExecutor(max_workers=len(doors) or 1) as pool:
-            answered = pool.map(lambda door: _asked(door[1], door[2]), doors)
-            found = {door[0]: door[2] for door, yes in zip(doors, answered, strict=True) if yes}
-        self._ports |= found
-        return set(found)
+            answered = pool.map(lambda door: _answers(door[1], door[2]), doors)
+            answering = {door[0]: door[2] for door, yes in zip(doors, answered, strict=True) if yes}
+        self._ports |= answering
+        return set(answering)
 
 
 def of_url(url: str) -> Cluster:
@@ -273,7 +273,7 @@ def _listens(process: psutil.Process) -> Iterator[tuple[str, int]]:
                 yield "127.0.0.1" if address.ip in _ANY else address.ip, address.port
 
 
-def _asked(host: str, port: int) -> bool:
+def _answers(host: str, port: int) -> bool:
     connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_S)
     try:
         connection.request("GET", "/health")
@@ -286,8 +286,8 @@ def _asked(host: str, port: int) -> bool:
 
 def _is_here(host: str) -> bool:
     try:
-        asked = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
         return False
     own = {address.address for each in psutil.net_if_addrs().values() for address in each}
-    return bool(asked & own)
+    return bool(addresses & own)

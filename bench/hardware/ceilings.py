@@ -39,7 +39,7 @@ _WARM_UP_S, _MEASURE_S = 0.3, 1.5
 
 def command(options: argparse.Namespace) -> dict[str, Any]:
     """What `python -m bench roofline` does with its options; returns its last line."""
-    shape = roofline.shape(options.model, **roofline.kept(options.engine))
+    shape = roofline.shape(options.model, **roofline.storage(options.engine))
     if options.measure:
         ceilings = measure(shape)
     elif options.gpu:
@@ -77,7 +77,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine", type=json.loads, default={}, help="vLLM arguments: dtypes, parallelism")
 
 
-def known(
+def shape_and_ceilings(
     folder: Path | None, model: str, engine: Mapping[str, Any]
 ) -> tuple[Shape, Ceilings] | None:
     """Shape and ceilings: of a result of `bench roofline`, else of the GPU's data sheet.
@@ -93,14 +93,14 @@ def known(
             raise BenchError(f"roofline = {str(folder)!r}: not a result of `bench roofline`")
         shape = msgspec.convert(output["shape"], Shape)
         if engine:
-            shape = msgspec.structs.replace(shape, **roofline.kept(engine))
+            shape = msgspec.structs.replace(shape, **roofline.storage(engine))
         return shape, msgspec.convert(output["ceilings"], Ceilings)
     gpus = machine.gpus()
     if not gpus or not Path(model).is_dir():
         return None
     with contextlib.suppress(BenchError):
         sheet = roofline.of_gpu(str(gpus[0]["name"]))
-        return roofline.shape(model, **roofline.kept(engine)), sheet
+        return roofline.shape(model, **roofline.storage(engine)), sheet
     return None
 
 

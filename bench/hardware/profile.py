@@ -129,7 +129,7 @@ def in_process(options: argparse.Namespace) -> dict[str, Any]:
         "engine": options.engine,
         "nsys": nsys(machine.command()),
     }
-    ceiling = ceilings.known(options.roofline, options.model, options.engine)
+    ceiling = ceilings.shape_and_ceilings(options.roofline, options.model, options.engine)
     began_s = time.time()
     engine = Profiled(options.model, options.engine, options.out / TRACES)
     head["load_s"] = time.time() - began_s
@@ -156,7 +156,7 @@ def _decode(
     summary = kernels.summarise(kernels.read(trace))
     length = (records[0].input_tokens or context) + output / 2
     case = {"name": name, "seqs": seqs, "context": length, "took_s": took_s}
-    return _told(case, trace, summary, ceiling, roofline_work=(seqs, length, 0))
+    return _case_result(case, trace, summary, ceiling, roofline_work=(seqs, length, 0))
 
 
 def _prefill(
@@ -169,7 +169,7 @@ def _prefill(
     summary = kernels.summarise(kernels.read(trace))
     length = records[0].input_tokens or tokens
     case = {"name": name, "prompt": length, "took_s": took_s}
-    return _told(case, trace, summary, ceiling, roofline_work=(0, 0, length))
+    return _case_result(case, trace, summary, ceiling, roofline_work=(0, 0, length))
 
 
 def _timed(engine: Profiled, seqs: int, tokens: int, output: int) -> list[Record]:
@@ -192,7 +192,7 @@ def _mean_tpot(records: list[Record]) -> float:
     return sum(span for span, _ in spans) / max(1, sum(count for _, count in spans))
 
 
-def _told(
+def _case_result(
     case: dict[str, Any],
     trace: Path,
     summary: kernels.Summary,
@@ -370,7 +370,7 @@ def _served_case(trace: Path) -> dict[str, Any]:
         "took_s": summary.wall_s / steps,
         "busy_share": 1 - summary.idle_share if summary.device == "gpu" else None,
     }
-    return _told(case | {"seqs": 0}, trace, summary, None, roofline_work=(1, 0, 0))
+    return _case_result(case | {"seqs": 0}, trace, summary, None, roofline_work=(1, 0, 0))
 
 
 def front_end(pid: int, out: Path) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 # --- the sizes ------------------------------------------------------------------------------
 
 
-def shape(folder: str | Path, **kept: Any) -> Shape:
+def shape(folder: str | Path, **storage: Any) -> Shape:
     """The sizes in the config.json of a model folder; `kept` are attributes of Shape.
 
     Raises:
@@ -154,7 +154,7 @@ def shape(folder: str | Path, **kept: Any) -> Shape:
             intermediate=int(config["intermediate_size"]),
             vocab=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
-            **kept,
+            **storage,
         )
     except OSError as error:
         raise BenchError(f"model = {str(folder)!r}: {_CONFIG}: {error.strerror}") from None
@@ -162,7 +162,7 @@ def shape(folder: str | Path, **kept: Any) -> Shape:
         raise BenchError(f"model = {str(folder)!r}: {_CONFIG} lacks a size: {error}") from None
 
 
-def kept(engine: Mapping[str, Any]) -> dict[str, Any]:
+def storage(engine: Mapping[str, Any]) -> dict[str, Any]:
     """How a model is kept under these engine arguments, as attributes of Shape."""
     wide = 4.0 if engine.get("dtype") == "float32" else 2.0
     cache = str(engine.get("kv_cache_dtype", "auto"))

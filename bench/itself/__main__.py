@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--searches", type=int, default=20)
     options = parser.parse_args()
     print("Coverage of 95% intervals, and the share of series that have one\n")
-    print(coverage.table(coverage.known(options.trials)), flush=True)
+    print(coverage.table(coverage.all_processes(options.trials)), flush=True)
     print("\nTwo servers compared, three repeats each\n")
     print(power.comparisons(options.pairs), flush=True)
     print("\nTuning\n")

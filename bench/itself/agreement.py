@@ -83,8 +83,8 @@ def medians(result: dict[str, Any]) -> dict[str, Any]:
         "itl": [gap for gaps in result["itls"] for gap in gaps],
         "e2el": result["latencies"],
     }
-    found = {f"median_{name}_ms": statistics.median(v) * 1e3 for name, v in values_s.items()}
-    return found | result
+    figures = {f"median_{name}_ms": statistics.median(v) * 1e3 for name, v in values_s.items()}
+    return figures | result
 
 
 def compare(rounds: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -134,8 +134,8 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         for number in range(options.rounds):
             order = [0, 1] if number % 2 == 0 else [1, 0]
             # Other prompts for each: the second would find those of the first in a cache.
-            found = {which: pair[which](2 * number + which) for which in order}
-            rounds.append((found[0], found[1]))
+            answers = {which: pair[which](2 * number + which) for which in order}
+            rounds.append((answers[0], answers[1]))
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
     rows = compare(rounds)
     differ = [row["figure"] for row in rows if not row["agrees"]]

@@ -40,44 +40,44 @@ def _case(options: Any, when: str, requests: int) -> Measures:
 
 
 def _times(options: dict[str, float], when: str, requests: int) -> Iterator[Finding]:
-    found = _case(options, when, requests)
+    result = _case(options, when, requests)
     ttft_s, itl_s = options["ttft_ms"] / 1e3, options["itl_ms"] / 1e3
-    yield "ttft_p50_s", ttft_s, found.ttft_p50_s
-    yield "itl_p50_s", itl_s, found.itl_p50_s
-    yield "tpot_p50_s", itl_s, found.tpot_p50_s
-    yield "e2e_p50_s", ttft_s + 19 * itl_s, found.e2e_p50_s
-    yield "output_tokens", requests * 20, found.output_tokens
+    yield "ttft_p50_s", ttft_s, result.ttft_p50_s
+    yield "itl_p50_s", itl_s, result.itl_p50_s
+    yield "tpot_p50_s", itl_s, result.tpot_p50_s
+    yield "e2e_p50_s", ttft_s + 19 * itl_s, result.e2e_p50_s
+    yield "output_tokens", requests * 20, result.output_tokens
 
 
 def _errors(requests: int) -> Iterator[Finding]:
-    found = _case({"error_rate": 0.25, "itl_ms": 2}, "poisson:rate=200", requests)
-    yield "http 500", requests // 4, found.failures.get("http 500")
-    yield "ok", requests - requests // 4, found.ok
-    found = _case({"cut_rate": 0.5, "itl_ms": 2}, "poisson:rate=200", requests)
-    yield "cut", requests // 2, found.failures.get("cut")
+    result = _case({"error_rate": 0.25, "itl_ms": 2}, "poisson:rate=200", requests)
+    yield "http 500", requests // 4, result.failures.get("http 500")
+    yield "ok", requests - requests // 4, result.ok
+    result = _case({"cut_rate": 0.5, "itl_ms": 2}, "poisson:rate=200", requests)
+    yield "cut", requests // 2, result.failures.get("cut")
     # All at once, on a limit of one request a second.
-    found = _case({"rate_limit": 1}, f"burst:size={requests},every=60", requests)
-    yield "http 429", requests - 1, found.failures.get("http 429")
+    result = _case({"rate_limit": 1}, f"burst:size={requests},every=60", requests)
+    yield "http 429", requests - 1, result.failures.get("http 429")
 
 
 def _stall(requests: int) -> Iterator[Finding]:
     """2 s of a run of 8 s: an open loop sees it in a quarter of the requests."""
     options = {"ttft_ms": 20, "itl_ms": 2, "stall_at": 3, "stall_s": 2}
     rate = requests / 8
-    found = _case(options, f"constant:rate={rate:g}", requests)
+    result = _case(options, f"constant:rate={rate:g}", requests)
     # Those due during the stall waited for its end: at 95% by 2 s less a fifth of its 2 s.
-    yield "open loop: ttft_p95_s", 2.02 - 0.05 * 8, found.ttft_p95_s
-    found = _case(options, "users=4", requests)
-    yield "closed loop hides it: ttft_p90_s", 0.02, found.ttft_p90_s
+    yield "open loop: ttft_p95_s", 2.02 - 0.05 * 8, result.ttft_p95_s
+    result = _case(options, "users=4", requests)
+    yield "closed loop hides it: ttft_p90_s", 0.02, result.ttft_p90_s
 
 
 def agrees(finding: Finding) -> bool:
-    what, known, found = finding
-    if found is None:
+    what, truth, measured = finding
+    if measured is None:
         return False
     if not what.endswith("_s"):
-        return found == known
-    return abs(found - known) <= max(TOLERANCE * known, TOLERANCE_S)
+        return measured == truth
+    return abs(measured - truth) <= max(TOLERANCE * truth, TOLERANCE_S)
 
 
 def main() -> int:
@@ -98,12 +98,12 @@ def main() -> int:
     print(f"{'':42}{'known':>10}{'found':>10}")
     for name, case in cases.items():
         for finding in case():
-            what, known, found = finding
+            what, truth, measured = finding
             good = agrees(finding)
-            rows.append({"case": name, "what": what, "known": known, "found": found, "ok": good})
-            shown = "-" if found is None else f"{found:.4f}"
-            said = "" if good else "  differs"
-            print(f"{name + ': ' + what:42}{known:>10.4f}{shown:>10}{said}")
+            rows.append({"case": name, "what": what, "known": truth, "found": measured, "ok": good})
+            shown = "-" if measured is None else f"{measured:.4f}"
+            note = "" if good else "  differs"
+            print(f"{name + ': ' + what:42}{truth:>10.4f}{shown:>10}{note}")
     good = all(row["ok"] for row in rows)
     print(json.dumps({"benchmark": "calibration", "agrees": good, "results": rows}))
     return 0 if good else 1

@@ -216,7 +216,7 @@ def measure(
 ) -> dict[str, list[Capacity]]:
     """Every client's capacity, round after round."""
     tokens = round((options.seconds + _SETTLE_S) * 1e3 / options.itl_ms)
-    found: dict[str, list[Capacity]] = {name: [] for name in probes}
+    by_probe: dict[str, list[Capacity]] = {name: [] for name in probes}
     for _, (name, probe) in itertools.product(range(options.rounds), probes.items()):
 
         def try_rate(streams: int, name: str = name, probe: Probe = probe) -> Reading:
@@ -230,19 +230,19 @@ def measure(
             print(_describe(name, reading), file=sys.stderr)
             return reading
 
-        earlier = [capacity.best.streams // 2 for capacity in found[name]]
+        earlier = [capacity.best.streams // 2 for capacity in by_probe[name]]
         first = max(1, *earlier) if earlier else options.first
-        found[name].append(search(try_rate, first, options.steps, options.tries))
-    return found
+        by_probe[name].append(search(try_rate, first, options.steps, options.tries))
+    return by_probe
 
 
 # --- the result -----------------------------------------------------------------------------
 
 
-def summarise(found: dict[str, list[Capacity]]) -> list[dict[str, Any]]:
+def summarise(by_probe: dict[str, list[Capacity]]) -> list[dict[str, Any]]:
     """For each client: events/s over the rounds, and the ratio to each other client by round."""
     rows = []
-    for name, capacities in found.items():
+    for name, capacities in by_probe.items():
         rates = [capacity.best.offered_per_s for capacity in capacities]
         row: dict[str, Any] = {
             "client": name,
@@ -252,7 +252,7 @@ def summarise(found: dict[str, list[Capacity]]) -> list[dict[str, Any]]:
             "cpu": [round(c.best.cpu, 2) for c in capacities],
             "cpu_us_per_event": [round(c.best.cpu_us_per_event, 1) for c in capacities],
         }
-        for other, theirs in found.items():
+        for other, theirs in by_probe.items():
             if other != name and all(capacity.best.offered_per_s for capacity in theirs):
                 pairs = zip(capacities, theirs, strict=True)
                 ratios = [mine.best.offered_per_s / its.best.offered_per_s for mine, its in pairs]
@@ -315,8 +315,8 @@ def main() -> None:
                 probes[name] = ours(server.url, 1 if name == "ours" else 2)
             else:
                 raise SystemExit(f"unknown client {name!r}: ours, vllm, two")
-        found = measure(probes, server.stats, options)
-    rows = summarise(found)
+        by_probe = measure(probes, server.stats, options)
+    rows = summarise(by_probe)
     print(table(rows))
     result = {"benchmark": "capacity", "lag_limit_ms": LAG_S * 1e3, "itl_ms": options.itl_ms}
     result |= {"rounds": options.rounds, "seconds": options.seconds, "cores": os.cpu_count()}

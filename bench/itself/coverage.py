@@ -54,13 +54,13 @@ def coverage(
     batch = max(1, min(trials, _SAMPLES_AT_ONCE // samples))
     rng = np.random.default_rng(seed)
 
-    def found() -> Iterable[Bounds]:
+    def intervals() -> Iterable[Bounds]:
         for start in range(0, trials, batch):
             for series in process.sample(rng, min(batch, trials - start), samples):
                 yield bounds(series)
 
     figure = "mean" if share is None else f"p{100 * share:g}"
-    return count(process.name, figure, samples, found(), process.truth(share))
+    return count(process.name, figure, samples, intervals(), process.truth(share))
 
 
 def of_repeats(
@@ -72,15 +72,15 @@ def of_repeats(
 ) -> Coverage:
     """Of the interval for the mean of a few repeats."""
     rng = np.random.default_rng(seed)
-    found = (interval.of_repeats(values(rng)) for _ in range(trials))
-    return count(name, "mean of repeats", len(values(np.random.default_rng(0))), found, truth)
+    bounds = (interval.of_repeats(values(rng)) for _ in range(trials))
+    return count(name, "mean of repeats", len(values(np.random.default_rng(0))), bounds, truth)
 
 
 def count(
-    process: str, figure: str, samples: int, found: Iterable[Bounds], truth: float
+    process: str, figure: str, samples: int, intervals: Iterable[Bounds], truth: float
 ) -> Coverage:
     trials = given = below = above = 0
-    for bounds in found:
+    for bounds in intervals:
         trials += 1
         if bounds is not None:
             given += 1
@@ -97,7 +97,7 @@ def count(
     )
 
 
-def known(trials: int) -> list[Coverage]:
+def all_processes(trials: int) -> list[Coverage]:
     """Every process, number of samples and figure."""
     return [
         coverage(process, share, samples, trials)

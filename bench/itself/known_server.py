@@ -140,18 +140,20 @@ class _Words:
     def whole(self, count: int, usage: dict[str, Any]) -> bytes:
         """An answer that is not streamed."""
         text, choice = self._options.word * count, {"index": 0, "finish_reason": "length"}
-        said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        return _json("200 OK", {**self._shell(), "choices": [{**choice, **said}], "usage": usage})
+        output = (
+            {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        )
+        return _json("200 OK", {**self._shell(), "choices": [{**choice, **output}], "usage": usage})
 
     def _shell(self) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         return {"id": "cmpl-0123456789abcdef", "object": kind, "created": 1, "model": MODEL}
 
     def _choice(self, text: str, reason: str | None, role: str | None = None) -> dict[str, Any]:
-        said: dict[str, Any] = {"text": text}
+        output: dict[str, Any] = {"text": text}
         if self._chat:
-            said = {"delta": {"role": role, "content": text} if role else {"content": text}}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+            output = {"delta": {"role": role, "content": text} if role else {"content": text}}
+        choice = {"index": 0, **output, "logprobs": None, "finish_reason": reason}
         return {**self._shell(), "choices": [choice]}
 
     def _write(self, event: Any) -> bytes:

@@ -44,9 +44,9 @@ def comparisons(pairs: int) -> str:
     lines = [f"{'B is slower by':18}{'any row differs':>18}{'rows said worse':>18}"]
     for slower in (1.0, 1.05, 1.1, 1.2, 1.5):
         draw = random.Random(slower)
-        found = [compare.compare(served(draw), served(draw, slower)) for _ in range(pairs)]
-        differ = fmean(any(row.verdict != "noise" for row in rows) for rows in found)
-        worse = fmean(row.verdict == "worse" for rows in found for row in rows)
+        compared = [compare.compare(served(draw), served(draw, slower)) for _ in range(pairs)]
+        differ = fmean(any(row.verdict != "noise" for row in rows) for rows in compared)
+        worse = fmean(row.verdict == "worse" for rows in compared for row in rows)
         lines.append(f"{slower - 1:<18.0%}{differ:>18.1%}{worse:>18.1%}")
     return "\n".join(lines)
 
@@ -90,8 +90,8 @@ def tunings(count: int) -> str:
                 search = tuned(seed, spread, partial(_one_is_better, better))
                 assert search.best is not None
                 changed += bool(search.best.settings)
-                found = gain.gain(search.best, search.default, 2, False)
-                ratios.append(found["ratio"] if found else 1.0)
+                gained = gain.gain(search.best, search.default, 2, False)
+                ratios.append(gained["ratio"] if gained else 1.0)
                 false += any(
                     effect.low is not None and not effect.low <= 1 <= (effect.high or 0)
                     for effect in tuning.effects(search.measured.values())
@@ -121,8 +121,8 @@ def searched(
     controller = RateSearch(
         Slo(ttft_s=1.0, percentile=95.0), precision=precision, budget_s=budget_s
     )
-    while (asked := controller.ask()) is not None:
-        seen = _probe(rng, *asked)
+    while (probe := controller.ask()) is not None:
+        seen = _probe(rng, *probe)
         took_s += seen.took_s
         controller.take(seen)
     return controller.result, took_s
@@ -147,12 +147,12 @@ def _probe(rng: np.random.Generator, rate: float, count: int) -> Seen:
 
 
 def searches(count: int) -> str:
-    found = [searched(seed, 600.0) for seed in range(count)]
-    held = sum((r.rate or 0) <= LIMIT <= (r.fails_at or 0) for r, _ in found)
-    widths = [(r.fails_at or math.inf) / (r.rate or 1) - 1 for r, _ in found]
-    took_s = [seconds for _, seconds in found]
+    results = [searched(seed, 600.0) for seed in range(count)]
+    covering = sum((r.rate or 0) <= LIMIT <= (r.fails_at or 0) for r, _ in results)
+    widths = [(r.fails_at or math.inf) / (r.rate or 1) - 1 for r, _ in results]
+    took_s = [seconds for _, seconds in results]
     return (
-        f"truth {LIMIT:.2f} requests/s: held by {held} of {count} intervals; width "
+        f"truth {LIMIT:.2f} requests/s: held by {covering} of {count} intervals; width "
         f"{np.median(widths):.3f} (median), {max(widths):.3f} (most); at most 15% in "
-        f"{sum(r.resolved for r, _ in found)}; {np.median(took_s):.0f} s (median)"
+        f"{sum(r.resolved for r, _ in results)}; {np.median(took_s):.0f} s (median)"
     )

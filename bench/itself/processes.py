@@ -60,11 +60,11 @@ def autoregressive(coefficient: float, mean: float = 10.0) -> Process:
     deviation = 1 / math.sqrt(1 - coefficient**2)
 
     def sample(rng: np.random.Generator, series: int, count: int) -> Values:
-        found = rng.normal(0.0, 1.0, (count, series))
-        found[0] *= deviation
+        values = rng.normal(0.0, 1.0, (count, series))
+        values[0] *= deviation
         for at in range(1, count):
-            found[at] += coefficient * found[at - 1]
-        return found.T + mean
+            values[at] += coefficient * values[at - 1]
+        return values.T + mean
 
     return Process(
         f"AR(1) {coefficient:g}",
@@ -87,8 +87,8 @@ def queue(load: float) -> Process:
         # Lindley's recursion, W(n+1) = max(0, W(n) + step), as a walk above its own minimum.
         walk = np.cumsum(steps, axis=1)
         floor = np.minimum(np.minimum.accumulate(walk, axis=1), 0.0)
-        found: Values = walk - floor + service
-        return found
+        sojourns_s: Values = walk - floor + service
+        return sojourns_s
 
     return Process(
         f"M/M/1 {load:g}",

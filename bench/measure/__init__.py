@@ -37,7 +37,7 @@ from bench.measure.answers import Answers, may_be_cached_share
 from bench.measure.efficiency import Efficiency, efficiency, efficiency_summary, on_front
 from bench.measure.figures import METRICS, Kind, Measures, measure, summary
 from bench.measure.flow import Timeline, Window, output_tokens_by_slice, timeline
-from bench.measure.latency import e2e_s, gaps, itl_s, known, lag_s, reason, tpot_s, ttft_s
+from bench.measure.latency import e2e_s, gaps, itl_s, lag_s, present, reason, tpot_s, ttft_s
 from bench.measure.sessions import Sessions, Turn, sessions
 from bench.measure.slo import SLOS, Slo, parse_slo
 from bench.measure.steady import window
@@ -81,4 +81,4 @@ __all__ = [
 ]
 
 # Programs outside of the project, such as its cases, ask for these by their former names.
-_gaps, _known = gaps, known
+_gaps, _known = gaps, present

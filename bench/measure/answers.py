@@ -44,14 +44,14 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True):
 def answers(successes: Sequence[Record]) -> Answers:
     odd = [record for record in successes if record.odd]
     fixed = [r for r in successes if not r.limit and r.output_tokens is not None]
-    asked = sum(r.asked_output_tokens or 0 for r in fixed)
+    requested = sum(r.asked_output_tokens or 0 for r in fixed)
     given = sum(r.output_tokens or 0 for r in fixed if r.asked_output_tokens)
     usage = [record for record in successes if record.cached_tokens is not None]
     read = sum(record.input_tokens or 0 for record in usage)
     return Answers(
         odd=dict(Counter(map(_class, odd)).most_common()),
         odd_texts={_class(record): record.odd for record in odd[::-1]},
-        given_output_share=given / asked if asked else None,
+        given_output_share=given / requested if requested else None,
         input_tokens=_mean(record.input_tokens for record in successes),
         output_tokens=_mean(record.output_tokens for record in successes),
         cached_share=sum(r.cached_tokens or 0 for r in usage) / read if read else None,
@@ -76,11 +76,11 @@ def _unexplained(record: Record) -> int:
 
 def _may_be_cached(record: Record) -> int:
     """Prompt tokens that other prompts share, and those that a template adds to all of them."""
-    read, asked = record.input_tokens or 0, record.asked_input_tokens
-    added = _TEMPLATE_TOKENS if asked is None else max(0, read - asked)
+    read, requested = record.input_tokens or 0, record.asked_input_tokens
+    added = _TEMPLATE_TOKENS if requested is None else max(0, read - requested)
     return min(read, added + round((record.shared + _SLACK) * read))
 
 
 def _mean(values: Iterable[int | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None

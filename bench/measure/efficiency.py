@@ -72,13 +72,13 @@ def efficiency_summary(
     repeats: Sequence[Efficiency],
 ) -> dict[str, dict[str, float | None]]:
     """The mean over repeats of each figure that all have, and its interval."""
-    found: dict[str, dict[str, float | None]] = {}
+    summaries: dict[str, dict[str, float | None]] = {}
     for name in Efficiency.__struct_fields__:
         values = [getattr(repeat, name) for repeat in repeats]
         if values and None not in values:
             low, high = interval.of_repeats(values) or (None, None)
-            found[name] = {"mean": float(np.mean(values)), "low": low, "high": high}
-    return found
+            summaries[name] = {"mean": float(np.mean(values)), "low": low, "high": high}
+    return summaries
 
 
 def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:

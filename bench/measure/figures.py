@@ -21,9 +21,9 @@ from bench.measure.latency import (
     Values,
     e2e_s,
     gaps,
-    known,
     lag_s,
     percentile,
+    present,
     reason,
     tpot_s,
     ttft_s,
@@ -177,9 +177,9 @@ def measure(
     good = {id(record) for record in everything if slo and slo.met_by(record)}
     flow = rates(everything, (from_s, to_s), window is None, good if slo else None)
     good_share = sum(id(r) in good for r in counted) / len(counted) if counted else None
-    latencies = {"ttft": known(map(ttft_s, ok)), "tpot": known(map(tpot_s, ok))}
-    latencies["e2e"] = known(map(e2e_s, ok))
-    lags = known(map(lag_s, counted))
+    latencies = {"ttft": present(map(ttft_s, ok)), "tpot": present(map(tpot_s, ok))}
+    latencies["e2e"] = present(map(e2e_s, ok))
+    lags = present(map(lag_s, counted))
     duration_s = to_s - from_s
     per_s = partial(per_second, duration_s=duration_s)
     max_running, mean_running = running_in(everything, from_s, to_s)
@@ -217,7 +217,7 @@ def measure(
         lag_p50_s=percentile(lags, 50),
         lag_p99_s=float(np.percentile(lags, 99)) if len(lags) else None,
         lag_max_s=float(lags.max()) if len(lags) else None,
-        settling={name: found for name, of in latencies.items() if (found := settling(of))},
+        settling={name: settled for name, of in latencies.items() if (settled := settling(of))},
         intervals=_intervals(latencies),
         answers=answers(ok),
         **_statistics("ttft", latencies["ttft"]),
@@ -233,14 +233,14 @@ def summary(repeats: Sequence[Measures]) -> dict[str, dict[str, float | None]]:
     {metric: {"mean", "low", "high"}}; low and high are None for a single repeat, and for a latency
     of which the repeats saw too little (`_trusted`).
     """
-    found: dict[str, dict[str, float | None]] = {}
+    summaries: dict[str, dict[str, float | None]] = {}
     for metric in METRICS:
         values = [getattr(measures, metric) for measures in repeats]
         if values and None not in values:
             bounds = interval.of_repeats(values) if _trusted(metric, repeats) else None
             low, high = bounds or (None, None)
-            found[metric] = {"mean": float(np.mean(values)), "low": low, "high": high}
-    return found
+            summaries[metric] = {"mean": float(np.mean(values)), "low": low, "high": high}
+    return summaries
 
 
 def _trusted(metric: str, repeats: Sequence[Measures]) -> bool:
@@ -256,16 +256,16 @@ def _trusted(metric: str, repeats: Sequence[Measures]) -> bool:
     of = [m.settling.get("tpot" if name == "itl" else name) for m in repeats]
     if percent is None or percent <= 50:
         return all(each is None or each.settled for each in of)
-    known = [each for each in of if each is not None]
-    independent = sum(each.independent for each in known)
-    correlated = independent * 1.5 < sum(each.requests for each in known)
+    present = [each for each in of if each is not None]
+    independent = sum(each.independent for each in present)
+    correlated = independent * 1.5 < sum(each.requests for each in present)
     spare = 1.5 if correlated else 1.0
     return independent >= spare * interval.samples_needed(percent / 100)
 
 
 def _sum(values: Iterable[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+    present = [value for value in values if value is not None]
+    return sum(present) if present else None
 
 
 def _counts(values: Iterable[str]) -> dict[str, int]:
@@ -274,25 +274,25 @@ def _counts(values: Iterable[str]) -> dict[str, int]:
 
 def _statistics(latency: str, values: Values) -> dict[str, float | None]:
     """{"ttft_mean_s": .., "ttft_std_s": .., "ttft_p50_s": .., ..}"""
-    found: dict[str, float | None] = {
+    statistics: dict[str, float | None] = {
         f"{latency}_mean_s": float(values.mean()) if len(values) else None,
         f"{latency}_std_s": float(values.std()) if len(values) else None,
     }
     for percent in PERCENTS:
-        found[f"{latency}_p{percent}_s"] = percentile(values, percent)
-    return found
+        statistics[f"{latency}_p{percent}_s"] = percentile(values, percent)
+    return statistics
 
 
 def _intervals(latencies: Mapping[str, Values]) -> dict[str, interval.Bounds]:
     """{"ttft_mean_s": (low, high), "ttft_p99_s": .., ..} for each figure that has one."""
-    found = {
+    intervals = {
         (latency, percent): interval.of_series(values)
         if percent is None
         else interval.of_percentile(values, percent / 100)
         for latency, values in latencies.items()
         for percent in (None, *PERCENTS)
     }
-    return {_figure(*key): bounds for key, bounds in found.items() if bounds is not None}
+    return {_figure(*key): bounds for key, bounds in intervals.items() if bounds is not None}
 
 
 def _user_tokens_per_s(ok: Sequence[Record]) -> float | None:
@@ -308,18 +308,18 @@ def _kinds(counted: Sequence[Record]) -> dict[str, Kind]:
 
 def _kind(records: Sequence[Record]) -> Kind:
     ok = [record for record in records if record.ok]
-    ttfts = known(map(ttft_s, ok))
+    ttfts = present(map(ttft_s, ok))
     return Kind(
         requests=len(records),
         failed=len(records) - len(ok),
         ttft_p50_s=percentile(ttfts, 50),
         ttft_p95_s=percentile(ttfts, 95),
-        e2e_p50_s=percentile(known(map(e2e_s, ok)), 50),
+        e2e_p50_s=percentile(present(map(e2e_s, ok)), 50),
         user_tokens_per_s=_user_tokens_per_s(ok),
     )
 
 
 def _jain(shares: Iterable[float | None]) -> float | None:
-    each = known(shares)
+    each = present(shares)
     squares = float((each**2).sum())
     return float(each.sum()) ** 2 / len(each) / squares if len(each) > 1 and squares else None

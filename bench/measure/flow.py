@@ -183,9 +183,9 @@ def sent_and_ended(records: Iterable[Record]) -> tuple[Values, Values]:
 def running_in(records: Iterable[Record], from_s: float, to_s: float) -> tuple[int, float | None]:
     """The most, and the mean number of, requests under way in a span."""
     sent_s, end_s = (np.clip(times, from_s, to_s) for times in sent_and_ended(records))
-    kept = end_s > sent_s
-    times = np.concatenate([end_s[kept], sent_s[kept]])
-    steps = np.concatenate([-np.ones(kept.sum(), int), np.ones(kept.sum(), int)])
+    valid = end_s > sent_s
+    times = np.concatenate([end_s[valid], sent_s[valid]])
+    steps = np.concatenate([-np.ones(valid.sum(), int), np.ones(valid.sum(), int)])
     # Stable, so that at one instant ends go before the requests that follow them.
     levels = np.cumsum(steps[np.argsort(times, kind="stable")])
     mean = float((end_s - sent_s).sum()) / (to_s - from_s) if to_s > from_s else None

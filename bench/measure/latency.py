@@ -62,7 +62,7 @@ def _came_at_once(record: Record) -> bool:
     return record.odd.startswith(ONE_PIECE)
 
 
-def known(values: Iterable[float | None]) -> Values:
+def present(values: Iterable[float | None]) -> Values:
     return np.array([value for value in values if value is not None], dtype=float)
 
 
@@ -72,8 +72,8 @@ def gaps(records: Iterable[Record]) -> Values:
         return np.empty(0)
     gaps = np.diff(np.concatenate(lists))
     between = np.cumsum([len(chunk_s) for chunk_s in lists])[:-1] - 1
-    kept: Values = np.delete(gaps, between)  # From the end of one request to the next.
-    return kept
+    within: Values = np.delete(gaps, between)  # From the end of one request to the next.
+    return within
 
 
 def percentile(values: Values, percent: int) -> float | None:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from bench.measure.answers import answers
-from bench.measure.latency import e2e_s, known, percentile, ttft_s
+from bench.measure.latency import e2e_s, percentile, present, ttft_s
 from bench.records import Record
 
 
@@ -74,7 +74,7 @@ def sessions(records: Sequence[Record], sizes: Mapping[int, int]) -> Sessions | 
         for number, turns in each.items()
         if len(turns) == sizes[number] and all(turn.ok for turn in turns)
     ]
-    tasks_s = known(map(_task_s, done))
+    tasks_s = present(map(_task_s, done))
     served_s = sum(map(_served_s, done))
     everything = [record for turns in each.values() for record in turns]
     return Sessions(
@@ -122,14 +122,14 @@ def _by_kind(records: Sequence[Record]) -> list[Turn]:
 
 def _turn(name: str, records: Sequence[Record]) -> Turn:
     ok = [record for record in records if record.ok]
-    ttfts_s, took_s, said = known(map(ttft_s, ok)), known(map(e2e_s, ok)), answers(ok)
+    ttfts_s, took_s, answered = present(map(ttft_s, ok)), present(map(e2e_s, ok)), answers(ok)
     return Turn(
         name=name,
         requests=len(records),
         failed=len(records) - len(ok),
-        input_tokens=said.input_tokens,
-        output_tokens=said.output_tokens,
-        cached_share=said.cached_share,
+        input_tokens=answered.input_tokens,
+        output_tokens=answered.output_tokens,
+        cached_share=answered.cached_share,
         ttft_mean_s=float(ttfts_s.mean()) if len(ttfts_s) else None,
         ttft_p50_s=percentile(ttfts_s, 50),
         ttft_p95_s=percentile(ttfts_s, 95),

@@ -65,5 +65,5 @@ def parse_slo(text: str) -> Slo:
     if not any(limits_ms):
         raise BenchError.of("slo", text, f"limits nothing: give one of {', '.join(keys[:3])}")
     ttft, tpot, e2e = (None if limit is None else limit / 1000 for limit in limits_ms)
-    percentile = options.number("percentile", 99.0, least=1.0, most=99.99)
+    percentile = options.number("percentile", 99.0, minimum=1.0, maximum=99.99)
     return Slo(ttft_s=ttft, tpot_s=tpot, e2e_s=e2e, percentile=percentile)

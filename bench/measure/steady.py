@@ -16,7 +16,7 @@ import numpy as np
 
 from bench import correlation
 from bench.measure.flow import Window, sent_and_ended
-from bench.measure.latency import Values, e2e_s, known, last_known_s, ttft_s
+from bench.measure.latency import Values, e2e_s, last_known_s, present, ttft_s
 from bench.records import Record
 
 _BATCH = 5  # Of MSER-5.
@@ -90,7 +90,7 @@ def _open_loop(records: Sequence[Record], ramp_s: float) -> tuple[float, float, 
         return math.inf, -math.inf, 1
     # Of the first half: above capacity the later ones take ever longer.
     middle_s = float(np.median(planned_s))
-    took_s = known(e2e_s(record) for record in records if record.planned_s <= middle_s)
+    took_s = present(e2e_s(record) for record in records if record.planned_s <= middle_s)
     from_s = max(
         float(ends_s[turned[0]]),
         min(planned_s) + ramp_s,
@@ -109,7 +109,7 @@ def _settled_from_s(records: Sequence[Record], from_s: float, to_s: float) -> fl
     )
     if not counted:
         return from_s
-    series = [known(map(of, counted)) for of in (ttft_s, e2e_s)]
+    series = [present(map(of, counted)) for of in (ttft_s, e2e_s)]
     cut = max(mser(values) for values in series if len(values) == len(counted) or not len(values))
     return counted[cut].planned_s if cut else from_s
 

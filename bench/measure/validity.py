@@ -57,21 +57,21 @@ def find(
         whole: of the whole repeat, as failures outside the window count too.
         batch: all was sent at once, and the whole of it is what is measured.
     """
-    found = [] if measures.steady or batch else [Doubt(kind="unsteady", text=_NOT_STEADY)]
-    found += [Doubt(kind="late", text=text) for text in _late(measures)]
-    found += [Doubt(kind="busy", text=text) for text in busy(cpu or {})]
-    found += [Doubt(kind="failed", text=text) for text in _failed(whole or measures)]
-    found += [Doubt(kind="answers", text=text) for text in answer_doubts(measures)]
+    doubts = [] if measures.steady or batch else [Doubt(kind="unsteady", text=_NOT_STEADY)]
+    doubts += [Doubt(kind="late", text=text) for text in _late(measures)]
+    doubts += [Doubt(kind="busy", text=text) for text in busy(cpu or {})]
+    doubts += [Doubt(kind="failed", text=text) for text in _failed(whole or measures)]
+    doubts += [Doubt(kind="answers", text=text) for text in answer_doubts(measures)]
     if falls_behind(measures):
         text = (
             f"the server fell behind: {measures.requests} requests were planned and "
             f"{measures.requests - measures.backlog} ended, so latencies depend on how long the "
             "run lasted"
         )
-        found.append(Doubt(kind="behind", text=text))
+        doubts.append(Doubt(kind="behind", text=text))
     elif measures.steady:
-        found += [Doubt(kind="unsettled", text=text) for text in _unsettled(measures)]
-    return found
+        doubts += [Doubt(kind="unsettled", text=text) for text in _unsettled(measures)]
+    return doubts
 
 
 def _late(measures: Measures) -> list[str]:
@@ -106,32 +106,32 @@ def _failed(everything: Measures) -> list[str]:
 
 def answer_doubts(measures: Measures) -> list[str]:
     """What is doubtful about answers that were counted as successes, one sentence each."""
-    found, missing = [], measures.without_usage - measures.answers.odd.get("usage", 0)
+    doubts, missing = [], measures.without_usage - measures.answers.odd.get("usage", 0)
     if missing > _ODD_SHARE * measures.ok:
-        found.append(
+        doubts.append(
             f"the server's usage is missing for {missing} of {measures.ok} answers, whose tokens "
             "are not counted"
         )
-    found += [
+    doubts += [
         f"{count} of {measures.ok} answers cannot be believed: {measures.answers.odd_texts[what]}"
         for what, count in measures.answers.odd.items()
         if count > _ODD_SHARE * measures.ok
     ]
     given = measures.answers.given_output_share
     if given is not None and given < _SHORT:
-        found.append(
+        doubts.append(
             f"answers had {given:.0%} of the output tokens that were asked for, so this is another "
             "load than was planned: ask for exact=yes (vLLM), or for exact=no if the length is an "
             "upper limit"
         )
     unexplained = measures.answers.unexplained_cached_share
     if unexplained is not None and unexplained > _UNEXPLAINED:
-        found.append(
+        doubts.append(
             f"{unexplained:.0%} of the prompt tokens came from the server's prefix cache, and the "
             "workload does not share them: these prompts were sent before (leave out --salt, or "
             "ask for fresh=yes where they are those of a file)"
         )
-    return found
+    return doubts
 
 
 def _unsettled(measures: Measures) -> list[str]:

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from bench.measure.flow import per_second, whole_span
-from bench.measure.latency import PERCENTS, gaps, itl_s, known, lag_s, percentile, ttft_s
+from bench.measure.latency import PERCENTS, gaps, itl_s, lag_s, percentile, present, ttft_s
 from bench.measure.slo import Slo
 from bench.records import Record
 
@@ -97,22 +97,22 @@ def _vllm_rates(
 
 def _vllm_statistics(ok: Sequence[Record], queued: bool) -> dict[str, float | None]:
     latencies_s = {
-        "ttft": known(ttft_s(_from_sent(record)) for record in ok),
-        "tpot": known(map(_vllm_tpot_s, ok)),
+        "ttft": present(ttft_s(_from_sent(record)) for record in ok),
+        "tpot": present(map(_vllm_tpot_s, ok)),
         "itl": gaps(ok),
         "e2el": np.array([_vllm_latency_s(record) for record in ok]),
     }
     if queued:
-        latencies_s["client_queue_time"] = known(map(lag_s, ok))
-    found: dict[str, float | None] = {}
+        latencies_s["client_queue_time"] = present(map(lag_s, ok))
+    statistics: dict[str, float | None] = {}
     for name, values in latencies_s.items():
         ms = values * 1000
-        found[f"mean_{name}_ms"] = float(ms.mean()) if len(ms) else None
-        found[f"std_{name}_ms"] = float(ms.std()) if len(ms) else None
-        found[f"median_{name}_ms"] = float(np.median(ms)) if len(ms) else None
+        statistics[f"mean_{name}_ms"] = float(ms.mean()) if len(ms) else None
+        statistics[f"std_{name}_ms"] = float(ms.std()) if len(ms) else None
+        statistics[f"median_{name}_ms"] = float(np.median(ms)) if len(ms) else None
         for percent in PERCENTS:
-            found[f"p{percent}_{name}_ms"] = percentile(ms, percent)
-    return found
+            statistics[f"p{percent}_{name}_ms"] = percentile(ms, percent)
+    return statistics
 
 
 def _vllm_lists(everything: Sequence[Record], detailed: bool) -> dict[str, list[Any]]:

@@ -15,14 +15,14 @@ from bench.pages.plots import Ratio
 def comparison(loaded: Sequence[Loaded], against: Loaded | None) -> dict[str, Any]:
     """Each result beside the one it is to be held against: `against`, or the engine alone."""
     pairs, absent = [], []
-    for one in loaded:
-        if against is not None and _comparable(against, one):
-            pairs.append((against, one))
+    for result in loaded:
+        if against is not None and _comparable(against, result):
+            pairs.append((against, result))
         elif against is not None:
-            absent.append(f"{one.name}: a {one.kind} cannot be held against a {against.kind}")
-    alone = [one for one in loaded if one.kind == "baseline"]
+            absent.append(f"{result.name}: a {result.kind} cannot be held against a {against.kind}")
+    alone = [result for result in loaded if result.kind == "baseline"]
     if against is None:
-        pairs = [(base, one) for base in alone for one in loaded if one.kind == "matrix"]
+        pairs = [(base, result) for base in alone for result in loaded if result.kind == "matrix"]
         absent = [] if pairs else ["no baseline was given: use --against FOLDER"]
     shown = []
     for place, (base, now) in enumerate(pairs):
@@ -64,11 +64,18 @@ def _ratio_panels(rows: Sequence[compare.Row]) -> list[tuple[str, list[Ratio]]]:
     by_cell: dict[str, dict[str, compare.Row]] = {}
     for row in rows:
         by_cell.setdefault(row.cell, {})[row.metric] = row
-    whole = [found for found in by_cell.values() if all(metric in found for metric in metrics)]
+    whole = [
+        figures_of
+        for figures_of in by_cell.values()
+        if all(metric in figures_of for metric in metrics)
+    ]
     if not whole:
         return []
     return [
-        (figures.title(metric), [_ratio(found[metric], found[metric].cell) for found in whole])
+        (
+            figures.title(metric),
+            [_ratio(figures_of[metric], figures_of[metric].cell) for figures_of in whole],
+        )
         for metric in metrics
     ]
 
@@ -79,7 +86,7 @@ def _ratio(row: compare.Row, label: str) -> Ratio:
 
 def _compared_row(row: compare.Row) -> dict[str, Any]:
     unit, scale = figures.scale(row.metric)
-    known = row.low is not None and row.high is not None
+    bounded = row.low is not None and row.high is not None
     return {
         "metric": row.metric,
         "title": figures.title(row.metric),
@@ -89,6 +96,6 @@ def _compared_row(row: compare.Row) -> dict[str, Any]:
         "b": figures.number(row.b * scale),
         "value": row.ratio,
         "ratio": f"{row.ratio:.3f}",
-        "range": f"{row.low:.3f} to {row.high:.3f}" if known else "one repeat: none",
+        "range": f"{row.low:.3f} to {row.high:.3f}" if bounded else "one repeat: none",
         "verdict": row.verdict,
     }

@@ -17,19 +17,19 @@ _Points = Sequence[tuple[str, Mapping[str, Any]]]  # (what the load was, summary
 def served(loaded: Sequence[Loaded]) -> list[Loaded]:
     """Results with one load, which have latencies to plot."""
     several = ("points", "curve")
-    single = [one for one in loaded if one.kind not in CELLS]
-    return [one for one in single if not any(key in one.data for key in several)]
+    single = [result for result in loaded if result.kind not in CELLS]
+    return [result for result in single if not any(key in result.data for key in several)]
 
 
 def cdfs(loaded: Sequence[Loaded]) -> dict[str, Any]:
     """Latencies of single requests, one curve a result."""
     absent, curves = [], []
-    for one in served(loaded):
-        measured = one.measured()
+    for result in served(loaded):
+        measured = result.measured()
         if measured:
-            curves.append((one.name, measured))
-        if one.records_absent or not measured:
-            absent.append(f"{one.name}: {one.records_absent or 'no request succeeded'}")
+            curves.append((result.name, measured))
+        if result.records_absent or not measured:
+            absent.append(f"{result.name}: {result.records_absent or 'no request succeeded'}")
     panels = []
     for title, of, metric in (
         ("Time to first token", measure.ttft_s, "ttft"),
@@ -54,20 +54,20 @@ def cdfs(loaded: Sequence[Loaded]) -> dict[str, Any]:
 
 def pareto(loaded: Sequence[Loaded]) -> dict[str, Any]:
     """What users get against what GPUs give, of the results that measured it."""
-    lines = [(one.name, one.data["curve"]) for one in loaded if one.data.get("curve")]
-    known = [line for line in lines if any(p.get("front") is not None for p in line[1])]
-    svg = plots.pareto(known, "pareto") if known else ""
+    lines = [(result.name, result.data["curve"]) for result in loaded if result.data.get("curve")]
+    judged = [line for line in lines if any(p.get("front") is not None for p in line[1])]
+    svg = plots.pareto(judged, "pareto") if judged else ""
     why = "nothing was measured for it: that takes `bench pareto` with --gpus"
-    return {"svg": Markup(svg), "absent": [] if known else [why]}
+    return {"svg": Markup(svg), "absent": [] if judged else [why]}
 
 
 def throughput(loaded: Sequence[Loaded]) -> dict[str, Any]:
     """Throughput against latency, of whatever was measured at several loads."""
-    found = [("", [line for one in loaded for line in _of_search(one)])]
-    found += [(one.name, _of_cells(one)) for one in loaded]
+    panels = [("", [line for result in loaded for line in _of_search(result)])]
+    panels += [(result.name, _of_cells(result)) for result in loaded]
     drawn = [
         {"name": name, "svg": Markup(svg)}
-        for place, (name, lines) in enumerate(found)
+        for place, (name, lines) in enumerate(panels)
         if (svg := _curves(lines, f"throughput{place}"))
     ]
     why = "nothing was measured at more than one load: that takes a sweep, a search or a matrix"
@@ -87,32 +87,34 @@ def _curves(lines: Sequence[tuple[str, "_Points"]], prefix: str) -> str:
     return plots.curves(panels, "output tokens/s, all users together", prefix) if panels else ""
 
 
-def _of_search(one: Loaded) -> list[tuple[str, _Points]]:
-    points = one.data.get("points") or []
-    return [(one.name, [(_load_of(p), p.get("summary") or {}) for p in points])] if points else []
+def _of_search(result: Loaded) -> list[tuple[str, _Points]]:
+    points = result.data.get("points") or []
+    return (
+        [(result.name, [(_load_of(p), p.get("summary") or {}) for p in points])] if points else []
+    )
 
 
-def _of_cells(one: Loaded) -> list[tuple[str, _Points]]:
+def _of_cells(result: Loaded) -> list[tuple[str, _Points]]:
     """A curve for each pair of lengths, over users."""
-    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    for each in one.data.get("cells") or []:
+    by_label: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for each in result.data.get("cells") or []:
         cell = each["cell"]
         name = f"{cell['input_tokens']} tokens in, {cell['output_tokens']} out"
-        found.setdefault(name, []).append((f"{cell['users']}", each.get("summary") or {}))
-    return list(found.items())
+        by_label.setdefault(name, []).append((f"{cell['users']}", each.get("summary") or {}))
+    return list(by_label.items())
 
 
 def _curve(name: str, points: _Points, metric: str) -> Curve:
-    known = [
+    drawn = [
         (summary["output_tokens_per_s"]["mean"], summary[metric]["mean"] * 1e3, load)
         for load, summary in points
         if metric in summary and "output_tokens_per_s" in summary
     ]
     return Curve(
         label=name,
-        x=[x for x, _, _ in known],
-        y=[y for _, y, _ in known],
-        notes=[load for _, _, load in known],
+        x=[x for x, _, _ in drawn],
+        y=[y for _, y, _ in drawn],
+        notes=[load for _, _, load in drawn],
     )
 
 
@@ -120,9 +122,9 @@ def _load_of(point: Mapping[str, Any]) -> str:
     return f"{point['users']}" if "users" in point else f"{point.get('rate', 0):.3g}/s"
 
 
-def search(one: Loaded) -> dict[str, Any]:
+def search(result: Loaded) -> dict[str, Any]:
     """The points of a search, and what it found."""
-    data = one.data
+    data = result.data
     rows = []
     for point in data["points"]:
         summary, ok = point.get("summary") or {}, fewest(point.get("measures"))
@@ -147,7 +149,7 @@ def search(one: Loaded) -> dict[str, Any]:
                 ],
             }
         )
-    return {"name": one.name, "rows": rows, "by_rate": "rate" in data, **_verdict(data)}
+    return {"name": result.name, "rows": rows, "by_rate": "rate" in data, **_verdict(data)}
 
 
 def _verdict(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def compare(
         for metric in metrics
         if (pair := _pair(cell, metric, ours[cell], theirs[cell], interleaved))
     ]
-    level = _level([known.p() for pair in pairs if (known := pair.ratio)], 1 - confidence)
+    level = _level([ratio.p() for pair in pairs if (ratio := pair.ratio)], 1 - confidence)
     return [pair.row(1 - level) for pair in pairs]
 
 
@@ -118,25 +118,25 @@ def _level(p_values: Sequence[float], error: float) -> float:
     below where there is none."""
     count = len(p_values)
     limits = [error * place / count for place in range(1, count + 1)]
-    kept = [limit for p, limit in zip(sorted(p_values), limits, strict=True) if p <= limit]
-    return max(kept, default=error / max(1, count))
+    passing = [limit for p, limit in zip(sorted(p_values), limits, strict=True) if p <= limit]
+    return max(passing, default=error / max(1, count))
 
 
 def notes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What a reader should know before the ratios: doubts, other settings, failures."""
-    found = [
+    lines = [
         f"{name} is doubtful: {doubt}"
         for name, result in (("A", a), ("B", b))
         for doubt in result.get("doubts") or []
     ]
-    found += [_differs(key, a, b) for key in (*_ASKED, *_SETTING) if a.get(key) != b.get(key)]
+    lines += [_differs(key, a, b) for key in (*_ASKED, *_SETTING) if a.get(key) != b.get(key)]
     ours, theirs = _wholes(a), _wholes(b)
-    found += [
+    lines += [
         note
         for cell in ours
         if cell in theirs and (note := _failures(cell, ours[cell], theirs[cell]))
     ]
-    return found
+    return lines
 
 
 def table(rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
@@ -158,8 +158,10 @@ def table(rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
         for line in lines
     ]
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in get_args(Verdict)}
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    return "\n".join([*(line.rstrip() for line in text), said, *(f"! {note}" for note in notes)])
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    return "\n".join(
+        [*(line.rstrip() for line in text), verdicts, *(f"! {note}" for note in notes)]
+    )
 
 
 def as_json(rows: Sequence[Row], notes: Sequence[str] = ()) -> dict[str, Any]:
@@ -169,11 +171,11 @@ def as_json(rows: Sequence[Row], notes: Sequence[str] = ()) -> dict[str, Any]:
 
 def _repeats(result: Mapping[str, Any], which: str) -> dict[str, list[Mapping[str, Any]]]:
     """The measures of the repeats of each cell; those of a run are under ""."""
-    found = _by_cell(result, "repeats")
-    if not found:
+    repeats = _by_cell(result, "repeats")
+    if not repeats:
         kind = result.get("benchmark")
         raise ResultError(f"the {which} result has neither repeats nor cells: benchmark = {kind!r}")
-    return found
+    return repeats
 
 
 def _wholes(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -213,8 +215,8 @@ class _Pair(msgspec.Struct, frozen=True, kw_only=True):
         return of(self.over, self.under)
 
     def row(self, confidence: float) -> Row:
-        known = self.ratio
-        bounds = None if known is None else known.bounds(confidence)
+        interval_of = self.ratio
+        bounds = None if interval_of is None else interval_of.bounds(confidence)
         low, high = bounds or (None, None)
         ratio = fmean(self.over) / fmean(self.under)
         return Row(
@@ -223,10 +225,10 @@ class _Pair(msgspec.Struct, frozen=True, kw_only=True):
             better=METRICS[self.metric],
             a=fmean(self.under),
             b=fmean(self.over),
-            ratio=math.exp(known.log) if known and self.paired else ratio,
+            ratio=math.exp(interval_of.log) if interval_of and self.paired else ratio,
             low=low,
             high=high,
-            p=None if known is None else known.p(),
+            p=None if interval_of is None else interval_of.p(),
             verdict=_verdict(bounds, METRICS[self.metric]),
         )
 

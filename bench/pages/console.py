@@ -32,35 +32,35 @@ _LONGEST = 100
 _WIDTH = 100  # Of what is no terminal.
 
 
-def show(found: Mapping[str, Any], stream: TextIO | None = None) -> None:
+def show(result: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Print what a command found."""
     stream = stream or sys.stderr
     width = None if stream.isatty() else _WIDTH
     console = Console(file=stream, width=width, highlight=False, soft_wrap=False)
-    name = f"{found.get('benchmark', '')} {found.get('name', '')}".strip()
+    name = f"{result.get('benchmark', '')} {result.get('name', '')}".strip()
     console.print()
     console.print(Text(name, style="bold"))
-    for table in _tables(found):
+    for table in _tables(result):
         if table.row_count:
             console.print(table)
-    _judge(console, found)
+    _judge(console, result)
     for key in ("out", "report", "page"):
-        if found.get(key):
-            console.print(Text(f"{key}: {found[key]}"), soft_wrap=True)
+        if result.get(key):
+            console.print(Text(f"{key}: {result[key]}"), soft_wrap=True)
 
 
-def _tables(found: Mapping[str, Any]) -> list[Table]:
-    if isinstance(found.get("summary"), dict):
-        rest = {key: value for key, value in found.items() if key != "summary"}
-        return [_metrics(found["summary"]), *_everything(rest)]
-    if isinstance(found.get("cells"), dict):
-        return [_cells(found["cells"]), _others(found)]
-    return _everything(found)
+def _tables(result: Mapping[str, Any]) -> list[Table]:
+    if isinstance(result.get("summary"), dict):
+        rest = {key: value for key, value in result.items() if key != "summary"}
+        return [_metrics(result["summary"]), *_everything(rest)]
+    if isinstance(result.get("cells"), dict):
+        return [_cells(result["cells"]), _others(result)]
+    return _everything(result)
 
 
-def _everything(found: Mapping[str, Any]) -> list[Table]:
-    nested = {key: value for key, value in found.items() if _is_table(value)}
-    return [_others(found), *(_rows(key, value) for key, value in nested.items())]
+def _everything(result: Mapping[str, Any]) -> list[Table]:
+    nested = {key: value for key, value in result.items() if _is_table(value)}
+    return [_others(result), *(_rows(key, value) for key, value in nested.items())]
 
 
 def _metrics(summary: Mapping[str, Any]) -> Table:
@@ -81,10 +81,10 @@ def _cells(cells: Mapping[str, Any]) -> Table:
     return table
 
 
-def _others(found: Mapping[str, Any]) -> Table:
+def _others(result: Mapping[str, Any]) -> Table:
     """Whatever a command says in a word or a number."""
     table = _table("", "")
-    for key, value in found.items():
+    for key, value in result.items():
         if key not in _SHOWN_OTHERWISE and (text := _plain(value)):
             table.add_row(key.replace("_", " "), text)
     return table
@@ -115,11 +115,11 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) and len(value) <= _LONGEST else ""
 
 
-def _judge(console: Console, found: Mapping[str, Any]) -> None:
-    if "valid" not in found:
+def _judge(console: Console, result: Mapping[str, Any]) -> None:
+    if "valid" not in result:
         return
-    doubts = found.get("doubts") or []
-    if found["valid"]:
+    doubts = result.get("doubts") or []
+    if result["valid"]:
         console.print(Text("valid", style="bold green"))
     else:
         console.print(Text("NOT VALID: do not use these figures as they stand", style="bold red"))

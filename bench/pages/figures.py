@@ -41,11 +41,11 @@ def title(metric: str) -> str:
 
 def with_interval(summary: Mapping[str, Any], metric: str) -> tuple[str, str]:
     """The mean of a metric and half of its interval, as texts; empty where they are not known."""
-    found = summary.get(metric)
-    if not found or found.get("mean") is None:
+    value = summary.get(metric)
+    if not value or value.get("mean") is None:
         return "", ""
     unit, factor = scale(metric)
-    low, high = found.get("low"), found.get("high")
+    low, high = value.get("low"), value.get("high")
     mark = " %" if unit == "%" else ""
-    known = low is not None and high is not None
-    return number(found["mean"] * factor) + mark, half((high - low) / 2 * factor) if known else ""
+    bounded = low is not None and high is not None
+    return number(value["mean"] * factor) + mark, half((high - low) / 2 * factor) if bounded else ""

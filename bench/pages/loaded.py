@@ -51,11 +51,11 @@ class Loaded(msgspec.Struct, kw_only=True):
 
     def measured(self) -> list[Record]:
         """The successes that the figures are of: in the steady state, where there was one."""
-        found = []
+        records = []
         for repeat in {record.repeat for record in self.records}:
             from_s, to_s = self.window(repeat) or (-math.inf, math.inf)
-            found += [r for r in self.of_repeat(repeat) if r.ok and from_s <= r.planned_s <= to_s]
-        return found
+            records += [r for r in self.of_repeat(repeat) if r.ok and from_s <= r.planned_s <= to_s]
+        return records
 
 
 def load(folder: Path) -> Loaded:
@@ -64,34 +64,34 @@ def load(folder: Path) -> Loaded:
     Raises:
         ResultError: it holds neither a result nor a record.
     """
-    found, absent = _records(folder)
+    readable, absent = _records(folder)
     try:
         data = result.read(folder)
     except ResultError as error:
-        if not found:
+        if not readable:
             raise
-        data = _from_records(folder, found, str(error))
-    return Loaded(folder=folder, data=data, records=found, records_absent=absent)
+        data = _from_records(folder, readable, str(error))
+    return Loaded(folder=folder, data=data, records=readable, records_absent=absent)
 
 
 def _records(folder: Path) -> tuple[list[Record], str]:
     path = folder / result.RECORDS
-    found: list[Record] = []
+    readable: list[Record] = []
     try:
         for record in records.read(path):
-            found.append(record)
+            readable.append(record)
     except OSError as error:
         return [], f"{path.name}: {error.strerror}"
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return found, f"{path.name}: line {len(found) + 1} cannot be read: {error}"
-    return found, "" if found else f"{path.name} is empty"
+        return readable, f"{path.name}: line {len(readable) + 1} cannot be read: {error}"
+    return readable, "" if readable else f"{path.name} is empty"
 
 
-def _from_records(folder: Path, found: Sequence[Record], why: str) -> dict[str, Any]:
+def _from_records(folder: Path, readable: Sequence[Record], why: str) -> dict[str, Any]:
     """A run that left records and no result: its figures are of the whole."""
     whole = [
-        measure.measure(record for record in found if record.repeat == repeat)
-        for repeat in sorted({record.repeat for record in found})
+        measure.measure(record for record in readable if record.repeat == repeat)
+        for repeat in sorted({record.repeat for record in readable})
     ]
     return {
         "benchmark": "run",
@@ -105,7 +105,7 @@ def _from_records(folder: Path, found: Sequence[Record], why: str) -> dict[str, 
     }
 
 
-def tell_apart(loaded: Sequence[Loaded]) -> None:
-    names = [one.name for one in loaded]
-    for one, name in zip(loaded, names, strict=True):
-        one.namesake = names.count(name) > 1
+def tell_apart(results: Sequence[Loaded]) -> None:
+    names = [each.name for each in results]
+    for each, name in zip(results, names, strict=True):
+        each.namesake = names.count(name) > 1

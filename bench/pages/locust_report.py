@@ -19,7 +19,7 @@ _UNASKED = "no example was asked: the run ended before all users were there"
 
 def result(
     heard: Sequence[Record],
-    asked: Mapping[int, str],
+    prompts: Mapping[int, str],
     users: int,
     cpu: Mapping[str, float],
     about: Mapping[str, Any],
@@ -42,21 +42,21 @@ def result(
     whole = measure(heard)
     steady = measure(heard, window=window(heard, users))
     shown = steady if steady.steady else whole
-    found = doubts(shown, cpu, whole) + ([cut_short] if cut_short else [])
+    doubts_of_run = doubts(shown, cpu, whole) + ([cut_short] if cut_short else [])
     return {
         "benchmark": "locust",
         "schema": 1,
         **about,
         "users": users,
-        "valid": not found,
-        "doubts": found,
+        "valid": not doubts_of_run,
+        "doubts": doubts_of_run,
         "steady": shown.steady,
         "requests": whole.requests,
         "failed": whole.failed,
         **{name: getattr(shown, name) for name in (*_SHOWN, *_LATENCIES)},
         "errors": errors(whole),
-        "examples": examples(heard, asked),
-        "examples_absent": "" if asked else _UNASKED,
+        "examples": examples(heard, prompts),
+        "examples_absent": "" if prompts else _UNASKED,
         "cpu": dict(cpu),
         "slo": None,
         "events": [],
@@ -75,11 +75,11 @@ def errors(measures: Measures) -> list[dict[str, Any]]:
     ]
 
 
-def examples(heard: Sequence[Record], asked: Mapping[int, str]) -> list[dict[str, Any]]:
+def examples(heard: Sequence[Record], prompts: Mapping[int, str]) -> list[dict[str, Any]]:
     """What was asked during the load, what was answered and how fast; an error is no answer."""
     return [
         {
-            "prompt": asked[record.index],
+            "prompt": prompts[record.index],
             "answer": record.text,
             "error": record.error,
             "ttft_s": ttft_s(record),
@@ -87,5 +87,5 @@ def examples(heard: Sequence[Record], asked: Mapping[int, str]) -> list[dict[str
             "output_tokens": record.output_tokens,
         }
         for record in sorted(heard, key=lambda record: record.planned_s)
-        if record.kind == "example" and record.index in asked
+        if record.kind == "example" and record.index in prompts
     ]

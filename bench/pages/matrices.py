@@ -15,9 +15,9 @@ SHOWN = (
 )
 
 
-def matrix(one: Loaded) -> dict[str, Any]:
+def matrix(result: Loaded) -> dict[str, Any]:
     """Small heat tables: a row for each pair of lengths, a column for each number of users."""
-    cells = one.data.get("cells") or []
+    cells = result.data.get("cells") or []
     keys = [each["cell"] for each in cells]
     users = sorted({key["users"] for key in keys})
     lengths = sorted({(key["input_tokens"], key["output_tokens"]) for key in keys})
@@ -37,8 +37,8 @@ def matrix(one: Loaded) -> dict[str, Any]:
         ]
         _shade([cell for row in rows for cell in row["cells"]])
         tables.append({"title": title, "rows": rows, "good": more_is_better})
-    absent = [] if cells else [f"{one.name}: no cell was measured"]
-    shown = {"name": one.name, "kind": one.kind, "users": users}
+    absent = [] if cells else [f"{result.name}: no cell was measured"]
+    shown = {"name": result.name, "kind": result.kind, "users": users}
     return shown | {"tables": tables if cells else [], "absent": absent}
 
 

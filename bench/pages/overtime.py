@@ -14,12 +14,12 @@ from bench.pages.plots import Curve, Panel
 _STEPS = 150  # Of a timeline.
 
 
-def timeline(one: Loaded, place: int) -> dict[str, Any]:
+def timeline(result: Loaded, place: int) -> dict[str, Any]:
     """The first repeat, with what the server said of itself meanwhile."""
-    shown: dict[str, Any] = {"name": one.name, "repeats": len(one.data.get("repeats") or [])}
-    mine = one.of_repeat(0)
+    shown: dict[str, Any] = {"name": result.name, "repeats": len(result.data.get("repeats") or [])}
+    mine = result.of_repeat(0)
     if not mine:
-        return shown | {"svg": "", "absent": [one.records_absent or "it has no first repeat"]}
+        return shown | {"svg": "", "absent": [result.records_absent or "it has no first repeat"]}
     end_s = max(record.end_s or record.planned_s for record in mine)
     step_s = _step_s(end_s)
     line = measure.timeline(mine, step_s)
@@ -46,15 +46,15 @@ def timeline(one: Loaded, place: int) -> dict[str, Any]:
             filled=(1,),
         ),
     ]
-    server, absent = _server_panels(one)
-    window = one.window(0)
+    server, absent = _server_panels(result)
+    window = result.window(0)
     events = [
         (float(event["at_s"]), str(event["what"]))
-        for event in one.data.get("events") or []
+        for event in result.data.get("events") or []
         if event.get("repeat", 0) == 0
     ]
     shaded = [window] if window else []
-    svg = plots.timeline([*panels, *server, *_gpu_panels(one)], f"time{place}", shaded, events)
+    svg = plots.timeline([*panels, *server, *_gpu_panels(result)], f"time{place}", shaded, events)
     return shown | {"svg": Markup(svg), "absent": absent, "step_s": step_s, "steady": bool(window)}
 
 
@@ -66,9 +66,9 @@ def _step_s(duration_s: float) -> float:
     return duration_s / _STEPS
 
 
-def _server_panels(one: Loaded) -> tuple[list[Panel], list[str]]:
+def _server_panels(result: Loaded) -> tuple[list[Panel], list[str]]:
     """What was scraped in the first repeat; what was not is named."""
-    server = one.data.get("server") or []
+    server = result.data.get("server") or []
     samples = server[0] if server and isinstance(server[0], list) else server
     if not samples:
         return [], ["the server's own metrics: none were scraped"]
@@ -93,10 +93,10 @@ def _server_panels(one: Loaded) -> tuple[list[Panel], list[str]]:
     panels, absent = [], []
     for title, unit, names, scale, top in wanted:
         curves = [_sampled(samples, name, scale) for name in names]
-        known = [curve for curve in curves if curve.x]
-        if known:
-            low = len(known) == 1
-            panels.append(Panel(title=title, y_title=unit, curves=known, top=top, low=low))
+        with_values = [curve for curve in curves if curve.x]
+        if with_values:
+            low = len(with_values) == 1
+            panels.append(Panel(title=title, y_title=unit, curves=with_values, top=top, low=low))
         else:
             absent.append(f"{title}: the server does not say")
     acceptance = _sampled(samples, "acceptance_rate", 100.0)
@@ -110,9 +110,9 @@ def _server_panels(one: Loaded) -> tuple[list[Panel], list[str]]:
     return panels, absent
 
 
-def _gpu_panels(one: Loaded) -> list[Panel]:
+def _gpu_panels(result: Loaded) -> list[Panel]:
     """What the GPUs did in the first repeat, a line each; none where they were not sampled."""
-    samples = (one.data.get("gpu") or [[]])[0]
+    samples = (result.data.get("gpu") or [[]])[0]
     if not isinstance(samples, list) or not samples:
         return []
     each: dict[int, list[Mapping[str, Any]]] = {}
@@ -155,22 +155,22 @@ def _watts(samples: Sequence[Mapping[str, Any]]) -> _Points:
 
 
 def _sampled(samples: Sequence[Mapping[str, Any]], name: str, scale: float) -> Curve:
-    known = [(s["t_s"], s[name] * scale) for s in samples if s.get(name) is not None]
-    return Curve(label=name.replace("_", " "), x=[t for t, _ in known], y=[y for _, y in known])
+    present = [(s["t_s"], s[name] * scale) for s in samples if s.get(name) is not None]
+    return Curve(label=name.replace("_", " "), x=[t for t, _ in present], y=[y for _, y in present])
 
 
-def heat(one: Loaded, place: int) -> dict[str, Any]:
+def heat(result: Loaded, place: int) -> dict[str, Any]:
     """Gaps between the tokens of the first repeat, over time."""
     at_s: list[float] = []
     gaps_s: list[float] = []
-    for record in one.of_repeat(0):
+    for record in result.of_repeat(0):
         if record.ok:
             gaps = measure.itl_s(record)
             gaps_s += gaps
             at_s += record.chunk_s[1:] if gaps else []
     if not gaps_s:
-        why = one.records_absent or "no answer came in more than one piece"
-        return {"name": one.name, "svg": "", "absent": [why]}
+        why = result.records_absent or "no answer came in more than one piece"
+        return {"name": result.name, "svg": "", "absent": [why]}
     gaps_ms = [gap_s * 1e3 for gap_s in gaps_s]
     svg = plots.heat(at_s, gaps_ms, "ms since the token before (log)", f"heat{place}")
-    return {"name": one.name, "svg": Markup(svg), "absent": []}
+    return {"name": result.name, "svg": Markup(svg), "absent": []}

@@ -180,10 +180,10 @@ def pareto(lines: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], prefix: str
     with _figure(_WIDTH_IN * 0.7, 3.8) as figure:
         axis = figure.subplots()
         for index, (label, points) in enumerate(lines):
-            known = [point for point in points if point.get("front") is not None]
-            for point in known:
+            judged = [point for point in points if point.get("front") is not None]
+            for point in judged:
                 _pareto_point(axis, point, index)
-            best = sorted(_both(point) for point in known if point["front"])
+            best = sorted(_both(point) for point in judged if point["front"])
             axis.plot(
                 [x for x, _ in best],
                 [y for _, y in best],
@@ -417,8 +417,8 @@ def _ecdf(values: Sequence[float]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any
     ordered = np.sort(np.asarray(values, dtype=float))
     rank = np.arange(1, len(ordered) + 1) * (100 / len(ordered))
     if len(ordered) > _LINE_POINTS:
-        kept = np.unique(np.linspace(0, len(ordered) - 1, _LINE_POINTS).round().astype(int))
-        ordered, rank = ordered[kept], rank[kept]
+        drawn = np.unique(np.linspace(0, len(ordered) - 1, _LINE_POINTS).round().astype(int))
+        ordered, rank = ordered[drawn], rank[drawn]
     x, y = np.maximum(ordered, 1e-5), rank
     return np.concatenate([x[:1], x]), np.concatenate([[0.0], y])
 
@@ -468,14 +468,14 @@ def _about_one(span: float) -> list[float]:
 
 def _legend_below(figure: Figure, axes: Sequence[Any]) -> None:
     """One legend for all panels, as every curve keeps its look in each."""
-    found: dict[tuple[str, Any], Any] = {}
+    labelled: dict[tuple[str, Any], Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault((label, handle.get_color()), handle)
-    if len(found) > 1:
-        labels = [label for label, _ in found]
-        columns = min(3, len(found))
-        figure.legend(list(found.values()), labels, loc="outside lower left", ncols=columns)
+            labelled.setdefault((label, handle.get_color()), handle)
+    if len(labelled) > 1:
+        labels = [label for label, _ in labelled]
+        columns = min(3, len(labelled))
+        figure.legend(list(labelled.values()), labels, loc="outside lower left", ncols=columns)
 
 
 def _tip(axis: Any, x: float, y: float, text: str) -> None:

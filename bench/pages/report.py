@@ -64,7 +64,7 @@ def tell_story(folders: Sequence[Path], out: Path) -> None:
         ResultError: a folder cannot be read, or none of them has a chapter.
     """
     loaded = [load(folder) for folder in folders]
-    results = [one.data for one in loaded]
+    results = [result.data for result in loaded]
     if not story.chapters(results):
         raise ResultError("none of these results has a chapter in a story")
     story.page(results, out, [each["text"] for each in _machines(loaded)])
@@ -75,31 +75,33 @@ def _page(
 ) -> dict[str, Any]:
     """Everything the template shows, section by section."""
     everything = loaded
-    loaded = [one for one in loaded if one.kind not in story.ONLY_CHAPTERS]
-    locusts = [one for one in loaded if one.kind == "locust"]
+    loaded = [result for result in loaded if result.kind not in story.ONLY_CHAPTERS]
+    locusts = [result for result in loaded if result.kind == "locust"]
     return {
         "title": _title(everything),
-        "started": _span([str(one.data.get("started") or "") for one in everything]),
-        "not_valid": [one.name for one in everything if not one.data.get("valid", True)],
+        "started": _span([str(result.data.get("started") or "") for result in everything]),
+        "not_valid": [result.name for result in everything if not result.data.get("valid", True)],
         "unreadable": len(unreadable),
-        "ran": [_ran(one) for one in everything],
+        "ran": [_ran(result) for result in everything],
         "machines": _machines(everything),
         "doubts": _doubts(everything, unreadable),
-        "chapters": story.chapters([one.data for one in everything]),
+        "chapters": story.chapters([result.data for result in everything]),
         "headline": tables.headline(loaded),
         "kinds": tables.kinds(loaded),
         "cdfs": charts.cdfs(loaded),
         "throughput": charts.throughput(loaded),
         "pareto": charts.pareto(loaded),
-        "sessions": [found for one in loaded if (found := tables.sessions(one))],
-        "searches": [charts.search(one) for one in loaded if "points" in one.data],
+        "sessions": [table for result in loaded if (table := tables.sessions(result))],
+        "searches": [charts.search(result) for result in loaded if "points" in result.data],
         "timelines": [
-            overtime.timeline(one, place) for place, one in enumerate(charts.served(loaded))
+            overtime.timeline(result, place) for place, result in enumerate(charts.served(loaded))
         ],
-        "heats": [overtime.heat(one, place) for place, one in enumerate(charts.served(loaded))],
+        "heats": [
+            overtime.heat(result, place) for place, result in enumerate(charts.served(loaded))
+        ],
         "comparison": beside.comparison(loaded, against),
-        "matrices": [matrices.matrix(one) for one in loaded if one.kind in CELLS],
-        "locusts": [locust(one) for one in locusts],
+        "matrices": [matrices.matrix(result) for result in loaded if result.kind in CELLS],
+        "locusts": [locust(result) for result in locusts],
         "needed": {p: interval.samples_needed(p / 100) for p in (50, 90, 95, 99)},
     }
 
@@ -108,7 +110,10 @@ def _title(loaded: Sequence[Loaded]) -> str:
     """The name of a single result; else the model, where it was the same in all."""
     if len(loaded) == 1:
         return loaded[0].name
-    of = ((one.data.get("target") or {}).get("model") or one.data.get("model") for one in loaded)
+    of = (
+        (result.data.get("target") or {}).get("model") or result.data.get("model")
+        for result in loaded
+    )
     models = {model for model in of if model}
     return (
         f"{models.pop()}, {len(loaded)} results" if len(models) == 1 else f"{len(loaded)} results"
@@ -121,9 +126,9 @@ def _span(started: Iterable[str]) -> str:
     return " to ".join(dict.fromkeys([times[0], times[-1]])) if times else ""
 
 
-def _ran(one: Loaded) -> dict[str, Any]:
+def _ran(result: Loaded) -> dict[str, Any]:
     """What was run, in pairs of a term and what stands for it; what is not known is left out."""
-    data, target = one.data, one.data.get("target") or {}
+    data, target = result.data, result.data.get("target") or {}
     repeats = len(data.get("repeats") or [])
     slo = data.get("slo") or {}
     pairs = {
@@ -139,8 +144,8 @@ def _ran(one: Loaded) -> dict[str, Any]:
         "commit": data.get("commit"),
     }
     return {
-        "name": one.name,
-        "kind": one.kind,
+        "name": result.name,
+        "kind": result.kind,
         "command": str(data.get("command") or ""),
         "pairs": {key: value for key, value in pairs.items() if value not in (None, "")},
     }
@@ -148,12 +153,14 @@ def _ran(one: Loaded) -> dict[str, Any]:
 
 def _machines(loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
     """Each machine once, with the results that were measured from it."""
-    found: dict[bytes, dict[str, Any]] = {}
-    for one in loaded:
-        machine = one.data.get("machine") or {}
+    machines: dict[bytes, dict[str, Any]] = {}
+    for result in loaded:
+        machine = result.data.get("machine") or {}
         key = msgspec.json.encode(machine)
-        found.setdefault(key, {"text": _machine(machine), "names": []})["names"].append(one.name)
-    return list(found.values())
+        machines.setdefault(key, {"text": _machine(machine), "names": []})["names"].append(
+            result.name
+        )
+    return list(machines.values())
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
@@ -172,14 +179,14 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def _doubts(loaded: Sequence[Loaded], unreadable: Sequence[str]) -> list[dict[str, Any]]:
-    found = [
-        {"name": one.name, "doubts": one.data.get("doubts") or []}
-        for one in loaded
-        if one.data.get("doubts") or not one.data.get("valid", True)
+    doubts = [
+        {"name": result.name, "doubts": result.data.get("doubts") or []}
+        for result in loaded
+        if result.data.get("doubts") or not result.data.get("valid", True)
     ]
     if unreadable:
-        found.append({"name": "not in this report", "doubts": list(unreadable)})
-    return found
+        doubts.append({"name": "not in this report", "doubts": list(unreadable)})
+    return doubts
 
 
 # --- Locust --------------------------------------------------------------------------------
@@ -203,9 +210,9 @@ def _failed(data: Mapping[str, Any]) -> str:
     return "—" if failed is None or requests is None else f"{failed:,} of {requests:,}"
 
 
-def locust(one: Loaded) -> dict[str, Any]:
+def locust(result: Loaded) -> dict[str, Any]:
     """The demo-day summary."""
-    data = one.data
+    data = result.data
     ok = tables.fewest(data.get("repeats"))
     tiles = [("requests/s", "requests_per_s"), ("output tokens/s", "output_tokens_per_s")]
     latencies = [
@@ -214,7 +221,7 @@ def locust(one: Loaded) -> dict[str, Any]:
         for statistic in ("mean", "p50", "p95", "p99")
     ]
     return {
-        "name": one.name,
+        "name": result.name,
         "users": data.get("users"),
         "failed": _failed(data),
         "steady": bool(data.get("steady")),

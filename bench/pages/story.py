@@ -49,7 +49,7 @@ class Chapter(msgspec.Struct, kw_only=True):
     title: str
     read: str
     command: str
-    said: list[str] = []
+    sentences: list[str] = []
     gain: str = ""
     tables: list[Table] = []
     figures: list[Any] = []
@@ -64,7 +64,7 @@ def chapters(results: Sequence[Mapping[str, Any]]) -> list[Chapter]:
         if kind in _MAKERS:
             chapter = _MAKERS[kind](data, place)
         elif data.get("roofline"):
-            chapter = _held(data, place)
+            chapter = _against_hardware(data, place)
         else:
             continue
         if chapter is not None:
@@ -76,7 +76,7 @@ def chapters(results: Sequence[Mapping[str, Any]]) -> list[Chapter]:
 
 def page(results: Sequence[Mapping[str, Any]], out: Path, machines: Sequence[str]) -> None:
     """Write the story: one page that loads nothing from anywhere."""
-    told = chapters(results)
+    story = chapters(results)
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -87,17 +87,17 @@ def page(results: Sequence[Mapping[str, Any]], out: Path, machines: Sequence[str
     style = (_FOLDER / "report.html.j2").read_text(encoding="utf-8")
     style = style[style.index("<style>") : style.index("</style>") + len("</style>")]
     html = environment.get_template("story.html.j2").render(
-        style=Markup(style), chapters=told, steps=steps(told), machines=machines
+        style=Markup(style), chapters=story, steps=steps(story), machines=machines
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8", errors="replace")
 
 
-def steps(told: Sequence[Chapter]) -> list[dict[str, str]]:
+def steps(story: Sequence[Chapter]) -> list[dict[str, str]]:
     """Each step that brought or showed something, with its command."""
     return [
         {"title": each.title, "gain": each.gain, "command": each.command}
-        for each in told
+        for each in story
         if each.gain
     ]
 
@@ -122,10 +122,10 @@ def _roofline(data: Mapping[str, Any], place: int) -> Chapter:
         "No step can take less. Decode reads all weights once a step, whoever is in it, so a "
         "larger batch is nearly free until the KV cache weighs as much as the weights.",
     )
-    found = data["ceilings"]
-    chapter.said = [
-        f"{found['bytes_per_s'] / 1e9:,.0f} GB/s and {found['flops_per_s'] / 1e12:,.3g} TFLOP/s, "
-        f"{found['source']}.",
+    limits = data["ceilings"]
+    chapter.sentences = [
+        f"{limits['bytes_per_s'] / 1e9:,.0f} GB/s and {limits['flops_per_s'] / 1e12:,.3g} TFLOP/s, "
+        f"{limits['source']}.",
         f"Weights of {data['weights_bytes'] / 1e9:.1f} GB, and "
         f"{data['kv_bytes_a_token'] / 1024:.0f} KiB of KV cache a token.",
     ]
@@ -162,7 +162,7 @@ def _roofline(data: Mapping[str, Any], place: int) -> Chapter:
     return chapter
 
 
-def _held(data: Mapping[str, Any], place: int) -> Chapter | None:
+def _against_hardware(data: Mapping[str, Any], place: int) -> Chapter | None:
     """A run, a matrix or a baseline beside what the hardware allows."""
     chapter = _chapter(
         data,
@@ -171,13 +171,13 @@ def _held(data: Mapping[str, Any], place: int) -> Chapter | None:
         "that prefill used. Host-bound means that neither explains the time.",
     )
     cells = data.get("cells")
-    found = (
+    source_of = (
         [(str(each["name"]), each.get("roofline") or {}) for each in cells]
         if cells
         else [(str(data.get("name") or ""), data.get("roofline") or {})]
     )
     rows = []
-    for name, verdicts in found:
+    for name, verdicts in source_of:
         for what in ("decode", "prefill", "step"):
             if verdict := verdicts.get(what):
                 rows.append([name, what, *_verdict(verdict)])
@@ -186,11 +186,11 @@ def _held(data: Mapping[str, Any], place: int) -> Chapter | None:
     head = ["load", "of", "took, ms", "least, ms", "MBU", "MFU", "bound"]
     chapter.tables = [Table(head=head, rows=rows)]
     source = (data.get("roofline") or {}).get("ceilings", {}).get("source")
-    chapter.said = [f"Ceilings: {source}."] if source else []
-    best = max((v["decode"]["mbu"] for _, v in found if v.get("decode")), default=None)
+    chapter.sentences = [f"Ceilings: {source}."] if source else []
+    best = max((v["decode"]["mbu"] for _, v in source_of if v.get("decode")), default=None)
     if best is not None:
         chapter.gain = f"decode MBU {best:.2f} at best"
-        full = max((v["prefill"]["mfu"] for _, v in found if v.get("prefill")), default=None)
+        full = max((v["prefill"]["mfu"] for _, v in source_of if v.get("prefill")), default=None)
         chapter.gain += f", prefill MFU {full:.2f}" if full is not None else ""
     return chapter
 
@@ -225,9 +225,9 @@ def _profile(data: Mapping[str, Any], place: int) -> Chapter:
                 *(_share(shares.get(family, 0.0)) for family in families),
             ]
         )
-        chapter.said.append(f"{case['name']}: {case['summary']['text']}.")
+        chapter.sentences.append(f"{case['name']}: {case['summary']['text']}.")
         if case.get("verdict"):
-            chapter.said.append(f"{case['name']}: {case['verdict']['text']}.")
+            chapter.sentences.append(f"{case['name']}: {case['verdict']['text']}.")
     chapter.tables = [Table(head=["case", "step, ms", "GPU busy", *families], rows=rows)]
     bounds = {case["name"]: case["verdict"]["bound"] for case in data["cases"] if case["verdict"]}
     chapter.gain = ", ".join(f"{name} is {bound}" for name, bound in bounds.items())
@@ -235,8 +235,8 @@ def _profile(data: Mapping[str, Any], place: int) -> Chapter:
 
 
 def _families(case: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = case["summary"]["families"]
-    return found
+    families: list[dict[str, Any]] = case["summary"]["families"]
+    return families
 
 
 def _kv(data: Mapping[str, Any], place: int) -> Chapter:
@@ -247,7 +247,7 @@ def _kv(data: Mapping[str, Any], place: int) -> Chapter:
         "more was let in than fits.",
     )
     view, samples = data["kv"], data.get("samples") or []
-    chapter.said = [
+    chapter.sentences = [
         f"{view['blocks']:,} blocks of {view['block_tokens']} tokens hold {view['tokens']:,} "
         f"tokens; {view['used_peak']:.0%} were in use at most.",
         f"{view['waste_share']:.1%} of the blocks in use was empty; "
@@ -284,7 +284,7 @@ def _scheduler(data: Mapping[str, Any], place: int) -> Chapter:
         "Short prompts behind long ones: how long each waits for its first token, and how often a "
         "short one that came later was answered first.",
     )
-    chapter.said = [f"{text}." for text in data.get("advice") or []]
+    chapter.sentences = [f"{text}." for text in data.get("advice") or []]
     rows = []
     for case in data["cases"]:
         rows.append(
@@ -313,13 +313,13 @@ def _tune(data: Mapping[str, Any], place: int) -> Chapter:
     )
     best, default, gain = data.get("best"), data.get("default"), data.get("gain")
     if best:
-        chapter.said.append(
+        chapter.sentences.append(
             f"Best of {len(data['trials'])} settings: {best['described']}, "
             f"{best['score']:,.4g} {data['score']}."
         )
     if gain and gain.get("ratio") and best and default:
         chapter.gain = _gained(gain, f"{data['score']} by {best['described']}")
-        chapter.said.append(f"{chapter.gain}.")
+        chapter.sentences.append(f"{chapter.gain}.")
     effects = data.get("effects") or []
     if effects:
         rows = [
@@ -374,7 +374,7 @@ def _confirm(data: Mapping[str, Any], place: int) -> Chapter:
     gain = data.get("gain")
     if gain and gain.get("ratio"):
         chapter.gain = _gained(gain, f"defaults' score, as {data['system']}")
-        chapter.said = [f"{chapter.gain}."]
+        chapter.sentences = [f"{chapter.gain}."]
     rows = [
         [name, ", ".join(f"{value:,.4g}" for value in values)]
         for name, values in data["scores"].items()
@@ -391,10 +391,10 @@ def _scale(data: Mapping[str, Any], place: int) -> Chapter:
         "request and the tokens/s of all.",
     )
     chapter.gain = "; ".join(data.get("advice") or [])
-    chapter.tables, chapter.said, chapter.figures = [], [], []
+    chapter.tables, chapter.sentences, chapter.figures = [], [], []
     for each in data.get("workloads") or [{"workload": "", **data}]:
         what = each["workload"]
-        chapter.said += [f"{what}, {text}." if what else f"{text}." for text in each["advice"]]
+        chapter.sentences += [f"{what}, {text}." if what else f"{text}." for text in each["advice"]]
         chapter.tables.append(_scale_table(what, each["table"]))
         panels = _scale_panels([row for row in each["table"] if not row["failure"]])
         if panels:

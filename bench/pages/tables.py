@@ -80,7 +80,7 @@ def fewest(repeats: Sequence[Mapping[str, Any]] | None) -> int | None:
 
 
 def headline(loaded: Sequence[Loaded]) -> dict[str, Any]:
-    rows = [row for one in loaded for row in _headline_rows(one)]
+    rows = [row for result in loaded for row in _headline_rows(result)]
     groups = [
         (
             heading,
@@ -103,31 +103,31 @@ def headline(loaded: Sequence[Loaded]) -> dict[str, Any]:
     return {"groups": groups, "rows": rows}
 
 
-def _headline_rows(one: Loaded) -> list[dict[str, Any]]:
+def _headline_rows(result: Loaded) -> list[dict[str, Any]]:
     """A row for a result; of a matrix, its fastest cell; of a search, the point it found."""
-    if one.kind in CELLS:
-        cells = one.data.get("cells") or []
+    if result.kind in CELLS:
+        cells = result.data.get("cells") or []
         best = max(cells, key=_throughput_of, default=None)
         if best is None:
             return []
         note = f"fastest of {len(cells)} cells: {best['name']}"
-        return [_headline_row(one, best, note)]
-    if "curve" in one.data:
+        return [_headline_row(result, best, note)]
+    if "curve" in result.data:
         return []
-    if "points" in one.data:
-        point = found_point(one)
-        return [_headline_row(one, *point)] if point else []
-    return [_headline_row(one, one.data, "")]
+    if "points" in result.data:
+        point = found_point(result)
+        return [_headline_row(result, *point)] if point else []
+    return [_headline_row(result, result.data, "")]
 
 
-def _headline_row(one: Loaded, figures: Mapping[str, Any], note: str) -> dict[str, Any]:
+def _headline_row(result: Loaded, figures: Mapping[str, Any], note: str) -> dict[str, Any]:
     repeats = figures.get("repeats") or figures.get("measures") or []
     whole = figures.get("whole") or repeats
     counts = f"{sum(int(each['requests']) for each in whole):,} requests"
     if len(repeats) > 1:
         counts += f" in {len(repeats)} repeats"
     return {
-        "name": one.name,
+        "name": result.name,
         "notes": [part for part in (note, counts) if part],
         "summary": {
             **(figures.get("summary") or {}),
@@ -135,31 +135,31 @@ def _headline_row(one: Loaded, figures: Mapping[str, Any], note: str) -> dict[st
             **(figures.get("efficiency") or {}),
         },
         "ok": fewest(repeats),
-        "valid": one.data.get("valid", True),
+        "valid": result.data.get("valid", True),
     }
 
 
 def _requests(repeats: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """How long requests were and what of them was cached: means over repeats, where known."""
-    found = {}
+    cells = {}
     for name in ("input_tokens", "output_tokens", "cached_share"):
         values = [(each.get("answers") or {}).get(name) for each in repeats]
-        known = [value for value in values if value is not None]
-        if known:
-            found[name] = {"mean": sum(known) / len(known)}
-    return found
+        present = [value for value in values if value is not None]
+        if present:
+            cells[name] = {"mean": sum(present) / len(present)}
+    return cells
 
 
 def _throughput_of(figures: Mapping[str, Any]) -> float:
-    found = (figures.get("summary") or {}).get("output_tokens_per_s") or {}
-    return float(found.get("mean") or 0.0)
+    throughput = (figures.get("summary") or {}).get("output_tokens_per_s") or {}
+    return float(throughput.get("mean") or 0.0)
 
 
 def kinds(loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
     """Classes of requests that were served beside each other; of the first repeat."""
-    found = []
-    for one in loaded:
-        repeat = (one.data.get("repeats") or [{}])[0]
+    kinds_of = []
+    for result in loaded:
+        repeat = (result.data.get("repeats") or [{}])[0]
         kinds = {k: v for k, v in (repeat.get("kinds") or {}).items() if k != "example"}
         if len(kinds) < 2:
             continue
@@ -175,14 +175,14 @@ def kinds(loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
             }
             for name, kind in kinds.items()
         ]
-        found.append({"name": one.name, "rows": rows, "fairness": repeat.get("fairness")})
-    return found
+        kinds_of.append({"name": result.name, "rows": rows, "fairness": repeat.get("fairness")})
+    return kinds_of
 
 
-def sessions(one: Loaded) -> dict[str, Any] | None:
+def sessions(result: Loaded) -> dict[str, Any] | None:
     """The sessions of a result, of its first repeat; None where it had none."""
-    found = (one.data.get("sessions") or [None])[0]
-    if found is None:
+    summary = (result.data.get("sessions") or [None])[0]
+    if summary is None:
         return None
     rows = [
         {
@@ -202,9 +202,9 @@ def sessions(one: Loaded) -> dict[str, Any] | None:
                 )
             ],
         }
-        for turn in found["turns"]
+        for turn in summary["turns"]
     ]
-    return {"name": one.name, **found, "rows": rows}
+    return {"name": result.name, **summary, "rows": rows}
 
 
 def plain(value: float | None, metric: str, ok: int | None) -> dict[str, Any]:
@@ -212,10 +212,10 @@ def plain(value: float | None, metric: str, ok: int | None) -> dict[str, Any]:
     return cell({} if value is None else {metric: {"mean": value}}, metric, ok)
 
 
-def found_point(one: Loaded) -> tuple[Mapping[str, Any], str] | None:
+def found_point(result: Loaded) -> tuple[Mapping[str, Any], str] | None:
     for key, what in (("users", "users, where it levels off"), ("rate", "requests/s")):
-        at = one.data.get(key)
-        for point in one.data["points"]:
+        at = result.data.get(key)
+        for point in result.data["points"]:
             if at is not None and point.get(key) == at:
                 return point, f"at {at:.3g} {what}"
     return None

@@ -39,8 +39,8 @@ async def run(
         on_look: called with what is known after each probe.
         doubts: what is doubtful about the last probe, beside its records.
     """
-    while (asked := controller.ask()) is not None:
-        controller.tell(await probe(*asked), doubts())
+    while (trial := controller.ask()) is not None:
+        controller.tell(await probe(*trial), doubts())
         if on_look:
             on_look(controller.result)
     return controller.result
@@ -48,10 +48,10 @@ async def run(
 
 def as_json(result: RateResult | SweepResult) -> dict[str, Any]:
     """A search for result.json: what was found and, of each point, the summary of its probes."""
-    found: dict[str, Any] = msgspec.to_builtins(result)
+    data: dict[str, Any] = msgspec.to_builtins(result)
     points: Sequence[RatePoint | UsersPoint] = result.points
-    for point, raw in zip(points, found["points"], strict=True):
+    for point, raw in zip(points, data["points"], strict=True):
         raw["summary"] = measure.summary(point.measures)
         if isinstance(point, RatePoint):
             raw["resolved"] = point.verdict != "unresolved"
-    return found
+    return data

@@ -90,28 +90,28 @@ def fit(blocks: Sequence[Block], allowed: float, confidence: float, load: float)
     start = np.array([odds, slope])
     spare = _MISFIT
     for slope_error in (_FREE * slope, _SLOPE_ERROR * slope):
-        known = np.array([1 / _ODDS_ERROR**2, 1 / slope_error**2])
+        prior = np.array([1 / _ODDS_ERROR**2, 1 / slope_error**2])
         dispersion = forgets(load)
         for _ in range(_ROUNDS):
-            found = _logistic(design, missed, counted, start, known * dispersion)
-            expected = 1 / (1 + np.exp(-np.clip(design @ found, -30, 30)))
+            estimate = _logistic(design, missed, counted, start, prior * dispersion)
+            expected = 1 / (1 + np.exp(-np.clip(design @ estimate, -30, 30)))
             weights = counted * expected * (1 - expected)
             rest = missed - counted * expected
             dispersion = _dispersion(blocks, rest, weights, forgets(load))
-        precision = design.T @ (design * weights[:, None]) / dispersion + np.diag(known)
+        precision = design.T @ (design * weights[:, None]) / dispersion + np.diag(prior)
         # Steeper than any queue, as where every request of a batch misses at once: no prior then.
-        if found[1] - slope > _STEEP * math.sqrt(np.linalg.inv(precision)[1, 1]):
+        if estimate[1] - slope > _STEEP * math.sqrt(np.linalg.inv(precision)[1, 1]):
             break
         spare = 0.0
-    if found[1] <= 0:
+    if estimate[1] <= 0:
         return None
     t = interval.t_quantile((1 + confidence) / 2, len(blocks) / 2 + _EXPECTED)
-    low, high = _fieller(found[0] - odds, found[1], np.linalg.inv(precision), t)
+    low, high = _fieller(estimate[0] - odds, estimate[1], np.linalg.inv(precision), t)
     return Knee(
-        rate=math.exp(centre + (odds - found[0]) / found[1]),
+        rate=math.exp(centre + (odds - estimate[0]) / estimate[1]),
         low=math.exp(centre + low - spare),
         high=math.exp(min(centre + high + spare, 700.0)),
-        slope=float(found[1]),
+        slope=float(estimate[1]),
         dispersion=dispersion,
     )
 
@@ -133,7 +133,7 @@ def forgets(load: float) -> float:
 
 
 def _logistic(
-    design: _Values, missed: _Values, counted: _Values, start: _Values, known: _Values
+    design: _Values, missed: _Values, counted: _Values, start: _Values, prior: _Values
 ) -> _Values:
     """Maximum likelihood with a normal prior, by Newton's steps that are kept short.
 
@@ -141,18 +141,18 @@ def _logistic(
         start: mean of the prior, and where to begin.
         known: precision of the prior.
     """
-    found = start.copy()
+    estimate = start.copy()
     for _ in range(_STEPS):
-        expected = 1 / (1 + np.exp(-np.clip(design @ found, -30, 30)))
+        expected = 1 / (1 + np.exp(-np.clip(design @ estimate, -30, 30)))
         weights = counted * expected * (1 - expected)
-        hessian = design.T @ (design * weights[:, None]) + np.diag(known)
-        gradient = design.T @ (missed - counted * expected) + known * (start - found)
+        hessian = design.T @ (design * weights[:, None]) + np.diag(prior)
+        gradient = design.T @ (missed - counted * expected) + prior * (start - estimate)
         step = np.linalg.solve(hessian, gradient)
         step *= min(1.0, _LONGEST / max(1e-12, abs(step[0])), start[1] / max(1e-12, abs(step[1])))
-        found = found + step
+        estimate = estimate + step
         if np.abs(step).max() < 1e-8:
             break
-    return found
+    return estimate
 
 
 def _dispersion(blocks: Sequence[Block], rest: _Values, weights: _Values, expected: float) -> float:

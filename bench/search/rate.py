@@ -160,7 +160,8 @@ def judge(records: Sequence[Record], slo: Slo) -> Seen:
     took_s = sum(r.end_s - r.planned_s for r in records if r.end_s is not None)
     return Seen(
         missed=np.array(
-            [not good for (good, _), one in zip(judged, late, strict=True) if not one], dtype=bool
+            [not good for (good, _), is_late in zip(judged, late, strict=True) if not is_late],
+            dtype=bool,
         ),
         unknown=sum(late),
         failed=sum(not record.ok for record in records),
@@ -204,16 +205,16 @@ class RateSearch:
         slo: Slo,
         start: float = 1.0,
         *,
-        least: float = 0.01,
-        most: float = 10_000.0,
+        lowest: float = 0.01,
+        highest: float = 10_000.0,
         precision: float = 0.15,
         confidence: float = interval.CONFIDENCE,
         budget_s: float | None = None,
     ) -> None:
-        if not 0 < least <= start <= most:
-            raise ValueError(f"rates must be 0 < {least} <= {start} <= {most}")
+        if not 0 < lowest <= start <= highest:
+            raise ValueError(f"rates must be 0 < {lowest} <= {start} <= {highest}")
         self._slo, self._allowed = slo, 1 - slo.percentile / 100
-        self._least, self._most, self._precision = least, most, precision
+        self._lowest, self._highest, self._precision = lowest, highest, precision
         self._confidence, self._budget_s = confidence, budget_s
         self._points: dict[float, RatePoint] = {}
         self._seen: list[tuple[float, Seen]] = []
@@ -316,8 +317,8 @@ class RateSearch:
             if not 1 / near <= at / rate <= near or at > _BELOW * capacity:
                 continue
             start = min(_START * forgets(self._load(at)), _START_MOST * len(seen.missed))
-            kept = seen.missed[int(start) :]
-            for part in np.array_split(kept, min(_BLOCKS, len(kept) // fewest) or 1):
+            recent = seen.missed[int(start) :]
+            for part in np.array_split(recent, min(_BLOCKS, len(recent) // fewest) or 1):
                 if len(part):
                     blocks.append(
                         Block(
@@ -352,11 +353,11 @@ class RateSearch:
             self._middle = min(math.sqrt(passed * failed), _BUSY * self._capacity())
             return None
         blocks = self._near(self._middle)
-        found = fit(blocks, self._allowed, self._confidence, self._load(self._middle))
-        if found is not None:  # Not farther at a time than the probes so far reach.
+        knee = fit(blocks, self._allowed, self._confidence, self._load(self._middle))
+        if knee is not None:  # Not farther at a time than the probes so far reach.
             near = self._reach(self._middle)
-            self._middle = min(max(found.rate, self._middle / near), self._middle * near)
-        return found
+            self._middle = min(max(knee.rate, self._middle / near), self._middle * near)
+        return knee
 
     def _reach(self, rate: float) -> float:
         """The ratio up to which probes count for the regression around a rate."""
@@ -395,16 +396,16 @@ class RateSearch:
         passed, failed = self._bracket()
         point = self._points[rate]
         if failed is None:
-            if rate < self._most:
-                return self._afford(min(self._most, rate * 2))
+            if rate < self._highest:
+                return self._afford(min(self._highest, rate * 2))
             sure = point.verdict == "pass" or point.looks >= _LOOKS
             return None if sure else self._afford(rate)
         if passed is None:
             idle = seen.running < _IDLE or seen.failed == len(seen.missed)
             sure = point.verdict == "fail" or point.looks >= _LOOKS
-            if idle or rate <= self._least:
+            if idle or rate <= self._lowest:
                 return None if sure else self._afford(rate)
-            return self._afford(max(self._least, rate / 2))
+            return self._afford(max(self._lowest, rate / 2))
         knee = self._knee
         if knee is not None and self._rounds >= _LEAST_ROUNDS and knee.width <= self._precision:
             return None
@@ -420,7 +421,7 @@ class RateSearch:
         slope = expected_slope(self._allowed, self._load(self._middle))
         apart = min(max(_ODDS_APART / slope, _APART[0]), _APART[1])
         turned = self._middle * math.exp(apart if self._rounds % 2 else -apart)
-        return float(min(max(turned, self._least), self._most, _BELOW * capacity))
+        return float(min(max(turned, self._lowest), self._highest, _BELOW * capacity))
 
     def _count(self, rate: float) -> int:
         passed, failed = self._bracket()
@@ -476,11 +477,11 @@ class RateSearch:
             return "the search is not over"
         passed, failed = self._bracket()
         lowest = self._points[min(self._points)]
-        if failed is None and max(self._points) >= self._most:
-            return f"the highest rate that may be probed passed: {self._most:g} requests/s"
+        if failed is None and max(self._points) >= self._highest:
+            return f"the highest rate that may be probed passed: {self._highest:g} requests/s"
         if passed is None and not any(m.ok for m in lowest.measures):
             return f"nothing succeeded at {lowest.rate:g} requests/s"
-        if passed is None and lowest.rate <= self._least:
+        if passed is None and lowest.rate <= self._lowest:
             return f"the lowest rate that may be probed failed: {lowest.rate:g} requests/s"
         if passed is None and not self._reason:
             return f"the objective is missed by a server that is idle: {lowest.rate:g} requests/s"

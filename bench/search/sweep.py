@@ -85,14 +85,19 @@ class Sweep:
         self,
         start: int = 1,
         *,
-        most: int = 1024,
+        max_users: int = 1024,
         gain: float = 0.05,
         looks: int = _LOOKS,
         least_count: int = 48,
     ) -> None:
-        if not 1 <= start <= most:
-            raise ValueError(f"users must be 1 <= {start} <= {most}")
-        self._most, self._grown, self._looks, self._least = most, 1 + gain, looks, least_count
+        if not 1 <= start <= max_users:
+            raise ValueError(f"users must be 1 <= {start} <= {max_users}")
+        self._max_users, self._grown, self._looks, self._least = (
+            max_users,
+            1 + gain,
+            looks,
+            least_count,
+        )
         self._slices: dict[int, list[float]] = {}
         self._points: list[UsersPoint] = []
         self._point: UsersPoint | None = UsersPoint(users=start)
@@ -167,9 +172,9 @@ class Sweep:
         unsure = [point for point in self._points[-2:] if point.looks < self._looks]
         if not last.resolved and unsure and len(self._points) > 1:
             return max(unsure, key=_spread)
-        if self._flat() or last.users >= self._most:
+        if self._flat() or last.users >= self._max_users:
             return None
-        return UsersPoint(users=min(self._most, last.users * 2))
+        return UsersPoint(users=min(self._max_users, last.users * 2))
 
     def _flat(self) -> bool:
         """Whether the last two steps brought less than the gain."""
@@ -184,7 +189,7 @@ class Sweep:
         if not self._points[-1].tokens_per_s:
             return f"nothing was answered with {self._points[-1].users} users"
         if not self._flat():
-            return f"throughput was not seen to stop growing up to {self._most} users"
+            return f"throughput was not seen to stop growing up to {self._max_users} users"
         unsure = [str(point.users) for point in self._points[1:] if not point.resolved]
         if unsure:
             return (
@@ -197,7 +202,7 @@ def _slices(records: Sequence[Record], window: measure.Window, tokens_per_s: flo
     """Throughput in equal parts of a window: the mean as `measure` defines it, varied as seen."""
     seen = measure.output_tokens_by_slice(records, window, _SLICES)
     scale = tokens_per_s / fmean(seen) if any(seen) else 0.0
-    return [one * scale for one in seen]
+    return [value * scale for value in seen]
 
 
 def _spread(point: UsersPoint) -> float:

@@ -62,11 +62,11 @@ class Surge(schedule.Open):
     lasting_s: float
 
     def arrivals(self, rng: random.Random) -> Iterator[float]:
-        at_s, most = 0.0, max(self.base, self.peak)
+        at_s, peak_rate = 0.0, max(self.base, self.peak)
         while True:
-            at_s += rng.expovariate(most)
+            at_s += rng.expovariate(peak_rate)
             inside = at_s >= self.every_s and at_s % self.every_s < self.lasting_s
-            if rng.random() * most < (self.peak if inside else self.base):
+            if rng.random() * peak_rate < (self.peak if inside else self.base):
                 yield at_s
 
     def __str__(self) -> str:
@@ -83,12 +83,12 @@ def parse(text: str) -> schedule.Open | schedule.TraceTimes:
     options = spec.parse(text, "load", KINDS, LoadError, unnamed="closed")
     if options.name == "wave":
         low = options.number("low", above=0.0)
-        high, period_s = options.number("high", least=low), options.number("period", above=0.0)
+        high, period_s = options.number("high", minimum=low), options.number("period", above=0.0)
         return Wave(low, high, period_s)
     if options.name == "surge":
         base, peak = options.number("base", above=0.0), options.number("peak", above=0.0)
         every_s = options.number("every", above=0.0)
-        return Surge(base, peak, every_s, options.number("lasting", above=0.0, most=every_s))
+        return Surge(base, peak, every_s, options.number("lasting", above=0.0, maximum=every_s))
     parsed = schedule.parse(text)
     if isinstance(parsed, schedule.Closed):
         raise LoadError.of("load", text, "is a closed loop; a simulation needs an open one")
@@ -120,7 +120,7 @@ def jobs(
         for place, each in enumerate(plan.planned):
             other = plan.planned[(place + moved) % len(plan.planned)].request
             planned.append(((each.at_s or 0.0) + rng.uniform(0, SPREAD_S), other))
-    planned.sort(key=lambda one: one[0])
+    planned.sort(key=lambda job: job[0])
     return [_job(index, at_s, request, engine) for index, (at_s, request) in enumerate(planned)]
 
 
@@ -148,7 +148,7 @@ def _hashes(request: Request, block: int) -> Iterator[int]:
     """One a whole block, of it and all before it: vLLM's prefix cache knows blocks by the same."""
     if not isinstance(request.prompt, str):
         return
-    known, words = 0, iter(request.prompt.split())
+    digest, words = 0, iter(request.prompt.split())
     while len(part := tuple(islice(words, block))) == block:
-        known = hash((known, part))
-        yield known
+        digest = hash((digest, part))
+        yield digest

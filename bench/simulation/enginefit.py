@@ -308,8 +308,8 @@ def _sent_s(record: Record) -> float:
 
 def _read(record: Record) -> int:
     """Prompt tokens that the engine had to read."""
-    asked = record.input_tokens or record.asked_input_tokens or 0
-    return max(1, asked - (record.cached_tokens or 0))
+    requested = record.input_tokens or record.asked_input_tokens or 0
+    return max(1, requested - (record.cached_tokens or 0))
 
 
 # --- foretelling ----------------------------------------------------------------------------
@@ -374,9 +374,10 @@ def _simulated(load: Load, repeat: Sequence[Record], engine: Engine) -> list[Rec
 def _figures(repeats: Iterable[Sequence[Record]]) -> dict[str, float | None]:
     """The mean over repeats, each measured from its first request to its last answer."""
     each = [measure.measure(repeat) for repeat in repeats]
-    values = {name: [getattr(one, name) for one in each] for name in FIGURES}
+    values = {name: [getattr(each_run, name) for each_run in each] for name in FIGURES}
     return {
-        name: None if None in found else statistics.fmean(found) for name, found in values.items()
+        name: None if None in numbers else statistics.fmean(numbers)
+        for name, numbers in values.items()
     }
 
 
@@ -412,11 +413,11 @@ def from_json(path: Path) -> Engine:
         raise ResultError(f"{path}: holds no engine: {error}") from None
 
 
-def table(found: Fit, foretold: Sequence[Foretold]) -> str:
+def table(fitted: Fit, foretold: Sequence[Foretold]) -> str:
     """The fit and its test as text."""
-    lines = [f"fitted to {found.requests} spans; residual {found.residual:.1%}"]
+    lines = [f"fitted to {fitted.requests} spans; residual {fitted.residual:.1%}"]
     for name in _NAMES:
-        value, error = getattr(found.costs, name), getattr(found.errors, name)
+        value, error = getattr(fitted.costs, name), getattr(fitted.errors, name)
         lines.append(f"  {name:16} {value * 1e6:12.4f} us  +- {error * 1e6:.4f}")
     lines += ["", "measured -> foretold (error), by a fit to the other loads"]
     for each in foretold:

@@ -321,7 +321,7 @@ class Batch:
         self._free = engine.kv_blocks
         self._order = 0
         self._closed_step = -1  # No one is let in in a step in which one lost its blocks.
-        self._known: OrderedDict[int, None] = OrderedDict()  # Prefix blocks, by last use.
+        self._blocks: OrderedDict[int, None] = OrderedDict()  # Prefix blocks, by last use.
 
     # What it looks like from outside.
 
@@ -582,17 +582,17 @@ class Batch:
 
     def _prefix_hit(self, job: Job) -> int:
         """How many tokens of a prompt are known; and what it holds is known from now on."""
-        known = self._known
+        blocks = self._blocks
         hits = 0
         for block in job.hashes:
-            if block not in known:
+            if block not in blocks:
                 break
             hits += 1
         for block in job.hashes:
-            known[block] = None
-            known.move_to_end(block)
-        while len(known) > self.engine.kv_blocks:
-            known.popitem(last=False)
+            blocks[block] = None
+            blocks.move_to_end(block)
+        while len(blocks) > self.engine.kv_blocks:
+            blocks.popitem(last=False)
         return min(hits * self.engine.block_tokens, job.base - 1)
 
 

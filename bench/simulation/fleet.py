@@ -410,5 +410,5 @@ class _Run:
             spans.append((replica.asked_s, served_s, gone_s))
         preempted = sum(replica.batch.preempted for replica in self.all)
         steps_s: list[Sequence[float]] = [replica.batch.step_end_s for replica in self.all]
-        told = (self.timeline, self.decisions, spans, now_s, preempted)
-        return Outcome(self.jobs, steps_s, *told)
+        history = (self.timeline, self.decisions, spans, now_s, preempted)
+        return Outcome(self.jobs, steps_s, *history)

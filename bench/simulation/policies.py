@@ -74,7 +74,7 @@ def parse(text: str, goal: Goal, fleet: Fleet, jobs: Sequence[Job]) -> Policy:
             down_s=o.number("down", 300.0),
         ),
         "spare": lambda o: Spare(
-            kv=o.number("kv", 0.8, above=0.0, most=1.0),
+            kv=o.number("kv", 0.8, above=0.0, maximum=1.0),
             queue=o.number("queue", 5.0, above=0.0),
             kv_spare=o.number("kv_spare", 0.1),
             queue_spare=o.number("queue_spare", 3.0),
@@ -84,7 +84,7 @@ def parse(text: str, goal: Goal, fleet: Fleet, jobs: Sequence[Job]) -> Policy:
         ),
         "static": lambda o: _static(o.whole("n", fleet.initial)),
         "foresight": lambda o: Foresight(
-            jobs, fleet, o.number("share", 0.7, above=0.0, most=10.0), goal.ttft_s
+            jobs, fleet, o.number("share", 0.7, above=0.0, maximum=10.0), goal.ttft_s
         ),
     }
     return makers[options.name](options)
@@ -272,26 +272,26 @@ class Spare:
                 seen.popleft()
 
     def _wanted(self, view: View) -> tuple[int, str]:
-        most = [
+        wanted = [
             (max(kv for _, kv, _ in seen), max(queue for _, _, queue in seen))
             for seen in (self._seen[name] for name in view.names)
         ]
         limits = self._limits
-        usable = [load for load in most if all(u < limit for u, limit in zip(load, limits))]  # noqa: B905
-        serving, count = len(most), len(usable)
+        usable = [load for load in wanted if all(u < limit for u, limit in zip(load, limits))]  # noqa: B905
+        serving, count = len(wanted), len(usable)
         if not count:
             return serving + 1, "every replica is saturated"
         used = [sum(load[place] for load in usable) / count for place in (0, 1)]
-        spare = [limit - one for limit, one in zip(limits, used, strict=True)]
-        said = f"spare: {spare[0]:.2f} of the cache, {spare[1]:.1f} places in the queue"
-        if any(one < least for one, least in zip(spare, self._spares, strict=True)):
-            return serving + 1, said
+        spare = [limit - amount for limit, amount in zip(limits, used, strict=True)]
+        reason = f"spare: {spare[0]:.2f} of the cache, {spare[1]:.1f} places in the queue"
+        if any(amount < least for amount, least in zip(spare, self._spares, strict=True)):
+            return serving + 1, reason
         if count > 1:
             more = count / (count - 1)
-            left = [limit - one * more for limit, one in zip(limits, used, strict=True)]
-            if all(one >= least for one, least in zip(left, self._spares, strict=True)):
-                return serving - 1, said
-        return serving, said
+            left = [limit - amount * more for limit, amount in zip(limits, used, strict=True)]
+            if all(amount >= least for amount, least in zip(left, self._spares, strict=True)):
+                return serving - 1, reason
+        return serving, reason
 
 
 # --- what can be known beforehand -----------------------------------------------------------

@@ -42,15 +42,15 @@ class Measured:
         """Raises ResultError where replicas were not counted, or nothing was answered."""
         data = result.read(folder)
         samples: list[dict[str, Any]] = next(iter(data.get("server") or []), [])
-        known = [each for each in samples if each.get("wanted") is not None]
-        if not known:
+        present = [each for each in samples if each.get("wanted") is not None]
+        if not present:
             problem = "replicas were not counted; run it with --dashboard http://host:port"
             raise ResultError(f"{folder}: {problem}")
         records = [record for record in read(folder / result.RECORDS) if record.repeat == 0]
         if not any(record.ok for record in records):
             raise ResultError(f"{folder}: no request was answered")
         columns = ("t_s", "wanted", "replicas", "starting", "stopping")
-        t_s, *counted = ([each[name] for each in known] for name in columns)
+        t_s, *counted = ([each[name] for each in present] for name in columns)
         wanted, serving, starting, draining = ([int(record) for record in each] for each in counted)
         return cls(
             name=str(data["name"]),
@@ -102,12 +102,12 @@ def paid(line: Timeline) -> Any:
 
 def apart(simulated: Timeline, measured: Measured) -> float:
     """By how many serving replicas two timelines differ, the mean over the time that both have."""
-    one, other = measured.timeline, simulated
-    end_s = min(one.t_s[-1], other.t_s[-1])
-    at_s = np.arange(max(one.t_s[0], other.t_s[0]), end_s, 1.0)
+    first, other = measured.timeline, simulated
+    end_s = min(first.t_s[-1], other.t_s[-1])
+    at_s = np.arange(max(first.t_s[0], other.t_s[0]), end_s, 1.0)
     if not len(at_s):
         return 0.0
-    counts = [_at(each.t_s, each.serving, at_s) for each in (one, other)]
+    counts = [_at(each.t_s, each.serving, at_s) for each in (first, other)]
     return float(np.abs(counts[0] - counts[1]).mean())
 
 

@@ -74,7 +74,10 @@ def cost(replicas: int, prompts: int, tokens: int, common: float, decisions: int
     used = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     live = sum(
-        any(router.shared(one.name, keys) == len(keys) * routing.BLOCK_BYTES for one in fleet)
+        any(
+            router.shared(replica.name, keys) == len(keys) * routing.BLOCK_BYTES
+            for replica in fleet
+        )
         for keys in (routing.prefix_keys(prompt(number)) for number in range(prompts))
     )
     remembered = router.keys
@@ -149,9 +152,9 @@ class Replica:
         """As a gateway counts them: a prompt is unread until the first token comes."""
         total = 0
         steps = len(self.batch.step_end_s)
-        for job, held in jobs.items():
+        for job, tokens in jobs.items():
             total += job.output_tokens - job.written
-            total += job.input_tokens - held if job.first < 0 else job.first - steps
+            total += job.input_tokens - tokens if job.first < 0 else job.first - steps
         return total
 
 
@@ -166,8 +169,8 @@ class Gateway:
 
     def send(self, job: Job, prompt: bytes) -> Replica:
         for candidate, replica, jobs in zip(self.candidates, self.replicas, self.sent, strict=True):
-            for one in [one for one in jobs if one.end_s is not None]:
-                del jobs[one]
+            for ended in [ended for ended in jobs if ended.end_s is not None]:
+                del jobs[ended]
             candidate.requests = len(jobs)
             candidate.outstanding = replica.outstanding(jobs)
         choice = self.router.choose(self.candidates, routing.prefix_keys(prompt), None)

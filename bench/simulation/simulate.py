@@ -139,19 +139,19 @@ def simulate(
     for choices in searches:
         for text in choices:
             policies.parse(text, case.goal, case.fleet, jobs[:1])
-    found = []
+    simulated = []
     path = result.prepare(folder) if folder is not None and keep else None
     for number, (text, choices) in enumerate(zip(texts, searches, strict=True)):
         trials, heard = _search(case, jobs, choices, stops=text in _SEARCHED)
         best = _best(trials, case.slo)
         _say(f"{best.spec}: {best.kept:.2%} kept the objective, {best.gpu_hours:.2f} GPU-hours")
         measures = measure.measure(_judged_of(case, heard), case.slo)
-        found.append((text, best, measures, trials))
+        simulated.append((text, best, measures, trials))
         if path is not None:
             records.append(path, (msgspec.structs.replace(r, repeat=number) for r in heard))
     if case.beside is not None:
-        found.insert(0, _measured(case, case.beside))
-    data = _result(case, jobs, found)
+        simulated.insert(0, _measured(case, case.beside))
+    data = _result(case, jobs, simulated)
     from bench.simulation import simulation_page
 
     if folder is not None:
@@ -276,8 +276,8 @@ def _share(heard: Sequence[Record], slo: Slo) -> float:
 
 def _by_minute(at_s: Sequence[float], met: Sequence[bool]) -> list[tuple[float, float]]:
     minutes: dict[int, list[bool]] = {}
-    for planned_s, one in zip(at_s, met, strict=True):
-        minutes.setdefault(int(planned_s / _MINUTE_S), []).append(one)
+    for planned_s, good in zip(at_s, met, strict=True):
+        minutes.setdefault(int(planned_s / _MINUTE_S), []).append(good)
     return [(minute * _MINUTE_S, sum(mine) / len(mine)) for minute, mine in sorted(minutes.items())]
 
 
@@ -285,7 +285,7 @@ def _by_minute(at_s: Sequence[float], met: Sequence[bool]) -> list[tuple[float, 
 
 
 def _result(
-    case: Case, jobs: Sequence[Job], found: Sequence[tuple[str, Trial, Measures, list[Trial]]]
+    case: Case, jobs: Sequence[Job], simulated: Sequence[tuple[str, Trial, Measures, list[Trial]]]
 ) -> dict[str, Any]:
     settings = {
         "workload": case.workload,
@@ -310,10 +310,10 @@ def _result(
                 for trial in trials
             ],
         }
-        for text, best, measures, trials in found
+        for text, best, measures, trials in simulated
     ]
     if case.beside is not None:
-        settings["beside"] = _beside(case.beside, [best for _, best, _, _ in found])
+        settings["beside"] = _beside(case.beside, [best for _, best, _, _ in simulated])
     head = result.header("simulate", f"{case.workload} {case.load}")
     return head | settings | {"valid": True, "doubts": [], "policies": rows}
 

@@ -38,9 +38,9 @@ def table(data: dict[str, Any]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    most = max((row["replicas_most"] for row in data["policies"]), default=1)
-    lines += ["", f"replicas over time, of {most}"]
-    lines += [f"{bar(row, most)}  {row['spec']}" for row in data["policies"]]
+    highest = max((row["replicas_most"] for row in data["policies"]), default=1)
+    lines += ["", f"replicas over time, of {highest}"]
+    lines += [f"{bar(row, highest)}  {row['spec']}" for row in data["policies"]]
     return "\n".join(lines)
 
 
@@ -61,14 +61,15 @@ def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
     return "-" if value is None else f"{value * scale:.{digits}f}"
 
 
-def bar(row: dict[str, Any], most: int, width: int = 80) -> str:
+def bar(row: dict[str, Any], highest: int, width: int = 80) -> str:
     """Replicas that are paid for, over time."""
     paid = _paid(row)
     if not len(paid):
         return ""
     parts = np.array_split(paid, min(width, len(paid)))
     return "".join(
-        _BARS[min(len(_BARS) - 1, int(part.mean() / max(most, 1) * len(_BARS)))] for part in parts
+        _BARS[min(len(_BARS) - 1, int(part.mean() / max(highest, 1) * len(_BARS)))]
+        for part in parts
     )
 
 
@@ -158,9 +159,9 @@ def _timeline(data: dict[str, Any]) -> str:
     t_s, per_s = zip(*data["requests_per_s"], strict=True) if data["requests_per_s"] else ((), ())
     rows = data["policies"]
     replicas = [_curve(row, _paid(row)) for row in rows]
-    known = [row for row in rows if row["timeline"]["waiting"]]
-    waiting = [_curve(row, row["timeline"]["waiting"]) for row in known]
-    kept = [
+    queued = [row for row in rows if row["timeline"]["waiting"]]
+    waiting = [_curve(row, row["timeline"]["waiting"]) for row in queued]
+    shown = [
         plots.Curve(
             label=row["spec"],
             x=[at_s for at_s, _ in row["kept_by_minute"]],
@@ -173,7 +174,7 @@ def _timeline(data: dict[str, Any]) -> str:
         plots.Panel(title="Load", y_title="requests/s", curves=offered, filled=(0,), low=True),
         plots.Panel(title="Replicas paid for", y_title="replicas", curves=replicas),
         plots.Panel(title="Waiting requests", y_title="requests", curves=waiting),
-        plots.Panel(title="Kept the objective, by minute", y_title="%", curves=kept, top=101),
+        plots.Panel(title="Kept the objective, by minute", y_title="%", curves=shown, top=101),
     ]
     return plots.timeline(panels, "simulate")
 
@@ -210,8 +211,8 @@ def _price(data: dict[str, Any]) -> str:
 
 def _front(tried: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the settings of a policy those that no other beats in both price and share kept."""
-    found: list[dict[str, Any]] = []
+    front: list[dict[str, Any]] = []
     for trial in sorted(tried, key=lambda trial: (trial["gpu_hours"], -trial["kept"])):
-        if not found or trial["kept"] > found[-1]["kept"]:
-            found.append(trial)
-    return found
+        if not front or trial["kept"] > front[-1]["kept"]:
+            front.append(trial)
+    return front

@@ -42,16 +42,16 @@ def headers(
     Raises:
         TargetError: no such variable, or not a header.
     """
-    found: dict[str, str] = {}
+    collected: dict[str, str] = {}
     if key_env:
         key = environ.get(key_env, "").strip()
         if not key:
             raise TargetError.of("api-key-env", key_env, "this environment variable is not set")
         bearer = key_header.lower() == BEARER
-        found |= _header(f"{key_header}: {'Bearer ' if bearer else ''}{key}", "key-header")
+        collected |= _header(f"{key_header}: {'Bearer ' if bearer else ''}{key}", "key-header")
     for text in more:
-        found |= _header(text, "header")
-    return found
+        collected |= _header(text, "header")
+    return collected
 
 
 def _header(text: str, option: str) -> dict[str, str]:

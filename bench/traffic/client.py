@@ -137,8 +137,8 @@ class Answer:
             record.error = self.cut
         else:
             at_s = self.times[-1] if self.times else 0.0
-            asked = self._asked_stream, self._answers
-            read_whole(record, body, at_s, self._keep_text, *asked)
+            expected = self._asked_stream, self._answers
+            read_whole(record, body, at_s, self._keep_text, *expected)
 
     def _stream(self) -> Iterator[None]:
         events = Events(self.record, self._keep_text, self._answers)
@@ -392,8 +392,8 @@ class Client:
         loop = asyncio.get_running_loop()
         async with self._resolving:
             if not self._addresses:
-                found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-                self._addresses = [str(address[4][0]) for address in found]
+                addresses = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+                self._addresses = [str(address[4][0]) for address in addresses]
         failure: OSError = OSError("the host has no address")
         for address in list(self._addresses):
             try:
@@ -446,7 +446,7 @@ def encode(target: Target, request: Request) -> bytes:
     """
     body = {
         "model": target.model,
-        **_asked(target.endpoint, request),
+        **_body_of(target.endpoint, request),
         **target.extra,
         **request.extra,
     }
@@ -461,7 +461,7 @@ def encode(target: Target, request: Request) -> bytes:
 _OF_TEXT = ("temperature", "ignore_eos", "stream", "max_tokens")
 
 
-def _asked(endpoint: Endpoint, request: Request) -> dict[str, Any]:
+def _body_of(endpoint: Endpoint, request: Request) -> dict[str, Any]:
     """The fields of a body that say the prompt, how long the answer may be, and that it streams.
 
     Raises:
@@ -480,13 +480,15 @@ def _asked(endpoint: Endpoint, request: Request) -> dict[str, Any]:
         raise ValueError(f"the {endpoint} endpoint takes text or messages, not token ids")
     if endpoint == "responses":
         return {"input": prompt, "max_output_tokens": tokens, "stream": True}
-    said: list[Any] = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    content: list[Any] = (
+        prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    )
     if endpoint == "chat":
         usage = {"stream_options": {"include_usage": True}}
-        return {"messages": said, "max_tokens": tokens, "stream": True, **usage}
+        return {"messages": content, "max_tokens": tokens, "stream": True, **usage}
     # Messages have the system prompt apart.
-    systems = [part["content"] for part in said if part.get("role") == "system"]
-    rest = [part for part in said if part.get("role") != "system"]
+    systems = [part["content"] for part in content if part.get("role") == "system"]
+    rest = [part for part in content if part.get("role") != "system"]
     system = {"system": "\n".join(map(str, systems))} if systems else {}
     return {**system, "messages": rest, "max_tokens": tokens, "stream": True}
 

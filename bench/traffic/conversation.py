@@ -38,7 +38,7 @@ class Script:
                 self._next.setdefault(before, []).append(item)
         contexts = (item.request.context for item in planned)
         self._continued = Counter(before for before in contexts if before is not None)
-        self._said: dict[int, _Messages] = {}
+        self._histories: dict[int, _Messages] = {}
         self._tokens: dict[int, int | None] = {}
 
     def is_followed(self, item: Planned) -> bool:
@@ -52,11 +52,11 @@ class Script:
             return request
         messages = _messages(request.prompt)
         if before is not None:
-            messages = [*self._said[before], *messages]
+            messages = [*self._histories[before], *messages]
             request = self._grown(request, before)
             self._forget(before)
         if item.index in self._continued:
-            self._said[item.index] = messages
+            self._histories[item.index] = messages
         if self._chat:
             return msgspec.structs.replace(request, prompt=messages)
         text = "\n".join(str(message["content"]) for message in messages)
@@ -66,11 +66,11 @@ class Script:
         """What may be sent now. After a failure nothing that waits for it is ever sent."""
         if not record.ok:
             return []
-        if item.index in self._said:
-            self._said[item.index].append({"role": "assistant", "content": record.text})
+        if item.index in self._histories:
+            self._histories[item.index].append({"role": "assistant", "content": record.text})
             read, written = record.input_tokens, record.output_tokens
-            known = read is not None and written is not None
-            self._tokens[item.index] = (read or 0) + (written or 0) if known else None
+            counted = read is not None and written is not None
+            self._tokens[item.index] = (read or 0) + (written or 0) if counted else None
         released = []
         for waiting in self._next.get(item.index, ()):
             self._missing[waiting.index] -= 1
@@ -80,17 +80,17 @@ class Script:
 
     def _grown(self, request: Request, before: int) -> Request:
         """The request with the length of its whole prompt, and the share that was sent before."""
-        known = self._tokens.get(before)
-        if known is None or request.input_tokens is None:
+        tokens = self._tokens.get(before)
+        if tokens is None or request.input_tokens is None:
             return msgspec.structs.replace(request, input_tokens=None, shared=1.0)
-        whole = known + request.input_tokens
-        return msgspec.structs.replace(request, input_tokens=whole, shared=known / whole)
+        whole = tokens + request.input_tokens
+        return msgspec.structs.replace(request, input_tokens=whole, shared=tokens / whole)
 
     def _forget(self, before: int) -> None:
         """Drop a conversation that nothing else continues."""
         self._continued[before] -= 1
         if not self._continued[before]:
-            self._said.pop(before)
+            self._histories.pop(before)
 
 
 def _messages(prompt: str | list[int] | list[dict[str, Any]]) -> _Messages:

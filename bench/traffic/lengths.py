@@ -20,43 +20,43 @@ class Length:
     Attributes:
         low, high: both included; equal for a fixed length.
         sigma: of the logarithm; 0 unless lognormal, whose median is `low`.
-        most: longer ones are clipped to it.
+        maximum: longer ones are clipped to it.
     """
 
     low: int
     high: int
     sigma: float = 0.0
-    most: int = MAX_TOKENS
+    maximum: int = MAX_TOKENS
 
     def draw(self, rng: random.Random) -> int:
         if self.sigma:
             drawn = round(rng.lognormvariate(math.log(self.low), self.sigma))
         else:
             drawn = rng.randint(self.low, self.high)
-        return min(max(1, drawn), self.most)
+        return min(max(1, drawn), self.maximum)
 
 
 def length(
-    options: spec.Options, key: str, most: int = MAX_TOKENS, default: str | None = None
+    options: spec.Options, key: str, maximum: int = MAX_TOKENS, default: str | None = None
 ) -> Length:
     """The length that an option says; `default` where the option is absent.
 
     Raises WorkloadError, which names the option and what is wrong with its value.
     """
     value = options.text(key, default)
-    found = _DRAWN.fullmatch(value)
-    if found is None:
+    match = _DRAWN.fullmatch(value)
+    if match is None:
         if value[:1].isalpha():
             raise WorkloadError.of(key, value, "not a length", _EXAMPLES)
-        tokens = replace(options, values={key: value}).whole(key, least=1, most=MAX_TOKENS)
-        return Length(tokens, tokens, most=most)
+        tokens = replace(options, values={key: value}).whole(key, minimum=1, maximum=MAX_TOKENS)
+        return Length(tokens, tokens, maximum=maximum)
     # The two are read as options are, and named in errors as parts of this one.
-    lognormal = found["name"] == "lognormal"
+    lognormal = match["name"] == "lognormal"
     first, second = ("median", "sigma") if lognormal else ("low", "high")
     names = f"{key}: {first} of {value}", f"{key}: {second} of {value}"
-    values = {names[0]: found["first"].strip(), names[1]: found["second"].strip()}
+    values = {names[0]: match["first"].strip(), names[1]: match["second"].strip()}
     parts = replace(options, values=values)
-    low = parts.whole(names[0], least=1, most=MAX_TOKENS)
+    low = parts.whole(names[0], minimum=1, maximum=MAX_TOKENS)
     if lognormal:
-        return Length(low, low, parts.number(names[1], above=0.0, most=5.0), most)
-    return Length(low, parts.whole(names[1], least=low, most=MAX_TOKENS), most=most)
+        return Length(low, low, parts.number(names[1], above=0.0, maximum=5.0), maximum)
+    return Length(low, parts.whole(names[1], minimum=low, maximum=MAX_TOKENS), maximum=maximum)

@@ -254,7 +254,7 @@ class _Crew:
     async def work(self, start_s: float) -> None:
         """Let all send, and collect until the last is done."""
         self._outcome.start_s = start_s
-        self._collecting = {asyncio.create_task(self._collect(one)) for one in self._members}
+        self._collecting = {asyncio.create_task(self._collect(member)) for member in self._members}
         await _first_failure(self._collecting)
 
     async def interrupt(self) -> None:

@@ -25,10 +25,13 @@ _NAMED = 5  # The clients that send most are kinds of their own, and the others 
 
 def pool(options: spec.Options, seed: int, salted: str) -> Workload:
     """The first `requests` of all clients together."""
-    count, rate = options.whole("count", 50, least=1), options.number("rate", above=0.0)
-    requests = options.whole("requests", 1000, least=1)
-    skew, cv = options.number("skew", 1.2, most=10), options.number("cv", 2.0, above=0.0, most=100)
-    spread = options.number("spread", 0.5, most=3)
+    count, rate = options.whole("count", 50, minimum=1), options.number("rate", above=0.0)
+    requests = options.whole("requests", 1000, minimum=1)
+    skew, cv = (
+        options.number("skew", 1.2, maximum=10),
+        options.number("cv", 2.0, above=0.0, maximum=100),
+    )
+    spread = options.number("spread", 0.5, maximum=3)
     read, written = length(options, "input"), length(options, "output")
     weights = [rank**-skew for rank in range(1, count + 1)]
     clients = [random.Random(f"{seed}/client/{number}") for number in range(count)]

@@ -35,7 +35,7 @@ def prompts(options: spec.Options, seed: str) -> Workload:
     They are sent as they are, so that a second run sends what the first one sent. With
     `fresh=yes` each begins with a few words that no other run has.
     """
-    output, repeat = options.whole("output", 64, least=1), options.whole("repeat", 1, least=1)
+    output, repeat = options.whole("output", 64, minimum=1), options.whole("repeat", 1, minimum=1)
     fresh = options.flag("fresh")
     path = options.file()
     if path.suffix not in (".txt", ".jsonl"):
@@ -56,8 +56,8 @@ def prompts(options: spec.Options, seed: str) -> Workload:
     requests = _with_shares(requests) if repeat == 1 or fresh else _repeated(requests)
 
     def request(index: int) -> Request:
-        found = requests[index % len(requests)]
-        return _freshened(found, words.text(seed, "fresh", index, _FRESH_WORDS)) if fresh else found
+        line = requests[index % len(requests)]
+        return _freshened(line, words.text(seed, "fresh", index, _FRESH_WORDS)) if fresh else line
 
     return Workload(options.name, request, len(requests) * repeat)
 
@@ -69,8 +69,10 @@ def _request(raw: bytes, path: Path, output: int) -> Request:
     prompt = line.messages or line.prompt
     if not prompt or (line.messages and line.prompt):
         raise ValueError("must have either a prompt or messages")
-    asked = line.max_tokens or line.output_tokens or output
-    return Request(prompt=prompt, output_tokens=asked, limit=True, kind=line.kind, extra=line.extra)
+    max_tokens = line.max_tokens or line.output_tokens or output
+    return Request(
+        prompt=prompt, output_tokens=max_tokens, limit=True, kind=line.kind, extra=line.extra
+    )
 
 
 def _with_shares(requests: list[Request]) -> list[Request]:
@@ -81,19 +83,19 @@ def _with_shares(requests: list[Request]) -> list[Request]:
     texts = [msgspec.json.encode(request.prompt) for request in requests]
     order = sorted(range(len(texts)), key=texts.__getitem__)
     common = [0] * len(texts)
-    for one, other in pairwise(order):
-        length = _common(texts[one], texts[other])
-        common[one], common[other] = max(common[one], length), max(common[other], length)
+    for previous, other in pairwise(order):
+        length = _common(texts[previous], texts[other])
+        common[previous], common[other] = max(common[previous], length), max(common[other], length)
     return [
         msgspec.structs.replace(request, shared=min(1.0, length / max(1, len(text))))
         for request, length, text in zip(requests, common, texts, strict=True)
     ]
 
 
-def _common(one: bytes, other: bytes) -> int:
+def _common(first: bytes, other: bytes) -> int:
     """How many bytes both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(first, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(other)))
 
 
 def _repeated(requests: list[Request]) -> list[Request]:

@@ -49,23 +49,25 @@ def chats(options: spec.Options, seed: int, salted: str) -> Workload:
     ones (a token for every four bytes, as no tokenizer is asked). Each conversation begins with a
     few words that no other run has; fresh=no leaves them out.
     """
-    path, most = options.file(), options.whole("turns", 1000, least=1)
+    path, max_turns = options.file(), options.whole("turns", 1000, minimum=1)
     think_s, limit = options.number("think", 0.0), options.whole_or_none("limit")
     fresh = options.text("fresh", "yes")
     if fresh not in ("yes", "no"):
         raise WorkloadError.of("fresh", fresh, "not a choice", ("yes", "no"))
-    found = [turns for chat in _chats(path) if (turns := _exchanges(chat)[:most])][:limit]
-    if not found:
+    conversations = [turns for chat in _chats(path) if (turns := _exchanges(chat)[:max_turns])][
+        :limit
+    ]
+    if not conversations:
         raise WorkloadError.of("sharegpt", path, "holds no conversation that a person begins")
 
     def session(number: int) -> tuple[Request, ...]:
         rng = random.Random(f"{seed}/chat/{number}")
         opening = words.text(salted, "chat", number, _FRESH_WORDS) + "\n" if fresh == "yes" else ""
         requests: list[Request] = []
-        for place, (said, answer) in enumerate(found[number]):
+        for place, (question, answer) in enumerate(conversations[number]):
             requests.append(
                 Request(
-                    prompt=said if place else opening + said,
+                    prompt=question if place else opening + question,
                     output_tokens=max(1, len(answer.encode()) // _BYTES_PER_TOKEN),
                     limit=True,
                     kind="user",
@@ -80,9 +82,9 @@ def chats(options: spec.Options, seed: int, salted: str) -> Workload:
     return Workload(
         options.name,
         lambda number: session(number)[0],
-        len(found),
+        len(conversations),
         session=session,
-        sessions=len(found),
+        sessions=len(conversations),
     )
 
 
@@ -98,12 +100,12 @@ def _chats(path: Path) -> list[_Chat]:
 
 def _exchanges(chat: _Chat) -> list[tuple[str, str]]:
     """What a person said and what was answered, in turn; whatever comes before is left out."""
-    said = [
+    messages = [
         (message.source or message.role, message.value or message.content)
         for message in chat.conversations or chat.messages
     ]
     pairs = []
-    for (who, text), (other, answer) in pairwise(said):
+    for (who, text), (other, answer) in pairwise(messages):
         if who in ("human", "user") and other in ("gpt", "assistant", "chatgpt") and text:
             pairs.append((text, answer))
     return pairs
@@ -139,9 +141,9 @@ def agents(options: spec.Options, salted: str) -> Workload:
     where it is shorter than that the agent has made room, and it is a new one. Between calls are
     the recorded pauses, in which tools worked and people thought.
     """
-    path, scale = options.file(), options.number("scale", 1.0, above=0.0, most=1e3)
+    path, scale = options.file(), options.number("scale", 1.0, above=0.0, maximum=1e3)
     speed, limit = options.number("speed", 1.0, above=0.0), options.whole_or_none("limit")
-    most = options.whole_or_none("max_input")
+    max_input = options.whole_or_none("max_input")
     logs = []
     for log in _lines("copilot", path, _Session):
         calls = [call for turn in log.turns for call in turn.llm_calls if call.tokens.prompt > 0]
@@ -153,7 +155,7 @@ def agents(options: spec.Options, salted: str) -> Workload:
         raise WorkloadError.of("copilot", path, "holds no session with a call")
 
     def session(number: int) -> tuple[Request, ...]:
-        return tuple(_calls(logs[number], number, salted, scale, speed, most))
+        return tuple(_calls(logs[number], number, salted, scale, speed, max_input))
 
     return Workload(
         options.name,
@@ -165,16 +167,16 @@ def agents(options: spec.Options, salted: str) -> Workload:
 
 
 def _calls(
-    calls: list[_Call], number: int, salted: str, scale: float, speed: float, most: int | None
+    calls: list[_Call], number: int, salted: str, scale: float, speed: float, max_input: int | None
 ) -> Iterator[Request]:
-    known, ended_s = 0, 0.0
+    context, ended_s = 0, 0.0
     for place, call in enumerate(calls):
         read = max(1, round(call.tokens.prompt * scale))
-        read = read if most is None else min(read, most)
+        read = read if max_input is None else min(read, max_input)
         written = max(1, round(call.tokens.completion * scale))
         begun_s = _seconds(call.timestamp)
-        grows = place > 0 and read > known
-        tokens = read - known if grows else read
+        grows = place > 0 and read > context
+        tokens = read - context if grows else read
         text = words.text(salted, "call", number * 10_000 + place, tokens)
         yield Request(
             prompt=text,
@@ -186,7 +188,7 @@ def _calls(
             gap_s=max(0.0, begun_s - ended_s) / speed if place else 0.0,
             context=place - 1 if grows else None,
         )
-        known, ended_s = read + written, begun_s + call.duration_ms / 1e3
+        context, ended_s = read + written, begun_s + call.duration_ms / 1e3
 
 
 def _seconds(timestamp: str) -> float:

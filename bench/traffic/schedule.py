@@ -89,9 +89,9 @@ class Open(abc.ABC):
         end_s = self.own_duration_s if count is None and duration_s is None else duration_s
         if count is None and end_s is None:
             raise LoadError.of("count", "", f"{self} has no end: give a count or a duration")
-        most = MAX_PLANNED + 1 if count is None else count
+        max_count = MAX_PLANNED + 1 if count is None else count
         until_s = math.inf if end_s is None else end_s
-        arrivals = itertools.islice(self.arrivals(random.Random(f"{seed}/times")), most)
+        arrivals = itertools.islice(self.arrivals(random.Random(f"{seed}/times")), max_count)
         times = list(itertools.takewhile(lambda at_s: at_s < until_s, arrivals))
         if len(times) > MAX_PLANNED:
             raise LoadError.of("load", self, f"has more than {MAX_PLANNED} requests")
@@ -204,12 +204,14 @@ def parse(text: str) -> Load:
     """
     options = spec.parse(text, "load", KINDS, LoadError, unnamed="closed")
     makers: dict[str, Callable[[spec.Options], Load]] = {
-        "closed": lambda o: Closed(o.whole("users", least=1, most=100_000), o.number("think", 0.0)),
+        "closed": lambda o: Closed(
+            o.whole("users", minimum=1, maximum=100_000), o.number("think", 0.0)
+        ),
         "constant": lambda o: Constant(_rate(o)),
         "poisson": lambda o: Gamma(_rate(o)),
-        "gamma": lambda o: Gamma(_rate(o), o.number("cv", least=0.01, most=100)),
+        "gamma": lambda o: Gamma(_rate(o), o.number("cv", minimum=0.01, maximum=100)),
         "ramp": _ramp,
-        "burst": lambda o: Burst(o.whole("size", least=1), o.number("every", above=0.0)),
+        "burst": lambda o: Burst(o.whole("size", minimum=1), o.number("every", above=0.0)),
         "trace": lambda o: TraceTimes(o.number("speed", 1.0, above=0.0)),
     }
     return makers[options.name](options)
@@ -344,15 +346,15 @@ def _closed_count(
             problem = f"{workload.name} has no end: give a count or a duration"
             raise LoadError.of("count", "", problem)
         return workload.count
-    some = [workload.turns(unit) for unit in range(min(64, workload.count or 64))]
-    turns = [request for each in some for request in each]
+    sample = [workload.turns(unit) for unit in range(min(64, workload.count or 64))]
+    turns = [request for each in sample for request in each]
     fastest_s = load.think_s + sum(
         _FASTEST_S + _FASTEST_TOKEN_S * request.output_tokens + request.gap_s for request in turns
-    ) / len(some)
+    ) / len(sample)
     enough = load.users * math.ceil(duration_s / fastest_s)
     if workload.count is not None:
         return min(enough, workload.count)
-    input_tokens = sum(request.input_tokens or 0 for request in turns) / len(some)
+    input_tokens = sum(request.input_tokens or 0 for request in turns) / len(sample)
     if enough * input_tokens > _MAX_PREPARED_TOKENS or enough > MAX_PLANNED:
         problem = f"{load} could send {enough} requests in that time: say with a count how many"
         raise LoadError.of("duration", duration_s, problem)
@@ -385,6 +387,6 @@ def _arriving(
     if count is None and duration_s is None and load.own_duration_s is None:
         count = workload.count
     times = load.times_s(count, duration_s, seed)
-    said = ("duration", duration_s) if count is None else ("count", count)
-    _enough(workload, said[0], said[1] or load.own_duration_s or 0.0, len(times))
+    bound = ("duration", duration_s) if count is None else ("count", count)
+    _enough(workload, bound[0], bound[1] or load.own_duration_s or 0.0, len(times))
     return _planned(workload, times)

@@ -199,7 +199,7 @@ class Sender:
         item, at_s = first, planned_s
         while True:
             await sleep_until(self._start_s + at_s)
-            record = await self._one(client, item, at_s, user)
+            record = await self._send_one(client, item, at_s, user)
             ended_s = self._now_s() if record.end_s is None else record.end_s
             released = self._script.over(item, record) if self._script.is_followed(item) else []
             if not self._target.keep_text:
@@ -217,7 +217,7 @@ class Sender:
             ]
         return max(side.result() for side in sides)
 
-    async def _one(
+    async def _send_one(
         self, client: Client, planned: Planned, planned_s: float, user: int | None
     ) -> Record:
         """Send one request and wait for the end of its response, which is decoded later.
@@ -271,8 +271,8 @@ def _settle() -> None:
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, 0)
     sys.setswitchinterval(_SWITCH_S)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     # What is here now stays: collecting garbage need not look at it again.
     gc.collect()
     gc.freeze()

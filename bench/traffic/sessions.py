@@ -47,19 +47,19 @@ class _Shape:
 
 def drawn(options: spec.Options, seed: int, salted: str) -> Workload:
     """Endless sessions of the options' shape; `salted` is the seed of their texts."""
-    said = options.values.get("input", "100")
+    lengths = options.values.get("input", "100")
     shape = _Shape(
         turns=length(options, "turns", default="4"),
-        first=length(options, "first", default=said),
+        first=length(options, "first", default=lengths),
         later=length(options, "input", default="100"),
         result=length(options, "result", default="300"),
         written=length(options, "output", default="64"),
         system=options.whole("system", 0),
         think_s=options.number("think", 0.0),
         tool_s=options.number("tool", 1.0),
-        tools=options.number("tools", 0.0, most=1.0),
-        agents=options.whole("agents", 0, most=64),
-        agent_turns=options.whole("agent_turns", 2, least=1, most=64),
+        tools=options.number("tools", 0.0, maximum=1.0),
+        agents=options.whole("agents", 0, maximum=64),
+        agent_turns=options.whole("agent_turns", 2, minimum=1, maximum=64),
     )
     opening = words.text(salted, "system", 0, shape.system)
 
@@ -109,14 +109,14 @@ class _Writer:
         self,
         turn: int,
         kind: str,
-        said: Length,
+        length: Length,
         gap_s: float = 0.0,
         *,
         after: tuple[int, ...] = (),
         context: int | None = None,
         system: bool = False,
     ) -> None:
-        tokens = said.draw(self._rng)
+        tokens = length.draw(self._rng)
         number = self._number * 1000 + self._texts
         self._texts += 1
         messages = [{"role": "user", "content": words.text(self._salted, "said", number, tokens)}]

@@ -258,19 +258,19 @@ def read_whole(
 def error_text(body: bytes) -> str:
     """What the body of an error says, in one short line; empty where it says nothing."""
     try:
-        said = _message(_event.decode(body))
+        text = _message(_event.decode(body))
     except UNREADABLE:
-        said = ""
-    return said or _short(body.decode(errors="replace"))
+        text = ""
+    return text or _short(body.decode(errors="replace"))
 
 
-def _output(text: str | None, said: _Delta | None) -> tuple[str, int]:
+def _output(text: str | None, delta: _Delta | None) -> tuple[str, int]:
     """The text that an event shows, and how many bytes of output it has in all."""
-    if said is None:
+    if delta is None:
         return text or "", len((text or "").encode())
-    text = said.content or said.reasoning_content or said.reasoning or said.refusal or ""
-    calls = [call.get("function") for call in said.tool_calls or () if isinstance(call, dict)]
-    return text, len(text.encode()) + sum(map(_called_bytes, [*calls, said.function_call]))
+    text = delta.content or delta.reasoning_content or delta.reasoning or delta.refusal or ""
+    calls = [call.get("function") for call in delta.tool_calls or () if isinstance(call, dict)]
+    return text, len(text.encode()) + sum(map(_called_bytes, [*calls, delta.function_call]))
 
 
 def _typed_output(kind: str, delta: Any) -> tuple[str, int]:

@@ -21,7 +21,7 @@ _CHOICES = ("auto", "required", "none")
 
 def calls(options: spec.Options, seed: int, salted: str) -> Workload:
     """Endless prompts, each with the same tools."""
-    count = options.whole("tools", 8, least=1, most=128)
+    count = options.whole("tools", 8, minimum=1, maximum=128)
     read, written = length(options, "input", default="60"), length(options, "output", default="64")
     choice = options.text("choice", "auto")
     if choice not in _CHOICES:

@@ -208,21 +208,21 @@ def _jsonl(kind: str, path: Path, tick_s: float) -> Iterator[Row]:
 # --- blocks ---------------------------------------------------------------------------------
 
 
-def block_tokens(kind: str, path: Path, rows: Sequence[Row], asked: int | None) -> int:
-    """How many tokens each hash of a trace stands for: `asked`, the format's own size, or what
+def block_tokens(kind: str, path: Path, rows: Sequence[Row], requested: int | None) -> int:
+    """How many tokens each hash of a trace stands for: `requested`, the format's own size, or what
     the lengths say.
 
     With a wrong size prompts that differ would become equal, or those that share would not. So a
     size must fit: a prompt of n tokens has n / size hashes, rounded up or down. Where the format's
     own does not fit, the largest power of two that does is taken.
 
-    Raises WorkloadError where no size fits, or `asked` leaves hashes without tokens.
+    Raises WorkloadError where no size fits, or `requested` leaves hashes without tokens.
     """
     hashed = [row for row in rows if row.hashes]
-    own = asked or BLOCK_TOKENS.get(kind, 1)
-    if not hashed or (asked is None and _fits(own, hashed)):
+    own = requested or BLOCK_TOKENS.get(kind, 1)
+    if not hashed or (requested is None and _fits(own, hashed)):
         return own
-    if asked is None:
+    if requested is None:
         for size in _SIZES:
             if _fits(size, hashed):
                 return size
@@ -302,9 +302,9 @@ class Cut:
         ]
 
 
-def _clipped(tokens: float, most: int | None) -> int:
+def _clipped(tokens: float, maximum: int | None) -> int:
     whole = max(1, round(tokens))
-    return whole if most is None else min(whole, most)
+    return whole if maximum is None else min(whole, maximum)
 
 
 def blocks(row: Row, block_tokens: float) -> Iterator[tuple[int | None, int]]:
@@ -331,13 +331,13 @@ def families(rows: Sequence[Row]) -> list[list[int]]:
     """
     place = {row.name: index for index, row in enumerate(rows) if row.name}
     session: list[int] = []
-    found: list[list[int]] = []
+    families_of: list[list[int]] = []
     for index, row in enumerate(rows):
         parent = place.get(row.parent, index) if row.parent else index
         if parent < index:
             session.append(session[parent])
-            found[session[index]].append(index)
+            families_of[session[index]].append(index)
         else:
-            session.append(len(found))
-            found.append([index])
-    return found
+            session.append(len(families_of))
+            families_of.append([index])
+    return families_of

@@ -75,11 +75,11 @@ class Users:
             open_clients.callback(self._line.close)
             async with asyncio.TaskGroup() as group:
                 for user in range(self._users):
-                    asked = client(self._target, self._clock, self._keep_alive)
-                    open_clients.callback(asked.close)
-                    group.create_task(self._use(asked, user))
+                    client_of = client(self._target, self._clock, self._keep_alive)
+                    open_clients.callback(client_of.close)
+                    group.create_task(self._use(client_of, user))
 
-    async def _use(self, asked: Client, user: int) -> None:
+    async def _use(self, session: Client, user: int) -> None:
         while not self._over():
             index = self._sent
             self._sent += 1
@@ -91,7 +91,7 @@ class Users:
                 whole=in_one_piece(index, self._whole),
             )
             self._running += 1
-            await ask(asked, self._requests[record.prompt], record)
+            await ask(session, self._requests[record.prompt], record)
             self._running -= 1
             self._take(record)
             await asyncio.sleep(max(self._idle_s(), _AFTER_FAILURE_S if record.error else 0.0))
@@ -140,14 +140,14 @@ def in_one_piece(index: int, share: float) -> bool:
 def client(target: Target, clock: Callable[[], float], keep_alive: bool = True) -> Client:
     """A client that asks greedily and for the ids of tokens."""
     extra = {"temperature": 0, "return_token_ids": True, **target.extra}
-    kept = {"fresh_connections": not keep_alive, "kept_alive_s": _KEPT_ALIVE_S}
-    return Client(msgspec.structs.replace(target, extra=extra, **kept), clock)
+    options = {"fresh_connections": not keep_alive, "kept_alive_s": _KEPT_ALIVE_S}
+    return Client(msgspec.structs.replace(target, extra=extra, **options), clock)
 
 
-async def ask(asked: Client, request: Request, record: Heard) -> None:
+async def ask(session: Client, request: Request, record: Heard) -> None:
     """Send a request and fill in its record. Raises nothing but cancellation."""
     if record.whole:
         request = msgspec.structs.replace(request, extra={**request.extra, "stream": False})
     answer = Answer(record, keep_text=True)
-    await asked.exchange(request, answer)
+    await session.exchange(request, answer)
     hear(record, answer)

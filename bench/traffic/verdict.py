@@ -58,8 +58,8 @@ def _without_output(record: Record) -> None:
     if tokens and tokens == record.asked_output_tokens and record.finish_reason == "length":
         record.odd = f"no text: {tokens} tokens were written, and none of them is shown"
     else:
-        said = "says nothing of" if tokens is None else f"says {tokens}"
-        record.error = f"empty: the answer has no output, and the usage {said} tokens"
+        reported = "says nothing of" if tokens is None else f"says {tokens}"
+        record.error = f"empty: the answer has no output, and the usage {reported} tokens"
 
 
 def _contradiction(record: Record) -> str:
@@ -67,17 +67,17 @@ def _contradiction(record: Record) -> str:
     tokens, events, text_bytes = record.output_tokens, len(record.chunk_s), record.text_bytes
     if tokens is None:
         return ""
-    said = f"{tokens} output tokens are said"
+    reported = f"{tokens} output tokens are said"
     if tokens == 0 or tokens < 0.9 * events - 1:
-        return f"{said}, and {events} events came"
-    most = record.asked_output_tokens
-    if most is not None and tokens > most * record.choices:
-        return f"{said}, and at most {most * record.choices} were asked for"
-    whole = record.finish_reason == "length" and tokens == most
+        return f"{reported}, and {events} events came"
+    max_tokens = record.asked_output_tokens
+    if max_tokens is not None and tokens > max_tokens * record.choices:
+        return f"{reported}, and at most {max_tokens * record.choices} were asked for"
+    whole = record.finish_reason == "length" and tokens == max_tokens
     if not whole and tokens - record.reasoning_tokens > text_bytes + _HIDDEN_TOKENS:
-        return f"{said}, and the text has {text_bytes} bytes"
+        return f"{reported}, and the text has {text_bytes} bytes"
     if text_bytes > max(_FEW_BYTES, _BYTES_PER_TOKEN * tokens):
-        return f"{said}, and the text has {text_bytes} bytes"
+        return f"{reported}, and the text has {text_bytes} bytes"
     return ""
 
 

@@ -125,8 +125,8 @@ _shared = lru_cache(maxsize=512)(words.text)
 
 
 def _synthetic(options: spec.Options, seed: _Seed) -> Workload:
-    most = options.whole("max", MAX_TOKENS, least=1)
-    read, written = length(options, "input", most), length(options, "output", most)
+    max_tokens = options.whole("max", MAX_TOKENS, minimum=1)
+    read, written = length(options, "input", max_tokens), length(options, "output", max_tokens)
 
     def request(index: int) -> Request:
         rng = random.Random(f"{seed.number}/length/{index}")
@@ -147,11 +147,11 @@ def _prefix(options: spec.Options, seed: _Seed) -> Workload:
     and each level has its part of the `shared` tokens: 8 groups at depth 3 are 2 beginnings, each
     with 2 continuations, each with 2 ends.
     """
-    groups = options.whole("groups", least=1)
-    depth = options.whole("depth", 1, least=1, most=20)
-    shared = options.whole("shared", least=1)
-    unique = options.whole("unique", least=1)
-    output = options.whole("output", least=1)
+    groups = options.whole("groups", minimum=1)
+    depth = options.whole("depth", 1, minimum=1, maximum=20)
+    shared = options.whole("shared", minimum=1)
+    unique = options.whole("unique", minimum=1)
+    output = options.whole("output", minimum=1)
     if shared < depth:
         raise WorkloadError.of("shared", shared, f"must be at least the depth, {depth}")
     branches = next(n for n in range(1, groups + 1) if n**depth >= groups)
@@ -182,9 +182,9 @@ def _mixed(options: spec.Options, seed: _Seed) -> Workload:
     A tenth of a round's short ones, at least one, come before its long ones: they show the server
     at rest, and the others whether they must wait behind the long ones.
     """
-    tokens = {kind: options.whole(kind, least=1) for kind in ("long", "short")}
-    longs, shorts = options.whole("longs", least=0), options.whole("shorts", least=0)
-    output = options.whole("output", least=1)
+    tokens = {kind: options.whole(kind, minimum=1) for kind in ("long", "short")}
+    longs, shorts = options.whole("longs", minimum=0), options.whole("shorts", minimum=0)
+    output = options.whole("output", minimum=1)
     if not longs + shorts:
         raise WorkloadError.of("longs", longs, "a round of no long and no short ones is empty")
     before = min(shorts, max(1, shorts // 10))
@@ -205,18 +205,18 @@ def _trace(options: spec.Options, seed: _Seed) -> Workload:
     """Each row of a trace as a request; rows that wait for one another are a session."""
     kind = options.name
     cut = trace.Cut(
-        start_s=options.number("start_s", 0.0, most=1e9),
+        start_s=options.number("start_s", 0.0, maximum=1e9),
         duration_s=options.number_or_none("duration_s", above=0.0, most=1e9),
         limit=options.whole_or_none("limit"),
-        scale=options.number("scale", 1.0, above=0.0, most=1e3),
+        scale=options.number("scale", 1.0, above=0.0, maximum=1e3),
         max_input=options.whole_or_none("max_input"),
         max_output=options.whole_or_none("max_output"),
         speed=options.number("speed", 1.0, above=0.0),
     )
     path = options.file()
     everything = trace.read(kind, path, options.number_or_none("tick_s", above=0.0))
-    asked = options.whole_or_none("block")
-    own = trace.block_tokens(kind, path, everything, asked)
+    block_option = options.whole_or_none("block")
+    own = trace.block_tokens(kind, path, everything, block_option)
     rows = cut(everything)
     if not rows:
         part = f"start_s={cut.start_s:g}, duration_s={cut.duration_s}"
@@ -228,9 +228,9 @@ def _trace(options: spec.Options, seed: _Seed) -> Workload:
         row = rows[index]
         parts = [
             words.text(seed.words, "prompt", index, tokens)
-            if known is None
-            else _shared(seed.words, "block", known, tokens)
-            for known, tokens in trace.blocks(row, block)
+            if prefix is None
+            else _shared(seed.words, "block", prefix, tokens)
+            for prefix, tokens in trace.blocks(row, block)
         ]
         return Request(
             prompt=" ".join(parts),
@@ -242,7 +242,7 @@ def _trace(options: spec.Options, seed: _Seed) -> Workload:
         )
 
     notes = []
-    if kind in trace.BLOCK_TOKENS and asked is None and own != trace.BLOCK_TOKENS[kind]:
+    if kind in trace.BLOCK_TOKENS and block_option is None and own != trace.BLOCK_TOKENS[kind]:
         notes.append(f"{kind}: the lengths say that a hash stands for {own} tokens")
     made = Workload(options.name, request, len(rows), timed=True, notes=tuple(notes))
     families = trace.families(rows)
@@ -261,13 +261,13 @@ def _family(
     """The requests of rows that wait for one another: each for its parent, and as long as there."""
     places = families[number]
     by_name = {rows[place].name: at for at, place in enumerate(places)}
-    found = []
+    turns = []
     for at, place in enumerate(places):
         row = rows[place]
         before = by_name[row.parent] if at else None
         parent = rows[places[before]] if before is not None else row
         gap_s = max(0.0, row.at_s - parent.at_s - parent.busy_s)
-        found.append(
+        turns.append(
             msgspec.structs.replace(
                 request(place),
                 turn=at + 1,
@@ -275,7 +275,7 @@ def _family(
                 gap_s=gap_s,
             )
         )
-    return tuple(found)
+    return tuple(turns)
 
 
 # --- the baseline matrix --------------------------------------------------------------------

@@ -44,7 +44,7 @@ def searched(search: Search, score: Score, noise: float = 0.0) -> list[Trial]:
 def test_a_quarter_of_the_grid_finds_its_best() -> None:
     grid = knobs.points(SPACE)
     best = max(map(landscape, grid))
-    search = Search(SPACE, most=len(grid) // 4)
+    search = Search(SPACE, max_trials=len(grid) // 4)
     asked = searched(search, landscape, noise=0.02)
     assert search.best is not None
     assert landscape(search.best.settings) >= 0.95 * best
@@ -272,7 +272,7 @@ def test_the_highest_rung_that_passes_is_found_in_few_probes(highest: int, gap: 
 
 
 def test_a_ladder_of_which_nothing_passes_ends() -> None:
-    climb = Climb(0, least=-20)
+    climb = Climb(0, lowest=-20)
     while (rung := climb.ask()) is not None:
         assert rung >= -20
         climb.tell(False)

@@ -178,11 +178,11 @@ class Account:
 
 def tags(resource: Any, key: str = "Tags") -> dict[str, str]:
     """The tags of a resource, whichever of AWS's three forms its service uses."""
-    found = resource.get(key) or {}
-    if isinstance(found, dict):
-        return dict(found)
-    name, value = ("TagKey", "TagValue") if found and "TagKey" in found[0] else ("Key", "Value")
-    return {tag[name]: tag.get(value, "") for tag in found}
+    carried = resource.get(key) or {}
+    if isinstance(carried, dict):
+        return dict(carried)
+    name, value = ("TagKey", "TagValue") if carried and "TagKey" in carried[0] else ("Key", "Value")
+    return {tag[name]: tag.get(value, "") for tag in carried}
 
 
 class _WebPage(BotoCoreError):  # type: ignore[misc]
@@ -199,8 +199,8 @@ def _refuse_web_page(response_dict: Any, **_: Any) -> None:
 
 
 def _not_aws(action: str) -> AwsError:
-    said = "a web page answered in place of AWS: is there a proxy that wants to be signed in to?"
-    return AwsError(f"{action}: {said}".removeprefix(": "), "NotAws")
+    message = "a web page answered in place of AWS: is there a proxy that wants to be signed in to?"
+    return AwsError(f"{action}: {message}".removeprefix(": "), "NotAws")
 
 
 def _explained(error: Exception, action: str = "") -> AwsError:
@@ -210,8 +210,8 @@ def _explained(error: Exception, action: str = "") -> AwsError:
         message = error.response.get("Error", {}).get("Message", "") or str(error)
         if code in _DENIED:
             named = _ACTION.search(message)
-            found = (named[1], named[2] or "*") if named else (action, "*")
-            return PermissionMissing(found[0], found[1].rstrip(".,"), code)
+            permission = (named[1], named[2] or "*") if named else (action, "*")
+            return PermissionMissing(permission[0], permission[1].rstrip(".,"), code)
         if code in _STALE:
             return AwsError(f"the AWS credentials are not accepted ({code}): sign in again", code)
         if code in _IN_USE:

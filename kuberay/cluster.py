@@ -110,12 +110,12 @@ def recovered(account: Account, owner: Owner) -> bool:
             # Rolled back, or about to be: nothing can go on from it.
             stacks.remove(stack)
             return False
-    found = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
-    if not owner.marks(tags(found, "tags")):
+    cluster = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
+    if not owner.marks(tags(cluster, "tags")):
         raise Refused(f"the cluster {owner.name} does not carry the tag {CLUSTER}={owner.name}")
     # The stack ends after the cluster: it still adds rules and tags to it.
     stacks.settled(stack)
-    if found["status"] == "CREATING":
+    if cluster["status"] == "CREATING":
         say(f"    the control plane of {owner.name} is being created: waiting")
         account.wait("eks", "cluster_active", name=owner.name)
     return True
@@ -159,9 +159,9 @@ def _add_addons(
         for stack in stacks.named(own, prefix=f"{own}-podidentityrole-"):
             stacks.remove(stack)
     _say_missing("add-ons", (addon["name"] for addon in missing))
-    some = {**config, "addons": missing}
+    partial = {**config, "addons": missing}
     # --force: a copy that is not managed by EKS is taken over, as `create cluster` does.
-    _create(run, "addon", some, "--force")
+    _create(run, "addon", partial, "--force")
 
 
 def _failed_addon(account: Account, cluster: str, name: str) -> bool:
@@ -191,10 +191,10 @@ def _add_node_groups(account: Account, owner: Owner, run: Tools, config: Config)
     for name in missing:
         stacks.remove(stack[name])
     _say_missing("node groups", missing)
-    some = {**config, "managedNodeGroups": [wanted[name] for name in missing]}
+    partial = {**config, "managedNodeGroups": [wanted[name] for name in missing]}
     # These belong to a network that is to be made, and this one exists.
-    some.pop("availabilityZones", None)
-    _create(run, "nodegroup", some)
+    partial.pop("availabilityZones", None)
+    _create(run, "nodegroup", partial)
 
 
 def _usable(account: Account, cluster: str, group: str) -> bool:
@@ -224,8 +224,8 @@ def _add_pod_identities(account: Account, owner: Owner, run: Tools, config: Conf
     for each in missing:
         stacks.remove(f"eksctl-{owner.name}-podidentityrole-{'-'.join(_identity(each))}")
     _say_missing("pod identities", ("/".join(_identity(each)) for each in missing))
-    some = {**config, "iam": {**config["iam"], "podIdentityAssociations": missing}}
-    _create(run, "podidentityassociation", some)
+    partial = {**config, "iam": {**config["iam"], "podIdentityAssociations": missing}}
+    _create(run, "podidentityassociation", partial)
 
 
 def _identity(association: Mapping[str, Any]) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from kuberay.errors import EksError, Refused
 Command = Callable[[argparse.Namespace], int]
 
 
-def told(command: Command) -> Command:
+def reports_errors(command: Command) -> Command:
     """A command whose troubles end it with one sentence and a status."""
 
     @functools.wraps(command)

@@ -59,16 +59,16 @@ def bill(layout: Layout, rate: Callable[[str], Rate | None]) -> Bill:
     items = [Item("EKS control plane", *_twice(prices.CONTROL_PLANE_PER_HOUR), table)]
     unknown = []
     for group in layout.groups:
-        found = _dearest(group, rate)
-        if found is None:
+        dearest = _dearest(group, rate)
+        if dearest is None:
             unknown.append(f"{group.name}: {', '.join(group.instance_types)}")
             continue
-        kind, priced = found
+        kind, priced = dearest
         disk = prices.volume_per_month("gp3", group.volume_gb) / prices.HOURS_PER_MONTH
         each = priced.usd_per_hour + disk
         least = at_rest(layout, group)
-        name = f"{group.name}: {least} to {group.most} x {kind}{' (spot)' if group.spot else ''}"
-        items.append(Item(name, least * each, group.most * each, priced.source))
+        name = f"{group.name}: {least} to {group.maximum} x {kind}{' (spot)' if group.spot else ''}"
+        items.append(Item(name, least * each, group.maximum * each, priced.source))
     if layout.nat_gateways:
         each = prices.NAT_PER_HOUR + prices.PUBLIC_IP_PER_HOUR
         name = f"{layout.nat_gateways} NAT gateway with its address"
@@ -83,11 +83,11 @@ def bill(layout: Layout, rate: Callable[[str], Rate | None]) -> Bill:
 def at_rest(layout: Layout, group: NodeGroup) -> int:
     """Nodes of a group with nobody asking."""
     if group not in layout.gpu_groups or layout.service is None:
-        return group.least
+        return group.minimum
     # The first GPU group that can hold the service's least replicas does.
     first = layout.gpu_groups[0] == group
     needed = math.ceil(layout.service.least_gpus / group.gpus_per_node) if first else 0
-    return min(max(group.least, needed), group.most)
+    return min(max(group.minimum, needed), group.maximum)
 
 
 def _twice(usd: float) -> tuple[float, float]:
@@ -96,8 +96,8 @@ def _twice(usd: float) -> tuple[float, float]:
 
 def _dearest(group: NodeGroup, rate: Callable[[str], Rate | None]) -> tuple[str, Rate] | None:
     """The type of a group that costs most, with its price; None where one is not known."""
-    found = [(kind, rate(kind)) for kind in group.instance_types]
-    known = [(kind, priced) for kind, priced in found if priced is not None]
-    if len(known) < len(found):
+    rates = [(kind, rate(kind)) for kind in group.instance_types]
+    priced_kinds = [(kind, priced) for kind, priced in rates if priced is not None]
+    if len(priced_kinds) < len(rates):
         return None
-    return max(known, key=lambda pair: pair[1].usd_per_hour)
+    return max(priced_kinds, key=lambda pair: pair[1].usd_per_hour)

@@ -65,7 +65,7 @@ class Pace:
     patience_s: float = 900.0
 
 
-@console.told
+@console.reports_errors
 def command(options: argparse.Namespace) -> int:
     """Returns the exit status: 0 nothing is left, 1 something is, 2 refused."""
     to = Target.of(options)
@@ -75,7 +75,7 @@ def command(options: argparse.Namespace) -> int:
         if limit.expires is None and not status(to.account, to.owner.name):
             # Gone, or a teardown of which no stack is left to tell: say what there still is.
             return report(sweep(to.account, to.owner), options.json, options.report)
-        say(f"{to.owner.name}: {limit.said(now)}")
+        say(f"{to.owner.name}: {limit.describe(now)}")
         if not limit.expired(now):
             return 0
         if limit.action != "down":
@@ -128,13 +128,13 @@ def confirm(to: Target, yes: bool, keep_data: bool) -> None:
     """
     account, name = to.account, to.owner.name
     try:
-        found = account.call("eks", "describe_cluster", name=name)["cluster"]
+        cluster = account.call("eks", "describe_cluster", name=name)["cluster"]
     except AwsError as error:
         if not error.absent:
             raise
     else:
         # eksctl's own tag would do for leftovers. A whole cluster that runs takes ours.
-        if tags(found, "tags").get(CLUSTER) != name:
+        if tags(cluster, "tags").get(CLUSTER) != name:
             raise Refused(
                 f"the cluster {name} in {to.owner.region} does not carry the tag {CLUSTER}={name}: "
                 f"it is not this project's, and stays"
@@ -144,9 +144,9 @@ def confirm(to: Target, yes: bool, keep_data: bool) -> None:
     swept = sweep(account, to.owner)
     for line in swept.lines():
         say(line)
-    data = [found for found in swept.left if kinds.BY_NAME[found.kind].data and found.tagged]
-    kept = "which --keep-data keeps" if keep_data else "which cannot be made again"
-    also = f", {len(data)} of them data, {kept}" if data else ""
+    data = [each for each in swept.left if kinds.BY_NAME[each.kind].data and each.tagged]
+    fate = "which --keep-data keeps" if keep_data else "which cannot be made again"
+    also = f", {len(data)} of them data, {fate}" if data else ""
     console.confirm(f"All of this is deleted{also}.", name, yes)
 
 
@@ -239,12 +239,12 @@ def mark(account: Account, owner: Owner) -> None:
     """
     left = sweep(account, owner, Search(account, owner)).left
     names: dict[str, list[str]] = {}
-    for found in left:
-        if found.tagged and not found.marked:
-            names.setdefault(found.kind, []).append(found.id)
-    for kind, some in names.items():
-        if marking.mark(account, kind, some, owner.name):
-            say(f"    {kind}: {', '.join(some)}")
+    for resource in left:
+        if resource.tagged and not resource.marked:
+            names.setdefault(resource.kind, []).append(resource.id)
+    for kind, ids in names.items():
+        if marking.mark(account, kind, ids, owner.name):
+            say(f"    {kind}: {', '.join(ids)}")
 
 
 def delete_cluster(to: Target, run: Tools) -> None:
@@ -287,52 +287,54 @@ def clear(
     changed_s = clock()
     while True:
         swept = sweep(to.account, to.owner, Search(to.account, to.owner, ours, memory))
-        todo = [found for found in swept.left if removable(found, keep_data, refusals)]
+        todo = [resource for resource in swept.left if removable(resource, keep_data, refusals)]
         if frozenset(swept.left) != before:
             before, changed_s = frozenset(swept.left), clock()
         if not todo or clock() - changed_s > pace.patience_s:
-            return dataclasses.replace(swept, refused=told(refusals, swept))
-        for found in todo:
-            if not found.leaving:
-                remove(to.account, found, refusals)
+            return dataclasses.replace(swept, refused=refused(refusals, swept))
+        for resource in todo:
+            if not resource.leaving:
+                remove(to.account, resource, refusals)
         time.sleep(pace.pause_s)
 
 
 Refusals = dict[tuple[str, str], list[AwsError]]
 
 
-def removable(found: Found, keep_data: bool, refusals: Refusals) -> bool:
+def removable(resource: Found, keep_data: bool, refusals: Refusals) -> bool:
     """Whether it may go, and there is hope that it will."""
-    kind = kinds.BY_NAME[found.kind]
-    if not found.tagged or kind.remove is None or (kind.data and keep_data):
+    kind = kinds.BY_NAME[resource.kind]
+    if not resource.tagged or kind.remove is None or (kind.data and keep_data):
         return False
-    said = refusals.get((found.kind, found.id), [])
+    reasons = refusals.get((resource.kind, resource.id), [])
     # A permission does not come by asking again; anything else may.
-    return len(said) < _TRIES and not any(isinstance(error, PermissionMissing) for error in said)
+    return len(reasons) < _TRIES and not any(
+        isinstance(error, PermissionMissing) for error in reasons
+    )
 
 
-def remove(account: Account, found: Found, refusals: Refusals) -> None:
+def remove(account: Account, resource: Found, refusals: Refusals) -> None:
     """Remove one thing, or remember why it cannot be."""
-    act = kinds.BY_NAME[found.kind].remove
-    assert found.tagged
+    act = kinds.BY_NAME[resource.kind].remove
+    assert resource.tagged
     assert act is not None
     try:
-        act(account, found.id)
+        act(account, resource.id)
     except InUse as error:
-        say(f"    {found.kind} {found.id}: not yet ({error.code})")
+        say(f"    {resource.kind} {resource.id}: not yet ({error.code})")
     except AwsError as error:
         if error.absent:
             return
-        refusals.setdefault((found.kind, found.id), []).append(error)
-        say(f"    {found.kind} {found.id}: {error}")
+        refusals.setdefault((resource.kind, resource.id), []).append(error)
+        say(f"    {resource.kind} {resource.id}: {error}")
     else:
-        say(f"    {found.kind} {found.id}: removed")
+        say(f"    {resource.kind} {resource.id}: removed")
 
 
-def told(refusals: Refusals, swept: Sweep) -> tuple[Gap, ...]:
+def refused(refusals: Refusals, swept: Sweep) -> tuple[Gap, ...]:
     """Why each thing that is left could not be removed."""
     gaps = []
-    left = {(found.kind, found.id) for found in swept.left}
+    left = {(resource.kind, resource.id) for resource in swept.left}
     for (kind, name), errors in refusals.items():
         if (kind, name) not in left:
             continue

@@ -30,10 +30,10 @@ class Address:
 
 def parsed(image: str) -> Address | None:
     """The parts of an image's address; None where it is not in ECR."""
-    found = _ECR.fullmatch(image)
-    if found is None:
+    match = _ECR.fullmatch(image)
+    if match is None:
         return None
-    registry, region, repository, tag, digest = found.groups()
+    registry, region, repository, tag, digest = match.groups()
     return Address(registry, region, repository, tag or "", digest or "")
 
 
@@ -45,7 +45,7 @@ def described(account: Account, address: Address) -> dict[str, Any] | None:
     """
     wanted = {"imageDigest": address.digest} if address.digest else {"imageTag": address.tag}
     try:
-        found: list[dict[str, Any]] = account.call(
+        details: list[dict[str, Any]] = account.call(
             "ecr", "describe_images", registryId=address.registry,
             repositoryName=address.repository, imageIds=[wanted],
         )["imageDetails"]  # fmt: skip
@@ -53,7 +53,7 @@ def described(account: Account, address: Address) -> dict[str, Any] | None:
         if error.absent:
             return None
         raise
-    return found[0] if found else None
+    return details[0] if details else None
 
 
 def pinned(account: Account, image: str) -> str:
@@ -62,7 +62,7 @@ def pinned(account: Account, image: str) -> str:
     if address is None or address.digest or address.region != account.region:
         return image
     try:
-        found = described(account, address)
+        details = described(account, address)
     except AwsError:
         return image  # The check of the image says why it is not known.
-    return image if found is None else f"{image}@{found['imageDigest']}"
+    return image if details is None else f"{image}@{details['imageDigest']}"

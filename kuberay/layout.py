@@ -26,8 +26,8 @@ class NodeGroup:
 
     name: str
     instance_types: tuple[str, ...]
-    least: int
-    most: int
+    minimum: int
+    maximum: int
     spot: bool = False
     volume_gb: int = 80
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -35,12 +35,12 @@ class NodeGroup:
     @property
     def gpus_per_node(self) -> int:
         """Of the smallest type: what a node gives for certain. 0 for a type that is not known."""
-        known = [prices.INSTANCES[kind].gpus for kind in self.instance_types if kind in _KNOWN]
-        return min(known, default=0)
+        gpus = [prices.INSTANCES[kind].gpus for kind in self.instance_types if kind in _KNOWN]
+        return min(gpus, default=0)
 
     @property
     def most_gpus(self) -> int:
-        return self.most * self.gpus_per_node
+        return self.maximum * self.gpus_per_node
 
 
 _KNOWN = prices.INSTANCES.keys()
@@ -51,8 +51,8 @@ class Workers:
     """A worker group of the RayService."""
 
     name: str
-    least: int
-    most: int
+    minimum: int
+    maximum: int
     gpus: int
     selector: Mapping[str, str]
 
@@ -72,11 +72,11 @@ class Service:
 
     @property
     def least_gpus(self) -> int:
-        return sum(group.least * group.gpus for group in self.workers)
+        return sum(group.minimum * group.gpus for group in self.workers)
 
     @property
     def most_gpus(self) -> int:
-        return sum(group.most * group.gpus for group in self.workers)
+        return sum(group.maximum * group.gpus for group in self.workers)
 
     @property
     def gpus_per_worker(self) -> int:
@@ -94,7 +94,7 @@ class Service:
             return self.most_gpus
         if self.strategy == "NewClusterWithIncrementalUpgrade":
             extra = sum(
-                math.ceil(group.most * self.surge_percent / 100) * group.gpus
+                math.ceil(group.maximum * self.surge_percent / 100) * group.gpus
                 for group in self.workers
             )
             return self.most_gpus + extra
@@ -173,13 +173,13 @@ def _node_group(group: Mapping[str, Any]) -> NodeGroup:
     kinds = group.get("instanceTypes") or [group.get("instanceType")]
     if not kinds or not kinds[0]:
         raise EksError(f"node group {name}: has no instanceType")
-    least = int(group.get("minSize", group.get("desiredCapacity", 2)))
-    most = int(group.get("maxSize", max(least, int(group.get("desiredCapacity", least)))))
+    minimum = int(group.get("minSize", group.get("desiredCapacity", 2)))
+    maximum = int(group.get("maxSize", max(minimum, int(group.get("desiredCapacity", minimum)))))
     return NodeGroup(
         name=name,
         instance_types=tuple(str(kind) for kind in kinds),
-        least=max(least, int(group.get("desiredCapacity", least))),
-        most=most,
+        minimum=max(minimum, int(group.get("desiredCapacity", minimum))),
+        maximum=maximum,
         spot=bool(group.get("spot", False)),
         volume_gb=int(group.get("volumeSize", 80)),
         labels=group.get("labels") or {},
@@ -208,25 +208,27 @@ def _service(item: Mapping[str, Any]) -> Service:
 
 
 def _pod(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = (group.get("template") or {}).get("spec") or {}
-    return found
+    spec: Mapping[str, Any] = (group.get("template") or {}).get("spec") or {}
+    return spec
 
 
 def _images(group: Mapping[str, Any]) -> list[str]:
     # The first container is Ray's. The others are told by their own checks.
-    return [str(found["image"]) for found in (_pod(group).get("containers") or [])[:1]]
+    return [str(container["image"]) for container in (_pod(group).get("containers") or [])[:1]]
 
 
 def _workers(group: Mapping[str, Any]) -> Workers:
     pod = _pod(group)
-    limits = [(found.get("resources") or {}).get("limits") or {} for found in pod["containers"]]
-    gpus = sum(int(found.get("nvidia.com/gpu", 0)) for found in limits)
+    limits = [
+        (container.get("resources") or {}).get("limits") or {} for container in pod["containers"]
+    ]
+    gpus = sum(int(container.get("nvidia.com/gpu", 0)) for container in limits)
     hosts = int(group.get("numOfHosts", 1))
-    least = int(group.get("minReplicas", 0))
+    minimum = int(group.get("minReplicas", 0))
     return Workers(
         name=str(group.get("groupName", "?")),
-        least=max(least, int(group.get("replicas", least))) * hosts,
-        most=int(group.get("maxReplicas", 2**31 - 1)) * hosts,
+        minimum=max(minimum, int(group.get("replicas", minimum))) * hosts,
+        maximum=int(group.get("maxReplicas", 2**31 - 1)) * hosts,
         gpus=gpus,
         selector=pod.get("nodeSelector") or {},
     )

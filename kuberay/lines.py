@@ -35,22 +35,22 @@ class Text(str):
 
 class _Loader(yaml.SafeLoader):
     def construct_lined_mapping(self, node: yaml.MappingNode) -> Any:
-        found = Mapping()
-        yield found
+        mapping = Mapping()
+        yield mapping
         self.flatten_mapping(node)
-        found.line = self._line(node)
+        mapping.line = self._line(node)
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
-            found[str(key)] = self.construct_object(value_node, deep=True)
-            found.lines[str(key)] = self._line(key_node)
+            mapping[str(key)] = self.construct_object(value_node, deep=True)
+            mapping.lines[str(key)] = self._line(key_node)
 
     def construct_lined_sequence(self, node: yaml.SequenceNode) -> Any:
-        found = Sequence()
-        yield found
-        found.line = self._line(node)
+        sequence = Sequence()
+        yield sequence
+        sequence.line = self._line(node)
         for each in node.value:
-            found.append(self.construct_object(each, deep=True))
-            found.lines.append(self._line(each))
+            sequence.append(self.construct_object(each, deep=True))
+            sequence.lines.append(self._line(each))
 
     def construct_lined_text(self, node: yaml.ScalarNode) -> str:
         value = str(self.construct_scalar(node))
@@ -79,15 +79,15 @@ def load_all(text: str, offset: int = 0) -> list[Any]:
     """
     loader = _Loader(text)
     loader.offset = offset
-    found = []
+    documents = []
     try:
         while loader.check_data():  # type: ignore[no-untyped-call]
             document = loader.get_data()
             if document is not None:
-                found.append(document)
+                documents.append(document)
     finally:
         loader.dispose()
-    return found
+    return documents
 
 
 def line_of(value: Any, *path: str | int) -> int:

@@ -54,14 +54,14 @@ def lint(
     if not services:
         raise EksError(f"no RayService in {', '.join(name for name, _ in texts)}")
     earlier = {(s.namespace, s.name): s for _, s in _services(was)}
-    found = []
+    findings = []
     for file, service in services:
         named = rules.findings(service, ignored)
         before = earlier.get((service.namespace, service.name))
         if before is not None and "frozen-edit" not in ignored:
             named += rules.edits(before, service)
-        found += [Found(file, service.name, finding) for finding in named]
-    return found
+        findings += [Found(file, service.name, finding) for finding in named]
+    return findings
 
 
 def _services(texts: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Service]]:
@@ -92,19 +92,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-@console.told
+@console.reports_errors
 def command(options: argparse.Namespace) -> int:
     """Returns the exit status: 0 nothing that breaks, 1 something."""
-    found = lint(_read(options.files), _read(options.was), frozenset(options.ignore))
-    errors = sum(each.finding.severity == ERROR for each in found)
+    findings = lint(_read(options.files), _read(options.was), frozenset(options.ignore))
+    errors = sum(each.finding.severity == ERROR for each in findings)
     if options.json:
-        listed = [{"file": f.file, "service": f.service, **asdict(f.finding)} for f in found]
-        print(json.dumps({"errors": errors, "warnings": len(found) - errors, "findings": listed}))
+        listed = [{"file": f.file, "service": f.service, **asdict(f.finding)} for f in findings]
+        print(
+            json.dumps({"errors": errors, "warnings": len(findings) - errors, "findings": listed})
+        )
     else:
-        for each in found:
+        for each in findings:
             print(each.shown())
-        print(f"{errors} errors, {len(found) - errors} warnings")
-    return 1 if errors or (options.strict and found) else 0
+        print(f"{errors} errors, {len(findings) - errors} warnings")
+    return 1 if errors or (options.strict and findings) else 0
 
 
 def _read(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -75,9 +75,9 @@ class Owner:
 
 def regions(tags: Mapping[str, str], address: str = "") -> set[str]:
     """The regions that the tags of a global resource, or its address, name."""
-    found = {tags[REGION]} if REGION in tags else set()
+    names = {tags[REGION]} if REGION in tags else set()
     # oidc.eks.us-west-2.amazonaws.com/id/ABC
     host = address.split("/")[0].split(".")
     if host[:2] == ["oidc", "eks"] and len(host) > 2:
-        found.add(host[2])
-    return found
+        names.add(host[2])
+    return names

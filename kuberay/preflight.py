@@ -98,23 +98,23 @@ class Preflight:
         return [*shown, "", verdict]
 
     def as_json(self) -> dict[str, Any]:
-        said: dict[str, Any] = {"ok": self.good, "checks": [asdict(c) for c in self.checks]}
+        data: dict[str, Any] = {"ok": self.good, "checks": [asdict(c) for c in self.checks]}
         if self.bill is not None:
-            said["usd_per_hour"] = {
+            data["usd_per_hour"] = {
                 "at_rest": round(self.bill.at_rest, 4),
                 "at_most": round(self.bill.at_most, 4),
                 "items": [asdict(item) for item in self.bill.items],
                 "not_known": list(self.bill.unknown),
                 "not_counted": cost.NOT_COUNTED,
             }
-        return said
+        return data
 
 
-@console.told
+@console.reports_errors
 def command(options: argparse.Namespace) -> int:
-    found = preflight(Target.of(options), Choice.of(options))
-    print(json.dumps(found.as_json()) if options.json else "\n".join(found.lines()))
-    return 0 if found.good else 1
+    outcome = preflight(Target.of(options), Choice.of(options))
+    print(json.dumps(outcome.as_json()) if options.json else "\n".join(outcome.lines()))
+    return 0 if outcome.good else 1
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ def preflight(to: Target, choice: Choice) -> Preflight:
     except EksError as error:
         return Preflight((*checks, Check("manifests", FAIL, str(error), "correct this")))
     account = to.account
-    config, found = zoned(to, plan)
-    checks += found
+    config, zones_found = zoned(to, plan)
+    checks += zones_found
     checks += guarded("quota", lambda: vcpu_quotas(account, plan))
     if plan.own_network:
         checks += guarded("network", lambda: network_quotas(account, to, plan))
@@ -216,16 +216,16 @@ def programs() -> list[Check]:
             continue
         mend = f"install {tools.WHERE[name]}"
         try:
-            said = tools.version(name)
+            answer = tools.version(name)
         except ToolError as error:
             checks.append(Check(name, WARN, str(error), mend))
             continue
-        old, shown = said < least, f"{path} {said[0]}.{said[1]}"
+        old, shown = answer < least, f"{path} {answer[0]}.{answer[1]}"
         checks.append(Check(name, FAIL if old else OK, shown, mend if old else ""))
     signer = shutil.which("aws") or shutil.which("aws-iam-authenticator")
     mend = "" if signer else f"install {tools.WHERE['aws']}"
-    found = signer or "neither aws nor aws-iam-authenticator is on PATH"
-    return [*checks, Check("sign-in of kubectl", OK if signer else FAIL, found, mend)]
+    signer_found = signer or "neither aws nor aws-iam-authenticator is on PATH"
+    return [*checks, Check("sign-in of kubectl", OK if signer else FAIL, signer_found, mend)]
 
 
 def credentials(account: Account) -> list[Check]:
@@ -251,30 +251,30 @@ def region(account: Account) -> list[Check]:
 def zoned(to: Target, plan: Layout) -> tuple[dict[str, Any], list[Check]]:
     """cluster.yaml with the zones that are chosen for the overlay, and the lines about them."""
     try:
-        found = zones.find(to.account, to.owner, plan)
+        zones_found = zones.find(to.account, to.owner, plan)
     except AwsError as error:
         return dict(to.config), [unchecked("instance types", error)]
-    return zones.applied(to.config, plan, found), instance_types(plan, found)
+    return zones.applied(to.config, plan, zones_found), instance_types(plan, zones_found)
 
 
-def instance_types(plan: Layout, found: Zones) -> list[Check]:
+def instance_types(plan: Layout, zones_found: Zones) -> list[Check]:
     """Which zones offer the types of each node group, and which were chosen."""
-    said = f"{', '.join(found.network)}{' (of the cluster)' if found.made else ''}"
-    for name, own in found.groups.items():
-        if own and set(own) != set(found.network):
-            said += f"; {name} in {', '.join(own)} only"
-    checks = [Check("zones", OK, said)]
-    for kind in sorted(found.offered):
-        inside = sorted(found.offered[kind] & {*found.network})
+    where = f"{', '.join(zones_found.network)}{' (of the cluster)' if zones_found.made else ''}"
+    for name, own in zones_found.groups.items():
+        if own and set(own) != set(zones_found.network):
+            where += f"; {name} in {', '.join(own)} only"
+    checks = [Check("zones", OK, where)]
+    for kind in sorted(zones_found.offered):
+        inside = sorted(zones_found.offered[kind] & {*zones_found.network})
         groups = [group for group in plan.groups if kind in group.instance_types]
         name = f"zones of {kind}"
-        elsewhere = ", ".join(sorted(found.offered[kind])) or "no zone of this region"
-        if not inside and all(found.groups[group.name] for group in groups):
+        elsewhere = ", ".join(sorted(zones_found.offered[kind])) or "no zone of this region"
+        if not inside and all(zones_found.groups[group.name] for group in groups):
             mend = f"offered in: {elsewhere}; the group's other types are taken"
-            checks.append(Check(name, WARN, f"none of {', '.join(found.network)}", mend))
+            checks.append(Check(name, WARN, f"none of {', '.join(zones_found.network)}", mend))
         elif not inside:
             mend = f"offered in: {elsewhere}; change availabilityZones, the type or the region"
-            checks.append(Check(name, FAIL, f"none of {', '.join(found.network)}", mend))
+            checks.append(Check(name, FAIL, f"none of {', '.join(zones_found.network)}", mend))
         elif len(inside) == 1:
             mend = "one zone that runs out stops scaling: name a second instance type"
             checks.append(Check(name, WARN, inside[0], mend))
@@ -295,21 +295,21 @@ def vcpu_quotas(account: Account, plan: Layout) -> list[Check]:
         allowed = quota(account, "ec2", code)
         used = running.get((family, spot), 0)
         least = sum(cost.at_rest(plan, group) * _vcpus(account, group) for group in groups)
-        most = sum(group.most * _vcpus(account, group) for group in groups)
+        at_most = sum(group.maximum * _vcpus(account, group) for group in groups)
         word = "standard" if family == "standard" else family.upper()
         name = f"quota {word}{' spot' if spot else ''}"
-        found = f"{allowed:.0f} vCPUs, {used} in use; {least} at rest, {most} at most"
+        summary = f"{allowed:.0f} vCPUs, {used} in use; {least} at rest, {at_most} at most"
         mend = (
-            f"ask for {used + most}: aws service-quotas request-service-quota-increase --region "
+            f"ask for {used + at_most}: aws service-quotas request-service-quota-increase --region "
             f"{account.region} --service-code ec2 --quota-code {code} "
-            f"--desired-value {used + most}"
+            f"--desired-value {used + at_most}"
         )
-        if used + most <= allowed:
-            checks.append(Check(name, OK, found))
+        if used + at_most <= allowed:
+            checks.append(Check(name, OK, summary))
         elif used + least <= allowed:
-            checks.append(Check(name, WARN, f"{found}: scaling will stop before the most", mend))
+            checks.append(Check(name, WARN, f"{summary}: scaling will stop before the most", mend))
         else:
-            checks.append(Check(name, FAIL, found, mend))
+            checks.append(Check(name, FAIL, summary, mend))
     return checks
 
 
@@ -325,8 +325,8 @@ def _vcpus(account: Account, group: NodeGroup) -> int:
     kinds = list(group.instance_types)
     if all(kind in prices.INSTANCES for kind in kinds):
         return max(prices.INSTANCES[kind].vcpus for kind in kinds)
-    found = account.call("ec2", "describe_instance_types", InstanceTypes=kinds)["InstanceTypes"]
-    return max(int(entry["VCpuInfo"]["DefaultVCpus"]) for entry in found)
+    types = account.call("ec2", "describe_instance_types", InstanceTypes=kinds)["InstanceTypes"]
+    return max(int(entry["VCpuInfo"]["DefaultVCpus"]) for entry in types)
 
 
 def running_vcpus(account: Account) -> dict[tuple[str, bool], int]:
@@ -336,10 +336,10 @@ def running_vcpus(account: Account) -> dict[tuple[str, bool], int]:
     for reservation in account.pages("ec2", "describe_instances", "Reservations", Filters=states):
         for instance in reservation["Instances"]:
             # A quota counts a type's vCPUs, however many of them an instance has switched on.
-            known = prices.INSTANCES.get(instance["InstanceType"])
+            instance_type = prices.INSTANCES.get(instance["InstanceType"])
             options = instance.get("CpuOptions") or {}
             cpus = int(options.get("CoreCount", 1)) * int(options.get("ThreadsPerCore", 1))
-            cpus = known.vcpus if known is not None else cpus
+            cpus = instance_type.vcpus if instance_type is not None else cpus
             spot = instance.get("InstanceLifecycle") == "spot"
             key = (_family(instance["InstanceType"]), spot)
             used[key] = used.get(key, 0) + cpus
@@ -365,14 +365,14 @@ def network_quotas(account: Account, to: Target, plan: Layout) -> list[Check]:
         (_ADDRESS_QUOTA, addresses, plan.nat_gateways),
     ):
         allowed = quota(account, service, code)
-        found = f"{allowed:.0f}, {used} in use, {more} more needed"
+        summary = f"{allowed:.0f}, {used} in use, {more} more needed"
         good = used + more <= allowed
         mend = (
             f"release what is not used, or: aws service-quotas request-service-quota-increase "
             f"--region {account.region} --service-code {service} --quota-code {code} "
             f"--desired-value {used + more}"
         )
-        checks.append(Check(name, OK if good else FAIL, found, "" if good else mend))
+        checks.append(Check(name, OK if good else FAIL, summary, "" if good else mend))
     return checks
 
 
@@ -386,15 +386,17 @@ def subnets(account: Account, config: Mapping[str, Any]) -> list[Check]:
                 named.append(str(name))
     if not named:
         return [Check("subnets", WARN, "none is named by its id", "name them by id to check them")]
-    found = account.call("ec2", "describe_subnets", SubnetIds=named)["Subnets"]
-    zones = {item["AvailabilityZone"] for item in found}
-    free = min(item["AvailableIpAddressCount"] for item in found)
-    said = f"{len(found)} in {', '.join(sorted(zones))}; {free} free addresses in the fullest"
+    described = account.call("ec2", "describe_subnets", SubnetIds=named)["Subnets"]
+    zones = {item["AvailabilityZone"] for item in described}
+    free = min(item["AvailableIpAddressCount"] for item in described)
+    summary = (
+        f"{len(described)} in {', '.join(sorted(zones))}; {free} free addresses in the fullest"
+    )
     if len(zones) < 2:
-        return [Check("subnets", FAIL, said, "EKS needs subnets in two zones")]
+        return [Check("subnets", FAIL, summary, "EKS needs subnets in two zones")]
     if free < 32:
-        return [Check("subnets", WARN, said, "each pod takes an address: take larger subnets")]
-    return [Check("subnets", OK, said)]
+        return [Check("subnets", WARN, summary, "each pod takes an address: take larger subnets")]
+    return [Check("subnets", OK, summary)]
 
 
 # --- the service ----------------------------------------------------------------------------
@@ -415,7 +417,7 @@ def model(account: Account, plan: Layout, model_config: Path | None) -> list[Che
         memory = EngineMemory.of(engine)
     except ConfigError as error:
         return [Check("model", FAIL, str(error), "correct this key")]
-    asked = service.arguments.get("tensor_parallel_size")
+    tensor_parallel = service.arguments.get("tensor_parallel_size")
     pipeline = service.arguments.get("pipeline_parallel_size")
     stages = pipeline if isinstance(pipeline, int) else 1
     checks = []
@@ -426,8 +428,8 @@ def model(account: Account, plan: Layout, model_config: Path | None) -> list[Che
             title = f"model on {kind}"
             try:
                 size = (
-                    asked
-                    if isinstance(asked, int)
+                    tensor_parallel
+                    if isinstance(tensor_parallel, int)
                     else choose_tensor_parallel_size(name, shape, cards, memory, stages)
                 )
             except ConfigError as error:
@@ -455,17 +457,17 @@ def _fits(
 ) -> Check:  # fmt: skip
     needed = needed_bytes(shape, memory, size, stages)
     usable = usable_bytes((gpu,), memory) or 0
-    found = f"{name} on {size} x {gpu.name}: {needed / GIB:.1f} GiB of {usable / GIB:.1f} each"
+    summary = f"{name} on {size} x {gpu.name}: {needed / GIB:.1f} GiB of {usable / GIB:.1f} each"
     if per_worker > per_node:
         mend = f"the node has {per_node} GPUs: a worker that asks for {per_worker} never starts"
-        return Check(title, FAIL, found, mend)
+        return Check(title, FAIL, summary, mend)
     if size > per_worker:
         mend = f"a worker has {per_worker} GPUs and tensor_parallel_size is {size}"
-        return Check(title, FAIL, found, mend)
+        return Check(title, FAIL, summary, mend)
     if needed > usable:
         mend = "a larger type, more GPUs (tensor_parallel_size), or a lower engine.max_model_len"
-        return Check(title, FAIL, found, mend)
-    return Check(title, OK, found)
+        return Check(title, FAIL, summary, mend)
+    return Check(title, OK, summary)
 
 
 def _shape(account: Account, name: str, model_config: Path | None) -> ModelShape | None:
@@ -473,9 +475,9 @@ def _shape(account: Account, name: str, model_config: Path | None) -> ModelShape
     try:
         if model_config is not None:
             return ModelShape.from_config(json.loads(model_config.read_text(encoding="utf-8")))
-        for known in QWEN25:
-            if name.rstrip("/").endswith(known.rpartition("/")[2]):
-                return QWEN25[known]
+        for shape in QWEN25:
+            if name.rstrip("/").endswith(shape.rpartition("/")[2]):
+                return QWEN25[shape]
         if name.startswith("s3://"):
             bucket, _, prefix = name.removeprefix("s3://").partition("/")
             key = f"{prefix.rstrip('/')}/config.json"
@@ -498,19 +500,19 @@ def upgrade(plan: Layout) -> list[Check]:
     service = plan.service
     if service is None:
         return []
-    found = (
+    summary = (
         f"{service.strategy}: {service.peak_gpus} GPUs at the peak, {service.most_gpus} without, "
         f"{plan.most_gpus} at most in the node groups"
     )
     if plan.most_gpus < service.most_gpus:
         mend = f"maxSize of the GPU group for {service.most_gpus} GPUs, or a lower maxReplicas"
-        return [Check("GPUs at full size", FAIL, found, mend)]
+        return [Check("GPUs at full size", FAIL, summary, mend)]
     if plan.most_gpus < service.peak_gpus:
         nodes = math.ceil(service.peak_gpus / max(g.gpus_per_node for g in plan.gpu_groups))
         mend = f"maxSize {nodes}, or a strategy that needs fewer GPUs (upgrades.md)"
         # At full size the new workers never start and the old ones serve on: a hang, not a loss.
-        return [Check("GPUs in an upgrade", WARN, found, mend)]
-    return [Check("GPUs in an upgrade", OK, found)]
+        return [Check("GPUs in an upgrade", WARN, summary, mend)]
+    return [Check("GPUs in an upgrade", OK, summary)]
 
 
 def versions(to: Target, plan: Layout) -> list[Check]:
@@ -525,8 +527,8 @@ def versions(to: Target, plan: Layout) -> list[Check]:
     operator, chart = releases.operator_version(), releases.KUBERAY
     good = operator == chart
     mend = "" if good else f"image.tag of operator-values.yaml: v{chart}"
-    found = f"operator {operator}, CRDs and chart {chart}"
-    return [*checks, Check("KubeRay", OK if good else FAIL, found, mend)]
+    summary = f"operator {operator}, CRDs and chart {chart}"
+    return [*checks, Check("KubeRay", OK if good else FAIL, summary, mend)]
 
 
 def image_there(account: Account, plan: Layout) -> list[Check]:
@@ -538,9 +540,9 @@ def image_there(account: Account, plan: Layout) -> list[Check]:
             mend = "see that the nodes can pull it; private networking reaches out through NAT"
             checks.append(Check("image", WARN, f"{image}: not in ECR, not checked", mend))
         elif address.region != account.region:
-            found = f"{image}: in {address.region}, the cluster in {account.region}"
+            summary = f"{image}: in {address.region}, the cluster in {account.region}"
             mend = "push it to the cluster's region: pulls cross regions at $0.02 per GB"
-            checks.append(Check("image", WARN, found, mend))
+            checks.append(Check("image", WARN, summary, mend))
         elif (described := images.described(account, address)) is None:
             push = "build it and push it (README.md, The image)"
             checks.append(Check("image", FAIL, f"{image}: not there", push))
@@ -554,13 +556,13 @@ def cluster(account: Account, to: Target) -> list[Check]:
     """Whether the name is free, or is ours to go on with."""
     name = to.owner.name
     try:
-        found = account.call("eks", "describe_cluster", name=name)["cluster"]
+        description = account.call("eks", "describe_cluster", name=name)["cluster"]
     except AwsError as error:
         if error.absent:
             return [Check("name", OK, f"{name} is free in {account.region}")]
         raise
-    if tags(found, "tags").get(CLUSTER) == name:
-        return [Check("name", OK, f"{name} is there already ({found['status']}): up goes on")]
+    if tags(description, "tags").get(CLUSTER) == name:
+        return [Check("name", OK, f"{name} is there already ({description['status']}): up goes on")]
     mend = "give another --name, or change metadata.name"
     return [Check("name", FAIL, f"{name} is a cluster of somebody else's", mend)]
 

@@ -143,8 +143,8 @@ def volume_per_month(kind: str, size_gb: float, iops: int = 0, mib_per_s: int = 
 
 def instance_per_hour(kind: str) -> float | None:
     """From the table; None for a type that is not in it."""
-    known = INSTANCES.get(kind)
-    return None if known is None else known.usd_per_hour
+    listed = INSTANCES.get(kind)
+    return None if listed is None else listed.usd_per_hour
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ def rate(account: Account, kind: str) -> Rate | None:
         live = None
     if live is not None:
         return Rate(live, "live")
-    known = instance_per_hour(kind)
-    return None if known is None else Rate(known, f"table of {AS_OF}")
+    listed = instance_per_hour(kind)
+    return None if listed is None else Rate(listed, f"table of {AS_OF}")
 
 
 def _live(account: Account, kind: str) -> float | None:
@@ -182,8 +182,8 @@ def _live(account: Account, kind: str) -> float | None:
         "capacitystatus": "Used",
     }
     filters = [{"Type": "TERM_MATCH", "Field": f, "Value": v} for f, v in wanted.items()]
-    found = account.call("pricing", "get_products", ServiceCode="AmazonEC2", Filters=filters)
-    for product in found.get("PriceList", []):
+    products = account.call("pricing", "get_products", ServiceCode="AmazonEC2", Filters=filters)
+    for product in products.get("PriceList", []):
         terms = json.loads(product).get("terms", {}).get("OnDemand", {})
         for term in terms.values():
             for dimension in term.get("priceDimensions", {}).values():

@@ -56,17 +56,17 @@ class Group:
 
     @property
     def grace_s(self) -> float:
-        found = self.pod.get("terminationGracePeriodSeconds")
-        return float(DEFAULT_GRACE_S if found is None else found)
+        seconds = self.pod.get("terminationGracePeriodSeconds")
+        return float(DEFAULT_GRACE_S if seconds is None else seconds)
 
     @property
-    def least(self) -> int:
+    def minimum(self) -> int:
         return int(self.spec.get("minReplicas") or 0)
 
     @property
-    def most(self) -> int:
-        found = self.spec.get("maxReplicas")
-        return UNBOUNDED if found is None else int(found)
+    def maximum(self) -> int:
+        replicas = self.spec.get("maxReplicas")
+        return UNBOUNDED if replicas is None else int(replicas)
 
     @property
     def hosts(self) -> int:
@@ -77,17 +77,19 @@ class Group:
         """The GPUs that the operator tells Ray of: of any vendor."""
         limits = _mapping(at(self.container, "resources", "limits"))
         of_pod = sum(quantity(value) for key, value in limits.items() if key.endswith("gpu"))
-        return self._told("num-gpus", "GPU", of_pod)
+        return self._resource("num-gpus", "GPU", of_pod)
 
     @property
     def cpus(self) -> float | None:
         """The cores that the operator tells Ray of; None where it says none."""
         resources = _mapping(self.container.get("resources"))
-        found = at(resources, "limits", "cpu") or at(resources, "requests", "cpu")
-        told = self._told("num-cpus", "CPU", quantity(found) if found is not None else -1.0)
-        return None if told < 0 else told
+        quantity_of = at(resources, "limits", "cpu") or at(resources, "requests", "cpu")
+        cpus = self._resource(
+            "num-cpus", "CPU", quantity(quantity_of) if quantity_of is not None else -1.0
+        )
+        return None if cpus < 0 else cpus
 
-    def _told(self, parameter: str, resource: str, of_pod: float) -> float:
+    def _resource(self, parameter: str, resource: str, of_pod: float) -> float:
         if self.start.get(parameter) not in (None, ""):
             return quantity(self.start[parameter])
         own = _mapping(self.spec.get("resources"))
@@ -95,10 +97,10 @@ class Group:
         return of_pod if given is None else quantity(given)
 
     def ports(self) -> dict[str, int]:
-        found = self.container.get("ports") or []
+        ports = self.container.get("ports") or []
         return {
             str(port["name"]): int(port["containerPort"])
-            for port in found
+            for port in ports
             if isinstance(port, dict) and "name" in port and "containerPort" in port
         }
 
@@ -156,8 +158,8 @@ class Service:
 
     def ray_at_least(self, *wanted: int) -> bool:
         """Whether rayVersion is a version, and at least this one."""
-        found = re.match(r"v?(\d+)\.(\d+)", str(self.cluster.get("rayVersion", "")))
-        return found is not None and (int(found[1]), int(found[2])) >= wanted
+        match = re.match(r"v?(\d+)\.(\d+)", str(self.cluster.get("rayVersion", "")))
+        return match is not None and (int(match[1]), int(match[2])) >= wanted
 
     @property
     def upgrade(self) -> str:
@@ -177,10 +179,10 @@ class Service:
             text.first - 1 if isinstance(text, Text) else self.line("spec", "serveConfigV2") - 1
         )
         try:
-            found = load_all(text, offset)
+            documents = load_all(text, offset)
         except yaml.YAMLError:
             return {}
-        return _mapping(found[0]) if found else {}
+        return _mapping(documents[0]) if documents else {}
 
     def serve_line(self, *path: str | int) -> int:
         if not self.serve:
@@ -211,7 +213,7 @@ class Service:
 
     def environment(self, group: Group) -> tuple[dict[str, str], bool]:
         """Variables of Ray's container with a known value, and whether there may be more."""
-        found: dict[str, str] = {}
+        variables: dict[str, str] = {}
         whole = True
         for source in group.container.get("envFrom") or []:
             reference = _mapping(source).get("configMapRef")
@@ -221,16 +223,16 @@ class Service:
                 whole = whole and reference is None
                 continue
             prefix = str(_mapping(source).get("prefix", ""))
-            found |= {prefix + key: str(value) for key, value in data.items()}
+            variables |= {prefix + key: str(value) for key, value in data.items()}
         for entry in group.container.get("env") or []:
             if "value" in entry:
-                found[str(entry.get("name"))] = str(entry["value"])
+                variables[str(entry.get("name"))] = str(entry["value"])
             elif "name" in entry:
                 key = at(entry, "valueFrom", "configMapKeyRef")
                 data = self._config_map(_mapping(key).get("name")) if key else None
-                known = None if data is None else data.get(str(_mapping(key).get("key")))
-                found[str(entry["name"])] = "" if known is None else str(known)
-        return found, whole
+                referenced = None if data is None else data.get(str(_mapping(key).get("key")))
+                variables[str(entry["name"])] = "" if referenced is None else str(referenced)
+        return variables, whole
 
     def environment_line(self, group: Group, name: str) -> int:
         path = (*group.container_path, "env")

@@ -26,10 +26,10 @@ _MONITORING_VERSION = "89.2.2"
 def operator_version(values: Path = VALUES) -> str:
     """The operator that the values name."""
     try:
-        found: dict[str, Any] = yaml.safe_load(values.read_text(encoding="utf-8")) or {}
+        chart: dict[str, Any] = yaml.safe_load(values.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise EksError(f"{values}: {error}") from error
-    return str((found.get("image") or {}).get("tag", KUBERAY)).removeprefix("v")
+    return str((chart.get("image") or {}).get("tag", KUBERAY)).removeprefix("v")
 
 
 def install_operator(run: Tools) -> None:

@@ -60,7 +60,7 @@ def overlays(folder: Path = HERE) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("overlays/*/kustomization.yaml"))
 
 
-def _known(overlay: str, folder: Path) -> None:
+def _check_overlay(overlay: str, folder: Path) -> None:
     there = overlays(folder)
     if overlay not in there:
         raise EksError(f"no overlay {overlay}; there are: {', '.join(there)}")
@@ -82,7 +82,7 @@ def serve_config(
     config["applications"] = [dict(each) for each in config["applications"]]
     paths = [folder / "base" / "settings.yaml"]
     if overlay is not None:
-        _known(overlay, folder)
+        _check_overlay(overlay, folder)
         paths.append(folder / "overlays" / overlay / "settings.yaml")
     for path in paths:
         settings = dict(_mapping(path))
@@ -135,15 +135,15 @@ def _service(path: Path, folder: Path) -> str:
         pattern = re.compile(
             rf"^( *){re.escape(_BEGIN + source)}[^\n]*\n.*?^ *{re.escape(_END)}\n", re.M | re.S
         )
-        found = pattern.search(text)
-        if found is None:
+        match = pattern.search(text)
+        if match is None:
             raise EksError(f"{path}: has no part that begins with {_BEGIN}{source}")
-        text = text[: found.start()] + _filled(found, block) + text[found.end() :]
+        text = text[: match.start()] + _filled(match, block) + text[match.end() :]
     return text
 
 
-def _filled(found: "re.Match[str]", block: str) -> str:
-    margin, first = found[1], found[0].splitlines(keepends=True)[0]
+def _filled(match: "re.Match[str]", block: str) -> str:
+    margin, first = match[1], match[0].splitlines(keepends=True)[0]
     lines = [f"{margin}{line}" if line.strip() else line for line in block.splitlines(True)]
     return "".join([first, *lines, f"{margin}{_END}\n"])
 
@@ -175,12 +175,12 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise EksError(f"{path}: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(data, dict):
         raise EksError(f"{path}: is not a YAML object")
-    return found
+    return data
 
 
 # --- what is printed ------------------------------------------------------------------------
@@ -204,10 +204,10 @@ def documents(
     Raises:
         EksError: there is no such overlay, or no kubectl.
     """
-    _known(overlay, folder)
+    _check_overlay(overlay, folder)
     built = tools.ask(["kubectl", "kustomize", str(folder / "overlays" / overlay)], {})
-    found = [document for document in yaml.safe_load_all(built) if document]
-    for document in found:
+    written = [document for document in yaml.safe_load_all(built) if document]
+    for document in written:
         if document["kind"] == "ConfigMap" and document["metadata"]["name"] == "cluster":
             given = {"name": cluster, "region": region}
             document["data"] |= {key: value for key, value in given.items() if value}
@@ -221,7 +221,7 @@ def documents(
             document["spec"]["serveConfigV2"] = _Block(_dump(config))
         if image:
             _set_image(document, image)
-    return found
+    return written
 
 
 def _set_image(value: object, image: str) -> None:
@@ -286,7 +286,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="in place of the manifests' own, for --overlay")
 
 
-@console.told
+@console.reports_errors
 def command(options: argparse.Namespace) -> int:
     """Returns the exit status: 0, or 1 where --check found a difference."""
     try:
@@ -297,14 +297,14 @@ def command(options: argparse.Namespace) -> int:
 
 def _command(options: argparse.Namespace) -> int:
     if options.overlay or options.monitoring:
-        found = (
+        rendered = (
             monitoring()
             if options.monitoring
             else documents(
                 options.overlay, options.name, options.region, options.bucket, options.image
             )
         )
-        yaml.dump_all(found, sys.stdout, Dumper=_Dumper, sort_keys=False, width=1000)
+        yaml.dump_all(rendered, sys.stdout, Dumper=_Dumper, sort_keys=False, width=1000)
         return 0
     stale = 0
     for path, text in rendered_files().items():

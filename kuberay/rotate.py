@@ -14,7 +14,7 @@ from kuberay.target import Target
 from kuberay.tools import tools
 
 
-@console.told
+@console.reports_errors
 def command(options: argparse.Namespace) -> int:
     """Returns the exit status: 0, or 2 where the cluster does not answer."""
     to = Target.of(options)

@@ -73,7 +73,7 @@ class Search:
 
     # --- whose it is ---------------------------------------------------------------------------
 
-    def found(
+    def resource(
         self, kind: str, name: str, carried: dict[str, str], usd: float | None = 0.0,
         detail: str = "", *, leaving: bool = False, network: str = "",
     ) -> Iterator[Found]:  # fmt: skip
@@ -139,11 +139,11 @@ class Search:
     @functools.cached_property
     def identities(self) -> dict[str, list[Any]]:
         """Roles and users with their tags: a call for each would be throttled at once."""
-        found: dict[str, list[Any]] = {}
+        by_id: dict[str, list[Any]] = {}
         for key, kind in {"RoleDetailList": "Role", "UserDetailList": "User"}.items():
             operation = "get_account_authorization_details"
-            found[key] = list(self.account.pages("iam", operation, key, Filter=[kind]))
-        return found
+            by_id[key] = list(self.account.pages("iam", operation, key, Filter=[kind]))
+        return by_id
 
     # --- the tag index -------------------------------------------------------------------------
 
@@ -155,12 +155,12 @@ class Search:
     @functools.cached_property
     def global_index(self) -> dict[str, dict[str, str]]:
         """The same for what belongs to no region: IAM, Route 53."""
-        found = self._indexed(self.account.elsewhere(_GLOBAL_INDEX))
+        index = self._indexed(self.account.elsewhere(_GLOBAL_INDEX))
         # The third field of an ARN is the region; a namesake in us-east-1 has one.
-        return {arn: carried for arn, carried in found.items() if not arn.split(":")[3]}
+        return {arn: carried for arn, carried in index.items() if not arn.split(":")[3]}
 
     def _indexed(self, account: Account) -> dict[str, dict[str, str]]:
-        found: dict[str, dict[str, str]] = {}
+        by_arn: dict[str, dict[str, str]] = {}
         for key in self.owner.keys:
             # The value of a key that has the name in it is looked at below.
             narrowed = {} if key.endswith(f"/{self.owner.name}") else {"Values": [self.owner.name]}
@@ -170,8 +170,8 @@ class Search:
                 "ResourceTagMappingList",
                 TagFilters=[{"Key": key, **narrowed}],
             ):
-                found[entry["ResourceARN"]] = tags(entry)
-        return {arn: found[arn] for arn in sorted(found) if self.owner.owns(found[arn])}
+                by_arn[entry["ResourceARN"]] = tags(entry)
+        return {arn: by_arn[arn] for arn in sorted(by_arn) if self.owner.owns(by_arn[arn])}
 
     def indexed(self, service: str) -> list[tuple[str, dict[str, str]]]:
         """ARNs of a service in the index, with their tags."""

@@ -30,7 +30,7 @@ def make(run: Tools) -> str:
     Returns:
         An API key that the service takes.
     """
-    there = held(run)
+    there = current(run)
     lines = _lines(there)
     if given := _given():
         if lines and lines != given:
@@ -52,7 +52,7 @@ def make(run: Tools) -> str:
 
 def rotate(run: Tools, only: bool) -> str:
     """Add a new API key before those that are there, or put it in their place. Returns it."""
-    there, key = held(run), new_key()
+    there, key = current(run), new_key()
     lines = [key, *([] if only else _lines(there))]
     _apply(run, there, _API_KEYS, {"keys": "".join(f"{line}\n" for line in lines)})
     return key
@@ -62,14 +62,14 @@ def new_key() -> str:
     return f"sk-{secrets.token_urlsafe(32)}"
 
 
-def held(run: Tools) -> dict[str, Values]:
+def current(run: Tools) -> dict[str, Values]:
     """The values of each Secret of our namespace."""
     return {
-        found["metadata"]["name"]: {
-            key: base64.b64decode(value).decode() for key, value in found.get("data", {}).items()
+        secret["metadata"]["name"]: {
+            key: base64.b64decode(value).decode() for key, value in secret.get("data", {}).items()
         }
-        for found in run.items("secrets")
-        if found["metadata"]["namespace"] == NAMESPACE
+        for secret in run.items("secrets")
+        if secret["metadata"]["namespace"] == NAMESPACE
     }
 
 

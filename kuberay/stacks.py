@@ -32,15 +32,15 @@ class Stacks:
             EksError: the operation did not end in 40 minutes.
         """
         deadline_s = time.monotonic() + _PATIENCE_S
-        said = ""
+        shown = ""
         while True:
-            found = self._all().get(name)
-            status = "" if found is None else str(found["StackStatus"])
+            stack = self._all().get(name)
+            status = "" if stack is None else str(stack["StackStatus"])
             if not status.endswith("_IN_PROGRESS"):
                 return status
-            if status != said:
+            if status != shown:
                 say(f"    stack {name} is {status}: waiting")
-                said = status
+                shown = status
             if time.monotonic() > deadline_s:
                 raise EksError(f"the stack {name} is still {status} after {_PATIENCE_S:.0f} s")
             time.sleep(_POLL_S)
@@ -52,20 +52,20 @@ class Stacks:
             Refused: the stack does not carry the cluster's tag.
             EksError: it could not be deleted.
         """
-        found = self._all().get(name)
-        if found is None:
+        stack = self._all().get(name)
+        if stack is None:
             return
-        if not self._owner.marks(tags(found)):
+        if not self._owner.marks(tags(stack)):
             raise Refused(f"the stack {name} does not carry the tag {CLUSTER}={self._owner.name}")
-        say(f"    stack {name} ({found['StackStatus']}) was left half made: deleting it")
+        say(f"    stack {name} ({stack['StackStatus']}) was left half made: deleting it")
         self._account.call("cloudformation", "delete_stack", StackName=name)
         if status := self.settled(name):
             raise EksError(f"the stack {name} could not be deleted: it is {status}")
 
     def ours(self, name: str) -> bool:
         """Whether a stack exists and carries the cluster's tag."""
-        found = self._all().get(name)
-        return found is not None and self._owner.marks(tags(found))
+        stack = self._all().get(name)
+        return stack is not None and self._owner.marks(tags(stack))
 
     def _all(self) -> dict[str, Any]:
         # Stacks that are gone are not in this list.

@@ -79,12 +79,12 @@ class Status:
         return [*shown, *(f"PROBLEM: {problem}" for problem in self.problems)]
 
 
-@console.told
+@console.reports_errors
 def command(options: argparse.Namespace) -> int:
     to = Target.of(options)
-    found = status(to, kubernetes=not options.aws_only)
-    print(json.dumps(asdict(found)) if options.json else "\n".join(found.lines()))
-    return 1 if found.problems else 0
+    outcome = status(to, kubernetes=not options.aws_only)
+    print(json.dumps(asdict(outcome)) if options.json else "\n".join(outcome.lines()))
+    return 1 if outcome.problems else 0
 
 
 def status(to: Target, kubernetes: bool = True, now: datetime | None = None) -> Status:
@@ -92,7 +92,7 @@ def status(to: Target, kubernetes: bool = True, now: datetime | None = None) -> 
     now = now or datetime.now(UTC)
     account, owner = to.account, to.owner
     try:
-        found = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
+        description = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
     except AwsError as error:
         if not error.absent:
             raise
@@ -102,12 +102,12 @@ def status(to: Target, kubernetes: bool = True, now: datetime | None = None) -> 
             owner.name, owner.region, "", "", empty, empty, 0.0, empty, None, "", (problem,)
         )
     problems = []
-    if found["status"] != "ACTIVE":
-        problems.append(f"EKS says {found['status']}")
-    limit = Ttl.of(tags(found, "tags"))
+    if description["status"] != "ACTIVE":
+        problems.append(f"EKS says {description['status']}")
+    limit = Ttl.of(tags(description, "tags"))
     if limit.expired(now):
         problems.append(
-            f"this cluster outlived its hours: {limit.said(now)}. Take it down: make eks-down"
+            f"this cluster outlived its hours: {limit.describe(now)}. Take it down: make eks-down"
         )
     groups = tuple(node_groups(account, owner.name))
     problems += [f"node group {g.name} is {g.status}" for g in groups if g.status != "ACTIVE"]
@@ -127,14 +127,14 @@ def status(to: Target, kubernetes: bool = True, now: datetime | None = None) -> 
     return Status(
         name=owner.name,
         region=owner.region,
-        state=str(found["status"]),
-        kubernetes=f"Kubernetes {found.get('version', '?')}",
+        state=str(description["status"]),
+        kubernetes=f"Kubernetes {description.get('version', '?')}",
         groups=groups,
         instances=instances,
         usd_per_hour=usd + prices.CONTROL_PLANE_PER_HOUR,
         services=services,
         expires=limit.expires.isoformat() if limit.expires else None,
-        expiry=limit.said(now),
+        expiry=limit.describe(now),
         problems=tuple(problems),
     )
 
@@ -142,18 +142,18 @@ def status(to: Target, kubernetes: bool = True, now: datetime | None = None) -> 
 def node_groups(account: Account, name: str) -> list[Group]:
     groups = []
     for group in account.pages("eks", "list_nodegroups", "nodegroups", clusterName=name):
-        found = account.call("eks", "describe_nodegroup", clusterName=name, nodegroupName=group)[
-            "nodegroup"
-        ]
-        sizes = found.get("scalingConfig") or {}
+        description = account.call(
+            "eks", "describe_nodegroup", clusterName=name, nodegroupName=group
+        )["nodegroup"]
+        sizes = description.get("scalingConfig") or {}
         groups.append(
             Group(
                 name=group,
-                status=str(found.get("status")),
+                status=str(description.get("status")),
                 nodes=int(sizes.get("desiredSize", 0)),
                 least=int(sizes.get("minSize", 0)),
                 most=int(sizes.get("maxSize", 0)),
-                instance_types=", ".join(found.get("instanceTypes") or ()),
+                instance_types=", ".join(description.get("instanceTypes") or ()),
             )
         )
     return groups
@@ -165,10 +165,10 @@ def running(account: Account, owner: Owner) -> tuple[tuple[str, ...], float]:
     shown, usd_per_month = [], 0.0
     for kind in ("instance", "NAT gateway", "elastic IP", "load balancer",
                  "classic load balancer", "volume"):  # fmt: skip
-        for found in kinds.BY_NAME[kind].find(search):
-            usd_per_month += found.usd_per_month or 0.0
+        for resource in kinds.BY_NAME[kind].find(search):
+            usd_per_month += resource.usd_per_month or 0.0
             if kind == "instance":
-                shown.append(f"{found.id}: {found.detail}")
+                shown.append(f"{resource.id}: {resource.detail}")
     return tuple(shown), usd_per_month / prices.HOURS_PER_MONTH
 
 

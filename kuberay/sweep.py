@@ -51,14 +51,14 @@ class Sweep:
     @property
     def counted(self) -> list[Found]:
         """What is left of the cluster, without what outlives clusters."""
-        return [found for found in self.left if found.counted]
+        return [each for each in self.left if each.counted]
 
     @property
     def usd_per_month(self) -> float:
-        return sum(found.usd_per_month or 0.0 for found in self.counted)
+        return sum(each.usd_per_month or 0.0 for each in self.counted)
 
-    def command(self, found: Found) -> str:
-        return kinds.command(found, self.owner.region)
+    def command(self, resource: Found) -> str:
+        return kinds.command(resource, self.owner.region)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -71,7 +71,7 @@ class Sweep:
             "prices_as_of": prices.AS_OF,
             "kinds": [kind.name for kind in kinds.KINDS],
             "left": [
-                {**dataclasses.asdict(found), "command": self.command(found)} for found in self.left
+                {**dataclasses.asdict(each), "command": self.command(each)} for each in self.left
             ],
             "not_looked_at": [dataclasses.asdict(gap) for gap in self.gaps],
             "not_removed": [dataclasses.asdict(gap) for gap in self.refused],
@@ -81,8 +81,8 @@ class Sweep:
         """The same for a person."""
         where = f"{self.owner.name} in {self.owner.region} (account {self.account_id})"
         shown = []
-        for found in self.left:
-            shown += self._shown(found)
+        for each in self.left:
+            shown += self._shown(each)
         for gap in self.gaps:
             shown.append(f"????  {gap.kind:<22} {'':>16}  not looked at: {gap.problem}")
         for gap in self.refused:
@@ -94,23 +94,25 @@ class Sweep:
         unseen = f"; {len(self.gaps)} kinds could not be looked at" if self.gaps else ""
         return [*shown, f"{where}: {total}{unseen} (prices of {prices.AS_OF})"]
 
-    def _shown(self, found: Found) -> list[str]:
-        usd = "price ?" if found.usd_per_month is None else f"{found.usd_per_month:.2f} $/month"
-        state = ", leaving" if found.leaving else ""
-        word, margin = "left" if found.counted else "note", f"      {'':<22} {'':>16}  "
-        shown = [f"{word}  {found.kind:<22} {usd:>16}  {found.id}  {found.detail}{state}"]
-        if not found.tagged and found.counted:
+    def _shown(self, resource: Found) -> list[str]:
+        usd = (
+            "price ?" if resource.usd_per_month is None else f"{resource.usd_per_month:.2f} $/month"
+        )
+        state = ", leaving" if resource.leaving else ""
+        word, margin = "left" if resource.counted else "note", f"      {'':<22} {'':>16}  "
+        shown = [f"{word}  {resource.kind:<22} {usd:>16}  {resource.id}  {resource.detail}{state}"]
+        if not resource.tagged and resource.counted:
             shown.append(f"{margin}does not carry the tag: left alone")
-        return [*shown, f"{margin}{self.command(found)}"]
+        return [*shown, f"{margin}{self.command(resource)}"]
 
 
 def vouched(account: Account, owner: Owner) -> bool:
     """Whether a cluster of ours exists: then the tags of its controllers are its own."""
     try:
-        found = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
+        description = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
     except AwsError:
         return False  # Less is removed then. Of a missing permission the kind `cluster` tells.
-    return owner.marks(tags(found, "tags"))
+    return owner.marks(tags(description, "tags"))
 
 
 def sweep(account: Account, owner: Owner, search: Search | None = None) -> Sweep:
@@ -130,8 +132,8 @@ def sweep(account: Account, owner: Owner, search: Search | None = None) -> Sweep
     for kind in kinds.KINDS:
         try:
             # A kind that fails half way keeps what it found.
-            for found in kind.find(search):
-                left.append(found)
+            for resource in kind.find(search):
+                left.append(resource)
         except PermissionMissing as error:
             gaps.append(Gap(kind.name, str(error), error.action, error.resource))
         except AwsError as error:
@@ -155,7 +157,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, help="write the JSON to this file too")
 
 
-@console.told
+@console.reports_errors
 def command(options: argparse.Namespace) -> int:
     """Returns the exit status: 0 nothing is left, 1 something is, or could not be looked at."""
     to = Target.of(options)

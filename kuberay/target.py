@@ -78,12 +78,12 @@ def region_name(name: str) -> str:
 def read(path: Path) -> dict[str, Any]:
     """A YAML file that holds one object."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise EksError(f"{path}: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(data, dict):
         raise EksError(f"{path}: is not a YAML object")
-    return found
+    return data
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

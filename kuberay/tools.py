@@ -57,14 +57,16 @@ def version(name: str) -> tuple[int, int]:
     Raises:
         ToolError: it is not on PATH, or says no version.
     """
-    said = ask([name, *_ASK_VERSION[name]], {})
+    answer = ask([name, *_ASK_VERSION[name]], {})
     if name == "kubectl":
         with contextlib.suppress(ValueError, KeyError):
-            said = json.loads(said)["clientVersion"]["gitVersion"]
-    found = re.search(r"v?(\d+)\.(\d+)", said)
-    if found is None:
-        raise ToolError(f"`{name} {_ASK_VERSION[name][0]}` says no version: {said.strip()[:80]!r}")
-    return int(found[1]), int(found[2])
+            answer = json.loads(answer)["clientVersion"]["gitVersion"]
+    match = re.search(r"v?(\d+)\.(\d+)", answer)
+    if match is None:
+        raise ToolError(
+            f"`{name} {_ASK_VERSION[name][0]}` says no version: {answer.strip()[:80]!r}"
+        )
+    return int(match[1]), int(match[2])
 
 
 def run(argv: Sequence[str], environment: Mapping[str, str], stdin: str | None = None) -> None:
@@ -93,8 +95,8 @@ def run(argv: Sequence[str], environment: Mapping[str, str], stdin: str | None =
                 last.append(line.strip())
         status = process.wait()
     if status != 0:
-        said = last[0] if last else f"status {status}"
-        raise ToolError(f"`{' '.join(argv[:3])}` failed: {said}")
+        message = last[0] if last else f"status {status}"
+        raise ToolError(f"`{' '.join(argv[:3])}` failed: {message}")
 
 
 def ask(argv: Sequence[str], environment: Mapping[str, str], timeout_s: float = 60) -> str:
@@ -117,8 +119,8 @@ def ask(argv: Sequence[str], environment: Mapping[str, str], timeout_s: float = 
         raise ToolError(f"`{' '.join(argv[:3])}` did not answer in {timeout_s:.0f} s") from error
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        said = lines[-1].strip() if lines else f"status {result.returncode}"
-        raise ToolError(f"`{' '.join(argv[:3])}` failed: {said}")
+        message = lines[-1].strip() if lines else f"status {result.returncode}"
+        raise ToolError(f"`{' '.join(argv[:3])}` failed: {message}")
     return result.stdout
 
 
@@ -185,8 +187,8 @@ class Tools:
             if "doesn't have a resource type" in str(error) or "no matches for kind" in str(error):
                 return []
             raise
-        found: list[dict[str, Any]] = json.loads(answer)["items"]
-        return found
+        entries: list[dict[str, Any]] = json.loads(answer)["items"]
+        return entries
 
     def connect(self) -> None:
         """Write the kubeconfig, and see that the API server answers.

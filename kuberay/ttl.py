@@ -62,7 +62,7 @@ class Ttl:
         left = self.hours_left(now)
         return left is not None and left <= 0
 
-    def said(self, now: datetime) -> str:
+    def describe(self, now: datetime) -> str:
         left = self.hours_left(now)
         if left is None:
             return "no end is set (up --ttl-hours sets one)"
@@ -77,12 +77,12 @@ def read(account: Account, owner: Owner) -> Ttl:
     A teardown that was interrupted leaves stacks without a cluster, and they bill.
     """
     try:
-        found = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
+        cluster = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
     except AwsError as error:
         if not error.absent:
             raise
     else:
-        return Ttl.of(tags(found, "tags"))
+        return Ttl.of(tags(cluster, "tags"))
     for stack in account.pages("cloudformation", "describe_stacks", "Stacks"):
         carried = tags(stack)
         if owner.owns(carried) and EXPIRES in carried:
@@ -92,11 +92,11 @@ def read(account: Account, owner: Owner) -> Ttl:
 
 def write(account: Account, owner: Owner, ttl: Ttl) -> None:
     """Give a cluster this end; without one, take away the end that it has."""
-    found = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
+    cluster = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
     if ttl.tags:
-        account.call("eks", "tag_resource", resourceArn=found["arn"], tags=ttl.tags)
-    for key in ({EXPIRES, ON_EXPIRY} & tags(found, "tags").keys()) - ttl.tags.keys():
-        account.call("eks", "untag_resource", resourceArn=found["arn"], tagKeys=[key])
+        account.call("eks", "tag_resource", resourceArn=cluster["arn"], tags=ttl.tags)
+    for key in ({EXPIRES, ON_EXPIRY} & tags(cluster, "tags").keys()) - ttl.tags.keys():
+        account.call("eks", "untag_resource", resourceArn=cluster["arn"], tagKeys=[key])
 
 
 def hours(text: str) -> float:
@@ -106,11 +106,11 @@ def hours(text: str) -> float:
         ArgumentTypeError: it is not a number of hours between 0 and ten years.
     """
     try:
-        found = float(text)
+        count = float(text)
     except ValueError:
-        found = math.nan
-    if not 0 <= found <= _MOST_HOURS:
+        count = math.nan
+    if not 0 <= count <= _MOST_HOURS:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a number of hours from 0 to {_MOST_HOURS}"
         )
-    return found
+    return count

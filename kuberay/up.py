@@ -40,23 +40,23 @@ _POLL_S = 10.0
 _WAIT_S = 3600.0
 
 
-@console.told
+@console.reports_errors
 def command(options: argparse.Namespace) -> int:
     """Returns the exit status: 0 the model answered, 1 a check failed, 2 anything else."""
     to = Target.of(options)
-    found = preflight(to, Choice.of(options))
-    for line in found.lines():
+    checked = preflight(to, Choice.of(options))
+    for line in checked.lines():
         say(line)
-    if not found.good:
+    if not checked.good:
         return 1
     now = datetime.now(UTC)
     limit = Ttl.starting(now, options.ttl_hours, options.on_expiry) if options.ttl_hours else Ttl()
-    say(f"the cluster's hours: {limit.said(now)}")
-    usd = f"{found.bill.at_rest:.2f} to {found.bill.at_most:.2f}" if found.bill else "?"
+    say(f"the cluster's hours: {limit.describe(now)}")
+    usd = f"{checked.bill.at_rest:.2f} to {checked.bill.at_most:.2f}" if checked.bill else "?"
     console.confirm(f"This costs {usd} $/hour until `make eks-down`.", to.owner.name, options.yes)
     with tools(to) as run:
-        config = cluster.configured(to, limit, found.config)
-        print(up(to, run, config, list(found.manifests), limit, options.wait, options.monitoring))
+        config = cluster.configured(to, limit, checked.config)
+        print(up(to, run, config, list(checked.manifests), limit, options.wait, options.monitoring))
     return 0
 
 
@@ -110,33 +110,33 @@ def wait_until_ready(run: Tools, service: Service, wait_s: float) -> None:
         EksError: it took longer than `wait_s`; with what was missing last.
     """
     deadline_s = time.monotonic() + wait_s
-    said = ""
+    shown = ""
     while True:
         now = missing(run, service)
         if not now:
             return
-        if now != said:
+        if now != shown:
             say(f"    {now}")
-            said = now
+            shown = now
         if time.monotonic() > deadline_s:
-            raise EksError(f"{service.name} is not ready after {wait_s:.0f} s: {said}")
+            raise EksError(f"{service.name} is not ready after {wait_s:.0f} s: {shown}")
         time.sleep(_POLL_S)
 
 
 def missing(run: Tools, service: Service) -> str:
     """Why the service is not ready yet, in one line; empty once it is."""
-    found = next((each for each in served(run) if _same(each, service)), None)
-    if found is not None and found.ready:
+    live = next((each for each in served(run) if _same(each, service)), None)
+    if live is not None and live.ready:
         return ""
     waits = []
     for pod in run.items("pods"):
         if pod["metadata"]["namespace"] == service.namespace and (why := _waits(pod)):
             waits.append(f"{pod['metadata']['name']}: {why}")
-    return "; ".join(sorted(waits)) or (found.message if found else "the RayService is not there")
+    return "; ".join(sorted(waits)) or (live.message if live else "the RayService is not there")
 
 
-def _same(found: Served, service: Service) -> bool:
-    return (found.name, found.namespace) == (service.name, service.namespace)
+def _same(live: Served, service: Service) -> bool:
+    return (live.name, live.namespace) == (service.name, service.namespace)
 
 
 def _waits(pod: Mapping[str, Any]) -> str:
@@ -157,32 +157,32 @@ def complete(run: Tools, service: Service, key: str | None, tries: int = 30) -> 
     Raises:
         EksError: no answer came.
     """
-    said: Exception = EksError("not asked")
+    last: Exception = EksError("not asked")
     for _ in range(tries):
         try:
             with forwarded(run, service) as url:
-                models = _asked(f"{url}/v1/models", key)
+                models = _ask(f"{url}/v1/models", key)
                 body = {
                     "model": models["data"][0]["id"],
                     "messages": [{"role": "user", "content": "Say hello in one short sentence."}],
                     "max_tokens": 32,
                 }
-                answer = _asked(f"{url}/v1/chat/completions", key, body)
+                answer = _ask(f"{url}/v1/chat/completions", key, body)
                 text = str(answer["choices"][0]["message"]["content"]).strip()
                 if text:
                     return text
-                said = EksError("an empty answer")
+                last = EksError("an empty answer")
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 404):
                 raise EksError(f"the service answers {error.code}: {error.reason}") from error
-            said = error
+            last = error
         except (OSError, ToolError, KeyError, IndexError, ValueError) as error:
-            said = error
+            last = error
         time.sleep(_POLL_S / 5)
-    raise EksError(f"{service.name} is ready and does not answer: {said!r}")
+    raise EksError(f"{service.name} is ready and does not answer: {last!r}")
 
 
-def _asked(url: str, key: str | None, body: Mapping[str, Any] | None = None) -> Any:
+def _ask(url: str, key: str | None, body: Mapping[str, Any] | None = None) -> Any:
     headers = {"content-type": "application/json"}
     if key:
         headers["authorization"] = f"Bearer {key}"
@@ -197,8 +197,8 @@ def forwarded(run: Tools, service: Service) -> Iterator[str]:
     at = ("--namespace", service.namespace, f"service/{service.name}-serve-svc", ":8000")
     with run.started("kubectl", "port-forward", *at) as process:
         for line in process.stdout or ():
-            if found := re.search(r"Forwarding from 127\.0\.0\.1:(\d+)", line):
-                yield f"http://127.0.0.1:{found[1]}"
+            if match := re.search(r"Forwarding from 127\.0\.0\.1:(\d+)", line):
+                yield f"http://127.0.0.1:{match[1]}"
                 return
         raise ToolError(f"kubectl port-forward to {service.name} ended at once")
 

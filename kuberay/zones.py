@@ -78,10 +78,10 @@ def _of_group(
 ) -> tuple[str, ...]:
     """Zones that offer all the group's types that are offered here; else those that offer one."""
     inside = {*zones}
-    known = [offered[kind] & inside for kind in group.instance_types if offered[kind] & inside]
-    if not known:
+    offering = [offered[kind] & inside for kind in group.instance_types if offered[kind] & inside]
+    if not offering:
         return ()
-    return tuple(sorted(frozenset.intersection(*known) or frozenset.union(*known)))
+    return tuple(sorted(frozenset.intersection(*offering) or frozenset.union(*offering)))
 
 
 # --- asked -------------------------------------------------------------------------------------
@@ -115,13 +115,13 @@ def find(account: Account, owner: Owner, plan: Layout) -> Zones:
 def _of_cluster(account: Account, owner: Owner) -> tuple[str, ...]:
     """The zones of the network of a cluster of ours; none where there is no such cluster."""
     try:
-        found = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
+        description = account.call("eks", "describe_cluster", name=owner.name)["cluster"]
     except AwsError as error:
         if error.absent:
             return ()
         raise
-    subnets = (found.get("resourcesVpcConfig") or {}).get("subnetIds") or []
-    if not owner.marks(tags(found, "tags")) or not subnets:
+    subnets = (description.get("resourcesVpcConfig") or {}).get("subnetIds") or []
+    if not owner.marks(tags(description, "tags")) or not subnets:
         return ()
     described = account.call("ec2", "describe_subnets", SubnetIds=subnets)["Subnets"]
     return tuple(sorted({item["AvailabilityZone"] for item in described}))
@@ -148,7 +148,7 @@ def applied(config: Mapping[str, Any], plan: Layout, zones: Zones) -> dict[str, 
         if plan.own_network and own and set(own) != set(zones.network):
             changed["availabilityZones"] = list(own)
         groups.append(changed)
-    found = {**config, "managedNodeGroups": groups}
+    patched = {**config, "managedNodeGroups": groups}
     if plan.own_network and not zones.made:
-        found["availabilityZones"] = list(zones.network)
-    return found
+        patched["availabilityZones"] = list(zones.network)
+    return patched

@@ -71,7 +71,7 @@ class Choice:
     key: str | None
     start_s: float
     offline: bool
-    said: tuple[str, ...]
+    lines: tuple[str, ...]
 
 
 def mode_of(environ: Mapping[str, str]) -> Mode:
@@ -142,13 +142,13 @@ def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gp
     application = result["applications"][0]
     shipped = application.get("args") or {}
     args, warnings = overrides.apply(shipped, environ)
-    said = [f"warning: {warning}" for warning in warnings]
+    lines = [f"warning: {warning}" for warning in warnings]
     _defaults_of(mode, args, shipped, environ)
-    key = _keys(mode, args, environ, said)
+    key = _keys(mode, args, environ, lines)
 
     settings = Settings.parse(args)
     name = find(settings, gpus)
-    model = _weights(name, settings, gpus, environ, said)
+    model = _weights(name, settings, gpus, environ, lines)
     args["model"] = model
     args["served_model_name"] = settings.served_model_name or _spoken(name)
     settings = Settings.parse(args)
@@ -158,9 +158,9 @@ def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gp
         problem = f"a replica of {world} GPUs does not fit one machine with {len(gpus)}"
         raise ConfigError("PIPELINE_PARALLEL_SIZE", placement.pipeline_parallel_size, problem)
     args["tensor_parallel_size"] = placement.tensor_parallel_size
-    asked = "REPLICAS" in environ or shipped.get("replicas") != args.get("replicas")
+    explicit = "REPLICAS" in environ or shipped.get("replicas") != args.get("replicas")
     # How several models share the GPUs is not for us to guess.
-    if gpus and not asked and not args.get("models"):
+    if gpus and not explicit and not args.get("models"):
         args["replicas"] = max(1, len(gpus) // placement.num_gpus)
     settings = Settings.parse(args)
 
@@ -169,9 +169,9 @@ def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gp
     # A queue's requests come from handler.py, on this machine.
     http |= {"host": "127.0.0.1" if mode == "queue" else "0.0.0.0", "port": ports.application}
     result["http_options"] = http
-    found = f"{len(gpus)} x {gpus[0].name}" if gpus else "no GPU"
-    said.append(
-        f"{mode}: {args['served_model_name']} on {found}: {settings.replicas.max} replica(s), "
+    gpu_text = f"{len(gpus)} x {gpus[0].name}" if gpus else "no GPU"
+    lines.append(
+        f"{mode}: {args['served_model_name']} on {gpu_text}: {settings.replicas.max} replica(s), "
         f"tensor_parallel_size {placement.tensor_parallel_size}"
     )
     offline = Path(model).is_dir() and cache.offline(settings.engine)
@@ -184,7 +184,7 @@ def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gp
         key=key,
         start_s=start_s,
         offline=offline or model == embedded.NAME,
-        said=tuple(said),
+        lines=tuple(lines),
     )
 
 
@@ -201,7 +201,7 @@ def _defaults_of(
 
 
 def _keys(
-    mode: Mode, args: dict[str, Any], environ: Mapping[str, str], said: list[str]
+    mode: Mode, args: dict[str, Any], environ: Mapping[str, str], lines: list[str]
 ) -> str | None:
     """Where keys come from, and who is let in without one. Returns a key to ask with."""
     configured = args.get("api_keys") or {}
@@ -222,7 +222,7 @@ def _keys(
         )
     if not source.configured:
         args["allow_unauthenticated_network"] = True
-        said.append(
+        lines.append(
             "warning: no API_KEYS: whoever has a Runpod key for this endpoint can use it. With "
             "API_KEYS set, clients send one of them as x-api-key; Authorization is Runpod's"
         )
@@ -244,7 +244,7 @@ def _weights(
     settings: Settings,
     gpus: tuple[Gpu, ...],
     environ: Mapping[str, str],
-    said: list[str],
+    lines: list[str],
 ) -> str:
     """The model's folder, fetched if need be; anything but a hub id is left as it is.
 
@@ -257,12 +257,12 @@ def _weights(
     revision = settings.engine.get("revision")
     folder = cache.find(name, revision, cache.caches(environ))
     if folder is not None:
-        said.append(f"{name}: in the cache, {folder}")
+        lines.append(f"{name}: in the cache, {folder}")
         _require_memory(name, shape_of(str(folder), settings.engine), settings, gpus)
         return str(folder)
     target = cache.writable(environ)
     if not any(target.is_relative_to(volume) for volume in cache.volumes(environ)):
-        said.append(
+        lines.append(
             "warning: no volume that can be written: weights are fetched anew by every worker"
         )
     show(f"{name}: not here; asking the hub")

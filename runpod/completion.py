@@ -140,14 +140,14 @@ def _of(answer: Any, *path: str | int) -> str:
     Raises:
         Hopeless: it is not of that shape: it is somebody else who answers.
     """
-    found = answer
+    value = answer
     try:
         for word in path:
-            found = found[word]
+            value = value[word]
     except (KeyError, IndexError, TypeError):
         where = ".".join(str(word) for word in path)
         raise Hopeless(f"an answer without {where}: {json.dumps(answer)[:300]}") from None
-    return str(found)
+    return str(value)
 
 
 def _parsed(data: bytes) -> Any:

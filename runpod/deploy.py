@@ -193,24 +193,24 @@ def _require_room(
     And a pod that would have to become another one: its GPUs and volume are its own for life.
     """
     other = POD if wanted.serverless else ENDPOINT
-    if found := other.ours(client, wanted.name):
-        raise Refused(f"{wanted.name} is a {other.word} already ({found[0]['id']}): `down` first")
-    if wanted.serverless or (pod := _one(client, POD, wanted.name)) is None:
+    if others := other.ours(client, wanted.name):
+        raise Refused(f"{wanted.name} is a {other.word} already ({others[0]['id']}): `down` first")
+    if wanted.serverless or (pod := _find(client, POD, wanted.name)) is None:
         return
     gpu = pod.get("gpu") or {}
     count, kind = gpu.get("count", 1), gpu.get("id")
-    if count != wanted.gpu_count or kind not in {one["id"] for one in gpus}:
+    if count != wanted.gpu_count or kind not in {listed_gpu["id"] for listed_gpu in gpus}:
         raise Refused(f"pod {pod['id']} has {count} x {kind}, and keeps them: `down` first")
     if wanted.volume_gb and not (pod["mounts"] or {}).get("network"):
         raise Refused(f"pod {pod['id']} has no volume, and can get none: `down` first")
 
 
-def _one(client: rest.Client, kind: Kind, name: str) -> dict[str, Any] | None:
-    found = kind.ours(client, name)
-    if len(found) > 1:
-        ids = ", ".join(thing["id"] for thing in found)
-        raise Refused(f"there are {len(found)} of {kind.word} {name} ({ids}): `down` first")
-    return found[0] if found else None
+def _find(client: rest.Client, kind: Kind, name: str) -> dict[str, Any] | None:
+    resource = kind.ours(client, name)
+    if len(resource) > 1:
+        ids = ", ".join(thing["id"] for thing in resource)
+        raise Refused(f"there are {len(resource)} of {kind.word} {name} ({ids}): `down` first")
+    return resource[0] if resource else None
 
 
 def _create(client: rest.Client, kind: Kind, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,9 +224,9 @@ def _create(client: rest.Client, kind: Kind, body: Mapping[str, Any]) -> dict[st
         except rest.Unclear as error:
             tries += 1
             print(f"unclear: {error}; looking for it")
-            if (found := _appears(client, kind, str(body["name"]))) is not None:
-                print(f"created {kind.word} {found['id']}, as its name says")
-                return found
+            if (resource := _appears(client, kind, str(body["name"]))) is not None:
+                print(f"created {kind.word} {resource['id']}, as its name says")
+                return resource
             if tries >= _CREATIONS:
                 raise
 
@@ -234,9 +234,9 @@ def _create(client: rest.Client, kind: Kind, body: Mapping[str, Any]) -> dict[st
 def _appears(client: rest.Client, kind: Kind, name: str) -> dict[str, Any] | None:
     """The thing of this name, if a list shows it within a while."""
     deadline_s = time.monotonic() + _LATE_S
-    while (found := _one(client, kind, name)) is None and time.monotonic() < deadline_s:
+    while (resource := _find(client, kind, name)) is None and time.monotonic() < deadline_s:
         time.sleep(1.0)
-    return found
+    return resource
 
 
 def _change(
@@ -255,15 +255,15 @@ def _change(
 def _volume(client: rest.Client, wanted: Deployment) -> str | None:
     if not wanted.volume_gb:
         return None
-    found = _one(client, VOLUME, wanted.name)
-    if found is None:
+    volume = _find(client, VOLUME, wanted.name)
+    if volume is None:
         return str(_create(client, VOLUME, wanted.volume())["id"])
-    if found["dataCenter"] != wanted.data_center:
-        raise Refused(f"volume {found['id']} is in {found['dataCenter']}, and stays there")
-    if found["size"] < wanted.volume_gb:
-        client.patch(f"{VOLUME.path}/{found['id']}", {"size": wanted.volume_gb})
-        print(f"volume {found['id']} grew to {wanted.volume_gb} GB")
-    return str(found["id"])
+    if volume["dataCenter"] != wanted.data_center:
+        raise Refused(f"volume {volume['id']} is in {volume['dataCenter']}, and stays there")
+    if volume["size"] < wanted.volume_gb:
+        client.patch(f"{VOLUME.path}/{volume['id']}", {"size": wanted.volume_gb})
+        print(f"volume {volume['id']} grew to {wanted.volume_gb} GB")
+    return str(volume["id"])
 
 
 def _endpoint(
@@ -276,7 +276,7 @@ def _endpoint(
     body = wanted.endpoint(gpus, volume)
     if others := excluded(catalog, gpus):
         body["gpu"]["excludedTypes"] = others
-    current = _one(client, ENDPOINT, wanted.name)
+    current = _find(client, ENDPOINT, wanted.name)
     if current is None:
         return _create(client, ENDPOINT, body)
     if current.get("type") not in (None, body["type"]):
@@ -290,7 +290,7 @@ def _pod(
     gpus: Sequence[Mapping[str, Any]],
     volume: str | None,
 ) -> dict[str, Any]:
-    current = _one(client, POD, wanted.name)
+    current = _find(client, POD, wanted.name)
     if current is not None:
         pod = _change(client, POD, current, wanted.container())
         if pod["status"] in ("EXITED", "ERROR"):
@@ -342,7 +342,7 @@ def _wait(
     options: argparse.Namespace,
 ) -> int:
     """Until a completion came back, or none will. Returns the exit status."""
-    began_s, said, question, dead = time.monotonic(), "", None, 0
+    began_s, shown, question, dead = time.monotonic(), "", None, 0
     period_s, longest_s = _PERIOD_S
     problem = f"no completion within {options.wait_s:g} s"
     try:
@@ -351,8 +351,8 @@ def _wait(
             dead = dead + 1 if state.endswith(_DEAD) else 0
             if dead >= _DEAD_LOOKS:
                 raise Hopeless(f"the {state}")
-            if state != said:
-                said = state
+            if state != shown:
+                shown = state
                 print(f"{time.monotonic() - began_s:5.0f} s  {state}", flush=True)
             if question is None and (target := _target(client, wanted, thing)) is not None:
                 question = Question(target)
@@ -438,23 +438,23 @@ def _how_to_ask(wanted: Deployment, question: Question) -> None:
 
 
 def _status(client: rest.Client, options: argparse.Namespace) -> int:
-    found: dict[str, list[dict[str, Any]]] = {}
+    listed: dict[str, list[dict[str, Any]]] = {}
     hourly: dict[str, float] = {}
     for kind in (ENDPOINT, POD, TEMPLATE, VOLUME):
-        found[kind.word] = kind.ours(client, options.name)
-        for thing in found[kind.word]:
+        listed[kind.word] = kind.ours(client, options.name)
+        for thing in listed[kind.word]:
             if kind is ENDPOINT:
                 thing["active"] = client.get(f"{kind.path}/{thing['id']}/workers")
                 hourly = hourly or _hourly(client)
             thing["bills"] = bill(kind, thing, hourly)
             thing.pop("env", None)  # It may hold keys.
     if options.json:
-        print(json.dumps(found))
-        return 0 if any(found.values()) else 1
-    for word, things in found.items():
+        print(json.dumps(listed))
+        return 0 if any(listed.values()) else 1
+    for word, things in listed.items():
         for thing in things:
             print(f"{word} {thing['id']} ({thing['name']}): {_condition(thing)}")
-    if not any(found.values()):
+    if not any(listed.values()):
         print(f"nothing is called {options.name}")
         return 1
     return 0

@@ -156,9 +156,9 @@ class Deployment:
         return lines
 
 
-def is_ours(found: str, name: str) -> bool:
+def is_ours(name_found: str, name: str) -> bool:
     """Whether a thing's name says that it belongs to the deployment `name`."""
-    base = found.split(_TEMPLATE, 1)[0]
+    base = name_found.split(_TEMPLATE, 1)[0]
     for suffix in _SUFFIXES:
         base = base.removesuffix(suffix)
     return base == name
@@ -173,7 +173,7 @@ def select(
         Refused: one is not there, or cannot be had this way.
     """
     types = list(catalog)
-    found: list[Mapping[str, Any]] = []
+    selected: list[Mapping[str, Any]] = []
     for word in wanted:
         low = word.strip().lower()
         same = [gpu for gpu in types if low in (gpu["id"].lower(), gpu["name"].lower())]
@@ -181,10 +181,10 @@ def select(
         if serverless:
             same = [gpu for gpu in same if gpu["pool"]]
         if not same:
-            known = sorted({gpu["name"] for gpu in types if gpu["pool"] or not serverless})
-            raise Refused(f"no GPU {word!r} to be had this way; there are: {', '.join(known)}")
-        found += [gpu for gpu in same if gpu not in found]
-    return found
+            names = sorted({gpu["name"] for gpu in types if gpu["pool"] or not serverless})
+            raise Refused(f"no GPU {word!r} to be had this way; there are: {', '.join(names)}")
+        selected += [gpu for gpu in same if gpu not in selected]
+    return selected
 
 
 def pools(gpus: Iterable[Mapping[str, Any]]) -> list[str]:

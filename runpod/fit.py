@@ -61,12 +61,12 @@ def require(wanted: Deployment, gpus: Sequence[Mapping[str, Any]]) -> str:
     shape = shape_of(model, env)
     if shape is None:
         return f"{model}: whether it fits is not known"
-    known = not any(env.get(name, "").strip() for name in _UNKNOWING)
-    for gpu in gpus if known else ():
+    fixed = not any(env.get(name, "").strip() for name in _UNKNOWING)
+    for gpu in gpus if fixed else ():
         _require_memory(wanted, model, shape, gpu, env)
     _require_disk(wanted, model, shape)
     size = f"{model}: {shape.weights_bytes / GIB:.1f} GiB of weights"
-    return size if known else f"{size}; whether they fit the GPUs is for the server to say"
+    return size if fixed else f"{size}; whether they fit the GPUs is for the server to say"
 
 
 def shape_of(model: str, env: Mapping[str, str]) -> ModelShape | None:
@@ -99,20 +99,20 @@ def _require_memory(
     mend = "a larger --gpu, or a higher --gpu-count"
     engine = {name: env[name.upper()].strip() for name in _SIZING if env.get(name.upper())}
     try:
-        asked = EngineMemory.of(engine)
+        budget = EngineMemory.of(engine)
         served = shape.served(engine)
         tp, pp = _count(env, "TENSOR_PARALLEL_SIZE"), _count(env, "PIPELINE_PARALLEL_SIZE") or 1
         if served is None:
             return
         if tp is None:
-            choose_tensor_parallel_size(model, served, cards, asked, pp)
+            choose_tensor_parallel_size(model, served, cards, budget, pp)
             return
     except ConfigError as error:
         raise Refused(f"{error}. Mend: {mend}") from None
     except ValueError as error:
         raise Refused(f"--env: {error}") from None
-    needed, usable = needed_bytes(served, asked, tp, pp), usable_bytes(cards, asked) or 0
-    least = needed_bytes(served, asked, tp, pp, MIN_OVERHEAD_BYTES)
+    needed, usable = needed_bytes(served, budget, tp, pp), usable_bytes(cards, budget) or 0
+    least = needed_bytes(served, budget, tp, pp, MIN_OVERHEAD_BYTES)
     if tp * pp > wanted.gpu_count or least > usable:
         raise Refused(
             f"{model} with TENSOR_PARALLEL_SIZE={tp} needs {needed / GIB:.1f} GiB on each of "

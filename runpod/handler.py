@@ -64,7 +64,7 @@ class Application:
     async def answer(self, question: Question) -> AsyncGenerator[Any, None]:
         """What the handler yields: batches of events as text, or one JSON value."""
         question = await self._named(question)
-        async with self._asked(question) as response:
+        async with self._response(question) as response:
             if response.content_type != "text/event-stream":
                 data = await response.read()
                 yield _parsed(data)
@@ -81,12 +81,12 @@ class Application:
         if body is None or "model" in body or question.method != "POST":
             return question
         if self._model is None:
-            async with self._asked(Question("GET", "/v1/models", None)) as response:
+            async with self._response(Question("GET", "/v1/models", None)) as response:
                 self._model = _first_model(await response.read())
         return Question(question.method, question.route, {**body, "model": self._model})
 
     @contextlib.asynccontextmanager
-    async def _asked(self, question: Question) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _response(self, question: Question) -> AsyncIterator[aiohttp.ClientResponse]:
         """The response, once it is good; refusals for lack of room are waited out.
 
         Raises:
@@ -141,14 +141,14 @@ def _closed_with_the_job(response: aiohttp.ClientResponse) -> Iterator[None]:
 
 async def _batches(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
     """Whole events, as many at a time as came in while the one before was delivered."""
-    held, arrived, over = bytearray(), asyncio.Event(), False
+    buffered, arrived, over = bytearray(), asyncio.Event(), False
     failure: BaseException | None = None
 
     async def read() -> None:
         nonlocal over, failure
         try:
             async for data in content.iter_any():
-                held.extend(data)
+                buffered.extend(data)
                 arrived.set()
         except aiohttp.ClientError as error:
             failure = Failed(502, {"message": f"the connection broke: {error!r}"})
@@ -165,14 +165,14 @@ async def _batches(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             arrived.clear()
             if not over and (early_s := next_s - loop.time()) > 0:
                 await asyncio.sleep(early_s)
-            end = len(held) if over else held.rfind(_EVENT_END) + len(_EVENT_END)
+            end = len(buffered) if over else buffered.rfind(_EVENT_END) + len(_EVENT_END)
             # rfind is -1 where no event has ended.
             if end >= len(_EVENT_END) or (over and end):
-                batch = bytes(held[:end])
-                del held[:end]
+                batch = bytes(buffered[:end])
+                del buffered[:end]
                 next_s = loop.time() + _BATCH_S
                 yield batch
-            if over and not held:
+            if over and not buffered:
                 break
         if failure is not None:
             raise failure
@@ -211,9 +211,9 @@ def _parsed(data: bytes) -> Any:
 
 def _error_of(data: bytes) -> dict[str, Any]:
     """OpenAI's error in a body, whatever else the body is."""
-    found = _parsed(data)
-    error = found.get("error") if isinstance(found, dict) else None
-    return error if isinstance(error, dict) else {"message": str(found)[:1000]}
+    data_of = _parsed(data)
+    error = data_of.get("error") if isinstance(data_of, dict) else None
+    return error if isinstance(error, dict) else {"message": str(data_of)[:1000]}
 
 
 def _error_in(batch: bytes) -> dict[str, Any] | None:
@@ -274,11 +274,11 @@ def main() -> None:
                 await asyncio.gather(take, stop, return_exceptions=True)
 
     rp_scale.JobScaler = Scaler
-    most = room(os.environ)
+    concurrency = room(os.environ)
     runpod.serverless.start(
         {
             "handler": handler,
-            "concurrency_modifier": lambda current: most,
+            "concurrency_modifier": lambda current: concurrency,
             # /run and /runsync answer with what was yielded, and not with nothing.
             "return_aggregate_stream": True,
         }

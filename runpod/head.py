@@ -66,7 +66,7 @@ class Head:
     def __init__(self, environ: Mapping[str, str], give_up: Callable[[], bool]) -> None:
         from serve_app.launch import orphans
 
-        self._said: list[str] = []
+        self._last_lines: list[str] = []
         self._up = threading.Event()
         self.address, self.log_folder = "", Path()
         self._process = subprocess.Popen(
@@ -84,7 +84,7 @@ class Head:
         wait_until(lambda: self._up.is_set() or not self.alive or give_up(), _START_S)
         if not self._up.is_set():
             self.stop()
-            for line in [] if give_up() else self._said[-20:]:
+            for line in [] if give_up() else self._last_lines[-20:]:
                 show(f"[ray] {line}")
             raise RuntimeError("the Ray head does not start")
 
@@ -96,7 +96,7 @@ class Head:
                 self.log_folder = Path(folder) / "logs"
                 self._up.set()
             elif line.strip():
-                self._said.append(line.rstrip())
+                self._last_lines.append(line.rstrip())
 
     @property
     def alive(self) -> bool:

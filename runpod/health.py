@@ -112,9 +112,9 @@ class Health:
             timeout = 30
 
             def do_GET(self) -> None:
-                known = self.path.partition("?")[0] == path
-                self.send_response(health._status if known else HTTPStatus.NOT_FOUND)
-                if not known or health._status != HTTPStatus.NO_CONTENT:
+                matches = self.path.partition("?")[0] == path
+                self.send_response(health._status if matches else HTTPStatus.NOT_FOUND)
+                if not matches or health._status != HTTPStatus.NO_CONTENT:
                     self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -131,10 +131,10 @@ def ask(url: str, timeout_s: float = _TIMEOUT_S) -> Answer:
 
     A thread of its own waits for it, because the time limit of a socket begins anew with each byte.
     """
-    found: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-    threading.Thread(target=lambda: found.put(_get(url, timeout_s)), daemon=True).start()
+    answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(_get(url, timeout_s)), daemon=True).start()
     try:
-        return found.get(timeout=timeout_s)
+        return answers.get(timeout=timeout_s)
     except queue.Empty:
         return Answer.SILENCE
 

@@ -78,7 +78,7 @@ class Follower(threading.Thread):
             end = len(data)
         self._read[path] = self._read.get(path, 0) + end
         for line in data[:end].decode("utf-8", "replace").splitlines():
-            if found := _LEVEL.match(line):
-                self._level[path] = found[1]
+            if match := _LEVEL.match(line):
+                self._level[path] = match[1]
             if line.strip() and MARK not in line and self._level.get(path) != "I":
                 self._show(f"[{path.name}] {_COLOUR.sub('', line)}")

@@ -204,13 +204,13 @@ def apply(args: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[dict[str
     Raises:
         ConfigError: a value that cannot be what its variable stands for.
     """
-    known = engine_arguments()
+    types = engine_arguments()
     result = deepcopy(dict(args))
     warnings: list[str] = []
     strangers: list[str] = []
     # The mappings first: a variable of its own is the more particular of the two.
     if path := environ.get(FILE, "").strip():
-        _from_file(result, path, known)
+        _from_file(result, path, types)
     if text := environ.get(ARGS, "").strip():
         _merge(result, _mapping(ARGS, text))
     for name in sorted(environ):
@@ -220,21 +220,21 @@ def apply(args: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[dict[str
         argument = name.lower()
         if name in ALIASES:
             path_in_args = ALIASES[name]
-            kind = _ALIAS_KINDS.get(name) or known.get(path_in_args[-1], "text")
+            kind = _ALIAS_KINDS.get(name) or types.get(path_in_args[-1], "text")
             _set(result, path_in_args, name, text, kind, warnings)
         elif name in _REMOVED:
             if text.lower() not in (*_NOTHING, "0"):
                 warnings.append(f"{name} is ignored: {_REMOVED[name]}")
-        elif argument in known and name == name.upper() and name not in _RESERVED:
-            _set(result, _place(argument), name, text, known[argument], warnings)
-        elif near := _misspelt(name, known):
+        elif argument in types and name == name.upper() and name not in _RESERVED:
+            _set(result, _place(argument), name, text, types[argument], warnings)
+        elif near := _misspelt(name, types):
             warnings.append(
                 f"{name} is ignored: no engine argument of that name; did you mean {near}?"
             )
         elif _spoken_to_us(name):
             strangers.append(name)
     if text := environ.get(EXTRA, "").strip():
-        _from_command_line(result, text, known)
+        _from_command_line(result, text, types)
     if strangers:
         warnings.append(f"no engine arguments, and left alone: {', '.join(strangers)}")
     return result, warnings
@@ -263,7 +263,7 @@ def _set(
 # --- vLLM's own ways to say arguments -----------------------------------------------------------
 
 
-def _from_file(args: dict[str, Any], path: str, known: Mapping[str, str]) -> None:
+def _from_file(args: dict[str, Any], path: str, types: Mapping[str, str]) -> None:
     """The file of `vllm serve --config`: its keys are arguments, with - or _ in them."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -271,43 +271,43 @@ def _from_file(args: dict[str, Any], path: str, known: Mapping[str, str]) -> Non
         raise ConfigError(FILE, path, f"cannot be read: {error}") from None
     for key, value in _mapping(FILE, text).items():
         argument = str(key).replace("-", "_")
-        _require_known(FILE, argument, known)
+        _require_known(FILE, argument, types)
         if value is not None:
             _put(args, _place(argument), value)
 
 
-def _from_command_line(args: dict[str, Any], text: str, known: Mapping[str, str]) -> None:
+def _from_command_line(args: dict[str, Any], text: str, types: Mapping[str, str]) -> None:
     """Words of a command line of `vllm serve`."""
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise ConfigError(EXTRA, text, f"is no command line: {error}") from None
     while words:
-        option, equals, said = words.pop(0).partition("=")
+        option, equals, text_of = words.pop(0).partition("=")
         if not option.startswith("--"):
             raise ConfigError(EXTRA, option, "must be an argument of vllm serve, such as --seed 1")
         argument = option[2:].replace("-", "_")
-        negated = argument.startswith("no_") and known.get(argument[3:]) == "flag"
+        negated = argument.startswith("no_") and types.get(argument[3:]) == "flag"
         argument = argument[3:] if negated else argument
-        _require_known(EXTRA, argument, known)
-        values = [said] if equals else []
+        _require_known(EXTRA, argument, types)
+        values = [text_of] if equals else []
         while not equals and words and not words[0].startswith("--"):
             values.append(words.pop(0))
-        if known[argument] in _FLAGS:
+        if types[argument] in _FLAGS:
             if values:
                 raise ConfigError(EXTRA, option, "takes no value")
             _put(args, _place(argument), not negated)
-        elif not values or (len(values) > 1 and known[argument] != "list"):
+        elif not values or (len(values) > 1 and types[argument] != "list"):
             raise ConfigError(EXTRA, option, "takes one value")
-        elif (value := _value(EXTRA, " ".join(values), known[argument])) is not None:
+        elif (value := _value(EXTRA, " ".join(values), types[argument])) is not None:
             _put(args, _place(argument), value)
 
 
-def _require_known(name: str, argument: str, known: Mapping[str, str]) -> None:
+def _require_known(name: str, argument: str, types: Mapping[str, str]) -> None:
     if argument in ("api_key", "distributed_executor_backend"):
         raise ConfigError(name, argument, f"cannot be set here: {_REMOVED[argument.upper()]}")
-    if argument not in known or argument.upper() in _RESERVED - {"HF_TOKEN"}:
-        near = difflib.get_close_matches(argument, known, n=1, cutoff=_NEAR)
+    if argument not in types or argument.upper() in _RESERVED - {"HF_TOKEN"}:
+        near = difflib.get_close_matches(argument, types, n=1, cutoff=_NEAR)
         problem = "not an argument that can be set here"
         raise ConfigError(name, argument, problem, repr(near[0]) if near else None)
 
@@ -322,13 +322,13 @@ def _spoken_to_us(name: str) -> bool:
     return name not in _RESERVED | _OURS | _ORDINARY
 
 
-def _misspelt(name: str, known: Iterable[str]) -> str | None:
+def _misspelt(name: str, names: Iterable[str]) -> str | None:
     if not _spoken_to_us(name):
         return None
-    words = (*(argument.upper() for argument in known), *ALIASES, *_OURS)
+    words = (*(argument.upper() for argument in names), *ALIASES, *_OURS)
     choices = [word for word in words if word not in _RESERVED]
-    found = difflib.get_close_matches(name, choices, n=1, cutoff=_NEAR)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(name, choices, n=1, cutoff=_NEAR)
+    return matches[0] if matches else None
 
 
 def _value(name: str, text: str, kind: str) -> Any:
@@ -343,9 +343,9 @@ def _value(name: str, text: str, kind: str) -> Any:
     if kind == "list":
         return _list(name, text)
     if kind == "name":
-        if len(found := _list(name, text)) != 1:
+        if len(values := _list(name, text)) != 1:
             raise ConfigError(name, text, "must be one name: a model is served under one")
-        return found[0]
+        return values[0]
     if kind == "json":
         return _json(name, text) if text[0] in "[{" else text
     if kind in ("number", "count"):
@@ -369,7 +369,7 @@ def _list(name: str, text: str) -> list[Any]:
     if text.startswith("["):
         value = _json(name, text)
         return value if isinstance(value, list) else [value]
-    found: list[Any] = []
+    values: list[Any] = []
     decoder = json.JSONDecoder()
     while text:
         if text.startswith("{"):
@@ -377,12 +377,12 @@ def _list(name: str, text: str) -> list[Any]:
                 value, end = decoder.raw_decode(text)
             except ValueError as error:
                 raise ConfigError(name, text, f"is not JSON: {error}") from None
-            found.append(value)
+            values.append(value)
         else:
             end = match.start() if (match := _BETWEEN.search(text)) else len(text)
-            found.append(text[:end])
+            values.append(text[:end])
         text = text[end:].lstrip(", \t\r\n")
-    return found
+    return values
 
 
 def _number(text: str) -> Any:
@@ -435,14 +435,14 @@ def ask_vllm() -> str:
 
 def _positive_numbers(config: Any) -> set[str]:
     """Fields of vLLM's configuration whose definition says that they are above 0."""
-    found = set()
+    numbers = set()
     for part in vars(config).values():
         for name, field in getattr(part, "__pydantic_fields__", {}).items():
             least = [getattr(limit, "ge", None) == 1 for limit in field.metadata]
             above = [getattr(limit, "gt", None) == 0 for limit in field.metadata]
             if any(least + above):
-                found.add(name)
-    return found
+                numbers.add(name)
+    return numbers
 
 
 def _parsed(parse: Callable[[str], Any], text: str) -> Any:

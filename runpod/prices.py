@@ -37,8 +37,8 @@ def serverless_per_hour(gpu: Mapping[str, Any]) -> float | None:
     price = gpu["price"].get("serverless")
     if price is not None:
         return float(price)
-    known = SERVERLESS_PER_SECOND.get(gpu.get("pool") or "")
-    return known[1] * 3600 if known else None
+    per_second = SERVERLESS_PER_SECOND.get(gpu.get("pool") or "")
+    return per_second[1] * 3600 if per_second else None
 
 
 def pod_per_hour(gpu: Mapping[str, Any], cloud: str = "SECURE") -> float:

@@ -64,9 +64,11 @@ class Question:
         raise BadJob("input needs openai_route with openai_input, or route, or messages, or prompt")
 
 
-def _only(given: Mapping[str, Any], *known: str) -> None:
-    if strange := sorted(set(given) - set(known)):
-        raise BadJob(f"{', '.join(strange)} beside {known[0]} cannot be used: put it in {known[1]}")
+def _only(given: Mapping[str, Any], *allowed: str) -> None:
+    if strange := sorted(set(given) - set(allowed)):
+        raise BadJob(
+            f"{', '.join(strange)} beside {allowed[0]} cannot be used: put it in {allowed[1]}"
+        )
 
 
 def _at(route: Any, body: Any, method: Any = None) -> Question:

@@ -124,7 +124,7 @@ def _choose() -> Choice:
         show(f"warning: Runpod says {expected} GPU(s), the driver shows {len(gpus)}")
     config = launcher.load(Path(os.environ.get("SERVE_CONFIG") or ROOT / "serve_config.yaml"))
     choice = choose(config, os.environ, gpus)
-    for line in choice.said:
+    for line in choice.lines:
         show(line)
     shm = doctor.shared_memory(shm_bytes())
     store = object_store_bytes(shm_bytes())

@@ -57,16 +57,16 @@ def down(
     deleted: list[tuple[Kind, str]] = []
     kinds = [kind for kind in KINDS if not (keep_volume and kind is VOLUME)]
     while True:
-        problems, found = [], 0
+        problems, count = [], 0
         for kind in kinds:
             for thing in kind.ours(client, name):
-                found += 1
+                count += 1
                 if problem := _delete(client, kind, thing, say):
                     problems.append(problem)
                 elif (kind, thing["id"]) not in deleted:
                     deleted.append((kind, thing["id"]))
         # A template goes with its endpoint, a moment later; what was just made may appear late.
-        if not found or time.monotonic() > deadline_s:
+        if not count or time.monotonic() > deadline_s:
             break
         time.sleep(_PERIOD_S if problems else 0.2)
     for problem in problems:

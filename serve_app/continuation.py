@@ -75,12 +75,12 @@ class Marks:
     """The engine's side of one stream: what to note before its next event."""
 
     _lines: list[bytes] = field(default_factory=list)
-    _said: Method | None = None
+    _announced: Method | None = None
 
     def how(self, method: Method) -> None:
         """Said once, and again if it gets worse: another sequence joined the same stream."""
-        if method is not self._said:
-            self._said = method
+        if method is not self._announced:
+            self._announced = method
             self._lines.append(_HOW + method.value.encode() + b"\n")
 
     def group(self, tokens: Sequence[int], logprobs: Logprobs | None = None) -> None:
@@ -144,7 +144,7 @@ class Stream:
         if self._rest:
             data = self._rest + data
         *whole, self._rest = data.split(b"\n\n")
-        found: list[bytes] = []
+        complete: list[bytes] = []
         try:
             for event in whole:
                 if event.startswith(_COMMENT):
@@ -152,14 +152,14 @@ class Stream:
                     if not event:
                         continue
                 if not self._repeated(event):
-                    found.append(self._names.given(event))
+                    complete.append(self._names.given(event))
         except Malformed:
             # It is met again with the next data; what came before it is not lost.
-            if not found:
+            if not complete:
                 raise
             self._rest = event + b"\n\n" + self._rest
-        self.sent += len(found)
-        return found
+        self.sent += len(complete)
+        return complete
 
     def _repeated(self, event: bytes) -> bool:
         """Whether the client has this event already, or its end; notes where the answer ends."""
@@ -240,7 +240,7 @@ class Names:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, bytes] = {}
+        self._first_events: dict[int, bytes] = {}
         self._at = 0
         self._renamed: dict[bytes, bytes] = {}
 
@@ -253,13 +253,13 @@ class Names:
         for new, old in self._renamed.items():
             event = event.replace(new, old)
         if self._at < _HEAD or any(word in event for word in _NAMING):
-            self._kept[self._at] = event
+            self._first_events[self._at] = event
         self._at += 1
         return event
 
     def repeated(self, event: bytes) -> None:
         """An event that the client has: learn what it is called now."""
-        if (first := self._kept.get(self._at)) is not None:
+        if (first := self._first_events.get(self._at)) is not None:
             self._renamed.update(
                 (new, old)
                 for new, old in zip(_NAME.findall(event), _NAME.findall(first), strict=False)

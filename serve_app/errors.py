@@ -50,8 +50,8 @@ class ConfigError(ServeError):
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that `word` most likely meant, quoted; None where nothing is near."""
-    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
-    return repr(found[0]) if found else None
+    matches = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
+    return repr(matches[0]) if matches else None
 
 
 class RequestError(ServeError):

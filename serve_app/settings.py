@@ -242,18 +242,18 @@ class Settings(_Frozen):
             ConfigError: for the first value that is unknown or impossible.
         """
         base = {k: v for k, v in self.model_dump(exclude_unset=True).items() if k != "models"}
-        found = [self.model_copy(update={"models": []})]
+        settings = [self.model_copy(update={"models": []})]
         for place, other in enumerate(self.models):
             if shared := _SHARED & other.keys():
                 key = min(shared)
                 raise ConfigError(f"models.{place}.{key}", other[key], "is the same for all models")
             named = {"served_model_name": None, **other}
             try:
-                found.append(Settings.parse({**base, **named}))
+                settings.append(Settings.parse({**base, **named}))
             except ConfigError as error:
                 key, value, problem, near = error.fields
                 raise ConfigError(f"models.{place}.{key}", value, problem, near) from None
-        return found
+        return settings
 
 
 # What belongs to the gateway, or to all.

@@ -181,10 +181,10 @@ KINDS: tuple[Kind, ...] = (
 BY_NAME = {kind.name: kind for kind in KINDS}
 
 
-def command(found: Found, region: str) -> str:
+def command(resource: Found, region: str) -> str:
     """The shell command that removes it."""
-    kind = BY_NAME[found.kind]
+    kind = BY_NAME[resource.kind]
     if not kind.command and isinstance(kind.remove, By):
-        return kind.remove.command(found.id, region)
-    owner, _, name = found.id.partition("/")
-    return kind.command.format(id=found.id, region=region, cluster=owner, name=name)
+        return kind.remove.command(resource.id, region)
+    owner, _, name = resource.id.partition("/")
+    return kind.command.format(id=resource.id, region=region, cluster=owner, name=name)

@@ -12,23 +12,25 @@ from kuberay.search import Found, Search
 def _cluster(search: Search) -> dict[str, Any] | None:
     """EKS's description of the cluster, if there is one of this name."""
     try:
-        found = search.account.call("eks", "describe_cluster", name=search.owner.name)["cluster"]
+        cluster = search.account.call("eks", "describe_cluster", name=search.owner.name)["cluster"]
     except AwsError as error:
         if error.absent:
             return None
         raise
-    return dict(found) if search.owner.owns(tags(found, "tags")) else None
+    return dict(cluster) if search.owner.owns(tags(cluster, "tags")) else None
 
 
 def clusters(search: Search) -> Iterator[Found]:
-    found = _cluster(search)
-    if found is None:
+    description = _cluster(search)
+    if description is None:
         return
     usd = prices.monthly(prices.CONTROL_PLANE_PER_HOUR)
-    version = f"Kubernetes {found.get('version', '?')}, {found['status']}"
-    leaving = found["status"] == "DELETING"
-    carried = tags(found, "tags")
-    yield from search.found("cluster", found["name"], carried, usd, version, leaving=leaving)
+    version = f"Kubernetes {description.get('version', '?')}, {description['status']}"
+    leaving = description["status"] == "DELETING"
+    carried = tags(description, "tags")
+    yield from search.resource(
+        "cluster", description["name"], carried, usd, version, leaving=leaving
+    )
 
 
 def node_groups(search: Search) -> Iterator[Found]:
@@ -37,16 +39,16 @@ def node_groups(search: Search) -> Iterator[Found]:
         return
     name = search.owner.name
     for group in search.account.pages("eks", "list_nodegroups", "nodegroups", clusterName=name):
-        found = search.account.call(
+        described = search.account.call(
             "eks", "describe_nodegroup", clusterName=name, nodegroupName=group
         )["nodegroup"]
-        size = found.get("scalingConfig", {}).get("desiredSize", 0)
-        kinds = ", ".join(found.get("instanceTypes") or ["of its launch template"])
-        leaving = found.get("status") == "DELETING"
+        size = described.get("scalingConfig", {}).get("desiredSize", 0)
+        kinds = ", ".join(described.get("instanceTypes") or ["of its launch template"])
+        leaving = described.get("status") == "DELETING"
         # It belongs to its cluster, whatever its own tags are. Its instances have the price.
         carried = tags(cluster, "tags")
         detail = f"{size} x {kinds}"
-        yield from search.found(
+        yield from search.resource(
             "node group", f"{name}/{group}", carried, 0.0, detail, leaving=leaving
         )
 
@@ -63,7 +65,7 @@ def stacks(search: Search) -> Iterator[Found]:
         if status == "DELETE_COMPLETE" or "RootId" in stack:
             continue
         leaving = status == "DELETE_IN_PROGRESS"
-        yield from search.found(
+        yield from search.resource(
             "stack", stack["StackName"], tags(stack), 0.0, status, leaving=leaving
         )
 

@@ -18,12 +18,12 @@ def _global(search: Search, kind: str, name: str, carried: dict[str, str], addre
             detail: str = "") -> Iterator[Found]:  # fmt: skip
     """What belongs to no region, unless it is that of a namesake in another one."""
     named = regions(carried, address)
-    for found in search.found(kind, name, carried, 0.0, detail or address):
+    for resource in search.resource(kind, name, carried, 0.0, detail or address):
         if not named:
-            unknown = f"{found.detail} its region is not known".strip()
-            yield dataclasses.replace(found, detail=unknown, tagged=False)
+            unknown = f"{resource.detail} its region is not known".strip()
+            yield dataclasses.replace(resource, detail=unknown, tagged=False)
         elif search.owner.region in named:
-            yield found
+            yield resource
 
 
 def identity_providers(search: Search) -> Iterator[Found]:
@@ -38,11 +38,11 @@ def identity_providers(search: Search) -> Iterator[Found]:
 
 def roles(search: Search) -> Iterator[Found]:
     for role in search.identities["RoleDetailList"]:
-        for found in _global(search, "role", role["RoleName"], tags(role)):
+        for role_found in _global(search, "role", role["RoleName"], tags(role)):
             # Once the role is gone, nothing says whose profile it was.
             profiles = role.get("InstanceProfileList") or ()
             search.memory.profiles |= {each["InstanceProfileName"] for each in profiles}
-            yield found
+            yield role_found
 
 
 def remove_role(account: Account, name: str) -> None:
@@ -98,9 +98,9 @@ def instance_profiles(search: Search) -> Iterator[Found]:
             continue
         of = {"InstanceProfileName": name}
         carried = tags(search.account.call("iam", "get_instance_profile", **of)["InstanceProfile"])
-        found = list(_global(search, "instance profile", name, carried))
-        yield from found
-        if related and not found and not carried:
+        profiles = list(_global(search, "instance profile", name, carried))
+        yield from profiles
+        if related and not profiles and not carried:
             detail = "it had a role of the cluster"
             yield Found("instance profile", name, 0.0, detail, tagged=False)
 
@@ -116,16 +116,18 @@ def remove_instance_profile(account: Account, name: str) -> None:
 
 def keys(search: Search) -> Iterator[Found]:
     for arn, carried in search.indexed("kms"):
-        found: dict[str, Any] = search.account.call("kms", "describe_key", KeyId=arn)["KeyMetadata"]
+        metadata: dict[str, Any] = search.account.call("kms", "describe_key", KeyId=arn)[
+            "KeyMetadata"
+        ]
         # A key on its way out costs nothing, and cannot go faster than in seven days.
-        if found["KeyState"] not in ("PendingDeletion", "PendingReplicaDeletion"):
-            detail = f"{found['KeyState']} {found.get('Description', '')}".rstrip()
+        if metadata["KeyState"] not in ("PendingDeletion", "PendingReplicaDeletion"):
+            detail = f"{metadata['KeyState']} {metadata.get('Description', '')}".rstrip()
             usd = prices.KEY_PER_MONTH
-            yield from search.found("key", found["KeyId"], carried, usd, detail)
+            yield from search.resource("key", metadata["KeyId"], carried, usd, detail)
 
 
 def secrets(search: Search) -> Iterator[Found]:
     # Those that are scheduled for deletion are not in this list, and cost nothing.
     for item in search.account.pages("secretsmanager", "list_secrets", "SecretList"):
         usd, name = prices.SECRET_PER_MONTH, item.get("Name", "")
-        yield from search.found("secret", item["ARN"], tags(item), usd, name)
+        yield from search.resource("secret", item["ARN"], tags(item), usd, name)

@@ -15,7 +15,7 @@ def groups(search: Search) -> Iterator[Found]:
         # It has a status only while it is being deleted.
         leaving = bool(group.get("Status"))
         subnets = str(group.get("VPCZoneIdentifier", "")).split(",")
-        yield from search.found(
+        yield from search.resource(
             "auto scaling group", group["AutoScalingGroupName"], tags(group), 0.0, detail,
             leaving=leaving, network=search.network_of(subnets[0]),
         )  # fmt: skip
@@ -27,7 +27,7 @@ def spot_requests(search: Search) -> Iterator[Found]:
         if item["State"] in ("open", "active", "disabled"):
             # The instance has the price.
             detail = f"{item.get('Type', '')}, {item['State']}"
-            yield from search.found(
+            yield from search.resource(
                 "spot request", item["SpotInstanceRequestId"], tags(item), 0.0, detail
             )
 
@@ -37,7 +37,7 @@ def fleets(search: Search) -> Iterator[Found]:
         state = item.get("FleetState", "")
         if state not in ("deleted", "deleted_terminating", "failed"):
             leaving = state.startswith("deleted")
-            yield from search.found(
+            yield from search.resource(
                 "fleet", item["FleetId"], tags(item), 0.0, state, leaving=leaving
             )
 
@@ -53,7 +53,7 @@ def instances(search: Search) -> Iterator[Found]:
             hourly = prices.instance_per_hour(kind) if running else 0.0
             usd = None if hourly is None else prices.monthly(hourly)
             detail = f"{kind}, {state} {carried.get('Name', '')}".rstrip()
-            yield from search.found(
+            yield from search.resource(
                 "instance", instance["InstanceId"], carried, usd, detail,
                 leaving=state == "shutting-down", network=instance.get("VpcId", ""),
             )  # fmt: skip
@@ -77,4 +77,6 @@ def _reservations(search: Search) -> Iterator[Any]:
 def launch_templates(search: Search) -> Iterator[Found]:
     for item in search.ec2("describe_launch_templates", "LaunchTemplates"):
         name = item["LaunchTemplateName"]
-        yield from search.found("launch template", item["LaunchTemplateId"], tags(item), 0.0, name)
+        yield from search.resource(
+            "launch template", item["LaunchTemplateId"], tags(item), 0.0, name
+        )

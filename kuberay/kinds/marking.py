@@ -18,17 +18,17 @@ def mark(account: Account, kind: str, names: Sequence[str], cluster: str) -> boo
     """Tag things of one kind. Returns whether things of that kind can be tagged here."""
     tag = {"Key": CLUSTER, "Value": cluster}
     for start in range(0, len(names), _AT_ONCE):
-        some = list(names[start : start + _AT_ONCE])
+        batch = list(names[start : start + _AT_ONCE])
         if kind in _OF_EC2:
-            account.call("ec2", "create_tags", Resources=some, Tags=[tag])
+            account.call("ec2", "create_tags", Resources=batch, Tags=[tag])
         elif kind in ("load balancer", "target group"):
-            account.call("elbv2", "add_tags", ResourceArns=some, Tags=[tag])
+            account.call("elbv2", "add_tags", ResourceArns=batch, Tags=[tag])
         elif kind == "classic load balancer":
-            for name in some:  # Its call takes one.
+            for name in batch:  # Its call takes one.
                 account.call("elb", "add_tags", LoadBalancerNames=[name], Tags=[tag])
         elif kind == "auto scaling group":
             of = {"ResourceType": "auto-scaling-group", "PropagateAtLaunch": True}
-            wanted = [{"ResourceId": name, **of, **tag} for name in some]
+            wanted = [{"ResourceId": name, **of, **tag} for name in batch]
             account.call("autoscaling", "create_or_update_tags", Tags=wanted)
         else:
             return False

@@ -18,24 +18,24 @@ def log_groups(search: Search) -> Iterator[Found]:
     """By their tag, and by the cluster's name: EKS and others make theirs without a tag."""
     cluster = search.owner.name
     tagged = {parsed(arn)[2].removesuffix(":*") for arn, _ in search.indexed("logs")}
-    found: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
     for entry in _described(search, logGroupNamePattern=cluster):
-        found[entry["logGroupName"]] = entry
-    for name in sorted(tagged - set(found)):
+        groups[entry["logGroupName"]] = entry
+    for name in sorted(tagged - set(groups)):
         for entry in _described(search, logGroupNamePrefix=name):
-            found[entry["logGroupName"]] = entry
+            groups[entry["logGroupName"]] = entry
     others = _longer_names(search)
-    for name in sorted(found):
+    for name in sorted(groups):
         likeness = _likeness(name, cluster, others)
         if name not in tagged and not likeness:
             continue
-        arn = found[name]["arn"].removesuffix(":*")
+        arn = groups[name]["arn"].removesuffix(":*")
         answer = search.account.call("logs", "list_tags_for_resource", resourceArn=arn)
         carried = tags(answer, "tags")
-        usd = found[name].get("storedBytes", 0) / prices.GB * prices.LOGS_PER_GB_MONTH
-        kept = found[name].get("retentionInDays")
-        detail = f"kept {kept} days" if kept else "kept for good"
-        by_tag = list(search.found("log group", name, carried, usd, detail))
+        usd = groups[name].get("storedBytes", 0) / prices.GB * prices.LOGS_PER_GB_MONTH
+        retention_days = groups[name].get("retentionInDays")
+        detail = f"kept {retention_days} days" if retention_days else "kept for good"
+        by_tag = list(search.resource("log group", name, carried, usd, detail))
         yield from by_tag
         if not by_tag and likeness:
             detail = f"{detail}; by its name {likeness}"
@@ -80,15 +80,15 @@ def hosted_zones(search: Search) -> Iterator[Found]:
     }
     names = sorted(zones)
     for start in range(0, len(names), 10):  # As many as one call takes.
-        some = names[start : start + 10]
+        batch = names[start : start + 10]
         answer = search.account.call(
-            "route53", "list_tags_for_resources", ResourceType="hostedzone", ResourceIds=some
+            "route53", "list_tags_for_resources", ResourceType="hostedzone", ResourceIds=batch
         )
         for entry in answer["ResourceTagSets"]:
             name = entry["ResourceId"]
             detail = f"{zones[name]['Name']} {zones[name].get('ResourceRecordSetCount', 0)} records"
             usd = prices.ZONE_PER_MONTH
-            yield from search.found("hosted zone", name, tags(entry), usd, detail)
+            yield from search.resource("hosted zone", name, tags(entry), usd, detail)
 
 
 # What the other kinds look at themselves, and what goes with it: where the index still knows such a
@@ -121,4 +121,4 @@ def others(search: Search) -> Iterator[Found]:
         service, kind, _ = parsed(arn)
         if (service, kind) not in _COVERED and (service, None) not in _COVERED:
             usd = 0.0 if service in _FREE_AT_REST else None
-            yield from search.found("other", arn, carried, usd, f"{service} {kind}".rstrip())
+            yield from search.resource("other", arn, carried, usd, f"{service} {kind}".rstrip())

@@ -27,7 +27,7 @@ def volumes(search: Search) -> Iterator[Found]:
         leaving = item["State"] == "deleting"
         if search.owner.owns(carried):
             search.memory.volumes.add(item["VolumeId"])
-            yield from search.found(
+            yield from search.resource(
                 "volume", item["VolumeId"], carried, usd, detail, leaving=leaving
             )
         elif item["State"] == "available" and _of_no_cluster(carried):
@@ -50,7 +50,7 @@ def snapshots(search: Search) -> Iterator[Found]:
         seen.add(item["SnapshotId"])
         usd = item["VolumeSize"] * prices.SNAPSHOT_PER_GB_MONTH
         detail = f"at most {item['VolumeSize']} GiB, of {item.get('VolumeId', '')}"
-        yield from search.found("snapshot", item["SnapshotId"], tags(item), usd, detail)
+        yield from search.resource("snapshot", item["SnapshotId"], tags(item), usd, detail)
     for item in _of_volumes(search):
         if item["SnapshotId"] not in seen and CLUSTER not in tags(item):
             usd = item["VolumeSize"] * prices.SNAPSHOT_PER_GB_MONTH
@@ -73,7 +73,7 @@ def file_systems(search: Search) -> Iterator[Found]:
         size_gib = item.get("SizeInBytes", {}).get("Value", 0) / GIB
         usd = size_gib * prices.EFS_PER_GB_MONTH
         leaving = item["LifeCycleState"] == "deleting"
-        yield from search.found(
+        yield from search.resource(
             "file system", item["FileSystemId"], tags(item), usd, f"{size_gib:.1f} GiB",
             leaving=leaving,
         )  # fmt: skip
@@ -102,7 +102,7 @@ def repositories(search: Search) -> Iterator[Found]:
         if projects:
             yield search.shared("image repository", name, usd, detail)
         else:
-            yield from search.found("image repository", name, carried, usd, detail)
+            yield from search.resource("image repository", name, carried, usd, detail)
 
 
 def buckets(search: Search) -> Iterator[Found]:
@@ -121,7 +121,7 @@ def buckets(search: Search) -> Iterator[Found]:
         if CLUSTER not in carried:
             yield search.shared("bucket", name, usd, detail)
         else:
-            yield from search.found("bucket", name, carried, usd, detail)
+            yield from search.resource("bucket", name, carried, usd, detail)
 
 
 def _bucket_tags(account: Account, name: str) -> dict[str, str]:

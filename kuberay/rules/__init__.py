@@ -26,20 +26,20 @@ _ = (doors, drain, operator, ours, pods, ports, reach, scaling, serve, upgrades,
 
 def findings(service: Service, ignored: frozenset[str] = frozenset()) -> list[Finding]:
     """Everything that the rules find, in the order of the lines."""
-    found: list[Finding] = []
+    collected: list[Finding] = []
     unread = []
     for name, rule in RULES.items():
         if name in ignored:
             continue
         try:
-            found += list(rule(service))
+            collected += list(rule(service))
         except (AttributeError, KeyError, TypeError, ValueError):
             unread.append(name)
     if unread:
         # A text where a mapping belongs, and the like: what the schema itself refuses.
-        found.append(Finding(
+        collected.append(Finding(
             "shape", ERROR, service.line("spec"),
             f"not what the schema asks for; not judged: {', '.join(unread)}",
             "kubectl apply --dry-run=server says which part",
         ))  # fmt: skip
-    return sorted(found, key=lambda each: (each.line, each.rule))
+    return sorted(collected, key=lambda each: (each.line, each.rule))

@@ -73,5 +73,5 @@ def _hook_s(group: Group) -> float | None:
     seconds = at(group.container, "lifecycle", "preStop", "sleep", "seconds")
     if seconds is not None:
         return float(seconds)
-    found = re.search(r"(?:\bsleep|drain\.py)\s+(\d+(?:\.\d+)?)", " ".join(words))
-    return float(found[1]) if found else None
+    match = re.search(r"(?:\bsleep|drain\.py)\s+(\d+(?:\.\d+)?)", " ".join(words))
+    return float(match[1]) if match else None

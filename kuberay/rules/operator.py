@@ -116,14 +116,14 @@ def _group_labels(service: Service, group: Group) -> Iterator[Finding]:
 
 
 def _bounds(service: Service, group: Group) -> Iterator[Finding]:
-    least, most = group.spec.get("minReplicas"), group.spec.get("maxReplicas")
-    for key, given in (("minReplicas", least), ("maxReplicas", most)):
+    minimum, maximum = group.spec.get("minReplicas"), group.spec.get("maxReplicas")
+    for key, given in (("minReplicas", minimum), ("maxReplicas", maximum)):
         if isinstance(given, int) and given < 0:
             yield _no(service.line(*group.path, key), f"{key} {given} of {group.name}", "0 or more")
-    if group.least > group.most >= 0:
+    if group.minimum > group.maximum >= 0:
         yield _no(
             service.line(*group.path, "minReplicas"),
-            f"minReplicas {group.least} above maxReplicas {group.most} of {group.name}",
+            f"minReplicas {group.minimum} above maxReplicas {group.maximum} of {group.name}",
             "the one at most as large as the other",
         )  # fmt: skip
 
@@ -284,8 +284,8 @@ def _network_policy(service: Service) -> Iterator[Finding]:
         if unread and at(policy, *place, unread):
             line = service.line(*path, *place, unread)
             yield _no(line, f"{unread} with mode {at(policy, 'mode')}", "DenyAll, or remove them")
-    known = {group.name for group in service.workers}
+    names = {group.name for group in service.workers}
     for index, each in enumerate(named):
-        if at(each, "groupName") not in known:
+        if at(each, "groupName") not in names:
             line = service.line(*path, "workerGroups", index)
             yield _no(line, f"a policy of {at(each, 'groupName')}, which is no group", "its name")

@@ -73,12 +73,12 @@ def _versions(service: Service) -> Iterator[Finding]:
     stated = str(service.cluster.get("rayVersion", ""))
     for group in service.groups:
         image = str(group.container.get("image", ""))
-        found = re.search(r"rayproject/ray(?:-ml|-llm)?:(\d+\.\d+\.\d+)", image)
-        if found and stated and found[1] != stated:
+        match = re.search(r"rayproject/ray(?:-ml|-llm)?:(\d+\.\d+\.\d+)", image)
+        if match and stated and match[1] != stated:
             yield Finding(
                 "version-differs", ERROR, service.line(*group.container_path, "image"),
                 f"{image} on {group.name}, and rayVersion is {stated}",
-                f"rayVersion: \"{found[1]}\"",
+                f"rayVersion: \"{match[1]}\"",
             )  # fmt: skip
     head = service.head.container.get("image")
     for group in service.workers:

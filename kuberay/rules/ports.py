@@ -90,20 +90,20 @@ def _serve_port(service: Service) -> Iterator[Finding]:
 
 def _served_ports(service: Service) -> dict[str, int]:
     """The ports of the service for requests, as BuildServeService of the operator makes it."""
-    found = {
+    ports = {
         name: number
         for name, number in service.head.ports().items()
         if name == "serve" or name.startswith("serve-")
     }
     if not service.head.container.get("ports"):
-        found = {"serve": SERVE_PORT}  # Of a head that declares none, the operator adds its own.
+        ports = {"serve": SERVE_PORT}  # Of a head that declares none, the operator adds its own.
     if service.upgrade == "NewClusterWithIncrementalUpgrade":
-        return found
+        return ports
     for port in at(service.spec, "serveService", "spec", "ports") or []:
         name, target = str(at(port, "name")), at(port, "targetPort") or at(port, "port")
-        if (name in found or not found) and isinstance(target, int):
-            found[name] = target
-    return found
+        if (name in ports or not ports) and isinstance(target, int):
+            ports[name] = target
+    return ports
 
 
 @rule("serve-host")

@@ -50,9 +50,9 @@ def _no_endpoint(service: Service) -> Iterator[Finding]:
             "leaves it out of the service: none has an endpoint",
             "proxy_location: EveryNode",
         )  # fmt: skip
-    found, whole = service.environment(service.head)
-    alone = found.get("RAY_SERVE_THROUGHPUT_OPTIMIZED") == "1"
-    if alone and whole and found.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+    variables, whole = service.environment(service.head)
+    alone = variables.get("RAY_SERVE_THROUGHPUT_OPTIMIZED") == "1"
+    if alone and whole and variables.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
         yield Finding(
             "no-endpoint", ERROR,
             service.environment_line(service.head, "RAY_SERVE_THROUGHPUT_OPTIMIZED"),

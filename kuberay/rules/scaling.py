@@ -21,8 +21,8 @@ class _Growth:
 
     name: str
     line: int
-    least: float
-    most: float
+    minimum: float
+    maximum: float
     gpus: float
     cpus: float = 0.0
     spread: bool = False
@@ -43,15 +43,15 @@ def _growth(service: Service) -> Iterator[_Growth]:
 
 
 def _of_deployment(service: Service, path: Path, deployment: Mapping[str, Any]) -> _Growth:
-    least, most, key = _bounds(deployment, 1)
+    minimum, maximum, key = _bounds(deployment, 1)
     bundles = deployment.get("placement_group_bundles") or []
     options = deployment.get("ray_actor_options") or {}
     gpus = sum(float(at(each, "GPU") or 0) for each in bundles) or options.get("num_gpus") or 0
     return _Growth(
         name=str(deployment.get("name", "?")),
         line=service.serve_line(*path, key),
-        least=least,
-        most=most,
+        minimum=minimum,
+        maximum=maximum,
         gpus=float(gpus),
         cpus=float(options.get("num_cpus") or 0),
         spread=bool(bundles) and deployment.get("placement_group_strategy") != "STRICT_PACK",
@@ -64,12 +64,12 @@ def _of_llm(service: Service, path: Path, config: Mapping[str, Any]) -> _Growth:
     sizes = [
         int(engine.get(f"{word}_parallel_size") or 1) for word in ("tensor", "pipeline", "data")
     ]
-    least, most, key = _bounds(deployment, 1)
+    minimum, maximum, key = _bounds(deployment, 1)
     name = str(at(config, "model_loading_config", "model_id") or "the model")
     line = service.serve_line(*path, "deployment_config", key)
     if not deployment:
         line = service.serve_line(*path)
-    return _Growth(name, line, least, most, float(math.prod(sizes)), spread=True)
+    return _Growth(name, line, minimum, maximum, float(math.prod(sizes)), spread=True)
 
 
 def _bounds(deployment: Mapping[str, Any], default: int) -> tuple[float, float, str]:
@@ -77,9 +77,9 @@ def _bounds(deployment: Mapping[str, Any], default: int) -> tuple[float, float, 
     scaling, fixed = deployment.get("autoscaling_config") or {}, deployment.get("num_replicas")
     if scaling or fixed == "auto":
         auto = 100 if fixed == "auto" else 1  # Serve's own maximum of each.
-        most = float(scaling.get("max_replicas", auto))
+        maximum = float(scaling.get("max_replicas", auto))
         key = "autoscaling_config" if scaling else "num_replicas"
-        return float(scaling.get("min_replicas", 1)), most, key
+        return float(scaling.get("min_replicas", 1)), maximum, key
     count = float(fixed) if isinstance(fixed, int) else float(default)
     return count, count, "num_replicas"
 
@@ -91,24 +91,24 @@ def _autoscaler_off(service: Service) -> Iterator[Finding]:
     grows = [
         each
         for each in _growth(service)
-        if each.most > each.least and not (each.gpus and each.most <= _room(service, each))
+        if each.maximum > each.minimum and not (each.gpus and each.maximum <= _room(service, each))
     ]
     for each in grows:
         yield Finding(
             "autoscaler-off", WARNING, each.line,
-            f"{each.name} may grow to {each.most:g} replicas, and no worker is ever added: "
+            f"{each.name} may grow to {each.maximum:g} replicas, and no worker is ever added: "
             "enableInTreeAutoscaling is not true",
             "enableInTreeAutoscaling: true, with autoscalerOptions.version: v2",
         )  # fmt: skip
     for group in service.workers:
         if (
             not grows
-            and group.most < UNBOUNDED
-            and group.most > max(group.least, int(group.spec.get("replicas") or 0))
+            and group.maximum < UNBOUNDED
+            and group.maximum > max(group.minimum, int(group.spec.get("replicas") or 0))
         ):
             yield Finding(
                 "autoscaler-off", WARNING, service.line(*group.path, "maxReplicas"),
-                f"worker group {group.name} may have {group.most} and nobody adds one: "
+                f"worker group {group.name} may have {group.maximum} and nobody adds one: "
                 "enableInTreeAutoscaling is not true",
                 "enableInTreeAutoscaling: true, or maxReplicas equal to replicas",
             )  # fmt: skip
@@ -117,43 +117,43 @@ def _autoscaler_off(service: Service) -> Iterator[Finding]:
 @rule("too-few-gpus")
 def _too_few_gpus(service: Service) -> Iterator[Finding]:
     for growth in _growth(service):
-        room = _room(service, growth) if growth.gpus > 0 else growth.most
-        if growth.most <= room:
+        room = _room(service, growth) if growth.gpus > 0 else growth.maximum
+        if growth.maximum <= room:
             continue
         each = f"{growth.gpus:g} GPU{'s' * (growth.gpus != 1)}"
         if not any(group.gpus for group in service.groups):
             yield _few(ERROR, growth, f"{growth.name} needs {each} a replica, and no pod has one",
                        "resources.limits: {nvidia.com/gpu: ...} of a worker group")  # fmt: skip
-        elif growth.least > room:
-            yield _few(ERROR, growth, f"{growth.name} needs {growth.least:g} replicas of {each}, "
+        elif growth.minimum > room:
+            yield _few(ERROR, growth, f"{growth.name} needs {growth.minimum:g} replicas of {each}, "
                        f"and all pods at their maximum hold {room:g}: it never gets ready",
                        "more GPUs a worker, a higher maxReplicas, or a smaller engine")  # fmt: skip
         elif service.autoscaling:  # Without it, another rule says so.
-            yield _few(WARNING, growth, f"{growth.name} may grow to {growth.most:g} replicas of "
+            yield _few(WARNING, growth, f"{growth.name} may grow to {growth.maximum:g} replicas of "
                        f"{each}, and all pods at their maximum hold {room:g}: the rest waits for "
                        "ever", "a higher maxReplicas, or fewer replicas")  # fmt: skip
 
 
-def _few(severity: str, growth: _Growth, found: str, mend: str) -> Finding:
-    return Finding("too-few-gpus", severity, growth.line, found, mend)
+def _few(severity: str, growth: _Growth, problem: str, mend: str) -> Finding:
+    return Finding("too-few-gpus", severity, growth.line, problem, mend)
 
 
 def _room(service: Service, growth: _Growth) -> float:
     """How many of these replicas the GPUs of all pods at their maximum hold."""
     nodes = [(_most_nodes(service, group), group.gpus) for group in service.groups]
     if growth.spread:
-        return sum(most * gpus for most, gpus in nodes) // growth.gpus
-    return sum(most * (gpus // growth.gpus) for most, gpus in nodes)
+        return sum(most_nodes * gpus for most_nodes, gpus in nodes) // growth.gpus
+    return sum(most_nodes * (gpus // growth.gpus) for most_nodes, gpus in nodes)
 
 
 def _most_nodes(service: Service, group: Group) -> int:
     if group.head:
         return 1
     if service.autoscaling:
-        return group.most * group.hosts
+        return group.maximum * group.hosts
     # Nobody changes it: as many as are asked for, within the bounds.
-    asked = int(group.spec.get("replicas") or group.least)
-    return min(max(asked, group.least), group.most) * group.hosts
+    replicas = int(group.spec.get("replicas") or group.minimum)
+    return min(max(replicas, group.minimum), group.maximum) * group.hosts
 
 
 @rule("too-few-cpus")
@@ -164,7 +164,7 @@ def _too_few_cpus(service: Service) -> Iterator[Finding]:
         return  # A pod without a limit may have any number.
     largest = max(each for each in cores if each is not None)
     for growth in _growth(service):
-        if growth.least > 0 and growth.cpus > largest:
+        if growth.minimum > 0 and growth.cpus > largest:
             yield Finding(
                 "too-few-cpus", ERROR, growth.line,
                 f"{growth.name} needs {growth.cpus:g} CPUs a replica, and no pod has more than "

@@ -70,8 +70,8 @@ def _serve_config(service: Service) -> Iterator[Finding]:
         yield from _text(service, text, line)
 
 
-def _error(line: int, found: str, mend: str) -> Finding:
-    return Finding("serve-config", ERROR, line, found, mend)
+def _error(line: int, problem: str, mend: str) -> Finding:
+    return Finding("serve-config", ERROR, line, problem, mend)
 
 
 def _text(service: Service, text: str, line: int) -> Iterator[Finding]:
@@ -100,8 +100,8 @@ def _application(service: Service, place: int, application: Any) -> Iterator[Fin
         return
     for key in ("host", "port"):
         if key in application:
-            found = f"Ray Serve refuses {key} in an application"
-            yield _error(service.serve_line(*path, key), found, f"http_options: {{{key}: ...}}")
+            problem = f"Ray Serve refuses {key} in an application"
+            yield _error(service.serve_line(*path, key), problem, f"http_options: {{{key}: ...}}")
     given = str(application.get("import_path") or "")
     if not _importable(given):
         yield _error(service.serve_line(*path, "import_path"),
@@ -109,8 +109,8 @@ def _application(service: Service, place: int, application: Any) -> Iterator[Fin
                      "import_path: package.module:application")  # fmt: skip
     prefix = application.get("route_prefix")
     if isinstance(prefix, str) and not prefix.startswith("/"):
-        found = f"Ray Serve refuses the route_prefix {prefix}"
-        yield _error(service.serve_line(*path, "route_prefix"), found, f"route_prefix: /{prefix}")
+        problem = f"Ray Serve refuses the route_prefix {prefix}"
+        yield _error(service.serve_line(*path, "route_prefix"), problem, f"route_prefix: /{prefix}")
 
 
 def _importable(path: str) -> bool:
@@ -142,8 +142,8 @@ def _unique(service: Service, applications: list[Any]) -> Iterator[Finding]:
 def _unknown_keys(service: Service) -> Iterator[Finding]:
     serve = service.serve
     yield from _unknown(service, (), serve, _CONFIG)
-    for key, known in (("http_options", _HTTP), ("logging_config", _LOGGING)):
-        yield from _unknown(service, (key,), serve.get(key), known)
+    for key, keys in (("http_options", _HTTP), ("logging_config", _LOGGING)):
+        yield from _unknown(service, (key,), serve.get(key), keys)
     for place, application in enumerate(serve.get("applications") or []):
         path: Path = ("applications", place)
         yield from _unknown(service, path, application, _APPLICATION)
@@ -151,23 +151,23 @@ def _unknown_keys(service: Service) -> Iterator[Finding]:
         yield from _unknown(service, (*path, "logging_config"), logging, _LOGGING)
     for path, deployment in service.deployments():
         yield from _unknown(service, path, deployment, _DEPLOYMENT)
-        for key, known in (
+        for key, keys in (
             ("ray_actor_options", _ACTOR),
             ("autoscaling_config", _SCALING),
             ("logging_config", _LOGGING),
         ):
-            yield from _unknown(service, (*path, key), deployment.get(key), known)
+            yield from _unknown(service, (*path, key), deployment.get(key), keys)
 
 
-def _unknown(service: Service, path: Path, found: Any, known: Keys) -> Iterator[Finding]:
-    if not isinstance(found, dict):
+def _unknown(service: Service, path: Path, mapping: Any, keys: Keys) -> Iterator[Finding]:
+    if not isinstance(mapping, dict):
         return
-    for key in found:
-        if key in known:
+    for key in mapping:
+        if key in keys:
             continue
         snake = "".join(f"_{c.lower()}" if c.isupper() else c for c in str(key)).replace("-", "_")
-        near = repr(snake) if snake in known else nearest(snake, known)
-        refused = known is _LOGGING
+        near = repr(snake) if snake in keys else nearest(snake, keys)
+        refused = keys is _LOGGING
         renamed = _RENAMED.get(str(key))
         severity = ERROR if near is not None or refused else WARNING
         if renamed is not None:
@@ -198,17 +198,17 @@ def _bounds(service: Service, path: Path, deployment: Mapping[str, Any]) -> Iter
                    f"num_replicas {fixed} beside autoscaling_config: Ray Serve refuses the two",
                    "remove num_replicas, or set it to auto")  # fmt: skip
     if isinstance(fixed, str) and fixed != "auto":
-        found = f"num_replicas {fixed!r}: Ray Serve takes a number or auto"
-        yield _bad(service, (*path, "num_replicas"), found, "a number")
+        problem = f"num_replicas {fixed!r}: Ray Serve takes a number or auto"
+        yield _bad(service, (*path, "num_replicas"), problem, "a number")
     if isinstance(fixed, int) and fixed < 0:
         yield _bad(service, (*path, "num_replicas"), f"num_replicas {fixed}", "0 or more")
     queued = deployment.get("max_queued_requests")
     if isinstance(queued, int) and queued < 1 and queued != -1:
-        found = f"max_queued_requests {queued}: Ray Serve refuses it"
-        yield _bad(service, (*path, "max_queued_requests"), found, "-1, or 1 and more")
+        problem = f"max_queued_requests {queued}: Ray Serve refuses it"
+        yield _bad(service, (*path, "max_queued_requests"), problem, "-1, or 1 and more")
     if deployment.get("max_replicas_per_node") and deployment.get("placement_group_bundles"):
-        found = "max_replicas_per_node beside placement_group_bundles: Ray Serve refuses the two"
-        yield _bad(service, (*path, "max_replicas_per_node"), found, "use one")
+        problem = "max_replicas_per_node beside placement_group_bundles: Ray Serve refuses the two"
+        yield _bad(service, (*path, "max_replicas_per_node"), problem, "use one")
     if scaling is not None:
         yield from _autoscaling(service, (*path, "autoscaling_config"), scaling)
 
@@ -218,26 +218,26 @@ def _autoscaling(service: Service, path: Path, scaling: Any) -> Iterator[Finding
     if not isinstance(scaling, dict):
         return
     # With num_replicas: auto, and in ray.serve.llm, Serve's own maximum is 100.
-    most = scaling.get("max_replicas")
-    least, first = scaling.get("min_replicas", 1), scaling.get("initial_replicas")
+    maximum = scaling.get("max_replicas")
+    minimum, first = scaling.get("min_replicas", 1), scaling.get("initial_replicas")
     for key, given in (
-        ("min_replicas", least),
-        ("max_replicas", most),
+        ("min_replicas", minimum),
+        ("max_replicas", maximum),
         ("initial_replicas", first),
     ):
         if given is not None and (not isinstance(given, int) or given < (key == "max_replicas")):
             bound = "1 or more" if key == "max_replicas" else "0 or more"
             yield _bad(service, (*path, key), f"{key} {given}: Ray Serve refuses it", bound)
             return
-    if most is not None and least > most:
+    if maximum is not None and minimum > maximum:
         yield _bad(service, (*path, "min_replicas"),
-                   f"min_replicas {least} above max_replicas {most}: Ray Serve refuses it",
-                   f"max_replicas: {least}, or fewer at least")  # fmt: skip
-    elif first is not None and (first < least or (most is not None and first > most)):
+                   f"min_replicas {minimum} above max_replicas {maximum}: Ray Serve refuses it",
+                   f"max_replicas: {minimum}, or fewer at least")  # fmt: skip
+    elif first is not None and (first < minimum or (maximum is not None and first > maximum)):
         yield _bad(service, (*path, "initial_replicas"),
-                   f"initial_replicas {first} is not between min_replicas {least} and "
-                   f"max_replicas {most}: Ray Serve refuses it", "between the two")  # fmt: skip
+                   f"initial_replicas {first} is not between min_replicas {minimum} and "
+                   f"max_replicas {maximum}: Ray Serve refuses it", "between the two")  # fmt: skip
 
 
-def _bad(service: Service, path: Path, found: str, mend: str) -> Finding:
-    return Finding("replica-bounds", ERROR, service.serve_line(*path), found, mend)
+def _bad(service: Service, path: Path, problem: str, mend: str) -> Finding:
+    return Finding("replica-bounds", ERROR, service.serve_line(*path), problem, mend)

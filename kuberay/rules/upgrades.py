@@ -94,15 +94,15 @@ def _upgrade_bounds(service: Service, options: Any, line: int) -> Iterator[Findi
     if step is not None and not 0 <= step <= 100:
         wrong.append(("stepSizePercent", f"stepSizePercent {step}", "0 to 100"))
     elif step is not None and step > surge:
-        found = f"stepSizePercent {step} above maxSurgePercent {surge}"
-        wrong.append(("stepSizePercent", found, "a step of at most the surge"))
+        problem = f"stepSizePercent {step} above maxSurgePercent {surge}"
+        wrong.append(("stepSizePercent", problem, "a step of at most the surge"))
     if interval_s is not None and interval_s <= 0:
         wrong.append(("intervalSeconds", f"intervalSeconds {interval_s}", "1 or more"))
     path = ("spec", "upgradeStrategy", "clusterUpgradeOptions")
-    for key, found, mend in wrong:
+    for key, problem, mend in wrong:
         yield Finding(
             "upgrade-options", ERROR, service.line(*path, key),
-            f"the operator refuses {found}", mend,
+            f"the operator refuses {problem}", mend,
         )  # fmt: skip
     if step == 0:
         yield Finding(
@@ -119,7 +119,7 @@ def _frozen(service: Service) -> Iterator[Finding]:
     running = state.get("maxWorkerReplicas")
     if running is None or not service.workers:
         return
-    written = min(UNBOUNDED, sum(group.most * group.hosts for group in service.workers))
+    written = min(UNBOUNDED, sum(group.maximum * group.hosts for group in service.workers))
     if int(running) != written:
         group = service.workers[0]
         yield Finding(
@@ -140,7 +140,7 @@ _LEFT_OUT = ("replicas", "minReplicas", "maxReplicas")
 
 def edits(before: Service, after: Service) -> list[Finding]:
     """What of an edit would never arrive at the cluster that runs."""
-    found = []
+    changed = []
     earlier = {group.name: group for group in before.workers}
     for group in after.workers:
         for key in _LEFT_OUT:
@@ -149,36 +149,36 @@ def edits(before: Service, after: Service) -> list[Finding]:
                 continue
             if _without_bounds(before) != _without_bounds(after) and after.upgrade != "None":
                 continue  # Something else changes too: a new cluster, which has all of it.
-            found.append(Finding(
+            changed.append(Finding(
                 "frozen-edit", ERROR, after.line(*group.path, key),
                 f"{key} of {group.name} goes from {old.spec.get(key)} to {group.spec.get(key)}, "
                 "and the operator compares without it: the cluster that runs keeps the old one",
                 _PATCH.replace("maxReplicas", key),
             ))  # fmt: skip
     if after.upgrade == "None" and _without_bounds(before) != _without_bounds(after):
-        found.append(Finding(
+        changed.append(Finding(
             "frozen-edit", ERROR, after.line(*after.cluster_path),
             "rayClusterConfig changes, and upgradeStrategy.type is None: the cluster that runs "
             "stays as it is",
             "type: NewCluster for this change, or delete the RayCluster in a quiet hour",
         ))  # fmt: skip
-    return found
+    return changed
 
 
 def _without_bounds(service: Service) -> dict[str, Any]:
-    kept = dict(service.cluster)
-    kept.pop("upgradeStrategy", None)
-    kept["workerGroupSpecs"] = [
+    rest = dict(service.cluster)
+    rest.pop("upgradeStrategy", None)
+    rest["workerGroupSpecs"] = [
         {key: value for key, value in group.spec.items() if key not in _LEFT_OUT}
         for group in service.workers
     ]
-    return kept
+    return rest
 
 
 @rule("no-maximum")
 def _no_maximum(service: Service) -> Iterator[Finding]:
     for group in service.workers:
-        if group.most >= UNBOUNDED:
+        if group.maximum >= UNBOUNDED:
             yield Finding(
                 "no-maximum", WARNING, service.line(*group.path),
                 f"worker group {group.name} has no maxReplicas: the default is {UNBOUNDED}, and a "

@@ -10,11 +10,15 @@ from kuberay.rules.finding import ERROR, WARNING, Finding, rule
 @rule("one-sided-variable")
 def _one_sided(service: Service) -> Iterator[Finding]:
     """Variables that Ray Serve reads at import, in every process: head and workers must agree."""
-    known = [(group, *service.environment(group)) for group in service.groups]
-    names = sorted({name for _, found, _ in known for name in found if _read_at_import(name)})
+    environments = [(group, *service.environment(group)) for group in service.groups]
+    names = sorted(
+        {name for _, variables, _ in environments for name in variables if _read_at_import(name)}
+    )
     for name in names:
-        having = [group for group, found, _ in known if name in found]
-        lacking = [group for group, found, whole in known if name not in found and whole]
+        having = [group for group, variables, _ in environments if name in variables]
+        lacking = [
+            group for group, variables, whole in environments if name not in variables and whole
+        ]
         for group in lacking:
             yield Finding(
                 "one-sided-variable", ERROR, service.environment_line(having[0], name),
@@ -22,7 +26,7 @@ def _one_sided(service: Service) -> Iterator[Finding]:
                 "import in every process, and the two sides then disagree about who serves",
                 f"the same in the env of {group.name}",
             )  # fmt: skip
-        values = {found[name] for _, found, _ in known if found.get(name)}
+        values = {variables[name] for _, variables, _ in environments if variables.get(name)}
         if len(values) > 1 and not lacking:
             yield Finding(
                 "one-sided-variable", ERROR, service.environment_line(having[-1], name),
@@ -39,8 +43,8 @@ def _read_at_import(name: str) -> bool:
 def _haproxy_alone(service: Service) -> Iterator[Finding]:
     pair = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
     for group in service.groups:
-        found, whole = service.environment(group)
-        on = [name for name in pair if found.get(name) == "1"]
+        variables, whole = service.environment(group)
+        on = [name for name in pair if variables.get(name) == "1"]
         if len(on) == 1 and whole:
             (other,) = set(pair) - set(on)
             effect = (

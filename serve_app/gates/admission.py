@@ -185,7 +185,7 @@ class AdmissionGate:
             await self.app(scope, receive, send)
             return
         response = _Response(send, self._engine_error)
-        asked: Reading = scope.get("state", {}).get("reading") or Reading(sequences=1)
+        parsed: Reading = scope.get("state", {}).get("reading") or Reading(sequences=1)
         came_s = time.monotonic()
         self.signals.arrived()
         try:
@@ -193,9 +193,11 @@ class AdmissionGate:
                 if not self.healthy():
                     raise self._unavailable()
                 queue_timeout_s = self.limits.queue_timeout_s
-                async with self.admission.slot(asked.sequences, queue_timeout_s, asked.body_bytes):
+                async with self.admission.slot(
+                    parsed.sequences, queue_timeout_s, parsed.body_bytes
+                ):
                     wait_s = time.monotonic() - came_s
-                    self.signals.admitted(wait_s, asked.body_bytes)
+                    self.signals.admitted(wait_s, parsed.body_bytes)
                     self.waited(wait_s)
                     await self._answer(scope, receive, response)
             await response.end(scope)

@@ -87,13 +87,13 @@ class WithoutThinking:
 
 def _without_thinking(body: bytes) -> bytes:
     try:
-        asked = json.loads(body)
-        if asked["thinking"]["type"] != "enabled":
+        data = json.loads(body)
+        if data["thinking"]["type"] != "enabled":
             return body
     except (ValueError, KeyError, TypeError, RecursionError):
         return body  # vLLM says what is wrong with it.
-    del asked["thinking"]
-    return json.dumps(asked).encode()
+    del data["thinking"]
+    return json.dumps(data).encode()
 
 
 def _rewritten(status: int, body: bytes) -> bytes:

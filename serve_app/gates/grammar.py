@@ -77,9 +77,9 @@ def _whole(value: Any) -> int:
 def _repetitions(pattern: str) -> set[_Bounds]:
     """The counted repetitions of a regular expression."""
     return {
-        (min(int(found[1] or 0), _LONGEST), min(int(found[2] or 0), _LONGEST))
-        for found in _REPETITION.finditer(pattern)
-        if len(found[0]) < 40
+        (min(int(match[1] or 0), _LONGEST), min(int(match[2] or 0), _LONGEST))
+        for match in _REPETITION.finditer(pattern)
+        if len(match[0]) < 40
     }
 
 

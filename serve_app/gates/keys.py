@@ -107,13 +107,13 @@ def sent_digests(key: str) -> tuple[bytes, ...]:
 
 def _keys(lines: list[str]) -> Mapping[bytes, str]:
     """The names of keys, by digest."""
-    found: dict[bytes, str] = {}
+    names: dict[bytes, str] = {}
     for line in lines:
         *name, key = line.split() or [""]
         if key:
             digest = hashlib.sha256(key.encode())
-            found.setdefault(digest.digest(), " ".join(name) or digest.hexdigest()[:8])
-    return found
+            names.setdefault(digest.digest(), " ".join(name) or digest.hexdigest()[:8])
+    return names
 
 
 class KeyGate:

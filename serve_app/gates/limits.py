@@ -33,13 +33,13 @@ class LimitGate:
         try:
             route = _route(scope["path"])
             body = await self._body(scope, receive)
-            asked = reading.read(route, body) if scope["method"] == "POST" else Reading()
-            check(asked, self.limits)
+            parsed = reading.read(route, body) if scope["method"] == "POST" else Reading()
+            check(parsed, self.limits)
         except RequestError as error:
             await error(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state["route"], state["reading"] = route, asked
+        state["route"], state["reading"] = route, parsed
         await self.app(scope, _replay(body, receive), send)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
@@ -69,32 +69,32 @@ class LimitGate:
         return b"".join(chunks)
 
 
-def check(asked: Reading, limits: Limits) -> None:
+def check(parsed: Reading, limits: Limits) -> None:
     """Whether a request stays within the limits of one request.
 
     Raises:
         BadRequest: it does not; names the field.
     """
     bounds: list[tuple[str, int, int | None]] = [
-        ("n", asked.choices, limits.max_n),
-        ("best_of", asked.best_of, limits.max_n),
-        ("the number of messages", asked.messages, limits.max_messages),
-        *((name, value, limits.max_tokens) for name, value in asked.token_bounds),
+        ("n", parsed.choices, limits.max_n),
+        ("best_of", parsed.best_of, limits.max_n),
+        ("the number of messages", parsed.messages, limits.max_messages),
+        *((name, value, limits.max_tokens) for name, value in parsed.token_bounds),
         # Of other prompts vLLM counts the tokens (replica/bounds.py).
-        ("the number of token_ids", asked.token_ids, limits.max_prompt_tokens),
+        ("the number of token_ids", parsed.token_ids, limits.max_prompt_tokens),
     ]
     for field, value, bound in bounds:
         if bound is not None and value > bound:
             param = field.rpartition(" ")[2]
             raise BadRequest(f"{field} is {value}, above this server's {bound}.", param=param)
-    if asked.sequences > limits.max_sequences:
+    if parsed.sequences > limits.max_sequences:
         raise BadRequest(
-            f"The request makes {asked.sequences} sequences of prompts and choices, above this "
+            f"The request makes {parsed.sequences} sequences of prompts and choices, above this "
             f"server's {limits.max_sequences}. Send it in parts."
         )
-    if asked.grammar_bytes > limits.max_grammar_bytes:
+    if parsed.grammar_bytes > limits.max_grammar_bytes:
         raise BadRequest(
-            f"The grammar of the answer is too large: {asked.grammar_bytes} bytes, above "
+            f"The grammar of the answer is too large: {parsed.grammar_bytes} bytes, above "
             f"this server's {limits.max_grammar_bytes}."
         )
 

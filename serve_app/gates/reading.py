@@ -177,13 +177,13 @@ def _refuse_removed(fields: _Body) -> None:
 
 def _token_bounds(fields: _Body, sampling: dict[str, Any]) -> tuple[tuple[str, int], ...]:
     """In vLLM's order of precedence; without those that are absent."""
-    found = (
+    bounds = (
         ("max_completion_tokens", _whole(fields.max_completion_tokens)),
         ("max_tokens", _whole(fields.max_tokens)),
         ("max_output_tokens", _whole(fields.max_output_tokens)),
         ("sampling_params.max_tokens", _whole(sampling.get("max_tokens"))),
     )
-    return tuple((name, value) for name, value in found if value is not None)
+    return tuple((name, value) for name, value in bounds if value is not None)
 
 
 def _sequences(counts: Counts, fields: _Body, choices: int) -> int:
@@ -204,8 +204,8 @@ def _sequences(counts: Counts, fields: _Body, choices: int) -> int:
             return max(1, _member_count(fields.questions))
         case Counts.INPUTS:
             several = (fields.texts, fields.images, fields.inputs)
-            one = max(_prompts(fields.input), _prompts(fields.messages))
-            return max(one, sum(len(_list(each)) for each in several))
+            prompts = max(_prompts(fields.input), _prompts(fields.messages))
+            return max(prompts, sum(len(_list(each)) for each in several))
         case Counts.PAIRS:
             texts = (fields.text_1, fields.text_2, fields.data_1, fields.data_2)
             sides = (*texts, fields.queries, fields.documents, fields.items)

@@ -23,18 +23,18 @@ class RefusalGate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        held: Message | None = None
+        pending_start: Message | None = None
         refused = False
 
         async def first_event_first(message: Message) -> None:
-            nonlocal held, refused
+            nonlocal pending_start, refused
             if refused:
                 return  # "[DONE]" of the stream that was none.
             if message["type"] == "http.response.start" and _is_stream(message):
-                held = message
+                pending_start = message
                 return
-            if held is not None:
-                start, held = held, None
+            if pending_start is not None:
+                start, pending_start = pending_start, None
                 if (refusal := _refusal(message.get("body", b""))) is not None:
                     refused = True
                     await _refuse(start, *refusal, send)

@@ -92,8 +92,8 @@ class Gateway:
         replicas = Fleet()
         router = routing.make(self._settings.gateway.routing, random.Random())
 
-        def replace(found: Found) -> None:
-            for gone in replicas.update(found):
+        def replace(discovered: Found) -> None:
+            for gone in replicas.update(discovered):
                 router.forget(gone)
 
         listen(handle.deployment_name, replace)

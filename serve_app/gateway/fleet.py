@@ -51,7 +51,7 @@ class Fleet:
     _all: dict[str, Upstream] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def update(self, found: "Found") -> list[str]:
+    def update(self, replicas: "Found") -> list[str]:
         """Replace all replicas by those that Ray Serve reports; returns the names that are gone.
 
         A replica that was known before keeps its load and its failures.
@@ -59,7 +59,7 @@ class Fleet:
         before = self._all
         self._all = {
             name: before.get(name) or Upstream(name, metadata["address"], metadata["token"])
-            for name, metadata in found
+            for name, metadata in replicas
             if "address" in metadata
         }
         self._changed.set()
@@ -86,14 +86,14 @@ class Fleet:
     ) -> list[Upstream]:
         """As `ready`, once there is one; empty if there is none within `timeout_s`."""
         deadline_s = self.clock() + timeout_s
-        while not (found := self.ready(without)) and (left_s := deadline_s - self.clock()) > 0:
+        while not (ready := self.ready(without)) and (left_s := deadline_s - self.clock()) > 0:
             self._changed.clear()
             # No event says that a replica has been avoided for long enough.
             try:
                 await asyncio.wait_for(self._changed.wait(), min(left_s, 0.1))
             except TimeoutError:
                 continue
-        return found
+        return ready
 
     def failed(self, replica: Upstream) -> None:
         """Avoid it for a while, longer with each failure in a row."""
@@ -116,8 +116,8 @@ def listen(deployment: str, listener: Listener) -> None:
     """Call `listener` in the current event loop whenever replicas of a deployment come or go."""
     loop = asyncio.get_running_loop()
 
-    def notify(found: Found) -> None:
-        loop.call_soon_threadsafe(listener, found)
+    def notify(replicas: Found) -> None:
+        loop.call_soon_threadsafe(listener, replicas)
 
     _listeners[deployment] = notify
 

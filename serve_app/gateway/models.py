@@ -63,7 +63,7 @@ class Models:
         if scope["method"] == "GET" and path == _LIST_PATH:
             await _reply(send, {"object": "list", "data": await self._cards(request)})
         elif scope["method"] == "GET" and path.startswith(f"{_LIST_PATH}/"):
-            await self._one(scope, receive, send, request)
+            await self._model_card(scope, receive, send, request)
         else:
             await self._forward(scope, receive, send, request)
 
@@ -98,7 +98,9 @@ class Models:
         error = Unavailable(f"No replica of {', '.join(self._relays)}.", retry_after_s=1.0)
         await error(scope, receive, send)
 
-    async def _one(self, scope: Scope, receive: Receive, send: Send, request: Request) -> None:
+    async def _model_card(
+        self, scope: Scope, receive: Receive, send: Send, request: Request
+    ) -> None:
         name = unquote(scope["path"].rstrip("/")[len(_LIST_PATH) + 1 :])
         cards = await self._cards(request)
         if (card := next((card for card in cards if card["id"] == name), None)) is not None:
@@ -148,8 +150,8 @@ def adapters_of(engine: Mapping[str, Any]) -> list[str]:
                 names.append(each.partition("=")[0])
                 continue
             module = msgspec.json.decode(each)
-        for one in module if isinstance(module, list) else [module]:
-            names.append(str(one["name"]))
+        for module_of in module if isinstance(module, list) else [module]:
+            names.append(str(module_of["name"]))
     return names
 
 

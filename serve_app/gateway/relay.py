@@ -124,7 +124,7 @@ class Relay:
         busy_until_s: float | None = None
         while True:
             replica = await self._choose(request)
-            known = len(answer.stream.progress.groups)
+            sent_before = len(answer.stream.progress.groups)
             try:
                 with _carrying(replica, request):
                     await self._forward(replica, request, answer)
@@ -137,7 +137,7 @@ class Relay:
                 if self.replicas.has_others(request.tried):
                     continue
                 if not answer.begun:
-                    await answer.whole(busy.said)
+                    await answer.whole(busy.refusal)
                     return
                 # Who has been sent the half of an answer is not sent away: there will be room.
                 busy_until_s = busy_until_s or time.monotonic() + self._settings.replica_timeout_s
@@ -149,7 +149,7 @@ class Relay:
                 request.tried.append(replica.name)
                 self.replicas.failed(replica)
                 self._router.forget(replica.name)
-                went_on = len(answer.stream.progress.groups) - known >= _INNOCENT
+                went_on = len(answer.stream.progress.groups) - sent_before >= _INNOCENT
                 metrics.failed_attempts.labels(self._model, failure.kind).inc()
                 logger.warning(
                     "replica %s failed: %s", replica.name, failure, extra={"request_id": request.id}
@@ -189,14 +189,14 @@ class Relay:
             if self.may_sleep:
                 timeout_s = self.timeout_s
         with metrics.unplaced.labels(self._model).track_inprogress():
-            found = await self.replicas.wait_until_ready(timeout_s, request.tried)
-        if not found:
+            ready = await self.replicas.wait_until_ready(timeout_s, request.tried)
+        if not ready:
             raise Unavailable(f"No replica within {timeout_s:g} s.", retry_after_s=1.0)
         candidates = [
-            Candidate(replica.name, replica.outstanding, replica.running) for replica in found
+            Candidate(replica.name, replica.outstanding, replica.running) for replica in ready
         ]
         choice = self._router.choose(candidates, request.keys, request.session)
-        return next(replica for replica in found if replica.name == choice.name)
+        return next(replica for replica in ready if replica.name == choice.name)
 
     async def _forward(self, replica: Upstream, request: Request, answer: Answer) -> None:
         """Send the request to one replica, and its answer to the client.
@@ -244,7 +244,7 @@ async def _received(response: aiohttp.ClientResponse, answer: Answer, visit: Vis
         if how == ABSENT:
             raise ReplicaFailed("its engine is being started anew", "connection")
         raise ReplicaFailed("its engine failed")
-    headers = _kept(response)
+    headers = _forwarded_headers(response)
     if response.content_type != "text/event-stream":
         whole = Whole(response.status, headers, await response.read())
         if response.status in (429, 503):
@@ -268,9 +268,9 @@ async def _received(response: aiohttp.ClientResponse, answer: Answer, visit: Vis
 class Busy(Exception):
     """A replica takes nothing now: what it said, for when all say so."""
 
-    def __init__(self, said: Whole) -> None:
-        super().__init__(f"status {said.status}")
-        self.said = said
+    def __init__(self, refusal: Whole) -> None:
+        super().__init__(f"status {refusal.status}")
+        self.refusal = refusal
 
 
 FAILURES = ("connection", "died", "malformed", "silent")
@@ -313,13 +313,13 @@ def _sent(
     stream.again()
     if stream.sent:
         progress = msgspec.structs.replace(stream.progress, repeat=stream.method is Method.REPEAT)
-        known = msgspec.json.encode(progress)
-        headers.append((CONTINUE_HEADER, str(len(known))))
-        body = known + body
+        encoded = msgspec.json.encode(progress)
+        headers.append((CONTINUE_HEADER, str(len(encoded))))
+        body = encoded + body
     return headers, body
 
 
-def _kept(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
+def _forwarded_headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
     """A replica's headers, less those of its connection."""
     named = ((name.lower(), value) for name, value in response.raw_headers)
     return [(name, value) for name, value in named if name not in HOP_HEADERS]

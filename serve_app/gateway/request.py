@@ -69,14 +69,14 @@ class Request:
         query = scope.get("query_string", b"").decode("latin-1")
         raw = scope.get("raw_path") or quote(scope["path"]).encode()
         path = raw.decode("latin-1").partition("?")[0] + (f"?{query}" if query else "")
-        asked = _reading(scope, body)
+        parsed = _reading(scope, body)
         header = _text(given.get(session_header.encode(), b""))
-        made = cls(request_id, scope["method"], path, headers, body, model=asked.model)
-        made.session = header or asked.session
-        if asked.sequences:
+        made = cls(request_id, scope["method"], path, headers, body, model=parsed.model)
+        made.session = header or parsed.session
+        if parsed.sequences:
             # The KV cache of an adapter is not the one of its model, or of another adapter.
-            made.keys = prefix_keys(asked.prompt_head, of=asked.model)
-            made.tokens = _expected_tokens(asked)
+            made.keys = prefix_keys(parsed.prompt_head, of=parsed.model)
+            made.tokens = _expected_tokens(parsed)
         return made
 
     def listing(self, path: str) -> "Request":
@@ -103,8 +103,8 @@ def _reading(scope: Scope, body: bytes) -> Reading:
         return Reading()  # The engine says what is wrong with it.
 
 
-def _expected_tokens(asked: Reading) -> int:
+def _expected_tokens(parsed: Reading) -> int:
     """What a request is taken to cost a replica; a huge bound says nothing of the answer."""
-    answer = asked.max_tokens or _TOKENS_EXPECTED
-    most = min(max(answer, 1), _MOST_TOKENS_EXPECTED)
-    return asked.body_bytes // _BYTES_A_TOKEN + most * asked.sequences
+    answer = parsed.max_tokens or _TOKENS_EXPECTED
+    bound = min(max(answer, 1), _MOST_TOKENS_EXPECTED)
+    return parsed.body_bytes // _BYTES_A_TOKEN + bound * parsed.sequences

@@ -85,18 +85,18 @@ class Choice:
 
 
 def prefix_keys(
-    prompt: bytes, block_bytes: int = BLOCK_BYTES, most: int = 256, of: str | None = None
+    prompt: bytes, block_bytes: int = BLOCK_BYTES, max_keys: int = 256, of: str | None = None
 ) -> tuple[int, ...]:
     """A chain: key i stands for bytes 0 to (i + 1) * `block_bytes`; a last, shorter block has none.
 
     Two prompts have keys in common only where `of` is the same too: the name of model or adapter.
-    After `most` blocks it ends: who shares so much shares what matters. Python's own hash is the
-    fastest there is here, and its secret keeps clients from making two prompts of one key. So keys
-    are of this process only.
+    The chain ends after `max_keys` blocks: a longer common prefix changes no choice. Python's own
+    hash is the fastest one here, and its secret keeps clients from constructing two prompts with
+    the same key. So keys are valid in this process only.
     """
     keys = []
     key = hash(of)
-    for end in range(block_bytes, min(len(prompt), most * block_bytes) + 1, block_bytes):
+    for end in range(block_bytes, min(len(prompt), max_keys * block_bytes) + 1, block_bytes):
         key = hash((key, prompt[end - block_bytes : end]))
         keys.append(key)
     return tuple(keys)
@@ -197,12 +197,14 @@ class PrefixRouter(Router):
 
     def _limit(self, candidates: Sequence[Candidate]) -> float:
         """The most outstanding tokens of one that is not too busy."""
-        each = sorted(one.outstanding / one.requests for one in candidates if one.requests)
+        each = sorted(
+            replica.outstanding / replica.requests for replica in candidates if replica.requests
+        )
         # One estimate that is far off must not make everybody else look idle.
-        most = _ODD * each[(len(each) - 1) // 2] if each else 0.0
+        highest = _ODD * each[(len(each) - 1) // 2] if each else 0.0
         tokens, requests = 0.0, 0
         for candidate in candidates:
-            tokens += min(candidate.outstanding, most * candidate.requests)
+            tokens += min(candidate.outstanding, highest * candidate.requests)
             requests += candidate.requests
         slack_tokens = self._slack_requests * tokens / max(requests, 1)
         limit = self._factor * (tokens / len(candidates)) + slack_tokens
@@ -250,9 +252,9 @@ class PrefixRouter(Router):
     def _remember(self, name: str, keys: Sequence[int], session: str | None) -> None:
         if session is not None:
             # A header may be long: its hash is not.
-            known = hash(session)
-            self._sessions[known] = name
-            self._sessions.move_to_end(known)
+            key = hash(session)
+            self._sessions[key] = name
+            self._sessions.move_to_end(key)
             if len(self._sessions) > _MAX_SESSIONS:
                 self._sessions.popitem(last=False)
         if not keys:
@@ -325,10 +327,10 @@ class _Memory:
                 high = middle - 1
         return low
 
-    def remember(self, keys: Sequence[int], most: int) -> None:
-        """Put a chain in, of which the first `most` count; so many are a generation."""
-        keys = keys[:most]
-        if len(self.young) + len(keys) > most:
+    def remember(self, keys: Sequence[int], max_keys: int) -> None:
+        """Put a chain in, of which the first `max_keys` count; so many are a generation."""
+        keys = keys[:max_keys]
+        if len(self.young) + len(keys) > max_keys:
             self.age()
         self.young.update(keys)
 
@@ -425,10 +427,10 @@ def _less_busy_of_two(candidates: Sequence[Candidate], rng: random.Random) -> Ca
     count = len(candidates)
     if count == 1:
         return candidates[0]
-    one = int(rng.random() * count)
+    pick = int(rng.random() * count)
     # Any but the first one, each as likely.
-    other = (one + 1 + int(rng.random() * (count - 1))) % count
-    first, second = candidates[one], candidates[other]
+    other = (pick + 1 + int(rng.random() * (count - 1))) % count
+    first, second = candidates[pick], candidates[other]
     return second if second.outstanding < first.outstanding else first
 
 
@@ -437,4 +439,6 @@ def _least(candidates: Sequence[Candidate], loads: Sequence[int], rng: random.Ra
     least = min(loads)
     if loads.count(least) == 1:
         return candidates[loads.index(least)]
-    return rng.choice([one for one, load in zip(candidates, loads, strict=True) if load == least])
+    return rng.choice(
+        [candidate for candidate, load in zip(candidates, loads, strict=True) if load == least]
+    )

@@ -26,13 +26,13 @@ _HEADERS = frozenset(
 _ROLES = frozenset({"system", "user", "assistant"})
 
 
-def _whole(least: int, most: int) -> Check:
+def _whole(minimum: int, maximum: int) -> Check:
     # A bool is an int, and type() tells them apart.
-    return lambda value: type(value) is int and least <= value <= most
+    return lambda value: type(value) is int and minimum <= value <= maximum
 
 
-def _number(least: float, most: float) -> Check:
-    return lambda value: type(value) in (int, float) and least <= value <= most
+def _number(minimum: float, maximum: float) -> Check:
+    return lambda value: type(value) in (int, float) and minimum <= value <= maximum
 
 
 def _or_null(check: Check) -> Check:
@@ -174,15 +174,15 @@ def _size_obstacle(
     route = routes.find(path)
     assert route is not None
     try:
-        asked = reading.read(route, body)
+        parsed = reading.read(route, body)
     except RequestError:
         return "the body"
-    if asked.max_tokens is None and limits.max_tokens is not None:
+    if parsed.max_tokens is None and limits.max_tokens is not None:
         return "the default of max_tokens"
-    if values.get("min_tokens", 0) > (asked.max_tokens or served.max_model_len):
+    if values.get("min_tokens", 0) > (parsed.max_tokens or served.max_model_len):
         return "the field min_tokens"
-    if asked.prompt_tokens + (asked.max_tokens or 1) > served.max_model_len:
+    if parsed.prompt_tokens + (parsed.max_tokens or 1) > served.max_model_len:
         return "the length of the prompt"
-    if limits.max_prompt_tokens is not None and asked.prompt_tokens > limits.max_prompt_tokens:
+    if limits.max_prompt_tokens is not None and parsed.prompt_tokens > limits.max_prompt_tokens:
         return "the length of the prompt"
     return None

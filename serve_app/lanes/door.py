@@ -65,26 +65,26 @@ class Ends:
         self._expected: dict[str, deque[asyncio.Future[Ended]]] = defaultdict(deque)
 
     def expect(self, request_id: str) -> "asyncio.Future[Ended]":
-        found: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
-        self._expected[request_id].append(found)
-        return found
+        end: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._expected[request_id].append(end)
+        return end
 
     def tell(self, ended: Ended) -> None:
         """The engine ended a request."""
         for request_id in client_ids(ended.request_id):
             if waiting := self._expected.get(request_id):
-                found = waiting.popleft()
-                if not found.done():
-                    found.set_result(ended)
+                end = waiting.popleft()
+                if not end.done():
+                    end.set_result(ended)
                 if not waiting:
                     del self._expected[request_id]
                 return
 
-    def forget(self, request_id: str, found: "asyncio.Future[Ended]") -> None:
+    def forget(self, request_id: str, end: "asyncio.Future[Ended]") -> None:
         """Nobody waits for it any more."""
         waiting = self._expected.get(request_id)
-        if waiting and found in waiting:
-            waiting.remove(found)
+        if waiting and end in waiting:
+            waiting.remove(end)
         if not waiting:
             self._expected.pop(request_id, None)
 
@@ -117,39 +117,39 @@ class Grant:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = request_id or uuid.uuid4().hex  # The meter gives one, where there is a meter.
-        found = self._ends.expect(request_id)
+        end = self._ends.expect(request_id)
         frontend = self._frontend()
         await receive()  # The body, which HAProxy keeps.
         address = f"{frontend.host} {frontend.port} {frontend.token}"
         grant = f"fast {address} {request_id} {round(self._timeout_s() * 1000)}\n"
-        asked: Reading = scope.get("state", {}).get("reading") or Reading(stream=True)
-        kind = b"text/event-stream" if asked.stream else b"application/json"
+        parsed: Reading = scope.get("state", {}).get("reading") or Reading(stream=True)
+        kind = b"text/event-stream" if parsed.stream else b"application/json"
         headers = [(b"content-type", kind)]
         start = {"type": "http.response.start", "status": 200, "headers": headers}
         try:
             await send({**start, "grant": grant.encode()})
             status = (await receive()).get("status", 200)
-            ended = await self._ended(found) if status == 200 else None
+            ended = await self._ended(end) if status == 200 else None
         except asyncio.CancelledError:  # Longer than request_timeout_s.
             await self._abort(request_id)
-            self._count(Timeline.of(await self._ended(found), 200))
+            self._count(Timeline.of(await self._ended(end), 200))
             raise
         finally:
-            self._ends.forget(request_id, found)
+            self._ends.forget(request_id, end)
         timeline = Timeline.of(ended, status)
         self._count(timeline)
         # Of what the client got, what the meter reads of an answer in one piece.
         usage = {"usage": {"completion_tokens": timeline.generated_tokens}}
-        body = b"" if asked.stream else msgspec.json.encode(usage)
+        body = b"" if parsed.stream else msgspec.json.encode(usage)
         await send({"type": "http.response.body", "body": body, "timeline": timeline})
 
     def _count(self, timeline: Timeline) -> None:
         metrics.prompt_tokens.labels(self._model, tenant.get()).inc(timeline.prompt_tokens)
         metrics.generated_tokens.labels(self._model, tenant.get()).inc(timeline.generated_tokens)
 
-    async def _ended(self, found: "asyncio.Future[Ended]") -> Ended | None:
+    async def _ended(self, end: "asyncio.Future[Ended]") -> Ended | None:
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(asyncio.shield(found), _REPORT_S)
+            return await asyncio.wait_for(asyncio.shield(end), _REPORT_S)
         return None
 
 

@@ -108,9 +108,11 @@ def diagnose(config: Path, model: str | None = None) -> list[Check]:
     ]
 
 
-def python(found: tuple[int, ...]) -> Check:
-    ok = (3, 11) <= found[:2] < (3, 13)
-    return Check("Python", ok, ".".join(map(str, found)), "" if ok else "use Python 3.11 or 3.12")
+def python(version_info: tuple[int, ...]) -> Check:
+    ok = (3, 11) <= version_info[:2] < (3, 13)
+    return Check(
+        "Python", ok, ".".join(map(str, version_info)), "" if ok else "use Python 3.11 or 3.12"
+    )
 
 
 def version(
@@ -119,38 +121,38 @@ def version(
     # The CPU build of vLLM is another distribution of the same module.
     for distribution in (name, f"{name}-cpu"):
         try:
-            found = installed(distribution)
+            version_found = installed(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
-        ok = found.split("+")[0] == pin
+        ok = version_found.split("+")[0] == pin
         mend = "" if ok else f"run `make install`, which installs {name} {pin}"
-        return Check(name, ok, f"{found} ({distribution})", mend)
+        return Check(name, ok, f"{version_found} ({distribution})", mend)
     return Check(name, False, "not installed", "run `make install`")
 
 
 def engine_arguments(settings: Settings) -> Check:
     """Whether vLLM takes every argument of `engine`, asked of a process of its own: a broken vllm
     must not end this one."""
-    told = json.dumps(dict(settings.engine), sort_keys=True, default=str)
-    digest = hashlib.sha256(f"{PINS['vllm']} {told}".encode()).hexdigest()
+    encoded = json.dumps(dict(settings.engine), sort_keys=True, default=str)
+    digest = hashlib.sha256(f"{PINS['vllm']} {encoded}".encode()).hexdigest()
     # vLLM takes ten seconds to import. Arguments that name no file are good once and for all.
-    known = embedded.cache_dir() / "engine-arguments" / digest
-    if not known.exists():
-        asked = subprocess.run(
+    cache_file = embedded.cache_dir() / "engine-arguments" / digest
+    if not cache_file.exists():
+        outcome = subprocess.run(
             [sys.executable, "-m", "serve_app.replica.arguments"],
-            input=told,
+            input=encoded,
             env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
             capture_output=True,
             text=True,
             check=False,
         )
-        if asked.returncode != 0:
-            lines = (asked.stdout or asked.stderr).strip().splitlines()
-            found = lines[-1] if lines else f"the check ended with status {asked.returncode}"
-            return Check("engine arguments", False, found, "correct this key")
-        if "/" not in told:
-            known.parent.mkdir(parents=True, exist_ok=True)
-            known.touch()
+        if outcome.returncode != 0:
+            lines = (outcome.stdout or outcome.stderr).strip().splitlines()
+            message = lines[-1] if lines else f"the check ended with status {outcome.returncode}"
+            return Check("engine arguments", False, message, "correct this key")
+        if "/" not in encoded:
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            cache_file.touch()
     return Check("engine arguments", True, f"vLLM takes all {len(settings.engine)}")
 
 
@@ -165,34 +167,34 @@ def gpu_checks(gpus: Sequence[Gpu]) -> list[Check]:
         memory_of = "memory unknown"
         if gpu.memory_bytes is not None:
             memory_of = f"{gpu.memory_bytes / GIB:.1f} GiB"
-        found = f"{gpu.name}, {memory_of}, compute capability {capability}"
+        description = f"{gpu.name}, {memory_of}, compute capability {capability}"
         mend = "" if ok else "vLLM needs compute capability 7.0 (Volta) or more"
-        checks.append(Check(f"GPU {index}", ok, found, mend))
+        checks.append(Check(f"GPU {index}", ok, description, mend))
     return [*checks, cuda(gpus[0].driver_version), compilers(kernels.tools(), os.environ)]
 
 
-def compilers(found: Tools, environ: Mapping[str, str]) -> Check:
+def compilers(tools: Tools, environ: Mapping[str, str]) -> Check:
     """Whether what an engine compiles when it starts can be compiled, and what it does without."""
 
     def bad(what: str, mend: str) -> Check:
         return Check("compilers", False, what, mend)
 
-    if not found.compile_triton:
-        missing = "no Python.h" if found.c_compiler else "no C compiler"
+    if not tools.compile_triton:
+        missing = "no Python.h" if tools.c_compiler else "no C compiler"
         package = f"python{sys.version_info[0]}.{sys.version_info[1]}-dev"
         mend = f"install gcc and Python's headers (Debian, Ubuntu: apt install gcc {package})"
         return bad(f"{missing}, and Triton compiles in every start", mend)
-    if insisted := kernels.insisted_on(found, environ):
+    if insisted := kernels.insisted_on(tools, environ):
         what = f"{insisted[0]}={environ[insisted[0]]}, and nothing to compile its kernels with"
         return bad(what, f"unset {insisted[0]}, or install the CUDA toolkit, g++ and ninja")
-    if found.nvcc and found.ninja and not found.cxx_compiler:
-        what = f"{found.nvcc} without a C++ compiler: vLLM would begin to compile, and fail"
+    if tools.nvcc and tools.ninja and not tools.cxx_compiler:
+        what = f"{tools.nvcc} without a C++ compiler: vLLM would begin to compile, and fail"
         return bad(what, "install g++, or set CUDA_HOME to a folder without bin/nvcc")
-    triton = f"{found.c_compiler} for Triton"
-    if not kernels.turned_off(found, {}):
-        return Check("compilers", True, f"{triton}, {found.nvcc} for FlashInfer and DeepGEMM")
-    missing = "nvcc" if not found.nvcc else "ninja" if not found.ninja else "C++ compiler"
-    without = "DeepGEMM" if found.prebuilt else "FlashInfer and DeepGEMM"
+    triton = f"{tools.c_compiler} for Triton"
+    if not kernels.turned_off(tools, {}):
+        return Check("compilers", True, f"{triton}, {tools.nvcc} for FlashInfer and DeepGEMM")
+    missing = "nvcc" if not tools.nvcc else "ninja" if not tools.ninja else "C++ compiler"
+    without = "DeepGEMM" if tools.prebuilt else "FlashInfer and DeepGEMM"
     return Check("compilers", True, f"{triton}; no {missing}: without {without}, as the image")
 
 
@@ -211,34 +213,34 @@ def memory(settings: Settings, gpus: tuple[Gpu, ...]) -> Check:
     if not gpus:
         return Check("GPU memory", True, "no GPU")
     try:
-        asked = EngineMemory.of(settings.engine)
+        requested = EngineMemory.of(settings.engine)
         model = settings.model
         if model == "auto":
-            model = choose_model(gpus, asked)
+            model = choose_model(gpus, requested)
         shape = shape_of(model, settings.engine)
-        usable = usable_bytes(gpus, asked)
+        usable = usable_bytes(gpus, requested)
         if shape is None or usable is None:
             unknown = "the GPU's memory" if usable is None else "its size"
             return Check("GPU memory", True, f"{model}: {unknown} is not known; vLLM measures it")
         pp = settings.pipeline_parallel_size or 1
         size = settings.tensor_parallel_size or choose_tensor_parallel_size(
-            model, shape, gpus, asked, pp
+            model, shape, gpus, requested, pp
         )
     except ConfigError as error:
         return Check("GPU memory", False, str(error), "a smaller model or a larger GPU")
-    needed = needed_bytes(shape, asked, size, pp)
-    least = needed_bytes(shape, asked, size, pp, MIN_OVERHEAD_BYTES)
+    needed = needed_bytes(shape, requested, size, pp)
+    least = needed_bytes(shape, requested, size, pp, MIN_OVERHEAD_BYTES)
     # vLLM asks for its share to be free even where a size is set for the KV cache.
-    share = int(min(g.memory_bytes or 0 for g in gpus) * asked.utilization)
+    share = int(min(g.memory_bytes or 0 for g in gpus) * requested.utilization)
     free = min(usable if g.free_bytes is None else g.free_bytes for g in gpus)
-    found = (
+    summary = (
         f"{model} on {size} GPU(s): {needed / GIB:.1f} GiB each needed, "
         f"{usable / GIB:.1f} GiB asked for, {free / GIB:.1f} GiB free; "
-        f"{shape.kv_bytes_per_token(asked.kv_value_bytes) // 1024} KiB of KV cache a token"
+        f"{shape.kv_bytes_per_token(requested.kv_value_bytes) // 1024} KiB of KV cache a token"
     )
     ok = least <= min(usable, free) and share <= free
     mend = "" if ok else "end what uses the GPU (nvidia-smi shows it), or take a smaller model"
-    return Check("GPU memory", ok, found, mend)
+    return Check("GPU memory", ok, summary, mend)
 
 
 def weights(settings: Settings, gpus: Sequence[Gpu]) -> Check:
@@ -247,8 +249,8 @@ def weights(settings: Settings, gpus: Sequence[Gpu]) -> Check:
     if model == "auto" and not gpus:
         ok = embedded.installed()
         mend = "" if ok else "run `make install`"
-        found = "converted" if embedded.converted() else "converted at the first start"
-        return Check("weights", ok, f"{embedded.NAME}: {found}" if ok else "not installed", mend)
+        summary = "converted" if embedded.converted() else "converted at the first start"
+        return Check("weights", ok, f"{embedded.NAME}: {summary}" if ok else "not installed", mend)
     if model == "auto":
         try:
             model = choose_model(tuple(gpus), EngineMemory.of(settings.engine))
@@ -272,9 +274,9 @@ def weights(settings: Settings, gpus: Sequence[Gpu]) -> Check:
     except CacheNotFound:
         pass  # Nothing was ever fetched on this machine: ask the hub, below.
     ok = _reachable("huggingface.co", 443)
-    found = f"{model}: {'fetched at the first start' if ok else 'not cached, hub not reachable'}"
+    summary = f"{model}: {'fetched at the first start' if ok else 'not cached, hub not reachable'}"
     mend = "" if ok else "allow the hub, or set model to a folder or an s3:// address"
-    return Check("weights", ok, found, mend)
+    return Check("weights", ok, summary, mend)
 
 
 def _reachable(host: str, port: int) -> bool:
@@ -293,8 +295,8 @@ def shared_memory(total_bytes: int) -> Check:
 
 def open_files(limit: int) -> Check:
     ok = limit == resource.RLIM_INFINITY or limit >= _MIN_OPEN_FILES
-    found = "unlimited" if limit == resource.RLIM_INFINITY else str(limit)
-    return Check("open files", ok, found, "" if ok else f"ulimit -n {_MIN_OPEN_FILES}")
+    limit_shown = "unlimited" if limit == resource.RLIM_INFINITY else str(limit)
+    return Check("open files", ok, limit_shown, "" if ok else f"ulimit -n {_MIN_OPEN_FILES}")
 
 
 def scheduler(cores: int, autogroup: Path) -> Check:
@@ -303,11 +305,11 @@ def scheduler(cores: int, autogroup: Path) -> Check:
     grouped = autogroup.is_file() and autogroup.read_text().strip() == "1"
     if not grouped or cores > _FEW_CORES:
         return Check("scheduler", True, f"{cores} cores")
-    found = (
+    summary = (
         f"{cores} cores, and Linux groups processes by session: busy ones may stop a client of "
         "another session for seconds (sysctl kernel.sched_autogroup_enabled=0 ends that)"
     )
-    return Check("scheduler", True, found)
+    return Check("scheduler", True, summary)
 
 
 def haproxy() -> Check:

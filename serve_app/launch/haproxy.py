@@ -266,17 +266,17 @@ def _frontend(text: str) -> str:
     Raises:
         UnknownTemplate: it is not stated.
     """
-    found = re.search(r"^frontend http_frontend\n *bind (\S*):(\d+)$", text, re.MULTILINE)
-    if found is None:
+    match = re.search(r"^frontend http_frontend\n *bind (\S*):(\d+)$", text, re.MULTILINE)
+    if match is None:
         raise UnknownTemplate("no address of the frontend")
-    return f"{found[1].removeprefix('*') or '127.0.0.1'}:{found[2]}"
+    return f"{match[1].removeprefix('*') or '127.0.0.1'}:{match[2]}"
 
 
 def _fallback(text: str) -> str:
     """A backend for Ray Serve's own proxy on the head node: haproxy.lua asks it for a replica."""
-    found = re.search(_FALLBACK, text, re.MULTILINE)
+    match = re.search(_FALLBACK, text, re.MULTILINE)
     return "backend fallback\n" + (
-        f"    server fallback {found[1]} check inter 1s\n" if found is not None else ""
+        f"    server fallback {match[1]} check inter 1s\n" if match is not None else ""
     )
 
 

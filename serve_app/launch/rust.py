@@ -65,8 +65,8 @@ def main() -> None:
     try:
         fetch(into)
     except (subprocess.CalledProcessError, OSError, ValueError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        lines = [line for line in said.splitlines() if line.strip()] or ["no reason given"]
+        message = getattr(error, "stderr", None) or str(error)
+        lines = [line for line in message.splitlines() if line.strip()] or ["no reason given"]
         print(f"no fast lane: vllm-rs could not be fetched: {lines[-1].strip()}")
         return
     print(f"vLLM's Rust front end is in {into}")

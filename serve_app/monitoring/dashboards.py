@@ -64,7 +64,7 @@ class Panel:
     marks: tuple[float, float] | None = None
     number: bool = False
     stacked: bool = False
-    most: float | None = None
+    maximum: float | None = None
     width: int = 8
 
 
@@ -460,7 +460,7 @@ _FULL = Row(
             "percentunit",
             {_REPLICA: _now("max", "ray_vllm_kv_cache_usage_perc", _EACH, _VLLM)},
             marks=(0.8, 0.9),
-            most=1.0,
+            maximum=1.0,
         ),
         Panel(
             309,
@@ -499,7 +499,7 @@ _FULL = Row(
             "Share of the time in which a GPU computed anything, little or much.",
             "percent",
             {"{{ip}} GPU {{GpuIndex}}": _now("max", "ray_node_gpus_utilization", "ip, GpuIndex")},
-            most=100.0,
+            maximum=100.0,
         ),
         Panel(
             313,
@@ -510,7 +510,7 @@ _FULL = Row(
                 "{{ip}} GPU {{GpuIndex}}": "max by (ip, GpuIndex) (ray_node_gram_used / "
                 "(ray_node_gram_used + ray_node_gram_available))"
             },
-            most=1.0,
+            maximum=1.0,
         ),
         Panel(
             314,
@@ -519,7 +519,7 @@ _FULL = Row(
             "percent",
             {"{{ip}}": _now("max", "ray_node_cpu_utilization", "ip")},
             marks=(80.0, 90.0),
-            most=100.0,
+            maximum=100.0,
         ),
         Panel(
             315,
@@ -528,7 +528,7 @@ _FULL = Row(
             "percentunit",
             {"{{ip}}": "max by (ip) (ray_node_mem_used / ray_node_mem_total)"},
             marks=(0.85, 0.95),
-            most=1.0,
+            maximum=1.0,
         ),
     ),
 )
@@ -661,7 +661,7 @@ _WHY = Row(
                 ),
                 "{{model}}, all": f"model:vllm_prefix_cache_hits:ratio_rate5m{{{_MODEL}}}",
             },
-            most=1.0,
+            maximum=1.0,
         ),
         Panel(
             504,
@@ -852,8 +852,8 @@ def _graph(panel: Panel) -> timeseries.Panel:
     )
     if panel.stacked:
         graph = graph.stacking(common.StackingConfig().mode(StackingMode.NORMAL))
-    if panel.most is not None:
-        graph = graph.max(panel.most)
+    if panel.maximum is not None:
+        graph = graph.max(panel.maximum)
     if panel.marks is not None:
         style = common.GraphThresholdsStyleConfig().mode(GraphTresholdsStyleMode.DASHED)
         graph = graph.thresholds_style(style)

@@ -108,15 +108,15 @@ class Status:
     def __init__(self, prometheus: Prometheus) -> None:
         self._prometheus = prometheus
         self._lock = asyncio.Lock()
-        self._found: dict[str, Any] = {}
+        self._snapshot: dict[str, Any] = {}
         self._asked_s = -math.inf
 
     async def now(self) -> dict[str, Any]:
         async with self._lock:
             if time.monotonic() - self._asked_s >= _KEEP_S:
-                self._found = await asyncio.to_thread(self._ask)
+                self._snapshot = await asyncio.to_thread(self._ask)
                 self._asked_s = time.monotonic()
-            return self._found
+            return self._snapshot
 
     def _ask(self) -> dict[str, Any]:
         try:

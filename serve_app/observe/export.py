@@ -58,15 +58,15 @@ class Exporter:
         self._over.set()
 
     def _run(self) -> None:
-        said = False
+        reported = False
         while not self._over.wait(self._interval_s):
             try:
                 self.export(REGISTRY.collect())
             except Exception:
                 # Once: a metric that cannot be exported must not fill the log, or end the others.
-                if not said:
+                if not reported:
                     logger.exception("metrics are not exported")
-                said = True
+                reported = True
 
     def export(self, families: Iterable[Metric]) -> None:
         for family in families:

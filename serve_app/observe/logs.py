@@ -22,7 +22,7 @@ _FILE_BYTES, _FILES, _FOLDER_FILES = 64 * 2**20, 4, 100
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
+def preserved() -> Iterator[None]:
     """Start an engine within this: Ray Serve's own log goes on.
 
     vllm configures logging when it is imported and when an engine is made, and Python then closes
@@ -42,13 +42,13 @@ def kept() -> Iterator[None]:
             handler.setTarget(target)  # Closed as well, it opens its file again.
 
 
-def prune(folder: Path, most: int = _FOLDER_FILES) -> None:
-    """Delete the files that were written to least recently, down to `most`.
+def prune(folder: Path, max_files: int = _FOLDER_FILES) -> None:
+    """Delete the files that were written to least recently, down to `max_files`.
 
     Each replica has files of its own, and replicas come and go.
     """
     files = sorted(folder.glob("*.log*"), key=_written_s, reverse=True)
-    for file in files[most:]:
+    for file in files[max_files:]:
         file.unlink(missing_ok=True)
 
 

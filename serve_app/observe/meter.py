@@ -113,8 +113,8 @@ class Meter:
             metrics.first_tokens.labels(model).observe(answer.first_s)
         if status < 400:
             metrics.durations.labels(model).observe(answer.duration_s)
-        if route.generates and (kept := answer.kept(self._goal, _sequences(scope))) is not None:
-            metrics.objectives.labels(model, "yes" if kept else "no").inc()
+        if route.generates and (met := answer.meets_slo(self._goal, _sequences(scope))) is not None:
+            metrics.objectives.labels(model, "yes" if met else "no").inc()
 
 
 class _Answer:
@@ -235,7 +235,7 @@ class _Answer:
             return "broken_off"
         return output.whole_failure(self._body) or "error"
 
-    def kept(self, goal: Replicas, sequences: int) -> bool | None:
+    def meets_slo(self, goal: Replicas, sequences: int) -> bool | None:
         """Whether the objective was kept; None for what says nothing of it."""
         status = self.final_status
         if status >= 500 or status == 429:
@@ -261,8 +261,8 @@ class _Answer:
 
 
 def _sequences(scope: Scope) -> int:
-    asked: Reading | None = scope.get("state", {}).get("reading")
-    return 1 if asked is None else asked.sequences
+    parsed: Reading | None = scope.get("state", {}).get("reading")
+    return 1 if parsed is None else parsed.sequences
 
 
 def _identify(scope: Scope) -> str:
@@ -279,9 +279,9 @@ def _identify(scope: Scope) -> str:
 
 
 def _attributes(answer: _Answer) -> dict[str, Any]:
-    found: dict[str, Any] = {"http.response.status_code": answer.final_status}
+    attributes: dict[str, Any] = {"http.response.status_code": answer.final_status}
     if answer.reason:
-        found["error.type"] = answer.reason
+        attributes["error.type"] = answer.reason
     if answer.first_s is not None:
-        found["gen_ai.latency.time_to_first_token"] = answer.first_s
-    return found
+        attributes["gen_ai.latency.time_to_first_token"] = answer.first_s
+    return attributes

@@ -21,10 +21,10 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import REGISTRY, Collector
 
 
-def _steps(least: float, most: float, ratio: float) -> tuple[float, ...]:
-    """Bounds of buckets from `least` to `most`, each `ratio` times the one before."""
-    bounds = [least]
-    while bounds[-1] < most:
+def _steps(lowest: float, highest: float, ratio: float) -> tuple[float, ...]:
+    """Bounds of buckets from `lowest` to `highest`, each `ratio` times the one before."""
+    bounds = [lowest]
+    while bounds[-1] < highest:
         bounds.append(float(f"{bounds[-1] * ratio:.3g}"))
     return tuple(bounds)
 

@@ -30,8 +30,8 @@ class Observation:
             return app
         if counted:
             # A count that begins above 0 has no rate: the first failures would not be seen.
-            for kept in ("yes", "no"):
-                metrics.objectives.labels(model, kept)
+            for label in ("yes", "no"):
+                metrics.objectives.labels(model, label)
             for kind in RequestError.__subclasses__():
                 metrics.rejections.labels(model, kind.code)
         for of, limit_s in (("ttft", goal.ttft_s), ("itl", goal.itl_s)):

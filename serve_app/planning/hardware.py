@@ -88,7 +88,7 @@ def local_gpus(visible: str | None = None) -> tuple[Gpu, ...]:
     if wanted is None:
         # CUDA sees the slices of a GPU that is divided, and not the GPU.
         return tuple(gpu for _, gpu in slices) or tuple(gpu for _, _, gpu in devices)
-    found: list[Gpu] = []
+    gpus: list[Gpu] = []
     for word in wanted:
         if word.startswith("MIG-"):
             chosen = [gpu for uuid, gpu in slices if uuid.startswith(word)]
@@ -100,8 +100,8 @@ def local_gpus(visible: str | None = None) -> tuple[Gpu, ...]:
             ]
         if not chosen and word.startswith(("MIG-", "GPU-")):
             raise HardwareError(f"CUDA_VISIBLE_DEVICES = {word!r}: nvidia-smi has no such device")
-        found += chosen
-    return tuple(found)
+        gpus += chosen
+    return tuple(gpus)
 
 
 def _nvidia_smi(*arguments: str) -> str:
@@ -124,8 +124,8 @@ def _device(line: str) -> tuple[str, str, Gpu]:
         raise HardwareError(f"nvidia-smi answers what is not known here: {line!r}")
     index, uuid, name, total, free, capability, driver = words
     major, _, minor = capability.partition(".")
-    known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-    return index, uuid, Gpu(name, _mib(total), _mib(free), known, driver)
+    version = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+    return index, uuid, Gpu(name, _mib(total), _mib(free), version, driver)
 
 
 def _mib(text: str) -> int | None:
@@ -134,7 +134,7 @@ def _mib(text: str) -> int | None:
 
 def _slices(devices: Sequence[tuple[str, str, Gpu]]) -> list[tuple[str, Gpu]]:
     """UUID and GPU of each MIG slice. The query above knows only whole GPUs."""
-    found: list[tuple[str, Gpu]] = []
+    slices: list[tuple[str, Gpu]] = []
     whole: Gpu | None = None
     try:
         listing = _nvidia_smi("-L")
@@ -148,8 +148,8 @@ def _slices(devices: Sequence[tuple[str, str, Gpu]]) -> list[tuple[str, Gpu]]:
             size = int(match[1]) * 10**9
             name = f"{whole.name} MIG {match[1]}gb"
             part = replace(whole, name=name, memory_bytes=size, free_bytes=size)
-            found.append((match[2], part))
-    return found
+            slices.append((match[2], part))
+    return slices
 
 
 def cluster_nodes() -> tuple[Node, ...]:
@@ -186,8 +186,8 @@ def _expected(text: str) -> tuple[Node, ...]:
 
 def _named(name: str) -> Gpu:
     memory_bytes, capability = ACCELERATORS[name]
-    known = None if name in _AMBIGUOUS else memory_bytes
-    return Gpu(name, known, known, capability)
+    stated_bytes = None if name in _AMBIGUOUS else memory_bytes
+    return Gpu(name, stated_bytes, stated_bytes, capability)
 
 
 def _node(node: dict[str, Any], count: int) -> Node:
@@ -213,10 +213,10 @@ def _reported(node_id: str) -> tuple[Gpu, ...]:
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     ask = ray.remote(local_gpus).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0)
     try:
-        found: tuple[Gpu, ...] = ray.get(ask.remote("all"), timeout=_NODE_ANSWER_S)
+        gpus: tuple[Gpu, ...] = ray.get(ask.remote("all"), timeout=_NODE_ANSWER_S)
     except (ray.exceptions.RayError, TimeoutError):
         return ()  # Ray's name of the accelerator has to do.
-    return found
+    return gpus
 
 
 def has_bfloat16() -> bool:

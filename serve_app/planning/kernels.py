@@ -81,11 +81,11 @@ def tools(
     )
 
 
-def turned_off(found: Tools, environ: Mapping[str, str]) -> dict[str, str]:
+def turned_off(tools: Tools, environ: Mapping[str, str]) -> dict[str, str]:
     """The variables with which vLLM does without; none that somebody has set."""
-    if found.compile_cuda:
+    if tools.compile_cuda:
         return {}
-    spared = _FLASHINFER if found.prebuilt else ()
+    spared = _FLASHINFER if tools.prebuilt else ()
     return {
         name: value
         for name, value in _WITHOUT_NVCC.items()
@@ -93,9 +93,9 @@ def turned_off(found: Tools, environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def insisted_on(found: Tools, environ: Mapping[str, str]) -> list[str]:
+def insisted_on(tools: Tools, environ: Mapping[str, str]) -> list[str]:
     """The variables that ask for what cannot be compiled here: an engine would end at them."""
-    return [name for name in turned_off(found, {}) if environ.get(name, "0") != "0"]
+    return [name for name in turned_off(tools, {}) if environ.get(name, "0") != "0"]
 
 
 def settle(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -103,9 +103,9 @@ def settle(environ: MutableMapping[str, str] = os.environ) -> None:
     environ.update(turned_off(tools(environ), environ))
 
 
-def engine_defaults(found: Tools, compute_capability: tuple[int, int] | None) -> dict[str, str]:
+def engine_defaults(tools: Tools, compute_capability: tuple[int, int] | None) -> dict[str, str]:
     """vLLM's arguments for the same reason: those for which it has no variable."""
     major = compute_capability[0] if compute_capability else 0
-    if major != _FLASHINFER_ATTENTION_MAJOR or found.compile_cuda or found.prebuilt:
+    if major != _FLASHINFER_ATTENTION_MAJOR or tools.compile_cuda or tools.prebuilt:
         return {}
     return {"attention_backend": "FLASH_ATTN"}

@@ -93,10 +93,10 @@ def _number(key: str, engine: Mapping[str, Any], default: float | None) -> float
     value = engine.get(key)
     if value is None or value in ("", "None"):
         return default
-    found = _READABLE.fullmatch(str(value).strip())
-    if isinstance(value, bool) or found is None:
+    match = _READABLE.fullmatch(str(value).strip())
+    if isinstance(value, bool) or match is None:
         raise ConfigError(f"engine.{key}", value, "must be a number")
-    return float(found[1]) * _SUFFIX[found[2]]
+    return float(match[1]) * _SUFFIX[match[2]]
 
 
 @dataclass(frozen=True)
@@ -315,11 +315,11 @@ def usable_bytes(gpus: Sequence[Gpu], memory: EngineMemory) -> int | None:
     A KV cache of a set size is taken instead of a share of the memory, so the share does not bound
     it.
     """
-    found = [gpu.memory_bytes for gpu in gpus if gpu.memory_bytes is not None]
-    if len(found) < len(gpus):
+    sizes = [gpu.memory_bytes for gpu in gpus if gpu.memory_bytes is not None]
+    if len(sizes) < len(gpus):
         return None
     share = 1.0 if memory.kv_cache_bytes is not None else memory.utilization
-    return int(min(found) * share)
+    return int(min(sizes) * share)
 
 
 def tensor_parallel_sizes(shape: ModelShape, gpus: int) -> list[int]:

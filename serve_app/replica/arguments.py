@@ -35,23 +35,23 @@ def parse(arguments: Mapping[str, Any]) -> argparse.Namespace:
         ConfigError: naming the argument, its value and the nearest valid choice.
     """
     parser = _parser()
-    known = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in parser._actions}
     argv: list[str] = []
     for key, value in arguments.items():
-        if key not in known:
-            raise ConfigError(f"engine.{key}", value, "unknown to vLLM", nearest(key, known))
-        argv += _words(key, value, known[key])
+        if key not in actions:
+            raise ConfigError(f"engine.{key}", value, "unknown to vLLM", nearest(key, actions))
+        argv += _words(key, value, actions[key])
     try:
         args: argparse.Namespace = parser.parse_args(argv)
         for key, value in arguments.items():
-            if value == [] and known[key].nargs in ("+", "*"):
+            if value == [] and actions[key].nargs in ("+", "*"):
                 setattr(args, key, [])  # No command line says that.
         validate_parsed_serve_args(args)
     except _Unparsable as error:
         key = error.argument.lstrip("-").replace("-", "_")
         raise ConfigError(f"engine.{key}", arguments.get(key), _plain(error.problem)) from None
     except Exception as error:  # vLLM's checks raise errors of many kinds.
-        raise _refused(arguments, known, error) from error
+        raise _refused(arguments, actions, error) from error
     _check_texts(arguments, args)
     _check_plugins(arguments, args)
     return args
@@ -243,11 +243,11 @@ def _plain(problem: str) -> str:
     return first_sentence(ValueError(problem))
 
 
-def _refused(arguments: Mapping[str, Any], known: Iterable[str], error: Exception) -> ConfigError:
+def _refused(arguments: Mapping[str, Any], names: Iterable[str], error: Exception) -> ConfigError:
     """An error of vLLM about the whole, at the argument that it names, if it names one."""
     problem = first_sentence(error)
     text = problem.replace("-", "_")
-    named = [key for key in arguments if key in known and key in text]
+    named = [key for key in arguments if key in names and key in text]
     named += [key for key in ("chat_template",) if key in arguments and "template" in text]
     if not named:
         return ConfigError("engine", dict(arguments), problem)

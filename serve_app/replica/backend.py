@@ -93,14 +93,14 @@ class Backend:
             await self.app(scope, receive, send)
             return
         if not self._there():  # Anybody may know, as of a port that is closed.
-            await _told(send, 502, FAILED_HEADER, ABSENT)
+            await _send_status(send, 502, FAILED_HEADER, ABSENT)
             return
         headers = dict(scope["headers"])
         if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self.token):
             await NotFound("No such route.")(scope, receive, send)
             return
         if scope["path"] == "/ping":
-            await _told(send, 200, STALLED_HEADER, f"{self._stalled_s():g}")
+            await _send_status(send, 200, STALLED_HEADER, f"{self._stalled_s():g}")
             return
         current = Exchange()
         if (length := headers.get(CONTINUE_HEADER.encode())) is not None:
@@ -114,10 +114,10 @@ class Backend:
             if current.started:
                 raise
             # uvicorn would make of it a 500 that looks like an answer.
-            await _told(send, 502, FAILED_HEADER, DIED)
+            await _send_status(send, 502, FAILED_HEADER, DIED)
 
 
-async def _told(send: Send, status: int, header: str, value: str) -> None:
+async def _send_status(send: Send, status: int, header: str, value: str) -> None:
     """A response that is all said in one header."""
     headers = [(header.encode(), value.encode()), (b"content-length", b"0")]
     await send({"type": "http.response.start", "status": status, "headers": headers})

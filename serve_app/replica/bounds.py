@@ -46,8 +46,8 @@ class Bounds:
 
     def serve(self, state: Any) -> None:
         """Bound the answers of an application, whose `app.state` this is."""
-        found = (getattr(state, name, None) for name in SERVING)
-        self._serving = [(each, each.override_max_tokens) for each in found if each is not None]
+        states = (getattr(state, name, None) for name in SERVING)
+        self._serving = [(each, each.override_max_tokens) for each in states if each is not None]
         self._apply()
 
     def watch(self, renderer: Any) -> None:

@@ -68,7 +68,7 @@ class _Engine:
         with reported("the replica"):
             with stage(f"fetching {plan.model}"):
                 arguments = plan.engine_arguments(settings)
-            with stage("loading the engine"), self._reaper.following(), logs.kept():
+            with stage("loading the engine"), self._reaper.following(), logs.preserved():
                 with forkserver.undisturbed():
                     # Imported here: `build` runs on a head node that may hold no engine.
                     from serve_app.replica.engine import Engine
@@ -94,7 +94,7 @@ class _Engine:
         limits = self._settings.limits
         self._engine.bounds.change(limits)
         self._admission = Admission(
-            self._most(limits), limits.max_queued_requests, limits.retry_after_s
+            self._max_sequences(limits), limits.max_queued_requests, limits.retry_after_s
         )
         self._supervisor = Supervisor(
             self._engine,
@@ -163,7 +163,7 @@ class _Engine:
     def _gate(self, app: ASGIApp, counted: bool) -> ASGIApp:
         return self._observation.gate(app, self._model, self._settings.replicas, counted)
 
-    def _most(self, limits: Limits) -> int:
+    def _max_sequences(self, limits: Limits) -> int:
         return limits.max_running_requests or self._engine.max_running_requests
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -182,7 +182,9 @@ class _Engine:
         for admitted in self._admitted:
             admitted.limits = limits
         self._engine.bounds.change(limits)
-        self._admission.change(self._most(limits), limits.max_queued_requests, limits.retry_after_s)
+        self._admission.change(
+            self._max_sequences(limits), limits.max_queued_requests, limits.retry_after_s
+        )
 
     async def check_health(self) -> None:
         """Called by Ray Serve every `health_check_period_s`."""

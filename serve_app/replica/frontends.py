@@ -180,13 +180,13 @@ def _start_rust(args: argparse.Namespace, host: str, listeners: Any) -> RustFron
     mine.tool_parser_plugin = ""
     # HAProxy keeps connections to it: the fewer it closes, the fewer close under a request.
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
-    found = binary()
-    assert found is not None
+    executable = binary()
+    assert executable is not None
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The process inherits the listening socket; this one's copy is closed.
     with socket.create_server((host, 0), family=family, backlog=2048) as listening:
         manager = RustFrontendProcessManager(
-            binary_path=str(found),
+            binary_path=str(executable),
             sock=listening,
             args=mine,
             input_listener=listeners.inputs[FAST],

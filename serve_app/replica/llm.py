@@ -221,7 +221,7 @@ def _marked(current: Exchange, output: RequestOutput) -> RequestOutput:
     """The output, noted for the next event."""
     for completion in output.outputs:
         tokens, logprobs = completion.token_ids, completion.logprobs
-        current.marks.group(tokens, _told(tokens, logprobs) if logprobs else None)
+        current.marks.group(tokens, _ranked(tokens, logprobs) if logprobs else None)
         if output.finished:
             current.marks.end(completion.finish_reason, completion.stop_reason)
     return output
@@ -238,24 +238,24 @@ def _after(request: EngineCoreRequest, tokens: list[int]) -> EngineCoreRequest:
     return rest
 
 
-def _told(tokens: Sequence[int], logprobs: Sequence[Mapping[int, Any]]) -> Logprobs:
+def _ranked(tokens: Sequence[int], logprobs: Sequence[Mapping[int, Any]]) -> Logprobs:
     """vLLM's logprobs of some tokens, as `_lists` reads them."""
-    told = []
+    positions = []
     for token, of_place in zip(tokens, logprobs, strict=True):
         ranked = sorted((each.rank, id_, each.logprob) for id_, each in of_place.items())
         likeliest = [(id_, logprob) for rank, id_, logprob in ranked if rank <= len(of_place)]
-        told.append(([(token, of_place[token].logprob), *likeliest], of_place[token].rank))
-    return told
+        positions.append(([(token, of_place[token].logprob), *likeliest], of_place[token].rank))
+    return positions
 
 
-def _lists(told: Logprobs) -> LogprobsLists:
+def _lists(positions: Logprobs) -> LogprobsLists:
     """What the engine core would say. Each row is filled up with its own token."""
-    width = max(len(row) for row, _ in told)
-    rows = [row + row[:1] * (width - len(row)) for row, _ in told]
+    width = max(len(row) for row, _ in positions)
+    rows = [row + row[:1] * (width - len(row)) for row, _ in positions]
     return LogprobsLists(
         np.array([[id_ for id_, _ in row] for row in rows], np.int32),
         np.array([[-np.inf if it is None else it for _, it in row] for row in rows], np.float32),
-        np.array([rank for _, rank in told], np.int32),
+        np.array([rank for _, rank in positions], np.int32),
     )
 
 

@@ -95,13 +95,13 @@ class _Reporting(Scheduler):  # type: ignore[misc]
         late = {name.removeprefix(LATE) for name in request_ids if name.startswith(LATE)}
         if not late:
             return request_ids
-        found = [
+        matching = [
             name
             for name, request in self.requests.items()
             if request.client_index == FAST and not late.isdisjoint(client_ids(name))
         ]
-        self._late += found
-        return [name for name in request_ids if not name.startswith(LATE)] + found
+        self._late += matching
+        return [name for name in request_ids if not name.startswith(LATE)] + matching
 
     def _free_request(self, request: Request, *args: Any, **named: Any) -> Any:
         if request.client_index == FAST:

@@ -222,10 +222,10 @@ def read_call(body: str) -> tuple[str, str] | None:
 
 def _members(body: str) -> dict[str, tuple[Any, str]]:
     """By key of a JSON object: the value, and its own text."""
-    found: dict[str, tuple[Any, str]] = {}
+    members: dict[str, tuple[Any, str]] = {}
     at = _skip(body, _skip(body, 0) + 1)
     if body[at : at + 1] == "}":
-        return found
+        return members
     while True:
         key, at = _LENIENT.raw_decode(body, at)
         at = _skip(body, at)
@@ -233,10 +233,10 @@ def _members(body: str) -> dict[str, tuple[Any, str]]:
             raise ValueError("a key and a colon were expected")
         begin = _skip(body, at + 1)
         value, end = _LENIENT.raw_decode(body, begin)
-        found[key] = value, body[begin:end]
+        members[key] = value, body[begin:end]
         at = _skip(body, end)
         if body[at : at + 1] == "}":
-            return found
+            return members
         if body[at : at + 1] != ",":
             raise ValueError("a comma or a brace was expected")
         at = _skip(body, at + 1)

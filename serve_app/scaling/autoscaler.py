@@ -64,12 +64,12 @@ def report(load: ReplicaLoad) -> dict[str, float]:
 
 def load_of(numbers: Mapping[str, float]) -> ReplicaLoad:
     """The load that `report` made numbers of; what is missing is taken for nothing."""
-    known: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field in fields(ReplicaLoad):
         value = numbers.get(field.name, _NOTHING)
         if value != _NOTHING:
-            known[field.name] = round(value) if field.name in _COUNTS else value
-    return ReplicaLoad(**known)
+            values[field.name] = round(value) if field.name in _COUNTS else value
+    return ReplicaLoad(**values)
 
 
 class OngoingRequests:
@@ -180,7 +180,7 @@ class Autoscaler:
         self._started = False
         self._asked_s = -_PERIOD_S
         self._wanted: int | None = None
-        self._said: tuple[int, int] | None = None
+        self._announced: tuple[int, int] | None = None
         self._gauges = Gauges()
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -264,9 +264,9 @@ class Autoscaler:
 
     def _say(self, target: int, decision: Decision) -> None:
         """One line for each change, and only one while Serve has not made it."""
-        if decision.replicas == target or self._said == (target, decision.replicas):
+        if decision.replicas == target or self._announced == (target, decision.replicas):
             return
-        self._said = target, decision.replicas
+        self._announced = target, decision.replicas
         line = f"replicas {target} -> {decision.replicas}: {decision.reason}"
         logger.info(line)
         say(line)

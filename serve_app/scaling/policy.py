@@ -185,7 +185,7 @@ class _Load:
     replicas: float = 0.0
     work: float = 0.0
     full: float = DEFAULT.max_work_ratio
-    held: float = 0.0
+    occupancy: float = 0.0
     backlog: float = 0.0
     costs: Costs = field(default_factory=Costs)
 
@@ -209,13 +209,13 @@ def decide(
     wanted, state = _wanted(snapshot, goal, state, ahead, tuning)
     idle = _idle(snapshot, goal, state)
     wanted = 0 if idle else max(wanted, 1)
-    most = _most(snapshot, goal)
-    bounded = min(max(wanted, goal.min_replicas), most)
+    maximum = _max_replicas(snapshot, goal)
+    bounded = min(max(wanted, goal.min_replicas), maximum)
     reason = _reason(snapshot, state, load, ahead)
     if idle:
         reason = f"idle for {now_s - state.busy_s:.0f} s"
     elif wanted > bounded:
-        by = "the cluster holds" if most < goal.max_replicas else "max is"
+        by = "the cluster holds" if maximum < goal.max_replicas else "max is"
         reason = f"{wanted} would be right, {by} {bounded}; {reason}"
     return Decision(bounded, reason, load.replicas, ahead), state
 
@@ -258,7 +258,7 @@ def _idle(snapshot: Snapshot, goal: Goal, state: State) -> bool:
     return not snapshot.target or snapshot.now_s - state.busy_s >= goal.idle_s
 
 
-def _most(snapshot: Snapshot, goal: Goal) -> int:
+def _max_replicas(snapshot: Snapshot, goal: Goal) -> int:
     """The most replicas that the goal and the cluster allow; never fewer than there are."""
     placeable = goal.max_replicas
     if snapshot.placeable is not None:
@@ -296,28 +296,28 @@ def _reason(snapshot: Snapshot, state: State, load: _Load, ahead: float) -> str:
     if not loads:
         return f"no replica serves, {snapshot.starting} start, {snapshot.pending} requests wait"
     waiting = snapshot.pending + sum(x.waiting for x in loads)
-    said = [
+    parts = [
         f"load {load.replicas:.2f} on {len(loads)}",
         f"{ahead:.2f} to be ready for in {snapshot.start_s:.0f} s",
         f"work {load.work:.2f} at {load.full:.0%} a replica",
-        f"held {load.held:.2f}",
+        f"held {load.occupancy:.2f}",
         f"{sum(x.running for x in loads)} run and {waiting} wait",
     ]
     if load.backlog:
-        said.append(f"backlog {load.backlog:.1f} s")
+        parts.append(f"backlog {load.backlog:.1f} s")
     if abs(state.factor - 1) > 0.01:
-        said.append(f"load taken {state.factor:.2f}-fold for who misses the goal")
+        parts.append(f"load taken {state.factor:.2f}-fold for who misses the goal")
     for name, values in (
         ("TTFT", [x.ttft_s for x in loads if x.ttft_s is not None]),
         ("ITL", [x.itl_s for x in loads if x.itl_s is not None]),
     ):
         if values:
-            said.append(f"{name} {max(values):.3g} s")
+            parts.append(f"{name} {max(values):.3g} s")
     if snapshot.starting:
-        said.append(f"{snapshot.starting} start")
+        parts.append(f"{snapshot.starting} start")
     if snapshot.silent:
-        said.append(f"{snapshot.silent} silent")
-    return ", ".join(said)
+        parts.append(f"{snapshot.silent} silent")
+    return ", ".join(parts)
 
 
 # --- what there is to do --------------------------------------------------------------------
@@ -337,15 +337,15 @@ def _learn(
     arrivals_per_s = sum(load.arrivals_per_s for load in loads)
     prefill_per_s = sum(load.prefill_tokens_per_s for load in loads)
     queued, waiting = sum(x.queued_tokens for x in loads), sum(x.waiting for x in loads)
-    kept = math.exp(-passed_s / tuning.mix_memory_s)
+    retained = math.exp(-passed_s / tuning.mix_memory_s)
     queue = tuple(entry for entry in state.queue if entry[0] >= now_s - tuning.queue_window_s)
     after = replace(
         state,
         now_s=now_s,
         sums=sums,
-        work=state.work * kept + work * passed_s,
-        prompt_tokens=state.prompt_tokens * kept + prefill_per_s * passed_s,
-        arrivals=state.arrivals * kept + arrivals_per_s * passed_s,
+        work=state.work * retained + work * passed_s,
+        prompt_tokens=state.prompt_tokens * retained + prefill_per_s * passed_s,
+        arrivals=state.arrivals * retained + arrivals_per_s * passed_s,
         queue=(*queue, (now_s, queued)),
         busy_s=now_s if _active(snapshot) else state.busy_s,
     )
@@ -357,12 +357,12 @@ def _learn(
     if waiting and after.arrivals > _NEGLIGIBLE:
         work = max(work, arrivals_per_s * after.work / after.arrivals)
     full = _full(costs, goal, tuning)
-    held = sum(_held(load, tuning) for load in loads)
+    occupancy = sum(_occupancy(load, tuning) for load in loads)
     # What is read before it is late is no backlog.
     in_time = len(loads) * full * (goal.ttft_s or tuning.min_drain_s)
     backlog = max(0.0, a_token * queued - in_time) / full
-    replicas = max(work / full * state.factor, work / tuning.max_work_ratio, held)
-    return after, _Load(replicas, work, full, held, backlog, costs)
+    replicas = max(work / full * state.factor, work / tuning.max_work_ratio, occupancy)
+    return after, _Load(replicas, work, full, occupancy, backlog, costs)
 
 
 def _active(snapshot: Snapshot) -> bool:
@@ -381,7 +381,7 @@ def _late(snapshot: Snapshot, goal: Goal) -> bool:
     )
 
 
-def _held(load: ReplicaLoad, tuning: Tuning) -> float:
+def _occupancy(load: ReplicaLoad, tuning: Tuning) -> float:
     """How full a replica is by what it holds: places in its batch, KV blocks."""
     kv_usage = 1.0 if load.preemptions_per_s else load.kv_usage
     places = load.running / load.max_running
@@ -403,18 +403,18 @@ def _summed(
     sums: tuple[float, ...], loads: Sequence[ReplicaLoad], passed_s: float, tuning: Tuning
 ) -> tuple[float, ...]:
     """The sums of least squares, older reports with less weight."""
-    kept = math.exp(-passed_s / tuning.cost_memory_s)
-    found = [value * kept for value in sums]
+    retained = math.exp(-passed_s / tuning.cost_memory_s)
+    decayed = [value * retained for value in sums]
     for load in loads:
         if load.busy < tuning.min_busy_ratio:
             continue
         s, d, p = load.steps_per_s, load.decode_tokens_per_s, load.prefill_tokens_per_s
         b = load.busy
         for place, product in enumerate((s * s, s * d, s * p, d * d, d * p, p * p)):
-            found[place] += product * passed_s
+            decayed[place] += product * passed_s
         for place, product in enumerate((s * b, d * b, p * b), 6):
-            found[place] += product * passed_s
-    return tuple(found)
+            decayed[place] += product * passed_s
+    return tuple(decayed)
 
 
 def _costs(sums: Sequence[float], tuning: Tuning = DEFAULT) -> Costs:

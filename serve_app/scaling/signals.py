@@ -53,8 +53,8 @@ class Latencies:
         total = sum(self._counts)
         if not total:
             return None
-        kept = [slot for slot, count in zip(self._slots, self._counts, strict=True) if count]
-        counts = [sum(of_size) for of_size in zip(*kept, strict=True)]
+        filled = [slot for slot, count in zip(self._slots, self._counts, strict=True) if count]
+        counts = [sum(of_size) for of_size in zip(*filled, strict=True)]
         size = reached(counts, percentile / 100 * total)
         return float(_LEAST_S * _RATIO ** (size + 0.5))
 

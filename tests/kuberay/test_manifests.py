@@ -133,7 +133,7 @@ def test_replicas_and_workers_have_the_same_bounds(documents: list[dict[str, Any
     assert plan.service is not None
     settings = Settings.parse(plan.service.arguments)
     (workers,) = plan.service.workers
-    assert (workers.least, workers.most) == (settings.replicas.min, settings.replicas.max)
+    assert (workers.minimum, workers.maximum) == (settings.replicas.min, settings.replicas.max)
     assert workers.gpus == settings.tensor_parallel_size
 
 
@@ -156,7 +156,7 @@ def test_each_overlay_has_a_node_group_that_holds_its_workers(
     (group,) = groups_for(documents)
     (spec,) = service(documents)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     limits = spec["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert group.least == 0
+    assert group.minimum == 0
     for kind in group.instance_types:
         instance = prices.INSTANCES[kind]
         pods = instance.gpus // int(limits["nvidia.com/gpu"])

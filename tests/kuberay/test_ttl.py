@@ -30,7 +30,7 @@ def test_what_is_written_is_read() -> None:
     assert not limit.expired(NOW + timedelta(hours=7.9))
     assert limit.expired(NOW + timedelta(hours=8))
     assert limit.hours_left(NOW) == pytest.approx(8)
-    assert "OUTLIVED by 2.0 hours" in limit.said(NOW + timedelta(hours=10))
+    assert "OUTLIVED by 2.0 hours" in limit.describe(NOW + timedelta(hours=10))
     assert Ttl.of({}).expired(NOW) is False
 
 

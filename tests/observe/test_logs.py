@@ -41,7 +41,7 @@ def test_the_log_of_ray_serve_goes_on(
 ) -> None:
     logger = logging.getLogger("ray.serve")
     logger.error("before")
-    with logs.kept():
+    with logs.preserved():
         configured_by_somebody_else()
     assert isinstance(serve_log.target, logging.FileHandler)
     assert serve_log.target.baseFilename == str(tmp_path / "replica.log")
@@ -55,7 +55,7 @@ def test_files_of_replicas_that_are_gone_do_not_pile_up(tmp_path: Path) -> None:
         file.write_text("{}")
         os.utime(file, (1e9 - age, 1e9 - age))
     (tmp_path / "other.txt").write_text("not a log")
-    logs.prune(tmp_path, most=10)
+    logs.prune(tmp_path, max_files=10)
     kept = {file.name for file in tmp_path.iterdir()}
     assert kept == {"other.txt", *(f"engine_{age}.log" for age in range(10))}
 

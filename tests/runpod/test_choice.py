@@ -202,7 +202,7 @@ def test_a_load_balancer_may_go_without_and_says_so(hub: Path) -> None:
     environ = {"BASE_PATH": str(hub), "SERVE_MODE": "load_balancer"}
     found = choice.choose(CONFIG, environ, ())
     assert args(found)["allow_unauthenticated_network"] is True
-    assert any("no API_KEYS" in line for line in found.said)
+    assert any("no API_KEYS" in line for line in found.lines)
     found = choice.choose(CONFIG, {**environ, "API_KEYS": "k"}, ())
     assert args(found)["api_keys"]["env"] == "API_KEYS"
     assert args(found)["allow_unauthenticated_network"] is False

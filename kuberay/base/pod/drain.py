@@ -95,13 +95,13 @@ def wait(ports: frozenset[int], deadline_s: float) -> int:
 
 def connections(ports: frozenset[int]) -> int:
     """Established connections to local ports, of this pod's network."""
-    found = 0
+    count = 0
     for name in ("tcp", "tcp6"):
         path = Path("/proc/net") / name
         for line in path.read_text().splitlines()[1:] if path.exists() else ():
             _, local, _, state, *_ = line.split()
-            found += state == _ESTABLISHED and int(local.rpartition(":")[2], 16) in ports
-    return found
+            count += state == _ESTABLISHED and int(local.rpartition(":")[2], 16) in ports
+    return count
 
 
 def parsed(text: str) -> frozenset[int]:

@@ -58,8 +58,8 @@ def _together(nodeid: str) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        found = (at for at, name in enumerate(FIRST) if item.nodeid.startswith(name))
-        return next(found, len(FIRST))
+        result = (at for at, name in enumerate(FIRST) if item.nodeid.startswith(name))
+        return next(result, len(FIRST))
 
     items.sort(key=place)
     for item in items:

@@ -62,12 +62,12 @@ class Server:
 
     def named(self, part: str) -> list[psutil.Process]:
         """Its processes whose command line holds `part`, in order of their start."""
-        found = []
+        collected = []
         for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if any(part in word for word in process.cmdline()):
-                    found.append(process)
-        return sorted(found, key=lambda process: process.create_time())
+                    collected.append(process)
+        return sorted(collected, key=lambda process: process.create_time())
 
     def metric(self, name: str, **headers: str) -> float:
         """The sum of a metric of vLLM over its labels."""

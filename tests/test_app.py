@@ -29,11 +29,13 @@ def test_gateways_are_replaced_the_new_ones_first(tiny: Path) -> None:
 @pytest.fixture
 def replicas(monkeypatch: pytest.MonkeyPatch) -> Fleet:
     """What the gateways of a test know; they observe nothing, as there is no Ray to tell."""
-    known = Fleet()
-    monkeypatch.setattr(gateway.Gateway, "_relay", lambda *_, **__: SimpleNamespace(replicas=known))
+    expected = Fleet()
+    monkeypatch.setattr(
+        gateway.Gateway, "_relay", lambda *_, **__: SimpleNamespace(replicas=expected)
+    )
     observation = SimpleNamespace(gate=lambda app, *_: app, close=lambda: None)
     monkeypatch.setattr(gateway, "Observation", lambda *_: observation)
-    return known
+    return expected
 
 
 def started() -> "asyncio.Task[Any]":

@@ -50,8 +50,8 @@ def test_a_pin_that_one_python_refuses_is_noticed(tmp_path: Path) -> None:
     """What broke the image once: vLLM allows no such setuptools on Python 3.12."""
     broken = tmp_path / "constraints.txt"
     lines = pins(CONSTRAINTS.read_text())
-    kept = [line for line in lines if not line.startswith("setuptools==")]
-    broken.write_text("\n".join([*kept, "setuptools==84.2.1"]))
+    remaining = [line for line in lines if not line.startswith("setuptools==")]
+    broken.write_text("\n".join([*remaining, "setuptools==84.2.1"]))
     result = resolve("3.12", broken, tmp_path)
     assert result.returncode != 0
     assert "setuptools" in result.stderr

@@ -65,9 +65,9 @@ async def ask(app: Backend, path: str, body: dict[str, Any], stream: Stream | No
     if stream is not None:
         stream.again()
         repeat = stream.method is Method.REPEAT
-        known = msgspec.json.encode(msgspec.structs.replace(stream.progress, repeat=repeat))
-        headers[CONTINUE_HEADER] = str(len(known))
-        content = known + content
+        expected = msgspec.json.encode(msgspec.structs.replace(stream.progress, repeat=repeat))
+        headers[CONTINUE_HEADER] = str(len(expected))
+        content = expected + content
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
         answer = await client.post(path, content=content, headers=headers, timeout=120)
@@ -75,13 +75,13 @@ async def ask(app: Backend, path: str, body: dict[str, Any], stream: Stream | No
     return answer.content
 
 
-def told(events: list[bytes]) -> dict[str, Any]:
+def content(events: list[bytes]) -> dict[str, Any]:
     """What a client makes of events, whatever their sizes: joined text, and all that comes once."""
-    said: dict[str, Any] = {}
+    output: dict[str, Any] = {}
 
     def join(key: str, value: str | list[Any] | None) -> None:
         if value:
-            said[key] = said[key] + value if key in said else value
+            output[key] = output[key] + value if key in output else value
 
     for event in events:
         line = next(part for part in event.split(b"\n") if part.startswith(b"data: "))
@@ -90,13 +90,13 @@ def told(events: list[bytes]) -> dict[str, Any]:
             continue
         data = json.loads(line[6:])
         kind = data.get("type", "")
-        join("names", sorted({data["id"]} - set(said.get("names", []))) if "id" in data else None)
+        join("names", sorted({data["id"]} - set(output.get("names", []))) if "id" in data else None)
         if created := data.get("created"):
-            said.setdefault("created", set()).add(created)
+            output.setdefault("created", set()).add(created)
         if usage := data.get("usage"):
             usage.pop("prompt_tokens_details", None)
             # With every event: how many there are differs with how tokens travel together.
-            said["usage"] = usage
+            output["usage"] = usage
         for choice in data.get("choices", []):
             delta = choice.get("delta", choice)
             join("role", [delta["role"]] if delta.get("role") else None)
@@ -107,7 +107,7 @@ def told(events: list[bytes]) -> dict[str, Any]:
             join("stop", [choice["stop_reason"]] if choice.get("stop_reason") else None)
             for call in delta.get("tool_calls") or []:
                 join("call", call["function"].get("name"))
-                said.setdefault("calls", set()).update([call["id"]] if call.get("id") else [])
+                output.setdefault("calls", set()).update([call["id"]] if call.get("id") else [])
                 join("arguments", call["function"].get("arguments"))
         if kind == "response.output_text.delta":
             join("text", data["delta"])
@@ -125,8 +125,8 @@ def told(events: list[bytes]) -> dict[str, Any]:
         if kind in ("response.completed",):
             join("begun", [data["response"]["id"]])
         if "item_id" in data:
-            said.setdefault("items", set()).add(data["item_id"])
-    return said
+            output.setdefault("items", set()).add(data["item_id"])
+    return output
 
 
 def _logprobs(given: dict[str, Any] | None) -> list[Any]:
@@ -240,7 +240,7 @@ async def test_an_answer_goes_on_exactly_from_every_cut(app: Backend, name: str)
     path, body, method = ANSWERS[name]
     raw = await ask(app, path, body)
     events = Stream().events(raw)
-    whole = told(events)
+    whole = content(events)
     marked = [event + b"\n\n" for event in raw.split(b"\n\n")[:-1]]
     assert len(marked) == len(events)
     # The first and last events differ in kind; those between do not.
@@ -254,12 +254,12 @@ async def test_an_answer_goes_on_exactly_from_every_cut(app: Backend, name: str)
             assert stream.method is method
     rests = await asyncio.gather(*(ask(app, path, body, stream) for stream in streams))
     for cut, stream, first, rest in zip(cuts, streams, firsts, rests, strict=True):
-        found = told(first + stream.events(rest))
+        result = content(first + stream.events(rest))
         # Made anew for each answer, unless the client has it already; one answer has one.
         for key in ("calls", "begun", "items"):
-            assert len(set(found.pop(key, ()))) == len(set(whole.get(key, ())))
+            assert len(set(result.pop(key, ()))) == len(set(whole.get(key, ())))
         expected = {k: v for k, v in whole.items() if k not in ("calls", "begun", "items")}
-        assert found == expected, f"cut after {cut} of {len(marked)} events"
+        assert result == expected, f"cut after {cut} of {len(marked)} events"
 
 
 async def test_an_answer_breaks_off_twice(app: Backend) -> None:
@@ -274,7 +274,7 @@ async def test_an_answer_breaks_off_twice(app: Backend) -> None:
     again = await ask(app, path, body, stream)
     got += stream.events(b"".join(e + b"\n\n" for e in again.split(b"\n\n")[:9]))
     got += stream.events(await ask(app, path, body, stream))
-    assert told(got) == told(Stream().events(raw))
+    assert content(got) == content(Stream().events(raw))
 
 
 async def test_what_cannot_be_exact_says_so(app: Backend) -> None:
@@ -300,7 +300,7 @@ async def test_an_answer_that_comes_out_otherwise_is_an_error_after_what_was_sen
     stream.events(b"".join(marked[:6]))
     rest = stream.events(await ask(app, path, body | {"seed": 8}, stream))
     assert b"error" in rest[0]
-    assert "text" not in told(rest[1:])
+    assert "text" not in content(rest[1:])
 
 
 async def test_a_model_is_described_by_its_name(app: Backend) -> None:
@@ -308,9 +308,9 @@ async def test_a_model_is_described_by_its_name(app: Backend) -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
         headers = {TOKEN_HEADER: "secret"}
         listed = (await client.get("/v1/models", headers=headers)).json()["data"]
-        one = (await client.get("/v1/models/m", headers=headers)).json()
+        first = (await client.get("/v1/models/m", headers=headers)).json()
         # vLLM makes an id for the permission each time.
-        assert {**one, "permission": 0} == {**listed[0], "permission": 0}
+        assert {**first, "permission": 0} == {**listed[0], "permission": 0}
         missing = await client.get("/v1/models/other", headers=headers)
     assert missing.status_code == 404
     assert "no model 'other'" in missing.json()["error"]["message"]

@@ -56,11 +56,11 @@ def help_of(*words: str) -> str:
 
 def commands() -> list[tuple[str, str, str]]:
     """Page, module and arguments of each `python -m` command of ours."""
-    found = []
+    collected = []
     for page in PAGES[:-2]:  # The pages of kuberay and runpod have tests of their own.
         for module, rest in COMMANDS.findall(page.read_text()):
-            found.append((str(page.relative_to(ROOT)), module, rest.replace("\\\n", " ")))
-    return found
+            collected.append((str(page.relative_to(ROOT)), module, rest.replace("\\\n", " ")))
+    return collected
 
 
 def test_commands_name_options_that_exist() -> None:

@@ -41,11 +41,11 @@ def test_the_last_event_of_each_api(event: bytes) -> None:
     ],
 )
 def test_an_error_of_each_api(event: bytes, code: str | None) -> None:
-    found = events.error_code(event)
-    assert found
-    assert code is None or found == code
+    result = events.error_code(event)
+    assert result
+    assert code is None or result == code
     assert not events.is_last(event)
-    assert events.error_in(b'data: {"text": "x"}\n\n' + event + b"\n\ndata: [DONE]\n\n") == found
+    assert events.error_in(b'data: {"text": "x"}\n\n' + event + b"\n\ndata: [DONE]\n\n") == result
 
 
 # What a model may write, with the words that mean something in events.

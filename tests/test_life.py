@@ -115,12 +115,12 @@ def alive(process: psutil.Process) -> bool:
 
 def of(port: int) -> list[psutil.Process]:
     """Every process on this machine that was started for the server of `port`."""
-    found = []
+    collected = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if process.environ().get("RAY_TMPDIR") == f"/tmp/ray-{port}" and alive(process):
-                found.append(process)
-    return found
+                collected.append(process)
+    return collected
 
 
 # --- one server, four deaths, in this order -------------------------------------------------

@@ -116,11 +116,11 @@ async def test_after_the_rush_there_is_room_for_as_many_as_before(http: httpx.As
 
 async def test_a_wait_that_is_too_long_ends_in_503(server: Server, http: httpx.AsyncClient) -> None:
     # One more than run, each longer than the wait; leaving ends those that run.
-    asked = [
+    requested = [
         asyncio.create_task(http.post("/v1/completions", json=body(12000)))
         for _ in range(RUNNING + 1)
     ]
-    done, pending = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+    done, pending = await asyncio.wait(requested, return_when=asyncio.FIRST_COMPLETED)
     for request in pending:
         request.cancel()
     (first,) = done
@@ -175,8 +175,8 @@ async def routes(http: httpx.AsyncClient) -> list[tuple[str, str]]:
 
 async def test_nothing_but_health_answers_without_a_key(server: Server) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as nobody:
-        async with httpx.AsyncClient(base_url=server.url, headers=KEYS, timeout=60) as known:
-            all_routes = await routes(known)
+        async with httpx.AsyncClient(base_url=server.url, headers=KEYS, timeout=60) as expected:
+            all_routes = await routes(expected)
         assert ("post", "/v1/chat/completions") in all_routes
         assert ("post", "/tokenize") in all_routes
         wrong = {"authorization": "Bearer third"}

@@ -287,11 +287,11 @@ def test_21_vllm_rs_takes_these_options() -> None:
 
     from serve_app.replica import frontends
 
-    if (found := frontends.binary()) is None:
+    if (result := frontends.binary()) is None:
         pytest.skip("vllm-rs is not installed")
-    said = subprocess.run([found, "frontend", "--help"], capture_output=True, text=True).stdout
+    output = subprocess.run([result, "frontend", "--help"], capture_output=True, text=True).stdout
     for option in ("listen-fd", "input-listener-fd", "output-listener-fd", "args-json"):
-        assert f"--{option}" in said
+        assert f"--{option}" in output
 
 
 def test_22_haproxy_closes_what_a_transaction_holds() -> None:

@@ -48,12 +48,12 @@ def records(
     """Poisson arrivals, or `users` in turn; gaps vary, and all stand still for `stall_s` once."""
     rng = random.Random(f"{seed}/{repeat}")
     free_s = [0.05 * user for user in range(users or 0)]
-    found, now_s = [], 0.0
+    outcome, now_s = [], 0.0
     for index in range(count):
         user = index % users if users else None
         now_s = now_s + rng.expovariate(rate) if user is None else free_s[user]
 
-        def held(at_s: float) -> float:
+        def ends_s(at_s: float) -> float:
             return at_s + stall_s if at_s > stall_at_s else at_s
 
         record = Record(
@@ -70,7 +70,7 @@ def records(
         )
         at_s = now_s + ttft_s * rng.lognormvariate(0, 0.35)
         for _ in range(tokens):
-            record.chunk_s.append(held(at_s) if now_s < stall_at_s else at_s + 0.0)
+            record.chunk_s.append(ends_s(at_s) if now_s < stall_at_s else at_s + 0.0)
             at_s += itl_s * rng.lognormvariate(0, 0.25) * (4 if rng.random() < 0.04 else 1)
         record.headers_s, record.end_s = record.chunk_s[0], record.chunk_s[-1] + 1e-4
         if rng.random() < fails:
@@ -78,8 +78,8 @@ def records(
             record.status, record.output_tokens, record.end_s = 429, None, now_s + 0.01
         if user is not None:
             free_s[user] = record.end_s
-        found.append(record)
-    return found
+        outcome.append(record)
+    return outcome
 
 
 def header(benchmark: str, name: str, **more: Any) -> dict[str, Any]:
@@ -117,12 +117,12 @@ def run(
         for each in repeats
     ]
     about = {"workload": "synthetic:input=100,output=40", "load": "poisson:rate=8", "seed": 0}
-    found = header("run", name, **about, slo=msgspec.to_builtins(slo))
-    found |= result.figures(outcomes, slo, users) | more
+    outcome = header("run", name, **about, slo=msgspec.to_builtins(slo))
+    outcome |= result.figures(outcomes, slo, users) | more
     path = result.prepare(folder)
     append(path, [record for each in repeats for record in each])
-    result.write(folder, found)
-    return found
+    result.write(folder, outcome)
+    return outcome
 
 
 def cells(
@@ -144,22 +144,24 @@ def cells(
             )
             for repeat in range(3)
         ]
-        found = result.figures([Repeat(outcome=Outcome(records=one)) for one in each], None, None)
-        done.append({"cell": msgspec.to_builtins(cell), "name": cell.name, **found})
-    found = header(benchmark, name) | {"valid": True, "doubts": [], "cells": done}
-    result.write(folder, found)
-    return found
+        outcome = result.figures(
+            [Repeat(outcome=Outcome(records=item)) for item in each], None, None
+        )
+        done.append({"cell": msgspec.to_builtins(cell), "name": cell.name, **outcome})
+    outcome = header(benchmark, name) | {"valid": True, "doubts": [], "cells": done}
+    result.write(folder, outcome)
+    return outcome
 
 
 def locust(
-    folder: Path, heard: list[Record], asked: dict[int, str], users: int, **more: Any
+    folder: Path, heard: list[Record], request: dict[int, str], users: int, **more: Any
 ) -> dict[str, Any]:
     about = header("locust", "locust", workload="synthetic:input=100,output=40", load="users=100")
-    found = locust_report.result(heard, asked, users, {"locust": 0.4}, about) | more
+    outcome = locust_report.result(heard, request, users, {"locust": 0.4}, about) | more
     path = result.prepare(folder)
     append(path, heard)
-    result.write(folder, found)
-    return found
+    result.write(folder, outcome)
+    return outcome
 
 
 def sweep(folder: Path, name: str) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def sweep(folder: Path, name: str) -> dict[str, Any]:
                 "doubts": [],
             }
         )
-    found = header("sweep", name) | {
+    outcome = header("sweep", name) | {
         "users": 16,
         "tokens_per_s": points[4]["tokens_per_s"],
         "resolved": True,
@@ -191,8 +193,8 @@ def sweep(folder: Path, name: str) -> dict[str, Any]:
         "valid": True,
         "doubts": [],
     }
-    result.write(folder, found)
-    return found
+    result.write(folder, outcome)
+    return outcome
 
 
 def search(folder: Path, name: str) -> dict[str, Any]:
@@ -211,7 +213,7 @@ def search(folder: Path, name: str) -> dict[str, Any]:
                 "resolved": verdict != "unresolved",
             }
         )
-    found = header("search", name) | {
+    outcome = header("search", name) | {
         "rate": 4.0,
         "fails_at": 8.0,
         "resolved": False,
@@ -221,8 +223,8 @@ def search(folder: Path, name: str) -> dict[str, Any]:
         "valid": True,
         "doubts": [],
     }
-    result.write(folder, found)
-    return found
+    result.write(folder, outcome)
+    return outcome
 
 
 def certificate_of_localhost(folder: Path) -> Path:

@@ -60,9 +60,9 @@ def test_headers_are_added_and_win() -> None:
 def test_what_is_no_header_is_refused_and_its_value_not_shown(
     words: list[str], problem: str
 ) -> None:
-    with pytest.raises(TargetError, match=problem) as found:
+    with pytest.raises(TargetError, match=problem) as raised:
         headers(*words, K="secret", BROKEN="secret\nhost: b")
-    assert "secret" not in str(found.value).replace("no-colon-secret", "")
+    assert "secret" not in str(raised.value).replace("no-colon-secret", "")
 
 
 @pytest.mark.parametrize(

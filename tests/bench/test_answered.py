@@ -29,9 +29,9 @@ def doubt(*records: Record) -> str:
 
 
 def test_hits_in_a_workload_that_shares_nothing_are_doubted() -> None:
-    found = doubt(record(cached_tokens=192), record(cached_tokens=0))
-    assert "47% of the prompt tokens" in found
-    assert found in measure.doubts(
+    outcome = doubt(record(cached_tokens=192), record(cached_tokens=0))
+    assert "47% of the prompt tokens" in outcome
+    assert outcome in measure.doubts(
         measure.measure([record(cached_tokens=192), record(cached_tokens=0)])
     )
 
@@ -55,8 +55,8 @@ def test_hits_beyond_what_is_shared_are_doubted() -> None:
 
 
 def test_the_share_that_came_from_the_cache() -> None:
-    known, unknown = record(cached_tokens=50), record()
-    assert measure.measure([known, unknown]).answers.cached_share == 0.25
+    expected, unknown = record(cached_tokens=50), record()
+    assert measure.measure([expected, unknown]).answers.cached_share == 0.25
     assert measure.measure([unknown]).answers.cached_share is None
 
 
@@ -66,9 +66,9 @@ def test_where_answers_do_not_say_it_the_metrics_of_the_server_do(
 ) -> None:
     server = [Sample(t_s=0.0), Sample(t_s=1.0, prefix_hit_rate=rate)]
     repeat = Repeat(outcome=Outcome(records=[record() for _ in range(20)]), server=server)
-    found = result.figures([repeat], None, None, batch=True)["doubts"]
-    assert any("by the server's metrics" in doubt for doubt in found) == doubted
+    outcome = result.figures([repeat], None, None, batch=True)["doubts"]
+    assert any("by the server's metrics" in doubt for doubt in outcome) == doubted
     shared = [record(shared=0.9) for _ in range(20)]
     repeat = Repeat(outcome=Outcome(records=shared), server=server)
-    found = result.figures([repeat], None, None, batch=True)["doubts"]
-    assert not any("by the server's metrics" in doubt for doubt in found)
+    outcome = result.figures([repeat], None, None, batch=True)["doubts"]
+    assert not any("by the server's metrics" in doubt for doubt in outcome)

@@ -17,7 +17,7 @@ def text(tokens: list[int]) -> str:
     return "".join(f" t{token}" for token in tokens)
 
 
-def said(tokens: list[int] | None = None, **more: Any) -> Heard:
+def heard_of(tokens: list[int] | None = None, **more: Any) -> Heard:
     tokens = TOKENS if tokens is None else tokens
     fields = {
         "index": 0,
@@ -49,13 +49,13 @@ RIGHT = Right(
 
 
 def test_a_piece_that_comes_again_is_doubled() -> None:
-    found = align(TOKENS[:9] + TOKENS[6:], TOKENS, 8, whole=True)
-    assert found == Alignment(parted_at=9, doubled=3)
+    result = align(TOKENS[:9] + TOKENS[6:], TOKENS, 8, whole=True)
+    assert result == Alignment(parted_at=9, doubled=3)
 
 
 def test_a_piece_left_out_is_missing() -> None:
-    found = align(TOKENS[:9] + TOKENS[11:], TOKENS, 8, whole=True)
-    assert found == Alignment(parted_at=9, missing=2)
+    result = align(TOKENS[:9] + TOKENS[11:], TOKENS, 8, whole=True)
+    assert result == Alignment(parted_at=9, missing=2)
 
 
 def test_pieces_at_the_ends() -> None:
@@ -76,8 +76,8 @@ def test_a_doubled_answer_that_keeps_to_its_length_ends_too_early() -> None:
 
 
 def test_other_tokens_are_different() -> None:
-    found = align([*TOKENS[:9], *range(200, 211)], TOKENS, 8, whole=True)
-    assert found == Alignment(parted_at=9, different_at=9)
+    result = align([*TOKENS[:9], *range(200, 211)], TOKENS, 8, whole=True)
+    assert result == Alignment(parted_at=9, different_at=9)
 
 
 def test_what_was_cut_lacks_nothing_that_came_before() -> None:
@@ -88,7 +88,7 @@ def test_what_was_cut_lacks_nothing_that_came_before() -> None:
 
 
 def test_the_right_answer_has_no_fault() -> None:
-    verdict = compare(said(), RIGHT)
+    verdict = compare(heard_of(), RIGHT)
     assert verdict.outcome == "whole"
     assert verdict.parted_at is None
     assert verdict.faults == []
@@ -97,23 +97,23 @@ def test_the_right_answer_has_no_fault() -> None:
 @pytest.mark.parametrize(
     ("heard", "faults"),
     [
-        (said(TOKENS[:9] + TOKENS[6:]), ["doubled"]),
-        (said(TOKENS[:9] + TOKENS[11:]), ["missing"]),
-        (said([*TOKENS[:9], *range(200, 211)]), ["different"]),
-        (said(finish_reasons=["length", "length"]), ["finish"]),
-        (said(finish_reasons=["stop"]), ["finish"]),
-        (said(late=1), ["finish"]),
-        (said(usages=[(3, 20), (3, 20)]), ["usage"]),
-        (said(usages=[]), ["usage"]),
-        (said(usages=[(3, 11)]), ["usage"]),
-        (said(usages=[(12, 20)]), ["usage"]),
-        (said(names=["a", "b"]), ["identity"]),
-        (said(roles=2), ["identity"]),
-        (said(dones=2), ["identity"]),
-        (said(TOKENS[:7], error="cut: the stream ended without [DONE]"), ["lost"]),
-        (said([], error="http 503: no room", status=503), ["lost"]),
-        (said([], error="connection refused", status=0), ["lost"]),
-        (said(TOKENS[:9] + TOKENS[6:8], error="error event: x"), ["lost", "doubled"]),
+        (heard_of(TOKENS[:9] + TOKENS[6:]), ["doubled"]),
+        (heard_of(TOKENS[:9] + TOKENS[11:]), ["missing"]),
+        (heard_of([*TOKENS[:9], *range(200, 211)]), ["different"]),
+        (heard_of(finish_reasons=["length", "length"]), ["finish"]),
+        (heard_of(finish_reasons=["stop"]), ["finish"]),
+        (heard_of(late=1), ["finish"]),
+        (heard_of(usages=[(3, 20), (3, 20)]), ["usage"]),
+        (heard_of(usages=[]), ["usage"]),
+        (heard_of(usages=[(3, 11)]), ["usage"]),
+        (heard_of(usages=[(12, 20)]), ["usage"]),
+        (heard_of(names=["a", "b"]), ["identity"]),
+        (heard_of(roles=2), ["identity"]),
+        (heard_of(dones=2), ["identity"]),
+        (heard_of(TOKENS[:7], error="cut: the stream ended without [DONE]"), ["lost"]),
+        (heard_of([], error="http 503: no room", status=503), ["lost"]),
+        (heard_of([], error="connection refused", status=0), ["lost"]),
+        (heard_of(TOKENS[:9] + TOKENS[6:8], error="error event: x"), ["lost", "doubled"]),
     ],
 )
 def test_each_fault_is_told_from_the_others(heard: Heard, faults: list[str]) -> None:
@@ -132,19 +132,19 @@ def test_each_fault_is_told_from_the_others(heard: Heard, faults: list[str]) -> 
     ],
 )
 def test_outcomes(error: str, status: int, outcome: str) -> None:
-    assert compare(said(error=error, status=status), RIGHT).outcome == outcome
+    assert compare(heard_of(error=error, status=status), RIGHT).outcome == outcome
 
 
 def test_half_of_a_character_lost_at_the_cut_is_seen_in_the_text() -> None:
     right = msgspec.structs.replace(RIGHT, text=RIGHT.text.replace(" t31", " t€1"))
-    verdict = compare(said(text=right.text.replace("€", "\ufffd")), right)
+    verdict = compare(heard_of(text=right.text.replace("€", "\ufffd")), right)
     assert verdict.faults == ["different"]
     assert verdict.unit == "characters"
 
 
 def test_without_ids_texts_are_compared() -> None:
     right = msgspec.structs.replace(RIGHT, token_ids=None)
-    doubled = said(TOKENS[:9] + TOKENS[6:], token_ids=None)
+    doubled = heard_of(TOKENS[:9] + TOKENS[6:], token_ids=None)
     verdict = compare(doubled, right)
     assert (verdict.unit, verdict.doubled) == ("characters", len(text(TOKENS[6:9])))
     assert verdict.faults == ["doubled"]
@@ -179,16 +179,16 @@ def test_only_a_whole_answer_with_a_real_end_can_be_a_tie() -> None:
         return may_tie(heard, compare(heard, right), frozenset({2}))
 
     other = [*TOKENS[:9], *range(200, 211)]
-    assert can(said(other))
-    assert can(said([*other[:-3], 2], finish_reason="stop"))
-    assert not can(said())
+    assert can(heard_of(other))
+    assert can(heard_of([*other[:-3], 2], finish_reason="stop"))
+    assert not can(heard_of())
     # Each token that came is a greedy choice, and some are missing.
-    assert not can(said(TOKENS[:-2]))
-    assert not can(said(other[:-3]))
-    assert not can(said(other[:-3], finish_reason="stop"))
-    assert not can(said(other, error="cut: x"))
+    assert not can(heard_of(TOKENS[:-2]))
+    assert not can(heard_of(other[:-3]))
+    assert not can(heard_of(other[:-3], finish_reason="stop"))
+    assert not can(heard_of(other, error="cut: x"))
     # The right tokens with a wrong text.
-    assert not can(said(text="something else"))
+    assert not can(heard_of(text="something else"))
 
 
 def test_what_ends_answers_is_learnt_from_the_right_ones() -> None:
@@ -197,7 +197,7 @@ def test_what_ends_answers_is_learnt_from_the_right_ones() -> None:
 
 
 def test_a_tie_is_not_wrong_and_its_usage_may_be() -> None:
-    verdict = compare(said([*TOKENS[:9], *range(200, 211)], usages=[(3, 9)]), RIGHT)
+    verdict = compare(heard_of([*TOKENS[:9], *range(200, 211)], usages=[(3, 9)]), RIGHT)
     verdict.tie = True
     assert verdict.faults == ["usage"]
 
@@ -228,8 +228,8 @@ def heard(*parts: bytes, cut: str = "", streamed: bool = True, status: int = 200
 
 def test_events_have_the_time_of_the_piece_that_completes_them() -> None:
     parts = [b"data: 1\n", b"\ndata: 2\n\nda", b"ta: 3\r\n\r\n: ping\n\n", b"data: 4\n"]
-    found = list(events(parts, [0.0, 1.0, 2.0, 3.0]))
-    assert found == [(b"", b"1", 1.0), (b"", b"2", 1.0), (b"", b"3", 2.0)]
+    result = list(events(parts, [0.0, 1.0, 2.0, 3.0]))
+    assert result == [(b"", b"1", 1.0), (b"", b"2", 1.0), (b"", b"3", 2.0)]
 
 
 def test_a_stream_is_kept_whole() -> None:

@@ -17,9 +17,9 @@ SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content"
 def body(endpoint: Any, prompt: Any = "Hi", **extra: Any) -> dict[str, Any]:
     target = Target(url="http://h", model="m", endpoint=endpoint, extra={"temperature": 0.0})
     request = Request(prompt=prompt, output_tokens=7, extra=extra)
-    found: dict[str, Any] = json.loads(encode(target, request))
-    assert found.pop("model") == "m"
-    return found
+    data: dict[str, Any] = json.loads(encode(target, request))
+    assert data.pop("model") == "m"
+    return data
 
 
 def test_each_api_has_its_page_and_its_body() -> None:
@@ -27,9 +27,9 @@ def test_each_api_has_its_page_and_its_body() -> None:
     streamed = {"temperature": 0.0, "stream": True}
     assert body("responses") == {"input": "Hi", "max_output_tokens": 7, **streamed}
     assert body("responses", SYSTEM)["input"] == SYSTEM
-    said = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 7, **streamed}
-    assert body("messages") == said
-    assert body("messages", SYSTEM) == {"system": "Be brief.", **said}
+    output = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 7, **streamed}
+    assert body("messages") == output
+    assert body("messages", SYSTEM) == {"system": "Be brief.", **output}
     assert body("embeddings", ignore_eos=True) == {"input": "Hi"}
     assert body("embeddings", [1, 2]) == {"input": [1, 2]}
     for endpoint in ("completions", "embeddings"):
@@ -138,9 +138,9 @@ def whole(answer: dict[str, Any]) -> Record:
 def test_whole_answers_of_each_api() -> None:
     part = {"type": "output_text", "text": "one two"}
     answer = completed(output=[{"type": "message", "content": [part]}])["response"]
-    found = whole(answer)
-    assert (found.error, found.text, found.output_tokens) == ("", "one two", 3)
-    found = whole(
+    result = whole(answer)
+    assert (result.error, result.text, result.output_tokens) == ("", "one two", 3)
+    result = whole(
         {
             "type": "message",
             "content": [{"type": "text", "text": "one two"}],
@@ -148,7 +148,7 @@ def test_whole_answers_of_each_api() -> None:
             "usage": {"input_tokens": 9, "output_tokens": 2},
         }
     )
-    assert (found.error, found.text, found.finish_reason) == ("", "one two", "stop")
+    assert (result.error, result.text, result.finish_reason) == ("", "one two", "stop")
     assert whole({"choices": []}).error.startswith("bad response")
 
 

@@ -66,17 +66,17 @@ def test_the_search_comes_near_the_limit(first: int) -> None:
         tried.append(streams)
         return reading(streams, 0.001 if streams <= 317 else 0.02)
 
-    found = search(try_rate, first, steps=12)
-    assert 310 <= found.best.streams <= 317
-    assert not found.at_least
+    result = search(try_rate, first, steps=12)
+    assert 310 <= result.best.streams <= 317
+    assert not result.at_least
     # What was too high was tried twice, what was not once.
     assert all(tried.count(streams) == (1 if streams <= 317 else 2) for streams in tried)
 
 
 def test_a_rate_that_was_too_high_by_chance_is_tried_again() -> None:
     lags = iter([0.001, 0.3, 0.002, 0.3, 0.3, 0.3, 0.3])
-    found = search(lambda streams: reading(streams, next(lags)), 100, steps=2)
-    assert found.best.streams == 200
+    result = search(lambda streams: reading(streams, next(lags)), 100, steps=2)
+    assert result.best.streams == 200
 
 
 def test_a_server_that_is_late_bounds_the_capacity_from_below() -> None:
@@ -88,16 +88,16 @@ def test_a_server_that_is_late_bounds_the_capacity_from_below() -> None:
 
 
 def test_nothing_is_absorbed() -> None:
-    found = search(lambda streams: reading(streams, 1.0), 8, steps=9)
-    assert (found.best.streams, found.at_least) == (0, False)
+    result = search(lambda streams: reading(streams, 1.0), 8, steps=9)
+    assert (result.best.streams, result.at_least) == (0, False)
 
 
 def test_ratios_are_of_the_same_round() -> None:
     def capacity(streams: int) -> Capacity:
         return Capacity(best=reading(streams, 0.001), at_least=streams == 400)
 
-    found = {"ours": [capacity(200), capacity(400)], "vllm": [capacity(100), capacity(80)]}
-    ours, vllm = summarise(found)
+    values = {"ours": [capacity(200), capacity(400)], "vllm": [capacity(100), capacity(80)]}
+    ours, vllm = summarise(values)
     assert ours["ratio_to_vllm"] == {"median": 3.5, "min": 2.0, "max": 5.0}
     assert vllm["events_per_s"] == {"median": 4500.0, "min": 4000.0, "max": 5000.0}
     assert (ours["at_least"], vllm["at_least"]) == (True, False)

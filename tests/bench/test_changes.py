@@ -18,17 +18,17 @@ from bench.experiments import changes
 class Dashboard(http.server.ThreadingHTTPServer):
     """What Ray's dashboard says of one application, as a test sets it; None: it does not answer."""
 
-    told: Any = None
+    details: Any = None
 
 
 class _Said(http.server.BaseHTTPRequestHandler):
     server: Dashboard
 
     def do_GET(self) -> None:
-        if self.server.told is None or self.path != "/api/serve/applications/":
+        if self.server.details is None or self.path != "/api/serve/applications/":
             self.send_error(503)
             return
-        body = json.dumps(self.server.told).encode()
+        body = json.dumps(self.server.details).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -64,20 +64,20 @@ def application(*ids: str, target: int | None = None, **other: str) -> dict[str,
 
 
 def test_at_rest_is_when_all_run_that_are_to(dashboard: Dashboard) -> None:
-    asked = options(dashboard)
-    assert changes._settled(asked) is None  # It does not answer.
-    dashboard.told = application("a", "b")
-    assert changes._settled(asked) == {"a", "b"}
-    dashboard.told = application("a", "b", target=3)
-    assert changes._settled(asked) is None
-    dashboard.told = application("a", "b", status="DEPLOYING")
-    assert changes._settled(asked) is None
+    request = options(dashboard)
+    assert changes._settled(request) is None  # It does not answer.
+    dashboard.details = application("a", "b")
+    assert changes._settled(request) == {"a", "b"}
+    dashboard.details = application("a", "b", target=3)
+    assert changes._settled(request) is None
+    dashboard.details = application("a", "b", status="DEPLOYING")
+    assert changes._settled(request) is None
     leaving = application("a", "b")
     leaving["applications"]["llm"]["deployments"]["engine"]["replicas"][1]["state"] = "STOPPING"
-    dashboard.told = leaving
-    assert changes._settled(asked) is None
-    dashboard.told = {"applications": {}}
-    assert changes._settled(asked) is None
+    dashboard.details = leaving
+    assert changes._settled(request) is None
+    dashboard.details = {"applications": {}}
+    assert changes._settled(request) is None
 
 
 CONFIG = {
@@ -97,11 +97,11 @@ CONFIG = {
 def test_a_new_version_is_there_when_nobody_of_the_old_one_is(dashboard: Dashboard) -> None:
     for step in ("engine", "version"):
         there = changes._there(options(dashboard, step), CONFIG, {"a", "b", "c"})
-        dashboard.told = application("d", "b", "c")
+        dashboard.details = application("d", "b", "c")
         assert not there()
-        dashboard.told = application("d", "e")
+        dashboard.details = application("d", "e")
         assert not there()
-        dashboard.told = application("d", "e", "f")
+        dashboard.details = application("d", "e", "f")
         assert there()
 
 
@@ -109,18 +109,18 @@ def test_another_size_is_there_when_so_many_run_and_nobody_was_replaced(
     dashboard: Dashboard,
 ) -> None:
     there = changes._there(options(dashboard, "up"), CONFIG, {"a", "b"})
-    dashboard.told = application("a", "b")
+    dashboard.details = application("a", "b")
     assert not there()
-    dashboard.told = application("a", "c", "d")
+    dashboard.details = application("a", "c", "d")
     assert not there()
-    dashboard.told = application("a", "b", "c")
+    dashboard.details = application("a", "b", "c")
     assert there()
     fewer: dict[str, Any] = copy.deepcopy(CONFIG)
     changes._changed(fewer, "down")
     there = changes._there(options(dashboard, "down"), fewer, {"a", "b", "c"})
-    dashboard.told = application("d", "e")
+    dashboard.details = application("d", "e")
     assert not there()
-    dashboard.told = application("c", "a")
+    dashboard.details = application("c", "a")
     assert there()
 
 
@@ -129,8 +129,8 @@ def test_each_change_is_what_an_operator_would_edit() -> None:
         config: dict[str, Any] = copy.deepcopy(CONFIG)
         config["applications"][0]["args"]["gateway"]["enabled"] = gateway
         changes._changed(config, step)
-        found: dict[str, Any] = config["applications"][0]
-        return found
+        result: dict[str, Any] = config["applications"][0]
+        return result
 
     assert changed("engine")["args"]["engine"]["max_num_seqs"] == 48
     assert changed("version")["args"]["stream_gap_ms"] != 50.0
@@ -161,10 +161,10 @@ def test_each_change_is_what_an_operator_would_edit() -> None:
 def test_a_change_of_what_is_not_at_rest_is_refused(
     dashboard: Dashboard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = options(dashboard)
-    asked.out = tmp_path
+    request = options(dashboard)
+    request.out = tmp_path
     (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(CONFIG))
-    dashboard.told = application("a", status="DEPLOYING")
-    assert changes.apply(asked) == 1
+    dashboard.details = application("a", status="DEPLOYING")
+    assert changes.apply(request) == 1
     assert "not at rest" in capsys.readouterr().err
     assert yaml.safe_load((tmp_path / "serve_config.yaml").read_text()) == CONFIG

@@ -29,8 +29,10 @@ WORKLOAD = f"synthetic:input=8,output={TOKENS}"
 @contextlib.contextmanager
 def serving(*words: str, again: bool = False) -> Iterator[psutil.Process]:
     """The server, below a shell that is called as a raylet is; `again`: it comes back if killed."""
-    one = " ".join([sys.executable, "-m", "tests.services.greedy_server", f"--port={PORT}", *words])
-    script = f"while :; do {one}; sleep 0.3; done" if again else f"{one}; :"
+    first = " ".join(
+        [sys.executable, "-m", "tests.services.greedy_server", f"--port={PORT}", *words]
+    )
+    script = f"while :; do {first}; sleep 0.3; done" if again else f"{first}; :"
     shell = ["raylet", "-c", script, "--session-name=session_of_test_chaos"]
     process = subprocess.Popen(shell, executable="/bin/sh", cwd=ROOT, stderr=subprocess.DEVNULL)
     below = psutil.Process(process.pid)
@@ -81,7 +83,7 @@ def test_what_is_right_is_valid_and_others_are_killed_meanwhile(tmp_path: Path) 
     kills = "every=0.5,jitter=0,settle=0,up=process,count=2"
     with serving("--itl-s=0.01"), fleet.running(2) as running:
         assert wait(lambda: sum(p.name() != "" for p in running.children(recursive=True)) >= 4)
-        status, last, said = chaos(
+        status, last, output = chaos(
             tmp_path,
             f"--disturb=kill-replica:{kills}",
             f"--disturb=kill-engine:{kills}",
@@ -89,13 +91,13 @@ def test_what_is_right_is_valid_and_others_are_killed_meanwhile(tmp_path: Path) 
             f"--pid={running.pid}",
             "--whole=0.2",
         )
-    assert status == 0, said
+    assert status == 0, output
     assert last["valid"] is True
-    asked = last["answers"]["asked"]
-    assert asked >= 60
-    assert last["answers"]["equal"] == asked
-    assert last["answers"]["outcomes"] == {"whole": asked}
-    assert last["answers"]["streamed"] == pytest.approx(0.8 * asked, abs=1)
+    request = last["answers"]["asked"]
+    assert request >= 60
+    assert last["answers"]["equal"] == request
+    assert last["answers"]["outcomes"] == {"whole": request}
+    assert last["answers"]["streamed"] == pytest.approx(0.8 * request, abs=1)
     assert not any(last["faults"].values())
     assert {kind: row["done"] for kind, row in last["disturbances"].items()} == {
         "kill-replica": 2,
@@ -103,11 +105,11 @@ def test_what_is_right_is_valid_and_others_are_killed_meanwhile(tmp_path: Path) 
         "command": 1,
     }
     assert (tmp_path / "commands.log").read_text() == "hello\n"
-    found = result.read(tmp_path)
-    assert found["benchmark"] == "chaos"
-    assert len(found["done"]) == 5
+    saved = result.read(tmp_path)
+    assert saved["benchmark"] == "chaos"
+    assert len(saved["done"]) == 5
     heard = records(tmp_path)
-    assert [record.index for record in heard] == list(range(asked))
+    assert [record.index for record in heard] == list(range(request))
     assert {record.prompt for record in heard} == set(range(DISTINCT))
     assert all(len(record.token_ids or []) == TOKENS for record in heard)
     page = (tmp_path / "report.html").read_text()
@@ -118,8 +120,8 @@ def test_what_is_right_is_valid_and_others_are_killed_meanwhile(tmp_path: Path) 
 def test_each_fault_is_found_and_counted(tmp_path: Path) -> None:
     dealt = "double,skip,short,wrong,finish,usage,name,cut,error,refuse"
     with serving(f"--faults={dealt}", "--every=2", f"--after={DISTINCT}"):
-        status, last, said = chaos(tmp_path, requests=80)
-    assert status == 1, said
+        status, last, output = chaos(tmp_path, requests=80)
+    assert status == 1, output
     assert last["valid"] is False
     assert last["answers"]["asked"] == 80
     assert last["faults"] == {
@@ -139,15 +141,15 @@ def test_each_fault_is_found_and_counted(tmp_path: Path) -> None:
     assert last["missing"] == {"tokens": 4 * 3 + 4 * (TOKENS - 9), "characters": 0}
     faulty = result.read(tmp_path)["faulty"]
     assert len(faulty) == 40
-    assert all(len(one["faults"]) == 1 for one in faulty)
+    assert all(len(each["faults"]) == 1 for each in faulty)
     assert "Wrong answers: 12 lost, 4 doubled" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("margin", "ties"), [("0.01", 4), ("0.0001", 0)])
 def test_a_tie_is_shown_to_be_one_within_the_margin(tmp_path: Path, margin: str, ties: int) -> None:
     with serving("--faults=tie,pause", "--every=5", f"--after={DISTINCT}"):
-        status, last, said = chaos(tmp_path, f"--tie-margin={margin}", requests=40)
-    assert status == (0 if ties else 1), said
+        status, last, output = chaos(tmp_path, f"--tie-margin={margin}", requests=40)
+    assert status == (0 if ties else 1), output
     assert (last["answers"]["equal"], last["answers"]["ties"]) == (36, ties)
     assert last["faults"]["different"] == 4 - ties
     margins = [r.verdict.margin for r in records(tmp_path) if r.verdict and r.verdict.margin]
@@ -173,8 +175,8 @@ def test_a_killed_server_costs_its_streams_and_the_cluster_is_found_by_its_url(
     spec = "kill-replica:every=2,first=0.5,jitter=0,count=2,min_up=1,settle=0.5"
     with serving(*words, again=True):
         # As many as outlast a slow return of the server: those that it refuses are over at once.
-        status, last, said = chaos(tmp_path, f"--disturb={spec}", requests=60)
-    assert status == 1, said
+        status, last, output = chaos(tmp_path, f"--disturb={spec}", requests=60)
+    assert status == 1, output
     row = last["disturbances"]["kill-replica"]
     assert (row["done"], row["not_done"]) == (2, {})
     assert row["lost"] >= 2
@@ -204,10 +206,10 @@ def test_a_mistake_in_the_command_is_one_sentence_and_status_2(
     tmp_path: Path, words: list[str], names: str
 ) -> None:
     with serving():
-        status, _, said = chaos(tmp_path, *words)
-    assert status == 2, said
-    assert names in said
-    assert "Traceback" not in said
+        status, _, output = chaos(tmp_path, *words)
+    assert status == 2, output
+    assert names in output
+    assert "Traceback" not in output
 
 
 def test_what_never_happened_makes_a_run_invalid(tmp_path: Path) -> None:

@@ -133,11 +133,11 @@ def test_a_stream_reads_the_same_wherever_it_is_cut(end: str) -> None:
     cuts.append([stream[at : at + 1] for at in range(len(stream))])
     cuts.append([stream])
     for pieces in cuts:
-        found = read(pieces)
-        assert (found.error, found.finish_reason) == ("", "length")
-        assert found.text == "h\u00e9\U0001f642 {\\n}two lines end"
-        assert (found.input_tokens, found.output_tokens, found.cached_tokens) == (7, 5, 4)
-        assert len(found.chunk_s) == 4
+        result = read(pieces)
+        assert (result.error, result.finish_reason) == ("", "length")
+        assert result.text == "h\u00e9\U0001f642 {\\n}two lines end"
+        assert (result.input_tokens, result.output_tokens, result.cached_tokens) == (7, 5, 4)
+        assert len(result.chunk_s) == 4
 
 
 def test_the_time_of_an_event_is_when_its_last_byte_came() -> None:
@@ -229,10 +229,10 @@ async def test_a_response_reads_the_same_byte_by_byte() -> None:
             await asyncio.sleep(0)
 
     async with raw(answer):
-        found = await ask(Request(prompt="one two three", output_tokens=5), port=OTHER_PORT)
-    assert (found.error, found.status, found.output_tokens) == ("", 200, 5)
-    assert found.text == "h\u00e9\U0001f642 {\\n}two lines end"
-    assert len(found.chunk_s) == 4
+        reply = await ask(Request(prompt="one two three", output_tokens=5), port=OTHER_PORT)
+    assert (reply.error, reply.status, reply.output_tokens) == ("", 200, 5)
+    assert reply.text == "h\u00e9\U0001f642 {\\n}two lines end"
+    assert len(reply.chunk_s) == 4
 
 
 WHOLE = json.dumps({"choices": [{"text": "all", "finish_reason": "stop"}], "usage": USAGE}).encode()
@@ -288,13 +288,13 @@ async def test_any_response_becomes_a_record(
         await writer.drain()
 
     async with raw(answer):
-        found = await ask(port=OTHER_PORT)
-    assert found.status == status
-    assert found.error.startswith(error)
-    assert bool(found.error) == bool(error)
-    assert found.text == text
-    assert found.end_s is not None
-    assert (found.headers_s is not None) == bool(status)
+        reply = await ask(port=OTHER_PORT)
+    assert reply.status == status
+    assert reply.error.startswith(error)
+    assert bool(reply.error) == bool(error)
+    assert reply.text == text
+    assert reply.end_s is not None
+    assert (reply.headers_s is not None) == bool(status)
 
 
 # --- the server that is known ---------------------------------------------------------------
@@ -308,15 +308,15 @@ async def test_any_response_becomes_a_record(
 )
 async def test_what_came_back_is_in_the_record(endpoint: str, options: dict[str, Any]) -> None:
     async with serving(Options(cached_tokens=2, word=" w\u00f6rd", **options), PORT):
-        found = await ask(Request(prompt="a b c d", output_tokens=5), endpoint=endpoint)
-    assert (found.error, found.status, found.finish_reason) == ("", 200, "length")
-    assert (found.input_tokens, found.output_tokens, found.cached_tokens) == (4, 5, 2)
-    assert found.text == " w\u00f6rd" * 5
-    assert len(found.chunk_s) == 5
-    assert found.sent_s is not None
-    assert found.headers_s is not None
-    assert found.end_s is not None
-    times = [found.planned_s, found.sent_s, found.headers_s, *found.chunk_s, found.end_s]
+        answer = await ask(Request(prompt="a b c d", output_tokens=5), endpoint=endpoint)
+    assert (answer.error, answer.status, answer.finish_reason) == ("", 200, "length")
+    assert (answer.input_tokens, answer.output_tokens, answer.cached_tokens) == (4, 5, 2)
+    assert answer.text == " w\u00f6rd" * 5
+    assert len(answer.chunk_s) == 5
+    assert answer.sent_s is not None
+    assert answer.headers_s is not None
+    assert answer.end_s is not None
+    times = [answer.planned_s, answer.sent_s, answer.headers_s, *answer.chunk_s, answer.end_s]
     assert times == sorted(times)
 
 
@@ -324,62 +324,62 @@ async def test_what_came_back_is_in_the_record(endpoint: str, options: dict[str,
 async def test_an_answer_that_is_not_streamed_came_at_once(endpoint: str) -> None:
     async with serving(Options(), PORT):
         request = Request(prompt="a", output_tokens=4, extra={"stream": False})
-        found = await ask(request, endpoint=endpoint)
-    assert (found.error, found.output_tokens, found.text) == ("", 4, " word" * 4)
-    assert found.chunk_s == [found.end_s]
-    assert found.finish_reason == "length"
+        answer = await ask(request, endpoint=endpoint)
+    assert (answer.error, answer.output_tokens, answer.text) == ("", 4, " word" * 4)
+    assert answer.chunk_s == [answer.end_s]
+    assert answer.finish_reason == "length"
 
 
 async def test_time_to_the_first_token_and_between_tokens() -> None:
     async with serving(Options(ttft_ms=200, itl_ms=20), PORT):
-        found = await ask(Request(prompt="a", output_tokens=6))
-    assert found.chunk_s[0] - found.planned_s > 0.195
+        answer = await ask(Request(prompt="a", output_tokens=6))
+    assert answer.chunk_s[0] - answer.planned_s > 0.195
     # A client that saw them all at the end would say 0.
-    assert found.chunk_s[-1] - found.chunk_s[0] > 0.05
+    assert answer.chunk_s[-1] - answer.chunk_s[0] > 0.05
 
 
 async def test_failures_are_counted_as_the_server_made_them() -> None:
     options = Options(error_rate=0.25, cut_rate=0.5, event_error_rate=0.34)
     async with serving(options, PORT) as server, client() as made:
-        found = [await made.ask(THREE, record()) for _ in range(16)]
+        results = [await made.ask(THREE, record()) for _ in range(16)]
         answers = server.answers
-    errors = [one.error for one in found]
+    errors = [each.error for each in results]
     assert answers == {"200": 12, "500": 4}
     assert errors.count("http 500: the engine is dead") == 4
     assert errors.count("error event: the engine fell over") == 4
-    cut = [one for one in found if one.error.startswith("cut: connection")]
+    cut = [each for each in results if each.error.startswith("cut: connection")]
     assert len(cut) == 4
     # What came before the cut is kept.
-    assert all(one.status == 200 and one.chunk_s and not one.finish_reason for one in cut)
+    assert all(each.status == 200 and each.chunk_s and not each.finish_reason for each in cut)
     assert errors.count("") == 4
 
 
 async def test_a_rate_limit_is_an_error_of_its_own() -> None:
     async with serving(Options(rate_limit=3), PORT), client() as made:
-        found = await asyncio.gather(*(made.ask(THREE, record()) for _ in range(8)))
-    assert [one.status for one in found].count(200) == 3
-    refused = [one for one in found if one.status == 429]
+        result = await asyncio.gather(*(made.ask(THREE, record()) for _ in range(8)))
+    assert [each.status for each in result].count(200) == 3
+    refused = [each for each in result if each.status == 429]
     assert len(refused) == 5
-    assert {one.error for one in refused} == {"http 429: rate limit reached"}
+    assert {each.error for each in refused} == {"http 429: rate limit reached"}
 
 
 async def test_a_server_that_is_not_there() -> None:
-    found = await ask(port=NOBODY_PORT)
-    assert (found.error, found.status, found.sent_s) == ("connection refused", 0, None)
-    assert found.end_s is not None
-    found = await ask(url="http://no.such.host.invalid")
-    assert found.error == "unknown host: no.such.host.invalid"
+    answer = await ask(port=NOBODY_PORT)
+    assert (answer.error, answer.status, answer.sent_s) == ("connection refused", 0, None)
+    assert answer.end_s is not None
+    answer = await ask(url="http://no.such.host.invalid")
+    assert answer.error == "unknown host: no.such.host.invalid"
 
 
 async def test_a_response_that_takes_too_long() -> None:
     async with serving(Options(ttft_ms=60_000), PORT) as server:
-        found = await ask(timeout_s=0.2)
-        assert (found.error, found.status) == ("timeout: not over after 0.2 s", 0)
+        answer = await ask(timeout_s=0.2)
+        assert (answer.error, answer.status) == ("timeout: not over after 0.2 s", 0)
         assert await gone(server)
     async with serving(Options(ttft_ms=10, itl_ms=60_000), PORT) as server:
-        found = await ask(timeout_s=1.5)
-        assert (found.error, found.status) == ("timeout: not over after 1.5 s", 200)
-        assert len(found.chunk_s) == 1
+        answer = await ask(timeout_s=1.5)
+        assert (answer.error, answer.status) == ("timeout: not over after 1.5 s", 200)
+        assert len(answer.chunk_s) == 1
         assert await gone(server)
 
 
@@ -420,8 +420,8 @@ async def test_a_reset_is_told_from_a_close() -> None:
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     async with raw(answer):
-        found = await ask(port=OTHER_PORT)
-    assert found.error == "cut: connection reset in the response"
+        reply = await ask(port=OTHER_PORT)
+    assert reply.error == "cut: connection reset in the response"
 
 
 # --- connections ----------------------------------------------------------------------------
@@ -442,8 +442,8 @@ async def test_connections_are_kept_alive_unless_fresh_ones_are_wanted() -> None
 
 async def test_as_many_connections_as_requests_at_once() -> None:
     async with serving(Options(ttft_ms=100), PORT) as server, client() as made:
-        found = await asyncio.gather(*(made.ask(THREE, record()) for _ in range(50)))
-        assert all(one.ok for one in found)
+        result = await asyncio.gather(*(made.ask(THREE, record()) for _ in range(50)))
+        assert all(each.ok for each in result)
         assert server.accepted == 50
 
 
@@ -492,8 +492,8 @@ async def test_a_new_connection_that_closes_on_a_request_is_a_failure() -> None:
         seen.append(await request_of(reader))
 
     async with raw(answer):
-        found = await ask(port=OTHER_PORT)
-    assert found.error == "connection closed without a response"
+        reply = await ask(port=OTHER_PORT)
+    assert reply.error == "connection closed without a response"
     assert len(seen) == 1
 
 
@@ -531,13 +531,13 @@ async def test_https(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(certificate)
     async with serving(Options(), PORT, tls):
-        found = await ask(url=f"https://127.0.0.1:{PORT}")
-        assert found.error == "tls: CERTIFICATE_VERIFY_FAILED"
+        answer = await ask(url=f"https://127.0.0.1:{PORT}")
+        assert answer.error == "tls: CERTIFICATE_VERIFY_FAILED"
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         async with client(url=f"https://127.0.0.1:{PORT}/v1") as made:
             for _ in range(2):
-                found = await made.ask(THREE, record())
-                assert (found.error, found.text) == ("", " word" * 3)
+                answer = await made.ask(THREE, record())
+                assert (answer.error, answer.text) == ("", " word" * 3)
         monkeypatch.delenv("SSL_CERT_FILE")
         async with client(url=f"https://127.0.0.1:{PORT}", ca_file=str(certificate)) as made:
             assert (await made.ask(THREE, record())).error == ""
@@ -589,8 +589,8 @@ def test_bodies() -> None:
 
 
 async def test_a_prompt_that_the_endpoint_does_not_take() -> None:
-    found = await ask(Request(prompt=[1, 2], output_tokens=1), endpoint="chat")
-    assert found.error == "cannot be sent: the chat endpoint takes text or messages, not token ids"
+    answer = await ask(Request(prompt=[1, 2], output_tokens=1), endpoint="chat")
+    assert answer.error == "cannot be sent: the chat endpoint takes text or messages, not token ids"
     messages = Request(prompt=[{"role": "user", "content": "hi"}], output_tokens=1)
     assert (await ask(messages)).error.startswith("cannot be sent: the completions endpoint takes")
 

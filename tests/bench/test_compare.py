@@ -90,8 +90,8 @@ def test_a_repeat_without_a_value_takes_its_partner_with_it() -> None:
 
 
 def test_zeros_have_no_ratio() -> None:
-    none, some = (result(*({"failed_share": value} for value in (x, x))) for x in (0.0, 0.1))
-    assert compare.compare(none, some) == []
+    none, batch = (result(*({"failed_share": value} for value in (x, x))) for x in (0.0, 0.1))
+    assert compare.compare(none, batch) == []
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -163,8 +163,8 @@ def test_what_measure_gives_can_be_compared() -> None:
             Record(index=n, planned_s=n, sent_s=n, chunk_s=[n + took_s], end_s=n + 2 * took_s)
             for n in range(40)
         ]
-        found: dict[str, Any] = msgspec.to_builtins(measure(records))
-        return found
+        outcome: dict[str, Any] = msgspec.to_builtins(measure(records))
+        return outcome
 
     a = result(*(repeat(took_s) for took_s in (0.10, 0.11, 0.10)))
     b = result(*(repeat(took_s) for took_s in (0.05, 0.05, 0.051)))
@@ -252,6 +252,6 @@ def test_the_table_names_every_ratio_its_interval_and_verdict() -> None:
 
 def test_a_comparison_is_json() -> None:
     rows = compare.compare(throughputs(1.0), throughputs(2.0))
-    found = json.loads(json.dumps(compare.as_json(rows, ["n"])))
-    assert found["rows"][0]["ratio"] == 2.0
-    assert (found["benchmark"], found["notes"]) == ("compare", ["n"])
+    body = json.loads(json.dumps(compare.as_json(rows, ["n"])))
+    assert body["rows"][0]["ratio"] == 2.0
+    assert (body["benchmark"], body["notes"]) == ("compare", ["n"])

@@ -38,8 +38,8 @@ def test_the_plan_is_in_order_and_of_the_seed_alone() -> None:
 
 
 def test_without_jitter_times_are_exact() -> None:
-    found = planned([parse("command:true,every=3,first=1,count=3,jitter=0")], 0)
-    assert list(found) == [Due(1.0, 0, 0), Due(4.0, 0, 1), Due(7.0, 0, 2)]
+    result = planned([parse("command:true,every=3,first=1,count=3,jitter=0")], 0)
+    assert list(result) == [Due(1.0, 0, 0), Due(4.0, 0, 1), Due(7.0, 0, 2)]
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_a_spec_that_cannot_be_understood_says_so(text: str, names: str) -> None
 
 
 def test_a_command_may_hold_anything_but_an_option() -> None:
-    one = parse("command:serve deploy 'a b.yaml' --x 1; true,every=60,count=2")
-    assert one.command == "serve deploy 'a b.yaml' --x 1; true"
-    assert (one.every_s, one.first_s, one.count, one.min_up) == (60, 60, 2, 0)
+    first = parse("command:serve deploy 'a b.yaml' --x 1; true,every=60,count=2")
+    assert first.command == "serve deploy 'a b.yaml' --x 1; true"
+    assert (first.every_s, first.first_s, first.count, first.min_up) == (60, 60, 2, 0)
     assert parse("restart-gateway:every=5").deployment == "llm:gateway"
     assert parse("stop-engine:every=5,for=2.5").for_s == 2.5
 
@@ -117,8 +117,8 @@ def test_only_what_is_below_a_process_is_found(
 ) -> None:
     cluster = Cluster(pids=[theirs.pid])
     assert {process.pid for process in engines(cluster)} <= below(theirs)
-    one = Cluster(pids=[cluster.replicas("llm:engine")[0].process.pid])
-    assert len(one.replicas("llm:engine")) == len(engines(one)) == 1
+    first = Cluster(pids=[cluster.replicas("llm:engine")[0].process.pid])
+    assert len(first.replicas("llm:engine")) == len(engines(first)) == 1
     assert Cluster(session="session_of_test").replicas("llm:engine") == []
 
 
@@ -149,16 +149,16 @@ def test_a_replica_is_ready_once_it_answers_and_not_while_it_is_stopped() -> Non
     with fleet.running(1, start_s=1.5) as running:
         cluster = Cluster(pids=[running.pid])
         assert wait(lambda: len(engines(cluster)) == 1)
-        found = cluster.replicas("llm:engine")
-        assert cluster.ready(found, "http", 0.0) == []
-        assert cluster.ready(found, "process", 0.0) == found
-        assert cluster.ready(found, "process", 60.0) == []
-        assert wait(lambda: cluster.ready(found, "http", 0.0) == found)
-        assert cluster.ready(found, "http", 60.0) == []
-        found[0].engine[0].suspend()
-        assert wait(lambda: cluster.ready(found, "http", 0.0) == [])
-        found[0].engine[0].resume()
-        assert wait(lambda: cluster.ready(found, "http", 0.0) == found)
+        result = cluster.replicas("llm:engine")
+        assert cluster.ready(result, "http", 0.0) == []
+        assert cluster.ready(result, "process", 0.0) == result
+        assert cluster.ready(result, "process", 60.0) == []
+        assert wait(lambda: cluster.ready(result, "http", 0.0) == result)
+        assert cluster.ready(result, "http", 60.0) == []
+        result[0].engine[0].suspend()
+        assert wait(lambda: cluster.ready(result, "http", 0.0) == [])
+        result[0].engine[0].resume()
+        assert wait(lambda: cluster.ready(result, "http", 0.0) == result)
 
 
 def test_a_replica_that_was_struck_is_not_ready_though_it_answers_yet() -> None:
@@ -166,12 +166,12 @@ def test_a_replica_that_was_struck_is_not_ready_though_it_answers_yet() -> None:
         cluster = Cluster(pids=[running.pid])
 
         def ready() -> set[int]:
-            found = cluster.ready(cluster.replicas("llm:engine"), "http", 0.0)
-            return {replica.process.pid for replica in found}
+            result = cluster.ready(cluster.replicas("llm:engine"), "http", 0.0)
+            return {replica.process.pid for replica in result}
 
         assert wait(lambda: len(ready()) == len(engines(cluster)) == 2)
-        one, other = cluster.replicas("llm:engine")
-        cluster.strike(one.process)
+        first, other = cluster.replicas("llm:engine")
+        cluster.strike(first.process)
         assert ready() == {other.process.pid}
         # One that lost its engine, whoever killed it, is not ready until it is replaced.
         other.process.suspend()
@@ -202,23 +202,23 @@ async def test_kills_meet_only_the_fleet_and_leave_enough(
     others = below(theirs)
     with fleet.running(2, start_s=0.5) as running:
         cluster = Cluster(pids=[running.pid])
-        one = disturber(
+        first = disturber(
             tmp_path,
             cluster,
             "kill-replica:every=0.2,count=2,settle=0,wait=30",
             "kill-engine:every=0.3,count=2,settle=0,wait=30",
         )
         assert wait(lambda: len(engines(cluster)) == 2)
-        one.check()
-        assert not one.counted
-        await asyncio.wait_for(one.run(), 60)
-    assert one.counted
-    assert [done.error for done in one.done] == [""] * 4
-    assert sorted(done.kind for done in one.done) == ["kill-engine"] * 2 + ["kill-replica"] * 2
+        first.check()
+        assert not first.counted
+        await asyncio.wait_for(first.run(), 60)
+    assert first.counted
+    assert [done.error for done in first.done] == [""] * 4
+    assert sorted(done.kind for done in first.done) == ["kill-engine"] * 2 + ["kill-replica"] * 2
     # Each but the first found one replica gone, and waited until two were ready.
-    assert all(done.waited_s > 0.3 for done in one.done[1:])
-    assert len({done.what for done in one.done}) == 4
-    assert all(fleet.REPLICA in done.what for done in one.done)
+    assert all(done.waited_s > 0.3 for done in first.done[1:])
+    assert len({done.what for done in first.done}) == 4
+    assert all(fleet.REPLICA in done.what for done in first.done)
     assert below(theirs) == others
 
 
@@ -226,14 +226,14 @@ async def test_disturbances_lie_apart(tmp_path: Path) -> None:
     with fleet.running(3) as running:
         cluster = Cluster(pids=[running.pid])
         assert wait(lambda: len(engines(cluster)) == 3)
-        one = disturber(
+        single = disturber(
             tmp_path,
             cluster,
             f"kill-replica:every=0.1,count=1,apart=1.5,{QUICK}",
             f"kill-engine:every=0.2,count=1,apart=1.5,{QUICK}",
         )
-        await asyncio.wait_for(one.run(), 60)
-    first, second = one.done
+        await asyncio.wait_for(single.run(), 60)
+    first, second = single.done
     assert (first.error, second.error) == ("", "")
     assert second.at_s - first.until_s >= 1.5
 
@@ -243,13 +243,13 @@ async def test_who_was_struck_a_short_time_ago_rests(tmp_path: Path) -> None:
         cluster = Cluster(pids=[running.pid])
         assert wait(lambda: len(engines(cluster)) == 3)
         kill = "kill-engine:every=0.1,min_up=3,up=process,settle=0"
-        one = disturber(tmp_path, cluster, f"{kill},count=4,rest=60,wait=5")
-        await asyncio.wait_for(one.run(), 60)
-        assert [done.error for done in one.done] == [""] * 3 + ["nobody to kill-engine"]
+        first = disturber(tmp_path, cluster, f"{kill},count=4,rest=60,wait=5")
+        await asyncio.wait_for(first.run(), 60)
+        assert [done.error for done in first.done] == [""] * 3 + ["nobody to kill-engine"]
         assert len(engines(cluster)) == 3
-        one = disturber(tmp_path, cluster, f"{kill},count=1,rest=0.1,wait=20")
-        await asyncio.wait_for(one.run(), 60)
-        assert one.done[0].error == ""
+        first = disturber(tmp_path, cluster, f"{kill},count=1,rest=0.1,wait=20")
+        await asyncio.wait_for(first.run(), 60)
+        assert first.done[0].error == ""
 
 
 async def test_who_is_alone_is_spared(tmp_path: Path) -> None:
@@ -258,24 +258,24 @@ async def test_who_is_alone_is_spared(tmp_path: Path) -> None:
         assert wait(lambda: len(engines(cluster)) == 1)
         before = below(running)
         spec = "kill-replica:every=0.1,count=1,up=process,settle=0,wait=0.6"
-        one = disturber(tmp_path, cluster, spec)
-        await one.run()
+        first = disturber(tmp_path, cluster, spec)
+        await first.run()
         assert below(running) == before
-    assert one.done[0].error == "1 of llm:engine ready, and 2 needed"
-    assert one.done[0].waited_s >= 0.6
+    assert first.done[0].error == "1 of llm:engine ready, and 2 needed"
+    assert first.done[0].waited_s >= 0.6
 
 
 async def test_a_stopped_engine_goes_on(tmp_path: Path) -> None:
     with fleet.running(2) as running:
         cluster = Cluster(pids=[running.pid])
         assert wait(lambda: len(engines(cluster)) == 2)
-        one = disturber(
+        single = disturber(
             tmp_path,
             cluster,
             f"stop-engine:every=0.1,count=1,for=0.7,{QUICK}",
             f"stop-engine:every=2,count=1,{QUICK}",
         )
-        stopping = asyncio.create_task(one.run())
+        stopping = asyncio.create_task(single.run())
 
         def stopped() -> int:
             return sum(p.status() == psutil.STATUS_STOPPED for p in engines(cluster))
@@ -286,7 +286,7 @@ async def test_a_stopped_engine_goes_on(tmp_path: Path) -> None:
         assert await asyncio.to_thread(wait, lambda: stopped() == 1 or stopping.done())
         await stopping
         assert await asyncio.to_thread(wait, lambda: stopped() == 0)
-    first, second = one.done
+    first, second = single.done
     assert first.until_s - first.at_s >= 0.7
     assert second.until_s == second.at_s
 
@@ -295,13 +295,13 @@ async def test_a_run_that_is_broken_off_leaves_nothing_stopped(tmp_path: Path) -
     with fleet.running(2) as running:
         cluster = Cluster(pids=[running.pid])
         assert wait(lambda: len(engines(cluster)) == 2)
-        one = disturber(tmp_path, cluster, f"stop-engine:every=0.1,for=60,{QUICK}")
-        stopping = asyncio.create_task(one.run())
-        assert await asyncio.to_thread(wait, lambda: bool(one.done))
+        first = disturber(tmp_path, cluster, f"stop-engine:every=0.1,for=60,{QUICK}")
+        stopping = asyncio.create_task(first.run())
+        assert await asyncio.to_thread(wait, lambda: bool(first.done))
         stopping.cancel()
         await asyncio.wait({stopping})
         assert all(p.status() != psutil.STATUS_STOPPED for p in engines(cluster))
-    assert len(one.done) == 1
+    assert len(first.done) == 1
 
 
 async def test_a_node_dies_only_if_it_is_named_and_others_have_replicas(
@@ -311,34 +311,34 @@ async def test_a_node_dies_only_if_it_is_named_and_others_have_replicas(
     with pytest.raises(LoadError, match=r"nodes = 'two': no such node"):
         disturber(tmp_path, cluster, "kill-raylet:every=1,nodes=two").check()
     # All its replicas are on the one node.
-    one = disturber(tmp_path, cluster, "kill-raylet:every=0.1,count=1,nodes=one," + QUICK)
-    one.check()
-    one.disturbances = [parse("kill-raylet:every=0.1,count=1,nodes=one,up=process,wait=0")]
-    await one.run()
-    assert one.done[0].error == "0 of llm:engine ready on other nodes"
+    first = disturber(tmp_path, cluster, "kill-raylet:every=0.1,count=1,nodes=one," + QUICK)
+    first.check()
+    first.disturbances = [parse("kill-raylet:every=0.1,count=1,nodes=one,up=process,wait=0")]
+    await first.run()
+    assert first.done[0].error == "0 of llm:engine ready on other nodes"
     assert ours.is_running()
     with fleet.running(1, session="session_of_a_node") as node:
         lonely = Cluster(session="session_of_a_node")
         assert wait(lambda: len(engines(lonely)) == 1)
         spec = "kill-raylet:every=0.1,count=1,nodes=one,min_up=1,up=process,settle=0"
-        one = disturber(tmp_path, lonely, spec)
-        await one.run()
-        assert one.done[0].error == ""
+        first = disturber(tmp_path, lonely, spec)
+        await first.run()
+        assert first.done[0].error == ""
         assert wait(lambda: node.status() == psutil.STATUS_ZOMBIE)
 
 
 async def test_a_command_is_waited_for_and_its_status_counts(tmp_path: Path) -> None:
-    one = disturber(
+    first = disturber(
         tmp_path,
         None,
         "command:sleep 0.4 && echo said,every=0.1,count=1",
         "command:exit 3,every=0.2,count=1",
         "command:sleep 60,every=0.3,count=1,wait=0.3",
     )
-    one.check()
-    await asyncio.wait_for(one.run(), 20)
-    assert [done.error for done in one.done] == ["", "exit status 3", "not over after 0.3 s"]
-    assert one.done[0].until_s - one.done[0].at_s >= 0.4
+    first.check()
+    await asyncio.wait_for(first.run(), 20)
+    assert [done.error for done in first.done] == ["", "exit status 3", "not over after 0.3 s"]
+    assert first.done[0].until_s - first.done[0].at_s >= 0.4
     assert (tmp_path / "log").read_text() == "said\n"
 
 
@@ -383,10 +383,10 @@ def test_met_is_what_was_under_way() -> None:
 
 def test_percentiles_are_left_out_where_there_are_too_few() -> None:
     assert gaps.statistics([]) == {"count": 0, "p50_s": None, "p99_s": None, "max_s": None}
-    found = gaps.statistics(n / 100 for n in range(400))
-    assert (found["count"], found["max_s"]) == (400, 3.99)
-    assert found["p50_s"] == pytest.approx(1.995)
-    assert found["p99_s"] == pytest.approx(3.95, abs=0.01)
+    result = gaps.statistics(n / 100 for n in range(400))
+    assert (result["count"], result["max_s"]) == (400, 3.99)
+    assert result["p50_s"] == pytest.approx(1.995)
+    assert result["p99_s"] == pytest.approx(3.95, abs=0.01)
 
 
 def test_kinds_are_documented() -> None:

@@ -41,46 +41,48 @@ def test_energy_is_of_all_gpus_from_zero() -> None:
 def test_a_token_costs_what_was_used_while_it_was_made() -> None:
     measures = measure.measure(made.records(200))
     seconds = int(measures.to_s) + 2
-    found = measure.efficiency(measures, gpu.energy(samples([300.0, 100.0], seconds)), 2, 3.6)
+    result = measure.efficiency(measures, gpu.energy(samples([300.0, 100.0], seconds)), 2, 3.6)
     assert measures.output_tokens_per_s is not None
-    assert found.watts == pytest.approx(400.0, rel=0.02)
-    assert found.joules_per_output_token == pytest.approx(
+    assert result.watts == pytest.approx(400.0, rel=0.02)
+    assert result.joules_per_output_token == pytest.approx(
         400 / measures.output_tokens_per_s, rel=0.02
     )
-    assert found.gpu_tokens_per_s == pytest.approx(measures.output_tokens_per_s / 2)
+    assert result.gpu_tokens_per_s == pytest.approx(measures.output_tokens_per_s / 2)
     # Two GPUs at 3.6 dollars an hour are 0.002 dollars a second.
-    assert found.usd_per_million_output_tokens == pytest.approx(2000 / measures.output_tokens_per_s)
+    assert result.usd_per_million_output_tokens == pytest.approx(
+        2000 / measures.output_tokens_per_s
+    )
     assert measures.tpot_p90_s is not None
-    assert found.user_tokens_per_s == pytest.approx(1 / measures.tpot_p90_s)
+    assert result.user_tokens_per_s == pytest.approx(1 / measures.tpot_p90_s)
 
 
 def test_what_is_not_known_is_not_said() -> None:
     measures = measure.measure(made.records(50))
-    found = measure.efficiency(measures)
-    assert (found.joules, found.gpu_tokens_per_s, found.usd_per_million_tokens) == (
+    result = measure.efficiency(measures)
+    assert (result.joules, result.gpu_tokens_per_s, result.usd_per_million_tokens) == (
         None,
         None,
         None,
     )
-    assert found.user_tokens_per_s is not None
+    assert result.user_tokens_per_s is not None
     # Sampling began late: the window is not covered.
     late = [(measures.to_s + t, 100.0 * t) for t in range(5)]
     assert measure.efficiency(measures, late).joules is None
-    assert "joules" not in measure.efficiency_summary([found, found])
+    assert "joules" not in measure.efficiency_summary([result, result])
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_the_front_is_what_nobody_beats(points: list[tuple[int, int]]) -> None:
-    found = measure.on_front([(float(x), float(y)) for x, y in points])
-    for (x, y), best in zip(points, found, strict=True):
+    result = measure.on_front([(float(x), float(y)) for x, y in points])
+    for (x, y), best in zip(points, result, strict=True):
         beaten = any(a >= x and b >= y and (a, b) != (x, y) for a, b in points)
         assert best != beaten
-    assert any(found)
+    assert any(result)
     order = list(range(len(points)))
     random.Random(1).shuffle(order)
     again = measure.on_front([(float(points[i][0]), float(points[i][1])) for i in order])
-    assert again == [found[i] for i in order]
+    assert again == [result[i] for i in order]
 
 
 def test_the_loads_of_a_curve() -> None:

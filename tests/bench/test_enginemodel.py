@@ -33,11 +33,11 @@ ENGINE = Engine(COSTS, max_num_seqs=8, token_budget=100, kv_blocks=1000, block_t
 def jobs(
     count: int, rate: float, read: tuple[int, int], write: tuple[int, int], seed: int = 0
 ) -> list[Job]:
-    rng, at_s, found = random.Random(seed), 0.0, []
+    rng, at_s, result = random.Random(seed), 0.0, []
     for index in range(count):
         at_s += rng.expovariate(rate)
-        found.append(Job(index, at_s, rng.randint(*read), rng.randint(*write)))
-    return found
+        result.append(Job(index, at_s, rng.randint(*read), rng.randint(*write)))
+    return result
 
 
 # --- by hand --------------------------------------------------------------------------------
@@ -72,10 +72,12 @@ def test_a_prompt_shares_its_step_with_those_that_write() -> None:
 
 def test_no_more_run_than_there_are_places() -> None:
     engine = replace(ENGINE, max_num_seqs=2)
-    found = serve(engine, [Job(index, 0.0, 10, 5) for index in range(4)])
-    ends_s = [record.end_s for record in found]
+    result = serve(engine, [Job(index, 0.0, 10, 5) for index in range(4)])
+    ends_s = [record.end_s for record in result]
     assert ends_s[0] == ends_s[1]
-    assert found[2].chunk_s[0] > (ends_s[0] or 0)  # The third begins when the first two have ended.
+    assert result[2].chunk_s[0] > (
+        ends_s[0] or 0
+    )  # The third begins when the first two have ended.
 
 
 def test_one_that_loses_its_blocks_is_read_again_and_gets_every_token() -> None:
@@ -86,10 +88,10 @@ def test_one_that_loses_its_blocks_is_read_again_and_gets_every_token() -> None:
     for job in both:
         batch.add(job, 0.0)
     batch.advance(math.inf)
-    found = [job.record(batch.step_end_s) for job in both]
+    results = [job.record(batch.step_end_s) for job in both]
     assert [job.preemptions for job in both] == [0, 1]
-    assert [len(record.chunk_s) for record in found] == [32, 32]
-    assert all(before < after for before, after in pairwise(found[1].chunk_s))
+    assert [len(record.chunk_s) for record in results] == [32, 32]
+    assert all(before < after for before, after in pairwise(results[1].chunk_s))
     assert batch.preempted == 1
     assert batch.prefilled == 32 + 32 + both[1].base
     assert batch.kv_usage == 0
@@ -108,8 +110,8 @@ def test_a_known_prefix_is_not_read_again() -> None:
     first = Job(0, 0.0, 70, 1, hashes=same)
     second = Job(1, 1.0, 70, 1, hashes=same)
     other = Job(2, 2.0, 70, 1, hashes=(9, 1, 2, 3))
-    found = [measure.ttft_s(record) for record in serve(engine, [first, second, other])]
-    assert found == pytest.approx([0.01 + 70e-4, 0.01 + 6e-4, 0.01 + 70e-4])
+    results = [measure.ttft_s(record) for record in serve(engine, [first, second, other])]
+    assert results == pytest.approx([0.01 + 70e-4, 0.01 + 6e-4, 0.01 + 70e-4])
 
 
 def test_what_a_request_spends_before_the_engine() -> None:
@@ -120,15 +122,17 @@ def test_what_a_request_spends_before_the_engine() -> None:
 
 def test_the_first_of_many_that_come_at_once_begins_alone() -> None:
     engine = replace(ENGINE, accept_s=0.001)
-    found = serve(engine, [Job(index, 0.0, 10, 1) for index in range(4)])
-    firsts_s = [record.chunk_s[0] for record in found]
+    result = serve(engine, [Job(index, 0.0, 10, 1) for index in range(4)])
+    firsts_s = [record.chunk_s[0] for record in result]
     assert firsts_s == pytest.approx([0.011, *[0.011 + 0.01 + 30e-4] * 3])
 
 
 def test_users_of_a_closed_loop_send_when_they_are_answered() -> None:
-    found = serve_closed(ENGINE, [Job(index, 0.0, 10, 5) for index in range(6)], users=2, think_s=1)
+    result = serve_closed(
+        ENGINE, [Job(index, 0.0, 10, 5) for index in range(6)], users=2, think_s=1
+    )
     for user in (0, 1):
-        mine = [record for record in found if record.user == user]
+        mine = [record for record in result if record.user == user]
         assert len(mine) == 3
         for before, after in pairwise(mine):
             assert after.planned_s == pytest.approx((before.end_s or 0) + 1)
@@ -153,8 +157,8 @@ def test_every_request_gets_every_token_and_the_cache_holds(seed: int) -> None:
             batch.add(left[0], left.pop(0).at_s)
         ended += batch.advance(at_s)
         running = list(batch._running)
-        held = sum(SMALL.blocks(_held(batch, job)) for job in running)
-        assert held == SMALL.kv_blocks - batch._free
+        waiting = sum(SMALL.blocks(_tokens_held(batch, job)) for job in running)
+        assert waiting == SMALL.kv_blocks - batch._free
         assert 0 <= batch._free <= SMALL.kv_blocks
         assert len(running) <= SMALL.max_num_seqs
         assert batch.waiting + batch.running + len(ended) + len(left) == len(mine)
@@ -171,7 +175,7 @@ def test_every_request_gets_every_token_and_the_cache_holds(seed: int) -> None:
         assert record.chunk_s[0] > job.at_s
 
 
-def _held(batch: Batch, job: Job) -> int:
+def _tokens_held(batch: Batch, job: Job) -> int:
     if job.first < 0:
         return job.base
     return job.base + len(batch.step_end_s) - 1 - job.first
@@ -221,8 +225,8 @@ def test_a_longer_load_takes_as_long_as_its_steps_say() -> None:
 
 
 def test_littles_law() -> None:
-    found = serve(replace(ENGINE, kv_blocks=10_000), jobs(3000, 8.0, (5, 100), (1, 20)))
-    measures = measure.measure(found)
+    result = serve(replace(ENGINE, kv_blocks=10_000), jobs(3000, 8.0, (5, 100), (1, 20)))
+    measures = measure.measure(result)
     mean_running = measures.mean_running or 0
     assert mean_running == pytest.approx(
         (measures.requests_per_s or 0) * (measures.e2e_mean_s or 0), rel=0.02
@@ -237,8 +241,8 @@ def test_one_place_is_an_m_d_1_queue() -> None:
         token_budget=16,
     )
     busy = 0.6
-    found = serve(engine, jobs(20_000, busy / 0.1, (8, 8), (1, 1)))
-    waits_s = [(measure.ttft_s(record) or 0) - 0.1 for record in found]
+    result = serve(engine, jobs(20_000, busy / 0.1, (8, 8), (1, 1)))
+    waits_s = [(measure.ttft_s(record) or 0) - 0.1 for record in result]
     assert sum(waits_s) / len(waits_s) == pytest.approx(busy * 0.1 / (2 * (1 - busy)), rel=0.05)
 
 
@@ -282,47 +286,52 @@ def test_an_engine_that_cannot_be() -> None:
 TRUTH = Engine(Costs(0.008, 1.5e-4, 2e-4, 1.5e-7, 0.006), 128, 2048, 20_000)
 
 
-def noisy(found: Sequence[Record], merged: int, rng: random.Random) -> list[Record]:
+def noisy(expected: Sequence[Record], merged: int, rng: random.Random) -> list[Record]:
     """As a client sees them: each chunk late by half a millisecond, several tokens to a chunk."""
     seen, free_s = [], dict[int | None, float]()
-    for record in found:
+    for record in expected:
         late_s: list[float] = []
         for at_s in record.chunk_s:
             late_s.append(max(at_s + rng.expovariate(2000), *late_s[-1:], 0.0))
-        kept = late_s[:1] + late_s[1:][merged - 1 :: merged]
-        if kept[-1] != late_s[-1]:
-            kept.append(late_s[-1])
+        remaining = late_s[:1] + late_s[1:][merged - 1 :: merged]
+        if remaining[-1] != late_s[-1]:
+            remaining.append(late_s[-1])
         sent_s = record.planned_s
         if record.user is not None:
             sent_s = max(sent_s, free_s.get(record.user, 0.0))
             free_s[record.user] = late_s[-1]
-        changed = {"chunk_s": kept, "end_s": kept[-1], "planned_s": sent_s, "sent_s": sent_s}
+        changed = {
+            "chunk_s": remaining,
+            "end_s": remaining[-1],
+            "planned_s": sent_s,
+            "sent_s": sent_s,
+        }
         seen.append(msgspec.structs.replace(record, **changed))
     return seen
 
 
 def loads(merged: int) -> list[Load]:
     rng = random.Random(1)
-    found = []
+    collected = []
     for users, read, write in ((1, 200, 50), (8, 1000, 100), (32, 300, 150), (64, 600, 60)):
         lengths = (read // 2, read * 3 // 2), (write // 2, write * 3 // 2)
         mine = jobs(users * 6 + 16, 1.0, *lengths, seed=users)
         closed = noisy(serve_closed(TRUTH, mine, users), merged, rng)
-        found.append(Load(f"{users} users", (tuple(closed),)))
+        collected.append(Load(f"{users} users", (tuple(closed),)))
     mine = jobs(250, 6.0, (100, 2000), (20, 200))
-    return [*found, Load("open", (tuple(noisy(serve(TRUTH, mine), merged, rng)),))]
+    return [*collected, Load("open", (tuple(noisy(serve(TRUTH, mine), merged, rng)),))]
 
 
 @pytest.mark.parametrize("merged", [1, 4])
 def test_a_fit_finds_the_constants(merged: int) -> None:
-    found = enginefit.fit(loads(merged), TRUTH)
-    for value, true in zip(astuple(found.costs)[:3], astuple(TRUTH.costs)[:3], strict=True):
+    result = enginefit.fit(loads(merged), TRUTH)
+    for value, true in zip(astuple(result.costs)[:3], astuple(TRUTH.costs)[:3], strict=True):
         assert value == pytest.approx(true, rel=0.03)
-    assert found.costs.kv_token_s == pytest.approx(TRUTH.costs.kv_token_s, rel=0.1)
-    assert found.costs.request_s == pytest.approx(TRUTH.costs.request_s, rel=0.15)
-    assert found.residual < 0.05
+    assert result.costs.kv_token_s == pytest.approx(TRUTH.costs.kv_token_s, rel=0.1)
+    assert result.costs.request_s == pytest.approx(TRUTH.costs.request_s, rel=0.15)
+    assert result.residual < 0.05
     for value, error, true in zip(
-        astuple(found.costs), astuple(found.errors), astuple(TRUTH.costs), strict=True
+        astuple(result.costs), astuple(result.errors), astuple(TRUTH.costs), strict=True
     ):
         assert abs(value - true) < 4 * error + 0.03 * true
 
@@ -348,8 +357,8 @@ def test_a_validation_from_the_folders_of_runs(tmp_path: Path) -> None:
         ("32 users", 32),
         ("8 users", 8),
     ]
-    said = enginefit.table(enginefit.fit(read, TRUTH), enginefit.validate(read, TRUTH))
-    assert "8 users: output_tokens_per_s" in said
+    output = enginefit.table(enginefit.fit(read, TRUTH), enginefit.validate(read, TRUTH))
+    assert "8 users: output_tokens_per_s" in output
 
 
 def test_what_cannot_be_fitted(tmp_path: Path) -> None:

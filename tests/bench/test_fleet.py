@@ -95,9 +95,9 @@ def test_those_that_still_start_are_let_go_first() -> None:
 
 def test_bounds_hold_whatever_the_policy_says() -> None:
     bounded = replace(FLEET, min_replicas=2, max_replicas=3, initial=2)
-    for wanted, found in ((0, 2), (99, 3)):
+    for wanted, each in ((0, 2), (99, 3)):
         outcome = fleet.run(bounded, every(1.0, 10), always(wanted))
-        assert set(outcome.timeline.wanted) == {found}
+        assert set(outcome.timeline.wanted) == {each}
 
 
 def test_start_times_vary_with_the_seed_and_only_with_it() -> None:

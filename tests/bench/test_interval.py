@@ -14,8 +14,8 @@ def covered(bounds: Callable[[np.random.Generator], interval.Bounds | None], tru
     """In which share of 600 simulations an interval holds the truth; None never does."""
     hits = 0
     for seed in range(600):
-        found = bounds(np.random.default_rng(seed))
-        hits += found is not None and found[0] <= truth <= found[1]
+        result = bounds(np.random.default_rng(seed))
+        hits += result is not None and result[0] <= truth <= result[1]
     return hits / 600
 
 
@@ -163,10 +163,10 @@ LEAST, MOST = 0.90, 0.995
 def test_the_interval_of_a_series_covers_or_is_withheld(
     process: processes.Process, samples: int, share: float | None
 ) -> None:
-    found = coverage.coverage(process, share, samples, TRIALS)
-    assert found.missed < 1 - LEAST
-    if found.given > TRIALS / 2:
-        assert LEAST < found.covered <= MOST
+    result = coverage.coverage(process, share, samples, TRIALS)
+    assert result.missed < 1 - LEAST
+    if result.given > TRIALS / 2:
+        assert LEAST < result.covered <= MOST
 
 
 @pytest.mark.parametrize("share", [None, 0.5, 0.95, 0.99])
@@ -196,8 +196,8 @@ def test_most_series_of_independent_samples_have_intervals() -> None:
 @pytest.mark.parametrize("coefficient", [0.0, 0.5, 0.9])
 def test_the_autocorrelation_time_of_a_known_series(coefficient: float) -> None:
     series = processes.autoregressive(coefficient).sample(np.random.default_rng(3), 20, 5000)
-    found = np.mean([correlation.autocorrelation_time(each) for each in series])
-    assert found == pytest.approx((1 + coefficient) / (1 - coefficient), rel=0.15)
+    result = np.mean([correlation.autocorrelation_time(each) for each in series])
+    assert result == pytest.approx((1 + coefficient) / (1 - coefficient), rel=0.15)
 
 
 @pytest.mark.parametrize("values", [[], [1.0] * 3, [2.5] * 1000])
@@ -218,9 +218,9 @@ def test_wilson_as_published_and_at_the_ends() -> None:
 
 
 def test_wilson_covers_on_average() -> None:
-    found = [interval.of_share(hits, 50) or (0, 0) for hits in range(51)]
+    results = [interval.of_share(hits, 50) or (0, 0) for hits in range(51)]
     coverage = [
-        sum(misses(hits, 50, p) for hits, (low, high) in enumerate(found) if low <= p <= high)
+        sum(misses(hits, 50, p) for hits, (low, high) in enumerate(results) if low <= p <= high)
         for p in np.linspace(0.02, 0.98, 97)
     ]
     assert 0.945 < np.mean(coverage) < 0.96
@@ -229,9 +229,9 @@ def test_wilson_covers_on_average() -> None:
 
 @pytest.mark.parametrize("count", [10, 50])
 def test_the_exact_interval_never_covers_less_than_it_claims(count: int) -> None:
-    found = [interval.of_share_exact(hits, count) for hits in range(count + 1)]
+    results = [interval.of_share_exact(hits, count) for hits in range(count + 1)]
     for p in np.linspace(0.001, 0.999, 999):
-        inside = [low <= p <= high for low, high in found]
+        inside = [low <= p <= high for low, high in results]
         assert sum(misses(hits, count, p) for hits in range(count + 1) if inside[hits]) >= 0.95
 
 

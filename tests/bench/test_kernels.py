@@ -10,16 +10,16 @@ import pytest
 from bench.hardware import kernels
 
 
-def kernel(name: str, ts: float, dur: float, asked: int, cat: str = "kernel") -> dict[str, Any]:
-    args = {"device": 0, "stream": 7, "correlation": asked}
+def kernel(name: str, ts: float, dur: float, request: int, cat: str = "kernel") -> dict[str, Any]:
+    args = {"device": 0, "stream": 7, "correlation": request}
     return {"ph": "X", "cat": cat, "name": name, "pid": 0, "tid": 7, "ts": ts, "dur": dur} | {
         "args": args
     }
 
 
-def launch(ts: float, asked: int, name: str = "cudaLaunchKernel") -> dict[str, Any]:
+def launch(ts: float, request: int, name: str = "cudaLaunchKernel") -> dict[str, Any]:
     shape = {"ph": "X", "cat": "cuda_runtime", "name": name, "pid": 1, "tid": 1, "dur": 2.0}
-    return shape | {"ts": ts, "args": {"correlation": asked}}
+    return shape | {"ts": ts, "args": {"correlation": request}}
 
 
 def step(ts: float, name: str, cat: str = "user_annotation") -> dict[str, Any]:
@@ -43,10 +43,10 @@ TRACE = [
 
 
 def test_time_is_shared_out_by_kind_of_kernel() -> None:
-    found = kernels.summarise(TRACE)
-    assert found.device == "gpu"
-    assert (found.steps, found.context_steps, found.kernels) == (2, 1, 4)
-    shares = {each.family: each for each in found.families}
+    summary = kernels.summarise(TRACE)
+    assert summary.device == "gpu"
+    assert (summary.steps, summary.context_steps, summary.kernels) == (2, 1, 4)
+    shares = {each.family: each for each in summary.families}
     # Shares are of all kernels' time: 40 + 15 + 30 + 3.
     assert shares["GEMM"].share == pytest.approx(70 / 88)
     assert shares["GEMM"].calls == 2
@@ -56,25 +56,25 @@ def test_time_is_shared_out_by_kind_of_kernel() -> None:
 
 
 def test_a_gap_is_the_host_s_where_nothing_had_been_asked_for() -> None:
-    found = kernels.summarise(TRACE)
-    assert found.wall_s == pytest.approx(130e-6)
+    summary = kernels.summarise(TRACE)
+    assert summary.wall_s == pytest.approx(130e-6)
     # 10 to 60 (two kernels at once), 65 to 95, 137 to 140.
-    assert found.busy_s == pytest.approx(83e-6)
-    assert found.gaps.count == 2
-    assert found.gaps.total_s == pytest.approx(47e-6)
-    assert found.gaps.host_s == pytest.approx(42e-6)
-    assert found.gaps.longest_s == pytest.approx(42e-6)
-    assert found.launch_bound
-    assert found.text.startswith("launch-bound")
+    assert summary.busy_s == pytest.approx(83e-6)
+    assert summary.gaps.count == 2
+    assert summary.gaps.total_s == pytest.approx(47e-6)
+    assert summary.gaps.host_s == pytest.approx(42e-6)
+    assert summary.gaps.longest_s == pytest.approx(42e-6)
+    assert summary.launch_bound
+    assert summary.text.startswith("launch-bound")
 
 
 def test_a_gpu_that_is_never_without_work_is_not_launch_bound() -> None:
     # Asked for before the kernel ahead of it had ended: the gap is the GPU's own.
     early = [launch(50, 2, "cudaMemcpyAsync") if event is TRACE[8] else event for event in TRACE]
-    found = kernels.summarise(early)
-    assert found.gaps.total_s == pytest.approx(47e-6)
-    assert found.gaps.host_s == 0
-    assert not found.launch_bound
+    summary = kernels.summarise(early)
+    assert summary.gaps.total_s == pytest.approx(47e-6)
+    assert summary.gaps.host_s == 0
+    assert not summary.launch_bound
 
 
 @pytest.mark.parametrize(
@@ -119,20 +119,20 @@ def test_a_real_trace_of_a_cpu_is_read_from_its_file(tmp_path: Path) -> None:
     recorded.export_chrome_trace(str(path))
     packed = tmp_path / "a.pt.trace.json.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
-    found = kernels.summarise(kernels.read(packed))
-    assert found.device == "cpu"
-    assert found.steps == 1
-    assert found.families[0].family == "GEMM"
-    assert sum(each.share for each in found.families) == pytest.approx(1.0)
+    summary = kernels.summarise(kernels.read(packed))
+    assert summary.device == "cpu"
+    assert summary.steps == 1
+    assert summary.families[0].family == "GEMM"
+    assert sum(each.share for each in summary.families) == pytest.approx(1.0)
     # Own times do not count twice what lies in one another.
-    assert sum(each.time_s for each in found.families) <= found.busy_s * 1.001
-    assert not found.launch_bound
-    assert kernels.summarise(kernels.read(path)) == found
+    assert sum(each.time_s for each in summary.families) <= summary.busy_s * 1.001
+    assert not summary.launch_bound
+    assert kernels.summarise(kernels.read(path)) == summary
 
 
 def test_an_empty_trace_is_a_summary_of_nothing(tmp_path: Path) -> None:
     path = tmp_path / "none.pt.trace.json"
     path.write_text(json.dumps({"traceEvents": []}))
-    found = kernels.summarise(kernels.read(path))
-    assert found.kernels == 0
-    assert found.families == []
+    summary = kernels.summarise(kernels.read(path))
+    assert summary.kernels == 0
+    assert summary.families == []

@@ -82,9 +82,9 @@ class Run:
         )
 
     def process(self, actor: int) -> int:
-        found = re.search(r"process (\d+)", self.where[actor])
-        assert found
-        return int(found[1])
+        match = re.search(r"process (\d+)", self.where[actor])
+        assert match
+        return int(match[1])
 
 
 def by_error(records: list[Record]) -> dict[str, int]:
@@ -343,7 +343,7 @@ async def test_nothing_is_forgotten_while_a_batch_is_handed_over(settled: None) 
     share = sender.Share(actor=0, repeat=0, planned=planned([0.03 * at for at in range(20)]))
     async with serving(Options(), PORT):
         sending = sender.Sender(share, Target(url=f"http://127.0.0.1:{PORT}", model="fake"))
-        records = [one for batch in [b async for b in collect(sending, 0.4)] for one in batch]
+        records = [each for batch in [b async for b in collect(sending, 0.4)] for each in batch]
     assert sorted(record.index for record in records) == list(range(20))
 
 
@@ -390,8 +390,8 @@ def test_the_line_is_rewritten_on_a_terminal() -> None:
     line.close()
     first, second = stream.getvalue().removesuffix("\n").split("\x1b[K")[:2]
     assert first.startswith("\r")
-    said = "1.0 s  left 4 s  sent 3/9  running 1  done 2  failed 1  40 tokens/s  lag p99 -"
-    assert first.removeprefix("\r").strip() == said
+    output = "1.0 s  left 4 s  sent 3/9  running 1  done 2  failed 1  40 tokens/s  lag p99 -"
+    assert first.removeprefix("\r").strip() == output
     assert "50 tokens/s  lag p99 2.1 ms" in second
     assert stream.getvalue().count("\n") == 1
 

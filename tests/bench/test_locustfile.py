@@ -38,7 +38,7 @@ def locust(url: str, *arguments: str, **variables: str) -> "subprocess.Popen[str
     )
 
 
-def said(process: "subprocess.Popen[str]", timeout_s: float = 60.0) -> tuple[int, str]:
+def finish(process: "subprocess.Popen[str]", timeout_s: float = 60.0) -> tuple[int, str]:
     """Its exit status and what it printed."""
     try:
         output, _ = process.communicate(timeout=timeout_s)
@@ -83,7 +83,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
             # By Locust's convention every argument is a variable too.
             LOCUST_BENCH_OUT=str(folder),
         )
-        yield Ran(folder, *said(process))
+        yield Ran(folder, *finish(process))
 
 
 def test_good_run_ends_well_and_says_what_it_was(ran: Ran) -> None:
@@ -105,17 +105,17 @@ def test_key_is_written_nowhere(ran: Ran) -> None:
 def test_records_have_the_times_of_the_server(ran: Ran) -> None:
     assert len(ran.records) > 8
     for record in ran.records:
-        asked = record.asked_output_tokens
+        request = record.asked_output_tokens
         assert record.error == ""
-        assert asked is not None
+        assert request is not None
         assert record.sent_s is not None
         assert record.end_s is not None
         assert record.planned_s <= record.sent_s
-        assert record.output_tokens == asked
-        assert len(record.chunk_s) == asked
+        assert record.output_tokens == request
+        assert len(record.chunk_s) == request
         # The server does not send early; and a client that buffered would see them all at the end.
         assert record.chunk_s[0] - record.sent_s > TTFT_S - 0.002
-        assert record.chunk_s[-1] - record.chunk_s[0] > ITL_S * (asked - 1) / 2
+        assert record.chunk_s[-1] - record.chunk_s[0] > ITL_S * (request - 1) / 2
         assert record.chunk_s[-1] <= record.end_s
     assert {record.user for record in ran.records} == {0, 1, 2, 3}
     assert len({record.index for record in ran.records}) == len(ran.records)
@@ -183,7 +183,7 @@ def faulty(options: Options, folder: Path, port: int) -> tuple[int, str, dict[st
             *("-u", "4", "-r", "4", "-t", "3s", "--bench-out", str(folder)),
             *("--bench-workload", WORKLOAD),
         )
-        status, output = said(process)
+        status, output = finish(process)
         return status, output, _answers(server)
 
 
@@ -219,7 +219,7 @@ def test_endpoint_without_an_answer_fails_the_run(tmp_path: Path) -> None:
     # The model is named, so that nothing is asked before the load.
     arguments = ("-u", "2", "-r", "2", "-t", "2s", "--bench-model", "m")
     process = locust("http://127.0.0.1:8909", *arguments, "--bench-out", str(tmp_path))
-    status, _ = said(process)
+    status, _ = finish(process)
     result, records = outcome(tmp_path)
 
     assert status == 1
@@ -249,7 +249,7 @@ def test_mistakes_are_said_before_the_load(
     older = tmp_path / "records.jsonl"
     older.write_text("{}")
     always = ("-u", "1", "-t", "2s", "--bench-out", str(tmp_path))
-    status, output = said(locust("http://127.0.0.1:8909", *always, *arguments))
+    status, output = finish(locust("http://127.0.0.1:8909", *always, *arguments))
     assert older.read_text() == "{}"
     assert status == 1
     assert message in output
@@ -266,7 +266,7 @@ def test_interrupted_run_leaves_what_came_so_far(tmp_path: Path) -> None:
         path = tmp_path / "records.jsonl"
         _wait_for_records(path, process)
         process.send_signal(signal.SIGINT)
-        status, _ = said(process)
+        status, _ = finish(process)
     result, records = outcome(tmp_path)
 
     assert status == 1
@@ -293,7 +293,7 @@ def test_workers_hand_their_records_to_the_master(tmp_path: Path) -> None:
             *("-u", "4", "-r", "4", "-t", "3s", "--processes", "2"),
             *("--bench-out", str(tmp_path), "--bench-workload", WORKLOAD),
         )
-        status, output = said(process)
+        status, output = finish(process)
         answers = _answers(server)
     result, records = outcome(tmp_path)
 
@@ -312,37 +312,37 @@ def test_workers_hand_their_records_to_the_master(tmp_path: Path) -> None:
 
 def test_summary_is_of_the_time_when_all_users_were_there() -> None:
     heard = made.records(200, users=10)
-    found = locust_report.result(heard, {}, 10, {"locust": 0.1}, {})
+    result = locust_report.result(heard, {}, 10, {"locust": 0.1}, {})
     window = measure.window(heard, 10)
     assert window is not None
-    assert found["requests_per_s"] == measure.measure(heard, window=window).requests_per_s
-    assert found["requests"] == 200
-    assert found["valid"] is True
+    assert result["requests_per_s"] == measure.measure(heard, window=window).requests_per_s
+    assert result["requests"] == 200
+    assert result["valid"] is True
 
 
 def test_summary_doubts_a_client_that_was_busy() -> None:
-    found = locust_report.result(made.records(200, users=10), {}, 10, {"locust": 0.97}, {})
-    assert found["valid"] is False
-    assert "locust used 97% of a CPU core" in found["doubts"][0]
+    result = locust_report.result(made.records(200, users=10), {}, 10, {"locust": 0.97}, {})
+    assert result["valid"] is False
+    assert "locust used 97% of a CPU core" in result["doubts"][0]
 
 
 def test_summary_says_why_there_are_no_examples() -> None:
-    found = locust_report.result(made.records(20, users=2), {}, 2, {}, {})
-    assert found["examples"] == []
-    assert "ended before all users were there" in found["examples_absent"]
+    result = locust_report.result(made.records(20, users=2), {}, 2, {}, {})
+    assert result["examples"] == []
+    assert "ended before all users were there" in result["examples_absent"]
 
 
 def test_example_that_failed_has_no_answer_and_no_latency() -> None:
     record = Record(index=3, planned_s=1.0, kind="example", error="http 503: full", status=503)
-    found = locust_report.examples([record], {3: "Why?"})
-    assert found[0]["prompt"] == "Why?"
-    assert found[0]["error"] == "http 503: full"
-    assert found[0]["ttft_s"] is None
-    assert found[0]["answer"] == ""
+    result = locust_report.examples([record], {3: "Why?"})
+    assert result[0]["prompt"] == "Why?"
+    assert result[0]["error"] == "http 503: full"
+    assert result[0]["ttft_s"] is None
+    assert result[0]["answer"] == ""
 
 
 def test_other_workers_have_the_same_numbers_and_no_examples() -> None:
     other = Record(index=3, actor=1, planned_s=0.5, text="not asked as an example")
-    asked = Record(index=3, actor=0, planned_s=1.0, kind="example", text="Because.")
-    found = locust_report.examples([other, asked], {3: "Why?"})
-    assert [each["answer"] for each in found] == ["Because."]
+    request = Record(index=3, actor=0, planned_s=1.0, kind="example", text="Because.")
+    result = locust_report.examples([other, request], {3: "Why?"})
+    assert [each["answer"] for each in result] == ["Because."]

@@ -41,13 +41,13 @@ async def in_this_process(
     """What `load.run` does, by one actor that is no Ray actor."""
     (share,) = load.deal(plan, 1, repeat)
     start_s = time.perf_counter() + 0.1
-    found: list[Record] = []
+    collected: list[Record] = []
     async for data in Sender(share, target).send(start_s):
         batch = decoder.decode(data)
-        found += batch.records
-        on_batch(batch.records, Progress(at_s=batch.at_s, done=len(found)))
-    found.sort(key=lambda record: record.index)
-    return Outcome(records=found, start_s=start_s, duration_s=time.perf_counter() - start_s)
+        collected += batch.records
+        on_batch(batch.records, Progress(at_s=batch.at_s, done=len(collected)))
+    collected.sort(key=lambda record: record.index)
+    return Outcome(records=collected, start_s=start_s, duration_s=time.perf_counter() - start_s)
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +83,9 @@ def test_a_run_is_shown_and_kept_and_can_be_sent_again(
     assert last["usd_per_million_output_tokens"] > 0
     assert "TTFT p50" in shown
     assert "output tokens/s" in shown
-    found = result.read(tmp_path / "a")
-    assert found["salt"] == last["salt"]
-    assert found["whole"][0]["answers"]["given_output_share"] == 1.0
+    output = result.read(tmp_path / "a")
+    assert output["salt"] == last["salt"]
+    assert output["whole"][0]["answers"]["given_output_share"] == 1.0
     assert len(list(records.read(tmp_path / "a" / "records.jsonl"))) == 60
     page = (tmp_path / "a" / "report.html").read_text()
     assert "Tokens of a request" in page
@@ -124,8 +124,8 @@ def test_sessions_are_measured_by_turn_and_by_task(
     assert (last["sessions_planned"], last["sessions_done"]) == (8, 8)
     assert set(last["turns"]) >= {"turn 1", "turn 2", "turn 3", "sub-agent", "user"}
     assert "turn 3" in shown
-    found = result.read(tmp_path)
-    assert found["sessions"][0]["task_mean_s"] > 0
+    output = result.read(tmp_path)
+    assert output["sessions"][0]["task_mean_s"] > 0
     assert "Sessions: " in (tmp_path / "report.html").read_text()
 
 
@@ -163,7 +163,7 @@ def test_an_interrupted_run_says_so(
         count=4,
         repeats=3,
     )
-    found = asyncio.run(run.run(job, tmp_path))
-    assert not found["valid"]
-    assert "1 of 3 repeats were run" in found["doubts"]
-    assert len(found["repeats"]) == 1
+    actual = asyncio.run(run.run(job, tmp_path))
+    assert not actual["valid"]
+    assert "1 of 3 repeats were run" in actual["doubts"]
+    assert len(actual["repeats"]) == 1

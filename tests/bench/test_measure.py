@@ -107,7 +107,7 @@ def test_objectives_are_parsed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("mlperf-servr", "did you mean 'mlperf-server'"),
         ("tttf_ms=5", "did you mean 'ttft_ms'"),
@@ -116,8 +116,8 @@ def test_objectives_are_parsed() -> None:
         ("ttft_ms=1,percentile=100", "99.99"),
     ],
 )
-def test_a_wrong_objective_is_named(text: str, said: str) -> None:
-    with pytest.raises(BenchError, match=said):
+def test_a_wrong_objective_is_named(text: str, message: str) -> None:
+    with pytest.raises(BenchError, match=message):
         measure.parse_slo(text)
 
 
@@ -131,29 +131,34 @@ def test_a_run_by_hand() -> None:
         failed(2, 3.0),
         Record(index=3, planned_s=4.0, end_s=10.0, error="lost: load actor died"),
     ]
-    found = measure.measure(records, Slo(ttft_s=1.5, tpot_s=0.3))
-    assert (found.steady, found.from_s, found.to_s, found.duration_s) == (False, 0.0, 10.0, 10.0)
-    assert (found.requests, found.sent, found.ok, found.failed) == (4, 3, 2, 2)
-    assert found.failures == {"http 503": 1, "lost": 1}
-    assert found.failure_texts["lost"] == "lost: load actor died"
-    assert found.statuses == {"200": 2, "503": 1, "0": 1}
-    assert found.finish_reasons == {"stop": 1, "length": 1}
-    assert (found.input_tokens, found.output_tokens, found.cached_tokens) == (20, 14, 4)
-    assert found.planned_per_s == 0.4
-    assert found.requests_per_s == 0.2
-    assert found.output_tokens_per_s == pytest.approx(1.4)
-    assert found.total_tokens_per_s == pytest.approx(3.4)
-    assert found.user_tokens_per_s == pytest.approx(14 / 7)
+    measures = measure.measure(records, Slo(ttft_s=1.5, tpot_s=0.3))
+    assert (measures.steady, measures.from_s, measures.to_s, measures.duration_s) == (
+        False,
+        0.0,
+        10.0,
+        10.0,
+    )
+    assert (measures.requests, measures.sent, measures.ok, measures.failed) == (4, 3, 2, 2)
+    assert measures.failures == {"http 503": 1, "lost": 1}
+    assert measures.failure_texts["lost"] == "lost: load actor died"
+    assert measures.statuses == {"200": 2, "503": 1, "0": 1}
+    assert measures.finish_reasons == {"stop": 1, "length": 1}
+    assert (measures.input_tokens, measures.output_tokens, measures.cached_tokens) == (20, 14, 4)
+    assert measures.planned_per_s == 0.4
+    assert measures.requests_per_s == 0.2
+    assert measures.output_tokens_per_s == pytest.approx(1.4)
+    assert measures.total_tokens_per_s == pytest.approx(3.4)
+    assert measures.user_tokens_per_s == pytest.approx(14 / 7)
     # The first needs 0.5 s a token, the second 0.25.
-    assert found.goodput_per_s == pytest.approx(0.1)
-    assert (found.good_share, found.failed_share) == (0.25, 0.5)
-    assert found.max_running == 3
-    assert found.mean_running == pytest.approx((3.25 + 3.25 + 0.001) / 10)
-    assert (found.ttft_mean_s, found.ttft_std_s) == (1.0, 0.0)
-    assert found.tpot_mean_s == pytest.approx((0.5 + 0.25) / 2)
-    assert found.tpot_std_s == pytest.approx(0.125)
-    assert (found.itl_mean_s, found.e2e_mean_s) == (1.0, 3.5)
-    assert found.lag_max_s == 0.25
+    assert measures.goodput_per_s == pytest.approx(0.1)
+    assert (measures.good_share, measures.failed_share) == (0.25, 0.5)
+    assert measures.max_running == 3
+    assert measures.mean_running == pytest.approx((3.25 + 3.25 + 0.001) / 10)
+    assert (measures.ttft_mean_s, measures.ttft_std_s) == (1.0, 0.0)
+    assert measures.tpot_mean_s == pytest.approx((0.5 + 0.25) / 2)
+    assert measures.tpot_std_s == pytest.approx(0.125)
+    assert (measures.itl_mean_s, measures.e2e_mean_s) == (1.0, 3.5)
+    assert measures.lag_max_s == 0.25
 
 
 def test_a_failure_has_no_latency_and_is_not_a_zero() -> None:
@@ -167,10 +172,10 @@ def test_a_failure_has_no_latency_and_is_not_a_zero() -> None:
 
 
 def test_a_cut_answer_is_no_success_though_tokens_came() -> None:
-    found = measure.measure([answered(0, error="cut: the response ended early"), answered(1)])
-    assert (found.ok, found.failures, found.output_tokens) == (1, {"cut": 1}, 5)
-    assert found.output_tokens_per_s == pytest.approx(5 / 3.5)
-    assert found.e2e_mean_s == 3.5
+    measures = measure.measure([answered(0, error="cut: the response ended early"), answered(1)])
+    assert (measures.ok, measures.failures, measures.output_tokens) == (1, {"cut": 1}, 5)
+    assert measures.output_tokens_per_s == pytest.approx(5 / 3.5)
+    assert measures.e2e_mean_s == 3.5
 
 
 def test_tokens_are_those_of_the_usage_and_never_chunks() -> None:
@@ -185,14 +190,16 @@ def test_tokens_are_those_of_the_usage_and_never_chunks() -> None:
 
 
 def test_nothing_at_all_is_measured_without_numbers() -> None:
-    found = measure.measure([])
-    assert (found.requests, found.requests_per_s, found.failed_share) == (0, None, None)
-    assert found.ttft_mean_s is None
+    measures = measure.measure([])
+    assert (measures.requests, measures.requests_per_s, measures.failed_share) == (0, None, None)
+    assert measures.ttft_mean_s is None
 
 
 def test_a_run_that_failed_at_once_has_no_rates() -> None:
-    found = measure.measure([Record(index=0, planned_s=0.0, end_s=0.0, error="connection refused")])
-    assert (found.failed, found.requests_per_s, found.mean_running) == (1, None, None)
+    measures = measure.measure(
+        [Record(index=0, planned_s=0.0, end_s=0.0, error="connection refused")]
+    )
+    assert (measures.failed, measures.requests_per_s, measures.mean_running) == (1, None, None)
 
 
 @pytest.mark.parametrize(("percent", "needed"), [(50, 6), (90, 36), (95, 72), (99, 368)])
@@ -217,38 +224,38 @@ def shuffled(count: int) -> list[Record]:
 
 
 def test_percentiles_and_their_intervals() -> None:
-    found = measure.measure(shuffled(100))
-    assert found.ttft_p50_s == pytest.approx(0.505)
-    assert found.ttft_p95_s == pytest.approx(np.percentile(np.arange(1, 101) / 100, 95))
-    assert found.intervals["ttft_p50_s"] == (
+    measures = measure.measure(shuffled(100))
+    assert measures.ttft_p50_s == pytest.approx(0.505)
+    assert measures.ttft_p95_s == pytest.approx(np.percentile(np.arange(1, 101) / 100, 95))
+    assert measures.intervals["ttft_p50_s"] == (
         pytest.approx(0.40, abs=0.02),
         pytest.approx(0.61, abs=0.02),
     )
-    low, high = found.intervals["ttft_mean_s"]
+    low, high = measures.intervals["ttft_mean_s"]
     assert low < 0.505 < high
 
 
 def test_latencies_that_hang_together_have_no_interval() -> None:
     """The same hundred latencies, but each like the one before."""
     rising = [answered(n, float(n), chunk_s=[n + (n + 1) / 100]) for n in range(100)]
-    found = measure.measure(rising)
-    assert not [name for name in found.intervals if name.startswith("ttft")]
-    assert not found.settling["ttft"].settled
+    measures = measure.measure(rising)
+    assert not [name for name in measures.intervals if name.startswith("ttft")]
+    assert not measures.settling["ttft"].settled
     assert measure.measure(shuffled(100)).settling["ttft"].settled
     # The order of the records does not matter, only that of their times.
-    assert measure.measure(rising[::-1]).settling == found.settling
+    assert measure.measure(rising[::-1]).settling == measures.settling
 
 
 def test_kinds_and_fairness() -> None:
     fast = [answered(n, kind="short") for n in range(6)]
     slow = [answered(n, kind="long", end_s=7.0) for n in range(6, 12)]
-    found = measure.measure([*fast, *slow, failed(12, kind="long")])
-    assert list(found.kinds) == ["long", "short"]
-    assert (found.kinds["long"].requests, found.kinds["long"].failed) == (7, 1)
-    assert found.kinds["short"].user_tokens_per_s == pytest.approx(5 / 3.5)
-    assert found.kinds["long"].user_tokens_per_s == pytest.approx(5 / 7)
-    assert found.kinds["long"].e2e_p50_s == 7.0
-    assert found.fairness == pytest.approx((2 + 1) ** 2 / (2 * (4 + 1)))
+    measures = measure.measure([*fast, *slow, failed(12, kind="long")])
+    assert list(measures.kinds) == ["long", "short"]
+    assert (measures.kinds["long"].requests, measures.kinds["long"].failed) == (7, 1)
+    assert measures.kinds["short"].user_tokens_per_s == pytest.approx(5 / 3.5)
+    assert measures.kinds["long"].user_tokens_per_s == pytest.approx(5 / 7)
+    assert measures.kinds["long"].e2e_p50_s == 7.0
+    assert measures.fairness == pytest.approx((2 + 1) ** 2 / (2 * (4 + 1)))
     assert measure.measure(fast).fairness is None
     assert measure.measure(many(3)).kinds == {}
 
@@ -257,9 +264,9 @@ def test_the_summary_over_repeats_has_an_interval() -> None:
     repeats = [
         measure.measure([answered(0, output_tokens=tokens, end_s=4.0)]) for tokens in (4, 8, 12)
     ]
-    found = measure.summary(repeats)["output_tokens_per_s"]
-    assert found["mean"] == pytest.approx(2.0)
-    assert (found["low"], found["high"]) == interval.of_repeats([1.0, 2.0, 3.0])
+    result = measure.summary(repeats)["output_tokens_per_s"]
+    assert result["mean"] == pytest.approx(2.0)
+    assert (result["low"], result["high"]) == interval.of_repeats([1.0, 2.0, 3.0])
     assert measure.summary(repeats[:1])["output_tokens_per_s"]["low"] is None
     assert "ttft_p99_s" not in measure.summary(repeats)
     assert measure.summary([]) == {}
@@ -285,9 +292,9 @@ def test_a_tail_of_repeats_that_saw_too_little_has_no_interval() -> None:
 
 
 def test_a_result_survives_json() -> None:
-    found = measure.measure([*many(40), failed(40, kind="x")], Slo(ttft_s=1.0))
-    text = json.dumps(msgspec.to_builtins(found))
-    assert msgspec.json.decode(text, type=Measures) == found
+    measures = measure.measure([*many(40), failed(40, kind="x")], Slo(ttft_s=1.0))
+    text = json.dumps(msgspec.to_builtins(measures))
+    assert msgspec.json.decode(text, type=Measures) == measures
 
 
 # --- the steady state -----------------------------------------------------------------------
@@ -312,8 +319,8 @@ def closed_loop(users: int, turns: int, first_s: float = 0.1) -> list[Record]:
 
 
 def test_a_closed_loop_is_steady_from_the_last_first_token_to_the_first_idle_user() -> None:
-    found = measure.window(closed_loop(users=4, turns=5), users=4)
-    assert found == (pytest.approx(0.3 + 0.1), pytest.approx(5.0))
+    result = measure.window(closed_loop(users=4, turns=5), users=4)
+    assert result == (pytest.approx(0.3 + 0.1), pytest.approx(5.0))
 
 
 def test_a_user_who_stops_early_ends_the_steady_state() -> None:
@@ -368,24 +375,24 @@ def test_an_open_loop_too_short_is_not_steady() -> None:
 
 def test_a_window_counts_what_was_planned_in_it_however_late_it_ended() -> None:
     records = open_loop(20, 4.5)
-    found = measure.measure(records, window=(7.5, 19.0))
+    measures = measure.measure(records, window=(7.5, 19.0))
     # Planned at 8, .., 19; ended at 8.5, .., 18.5, as that at 7.5 is what begins the window.
-    assert (found.steady, found.requests, found.backlog) == (True, 12, 1)
-    assert found.e2e_mean_s == 4.5
-    assert found.planned_per_s == pytest.approx(12 / 11.5)
+    assert (measures.steady, measures.requests, measures.backlog) == (True, 12, 1)
+    assert measures.e2e_mean_s == 4.5
+    assert measures.planned_per_s == pytest.approx(12 / 11.5)
     # Each comes in one piece at its end.
-    assert found.requests_per_s == pytest.approx(11 / 11.5)
-    assert found.max_running == 5
-    assert found.mean_running == pytest.approx(4.5, rel=0.02)
+    assert measures.requests_per_s == pytest.approx(11 / 11.5)
+    assert measures.max_running == 5
+    assert measures.mean_running == pytest.approx(4.5, rel=0.02)
 
 
 def test_a_request_counts_by_the_share_of_its_output_inside_a_window() -> None:
     record = answered(output_tokens=36)  # in three pieces, at 1, 2.5 and 3 s
-    found = measure.measure([record], Slo(ttft_s=9.0), window=(1.0, 3.0))
-    assert found.requests_per_s == pytest.approx(2 / 3 / 2)
-    assert found.goodput_per_s == found.requests_per_s
-    assert found.output_tokens_per_s == pytest.approx(24 / 2)
-    assert found.total_tokens_per_s == pytest.approx((24 + 10 * 2 / 3) / 2)
+    measures = measure.measure([record], Slo(ttft_s=9.0), window=(1.0, 3.0))
+    assert measures.requests_per_s == pytest.approx(2 / 3 / 2)
+    assert measures.goodput_per_s == measures.requests_per_s
+    assert measures.output_tokens_per_s == pytest.approx(24 / 2)
+    assert measures.total_tokens_per_s == pytest.approx((24 + 10 * 2 / 3) / 2)
     outside = measure.measure([record], window=(3.0, 9.0))
     assert (outside.requests_per_s, outside.output_tokens_per_s) == (0.0, 0.0)
 
@@ -405,10 +412,10 @@ def test_above_capacity_the_rate_is_the_servers(offered: float) -> None:
             )
         )
     window = measure.window(records, None)
-    found = measure.measure(records, None, window)
-    assert found.requests_per_s == pytest.approx(1.0, rel=0.003)
-    assert found.output_tokens_per_s == pytest.approx(10.0, rel=0.003)
-    assert measure.doubts(found, whole=measure.measure(records)) != []
+    measures = measure.measure(records, None, window)
+    assert measures.requests_per_s == pytest.approx(1.0, rel=0.003)
+    assert measures.output_tokens_per_s == pytest.approx(10.0, rel=0.003)
+    assert measure.doubts(measures, whole=measure.measure(records)) != []
 
 
 @pytest.mark.parametrize(("spread", "users", "turns"), [(0.5, 8, 4), (1.0, 8, 12), (1.0, 64, 4)])
@@ -437,10 +444,10 @@ def test_lengths_that_vary_do_not_inflate_a_closed_loop(
                     output_tokens=max(2, round(100 * (end_s - at_s))),
                 )
             )
-        found = measure.measure(records, None, measure.window(records, users))
-        assert found.steady
-        requests.append((found.requests_per_s or 0) / users)
-        tokens.append((found.output_tokens_per_s or 0) / users)
+        measures = measure.measure(records, None, measure.window(records, users))
+        assert measures.steady
+        requests.append((measures.requests_per_s or 0) / users)
+        tokens.append((measures.output_tokens_per_s or 0) / users)
     assert np.mean(requests) == pytest.approx(1.0, abs=0.03)
     assert np.mean(tokens) == pytest.approx(100.0, rel=0.01)
 
@@ -463,12 +470,12 @@ def test_the_throughput_of_a_steady_state_is_that_of_the_server(first_s: float, 
 
 
 def test_a_timeline_by_hand() -> None:
-    found = measure.timeline([answered(0, 0.0, output_tokens=6), failed(1, 1.5)], step_s=2.0)
-    assert found.t_s == [0.0, 2.0]
-    assert found.planned_per_s == [1.0, 0.0]
-    assert found.failed_per_s == [0.5, 0.0]
-    assert found.output_tokens_per_s == [1.0, 2.0]  # 2 at 1 s; 2 at 2.5 s and 2 at 3 s
-    assert found.running == [pytest.approx((1.75 + 0.001) / 2), pytest.approx(0.75)]
+    result = measure.timeline([answered(0, 0.0, output_tokens=6), failed(1, 1.5)], step_s=2.0)
+    assert result.t_s == [0.0, 2.0]
+    assert result.planned_per_s == [1.0, 0.0]
+    assert result.failed_per_s == [0.5, 0.0]
+    assert result.output_tokens_per_s == [1.0, 2.0]  # 2 at 1 s; 2 at 2.5 s and 2 at 3 s
+    assert result.running == [pytest.approx((1.75 + 0.001) / 2), pytest.approx(0.75)]
 
 
 def test_a_timeline_of_nothing_is_empty_and_no_error() -> None:
@@ -496,7 +503,7 @@ def test_a_clean_run_is_not_doubted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"steady": False}, "no steady state"),
         ({"lag_p99_s": 0.051}, "lag p99 51.0 ms"),
@@ -507,9 +514,9 @@ def test_a_clean_run_is_not_doubted() -> None:
         ({"backlog": 150}, "fell behind"),
     ],
 )
-def test_each_doubt_is_said(changes: dict[str, Any], said: str) -> None:
-    found = measure.doubts(msgspec.structs.replace(steady(), **changes))
-    assert [said in doubt for doubt in found] == [True]
+def test_each_doubt_is_said(changes: dict[str, Any], message: str) -> None:
+    result = measure.doubts(msgspec.structs.replace(steady(), **changes))
+    assert [message in doubt for doubt in result] == [True]
 
 
 @pytest.mark.parametrize(
@@ -539,9 +546,9 @@ def test_an_overloaded_server_falls_behind() -> None:
         answered(n, n / 10, sent_s=n / 10, chunk_s=[n / 5 + 0.1], end_s=n / 5 + 0.1)
         for n in range(400)
     ]
-    found = measure.measure(records, window=measure.window(records, None))
-    assert measure.falls_behind(found)
-    assert "fell behind" in " ".join(measure.doubts(found))
+    measures = measure.measure(records, window=measure.window(records, None))
+    assert measure.falls_behind(measures)
+    assert "fell behind" in " ".join(measure.doubts(measures))
 
 
 # --- vLLM -----------------------------------------------------------------------------------
@@ -549,10 +556,10 @@ def test_an_overloaded_server_falls_behind() -> None:
 
 def vllm_serve() -> ast.Module:
     """The source of `vllm bench serve`; not imported, as that takes as long as all tests here."""
-    found = importlib.util.find_spec("vllm")
-    if found is None or not found.submodule_search_locations:
+    result = importlib.util.find_spec("vllm")
+    if result is None or not result.submodule_search_locations:
         pytest.skip("vLLM is not installed")
-    path = Path(found.submodule_search_locations[0]) / "benchmarks" / "serve.py"
+    path = Path(result.submodule_search_locations[0]) / "benchmarks" / "serve.py"
     return ast.parse(path.read_text())
 
 
@@ -700,18 +707,18 @@ def test_every_name_of_vllms_result_is_there() -> None:
 def test_vllms_names_by_hand() -> None:
     """Its times run from when a request was sent to its last chunk."""
     records = [answered(0, 0.0), failed(1, 1.0, text="")]
-    found = measure.vllm_names(records, model="m", request_rate=2.0, date="20260101-000000")
-    assert found["duration"] == 3.5
-    assert found["mean_ttft_ms"] == 750.0
-    assert found["mean_e2el_ms"] == 2750.0
-    assert found["mean_tpot_ms"] == 500.0
-    assert found["median_itl_ms"] == 1000.0
-    assert (found["completed"], found["failed"], found["num_prompts"]) == (1, 1, 2)
-    assert found["latencies"] == [2.75, 0.0]
-    assert (found["request_rate"], found["model_id"]) == (2.0, "m")
-    assert found["p99_ttft_ms"] is None
-    assert "ttfts" not in found
-    assert json.loads(json.dumps(found)) == found
+    result = measure.vllm_names(records, model="m", request_rate=2.0, date="20260101-000000")
+    assert result["duration"] == 3.5
+    assert result["mean_ttft_ms"] == 750.0
+    assert result["mean_e2el_ms"] == 2750.0
+    assert result["mean_tpot_ms"] == 500.0
+    assert result["median_itl_ms"] == 1000.0
+    assert (result["completed"], result["failed"], result["num_prompts"]) == (1, 1, 2)
+    assert result["latencies"] == [2.75, 0.0]
+    assert (result["request_rate"], result["model_id"]) == (2.0, "m")
+    assert result["p99_ttft_ms"] is None
+    assert "ttfts" not in result
+    assert json.loads(json.dumps(result)) == result
 
 
 def test_vllms_goodput_is_by_its_own_times() -> None:
@@ -722,25 +729,25 @@ def test_vllms_goodput_is_by_its_own_times() -> None:
 
 
 def test_vllms_details_say_which_request_failed() -> None:
-    found = measure.vllm_names([failed(1), answered(0, text="hello")], detailed=True)
-    assert found["errors"] == ["", "http 503: overloaded"]
-    assert found["ttfts"] == [0.75, 0.0]
-    assert found["itls"] == [[1.5, 0.5], []]
-    assert (found["input_lens"], found["output_lens"]) == ([10, 7], [5, 0])
-    assert found["start_times"] == [0.25, 0.0]
-    assert found["generated_texts"] == ["hello", ""]
+    result = measure.vllm_names([failed(1), answered(0, text="hello")], detailed=True)
+    assert result["errors"] == ["", "http 503: overloaded"]
+    assert result["ttfts"] == [0.75, 0.0]
+    assert result["itls"] == [[1.5, 0.5], []]
+    assert (result["input_lens"], result["output_lens"]) == ([10, 7], [5, 0])
+    assert result["start_times"] == [0.25, 0.0]
+    assert result["generated_texts"] == ["hello", ""]
 
 
 def test_the_durations_of_repeats_add_up() -> None:
     records = [answered(0, 0.0), answered(0, 0.0, repeat=1)]
-    found = measure.vllm_names(records)
-    assert (found["duration"], found["request_throughput"]) == (7.0, pytest.approx(2 / 7))
-    assert found["max_concurrent_requests"] == 1
+    result = measure.vllm_names(records)
+    assert (result["duration"], result["request_throughput"]) == (7.0, pytest.approx(2 / 7))
+    assert result["max_concurrent_requests"] == 1
 
 
 def test_nothing_answered_has_no_statistics_in_vllms_names_either() -> None:
-    found = measure.vllm_names([failed(0)])
-    assert (found["completed"], found["mean_ttft_ms"], found["max_output_tokens_per_s"]) == (
+    result = measure.vllm_names([failed(0)])
+    assert (result["completed"], result["mean_ttft_ms"], result["max_output_tokens_per_s"]) == (
         0,
         None,
         0.0,

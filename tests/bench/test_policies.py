@@ -41,14 +41,14 @@ def answers(
     decide: Policy, count: int, loads: Sequence[ReplicaLoad], until_s: float, step_s: float = 5.0
 ) -> list[tuple[float, int]]:
     """When the answer first differs from `count`, with the same load all along."""
-    found, now_s = [], 0.0
+    result, now_s = [], 0.0
     while now_s <= until_s:
         answer = decide(view(now_s, loads, starting=count - len(loads))).replicas
         if answer != count:
-            found.append((now_s, answer))
+            result.append((now_s, answer))
             break
         now_s += step_s
-    return found
+    return result
 
 
 # --- ours -----------------------------------------------------------------------------------
@@ -132,8 +132,8 @@ def test_waiting_lets_a_busy_fleet_go_after_its_window() -> None:
     """What runs is not in its metric: a fleet that keeps up looks idle."""
     decide = policy("waiting:per=5,down=300")
     decide(view(0, busy(4, running=50, waiting=5)))
-    found = answers(decide, 4, busy(4, running=50), 600)
-    assert found == [(315.0, 0)]
+    result = answers(decide, 4, busy(4, running=50), 600)
+    assert result == [(315.0, 0)]
 
 
 # --- spare capacity -------------------------------------------------------------------------

@@ -50,13 +50,13 @@ def test_a_pool_is_replayed_at_its_own_times() -> None:
 
 
 def test_every_prompt_offers_the_same_tools_and_says_something_else() -> None:
-    one, other = parse("calls:tools=3,choice=required", 1).take(2)
-    assert one.extra == other.extra
-    assert one.prompt != other.prompt
-    body = json.loads(encode(Target(url="http://h", model="m", endpoint="chat"), one))
+    first, other = parse("calls:tools=3,choice=required", 1).take(2)
+    assert first.extra == other.extra
+    assert first.prompt != other.prompt
+    body = json.loads(encode(Target(url="http://h", model="m", endpoint="chat"), first))
     names = [tool["function"]["name"] for tool in body["tools"]]
     assert len(set(names)) == 3
     assert body["tool_choice"] == "required"
-    assert parse("calls:tools=3", 1).request(0).extra["tools"] != one.extra["tools"]
+    assert parse("calls:tools=3", 1).request(0).extra["tools"] != first.extra["tools"]
     with pytest.raises(WorkloadError, match="did you mean 'required'"):
         parse("calls:choice=requird", 1)

@@ -42,20 +42,20 @@ def test_decode_and_prefill_are_traced_and_held_against_the_ceilings(
 ) -> None:
     engine = json.dumps(ENGINE)
     roof, out = tmp_path / "roof", tmp_path / "profile"
-    told = bench(
+    shown = bench(
         *("roofline", "--model", str(tiny), "--measure", "--engine", engine, "--out", str(roof))
     )
-    assert told["ceilings"]["bytes_per_s"] > 1e8
-    assert told["ceilings"]["flops_per_s"] > 1e8
+    assert shown["ceilings"]["bytes_per_s"] > 1e8
+    assert shown["ceilings"]["flops_per_s"] > 1e8
     # A tied table of 1024 words and two layers, four bytes each.
-    assert told["weights_bytes"] == 4 * (1024 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128))
+    assert shown["weights_bytes"] == 4 * (1024 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128))
     last = bench(
         *("profile", "--model", str(tiny), "--engine", engine, "--roofline", str(roof)),
         *("--batches", "3", "--context", "40", "--prefill", "300", "--out", str(out)),
     )
     assert set(last["cases"]) == {"decode-3", "prefill-300"}
-    found = json.loads((out / "result.json").read_text())
-    decode, prefill = found["cases"]
+    body = json.loads((out / "result.json").read_text())
+    decode, prefill = body["cases"]
     for case in (decode, prefill):
         assert case["took_s"] > 0
         assert case["verdict"]["bound"] in ("memory-bound", "compute-bound", "host-bound")

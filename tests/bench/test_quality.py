@@ -16,25 +16,25 @@ PORT = 8843
 
 
 def test_equal_answers_agree_and_one_other_word_is_said() -> None:
-    found = quality.agreement(["a b c d"] * 4, ["a b c d", "a b c d", "a b x d", "y"])
-    assert (found.asked, found.equal, found.equal_share, found.first_words) == (4, 2, 0.5, 1)
-    assert found.common_share == pytest.approx((1 + 1 + 0.5 + 0) / 4)
-    assert found.equal_low < 0.5 < found.equal_high
+    result = quality.agreement(["a b c d"] * 4, ["a b c d", "a b c d", "a b x d", "y"])
+    assert (result.asked, result.equal, result.equal_share, result.first_words) == (4, 2, 0.5, 1)
+    assert result.common_share == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    assert result.equal_low < 0.5 < result.equal_high
 
 
 @settings(deadline=None)
 @given(st.lists(st.text(alphabet="ab ", max_size=12), min_size=1, max_size=9))
 def test_whatever_is_answered_agrees_with_itself(answers: list[str]) -> None:
-    found = quality.agreement(answers, answers)
-    assert (found.equal_share, found.common_share, found.equal_high) == (1.0, 1.0, 1.0)
+    result = quality.agreement(answers, answers)
+    assert (result.equal_share, result.common_share, result.equal_high) == (1.0, 1.0, 1.0)
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from("abc"), max_size=9), st.lists(st.sampled_from("abc"), max_size=9))
-def test_a_share_is_a_share(one: list[str], other: list[str]) -> None:
-    share = quality.common_share(" ".join(one), " ".join(other))
+def test_a_share_is_a_share(first: list[str], other: list[str]) -> None:
+    share = quality.common_share(" ".join(first), " ".join(other))
     assert 0 <= share <= 1
-    assert (share == 1) == (other[: len(one)] == one)
+    assert (share == 1) == (other[: len(first)] == first)
 
 
 def test_an_answer_is_right_whatever_its_case_and_spaces() -> None:
@@ -61,10 +61,10 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         except (asyncio.IncompleteReadError, ConnectionError):
             break
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-        asked = json.loads(await reader.readexactly(length))
-        assert (asked["temperature"], asked["seed"]) == (0, 0)
-        said = asked["messages"][0]["content"]
-        text = said[::-1] if "!" in said else said
+        request = json.loads(await reader.readexactly(length))
+        assert (request["temperature"], request["seed"]) == (0, 0)
+        output = request["messages"][0]["content"]
+        text = output[::-1] if "!" in output else output
         event = {"choices": [{"delta": {"content": text}, "finish_reason": "stop"}]}
         whole = f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode()
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
@@ -77,12 +77,12 @@ async def test_a_target_is_asked_and_judged(tmp_path: Path) -> None:
     server = await asyncio.start_server(serve, "127.0.0.1", PORT)
     target = Target(url=f"http://127.0.0.1:{PORT}", model="m", endpoint="chat")
     references = [quality.Reference(prompt=p, answer=p) for p in ("a b", "c d!", "e f")]
-    found = await quality.judge(target, references, 8, scored=False, folder=tmp_path)
-    assert (found["asked"], found["equal"]) == (3, 2)
-    assert found["answers"][1]["answer"] == "!d c"
-    assert [each["prompt"] for each in found["answers"]] == ["a b", "c d!", "e f"]
-    found = await quality.judge(target, references, 8, scored=True, folder=tmp_path)
-    assert (found["correct"], found["asked"]) == (2, 3)
+    result = await quality.judge(target, references, 8, scored=False, folder=tmp_path)
+    assert (result["asked"], result["equal"]) == (3, 2)
+    assert result["answers"][1]["answer"] == "!d c"
+    assert [each["prompt"] for each in result["answers"]] == ["a b", "c d!", "e f"]
+    result = await quality.judge(target, references, 8, scored=True, folder=tmp_path)
+    assert (result["correct"], result["asked"]) == (2, 3)
     with pytest.raises(TargetFailed, match="empty"):
         await quality.ask(target, [""], 8)
     server.close()

@@ -153,20 +153,20 @@ def test_failures_are_not_zeros(tmp_path: Path) -> None:
 
 
 def test_matrix_shows_each_cell(tmp_path: Path) -> None:
-    found = made.cells(tmp_path / "m", "matrix", "served", per_user=2)
+    outcome = made.cells(tmp_path / "m", "matrix", "served", per_user=2)
     figures = [f for f in page(tmp_path, "m").figures if f["section"] == "matrix"]
 
     of = "output_tokens_per_s"
     values = sorted(float(f["data-value"]) for f in figures if f["data-metric"] == of)
-    assert values == pytest.approx(sorted(c["summary"][of]["mean"] for c in found["cells"]))
+    assert values == pytest.approx(sorted(c["summary"][of]["mean"] for c in outcome["cells"]))
     # Two requests are too few for a median of their first tokens; a mean they have.
     assert all("data-value" in figure for figure in figures)
 
 
 def test_cell_that_was_not_measured_is_empty(tmp_path: Path) -> None:
-    found = made.cells(tmp_path / "m", "matrix", "served", per_user=2)
-    del found["cells"][4]
-    result.write(tmp_path / "m", found)
+    outcome = made.cells(tmp_path / "m", "matrix", "served", per_user=2)
+    del outcome["cells"][4]
+    result.write(tmp_path / "m", outcome)
 
     figures = [f for f in page(tmp_path, "m").figures if f["section"] == "matrix"]
 
@@ -332,24 +332,24 @@ def demo(folder: Path, answer: str = "Black.", error: str = "") -> dict[str, Any
 
 
 def test_demo_shows_its_summary_and_examples(tmp_path: Path) -> None:
-    found = demo(tmp_path / "l")
+    outcome = demo(tmp_path / "l")
 
     html = page(tmp_path, "l")
     tiles = {f["data-metric"]: f for f in html.figures if f["section"] == "demo"}
 
-    assert found["requests"] == 400
+    assert outcome["requests"] == 400
     for metric, figure in tiles.items():
-        if found[metric] is None:
+        if outcome[metric] is None:
             assert "data-value" not in figure
             assert "needs 368 samples" in figure["title"]
         else:
-            assert float(figure["data-value"]) == pytest.approx(found[metric]), metric
+            assert float(figure["data-value"]) == pytest.approx(outcome[metric]), metric
     assert {"requests_per_s", "output_tokens_per_s"} < set(tiles)
     assert {f"e2e_{of}_s" for of in ("mean", "p50", "p95")} < set(tiles)
     section = html.sections["demo"]
     assert "What is a black hole?" in section
     assert "Black." in section
-    assert f"first token {figures.number(found['examples'][0]['ttft_s'] * 1e3)} ms" in section
+    assert f"first token {figures.number(outcome['examples'][0]['ttft_s'] * 1e3)} ms" in section
     assert "http 429: rate limit reached" in section
 
 
@@ -432,7 +432,7 @@ def test_ids_are_unique_and_references_resolve(together: Page) -> None:
     ]
     assert references
     assert set(references) <= set(ids)
-    assert html.html.count("url(#") == sum(html.html.count(f"url(#{one})") for one in set(ids))
+    assert html.html.count("url(#") == sum(html.html.count(f"url(#{each})") for each in set(ids))
 
 
 def test_plots_take_their_colours_and_font_from_the_page(together: Page) -> None:
@@ -530,8 +530,8 @@ def curve(*points: tuple[int, float, float]) -> list[dict[str, Any]]:
 def test_a_curve_of_users_against_gpus_says_its_values_when_pointed_at(tmp_path: Path) -> None:
     points = curve((1, 100.0, 100.0), (4, 80.0, 320.0), (8, 60.0, 300.0))
     assert [point["front"] for point in points] == [True, True, False]
-    found = made.header("pareto", "mine") | {"valid": True, "doubts": [], "curve": points}
-    result.write(tmp_path / "a", found)
+    outcome = made.header("pareto", "mine") | {"valid": True, "doubts": [], "curve": points}
+    result.write(tmp_path / "a", outcome)
     html = page(tmp_path, "a")
     assert "pareto" in html.sections
     assert (

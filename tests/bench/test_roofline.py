@@ -53,9 +53,9 @@ def test_tensor_parallelism_shares_weights_and_no_more_key_heads_than_there_are(
 
 def test_decode_reads_and_prefill_computes(tmp_path: Path) -> None:
     shape = of(tmp_path)
-    one = roofline.decode(shape, 1, 0)
-    assert one.least_s(CEILINGS) == pytest.approx(shape.read_bytes / 3e12, rel=1e-4)
-    assert one.flops == pytest.approx(shape.read_bytes)  # Two operations for two bytes.
+    first = roofline.decode(shape, 1, 0)
+    assert first.least_s(CEILINGS) == pytest.approx(shape.read_bytes / 3e12, rel=1e-4)
+    assert first.flops == pytest.approx(shape.read_bytes)  # Two operations for two bytes.
     full = roofline.decode(shape, 256, 4000)
     kv_bytes = 256 * 4001 * shape.token_bytes
     assert full.bytes == pytest.approx(shape.read_bytes + kv_bytes)
@@ -69,12 +69,14 @@ def test_decode_reads_and_prefill_computes(tmp_path: Path) -> None:
 
 def test_what_is_kept_in_fewer_bytes_is_read_sooner(tmp_path: Path) -> None:
     shape = of(tmp_path)
-    kept = roofline.kept({"quantization": "fp8", "kv_cache_dtype": "fp8", "dtype": "bfloat16"})
-    small = msgspec.structs.replace(shape, **kept)
+    remaining = roofline.storage(
+        {"quantization": "fp8", "kv_cache_dtype": "fp8", "dtype": "bfloat16"}
+    )
+    small = msgspec.structs.replace(shape, **remaining)
     assert small.token_bytes == shape.token_bytes / 2
     assert small.read_bytes == pytest.approx(shape.read_bytes / 2 + shape.head_weights)
-    assert roofline.kept({"dtype": "float32"})["weight_bytes"] == 4.0
-    assert roofline.kept({"tensor_parallel_size": 4})["gpus"] == 4
+    assert roofline.storage({"dtype": "float32"})["weight_bytes"] == 4.0
+    assert roofline.storage({"tensor_parallel_size": 4})["gpus"] == 4
 
 
 def test_what_bounds_a_step_is_what_takes_most_of_it(tmp_path: Path) -> None:
@@ -111,9 +113,9 @@ def test_results_get_their_shares(tmp_path: Path) -> None:
         "cached_tokens": 0,
     }
     cell = {"users": 4, "input_tokens": 200, "output_tokens": 50}
-    found = {"benchmark": "baseline", "cells": [{"cell": cell, "repeats": [repeat]}]}
-    roofline.attach(found, shape, CEILINGS)
-    verdicts = found["cells"][0]["roofline"]
+    values = {"benchmark": "baseline", "cells": [{"cell": cell, "repeats": [repeat]}]}
+    roofline.attach(values, shape, CEILINGS)
+    verdicts = values["cells"][0]["roofline"]
     assert verdicts["decode"]["mbu"] == pytest.approx(0.5, rel=1e-3)
     assert verdicts["prefill"]["mfu"] == pytest.approx(
         roofline.prefill(shape, 200, 4).flops / 700e12 / 0.05
@@ -122,7 +124,7 @@ def test_results_get_their_shares(tmp_path: Path) -> None:
     roofline.attach(run, shape, CEILINGS)
     # Under load a step also reads its share of a prompt: it does more in the same time.
     assert run["roofline"]["step"]["mfu"] > verdicts["decode"]["mfu"]
-    json.dumps([found, run])
+    json.dumps([values, run])
     nothing = roofline.attach({"benchmark": "run", "repeats": []}, shape, CEILINGS)
     assert "step" not in nothing["roofline"]
 

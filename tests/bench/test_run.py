@@ -76,13 +76,13 @@ def test_a_run_leaves_a_result_with_every_request(
 ) -> None:
     words = load(tmp_path, "--load", "users=4", "--requests", "60", "--slo", "ttft_ms=5000")
     with launched(PORT, Options(ttft_ms=20, itl_ms=5)):
-        status, last, said = bench(environment, *words, "--actors", "2")
-    assert last, said
-    assert status == (0 if last["valid"] else 1), said
+        status, last, output = bench(environment, *words, "--actors", "2")
+    assert last, output
+    assert status == (0 if last["valid"] else 1), output
     # A machine that is late makes a run doubtful, and so do few requests; nothing else may.
     allowed = ("late", "CPU", "independent")
     assert all(any(word in doubt for word in allowed) for doubt in last["doubts"]), last
-    found = result.read(tmp_path)
+    saved = result.read(tmp_path)
     records = list(read(tmp_path / "records.jsonl"))
     assert sorted((record.repeat, record.index) for record in records) == [
         (repeat, index) for repeat in range(3) for index in range(60)
@@ -90,12 +90,12 @@ def test_a_run_leaves_a_result_with_every_request(
     assert {record.actor for record in records} == {0, 1}
     assert all(record.ok and record.output_tokens == 4 for record in records)
     # Each repeat asks for other texts: none is served from what another left in a cache.
-    assert [repeat["requests"] for repeat in found["whole"]] == [60, 60, 60]
-    assert found["total_output_tokens"] == 3 * 60 * 4
-    assert found["max_concurrency"] == 4
-    assert found["completed"] == 180
-    assert found["repeats"][0]["good_share"] == 1.0
-    assert found["command"].startswith("python -m bench run --url")
+    assert [repeat["requests"] for repeat in saved["whole"]] == [60, 60, 60]
+    assert saved["total_output_tokens"] == 3 * 60 * 4
+    assert saved["max_concurrency"] == 4
+    assert saved["completed"] == 180
+    assert saved["repeats"][0]["good_share"] == 1.0
+    assert saved["command"].startswith("python -m bench run --url")
     with open(tmp_path / "records.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 180
@@ -119,16 +119,16 @@ def test_a_mistake_in_the_command_is_one_sentence_and_status_2(
     environment: dict[str, str], tmp_path: Path, words: list[str], names: str
 ) -> None:
     with launched(PORT, Options()):
-        status, _, said = bench(environment, *load(tmp_path / "out", *words))
+        status, _, output = bench(environment, *load(tmp_path / "out", *words))
     assert status == 2
-    assert names in said
-    assert "Traceback" not in said
+    assert names in output
+    assert "Traceback" not in output
 
 
 def test_no_server_is_status_3(environment: dict[str, str], tmp_path: Path) -> None:
-    status, _, said = bench(environment, *load(tmp_path, "--load", "users=1", "--requests", "3"))
+    status, _, output = bench(environment, *load(tmp_path, "--load", "users=1", "--requests", "3"))
     assert status == 3
-    assert "connection refused" in said
+    assert "connection refused" in output
 
 
 def test_half_of_the_streams_cut_is_counted_and_makes_the_run_invalid(
@@ -196,8 +196,8 @@ def test_a_search_that_finds_nothing_says_why(environment: dict[str, str], tmp_p
     words = ["search", "--url", URL, "--workload", "synthetic:input=4,output=1", "--no-metrics"]
     words += ["--slo", "ttft_ms=60000,percentile=80", "--start", "200", "--warm-up", "0"]
     with launched(PORT, Options(error_rate=0.5)):
-        status, last, said = bench(environment, *words, "--out", str(tmp_path))
-    assert status == 1, said
+        status, last, output = bench(environment, *words, "--out", str(tmp_path))
+    assert status == 1, output
     assert not last["resolved"]
     assert last["rate"] is None
     assert "missed by a server that is idle" in last["doubts"][-1]
@@ -214,8 +214,8 @@ def test_a_comparison_reads_two_results(environment: dict[str, str], tmp_path: P
             Repeat(outcome=Outcome(records=[stream(i, gap_s + r * 1e-4) for i in range(50)]))
             for r in range(3)
         ]
-        found = result.header("run", name) | result.figures(repeats, None, None)
-        result.write(tmp_path / name, found)
+        outcome = result.header("run", name) | result.figures(repeats, None, None)
+        result.write(tmp_path / name, outcome)
     status, last, table = bench(environment, "compare", str(tmp_path / "a"), str(tmp_path / "b"))
     assert status == 0
     rows = {row["metric"]: row for row in last["rows"]}
@@ -228,10 +228,10 @@ def test_a_comparison_reads_two_results(environment: dict[str, str], tmp_path: P
 async def test_no_cell_of_the_matrix_asks_what_another_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[str] = []
+    requested: list[str] = []
 
     async def measured(job: Job, folder: Path) -> dict[str, Any]:
-        asked.extend(
+        requested.extend(
             str(request.prompt)
             for repeat in range(job.repeats)
             for request in workload.parse(job.workload, job.seed + repeat).take(job.count or 0)
@@ -241,12 +241,12 @@ async def test_no_cell_of_the_matrix_asks_what_another_asked(
     monkeypatch.setattr(run, "run", measured)
     cells = [cell for cell in workload.matrix() if cell.input_tokens == 200]
     job = Job(target=Target(url=URL, model="fake"), workload="", load="", repeats=3)
-    found = await matrix.served(job, 2, tmp_path, cells)
-    assert found["valid"]
-    assert len(asked) == 2 * 3 * (1 + 4 + 8) * 2
+    outcome = await matrix.served(job, 2, tmp_path, cells)
+    assert outcome["valid"]
+    assert len(requested) == 2 * 3 * (1 + 4 + 8) * 2
     # A cache holds blocks of 16 tokens or more.
-    beginnings = {" ".join(prompt.split()[:16]) for prompt in asked}
-    assert len(beginnings) == len(asked)
+    beginnings = {" ".join(prompt.split()[:16]) for prompt in requested}
+    assert len(beginnings) == len(requested)
 
 
 # --- the parts ------------------------------------------------------------------------------
@@ -300,8 +300,8 @@ def details(*states: str, target: int = 3) -> bytes:
 
 
 def test_replicas_are_counted_by_their_state() -> None:
-    found = scrape.counts(details("RUNNING", "STARTING", "STARTING", "STOPPING"), "engine")
-    assert found == {"wanted": 3, "replicas": 1, "starting": 2, "stopping": 1}
+    outcome = scrape.counts(details("RUNNING", "STARTING", "STARTING", "STOPPING"), "engine")
+    assert outcome == {"wanted": 3, "replicas": 1, "starting": 2, "stopping": 1}
     assert scrape.counts(details(), "gateway")["replicas"] == 1
     with pytest.raises(ValueError, match="no deployment 'engin'"):
         scrape.counts(details(), "engin")
@@ -319,13 +319,13 @@ async def test_a_dashboard_is_asked_beside_metrics_that_do_not_answer(
     enough, answered = asyncio.Event(), [0]
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked = await reader.readuntil(b"\r\n\r\n")
-        known = asked.startswith(b"GET /api/serve/applications/ ")
-        known = known and b"Authorization: Bearer a-token\r\n" in asked
-        head = b"HTTP/1.0 200 OK\r\n\r\n" if known else b"HTTP/1.0 404 Not Found\r\n\r\n"
+        request = await reader.readuntil(b"\r\n\r\n")
+        expected = request.startswith(b"GET /api/serve/applications/ ")
+        expected = expected and b"Authorization: Bearer a-token\r\n" in request
+        head = b"HTTP/1.0 200 OK\r\n\r\n" if expected else b"HTTP/1.0 404 Not Found\r\n\r\n"
         writer.write(head + details("RUNNING", "STARTING", target=2))
         writer.close()
-        answered[0] += known
+        answered[0] += expected
         if answered[0] > 3:
             enough.set()
 
@@ -363,9 +363,9 @@ def test_replicas_are_watched_after_the_last_answer(
         threading.Thread(target=dashboard.serve_forever, daemon=True).start()
         words = load(tmp_path, "--load", "users=2", "--requests", "4", "--repeats", "1")
         words += ["--dashboard", f"http://127.0.0.1:{dashboard.server_port}", "--linger", "2.5"]
-        _, last, said = bench(environment, *words)
+        _, last, output = bench(environment, *words)
         dashboard.shutdown()
-    assert last, said
+    assert last, output
     (samples,) = result.read(tmp_path)["server"]
     ended_s = max(record.end_s or 0.0 for record in read(tmp_path / "records.jsonl"))
     assert samples[-1]["t_s"] > ended_s + 1.0
@@ -379,10 +379,10 @@ def test_a_lost_actor_makes_a_result_invalid() -> None:
     lost = Outcome(
         records=records, lost_actors=["actor 1 died"], events=[Happening(1.0, "actor 1 died")]
     )
-    found = result.figures([Repeat(outcome=lost)], None, None)
-    assert not found["valid"]
-    assert found["doubts"] == ["repeat 1: actor 1 died"]
-    assert found["events"] == [{"repeat": 0, "at_s": 1.0, "what": "actor 1 died"}]
+    outcome = result.figures([Repeat(outcome=lost)], None, None)
+    assert not outcome["valid"]
+    assert outcome["doubts"] == ["repeat 1: actor 1 died"]
+    assert outcome["events"] == [{"repeat": 0, "at_s": 1.0, "what": "actor 1 died"}]
 
 
 def test_a_target_with_one_model_needs_no_name() -> None:
@@ -391,7 +391,7 @@ def test_a_target_with_one_model_needs_no_name() -> None:
 
 
 def test_a_result_says_where_it_was_measured() -> None:
-    found = machine.machine()
-    assert found["cores"] == len(os.sched_getaffinity(0))
-    assert found["versions"]["ray"]
-    assert found["memory_gib"] > 0
+    outcome = machine.machine()
+    assert outcome["cores"] == len(os.sched_getaffinity(0))
+    assert outcome["versions"]["ray"]
+    assert outcome["memory_gib"] > 0

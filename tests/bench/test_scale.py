@@ -51,12 +51,12 @@ def test_layouts_that_stand_together_share_the_gpus_evenly() -> None:
     wanted = scale.layouts(4)
     places = scale.placed(wanted, 4)
     assert [len(place) for place in places] == [parallel * many for parallel, many in wanted]
-    held = [0.0] * 4
+    waiting = [0.0] * 4
     for (parallel, _), place in zip(wanted, places, strict=True):
         assert len(set(place)) == len(place)
         for gpu_ in place:
-            held[gpu_] += 1 / parallel
-    assert max(held) <= 2.75  # In models: 4 replicas, 2 replicas, one, and parts of two more.
+            waiting[gpu_] += 1 / parallel
+    assert max(waiting) <= 2.75  # In models: 4 replicas, 2 replicas, one, and parts of two more.
     assert scale.placed([(1, 1)], 1) == [[0]]
 
 
@@ -102,11 +102,11 @@ def test_a_split_is_advised_for_each_goal() -> None:
     assert table[2]["saturated_efficiency"] == pytest.approx(0.98, abs=0.01)
     low, high = table[2]["saturated_bounds"]
     assert low < table[2]["saturated_times"] < high
-    said = scale.advice(table)
-    assert len(said) == 2
-    assert "latency of one request TP=2 (0.60" in said[0]
-    assert "throughput 2 replicas (1.96 times one GPU, 0.98 of linear)" in said[0]
-    assert said[1] == "4 GPUs: not measured"
+    output = scale.advice(table)
+    assert len(output) == 2
+    assert "latency of one request TP=2 (0.60" in output[0]
+    assert "throughput 2 replicas (1.96 times one GPU, 0.98 of linear)" in output[0]
+    assert output[1] == "4 GPUs: not measured"
     # A single GPU that failed leaves nothing to compare with.
     assert scale.table(ROWS[1:])[0]["tpot_s_times"] is None
 
@@ -140,8 +140,8 @@ def test_who_passes_whom() -> None:
     assert on.tokens_per_s == 4.0
     slow = [record(1, "short", 0.0, 2.0), record(0, "long", 0.0, 1.0)]
     off = scheduler.case("fcfs", False, slow, 2.0)
-    said = scheduler.advice([on, off])
-    assert said == [
+    output = scheduler.advice([on, off])
+    assert output == [
         "fcfs: without chunked prefill short prompts wait 4.00 times as long for their first "
         "token (median), long ones 1.00 times"
     ]
@@ -163,9 +163,9 @@ def test_blocks_that_are_partly_empty_are_waste() -> None:
 
 def test_the_hottest_function_is_the_one_most_samples_ended_in() -> None:
     stacks = "main;a (x.py:1);b (x.py:2) 30\nmain;a (x.py:1) 10\nmain;c;b (x.py:2) 20\nnonsense\n"
-    found = profile.hottest(stacks)
-    assert found[0] == {"function": "b (x.py:2)", "share": 0.5 / 0.5 * 50 / 60}
-    assert found[1]["share"] == pytest.approx(10 / 60)
+    outcome = profile.hottest(stacks)
+    assert outcome[0] == {"function": "b (x.py:2)", "share": 0.5 / 0.5 * 50 / 60}
+    assert outcome[1]["share"] == pytest.approx(10 / 60)
     assert profile.hottest("") == []
 
 
@@ -255,11 +255,11 @@ def _small(init: Any) -> Any:
 # --- the story ------------------------------------------------------------------------------
 
 
-def told(benchmark: str, **more: Any) -> dict[str, Any]:
+def outcome_of(benchmark: str, **more: Any) -> dict[str, Any]:
     return {"benchmark": benchmark, "name": benchmark, "command": f"bench {benchmark}"} | more
 
 
-TUNE = told(
+TUNE = outcome_of(
     "tune",
     score="output tokens/s",
     best={"described": "max_num_seqs <64>", "score": 120.0},
@@ -276,7 +276,7 @@ TUNE = told(
 
 def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> None:
     rows = scale.table(ROWS)
-    scaled = told("scale", table=rows, advice=scale.advice(rows))
+    scaled = outcome_of("scale", table=rows, advice=scale.advice(rows))
     short = {"workload": "short", "table": rows, "advice": scale.advice(rows)}
     twice = scaled | {"workloads": [short, short | {"workload": "long ones"}]}
     verdict = {
@@ -288,7 +288,7 @@ def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> 
         "times": 5.0,
     }
     cell = {"name": "5-50-1", "roofline": {"decode": verdict}}
-    base = told("baseline", cells=[cell], roofline={"ceilings": {"source": "measured"}})
+    base = outcome_of("baseline", cells=[cell], roofline={"ceilings": {"source": "measured"}})
     kv = {
         "blocks": 10,
         "block_tokens": 16,
@@ -299,13 +299,13 @@ def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> 
         "fits": {"500": 3},
     }
     sample = {"t_s": 0.0, "blocks": 5.0, "tokens": 60.0, "running": 2.0, "waiting": 0.0}
-    cached = told("kv", kv=kv, samples=[sample, sample | {"t_s": 1.0}])
-    confirmed = told(
+    cached = outcome_of("kv", kv=kv, samples=[sample, sample | {"t_s": 1.0}])
+    confirmed = outcome_of(
         "confirm", system="bare", gain=TUNE["gain"], scores={"default": [1.0], "best": [1.2]}
     )
-    found = story.chapters([scaled, TUNE, base, cached, confirmed, told("compare")])
-    assert [each.kind for each in found] == ["baseline", "kv", "tune", "confirm", "scale"]
-    steps = story.steps(found)
+    compared = story.chapters([scaled, TUNE, base, cached, confirmed, outcome_of("compare")])
+    assert [each.kind for each in compared] == ["baseline", "kv", "tune", "confirm", "scale"]
+    steps = story.steps(compared)
     assert steps[0]["gain"] == "decode MBU 0.83 at best"
     assert steps[1]["gain"].startswith("1.20 times the output tokens/s by max_num_seqs")
     assert "(1.10 to 1.30)" in steps[1]["gain"]

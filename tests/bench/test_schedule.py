@@ -176,12 +176,12 @@ def test_constant_times_are_exact_however_many() -> None:
 
 def test_poisson_times_have_exponential_gaps() -> None:
     times = Gamma(50.0).times_s(20_000, None, 1)
-    found = gaps(times)
+    result = gaps(times)
     # The standard errors are 1/sqrt(20000) = 0.7% and about 1%.
-    assert statistics.fmean(found) == pytest.approx(1 / 50, rel=0.03)
-    assert spread(found) == pytest.approx(1.0, abs=0.04)
+    assert statistics.fmean(result) == pytest.approx(1 / 50, rel=0.03)
+    assert spread(result) == pytest.approx(1.0, abs=0.04)
     # The distribution, by Kolmogorov and Smirnov: above 1.63 / sqrt(n) in one of a hundred seeds.
-    ranked = [1 - math.exp(-gap * 50) for gap in sorted(found)]
+    ranked = [1 - math.exp(-gap * 50) for gap in sorted(result)]
     distance = max(abs(share - rank / 20_000) for rank, share in enumerate(ranked))
     assert distance < 1.63 / math.sqrt(20_000)
 
@@ -197,9 +197,9 @@ def test_poisson_counts_vary_as_much_as_they_average() -> None:
 
 @pytest.mark.parametrize("cv", [0.25, 0.5, 2.0, 4.0])
 def test_gamma_times_have_their_rate_and_spread(cv: float) -> None:
-    found = gaps(Gamma(10.0, cv).times_s(50_000, None, 2))
-    assert statistics.fmean(found) == pytest.approx(1 / 10, rel=max(0.01, cv * 0.02))
-    assert spread(found) == pytest.approx(cv, rel=0.06)
+    result = gaps(Gamma(10.0, cv).times_s(50_000, None, 2))
+    assert statistics.fmean(result) == pytest.approx(1 / 10, rel=max(0.01, cv * 0.02))
+    assert spread(result) == pytest.approx(cv, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +209,9 @@ def test_gamma_times_have_their_rate_and_spread(cv: float) -> None:
 def test_a_ramp_is_a_poisson_process_in_the_time_of_its_integral(load: Ramp) -> None:
     times = load.times_s(None, 400.0, 5)
     assert len(times) == pytest.approx(load.expected(400.0), rel=0.04)
-    found = gaps([load.expected(at_s) for at_s in times])
-    assert statistics.fmean(found) == pytest.approx(1.0, rel=0.04)
-    assert spread(found) == pytest.approx(1.0, abs=0.05)
+    result = gaps([load.expected(at_s) for at_s in times])
+    assert statistics.fmean(result) == pytest.approx(1.0, rel=0.04)
+    assert spread(result) == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_ramp_has_the_rate_it_says_at_each_moment() -> None:
@@ -275,7 +275,7 @@ def test_a_plan_is_the_same_for_the_same_seed_and_another_for_another(text: str)
     load = parse(text)
     plans = [plan(workload_of(SHORT, seed, ""), load, 50, None, seed) for seed in (1, 1, 2)]
     assert plans[0] == plans[1]
-    prompts = [{str(each.request.prompt) for each in one.planned} for one in plans]
+    prompts = [{str(each.request.prompt) for each in item.planned} for item in plans]
     assert len(prompts[0]) == 50
     assert prompts[0].isdisjoint(prompts[2])
 

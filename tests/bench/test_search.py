@@ -36,11 +36,11 @@ class Server:
     """Asked as a probe asks; counts what it was asked."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.draw, self.asked = random.Random(seed), 0
+        self.draw, self.sent = random.Random(seed), 0
         self.probes: list[tuple[float, int]] = []
 
     async def probe(self, x: float, count: int) -> list[Record]:
-        self.asked += count
+        self.sent += count
         self.probes.append((x, count))
         assert len(self.probes) < 200, "the search does not end"
         return self.serve(x, count)
@@ -125,36 +125,36 @@ def failed(index: int, at_s: float, user: int | None = None) -> Record:
 def test_within_ten_minutes_the_interval_is_narrow_and_holds_the_truth() -> None:
     """A server of 16 requests/s. More seeds: `python -m bench.itself --searches 100`."""
     truth = power.LIMIT
-    found = [power.searched(seed, budget_s=600.0) for seed in range(6)]
-    held = [(r.rate or 0) <= truth <= (r.fails_at or 0) for r, _ in found]
-    widths = [(r.fails_at or math.inf) / (r.rate or 1) - 1 for r, _ in found]
-    assert sum(held) >= 5
+    results = [power.searched(seed, budget_s=600.0) for seed in range(6)]
+    waiting = [(r.rate or 0) <= truth <= (r.fails_at or 0) for r, _ in results]
+    widths = [(r.fails_at or math.inf) / (r.rate or 1) - 1 for r, _ in results]
+    assert sum(waiting) >= 5
     assert np.median(widths) <= 0.15
     assert max(widths) < 0.35
-    assert all(took_s < 620 for _, took_s in found)
+    assert all(took_s < 620 for _, took_s in results)
     assert all(
-        r.resolved == (width <= 0.15 + 1e-9) for (r, _), width in zip(found, widths, strict=True)
+        r.resolved == (width <= 0.15 + 1e-9) for (r, _), width in zip(results, widths, strict=True)
     )
-    assert all(r.reason for r, _ in found if not r.resolved)
+    assert all(r.reason for r, _ in results if not r.resolved)
 
 
 def test_without_a_limit_of_time_the_precision_is_reached() -> None:
     for seed in range(3):
-        found, _ = power.searched(seed, budget_s=None)
-        assert found.resolved, found.reason
-        assert found.rate is not None
-        assert found.fails_at is not None
-        assert found.fails_at / found.rate <= 1.15 + 1e-9
-        assert found.forecast is None
+        result, _ = power.searched(seed, budget_s=None)
+        assert result.resolved, result.reason
+        assert result.rate is not None
+        assert result.fails_at is not None
+        assert result.fails_at / result.rate <= 1.15 + 1e-9
+        assert result.forecast is None
 
 
 def test_a_search_that_is_cut_says_how_long_the_rest_would_take() -> None:
-    found, _ = power.searched(0, budget_s=300.0, precision=0.03)
-    assert not found.resolved
-    assert "300 s was over" in found.reason
-    assert found.forecast is not None
-    assert found.forecast.seconds > 300
-    assert (found.rate or 0) < (found.estimate or 0) < (found.fails_at or 0)
+    result, _ = power.searched(0, budget_s=300.0, precision=0.03)
+    assert not result.resolved
+    assert "300 s was over" in result.reason
+    assert result.forecast is not None
+    assert result.forecast.seconds > 300
+    assert (result.rate or 0) < (result.estimate or 0) < (result.fails_at or 0)
 
 
 @pytest.mark.parametrize("capacity", [3.0, 20.0])
@@ -258,9 +258,9 @@ async def test_a_search_that_was_broken_off_says_so() -> None:
     controller, server = RateSearch(Slo(ttft_s=1.0, percentile=90.0)), Knee(20.0)
     assert controller.result.reason == "nothing was probed"
     for _ in range(3):
-        asked = controller.ask()
-        assert asked is not None
-        controller.tell(await server.probe(*asked))
+        request = controller.ask()
+        assert request is not None
+        controller.tell(await server.probe(*request))
     assert not controller.result.resolved
     assert controller.result.reason == "the search is not over"
 
@@ -372,16 +372,16 @@ async def test_each_probe_is_told_of_and_all_is_json() -> None:
     result = await search.run(RateSearch(slo), server.probe, look)
     assert len(seen) == len(server.probes)
     assert seen == sorted(seen)
-    found = json.loads(json.dumps(search.as_json(result)))
-    assert found["rate"] == result.rate
-    point = found["points"][0]
+    body = json.loads(json.dumps(search.as_json(result)))
+    assert body["rate"] == result.rate
+    point = body["points"][0]
     assert (point["rate"], point["verdict"]) == (1.0, "pass")
     assert point["summary"]["ttft_p50_s"]["mean"] == pytest.approx(0.15, rel=0.1)
 
 
 async def test_a_sweep_is_json() -> None:
     result: SweepResult = await search.run(Sweep(max_users=2), Slots(8, noise=0.05).probe)
-    found = json.loads(json.dumps(search.as_json(result)))
-    assert [point["users"] for point in found["points"]] == [1, 2]
-    assert found["points"][1]["resolved"] is True
-    assert found["points"][1]["summary"]["output_tokens_per_s"]["mean"] > 0
+    body = json.loads(json.dumps(search.as_json(result)))
+    assert [point["users"] for point in body["points"]] == [1, 2]
+    assert body["points"][1]["resolved"] is True
+    assert body["points"][1]["summary"]["output_tokens_per_s"]["mean"] > 0

@@ -34,7 +34,7 @@ def planned(spec: str, count: int = 5, load: str = "users=2") -> list[Planned]:
     return plan.planned
 
 
-def said(request: Request) -> list[str]:
+def contents(request: Request) -> list[str]:
     if isinstance(request.prompt, str):
         return [request.prompt]
     return [str(part["content"]) for part in request.prompt if isinstance(part, dict)]
@@ -44,11 +44,11 @@ def said(request: Request) -> list[str]:
 
 
 def test_sessions_are_the_same_each_time_and_with_another_salt_say_something_else() -> None:
-    one, same, other = (parse(AGENTS, 3, salt) for salt in ("a", "a", "b"))
+    first, same, other = (parse(AGENTS, 3, salt) for salt in ("a", "a", "b"))
     for number in (0, 7, 3):
-        assert one.turns(number) == same.turns(number)
-        pairs = list(zip(one.turns(number), other.turns(number), strict=True))
-        assert all(said(a)[-1] != said(b)[-1] for a, b in pairs)
+        assert first.turns(number) == same.turns(number)
+        pairs = list(zip(first.turns(number), other.turns(number), strict=True))
+        assert all(contents(a)[-1] != contents(b)[-1] for a, b in pairs)
         assert all(
             msgspec.structs.replace(a, prompt="") == msgspec.structs.replace(b, prompt="")
             for a, b in pairs
@@ -74,8 +74,8 @@ def test_a_session_waits_only_for_what_comes_before(seed: int, number: int) -> N
 
 def test_all_sessions_begin_with_the_system_prompt_and_share_nothing_else() -> None:
     firsts = [parse(AGENTS, 1, "x").turns(number)[0] for number in range(20)]
-    assert len({said(first)[0] for first in firsts}) == 1
-    assert len({said(first)[1] for first in firsts}) == 20
+    assert len({contents(first)[0] for first in firsts}) == 1
+    assert len({contents(first)[1] for first in firsts}) == 20
     assert {first.shared for first in firsts} == {20 / 28}
 
 
@@ -109,7 +109,7 @@ def test_in_any_order_of_answers_a_turn_waits_and_repeats_what_was_said(
     under_way, over, failed = list(script.first), set(), set()
     texts: dict[int, list[str]] = {}
     for item in under_way:
-        texts[item.index] = said(script.request(item))
+        texts[item.index] = contents(script.request(item))
     while under_way:
         item = under_way.pop(data.draw(st.integers(0, len(under_way) - 1)))
         record = Record(index=item.index, planned_s=0.0, text=f"answer {item.index}")
@@ -118,7 +118,7 @@ def test_in_any_order_of_answers_a_turn_waits_and_repeats_what_was_said(
         for following in script.over(item, record):
             assert set(following.after) <= over
             before = by_index[following.index].request.context
-            sent = texts[following.index] = said(script.request(following))
+            sent = texts[following.index] = contents(script.request(following))
             if before is not None:
                 history = [*texts[before], f"answer {before}"]
                 whole = "\n".join(history)
@@ -147,7 +147,7 @@ class Listener:
     """A server of chats that remembers what it was asked, and answers with a number."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[float, list[str]]] = []
+        self.requests: list[tuple[float, list[str]]] = []
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
@@ -157,8 +157,8 @@ class Listener:
                 break
             length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
             body = json.loads(await reader.readexactly(length))
-            self.asked.append((time.perf_counter(), [m["content"] for m in body["messages"]]))
-            answer = {"delta": {"content": f"answer {len(self.asked)}"}, "finish_reason": "stop"}
+            self.requests.append((time.perf_counter(), [m["content"] for m in body["messages"]]))
+            answer = {"delta": {"content": f"answer {len(self.requests)}"}, "finish_reason": "stop"}
             usage = {"prompt_tokens": 9, "completion_tokens": 4}
             events = [{"choices": [answer]}, {"choices": [], "usage": usage}]
             stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
@@ -193,13 +193,13 @@ async def test_every_turn_is_sent_once_with_the_answers_before_it(users: list[in
     for item in items:
         assert all(starts_s[item.index] >= ends_s[before] for before in item.after)
     # What was answered is said again: every later message list begins with an earlier one.
-    lists = [messages for _, messages in listener.asked]
+    lists = [messages for _, messages in listener.requests]
     longer = [messages for messages in lists if any(m.startswith("answer") for m in messages)]
     assert len(longer) == 6 * 4
     assert all(any(m[: len(n)] == n for n in lists if len(n) < len(m)) for m in longer)
-    found = measure.sessions(records, schedule.Plan(items).session_sizes)
-    assert found is not None
-    assert (found.planned, found.begun, found.done, found.failed) == (6, 6, 6, 0)
+    result = measure.sessions(records, schedule.Plan(items).session_sizes)
+    assert result is not None
+    assert (result.planned, result.begun, result.done, result.failed) == (6, 6, 6, 0)
 
 
 # --- recorded sessions ----------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_sharegpt_conversations_are_sessions(tmp_path: Path) -> None:
     workload = parse(f"sharegpt:{path},think=2", 0)
     assert workload.count == 1
     first, second = workload.turns(0)
-    assert said(first)[0].endswith("\nWhat is a trace?")
+    assert contents(first)[0].endswith("\nWhat is a trace?")
     assert (first.output_tokens, second.output_tokens) == (12, 1)
     assert (second.prompt, second.after, second.context) == ("And a salt?", (0,), 0)
     assert second.gap_s > 0
@@ -282,8 +282,8 @@ def test_rows_of_a_trace_that_wait_for_one_another_are_sessions(tmp_path: Path) 
     path.write_text("\n".join(map(json.dumps, rows)))
     workload = parse(f"bailian:{path}", 0)
     assert workload.count == 2
-    one, other = workload.turns(0)
-    assert (one.after, other.after, other.gap_s, other.context) == ((), (0,), 4.0, None)
+    first, other = workload.turns(0)
+    assert (first.after, other.after, other.gap_s, other.context) == ((), (0,), 4.0, None)
     plan = schedule.plan(workload, schedule.parse("trace:speed=2"), None, None, 0)
     assert [(item.at_s, item.session, item.after) for item in plan.planned] == [
         (0.0, 0, ()),
@@ -316,12 +316,12 @@ def test_a_task_takes_from_its_first_request_to_its_last_answer() -> None:
         record(1, 2, 2.0, 3.0, error="http 500", kind=""),
         record(2, 1, 3.0, 4.0),
     ]
-    found = measure.sessions(records, {0: 2, 1: 2, 2: 2, 3: 2})
-    assert found is not None
-    assert (found.planned, found.begun, found.done, found.failed) == (4, 3, 1, 1)
-    assert found.task_mean_s == 8.0
-    assert found.served_share == pytest.approx(5 / 8)
-    first, second = found.turns
+    result = measure.sessions(records, {0: 2, 1: 2, 2: 2, 3: 2})
+    assert result is not None
+    assert (result.planned, result.begun, result.done, result.failed) == (4, 3, 1, 1)
+    assert result.task_mean_s == 8.0
+    assert result.served_share == pytest.approx(5 / 8)
+    first, second = result.turns
     assert (first.name, first.requests, second.failed) == ("turn 1", 3, 1)
     assert (first.cached_share, second.cached_share) == (0.0, 0.5)
     assert measure.sessions(records, {}) is None
@@ -337,13 +337,13 @@ def test_time_under_way_is_counted_once_where_requests_overlap(
 ) -> None:
     records = [record(0, turn, min(span), max(span)) for turn, span in enumerate(spans, 1)]
     rng.shuffle(records)
-    found = measure.sessions(records, {0: len(records)})
-    assert found is not None
-    if found.served_share is not None and found.task_mean_s:
+    result = measure.sessions(records, {0: len(records)})
+    assert result is not None
+    if result.served_share is not None and result.task_mean_s:
         points = sorted({point for span in spans for point in span})
         covered = sum(
             b - a
             for a, b in itertools.pairwise(points)
             if any(min(span) <= a and b <= max(span) for span in spans)
         )
-        assert found.served_share * found.task_mean_s == pytest.approx(covered, abs=1e-6)
+        assert result.served_share * result.task_mean_s == pytest.approx(covered, abs=1e-6)

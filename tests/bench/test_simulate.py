@@ -94,10 +94,10 @@ def test_copies_keep_the_shape_and_multiply_the_traffic() -> None:
 def test_prompts_that_begin_alike_share_their_hashes() -> None:
     engine = replace(ENGINE, prefix_caching=True)
     text = "prefix:groups=2,shared=160,unique=40,output=5"
-    found = demand.jobs(text, "constant:rate=1", engine, count=20)
-    assert len({job.hashes[:10] for job in found}) == 2
-    assert len({job.hashes for job in found}) == 20
-    assert all(len(job.hashes) == 12 for job in found)
+    outcome = demand.jobs(text, "constant:rate=1", engine, count=20)
+    assert len({job.hashes[:10] for job in outcome}) == 2
+    assert len({job.hashes for job in outcome}) == 20
+    assert all(len(job.hashes) == 12 for job in outcome)
     assert demand.jobs(text, "constant:rate=1", ENGINE, count=1)[0].hashes == ()
 
 
@@ -120,10 +120,10 @@ def test_the_best_is_the_cheapest_that_holds(data: dict[str, Any]) -> None:
         "static:n=2",
         "static:n=6",
     ]
-    kept = [trial["kept"] for trial in static["tried"]]
-    assert kept[0] < 0.95 <= kept[2]
+    remaining = [trial["kept"] for trial in static["tried"]]
+    assert remaining[0] < 0.95 <= remaining[2]
     assert static["holds"]
-    assert static["spec"] == ("static:n=2" if kept[1] >= 0.95 else "static:n=6")
+    assert static["spec"] == ("static:n=2" if remaining[1] >= 0.95 else "static:n=6")
 
 
 def test_where_none_holds_the_nearest_is_told() -> None:
@@ -182,9 +182,9 @@ def test_the_folder_holds_result_records_and_page(data: dict[str, Any]) -> None:
     read = result.read(folder)
     assert read["benchmark"] == "simulate"
     assert [row["policy"] for row in read["policies"]] == list(POLICIES)
-    kept = list(records.read(folder / result.RECORDS))
-    assert len(kept) == 3 * read["requests"]
-    assert {record.repeat for record in kept} == {0, 1, 2}
+    remaining = list(records.read(folder / result.RECORDS))
+    assert len(remaining) == 3 * read["requests"]
+    assert {record.repeat for record in remaining} == {0, 1, 2}
     page = (folder / result.REPORT).read_text()
     assert page.count("<svg") == 2
     assert all(row["spec"] in page for row in read["policies"])
@@ -212,12 +212,12 @@ SHORT = ("--workload", CASE.workload, "--load", "poisson:rate=5", "--requests", 
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = simulate.command(
+    outcome = simulate.command(
         options(*SHORT, "--out", str(tmp_path), "--policy", "static:n=1", "--policy", "waiting")
     )
-    assert json.loads(json.dumps(found)) == found
-    assert [row["spec"] for row in found["policies"]] == ["static:n=1", "waiting"]
-    assert found["policies"][0]["kept"] == 1.0
+    assert json.loads(json.dumps(outcome)) == outcome
+    assert [row["spec"] for row in outcome["policies"]] == ["static:n=1", "waiting"]
+    assert outcome["policies"][0]["kept"] == 1.0
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "result.json"}
     assert "replicas over time" in capsys.readouterr().err
 
@@ -249,12 +249,12 @@ def test_an_engine_is_fitted_and_then_used(tmp_path: Path) -> None:
         records.append(folder / result.RECORDS, serve_closed(ENGINE, mine, users))
     fitted = tmp_path / "fitted"
     limits = ("--max-num-seqs", "16", "--token-budget", "512", "--kv-blocks", "2000")
-    found = simulate.command(
+    outcome = simulate.command(
         options("--validate", str(tmp_path / "runs"), "--out", str(fitted), *limits)
     )
-    assert found["costs"]["step_s"] == pytest.approx(0.02, rel=0.05)
-    assert found["errors"]["output_tokens_per_s"]["largest"] < 0.1
-    found = simulate.command(
+    assert outcome["costs"]["step_s"] == pytest.approx(0.02, rel=0.05)
+    assert outcome["errors"]["output_tokens_per_s"]["largest"] < 0.1
+    outcome = simulate.command(
         options(*SHORT, "--engine", str(fitted), "--policy", "static", "--out", str(tmp_path / "s"))
     )
     size = result.read(tmp_path / "s")["fleet"]["engine"]
@@ -296,27 +296,27 @@ def beside(measured: Path, *words: str, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_run_that_went_as_simulated_differs_in_nothing(measured: Path, tmp_path: Path) -> None:
-    found = beside(measured, "--policy", POLICY, tmp_path=tmp_path)
-    first, second = found["policies"]
+    outcome = beside(measured, "--policy", POLICY, tmp_path=tmp_path)
+    first, second = outcome["policies"]
     assert (first["spec"], second["spec"]) == ("measured", POLICY)
     assert first["replicas_mean"] > 1.2
     assert first["changes"] == second["changes"] > 1
     # The start is taken from the run; seconds of one period of 5 s are not seen.
-    assert found["beside"]["start_s"] == pytest.approx(10.0, abs=5.0)
-    (one,) = found["beside"]["policies"]
-    assert one["kept_minus_measured"] == pytest.approx(0.0, abs=0.02)
-    assert one["gpu_hours_error"] == pytest.approx(0.0, abs=0.05)
-    assert one["replicas_most_minus_measured"] == 0
-    assert one["serving_apart_mean"] < 0.1
+    assert outcome["beside"]["start_s"] == pytest.approx(10.0, abs=5.0)
+    (single,) = outcome["beside"]["policies"]
+    assert single["kept_minus_measured"] == pytest.approx(0.0, abs=0.02)
+    assert single["gpu_hours_error"] == pytest.approx(0.0, abs=0.05)
+    assert single["replicas_most_minus_measured"] == 0
+    assert single["serving_apart_mean"] < 0.1
     page = (tmp_path / "out" / result.REPORT).read_text()
     assert page.count(">measured<") >= 2  # Its row, and its curves' label.
 
 
 def test_a_fleet_that_starts_later_is_seen_to_differ(measured: Path, tmp_path: Path) -> None:
-    found = beside(measured, "--policy", POLICY, "--start", "85", tmp_path=tmp_path)
-    (one,) = found["beside"]["policies"]
-    assert one["kept_minus_measured"] < -0.02
-    assert one["serving_apart_mean"] > 0.1
+    outcome = beside(measured, "--policy", POLICY, "--start", "85", tmp_path=tmp_path)
+    (first,) = outcome["beside"]["policies"]
+    assert first["kept_minus_measured"] < -0.02
+    assert first["serving_apart_mean"] > 0.1
 
 
 def test_a_run_without_counted_replicas_says_what_is_missing(
@@ -350,6 +350,6 @@ def test_an_open_load_on_one_engine_is_a_fleet_of_one() -> None:
     jobs = list(islice(CASE.jobs(), 200))
     alone = serve(ENGINE, jobs)
     case = replace(CASE, fleet=replace(CASE.fleet, max_replicas=1))
-    _, found = simulate.trial_of(case, jobs, "static:n=1")
-    for one, other in zip(alone, found.records(), strict=True):
-        assert one.chunk_s == pytest.approx(other.chunk_s)
+    _, outcome = simulate.trial_of(case, jobs, "static:n=1")
+    for each, other in zip(alone, outcome.records(), strict=True):
+        assert each.chunk_s == pytest.approx(other.chunk_s)

@@ -14,10 +14,10 @@ ENGINE = {"max_model_len": 512, "enforce_eager": True}
 def written(name: str, folder: Path) -> dict[str, Any]:
     """The configuration that a system is started with."""
     path = systems.command(name, ENGINE, "/model", 8123, folder)[-1]
-    found: dict[str, Any] = yaml.safe_load(Path(path).read_text())
-    assert found["http_options"]["port"] == 8123
-    return found["applications"][0]["args"] | {
-        "import_path": found["applications"][0]["import_path"]
+    result: dict[str, Any] = yaml.safe_load(Path(path).read_text())
+    assert result["http_options"]["port"] == 8123
+    return result["applications"][0]["args"] | {
+        "import_path": result["applications"][0]["import_path"]
     }
 
 

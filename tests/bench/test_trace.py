@@ -174,11 +174,11 @@ def test_bailian_has_seconds_blocks_of_16_and_parents(tmp_path: Path) -> None:
     rows = trace.read("bailian", path)
     assert [row.at_s for row in rows] == pytest.approx([0.0, 1.386, 1.886])
     assert trace.families(rows) == [[0, 1], [2]]
-    one, other, third = parse(f"bailian:{path}", 0).take(3)
-    assert words(one)[:16] == words(other)[:16]
-    assert words(one)[16:] != words(other)[16:21]
-    assert (one.kind, other.kind) == ("text", "search")
-    assert [request.shared for request in (one, other, third)] == pytest.approx(
+    first, other, third = parse(f"bailian:{path}", 0).take(3)
+    assert words(first)[:16] == words(other)[:16]
+    assert words(first)[16:] != words(other)[16:21]
+    assert (first.kind, other.kind) == ("text", "search")
+    assert [request.shared for request in (first, other, third)] == pytest.approx(
         [16 / 21, 16 / 40, 0.0]
     )
 
@@ -204,15 +204,15 @@ def test_different_hashes_are_never_read_as_equal_prompts(
     block = trace.block_tokens("mooncake", path, read, None)
     for row in read:
         cut = list(trace.blocks(row, block))
-        assert sum(known is not None for known, _ in cut) == len(row.hashes)
+        assert sum(expected is not None for expected, _ in cut) == len(row.hashes)
         assert sum(tokens for _, tokens in cut) == row.input_tokens
 
 
 def test_a_block_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path, (0, 160, 5, list(range(10))), (100, 160, 5, [0, *range(20, 29)]))
-    one, other = parse(f"mooncake:{path}", 1).take(2)
-    assert one.prompt != other.prompt
-    assert words(one)[:16] == words(other)[:16]
+    first, other = parse(f"mooncake:{path}", 1).take(2)
+    assert first.prompt != other.prompt
+    assert words(first)[:16] == words(other)[:16]
     assert "16 tokens" in parse(f"mooncake:{path}", 1).notes[0]
     with pytest.raises(WorkloadError, match="has 10 hashes for 160 tokens"):
         parse(f"mooncake:{path},block=512", 1)
@@ -328,13 +328,13 @@ def test_equal_hashes_are_equal_text_and_others_are_not(mooncake: Path) -> None:
     # The last block of one hash, cut at two lengths: the shorter begins the longer.
     assert taken[0][1024 : 1024 + 176] == taken[2][1024:]
     # Hash 4 is not 3, 9 is not 1, and what no hash speaks for is nobody else's.
-    for one, other in (
+    for item, other in (
         (taken[1][1024:], taken[0][1024:]),
         (taken[3][:512], taken[0][:512]),
         (taken[4][512:], taken[5][512:]),
     ):
-        assert one[:4] != other[:4]
-        assert sum(a == b for a, b in zip(one, other, strict=False)) < 0.05 * len(other)
+        assert item[:4] != other[:4]
+        assert sum(a == b for a, b in zip(item, other, strict=False)) < 0.05 * len(other)
 
 
 def test_equal_blocks_are_equal_bytes(mooncake: Path) -> None:
@@ -357,27 +357,27 @@ def test_sharing_keeps_its_shape_when_scaled_and_clipped(mooncake: Path) -> None
 
 
 def test_another_seed_replays_the_same_trace_with_other_words(mooncake: Path) -> None:
-    one, other = (parse(f"mooncake:{mooncake}", seed, "").take(9) for seed in (1, 2))
-    for a, b in zip(one, other, strict=True):
+    first, other = (parse(f"mooncake:{mooncake}", seed, "").take(9) for seed in (1, 2))
+    for a, b in zip(first, other, strict=True):
         assert (a.at_s, a.input_tokens, a.output_tokens) == (
             b.at_s,
             b.input_tokens,
             b.output_tokens,
         )
         assert words(a)[:4] != words(b)[:4]
-    assert parse(f"mooncake:{mooncake}", 1, "").take(9) == one
+    assert parse(f"mooncake:{mooncake}", 1, "").take(9) == first
 
 
 def test_vllm_blocks_are_16_tokens_unless_said(tmp_path: Path) -> None:
     path = jsonl(tmp_path, (0, 40, 5, [1, 2]), (1.5, 40, 5, [1, 3]))
-    one, other = parse(f"vllm:{path}", 0).take(2)
+    first, other = parse(f"vllm:{path}", 0).take(2)
     assert other.at_s == 1.5
-    assert words(one)[:16] == words(other)[:16]
-    assert words(one)[16:20] != words(other)[16:20]
-    one, other = parse(f"vllm:{path},block=20,tick_s=0.001", 0).take(2)
+    assert words(first)[:16] == words(other)[:16]
+    assert words(first)[16:20] != words(other)[16:20]
+    first, other = parse(f"vllm:{path},block=20,tick_s=0.001", 0).take(2)
     assert other.at_s == 0.0015
-    assert words(one)[:20] == words(other)[:20]
-    assert words(one)[20:24] != words(other)[20:24]
+    assert words(first)[:20] == words(other)[:20]
+    assert words(first)[20:24] != words(other)[20:24]
 
 
 def test_an_azure_trace_shares_nothing(tmp_path: Path) -> None:

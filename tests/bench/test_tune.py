@@ -83,8 +83,8 @@ def test_a_probe_lasts_as_long_as_requests_do(e2e_s: float, least_s: float, most
     goal = score.Goal(slo=Slo(ttft_s=1.0, percentile=90.0), what="w", seconds=5.0)
     pace = score.Pace(requests_per_s=40.0, step_s=0.01, read=20.0, written=8.0)
     shop = Shop(e2e_s, holds=45.0)
-    found, _ = score.score(shop.load, goal, pace, 1.0, 0, 0, True)
-    assert 45.0 / 1.05 < found < 45.0
+    result, _ = score.score(shop.load, goal, pace, 1.0, 0, 0, True)
+    assert 45.0 / 1.05 < result < 45.0
     assert least_s < max(shop.lasted_s) < most_s
     # Lengthened once: the probes after it begin with that.
     assert len([lasted_s for lasted_s in shop.lasted_s if lasted_s < least_s]) <= 1
@@ -118,18 +118,18 @@ def test_a_load_is_answered_whole_and_timed(engine: Engine) -> None:
 
 def test_a_running_engine_is_told_its_limits(engine: Engine) -> None:
     free = engine.load(WORKLOAD, "users=1", count=12, seed=0)
-    one = engine.load(WORKLOAD, "users=1", count=12, seed=0, live={"max_num_seqs": 1})
+    first = engine.load(WORKLOAD, "users=1", count=12, seed=0, live={"max_num_seqs": 1})
     back = engine.load(WORKLOAD, "users=1", count=12, seed=0)
     # One after the other needs a step for each token of each; together, a step for all.
-    assert one.steps >= 12 * 8
-    assert free.steps < one.steps / 3
-    assert back.steps < one.steps / 3
+    assert first.steps >= 12 * 8
+    assert free.steps < first.steps / 3
+    assert back.steps < first.steps / 3
     small = engine.load(WORKLOAD, "users=1", count=4, seed=0, live={"max_num_batched_tokens": 4})
     assert small.steps > free.steps
     assert engine.ready is not None
-    most = engine.ready.limits["max_num_seqs"]
-    with pytest.raises(BenchError, match=f"was started with {most}"):
-        engine.load(WORKLOAD, "users=1", count=1, seed=0, live={"max_num_seqs": most + 1})
+    maximum = engine.ready.limits["max_num_seqs"]
+    with pytest.raises(BenchError, match=f"was started with {maximum}"):
+        engine.load(WORKLOAD, "users=1", count=1, seed=0, live={"max_num_seqs": maximum + 1})
     with pytest.raises(BenchError, match="cannot be changed"):
         engine.load(WORKLOAD, "users=1", count=1, seed=0, live={"dtype": 1})
     # A mistake in an order does not end the engine.
@@ -210,10 +210,10 @@ def test_a_search_survives_a_failure_goes_on_after_an_interruption_and_ends_in_a
             break
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
-    out, said = first.communicate(timeout=60)
-    assert out, said
+    out, output = first.communicate(timeout=60)
+    assert out, output
     interrupted = json.loads(out.splitlines()[-1])
-    assert "interrupted" in " ".join(interrupted["doubts"]), said
+    assert "interrupted" in " ".join(interrupted["doubts"]), output
     before = journal.read_text().splitlines()
     # The line that was being written when a machine went away.
     journal.write_text("\n".join(before) + '\n{"trial": {"sett')
@@ -224,16 +224,16 @@ def test_a_search_survives_a_failure_goes_on_after_an_interruption_and_ends_in_a
     rows = journal.read_text().splitlines()
     assert rows[: len(before)] == before
     assert all(json.loads(row) for row in rows)
-    found = json.loads((tmp_path / "result.json").read_text())
-    failed = [each for each in found["failed"] if each["oom"]]
-    assert len(failed) == 1, found["failed"]
+    body = json.loads((tmp_path / "result.json").read_text())
+    failed = [each for each in body["failed"] if each["oom"]]
+    assert len(failed) == 1, body["failed"]
     assert failed[0]["settings"]["kv_cache_memory_bytes"] == 2**46
-    assert found["default"]["scores"]["1"]
+    assert body["default"]["scores"]["1"]
     assert last["best"]["settings"].get("max_num_seqs") != 2
-    tried = {each["described"] for each in found["trials"]}
-    pruned = " ".join(found["pruned"].values())
+    tried = {each["described"] for each in body["trials"]}
+    pruned = " ".join(body["pruned"].values())
     assert "max_num_seqs 2" in tried or "cannot exceed" in pruned
-    config = yaml.safe_load(Path(found["config"]).read_text())
+    config = yaml.safe_load(Path(body["config"]).read_text())
     settings = Settings.parse(config["applications"][0]["args"])
     assert settings.engine["gpu_memory_utilization"] == 0.05
     assert settings.model == str(tiny)
@@ -253,13 +253,13 @@ def test_a_journal_gives_back_what_was_measured(tmp_path: Path) -> None:
     journal = Journal(tmp_path, {"a": 1})
     pace = score.Pace(requests_per_s=5.0, step_s=0.01, read=20.0, written=8.0)
     journal.begin(pace, {"max_num_seqs": 128})
-    asked = Trial(settings={"max_num_seqs": 4}, rung=1, share=0.5, repeats=1, why="")
+    request = Trial(settings={"max_num_seqs": 4}, rung=1, share=0.5, repeats=1, why="")
     standing = Stand("m", {}, [], tmp_path)
-    journal.add(asked, Outcome(scores=[3.0, 4.0]), standing)
+    journal.add(request, Outcome(scores=[3.0, 4.0]), standing)
     again = Journal(tmp_path, {"a": 1})
     assert again.pace == pace
     assert again.limits == {"max_num_seqs": 128}
-    assert again.outcome(asked) == Outcome(scores=[3.0, 4.0])
+    assert again.outcome(request) == Outcome(scores=[3.0, 4.0])
     with pytest.raises(ResultError, match="another search"):
         Journal(tmp_path, {"a": 2})
 
@@ -285,9 +285,9 @@ def test_a_gain_is_that_of_the_scores_which_chose_nothing() -> None:
     default = Measured(
         settings={}, outcomes={2: Outcome(scores=[10.0] * 3)}, held_out=[10.0, 10.1, 10.0]
     )
-    found = gain.gain(best, default, 2, False)
-    assert found is not None
-    assert found["ratio"] == pytest.approx(1.1, abs=0.01)
+    result = gain.gain(best, default, 2, False)
+    assert result is not None
+    assert result["ratio"] == pytest.approx(1.1, abs=0.01)
     same = gain.gain(default, default, 2, False)
     assert same is not None
     assert (same["ratio"], same["low"], same["in_full"]) == (1.0, None, True)
@@ -326,8 +326,8 @@ def test_a_limit_that_an_engine_was_not_started_with_needs_another_engine(
     standing = Stand("m", {"block_size": 32}, space, tmp_path)
 
     def limits(settings: dict[str, Any]) -> dict[str, int]:
-        with standing.engine(settings, 10.0) as (_, found):
-            return found
+        with standing.engine(settings, 10.0) as (_, result):
+            return result
 
     assert limits({}) == {"max_num_seqs": 128, "max_num_batched_tokens": 2048}
     assert limits({"max_num_seqs": 16})["max_num_seqs"] == 16

@@ -33,24 +33,24 @@ def landscape(settings: dict[str, Any]) -> float:
 
 def searched(search: Search, score: Score, noise: float = 0.0) -> list[Trial]:
     rng = random.Random(0)
-    asked = []
+    request = []
     while (trial := search.ask()) is not None:
-        asked.append(trial)
+        request.append(trial)
         scores = [score(trial.settings) * rng.gauss(1, noise) for _ in range(trial.repeats)]
         search.tell(Outcome(scores=scores))
-    return asked
+    return request
 
 
 def test_a_quarter_of_the_grid_finds_its_best() -> None:
     grid = knobs.points(SPACE)
     best = max(map(landscape, grid))
     search = Search(SPACE, max_trials=len(grid) // 4)
-    asked = searched(search, landscape, noise=0.02)
+    request = searched(search, landscape, noise=0.02)
     assert search.best is not None
     assert landscape(search.best.settings) >= 0.95 * best
     assert len(search.measured) <= len(grid) / 4
     # And with less than a quarter of what measuring each in full would take.
-    work = sum(trial.share * trial.repeats for trial in asked)
+    work = sum(trial.share * trial.repeats for trial in request)
     assert work <= len(grid) * 3 / 4
     # The best was measured in full, as were the defaults.
     assert 2 in search.best.outcomes
@@ -62,8 +62,8 @@ def test_nothing_is_measured_that_cannot_win() -> None:
     search = Search(
         SPACE, ceiling=lambda settings: 300 if settings.get("max_num_seqs") == 4 else 9e9
     )
-    asked = searched(search, landscape)
-    assert not any(trial.settings.get("max_num_seqs") == 4 for trial in asked)
+    request = searched(search, landscape)
+    assert not any(trial.settings.get("max_num_seqs") == 4 for trial in request)
     assert any("cannot exceed 300" in reason for reason in search.pruned.values())
 
 
@@ -92,12 +92,12 @@ def test_the_defaults_stay_where_nothing_is_better() -> None:
 
 def test_what_should_be_worth_most_on_paper_is_tried_first() -> None:
     search = Search(SPACE, worth=lambda settings: 2.0 if settings.get("dtype") == "b" else 1.0)
-    asked = searched(search, landscape)
-    changed = [trial.settings for trial in asked if trial.settings]
+    request = searched(search, landscape)
+    changed = [trial.settings for trial in request if trial.settings]
     assert set(changed[0]) == {"dtype"}
     # Without a difference on paper those that need no engine of their own come first.
-    asked = searched(Search(SPACE), landscape)
-    first = next(trial for trial in asked if trial.settings)
+    request = searched(Search(SPACE), landscape)
+    first = next(trial for trial in request if trial.settings)
     assert first.settings.keys() == {"max_num_seqs"}
 
 
@@ -110,12 +110,12 @@ def test_in_a_hurry_the_best_so_far_is_confirmed_and_no_more() -> None:
     search.hurry()
     assert search.best is not None
     assert search.best.settings == {}  # Until it is confirmed.
-    asked = []
+    request = []
     while (trial := search.ask()) is not None:
         assert (trial.rung, trial.repeats, trial.share) == (2, 3, 1.0)
-        asked.append(trial.settings)
+        request.append(trial.settings)
         search.tell(Outcome(scores=[landscape(trial.settings)] * 3))
-    assert asked == [{"max_num_seqs": 64}, {}]
+    assert request == [{"max_num_seqs": 64}, {}]
     assert search.best.settings == {"max_num_seqs": 64}
     # Before anything but the defaults was measured, they are all there is.
     early = Search(SPACE)
@@ -140,9 +140,9 @@ def test_where_no_setting_is_better_the_defaults_stay(spread: float, ladder: boo
         search = tuned(seed, spread, ladder=ladder)
         assert search.best is not None
         changed += search.best.settings != {}
-        found = gain.gain(search.best, search.default, 2, ladder)
-        assert found is not None
-        ratios.append(found["ratio"])
+        result = gain.gain(search.best, search.default, 2, ladder)
+        assert result is not None
+        ratios.append(result["ratio"])
         effects = tuning.effects(search.measured.values(), 1.04 if ladder else 1.0)
         false += any(e.low is not None and not e.low <= 1 <= (e.high or 0) for e in effects)
     assert changed <= 4
@@ -156,9 +156,9 @@ def test_a_setting_that_is_better_is_found_and_its_gain_is_not_flattered() -> No
         search = tuned(seed, 0.03, lambda settings: 1.2 if settings.get("a") == 3 else 1.0)
         assert search.best is not None
         if search.best.settings.get("a") == 3:
-            found = gain.gain(search.best, search.default, 2, False)
-            assert found is not None
-            ratios.append(found["ratio"])
+            result = gain.gain(search.best, search.default, 2, False)
+            assert result is not None
+            ratios.append(result["ratio"])
     assert len(ratios) >= 36
     assert fmean(ratios) == pytest.approx(1.2, rel=0.01)
 
@@ -184,14 +184,14 @@ def test_effects_are_what_each_value_multiplies_the_score_by() -> None:
         # Two help each other, which no single factor says.
         if not ("dtype" in point and point.get("max_num_seqs") == 64)
     ]
-    found = {(each.knob, each.value): each for each in tuning.effects(measured)}
+    values = {(each.knob, each.value): each for each in tuning.effects(measured)}
     for (name, value), ratio in {
         ("max_num_seqs", 4): 0.3,
         ("max_num_seqs", 64): 1.3,
         ("max_num_batched_tokens", 128): 1.2,
         ("dtype", "b"): 1.15,
     }.items():
-        effect = found[name, value]
+        effect = values[name, value]
         assert effect.ratio == pytest.approx(ratio, rel=0.02)
         assert effect.low is not None
         assert effect.high is not None
@@ -240,9 +240,9 @@ def test_a_small_batch_bounds_the_rate() -> None:
     few = tuning.requests_per_s(floor, lengths, {"max_num_batched_tokens": 64})
     assert few == pytest.approx(25.6)
     assert tuning.requests_per_s(Floor(), lengths, {"max_num_seqs": 4}) == math.inf
-    known = Floor(shape=SHAPE, ceilings=CEILINGS, step_s=1e-4, seqs=1024, tokens=8192)
+    expected = Floor(shape=SHAPE, ceilings=CEILINGS, step_s=1e-4, seqs=1024, tokens=8192)
     # 2 * 6.5e9 operations for each of 250 tokens at 700 TFLOP/s.
-    assert tuning.requests_per_s(known, lengths, {}) == pytest.approx(
+    assert tuning.requests_per_s(expected, lengths, {}) == pytest.approx(
         700e12 / 250 / 13.2e9, rel=0.1
     )
 

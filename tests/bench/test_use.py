@@ -37,7 +37,7 @@ RUN = ["run", "--url", NOBODY, "--workload", "synthetic:input=5,output=1", "--lo
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--repeats", "0"], "--repeats: 0: must be from 1"),
         (["--repeats", "many"], "invalid whole number value: 'many'"),
@@ -51,21 +51,21 @@ RUN = ["run", "--url", NOBODY, "--workload", "synthetic:input=5,output=1", "--lo
     ],
 )
 def test_a_wrong_argument_is_named_and_status_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     arguments = [*RUN, "--out", str(tmp_path / "out"), *words]
     with pytest.raises(SystemExit) as ended:
         main._parser().parse_args(arguments)
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert "Traceback" not in error
 
 
 def test_an_endpoint_that_is_not_there_is_status_3_and_one_sentence(tmp_path: Path) -> None:
-    code, said = status(*RUN, "--out", str(tmp_path / "out"))
+    code, output = status(*RUN, "--out", str(tmp_path / "out"))
     assert code == 3
-    assert said.strip() == f"bench: url = '{NOBODY}': connection refused"
+    assert output.strip() == f"bench: url = '{NOBODY}': connection refused"
 
 
 def test_a_mistake_is_status_2_and_a_failure_3() -> None:
@@ -156,10 +156,10 @@ def test_a_result_that_cannot_be_written_is_printed(
 
     result.write(tmp_path, {"benchmark": "run", "valid": True, "number": 1})
     monkeypatch.setattr(Path, "write_bytes", full)
-    found: dict[str, Any] = {"benchmark": "run", "valid": True, "number": 2}
-    result.write(tmp_path, found)
-    assert not found["valid"]
-    assert "No space left on device" in found["doubts"][0]
+    values: dict[str, Any] = {"benchmark": "run", "valid": True, "number": 2}
+    result.write(tmp_path, values)
+    assert not values["valid"]
+    assert "No space left on device" in values["doubts"][0]
     assert msgspec.json.decode(capsys.readouterr().err)["number"] == 2
     assert result.read(tmp_path)["number"] == 1, "what was there is gone"
 
@@ -189,27 +189,27 @@ def test_a_signal_ends_a_command_in_order(number: int) -> None:
 # --- what is shown --------------------------------------------------------------------------
 
 
-def shown(found: dict[str, Any]) -> str:
+def shown(expected: dict[str, Any]) -> str:
     stream = io.StringIO()
-    console.show(found, stream)
+    console.show(expected, stream)
     return stream.getvalue()
 
 
 def test_the_table_of_a_run_has_its_figures_and_its_doubts(tmp_path: Path) -> None:
-    found = made.run(tmp_path, "mine", [made.records(400, repeat=n) for n in range(3)])
-    text = shown({**found, "doubts": ["a sentence"], "valid": False, "out": "DIR"})
+    outcome = made.run(tmp_path, "mine", [made.records(400, repeat=n) for n in range(3)])
+    text = shown({**outcome, "doubts": ["a sentence"], "valid": False, "out": "DIR"})
     assert "TTFT p50" in text
     assert "output tokens/s" in text
     assert "NOT VALID" in text
     assert "doubt: a sentence" in text
     assert "out: DIR" in text
-    assert "NOT VALID" not in shown({**found, "doubts": [], "valid": True})
+    assert "NOT VALID" not in shown({**outcome, "doubts": [], "valid": True})
 
 
 def test_the_table_of_a_matrix_has_no_blank_cell(tmp_path: Path) -> None:
-    found = made.cells(tmp_path, "matrix", "mine", per_user=1)
-    cells = {cell["name"]: cell["summary"] for cell in found["cells"]}
-    rows = [line for line in shown({**found, "cells": cells}).splitlines() if "in1000" in line]
+    outcome = made.cells(tmp_path, "matrix", "mine", per_user=1)
+    cells = {cell["name"]: cell["summary"] for cell in outcome["cells"]}
+    rows = [line for line in shown({**outcome, "cells": cells}).splitlines() if "in1000" in line]
     assert len(rows) == 6
     assert not any(" - " in f"{row} " for row in rows), rows
 
@@ -239,8 +239,8 @@ def lag_doubts(late: int, of: int = 200) -> list[str]:
         msgspec.structs.replace(record, sent_s=record.planned_s + (0.5 if place < late else 0.001))
         for place, record in enumerate(made.records(of))
     ]
-    found = measure.doubts(measure.measure(every), batch=True)
-    return [doubt for doubt in found if "sent late" in doubt]
+    measures = measure.doubts(measure.measure(every), batch=True)
+    return [doubt for doubt in measures if "sent late" in doubt]
 
 
 def test_one_late_request_in_two_hundred_is_no_doubt() -> None:

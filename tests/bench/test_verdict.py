@@ -209,7 +209,7 @@ def liar() -> Iterator[str]:
         server.wait()
 
 
-async def asked(url: str, mode: str) -> list[Record]:
+async def records_of(url: str, mode: str) -> list[Record]:
     """What became of two requests, one after the other, on one connection."""
     target = Target(url=url, model="liar", endpoint="chat", timeout_s=1.5, extra={"mode": mode})
     client = Client(target, time.perf_counter)
@@ -238,20 +238,20 @@ DOUBTED = ["nousage", "usage0", "cached", "onechunk", "nonstream", "short", "n2"
 
 @pytest.mark.parametrize("mode", HONEST)
 def test_an_honest_mode_is_measured(liar: str, mode: str) -> None:
-    measures = measure.measure(asyncio.run(asked(liar, mode)))
+    measures = measure.measure(asyncio.run(records_of(liar, mode)))
     assert (measures.ok, measures.output_tokens) == (2, 2 * ASKED)
     assert measure.answer_doubts(measures) == []
 
 
 @pytest.mark.parametrize("mode", FAILED)
 def test_a_failing_mode_is_a_failure(liar: str, mode: str) -> None:
-    records = asyncio.run(asked(liar, mode))
+    records = asyncio.run(records_of(liar, mode))
     assert [record.ok for record in records] == [False, False]
 
 
 @pytest.mark.parametrize("mode", DOUBTED)
 def test_a_lying_mode_is_doubted(liar: str, mode: str) -> None:
-    measures = measure.measure(asyncio.run(asked(liar, mode)))
+    measures = measure.measure(asyncio.run(records_of(liar, mode)))
     assert measures.ok == 2
     assert measure.answer_doubts(measures)
     assert measures.output_tokens != 0

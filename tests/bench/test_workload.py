@@ -29,9 +29,9 @@ def text(request: Request) -> str:
     return request.prompt
 
 
-def shared_words(one: str, other: str) -> int:
+def shared_words(first: str, other: str) -> int:
     """How many words two prompts have in common from the start."""
-    pairs = zip(one.split(" "), other.split(" "), strict=False)
+    pairs = zip(first.split(" "), other.split(" "), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
@@ -85,9 +85,9 @@ def test_texts_of_two_seeds_streams_or_numbers_are_unrelated_all_along() -> None
         for stream in ("prompt", "block")
         for number in (0, 2**32)  # These two begin alike.
     ]
-    for one, other in itertools.combinations(drawn, 2):
+    for each, other in itertools.combinations(drawn, 2):
         # 4 of 1000 by chance.
-        assert sum(a == b for a, b in zip(one[4:], other[4:], strict=True)) < 20
+        assert sum(a == b for a, b in zip(each[4:], other[4:], strict=True)) < 20
 
 
 def test_words_are_used_alike() -> None:
@@ -165,9 +165,9 @@ def test_the_same_seed_gives_the_same_requests_however_many_are_taken(spec: str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_another_salt_changes_every_text_and_nothing_else(spec: str) -> None:
     for salts in (("a", "b"), (None, None)):
-        one, other = (parse(spec, 7, salt).take(100) for salt in salts)
-        assert not set(map(text, one)) & set(map(text, other))
-        for a, b in zip(one, other, strict=True):
+        first, other = (parse(spec, 7, salt).take(100) for salt in salts)
+        assert not set(map(text, first)) & set(map(text, other))
+        for a, b in zip(first, other, strict=True):
             assert msgspec.structs.replace(a, prompt="") == msgspec.structs.replace(b, prompt="")
 
 
@@ -191,9 +191,9 @@ def test_prompts_share_no_block_of_a_prefix_cache() -> None:
 def test_a_group_shares_its_prefix_and_only_that() -> None:
     taken = parse("prefix:groups=4,shared=100,unique=20,output=8", 5).take(100)
     assert {request.kind for request in taken} == {f"group {n}" for n in range(4)}
-    for one, other in itertools.combinations(taken, 2):
-        common = shared_words(text(one), text(other))
-        if one.kind == other.kind:
+    for each, other in itertools.combinations(taken, 2):
+        common = shared_words(text(each), text(other))
+        if each.kind == other.kind:
             assert 100 <= common < 104
         else:
             assert common < 4
@@ -204,14 +204,14 @@ def test_prefixes_are_nested_in_a_tree() -> None:
     taken = parse("prefix:groups=8,depth=3,shared=92,unique=10,output=8", 5).take(200)
     members = {request.kind: text(request) for request in taken}
     common = {
-        (one, other): shared_words(members[f"group {one}"], members[f"group {other}"])
-        for one, other in itertools.combinations(range(8), 2)
+        (each, other): shared_words(members[f"group {each}"], members[f"group {other}"])
+        for each, other in itertools.combinations(range(8), 2)
     }
     # 92 words over 3 levels: 32, 30 and 30.
-    for (one, other), length in common.items():
-        if one // 2 == other // 2:
+    for (each, other), length in common.items():
+        if each // 2 == other // 2:
             assert 62 <= length < 66
-        elif one // 4 == other // 4:
+        elif each // 4 == other // 4:
             assert 32 <= length < 36
         else:
             assert length < 4
@@ -276,7 +276,7 @@ def test_a_jsonl_file_has_prompts_and_messages(tmp_path: Path) -> None:
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
     taken = parse(f"file:{path}", 0).take(9)
-    assert [msgspec.structs.replace(one, shared=0.0) for one in taken] == [
+    assert [msgspec.structs.replace(each, shared=0.0) for each in taken] == [
         Request(prompt="one", output_tokens=3, limit=True),
         Request(
             prompt=messages, output_tokens=4, limit=True, kind="chat", extra={"temperature": 0}
@@ -306,9 +306,9 @@ def test_a_fresh_file_begins_with_other_words_each_time(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one"}\n{"messages": [{"role": "user", "content": "two"}]}')
     taken = [parse(f"file:{path},repeat=2,fresh=yes", 0).take(4) for _ in range(2)]
-    beginnings = {json.dumps(request.prompt) for one in taken for request in one}
+    beginnings = {json.dumps(request.prompt) for each in taken for request in each}
     assert len(beginnings) == 8
-    assert {request.shared for one in taken for request in one} == {0.0}
+    assert {request.shared for each in taken for request in each} == {0.0}
     assert text(taken[0][0]).endswith("\none")
     path.write_text('{"prompt": [1, 2]}')
     with pytest.raises(WorkloadError, match="fresh = 'yes'"):

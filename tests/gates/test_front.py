@@ -171,10 +171,10 @@ def test_anthropics_clients_get_their_own_errors(
 ) -> None:
     answer = client.post(path, json=body, headers=headers)
     assert answer.status_code == status
-    found = answer.json()
-    assert found["type"] == "error"
-    assert found["error"]["type"] == kind
-    assert found["error"]["message"]
+    data = answer.json()
+    assert data["type"] == "error"
+    assert data["error"]["type"] == kind
+    assert data["error"]["message"]
     assert int(answer.headers["content-length"]) == len(answer.content)
 
 

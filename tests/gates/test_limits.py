@@ -19,8 +19,10 @@ from serve_app.settings import Limits
 
 def client(**limits: Any) -> httpx.AsyncClient:
     async def echo(request: Request) -> JSONResponse:
-        asked: Reading = request.scope["state"]["reading"]
-        return JSONResponse({"body": (await request.body()).decode(), "sequences": asked.sequences})
+        requested: Reading = request.scope["state"]["reading"]
+        return JSONResponse(
+            {"body": (await request.body()).decode(), "sequences": requested.sequences}
+        )
 
     methods = ["POST", "PUT", "PATCH", "DELETE", "GET"]
     app = Starlette(routes=[Route("/{path:path}", echo, methods=methods)])

@@ -86,7 +86,7 @@ def test_a_grammar_that_vllm_would_ignore_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("thinking", "kept"),
+    ("thinking", "remaining"),
     [
         ({"type": "enabled", "budget_tokens": 1024}, False),
         ({"type": "disabled"}, True),
@@ -94,7 +94,9 @@ def test_a_grammar_that_vllm_would_ignore_is_refused(name: str) -> None:
         (None, True),
     ],
 )
-def test_a_wish_to_think_is_no_error_of_a_model_that_does_not(thinking: Any, kept: bool) -> None:
+def test_a_wish_to_think_is_no_error_of_a_model_that_does_not(
+    thinking: Any, remaining: bool
+) -> None:
     app = FastAPI()
 
     @app.post("/v1/messages")
@@ -105,6 +107,6 @@ def test_a_wish_to_think_is_no_error_of_a_model_that_does_not(thinking: Any, kep
     client = TestClient(WithoutThinking(app))
     body = {"max_tokens": 5, "thinking": thinking, "text": 'größe "thinking"'}
     assert client.post("/v1/other", json=body).json() == body
-    found = client.post("/v1/messages", json=body).json()
-    assert ("thinking" in found) == kept
-    assert found["text"] == body["text"]
+    data = client.post("/v1/messages", json=body).json()
+    assert ("thinking" in data) == remaining
+    assert data["text"] == body["text"]

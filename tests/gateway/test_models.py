@@ -70,10 +70,10 @@ async def test_every_route_with_a_model_in_its_body_finds_it(path: str) -> None:
     first, second = EngineServer("first"), EngineServer("second")
     async with gateway(m1=first, m2=second) as there:
         for name, engine in (("m1", first), ("m2", second), ("an-adapter", second)):
-            engine.asked.clear()
+            engine.requests.clear()
             answer = await there.post(path, json={"model": name, "prompt": "x"})
             assert answer.status_code == 200, answer.text
-            assert len(engine.asked) == 1
+            assert len(engine.requests) == 1
         answer = await there.post(path, json={"model": "m3", "prompt": "x"})
         assert answer.status_code == 404
         assert "m1, m2" in answer.json()["error"]["message"]
@@ -85,18 +85,18 @@ async def test_a_request_without_a_model_goes_to_the_first(body: dict[str, Any])
     async with gateway(m1=first, m2=second) as there:
         assert (await there.post("/v1/completions", json=body)).status_code == 200
         assert (await there.get("/version")).status_code == 200
-    assert len(first.asked) == 2
-    assert not second.asked
+    assert len(first.requests) == 2
+    assert not second.requests
 
 
 async def test_sleeping_models_are_listed_and_healthy_and_stay_asleep() -> None:
     async with gateway(awake=listing("awake", "its-adapter"), asleep=None) as there:
         for path in ("/v1/models", "/v1/models/"):
-            found = (await there.get(path)).json()
-            names = [card["id"] for card in found["data"]]
+            body = (await there.get(path)).json()
+            names = [card["id"] for card in body["data"]]
             assert names == ["awake", "its-adapter", "asleep", "an-adapter"]
-        one = await there.get("/v1/models/asleep")
-        assert (one.json()["id"], one.json()["object"]) == ("asleep", "model")
+        first = await there.get("/v1/models/asleep")
+        assert (first.json()["id"], first.json()["object"]) == ("asleep", "model")
         assert (await there.get("/v1/models/its-adapter")).json()["id"] == "its-adapter"
         missing = await there.get("/v1/models/other")
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
@@ -113,7 +113,7 @@ async def test_a_model_is_listed_as_it_was_last_while_it_sleeps_or_fails() -> No
         before = (await there.get("/v1/models")).json()
         there.fleets["m"].replicas.update([])
         assert (await there.get("/v1/models")).json() == before
-        there.fleets["m"].replicas.update([engine.found])
+        there.fleets["m"].replicas.update([engine.replica])
         engine.whole = b"not JSON"
         engine.status = 500
         assert (await there.get("/v1/models")).json() == before
@@ -186,17 +186,17 @@ SHARED = [
 
 @pytest.mark.parametrize(("path", "body"), SHARED)
 def test_prompts_that_begin_alike_share_keys_on_each_api(path: str, body: Any) -> None:
-    one, other = prefix(path, body("a b ")), prefix(path, body("c d "))
-    shared = [key for key, same in zip(one, other, strict=False) if key == same]
+    first, other = prefix(path, body("a b ")), prefix(path, body("c d "))
+    shared = [key for key, same in zip(first, other, strict=False) if key == same]
     assert len(shared) * 512 >= 0.8 * len(LONG)
-    assert one[-1] != other[-1]
+    assert first[-1] != other[-1]
 
 
 @given(st.sampled_from(SHARED), st.text(min_size=1), st.text(min_size=1))
-def test_prompts_of_two_adapters_share_nothing(shared: Any, one: str, other: str) -> None:
+def test_prompts_of_two_adapters_share_nothing(shared: Any, first: str, other: str) -> None:
     path, body = shared
-    keys_of = [prefix(path, {"model": name, **body("a b ")}) for name in (one, other)]
-    assert bool(set(keys_of[0]) & set(keys_of[1])) == (one == other)
+    keys_of = [prefix(path, {"model": name, **body("a b ")}) for name in (first, other)]
+    assert bool(set(keys_of[0]) & set(keys_of[1])) == (first == other)
 
 
 @pytest.fixture(autouse=True)

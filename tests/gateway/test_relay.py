@@ -60,8 +60,8 @@ class Client:
 
     @property
     def error(self) -> str:
-        found = self.events[-1] if self.status == 200 else json.loads(self.body)
-        return str(found["error"]["code"])
+        result = self.events[-1] if self.status == 200 else json.loads(self.body)
+        return str(result["error"]["code"])
 
 
 class SlowClient(Client):
@@ -85,7 +85,7 @@ class Fleet:
     def __init__(self, engines: list[EngineServer], **settings: Any) -> None:
         self.engines = engines
         self.replicas = Upstreams()
-        self.replicas.update([engine.found for engine in engines])
+        self.replicas.update([engine.replica for engine in engines])
         self.woken = 0
         given = {"stall_timeout_s": 0.6, "replica_timeout_s": 0.5, "routing": "least_outstanding"}
         self.settings = Gateway(**{**given, **settings})
@@ -108,9 +108,9 @@ class Fleet:
 async def fleet(*engines: EngineServer, **settings: Any) -> AsyncIterator[Fleet]:
     for engine in engines:
         await engine.start()
-    found = Fleet(list(engines), **settings)
-    yield found
-    await found.relay.close()
+    result = Fleet(list(engines), **settings)
+    yield result
+    await result.relay.close()
     for engine in engines:
         await engine.stop()
 
@@ -129,7 +129,7 @@ async def test_a_stream_goes_on_from_every_cut(method: str, half: bool, cut: int
     assert {(e["id"], e["created"]) for e in bad_first.events[:-1]} == {
         (e["id"], e["created"]) for e in bad_first.events[:1]
     }
-    (progress, body), *_ = good.asked
+    (progress, body), *_ = good.requests
     assert json.loads(body)["prompt"] == "p"
     if cut == 0:
         assert progress is None
@@ -156,7 +156,7 @@ async def test_each_replica_may_fail_a_stream_that_goes_on() -> None:
     async with fleet(*engines, max_attempts=9, replica_timeout_s=5.0) as there:
         client = await there.ask()
     assert client.text == "".join(f"{token} " for token in range(40))
-    assert sum(len(engine.asked) for engine in engines) == 4
+    assert sum(len(engine.requests) for engine in engines) == 4
 
 
 async def test_a_request_that_is_not_streamed_is_asked_again_whole() -> None:
@@ -179,7 +179,7 @@ async def test_an_engine_that_fails_before_its_answer_began_is_no_answer(stream:
     real.start(fails)
     try:
         async with fleet(good, replica_timeout_s=5.0) as there:
-            both = [("a", {"address": real.address, "token": real.token}), good.found]
+            both = [("a", {"address": real.address, "token": real.token}), good.replica]
             there.replicas.update(both)
             client = await _first_to(there, EngineServer("a"), stream=stream)
             assert client.status == 200
@@ -195,7 +195,7 @@ async def test_two_deaths_refuse_a_request() -> None:
     async with fleet(*engines) as there:
         client = await there.ask()
     assert (client.status, client.error) == (500, "replicas_died")
-    assert sum(len(engine.asked) for engine in engines) == 2
+    assert sum(len(engine.requests) for engine in engines) == 2
 
 
 async def test_a_poisoned_stream_ends_with_an_error_event() -> None:
@@ -272,7 +272,7 @@ async def test_what_cannot_go_on_exactly_ends_with_an_error_event() -> None:
         client = await _first_to(there, bad)
     assert client.error == "cannot_continue"
     assert client.text == "0 1 2 "
-    assert not good.asked
+    assert not good.requests
 
 
 async def test_before_its_first_event_anything_starts_again() -> None:
@@ -287,7 +287,7 @@ async def test_a_silent_replica_is_left(after: int) -> None:
     async with fleet(bad, good) as there:
         bad.deaf = False
         ask = asyncio.create_task(_first_to(there, bad))
-        while not bad.asked:  # noqa: ASYNC110
+        while not bad.requests:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         bad.deaf = True  # As SIGSTOP does: connections are taken, nothing is answered.
         client = await ask
@@ -300,11 +300,11 @@ async def test_what_waits_for_an_engine_that_is_silent_is_asked_elsewhere(stream
     stopped = EngineServer("a", faults=[Fault(stall_after=0)])
     async with fleet(stopped, EngineServer("b")) as there:
         ask = asyncio.create_task(_first_to(there, stopped, stream=stream))
-        while not stopped.asked:  # noqa: ASYNC110
+        while not stopped.requests:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         stopped.stalled_s = 5.0  # As its supervisor says, where the engine was sent SIGSTOP.
         client = await ask
-    assert len(stopped.asked) == 1
+    assert len(stopped.requests) == 1
     assert WHOLE in (client.text if stream else client.body.decode())
 
 
@@ -349,7 +349,7 @@ async def test_a_silent_stream_of_an_engine_at_work_is_no_failure(after: int) ->
     async with fleet(slow, other, stall_timeout_s=0.3) as there:
         client = await _first_to(there, slow)
     assert client.text == WHOLE
-    assert not other.asked
+    assert not other.requests
 
 
 async def test_replicas_that_fall_silent_poison_nobody() -> None:
@@ -359,7 +359,7 @@ async def test_replicas_that_fall_silent_poison_nobody() -> None:
         ask = asyncio.create_task(_first_to(there, engines[0]))
         while not ask.done():
             for engine in engines:
-                engine.stalled_s = 9.0 if engine.asked else 0.0
+                engine.stalled_s = 9.0 if engine.requests else 0.0
             await asyncio.sleep(0.02)
     assert (await ask).text == WHOLE
 
@@ -398,7 +398,7 @@ async def test_the_half_of_an_answer_waits_for_room_where_all_are_full() -> None
         client = await _first_to(there, bad)
     assert client.text == WHOLE
     assert client.events.count(b"[DONE]") == 1
-    assert len(full.asked) >= 2
+    assert len(full.requests) >= 2
 
 
 async def test_who_is_full_is_not_asked_again_and_again_while_another_is_avoided() -> None:
@@ -407,7 +407,7 @@ async def test_who_is_full_is_not_asked_again_and_again_while_another_is_avoided
     async with fleet(bad, full) as there:
         client = await _first_to(there, bad)
     assert client.status == 429
-    assert len(full.asked) == 1
+    assert len(full.requests) == 1
 
 
 async def test_the_half_of_an_answer_that_finds_no_room_ends_with_an_error_event() -> None:
@@ -429,7 +429,7 @@ async def test_an_engine_that_is_started_anew_has_not_died_of_the_request() -> N
     try:
         async with fleet(EngineServer("b"), max_deaths=1, replica_timeout_s=5.0) as there:
             both = [("a", {"address": absent.address, "token": absent.token})]
-            there.replicas.update([*both, there.engines[0].found])
+            there.replicas.update([*both, there.engines[0].replica])
             client = await _first_to(there, EngineServer("a"))
             assert client.text == WHOLE
             assert [replica.name for replica in there.replicas.ready()] == ["b"]
@@ -447,7 +447,7 @@ async def test_without_a_replica_503_in_time_and_service_resumes() -> None:
         await asyncio.sleep(0.1)
         assert unplaced() == 1
         engine = await EngineServer("a").start()
-        there.replicas.update([engine.found])
+        there.replicas.update([engine.replica])
         assert (await waiting).text == WHOLE
         assert unplaced() == 0
         await engine.stop()
@@ -489,7 +489,7 @@ async def test_headers_reach_the_engine_and_its_secrets_stay() -> None:
         client = Client()
         await there.relay(Request.of(scope, b'{"stream": true}', "x-session-id"), client.send)
     assert client.text == WHOLE
-    assert engine.asked == [(None, b'{"stream": true}')]
+    assert engine.requests == [(None, b'{"stream": true}')]
 
 
 @pytest.mark.parametrize(

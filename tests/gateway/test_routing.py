@@ -39,19 +39,19 @@ def taught(router: PrefixRouter, name: str, keys: Sequence[int]) -> None:
 
 @given(st.binary(max_size=300), st.binary(max_size=300), st.integers(1, 40), st.integers(0, 12))
 def test_keys_are_equal_as_far_as_the_prompts_are_and_no_further(
-    one: bytes, other: bytes, block: int, most: int
+    first: bytes, other: bytes, block: int, maximum: int
 ) -> None:
-    keys, others = prefix_keys(one, block, most), prefix_keys(other, block, most)
-    assert len(keys) == min(len(one) // block, most)
+    keys, others = prefix_keys(first, block, maximum), prefix_keys(other, block, maximum)
+    assert len(keys) == min(len(first) // block, maximum)
     for i, (key, another) in enumerate(zip(keys, others, strict=False)):
         covered = (i + 1) * block
-        assert (key == another) == (one[:covered] == other[:covered])
+        assert (key == another) == (first[:covered] == other[:covered])
 
 
 def test_the_same_block_has_another_key_after_another_beginning() -> None:
     block = b"x" * BLOCK_BYTES
-    one, other = prefix_keys(b"a" * BLOCK_BYTES + block), prefix_keys(b"b" * BLOCK_BYTES + block)
-    assert one[1] != other[1]
+    first, other = prefix_keys(b"a" * BLOCK_BYTES + block), prefix_keys(b"b" * BLOCK_BYTES + block)
+    assert first[1] != other[1]
     assert len(set(prefix_keys(block * 5))) == 5
 
 
@@ -84,12 +84,12 @@ def test_nobody_is_sent_more_than_the_bound_and_of_the_rest_the_best_is_chosen(
     homes: dict[str, str] = {}
     for outstanding, keys, session in history:
         candidates = fleet(*outstanding)
-        believed = {one.name: router.shared(one.name, keys) for one in candidates}
+        believed = {each.name: router.shared(each.name, keys) for each in candidates}
         choice = router.choose(candidates, keys, session)
-        tokens, requests = sum(outstanding), sum(one.requests for one in candidates)
+        tokens, requests = sum(outstanding), sum(each.requests for each in candidates)
         slack_tokens = slack_requests * tokens / max(requests, 1)
         limit = factor * (tokens / len(candidates)) + slack_tokens
-        idle = {one.name: one for one in candidates if one.outstanding <= limit}
+        idle = {each.name: each for each in candidates if each.outstanding <= limit}
         assert choice.name in idle
         assert choice.shared == believed[choice.name]
         assert router.shared(choice.name, keys) == len(keys) * BLOCK_BYTES
@@ -115,14 +115,14 @@ def test_the_memory_is_bounded_and_counted(
     history: list[tuple[list[int], tuple[int, ...], str | None]],
     seed: int,
     max_keys: int,
-    held: int,
+    waiting: int,
 ) -> None:
-    router = prefix_router(seed, max_keys=max_keys, held_bytes=held * BLOCK_BYTES)
+    router = prefix_router(seed, max_keys=max_keys, held_bytes=waiting * BLOCK_BYTES)
     for outstanding, keys, session in history:
         router.choose(fleet(*outstanding), keys, session)
         sizes = [memory.size for memory in router._memories.values()]
         assert router.keys == sum(sizes) <= max_keys
-        assert max(sizes, default=0) <= 2 * held
+        assert max(sizes, default=0) <= 2 * waiting
     for name in "abcdef":
         router.forget(name)
     assert router.keys == 0
@@ -132,15 +132,15 @@ def test_the_memory_is_bounded_and_counted(
 def test_every_router_chooses_a_candidate_and_the_same_one_again(
     name: str, history: list[tuple[list[int], tuple[int, ...], str | None]], seed: int
 ) -> None:
-    one, again = make(name, random.Random(seed)), make(name, random.Random(seed))
+    first, again = make(name, random.Random(seed)), make(name, random.Random(seed))
     for outstanding, keys, session in history:
         candidates = fleet(*outstanding)
-        choice = one.choose(candidates, keys, session)
+        choice = first.choose(candidates, keys, session)
         assert choice == again.choose(candidates, keys, session)
         assert choice.name in [candidate.name for candidate in candidates]
-    one.forget("nobody")
+    first.forget("nobody")
     with pytest.raises(ValueError, match="no candidates"):
-        one.choose([], (), None)
+        first.choose([], (), None)
 
 
 # --- prefixes -------------------------------------------------------------------------------
@@ -332,10 +332,10 @@ def test_sessions_are_bounded_and_the_ones_in_use_are_kept() -> None:
 
 def counts(name: str, candidates: list[Candidate], times: int = 600) -> dict[str, int]:
     router = make(name, random.Random(0))
-    found = {candidate.name: 0 for candidate in candidates}
+    values = {candidate.name: 0 for candidate in candidates}
     for _ in range(times):
-        found[router.choose(candidates, (), None).name] += 1
-    return found
+        values[router.choose(candidates, (), None).name] += 1
+    return values
 
 
 @pytest.mark.parametrize("name", list(routing.ROUTERS))

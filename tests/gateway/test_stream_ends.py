@@ -62,7 +62,7 @@ HONEST = st.lists(
 )
 
 
-def asked(faults: list[list[Fault]], method: str, **relay: Any) -> tuple[Client, dict[str, Any]]:
+def relayed(faults: list[list[Fault]], method: str, **relay: Any) -> tuple[Client, dict[str, Any]]:
     """What a client sees of one stream, and the line in the log."""
     engines = [
         EngineServer(f"e{place}", length=LENGTH, method=method, faults=list(each))
@@ -102,7 +102,7 @@ SLOW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCh
 def test_a_stream_ends_with_its_last_event_or_an_error(
     faults: list[list[Fault]], method: str, max_deaths: int
 ) -> None:
-    client, line = asked(faults, method, max_deaths=max_deaths)
+    client, line = relayed(faults, method, max_deaths=max_deaths)
     assert client.over
     assert b": how" not in client.body
     if client.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
@@ -123,7 +123,7 @@ def test_a_stream_ends_with_its_last_event_or_an_error(
 def test_what_a_client_is_sent_is_a_part_of_the_right_answer_and_all_of_it_if_it_ends_well(
     faults: list[list[Fault]], method: str, max_deaths: int
 ) -> None:
-    client, line = asked(faults, method, max_deaths=max_deaths)
+    client, line = relayed(faults, method, max_deaths=max_deaths)
     if not client.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
         return
     assert WHOLE.startswith(client.text)

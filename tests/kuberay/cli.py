@@ -31,9 +31,9 @@ class Ran:
 def run(module: str, *argv: str, **environment: str) -> Ran:
     """A command in this process, as kuberay/__main__.py runs it: AWS's SDK is slow to load."""
     out, err = io.StringIO(), io.StringIO()
-    found = importlib.import_module(f"kuberay.{module}")
+    result = importlib.import_module(f"kuberay.{module}")
     parser = argparse.ArgumentParser()
-    found.arguments(parser)
+    result.arguments(parser)
     # A new account where the environment is another one; else that of the test before, whose
     # clients know nothing of it.
     account = Account if environment else _account
@@ -44,7 +44,7 @@ def run(module: str, *argv: str, **environment: str) -> Ran:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        status = found.command(parser.parse_args(argv))
+        status = result.command(parser.parse_args(argv))
     return Ran(status, out.getvalue(), err.getvalue())
 
 

@@ -91,13 +91,13 @@ class Faults:
         if own is None:
             if method == "DELETE" and (cluster := re.fullmatch("/clusters/([^/]+)", path)):
                 self.parts.forget(cluster[1])
-            found: Iterable[bytes] = self.app(environ, start)
-            return found
-        status, said = own
+            result: Iterable[bytes] = self.app(environ, start)
+            return result
+        status, output = own
         headers = [("content-type", "application/json")]
-        if "__type" in said:
-            headers.append(("x-amzn-errortype", said["__type"]))
-        text = json.dumps(said).encode()
+        if "__type" in output:
+            headers.append(("x-amzn-errortype", output["__type"]))
+        text = json.dumps(output).encode()
         start(f"{status} Answer", [*headers, ("content-length", str(len(text)))])
         return [text]
 
@@ -109,8 +109,8 @@ def _action(environ: Environ, body: bytes) -> tuple[str, str]:
     form = parse_qs(body.decode(errors="replace"))
     if "Action" in form:
         return form["Action"][0], "query"
-    if found := re.search(r"/service/\w+/operation/(\w+)", environ["PATH_INFO"]):
-        return found[1], "json"
+    if match := re.search(r"/service/\w+/operation/(\w+)", environ["PATH_INFO"]):
+        return match[1], "json"
     for method, pattern, name in _REST:
         if method == environ["REQUEST_METHOD"] and re.fullmatch(pattern, environ["PATH_INFO"]):
             return name, "json"
@@ -249,19 +249,19 @@ class Extras:
         self.down = False
         self.denied = set()
 
-    def answer(self, target: str, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def answer(self, target: str, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if self.down:
             return 500, {"__type": "InternalFailure", "message": "down"}
         if target in self.denied:
             who = f"User: {WHO} is not authorized to perform: servicequotas:{target}"
             return 400, {"__type": "AccessDeniedException", "message": who}
         if target == "GetServiceQuota":
-            code = asked["QuotaCode"]
+            code = request["QuotaCode"]
             if code not in self.quotas:
                 return 400, {"__type": "NoSuchResourceException", "message": code}
             return 200, {"Quota": {"QuotaCode": code, "Value": self.quotas[code]}}
         if target == "GetProducts":
-            wanted = {entry["Field"]: entry["Value"] for entry in asked["Filters"]}
+            wanted = {entry["Field"]: entry["Value"] for entry in request["Filters"]}
             return 200, {"FormatVersion": "aws_v1", "PriceList": list(self._products(wanted))}
         return 400, {"__type": "UnknownOperationException", "message": target}
 

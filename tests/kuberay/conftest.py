@@ -42,19 +42,19 @@ class Commands:
         """The calls so far that have these words, each as one line."""
         path = self.folder / "calls.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        said = [json.loads(line) for line in lines]
-        found = [" ".join([call["tool"], *call["argv"]]) for call in said]
-        return [line for line in found if set(words) <= set(line.split())]
+        output = [json.loads(line) for line in lines]
+        results = [" ".join([call["tool"], *call["argv"]]) for call in output]
+        return [line for line in results if set(words) <= set(line.split())]
 
     def inputs(self, *words: str) -> list[str]:
         """Their standard input."""
         lines = (self.folder / "calls.jsonl").read_text().splitlines()
-        said = [json.loads(line) for line in lines]
-        return [call["stdin"] for call in said if set(words) <= {call["tool"], *call["argv"]}]
+        output = [json.loads(line) for line in lines]
+        return [call["stdin"] for call in output if set(words) <= {call["tool"], *call["argv"]}]
 
     def objects(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / "objects.json").read_text())
-        return found
+        body: dict[str, Any] = json.loads((self.folder / "objects.json").read_text())
+        return body
 
     def hold(self, **objects: list[dict[str, Any]]) -> None:
         """The cluster's objects by kind; `__` in a name stands for a dot."""

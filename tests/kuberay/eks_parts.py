@@ -34,43 +34,43 @@ class EksParts:
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, Any]] | None:
         """Status and body; None for a request that is for somebody else."""
-        found = _PATH.fullmatch(path)
-        if found is None:
+        match = _PATH.fullmatch(path)
+        if match is None:
             return None
-        cluster, kind, name = found.groups()
-        asked = json.loads(body) if body else {}
+        cluster, kind, name = match.groups()
+        request = json.loads(body) if body else {}
         if kind == "addons":
-            return self._addon(method, self.addons.setdefault(cluster, {}), name, asked)
-        return self._identity(method, cluster, asked)
+            return self._addon(method, self.addons.setdefault(cluster, {}), name, request)
+        return self._identity(method, cluster, request)
 
     def _addon(
-        self, method: str, held: dict[str, str], name: str | None, asked: dict[str, Any]
+        self, method: str, waiting: dict[str, str], name: str | None, request: dict[str, Any]
     ) -> tuple[int, dict[str, Any]]:
         if method == "GET" and name is None:
-            return 200, {"addons": sorted(held)}
-        name = name or asked["addonName"]
+            return 200, {"addons": sorted(waiting)}
+        name = name or request["addonName"]
         if method == "POST":
-            if name in held:
+            if name in waiting:
                 return 409, _refusal("ResourceInUseException", "Addon already exists.")
-            held[name] = "ACTIVE"
-        if name not in held:
+            waiting[name] = "ACTIVE"
+        if name not in waiting:
             return 404, _refusal("ResourceNotFoundException", f"No addon: {name} found.")
-        status = held.pop(name) if method == "DELETE" else held[name]
+        status = waiting.pop(name) if method == "DELETE" else waiting[name]
         return 200, {"addon": {"addonName": name, "status": status}}
 
     def _identity(
-        self, method: str, cluster: str, asked: dict[str, Any]
+        self, method: str, cluster: str, request: dict[str, Any]
     ) -> tuple[int, dict[str, Any]]:
-        held = self.identities.setdefault(cluster, {})
+        waiting = self.identities.setdefault(cluster, {})
         if method == "POST":
-            key = (asked["namespace"], asked["serviceAccount"])
-            if key in held:
+            key = (request["namespace"], request["serviceAccount"])
+            if key in waiting:
                 return 409, _refusal("ResourceInUseException", "Association already exists")
-            held[key] = asked["roleArn"]
+            waiting[key] = request["roleArn"]
             return 200, {"association": {"namespace": key[0], "serviceAccount": key[1]}}
         listed = [
             {"clusterName": cluster, "namespace": namespace, "serviceAccount": account}
-            for namespace, account in sorted(held)
+            for namespace, account in sorted(waiting)
         ]
         return 200, {"associations": listed}
 

@@ -14,17 +14,17 @@ _VERSIONS = {
 
 
 def eks(method: str, path: str, **body: Any) -> Any:
-    said = _asked("eks", method, path, json.dumps(body).encode(), "application/json")
-    return json.loads(said)
+    output = _send("eks", method, path, json.dumps(body).encode(), "application/json")
+    return json.loads(output)
 
 
 def query(service: str, action: str, **more: str) -> str:
     form = urlencode({"Action": action, "Version": _VERSIONS[service], **more})
     kind = "application/x-www-form-urlencoded"
-    return _asked(service, "POST", "/", form.encode(), kind).decode()
+    return _send(service, "POST", "/", form.encode(), kind).decode()
 
 
-def _asked(service: str, method: str, path: str, body: bytes, kind: str) -> bytes:
+def _send(service: str, method: str, path: str, body: bytes, kind: str) -> bytes:
     scope = f"testing/20260101/us-west-2/{service}/aws4_request"
     headers = {
         "authorization": f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0",
@@ -33,5 +33,5 @@ def _asked(service: str, method: str, path: str, body: bytes, kind: str) -> byte
     url = os.environ["AWS_ENDPOINT_URL"] + path
     request = urllib.request.Request(url, body, headers, method=method)
     with urllib.request.urlopen(request) as answer:
-        found: bytes = answer.read()
-        return found
+        result: bytes = answer.read()
+        return result

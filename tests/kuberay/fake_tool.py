@@ -57,8 +57,8 @@ def _rule(words: set[str]) -> dict[str, Any] | None:
                 if other["words"] == rule["words"]:
                     other["times"] = other.get("times", 1) - 1
             (FOLDER / "rules.json").write_text(json.dumps(rules))
-            found: dict[str, Any] = rule
-            return found
+            result: dict[str, Any] = rule
+            return result
     return None
 
 
@@ -160,16 +160,16 @@ def kubectl(argv: list[str], stdin: str) -> int:
     return 1
 
 
-def _get(kind: str, chosen: list[dict[str, Any]], one: bool, known: bool) -> int:
+def _get(kind: str, chosen: list[dict[str, Any]], first: bool, expected: bool) -> int:
     custom = "." in kind and not kind.endswith("k8s.io")
-    if not known and custom:
+    if not expected and custom:
         short = kind.split(".")[0]
         print(f'error: the server doesn\'t have a resource type "{short}"', file=sys.stderr)
         return 1
-    if one and not chosen:
+    if first and not chosen:
         print(f"Error from server (NotFound): {kind} not found", file=sys.stderr)
         return 1
-    print(json.dumps(chosen[0] if one else {"kind": "List", "items": chosen}))
+    print(json.dumps(chosen[0] if first else {"kind": "List", "items": chosen}))
     return 0
 
 
@@ -178,11 +178,11 @@ def _delete(objects: dict[str, Any], kind: str, chosen: list[dict[str, Any]]) ->
     for item in chosen:
         where = item["metadata"]
         item["deleting"] = True
-        held = kind == "persistentvolumeclaims" and any(
+        waiting = kind == "persistentvolumeclaims" and any(
             other["metadata"]["namespace"] == where["namespace"]
             for other in objects.get("statefulsets", [])
         )
-        if where.get("finalizers") or held:
+        if where.get("finalizers") or waiting:
             late = True
             continue
         if balancer := where.get("annotations", {}).get("fake/balancer"):
@@ -201,13 +201,13 @@ _PLURALS = {"RayService": "rayservices.ray.io", "Secret": "secrets", "Namespace"
 
 def _documents(text: str) -> list[dict[str, Any]]:
     if text.startswith("{"):
-        found = [json.loads(text)]
+        results = [json.loads(text)]
     else:
         import yaml
 
-        found = list(yaml.safe_load_all(text))
+        results = list(yaml.safe_load_all(text))
     return [
-        item for each in found for item in (each["items"] if each["kind"] == "List" else [each])
+        item for each in results for item in (each["items"] if each["kind"] == "List" else [each])
     ]
 
 
@@ -227,8 +227,10 @@ def _apply(stdin: str) -> int:
         if kind == "rayservices.ray.io":
             # Ready once it was looked at twice.
             item["looks"] = 2
-        held = objects.setdefault(kind, [])
-        held[:] = [each for each in held if each["metadata"]["name"] != where["name"]] + [item]
+        waiting = objects.setdefault(kind, [])
+        waiting[:] = [each for each in waiting if each["metadata"]["name"] != where["name"]] + [
+            item
+        ]
     _write(objects)
     return 0
 
@@ -261,9 +263,9 @@ def _forward(argv: list[str]) -> int:
             self._answer({"data": [{"id": "Qwen2.5-7B-Instruct"}]})
 
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            said = f"Hello from {asked['model']}"
-            self._answer({"choices": [{"message": {"content": said}}]})
+            request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            output = f"Hello from {request['model']}"
+            self._answer({"choices": [{"message": {"content": output}}]})
 
         def _answer(self, body: dict[str, Any]) -> None:
             good = self.headers.get("authorization") == f"Bearer {key}"

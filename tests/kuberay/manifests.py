@@ -36,23 +36,23 @@ class DoesNotApply(Exception):
 
 
 def cluster(m: Manifest) -> Manifest:
-    found: Manifest = m["spec"]["rayClusterConfig"]
-    return found
+    result: Manifest = m["spec"]["rayClusterConfig"]
+    return result
 
 
 def head(m: Manifest) -> Manifest:
-    found: Manifest = cluster(m)["headGroupSpec"]
-    return found
+    result: Manifest = cluster(m)["headGroupSpec"]
+    return result
 
 
 def worker(m: Manifest) -> Manifest:
-    found: Manifest = cluster(m)["workerGroupSpecs"][0]
-    return found
+    result: Manifest = cluster(m)["workerGroupSpecs"][0]
+    return result
 
 
 def container(group: Manifest) -> Manifest:
-    found: Manifest = group["template"]["spec"]["containers"][0]
-    return found
+    result: Manifest = group["template"]["spec"]["containers"][0]
+    return result
 
 
 def annotate(m: Manifest, **values: str) -> None:
@@ -78,12 +78,12 @@ def deployment(m: Manifest, place: int, **values: Any) -> None:
         deployments = config["applications"][0].get("deployments")
         if deployments is None:
             raise DoesNotApply
-        found = deployments[place]
+        result = deployments[place]
         for key, value in values.items():
             if value is None:
-                found.pop(key, None)
+                result.pop(key, None)
             else:
-                found[key] = value
+                result[key] = value
 
     serve(m, change)
 
@@ -98,9 +98,9 @@ def top(m: Manifest, **values: Any) -> None:
 
 def incremental(m: Manifest, **options: Any) -> None:
     given = {"gatewayClassName": "x", "stepSizePercent": 10, "intervalSeconds": 10, **options}
-    kept = {key: value for key, value in given.items() if value is not None}
+    remaining = {key: value for key, value in given.items() if value is not None}
     m["spec"]["upgradeStrategy"] = {
-        "type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": kept,
+        "type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": remaining,
     }  # fmt: skip
 
 
@@ -356,8 +356,8 @@ _ALONE = (
 
 
 def sound() -> Manifest:
-    found: Manifest = yaml.safe_load(SOUND)
-    return found
+    result: Manifest = yaml.safe_load(SOUND)
+    return result
 
 
 def made(*mutations: Mutation) -> str:
@@ -372,14 +372,14 @@ def pairs(seed: int, count: int) -> list[tuple[Mutation, Mutation]]:
     """Harmless changes beside each other and beside broken ones, by chance."""
     chance = random.Random(seed)
     harmless = [each for each in HARMLESS if each.name not in _ALONE]
-    found = []
-    while len(found) < count:
-        one, other = chance.choice(harmless), chance.choice([*harmless, *BROKEN])
-        if one is other:
+    collected = []
+    while len(collected) < count:
+        first, other = chance.choice(harmless), chance.choice([*harmless, *BROKEN])
+        if first is other:
             continue
         try:
-            made(one, other)
+            made(first, other)
         except (DoesNotApply, KeyError, IndexError):
             continue
-        found.append((one, other))
-    return found
+        collected.append((first, other))
+    return collected

@@ -289,18 +289,18 @@ def everything(cloud: Cloud) -> dict[str, set[str]]:
         },
         "stack": {stack["StackName"] for stack in stacks},
         "load balancer": {
-            found["LoadBalancerArn"] for found in elbv2.describe_load_balancers()["LoadBalancers"]
+            each["LoadBalancerArn"] for each in elbv2.describe_load_balancers()["LoadBalancers"]
         },
         "classic load balancer": {
-            found["LoadBalancerName"]
-            for found in cloud.client("elb").describe_load_balancers()["LoadBalancerDescriptions"]
+            each["LoadBalancerName"]
+            for each in cloud.client("elb").describe_load_balancers()["LoadBalancerDescriptions"]
         },
         "target group": {
-            found["TargetGroupArn"] for found in elbv2.describe_target_groups()["TargetGroups"]
+            each["TargetGroupArn"] for each in elbv2.describe_target_groups()["TargetGroups"]
         },
         "auto scaling group": {
-            found["AutoScalingGroupName"]
-            for found in cloud.client("autoscaling").describe_auto_scaling_groups()[
+            each["AutoScalingGroupName"]
+            for each in cloud.client("autoscaling").describe_auto_scaling_groups()[
                 "AutoScalingGroups"
             ]
         },
@@ -333,22 +333,22 @@ def everything(cloud: Cloud) -> dict[str, set[str]]:
             lambda item: not item["GroupName"].startswith("default"),
         ),
         "file system": {
-            found["FileSystemId"]
-            for found in cloud.client("efs").describe_file_systems()["FileSystems"]
+            each["FileSystemId"]
+            for each in cloud.client("efs").describe_file_systems()["FileSystems"]
         },
         "volume": ids("describe_volumes", "Volumes", "VolumeId"),
         "snapshot": ids("describe_snapshots", "Snapshots", "SnapshotId"),
         "launch template": ids(
             "describe_launch_templates", "LaunchTemplates", "LaunchTemplateId"
         ),
-        "log group": {found["logGroupName"] for found in logs.describe_log_groups()["logGroups"]},
+        "log group": {each["logGroupName"] for each in logs.describe_log_groups()["logGroups"]},
         "image repository": {
-            found["repositoryName"]
-            for found in cloud.client("ecr").describe_repositories()["repositories"]
+            each["repositoryName"]
+            for each in cloud.client("ecr").describe_repositories()["repositories"]
         },
         "identity provider": {
-            found["Arn"]
-            for found in iam.list_open_id_connect_providers()["OpenIDConnectProviderList"]
+            each["Arn"]
+            for each in iam.list_open_id_connect_providers()["OpenIDConnectProviderList"]
         },
         "key": {key["KeyId"] for key in keys if key["KeyState"] != "PendingDeletion"},
         "role": {role["RoleName"] for role in iam.list_roles()["Roles"]},
@@ -359,37 +359,37 @@ def everything(cloud: Cloud) -> dict[str, set[str]]:
         ),
         "VPC": ids("describe_vpcs", "Vpcs", "VpcId"),
         "spot request": {
-            found["SpotInstanceRequestId"]
-            for found in ec2.describe_spot_instance_requests()["SpotInstanceRequests"]
-            if found["State"] != "cancelled"
+            each["SpotInstanceRequestId"]
+            for each in ec2.describe_spot_instance_requests()["SpotInstanceRequests"]
+            if each["State"] != "cancelled"
         },
         "fleet": {
-            found["FleetId"]
-            for found in ec2.describe_fleets()["Fleets"]
-            if not found["FleetState"].startswith("deleted")
+            each["FleetId"]
+            for each in ec2.describe_fleets()["Fleets"]
+            if not each["FleetState"].startswith("deleted")
         },
-        "flow log": {found["FlowLogId"] for found in ec2.describe_flow_logs()["FlowLogs"]},
-        "bucket": {found["Name"] for found in cloud.client("s3").list_buckets()["Buckets"]},
+        "flow log": {each["FlowLogId"] for each in ec2.describe_flow_logs()["FlowLogs"]},
+        "bucket": {each["Name"] for each in cloud.client("s3").list_buckets()["Buckets"]},
         "secret": {
-            found["ARN"] for found in cloud.client("secretsmanager").list_secrets()["SecretList"]
+            each["ARN"] for each in cloud.client("secretsmanager").list_secrets()["SecretList"]
         },
         "hosted zone": {
-            found["Id"].rpartition("/")[2]
-            for found in cloud.client("route53").list_hosted_zones()["HostedZones"]
+            each["Id"].rpartition("/")[2]
+            for each in cloud.client("route53").list_hosted_zones()["HostedZones"]
         },
-        "user": {found["UserName"] for found in iam.list_users()["Users"]},
+        "user": {each["UserName"] for each in iam.list_users()["Users"]},
         "queue": set(cloud.client("sqs").list_queues().get("QueueUrls", [])),
         "policy": {
             policy["Arn"] for policy in iam.list_policies(Scope="Local")["Policies"]
         },
         "instance profile": {
-            found["InstanceProfileName"]
-            for found in iam.list_instance_profiles()["InstanceProfiles"]
+            each["InstanceProfileName"]
+            for each in iam.list_instance_profiles()["InstanceProfiles"]
         },
     }  # fmt: skip
 
 
-def minus(one: Mapping[str, set[str]], other: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """What is in `one` and not in `other`, by kind; no kind that has nothing."""
-    left = {kind: one[kind] - other.get(kind, set()) for kind in one}
+def minus(first: Mapping[str, set[str]], other: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """What is in `single` and not in `other`, by kind; no kind that has nothing."""
+    left = {kind: first[kind] - other.get(kind, set()) for kind in first}
     return {kind: names for kind, names in left.items() if names}

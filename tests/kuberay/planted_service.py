@@ -121,8 +121,8 @@ def planted(old: str, new: str, times: int = 1) -> str:
 
 def line(text: str, part: str, nth: int = 1) -> int:
     """The number of the nth line with a part."""
-    found = [number for number, each in enumerate(text.splitlines(), 1) if part in each]
-    return found[nth - 1]
+    results = [number for number, each in enumerate(text.splitlines(), 1) if part in each]
+    return results[nth - 1]
 
 
 def document(text: str) -> str:

@@ -82,10 +82,10 @@ class RayCluster:
     def nodes(self) -> int:
         """How many are alive, as the dashboard knows."""
         try:
-            found = self.ask("/nodes?view=summary")["data"]["summary"]
+            result = self.ask("/nodes?view=summary")["data"]["summary"]
         except (OSError, ValueError, KeyError):
             return 0
-        return sum(node["raylet"].get("state") == "ALIVE" for node in found)
+        return sum(node["raylet"].get("state") == "ALIVE" for node in result)
 
     def ask(self, path: str, body: object = None, method: str = "GET") -> Any:
         """The dashboard's answer, as the operator asks it."""
@@ -98,8 +98,8 @@ class RayCluster:
         return json.loads(text) if text else None
 
     def application(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.ask("/api/serve/applications/")["applications"].get(name, {})
-        return found
+        result: dict[str, Any] = self.ask("/api/serve/applications/")["applications"].get(name, {})
+        return result
 
     def running(self, name: str, timeout_s: float) -> bool:
         return self.until(lambda: self.application(name).get("status") == "RUNNING", timeout_s)

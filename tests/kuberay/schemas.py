@@ -24,8 +24,8 @@ def custom(name: str, version: str) -> dict[str, Any]:
     """The schema of a CRD's version, under which an unknown field is an error."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # A megabyte of YAML.
     definition = yaml.load(shared(name).read_text(), Loader=loader)
-    (found,) = [v for v in definition["spec"]["versions"] if v["name"] == version]
-    schema: dict[str, Any] = found["schema"]["openAPIV3Schema"]
+    (results,) = [v for v in definition["spec"]["versions"] if v["name"] == version]
+    schema: dict[str, Any] = results["schema"]["openAPIV3Schema"]
     _close(schema)
     schema["properties"]["metadata"] = {"type": "object"}
     return schema
@@ -80,8 +80,8 @@ def check(document: dict[str, Any]) -> None:
     """Fail where the API server would refuse a manifest, or drop a part of it."""
     kind = document["kind"]
     if kind in CUSTOM:
-        found = mistakes(document, custom(*CUSTOM[kind]))
-        assert not found, found
+        result = mistakes(document, custom(*CUSTOM[kind]))
+        assert not result, result
         return
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
     kubernetes_validate.validate(document, KUBERNETES, strict=True)

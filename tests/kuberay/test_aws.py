@@ -78,10 +78,10 @@ def test_a_proxys_page_is_one_sentence_and_no_empty_answer(
     service, operation, key, arguments = _CALLS[action]
     with pytest.raises(AwsError) as raised:
         list(account().pages(service, operation, key, **arguments))
-    said = str(raised.value)
-    assert "a web page answered in place of AWS" in said
-    assert "Sign in" not in said
-    assert len(said.splitlines()) == 1
+    output = str(raised.value)
+    assert "a web page answered in place of AWS" in output
+    assert "Sign in" not in output
+    assert len(output.splitlines()) == 1
 
 
 def test_what_is_not_there_is_absent(cloud: Cloud) -> None:

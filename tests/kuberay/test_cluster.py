@@ -45,10 +45,10 @@ def account(aws_server: Cloud) -> Account:
     with pytest.MonkeyPatch.context() as patched:
         for key, value in aws_server.environment.items():
             patched.setenv(key, value)
-        found = Account(REGION)
+        result = Account(REGION)
         for service in ("eks", "cloudformation", "logs"):
-            found.client(service)
-        return found
+            result.client(service)
+        return result
 
 
 def create(account: Account, commands: Commands, limit: Ttl | None = None) -> None:
@@ -71,12 +71,12 @@ def parts(cloud: Cloud) -> dict[str, Any]:
 
 def whole(account: Account, cloud: Cloud, commands: Commands) -> dict[str, Any]:
     create(account, commands)
-    found = parts(cloud)
+    result = parts(cloud)
     config = described()
-    assert set(found["addons"]) == {addon["name"] for addon in config["addons"]}
-    assert found["groups"] == sorted(group["name"] for group in config["managedNodeGroups"])
-    assert len(found["identities"]) == len(config["iam"]["podIdentityAssociations"])
-    return found
+    assert set(result["addons"]) == {addon["name"] for addon in config["addons"]}
+    assert result["groups"] == sorted(group["name"] for group in config["managedNodeGroups"])
+    assert len(result["identities"]) == len(config["iam"]["podIdentityAssociations"])
+    return result
 
 
 def steps() -> int:
@@ -113,11 +113,11 @@ def test_a_creation_that_stopped_after_any_step_is_completed(
     commands.rule("eksctl", "create", "cluster", after=step, says="Error: stopped")
     with pytest.raises(EksError, match="stopped"):
         create(account, commands)
-    found = whole(account, cloud, commands)
+    result = whole(account, cloud, commands)
     # Everything of one run, and of the other nothing that is left over.
-    roles = [stack for stack in found["stacks"] if "podidentityrole" in stack]
+    roles = [stack for stack in result["stacks"] if "podidentityrole" in stack]
     assert len(roles) == 5
-    assert len(found["stacks"]) == 1 + 5 + len(found["groups"])
+    assert len(result["stacks"]) == 1 + 5 + len(result["groups"])
     # Run a third time, nothing is done any more.
     before = len(commands.calls())
     create(account, commands)

@@ -109,8 +109,8 @@ def test_the_replica_is_on_a_worker_and_not_on_the_head(served: RayCluster) -> N
 def nodes_of(served: RayCluster, any_state: bool = False) -> set[str]:
     """Nodes with a replica that runs, or is on its way in or out."""
     (deployment,) = served.application("llm")["deployments"].values()
-    found = [each for each in deployment["replicas"] if any_state or each["state"] == "RUNNING"]
-    return {str(each.get("node_id")) for each in found}
+    results = [each for each in deployment["replicas"] if any_state or each["state"] == "RUNNING"]
+    return {str(each.get("node_id")) for each in results}
 
 
 def test_a_worker_that_drains_cuts_no_stream(served: RayCluster) -> None:

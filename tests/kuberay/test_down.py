@@ -30,15 +30,15 @@ def named(name: str, namespace: str = "default", **more: Any) -> dict[str, Any]:
 def fill(cloud: Cloud, commands: Commands, stuck: bool = False) -> None:
     """A cluster at work: a service, its load balancer, Redis with a volume, releases."""
     planted.plant(cloud, "ours")
-    found = cloud.client("elbv2").describe_load_balancers(Names=["nlb-ours"])
-    balancer = found["LoadBalancers"][0]
+    result = cloud.client("elbv2").describe_load_balancers(Names=["nlb-ours"])
+    balancer = result["LoadBalancers"][0]
     volume = cloud.client("ec2").describe_volumes(
         Filters=[{"Name": "tag:kubernetes.io/cluster/ours", "Values": ["owned"]}]
     )["Volumes"][0]["VolumeId"]
-    held = {"finalizers": ["ray.io/gcs-ft-redis-cleanup-finalizer"]} if stuck else {}
+    waiting = {"finalizers": ["ray.io/gcs-ft-redis-cleanup-finalizer"]} if stuck else {}
     commands.hold(
         rayservices__ray__io=[named("llm")],
-        rayclusters__ray__io=[named("llm-abcde", metadata=held)],
+        rayclusters__ray__io=[named("llm-abcde", metadata=waiting)],
         services=[
             named("kubernetes", spec={"type": "ClusterIP"}),
             named(
@@ -60,8 +60,8 @@ def fill(cloud: Cloud, commands: Commands, stuck: bool = False) -> None:
 
 
 def left(cloud: Cloud, before: dict[str, set[str]]) -> dict[str, set[str]]:
-    found = planted.minus(planted.everything(cloud), before)
-    return {kind: names for kind, names in found.items() if kind not in REPORTED}
+    result = planted.minus(planted.everything(cloud), before)
+    return {kind: names for kind, names in result.items() if kind not in REPORTED}
 
 
 def remove_queue(cloud: Cloud) -> None:
@@ -206,8 +206,8 @@ def test_what_only_looks_like_the_clusters_stays(cloud: Cloud, commands: Command
     assert {"there", "nowhere"} <= after["role"]
     # What may be the cluster's is told; what is another's is not.
     assert result.returncode == 1
-    told = {(found["kind"], found["id"]) for found in json.loads(result.stdout)["left"]}
-    named = {(kind, name) for kind, name in told if kind not in REPORTED}
+    shown = {(each["kind"], each["id"]) for each in json.loads(result.stdout)["left"]}
+    named = {(kind, name) for kind, name in shown if kind not in REPORTED}
     assert named == {("log group", "/aws/eks/ours/untagged"), ("role", "nowhere")}
 
 
@@ -239,10 +239,10 @@ def test_nothing_of_another_installers_cluster_of_the_name_is_touched(
     assert planted.everything(cloud) == before
     assert result.returncode == 1
     assert not commands.calls("eksctl")
-    told = {entry["kind"]: entry for entry in json.loads(result.stdout)["left"]}
-    assert {"instance", "volume", "snapshot", "stack"} <= set(told)
-    assert not any(entry["tagged"] for entry in told.values())
-    assert made["Instances"][0]["InstanceId"] == told["instance"]["id"]
+    shown = {entry["kind"]: entry for entry in json.loads(result.stdout)["left"]}
+    assert {"instance", "volume", "snapshot", "stack"} <= set(shown)
+    assert not any(entry["tagged"] for entry in shown.values())
+    assert made["Instances"][0]["InstanceId"] == shown["instance"]["id"]
 
 
 def test_eksctl_is_not_let_loose_on_stacks_of_somebody_else(
@@ -296,10 +296,10 @@ def test_an_interrupted_teardown_is_run_again(
     with start("down", *WHERE, *QUICK, "--yes") as process:
         assert wait((commands.folder / "hanging").exists)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "interrupted: run the same command again" in said
-    assert "Traceback" not in said
+        _, output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "interrupted: run the same command again" in output
+    assert "Traceback" not in output
     assert left(cloud, before)
     again = run("down", *WHERE, *QUICK, "--yes")
     assert left(cloud, before) == {}, again.stderr
@@ -344,8 +344,8 @@ def test_what_is_still_in_use_is_tried_again(cloud: Cloud, commands: Commands) -
     planted.plant(cloud, "ours")
     from tests.kuberay.cloud import Fault
 
-    said = "resource sg-1 has a dependent object"
-    cloud.faults.planned["DeleteSecurityGroup"] = Fault("DependencyViolation", said, times=4)
+    output = "resource sg-1 has a dependent object"
+    cloud.faults.planned["DeleteSecurityGroup"] = Fault("DependencyViolation", output, times=4)
     result = run("down", *WHERE, *PATIENT, "--yes")
     assert "not yet (DependencyViolation)" in result.stderr
     assert left(cloud, before) == {}, result.stderr

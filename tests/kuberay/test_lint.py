@@ -20,12 +20,12 @@ from tests.kuberay.planted_service import SOUND, document, line, planted
 ROOT = Path(__file__).parents[2]
 
 
-def found(text: str, was: str = "") -> list[Found]:
+def findings(text: str, was: str = "") -> list[Found]:
     return lint([("a.yaml", text)], [("b.yaml", was)] if was else [])
 
 
 def test_a_sound_service_has_no_finding() -> None:
-    assert [each.shown() for each in found(SOUND)] == []
+    assert [each.shown() for each in findings(SOUND)] == []
 
 
 def test_a_sound_service_is_one_that_the_schema_takes() -> None:
@@ -196,7 +196,7 @@ FAULTS = {
 def test_each_fault_is_found_alone_on_its_line_with_a_mend(name: str) -> None:
     text, rule, where, mend = FAULTS[name]
     assert text != SOUND
-    named = [each.finding for each in found(text)]
+    named = [each.finding for each in findings(text)]
     assert {each.rule for each in named} == {rule}
     lines = text.splitlines()
     assert any(where in lines[each.line - 1] for each in named), [each.line for each in named]
@@ -212,7 +212,7 @@ def test_every_rule_has_a_planted_fault() -> None:
 
 
 def errors(text: str) -> set[str]:
-    return {e.finding.rule for e in found(text) if e.finding.severity == ERROR}
+    return {e.finding.rule for e in findings(text) if e.finding.severity == ERROR}
 
 
 @pytest.mark.parametrize("mutation", manifests.HARMLESS, ids=lambda each: each.name)
@@ -223,7 +223,7 @@ def test_a_harmless_change_is_no_error(mutation: manifests.Mutation) -> None:
 @pytest.mark.parametrize("mutation", manifests.BROKEN, ids=lambda each: each.name)
 def test_what_breaks_is_an_error_with_its_line_and_a_mend(mutation: manifests.Mutation) -> None:
     text = manifests.made(mutation)
-    named = [e.finding for e in found(text) if e.finding.rule == mutation.rule]
+    named = [e.finding for e in findings(text) if e.finding.rule == mutation.rule]
     assert ERROR in {each.severity for each in named}
     assert all(1 <= each.line <= len(text.splitlines()) and each.mend for each in named)
 
@@ -238,13 +238,13 @@ def test_precision_and_recall_over_manifests_made_by_mutation(
     wrong = []
     for mutations in cases:
         broken = {each.rule for each in mutations if each.rule}
-        said = errors(manifests.made(*mutations))
+        output = errors(manifests.made(*mutations))
         if broken:
-            right, missed = right + bool(said & broken), missed + (not said & broken)
+            right, missed = right + bool(output & broken), missed + (not output & broken)
         else:
-            clean, false = clean + (not said), false + bool(said)
-        if not said & broken if broken else said:
-            wrong.append(([each.name for each in mutations], said))
+            clean, false = clean + (not output), false + bool(output)
+        if not output & broken if broken else output:
+            wrong.append(([each.name for each in mutations], output))
     precision, recall = right / (right + false), right / (right + missed)
     with capsys.disabled():
         print(
@@ -259,7 +259,7 @@ def test_the_keys_of_serve_are_those_of_the_installed_ray() -> None:
     schema = pytest.importorskip("ray.serve.schema")
     from kuberay.rules import serve
 
-    for known, model in (
+    for expected, model in (
         (serve._CONFIG, schema.ServeDeploySchema),
         (serve._HTTP, schema.HTTPOptionsSchema),
         (serve._LOGGING, schema.LoggingConfig),
@@ -268,7 +268,7 @@ def test_the_keys_of_serve_are_those_of_the_installed_ray() -> None:
         (serve._ACTOR, schema.RayActorOptionsSchema),
         (serve._SCALING, config.AutoscalingConfig),
     ):
-        assert set(known) == set(model.model_fields), model.__name__
+        assert set(expected) == set(model.model_fields), model.__name__
     assert schema.LoggingConfig.model_config["extra"] == "forbid"
     assert "extra" not in schema.DeploymentSchema.model_config
 
@@ -278,7 +278,7 @@ def test_a_variable_on_one_side_is_found(side: str) -> None:
     before, _, rest = SOUND.partition(PAIR)
     head, _, worker = rest.partition(PAIR)
     text = before + head + PAIR + worker if side == "head" else before + PAIR + head + worker
-    named = [each.finding for each in found(text)]
+    named = [each.finding for each in findings(text)]
     assert [each.rule for each in named] == ["one-sided-variable"] * 2
     assert {each.severity for each in named} == {ERROR}
     missing = "head" if side == "head" else "small-group"
@@ -291,45 +291,45 @@ def test_variables_from_a_config_map_are_seen_and_those_from_elsewhere_are_not_m
     before, _, rest = SOUND.partition(PAIR)
     text = before + reference + rest
     # The ConfigMap is not here: nothing can be said.
-    assert found(text) == []
+    assert findings(text) == []
     config_map = """\
         apiVersion: v1
         kind: ConfigMap
         metadata: {name: ray}
         data: {RAY_SERVE_ENABLE_HA_PROXY: "1"}
     """
-    named = [each.finding for each in found(text + document(config_map))]
+    named = [each.finding for each in findings(text + document(config_map))]
     assert {each.rule for each in named} == {"one-sided-variable", "haproxy-alone"}
     assert any("RAY_SERVE_THROUGHPUT_OPTIMIZED" in each.found for each in named)
 
 
 def test_haproxy_without_its_other_half_is_found() -> None:
     part = '            - name: RAY_SERVE_THROUGHPUT_OPTIMIZED\n              value: "1"\n'
-    named = [each.finding for each in found(planted(part, "", times=2))]
+    named = [each.finding for each in findings(planted(part, "", times=2))]
     assert [each.rule for each in named] == ["haproxy-alone"] * 2
     assert {each.severity for each in named} == {WARNING}
 
 
 def test_edits_that_never_arrive_are_found() -> None:
     more = planted("      maxReplicas: 2\n", "      maxReplicas: 8\n")
-    (only,) = found(more, was=SOUND)
+    (only,) = findings(more, was=SOUND)
     assert only.finding.rule == "frozen-edit"
     assert only.finding.line == line(more, "maxReplicas: 8")
     assert "from 2 to 8" in only.finding.found
     assert "kubectl patch raycluster" in only.finding.mend
     # With another image there is a new cluster, which has the new bound.
-    assert found(more.replace("2.60.0", "2.60.1"), was=SOUND) == []
+    assert findings(more.replace("2.60.0", "2.60.1"), was=SOUND) == []
     # Nothing changed.
-    assert found(SOUND, was=SOUND) == []
+    assert findings(SOUND, was=SOUND) == []
     # Nothing arrives where the strategy is None.
     none = planted(TYPE, "    type: None\n").replace("2.60.0", "2.60.1")
-    assert [each.finding.rule for each in found(none, was=SOUND)] == ["frozen-edit"]
+    assert [each.finding.rule for each in findings(none, was=SOUND)] == ["frozen-edit"]
 
 
 def test_a_live_object_says_what_its_cluster_never_heard_of() -> None:
     status = "status:\n  activeServiceStatus:\n    rayClusterStatus:\n      maxWorkerReplicas: {}\n"
-    assert found(SOUND + status.format(2)) == []
-    (only,) = found(SOUND + status.format(1))
+    assert findings(SOUND + status.format(2)) == []
+    (only,) = findings(SOUND + status.format(1))
     assert only.finding.rule == "frozen-edit"
     assert "2 here and to 1 in the cluster" in only.finding.found
 
@@ -364,7 +364,7 @@ def test_a_live_object_says_what_its_cluster_never_heard_of() -> None:
 )
 def test_doors_in_other_documents_are_found(other: str, name: str) -> None:
     text = SOUND + document(other)
-    (only,) = found(text)
+    (only,) = findings(text)
     assert only.finding.rule == "dashboard-exposed"
     assert name in only.finding.found
     assert only.finding.line > line(text, "---")
@@ -379,23 +379,23 @@ def test_a_monitor_of_a_port_that_is_not_declared_is_found() -> None:
           selector: {matchLabels: {ray.io/node-type: worker}}
           podMetricsEndpoints: [{port: metrics}, {port: vllm}]
     """
-    (only,) = found(SOUND + document(monitor))
+    (only,) = findings(SOUND + document(monitor))
     assert only.finding.rule == "metrics-port"
     assert "port vllm" in only.finding.found
 
 
 def test_our_own_application_is_read_as_it_reads_itself() -> None:
     base = (ROOT / "kuberay" / "base" / "rayservice.yaml").read_text()
-    assert found(base) == []
+    assert findings(base) == []
     short = base.replace("terminationGracePeriodSeconds: 900", "terminationGracePeriodSeconds: 600")
-    named = {each.finding.rule for each in found(short)}
+    named = {each.finding.rule for each in findings(short)}
     assert named == {"drain-over-grace"}
     open_ = base.replace("file: /etc/qwen/keys", "file: null")
-    (only,) = found(open_)
+    (only,) = findings(open_)
     assert "no API keys" in only.finding.found
     assert only.finding.line == line(open_, "api_keys:")
     typo = base.replace("        drain_s: 60.0", "        drain: 60.0")
-    (only,) = found(typo)
+    (only,) = findings(typo)
     assert "drain_s" in only.finding.found
     assert only.finding.line == line(typo, "        drain: 60.0")
 
@@ -435,17 +435,17 @@ def test_the_command_ends_with_what_ci_needs(tmp_path: Path) -> None:
     assert run(str(broken), "--ignore", "dashboard-exposed").returncode == 0
     assert run(str(risky)).returncode == 0
     assert run(str(risky), "--strict").returncode == 1
-    told = json.loads(run(str(broken), "--json").stdout)
-    assert (told["errors"], told["findings"][0]["rule"]) == (1, "dashboard-exposed")
+    shown = json.loads(run(str(broken), "--json").stdout)
+    assert (shown["errors"], shown["findings"][0]["rule"]) == (1, "dashboard-exposed")
 
 
 def test_what_cannot_be_read_is_a_mistake_and_not_a_clean_bill(tmp_path: Path) -> None:
-    for text, said in (("a: [", "is not YAML"), ("kind: Pod\n", "no RayService"), ("", "no Ray")):
+    for text, output in (("a: [", "is not YAML"), ("kind: Pod\n", "no RayService"), ("", "no Ray")):
         done = run("-", stdin=text)
-        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+        assert (done.returncode, output in done.stderr) == (2, True), done.stderr
     assert run(str(tmp_path / "absent.yaml")).returncode == 2
     with pytest.raises(EksError, match="no RayService"):
-        found("kind: List\nitems: []\n")
+        findings("kind: List\nitems: []\n")
 
 
 @pytest.mark.parametrize(
@@ -462,9 +462,9 @@ def test_what_cannot_be_read_is_a_mistake_and_not_a_clean_bill(tmp_path: Path) -
     ],
 )
 def test_what_has_no_schemas_shape_is_an_error_and_no_crash(text: str) -> None:
-    assert any(each.finding.severity == ERROR for each in found(text))
+    assert any(each.finding.severity == ERROR for each in findings(text))
 
 
 def test_a_list_of_kubectl_is_read() -> None:
     listed = yaml.safe_dump({"kind": "List", "items": [yaml.safe_load(SOUND)]})
-    assert found(listed) == []
+    assert findings(listed) == []

@@ -40,8 +40,8 @@ def documents(overlay: str) -> Iterator[list[dict[str, Any]]]:
 
 
 def of(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
-    (found,) = [d for d in documents if (d["kind"], d["metadata"]["name"]) == (kind, name)]
-    return found
+    (results,) = [d for d in documents if (d["kind"], d["metadata"]["name"]) == (kind, name)]
+    return results
 
 
 def service(documents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def service(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cluster() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((HERE / "cluster.yaml").read_text())
-    return found
+    result: dict[str, Any] = yaml.safe_load((HERE / "cluster.yaml").read_text())
+    return result
 
 
 # --- accepted -------------------------------------------------------------------------------
@@ -85,9 +85,9 @@ def test_eksctl_accepts_the_cluster() -> None:
 
 
 def test_karpenter_accepts_its_manifests() -> None:
-    found = list(yaml.safe_load_all((HERE / "karpenter.yaml").read_text()))
-    assert [document["kind"] for document in found] == ["EC2NodeClass", *["NodePool"] * 4]
-    for document in found:
+    parsed = list(yaml.safe_load_all((HERE / "karpenter.yaml").read_text()))
+    assert [document["kind"] for document in parsed] == ["EC2NodeClass", *["NodePool"] * 4]
+    for document in parsed:
         schemas.check(document)
 
 
@@ -103,26 +103,26 @@ def test_a_newer_image_replaces_no_node_of_karpenter() -> None:
 def test_helm_takes_the_operators_values(tmp_path: Path) -> None:
     defaults = schemas.shared("kuberay-1.7.0/operator-values.yaml")
     values = yaml.safe_load((HERE / "operator-values.yaml").read_text())
-    known = yaml.safe_load(defaults.read_text())
-    assert set(values) <= set(known)
-    assert known["image"]["tag"] == values["image"]["tag"] == "v1.7.0"
+    expected = yaml.safe_load(defaults.read_text())
+    assert set(values) <= set(expected)
+    assert expected["image"]["tag"] == values["image"]["tag"] == "v1.7.0"
     # A chart that prints what it was given stands in for KubeRay's.
     (tmp_path / "templates").mkdir()
     (tmp_path / "Chart.yaml").write_text("apiVersion: v2\nname: told\nversion: 1.7.0\n")
     (tmp_path / "values.yaml").write_text(defaults.read_text())
     (tmp_path / "templates" / "told.yaml").write_text("{{ toYaml .Values }}\n")
     values_file = str(HERE / "operator-values.yaml")
-    told = yaml.safe_load(programs.run("helm", "template", str(tmp_path), "--values", values_file))
-    assert told["replicas"] == 2
-    assert told["nodeSelector"] == {"qwen-ray-serve/workers": "cpu"}
-    assert told["image"]["repository"] == known["image"]["repository"]
-    gates = {gate["name"]: gate["enabled"] for gate in told["featureGates"]}
+    shown = yaml.safe_load(programs.run("helm", "template", str(tmp_path), "--values", values_file))
+    assert shown["replicas"] == 2
+    assert shown["nodeSelector"] == {"qwen-ray-serve/workers": "cpu"}
+    assert shown["image"]["repository"] == expected["image"]["repository"]
+    gates = {gate["name"]: gate["enabled"] for gate in shown["featureGates"]}
     assert gates["RayServiceIncrementalUpgrade"]
 
 
 def test_our_own_lint_finds_nothing(overlay: str, documents: list[dict[str, Any]]) -> None:
     text = yaml.safe_dump_all(documents)
-    assert [found.shown() for found in lint.lint([(overlay, text)])] == []
+    assert [each.shown() for each in lint.lint([(overlay, text)])] == []
 
 
 # --- agreeing -------------------------------------------------------------------------------
@@ -190,16 +190,16 @@ def test_the_model_fits_every_gpu_that_it_may_get(documents: list[dict[str, Any]
 
 
 def test_nothing_outlives_the_grace_of_its_pod(documents: list[dict[str, Any]]) -> None:
-    found = service(documents)
-    config = yaml.safe_load(found["spec"]["serveConfigV2"])
+    parsed = service(documents)
+    config = yaml.safe_load(parsed["spec"]["serveConfigV2"])
     leave_s = Plan.leave_s(Settings.parse(config["applications"][0]["args"]))
-    (group,) = found["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (group,) = parsed["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     pod = group["template"]["spec"]
     hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     hook_s = float(hook[-1])
     assert leave_s <= hook_s < pod["terminationGracePeriodSeconds"]
     # The old cluster of an upgrade serves what it has to its end.
-    assert found["spec"]["rayClusterDeletionDelaySeconds"] > leave_s
+    assert parsed["spec"]["rayClusterDeletionDelaySeconds"] > leave_s
     autoscaler = of(documents, "Deployment", "cluster-autoscaler")
     words = autoscaler["spec"]["template"]["spec"]["containers"][0]["command"]
     (given,) = [w for w in words if w.startswith("--max-graceful-termination-sec=")]
@@ -283,20 +283,20 @@ def test_pods_pass_the_restricted_profile_that_their_namespace_enforces(
 
 
 def test_advice_that_is_not_taken_has_a_reason(documents: list[dict[str, Any]]) -> None:
-    found = set()
+    seen = set()
     for document in documents:
         for name, pod in podsecurity.pods(document):
             if name != "autoscaler":  # The operator writes most of it.
-                found |= set(podsecurity.hardening(pod))
+                seen |= set(podsecurity.hardening(pod))
     accepted = podsecurity.ACCEPTED
-    open_ = {each for each in found if each not in accepted and (each[0], "*") not in accepted}
+    open_ = {each for each in seen if each not in accepted and (each[0], "*") not in accepted}
     assert open_ == set()
-    stale = {each for each in accepted if each[1] != "*" and each not in found}
+    stale = {each for each in accepted if each[1] != "*" and each not in seen}
     assert stale == set()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"hostNetwork": True}, "hostNetwork"),
         ({"volumes": [{"name": "x", "hostPath": {"path": "/"}}]}, "hostPath"),
@@ -304,10 +304,10 @@ def test_advice_that_is_not_taken_has_a_reason(documents: list[dict[str, Any]]) 
     ],
 )
 def test_the_restricted_profile_is_really_checked(
-    documents: list[dict[str, Any]], change: dict[str, Any], said: str
+    documents: list[dict[str, Any]], change: dict[str, Any], message: str
 ) -> None:
     _, pod = next(iter(podsecurity.pods(service(documents))))
-    assert said in " ".join(podsecurity.restricted({**pod, **change}))
+    assert message in " ".join(podsecurity.restricted({**pod, **change}))
 
 
 def policies(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -431,13 +431,13 @@ def test_two_heads_fit_the_nodes_that_do_not_scale(documents: list[dict[str, Any
     spec = service(documents)["spec"]["rayClusterConfig"]
     template = spec["headGroupSpec"]["template"]["spec"]
     parts = [*podsecurity.containers(template), spec["autoscalerOptions"]]
-    asked = [part["resources"]["requests"] for part in parts]
+    request = [part["resources"]["requests"] for part in parts]
     (group,) = [g for g in cluster()["managedNodeGroups"] if g["name"] == "cpu"]
     for kind in group["instanceTypes"]:
         cpus = prices.INSTANCES[kind].vcpus
         # A head a node; a core of each is for Redis, the operator, the add-ons and monitoring.
-        assert sum(quantity(each["cpu"]) for each in asked) <= cpus - 1
-        assert sum(quantity(each["memory"]) for each in asked) <= (4 * cpus - 4) * 2**30
+        assert sum(quantity(each["cpu"]) for each in request) <= cpus - 1
+        assert sum(quantity(each["memory"]) for each in request) <= (4 * cpus - 4) * 2**30
 
 
 def test_nodes_are_private_encrypted_and_tagged() -> None:
@@ -538,8 +538,8 @@ def test_the_table_of_peaks_is_that_of_the_manifests(
     assert f"surge {surge} %" in text
     changed = layout.layout(cluster(), [incremental]).service
     assert changed is not None
-    found = [plan.service.most_gpus, plan.service.peak_gpus, changed.peak_gpus, group.most_gpus]
-    assert [int(cell) for cell in row.split("|")[2:6]] == found
+    results = [plan.service.most_gpus, plan.service.peak_gpus, changed.peak_gpus, group.most_gpus]
+    assert [int(cell) for cell in row.split("|")[2:6]] == results
 
 
 def test_the_gpus_of_workers_that_are_still_to_come_are_said(
@@ -549,14 +549,14 @@ def test_the_gpus_of_workers_that_are_still_to_come_are_said(
     spec = service(documents)["spec"]["rayClusterConfig"]
     (worker,) = spec["workerGroupSpecs"]
     pods = [spec["headGroupSpec"], worker]
-    found = {
+    values = {
         entry["value"]
         for pod in pods
         for entry in pod["template"]["spec"]["containers"][0]["env"]
         if entry["name"] == "SERVE_APP_NODE_GPUS"
     }
-    (told,) = found
-    name, _, count = told.partition(":")
+    (shown,) = values
+    name, _, count = shown.partition(":")
     limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert count == limits["nvidia.com/gpu"]
     (group,) = groups_for(documents)

@@ -44,19 +44,19 @@ def labels_and_ports() -> list[tuple[dict[str, str], str, set[str]]]:
     (service,) = base("rayservice.yaml")
     cluster = service["spec"]["rayClusterConfig"]
     groups = [("head", cluster["headGroupSpec"]), ("worker", cluster["workerGroupSpecs"][0])]
-    found = []
+    collected = []
     for kind, group in groups:
         template = group["template"]
         labels = {**template["metadata"]["labels"], "ray.io/node-type": kind}
         ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
-        found.append((labels, "qwen", ports))
+        collected.append((labels, "qwen", ports))
     (scaler,) = [d for d in base("cluster-autoscaler.yaml") if d["kind"] == "Deployment"]
     template = scaler["spec"]["template"]
     ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
-    found.append((template["metadata"]["labels"], "kube-system", ports))
+    collected.append((template["metadata"]["labels"], "kube-system", ports))
     # The chart's: KubeRay 1.7.0, deployment.yaml.
     operator = {"app.kubernetes.io/name": "kuberay-operator"}
-    return [*found, (operator, "kuberay-operator", {"http"})]
+    return [*collected, (operator, "kuberay-operator", {"http"})]
 
 
 def test_each_monitor_meets_a_pod_that_declares_its_ports() -> None:
@@ -76,26 +76,26 @@ def test_each_monitor_meets_a_pod_that_declares_its_ports() -> None:
 
 def test_the_lint_reads_monitor_and_service_together() -> None:
     text = (HERE / "base" / "rayservice.yaml").read_text()
-    told = (HERE / "monitoring" / "monitors.yaml").read_text()
-    assert lint([("service", text), ("monitors", told)]) == []
+    shown = (HERE / "monitoring" / "monitors.yaml").read_text()
+    assert lint([("service", text), ("monitors", shown)]) == []
     undeclared = text.replace("- { name: as-metrics, containerPort: 44217 } # Of", "# Of")
     assert undeclared != text
-    rules = {each.finding.rule for each in lint([("service", undeclared), ("monitors", told)])}
+    rules = {each.finding.rule for each in lint([("service", undeclared), ("monitors", shown)])}
     assert rules == {"metrics-port"}
 
 
 def test_local_rules_and_dashboards_become_objects(source: Path) -> None:
-    found = list(render.monitoring(source))
-    rules = {d["metadata"]["name"]: d for d in found if d["kind"] == "PrometheusRule"}
+    result = list(render.monitoring(source))
+    rules = {d["metadata"]["name"]: d for d in result if d["kind"] == "PrometheusRule"}
     assert set(rules) == {"qwen-kuberay", "qwen-rules"}
     # A rule's own braces are Prometheus', and stay as they are.
     (rule,) = rules["qwen-rules"]["spec"]["groups"][0]["rules"]
     assert rule["annotations"]["summary"] == "{{ $value }}"
-    (dashboard,) = [d for d in found if d["kind"] == "ConfigMap"]
+    (dashboard,) = [d for d in result if d["kind"] == "ConfigMap"]
     assert dashboard["metadata"]["name"] == "qwen-serving-1"
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert json.loads(dashboard["data"]["Serving_1.json"])["title"] == "Serving"
-    assert {d["metadata"]["namespace"] for d in found} == {"monitoring"}
+    assert {d["metadata"]["namespace"] for d in result} == {"monitoring"}
 
 
 def test_a_dashboard_or_a_rule_that_is_none_is_refused(source: Path) -> None:
@@ -109,13 +109,13 @@ def test_a_dashboard_or_a_rule_that_is_none_is_refused(source: Path) -> None:
 
 
 def test_the_dashboards_of_the_application_are_wired_in() -> None:
-    found = list(render.monitoring())
+    result = list(render.monitoring())
     boards = list(render.MONITORING.rglob("*.json"))
-    assert len([d for d in found if d["kind"] == "ConfigMap"]) == len(boards) > 0
-    names = [(d["kind"], d["metadata"]["name"]) for d in found]
+    assert len([d for d in result if d["kind"] == "ConfigMap"]) == len(boards) > 0
+    names = [(d["kind"], d["metadata"]["name"]) for d in result]
     assert len(set(names)) == len(names)
     rules = yaml.safe_load((render.MONITORING / "rules.yaml").read_text())
-    made = {d["metadata"]["name"]: d for d in found if d["kind"] == "PrometheusRule"}
+    made = {d["metadata"]["name"]: d for d in result if d["kind"] == "PrometheusRule"}
     assert made["qwen-rules"]["spec"]["groups"] == rules["groups"]
     # A ConfigMap holds a mebibyte.
     assert all(path.stat().st_size < 2**20 for path in boards)
@@ -179,14 +179,14 @@ def test_each_of_our_alerts_is_raised_and_only_then(
     (ours,) = [d for d in render.monitoring() if d["metadata"]["name"] == "qwen-kuberay"]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": ours["spec"]["groups"]}))
     for series, seen in ((raised, 1), (quiet, 0)):
-        asked = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}}) or vector(0)'
+        request = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}}) or vector(0)'
         tests = {
             "rule_files": ["rules.yaml"],
             "tests": [{
                 "interval": "1m",
                 "input_series": [{"series": k, "values": v} for k, v in series.items()],
                 "promql_expr_test": [
-                    {"expr": asked, "eval_time": after,
+                    {"expr": request, "eval_time": after,
                      "exp_samples": [{"labels": "{}", "value": seen}]}
                 ],
             }],

@@ -42,21 +42,21 @@ def push(cloud: Cloud, tag: str = IMAGE) -> None:
 
 def checked(*argv: str) -> tuple[Ran, dict[str, dict[str, str]]]:
     result = run("preflight", "--json", *argv)
-    said = json.loads(result.stdout)
-    return result, {check["name"]: check for check in said["checks"]}
+    output = json.loads(result.stdout)
+    return result, {check["name"]: check for check in output["checks"]}
 
 
 def config(tmp_path: Path, **changes: Any) -> tuple[str, str]:
     """cluster.yaml with top-level keys replaced."""
     path = tmp_path / "cluster.yaml"
-    found = yaml.safe_load((HERE / "cluster.yaml").read_text())
-    path.write_text(yaml.safe_dump({**found, **changes}))
+    result = yaml.safe_load((HERE / "cluster.yaml").read_text())
+    path.write_text(yaml.safe_dump({**result, **changes}))
     return ("--cluster", str(path))
 
 
 def of(overlay: str) -> Layout:
-    found = yaml.safe_load((HERE / "cluster.yaml").read_text())
-    return layout.layout(found, render.documents(overlay))
+    result = yaml.safe_load((HERE / "cluster.yaml").read_text())
+    return layout.layout(result, render.documents(overlay))
 
 
 # --- an account that is ready -------------------------------------------------------------------
@@ -74,20 +74,20 @@ def test_an_account_that_is_ready_is_good(account: Cloud) -> None:
 
 
 def test_the_bill_is_what_the_parts_cost(account: Cloud) -> None:
-    said = json.loads(run("preflight", "--json").stdout)["usd_per_hour"]
+    output = json.loads(run("preflight", "--json").stdout)["usd_per_hour"]
     rates, disk = prices.INSTANCES, 0.08 / 730
     fixed = 0.10 + 0.045 + 0.005 + 0.0225
     node = rates["g5.2xlarge"].usd_per_hour + 120 * disk
     cpu = rates["m7i.xlarge"].usd_per_hour + 50 * disk
-    assert said["at_rest"] == pytest.approx(fixed + 2 * cpu + 1 * node, abs=1e-3)
-    assert said["at_most"] == pytest.approx(fixed + 2 * cpu + 6 * node, abs=1e-3)
-    assert not said["not_known"]
+    assert output["at_rest"] == pytest.approx(fixed + 2 * cpu + 1 * node, abs=1e-3)
+    assert output["at_most"] == pytest.approx(fixed + 2 * cpu + 6 * node, abs=1e-3)
+    assert not output["not_known"]
 
 
 def test_prices_are_live_where_aws_answers(account: Cloud) -> None:
     account.extras.prices = {"g6.2xlarge": 2.0, "g5.2xlarge": 1.0}
-    said = json.loads(run("preflight", "--json").stdout)["usd_per_hour"]
-    (gpu,) = [item for item in said["items"] if item["name"].startswith("gpu")]
+    output = json.loads(run("preflight", "--json").stdout)["usd_per_hour"]
+    (gpu,) = [item for item in output["items"] if item["name"].startswith("gpu")]
     assert (gpu["source"], gpu["at_rest"] > 2.0) == ("live", True)
 
 
@@ -180,8 +180,8 @@ def test_a_type_that_one_zone_offers_warns(account: Cloud, tmp_path: Path) -> No
 def test_subnets_that_are_brought_are_looked_at(account: Cloud, tmp_path: Path) -> None:
     ec2 = account.client("ec2")
     subnets = ec2.describe_subnets()["Subnets"]
-    one = {"private": {"a": {"id": subnets[0]["SubnetId"]}}}
-    checks = checked(*config(tmp_path, vpc={"id": subnets[0]["VpcId"], "subnets": one}))[1]
+    first = {"private": {"a": {"id": subnets[0]["SubnetId"]}}}
+    checks = checked(*config(tmp_path, vpc={"id": subnets[0]["VpcId"], "subnets": first}))[1]
     assert checks["subnets"]["status"] == "FAIL"
     assert "VPCs" not in checks
     two = {"private": {n: {"id": s["SubnetId"]} for n, s in zip("ab", subnets, strict=False)}}
@@ -345,9 +345,9 @@ def test_each_strategy_has_its_peak(
     documents = render.documents("one-gpu")
     (service,) = [each for each in documents if each["kind"] == "RayService"]
     service["spec"]["upgradeStrategy"] = strategy
-    found = layout.layout({}, documents).service
-    assert found is not None
-    assert (found.most_gpus, found.peak_gpus) == (3, peak)
+    parsed = layout.layout({}, documents).service
+    assert parsed is not None
+    assert (parsed.most_gpus, parsed.peak_gpus) == (3, peak)
 
 
 def test_only_the_groups_that_an_overlay_uses_count(kustomize: Commands) -> None:

@@ -29,8 +29,8 @@ def test_what_it_costs(overlay: str, kustomize: Commands) -> None:
     (row,) = [line for line in README.splitlines() if re.match(rf"\| `{overlay}`.*\d \|", line)]
     config = yaml.safe_load((HERE / "cluster.yaml").read_text())
     bill = cost.bill(layout.layout(config, render.documents(overlay)), table)
-    found = (f"{bill.at_rest:.2f}", f"{bill.at_most:.2f}", f"{prices.monthly(bill.at_rest):,.0f}")
-    assert tuple(cell.strip() for cell in row.split("|")[2:5]) == found
+    result = (f"{bill.at_rest:.2f}", f"{bill.at_most:.2f}", f"{prices.monthly(bill.at_rest):,.0f}")
+    assert tuple(cell.strip() for cell in row.split("|")[2:5]) == result
 
 
 def test_what_bills_without_a_gpu_node(kustomize: Commands) -> None:
@@ -45,13 +45,13 @@ def test_how_many_kinds_a_sweep_looks_at() -> None:
 
 
 def test_every_option_that_it_names_is_one_of_a_command() -> None:
-    known = {"--platform", "--username", "--password-stdin", "--query", "--output", "--tags",
+    expected = {"--platform", "--username", "--password-stdin", "--query", "--output", "--tags",
              "--repository-name", "--name", "--help"}  # Of docker and aws.  # fmt: skip
     for module in [*SUBCOMMANDS.values(), "kuberay.sweep"]:
         parser = argparse.ArgumentParser()
         importlib.import_module(module).arguments(parser)
-        known |= {flag for action in parser._actions for flag in action.option_strings}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+        expected |= {flag for action in parser._actions for flag in action.option_strings}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= expected
 
 
 def test_every_command_that_it_names_is_there() -> None:

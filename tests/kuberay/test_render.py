@@ -55,12 +55,12 @@ def test_an_edit_of_serve_config_is_noticed(
 
 @pytest.mark.parametrize("overlay", [None, *render.overlays()])
 def test_only_what_settings_name_differs_from_serve_config(overlay: str | None) -> None:
-    told = yaml.safe_load((HERE / "base" / "settings.yaml").read_text())
+    shown = yaml.safe_load((HERE / "base" / "settings.yaml").read_text())
     if overlay:
         own = yaml.safe_load((HERE / "overlays" / overlay / "settings.yaml").read_text())
-        told = render._over(told, own)
+        shown = render._over(shown, own)
     named = {("http_options", "host"), ("logging_config", "encoding")}
-    named |= {("args", *path) for path, _ in leaves(told["args"])}
+    named |= {("args", *path) for path, _ in leaves(shown["args"])}
     ours, theirs = flat(render.serve_config(overlay)), flat(launcher.load(render.CONFIG))
     differs = {path for path in ours.keys() | theirs.keys() if ours.get(path) != theirs.get(path)}
     assert differs <= named
@@ -74,22 +74,22 @@ def flat(config: dict[str, Any]) -> dict[tuple[str, ...], Any]:
 
 
 def leaves(value: dict[str, Any], *path: str) -> list[tuple[tuple[str, ...], Any]]:
-    found = []
+    collected = []
     for key, each in value.items():
         if isinstance(each, dict) and each:
-            found += leaves(each, *path, key)
+            collected += leaves(each, *path, key)
         else:
-            found.append(((*path, key), each))
-    return found
+            collected.append(((*path, key), each))
+    return collected
 
 
 def test_head_and_workers_have_the_launchers_environment() -> None:
     manifest = yaml.safe_load((HERE / "base" / "rayservice.yaml").read_text())
     spec = manifest["spec"]["rayClusterConfig"]
     pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-    found = [pod["template"]["spec"]["containers"][0]["env"] for pod in pods]
-    assert found[0] == found[1]
-    values = {entry["name"]: entry["value"] for entry in found[0]}
+    results = [pod["template"]["spec"]["containers"][0]["env"] for pod in pods]
+    assert results[0] == results[1]
+    values = {entry["name"]: entry["value"] for entry in results[0]}
     for name, value in launcher.ENVIRONMENT.items():
         if name != "RAY_SERVE_HAPROXY_NBTHREAD":  # By the worker's cores, not by this machine's.
             assert values[name] == value
@@ -145,8 +145,8 @@ def command(*argv: str, path: str = "") -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_command_prints_an_overlay_for_a_cluster() -> None:
-    told = ("--name", "mine", "--region", "eu-west-1", "--bucket", "b", "--image", "r/i:2")
-    done = command("--overlay", "spot", *told, path=str(programs.folder()))
+    shown = ("--name", "mine", "--region", "eu-west-1", "--bucket", "b", "--image", "r/i:2")
+    done = command("--overlay", "spot", *shown, path=str(programs.folder()))
     assert done.returncode == 0, done.stderr
     documents = list(yaml.safe_load_all(done.stdout))
     names = [

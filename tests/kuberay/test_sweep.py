@@ -33,11 +33,11 @@ def swept(name: str = "ours") -> Sweep:
     return sweep.sweep(account(), Owner(name, REGION))
 
 
-def by_kind(found: Sweep) -> dict[str, list[Found]]:
-    kept: dict[str, list[Found]] = {}
-    for entry in found.left:
-        kept.setdefault(entry.kind, []).append(entry)
-    return kept
+def by_kind(expected: Sweep) -> dict[str, list[Found]]:
+    remaining: dict[str, list[Found]] = {}
+    for entry in expected.left:
+        remaining.setdefault(entry.kind, []).append(entry)
+    return remaining
 
 
 # --- what is ours -------------------------------------------------------------------------------
@@ -96,9 +96,9 @@ def test_an_arn_is_taken_apart(arn: str, parts: tuple[str, str, str]) -> None:
 
 def test_an_account_without_the_cluster_is_clean(cloud: Cloud) -> None:
     planted.plant(cloud, "other")
-    found = swept()
-    assert found.clean, found.lines()
-    assert found.lines() == [
+    result = swept()
+    assert result.clean, result.lines()
+    assert result.lines() == [
         f"ours in {REGION} (account 123456789012): nothing is left; "
         f"{len(kinds.KINDS)} kinds of things were looked for"
     ]
@@ -108,11 +108,11 @@ def test_one_of_every_kind_is_found(cloud: Cloud) -> None:
     planted.plant(cloud, "other", octet=30)
     before = planted.everything(cloud)
     planted.plant(cloud, "ours")
-    found = by_kind(swept())
-    assert set(found) == {kind.name for kind in kinds.KINDS}
+    result = by_kind(swept())
+    assert set(result) == {kind.name for kind in kinds.KINDS}
     # What the account holds beside, and the sweep says nothing of, is the other's or free.
     mine = planted.minus(planted.everything(cloud), before)
-    for kind, entries in found.items():
+    for kind, entries in result.items():
         if kind in mine:
             # The disks of instances and the main table of a network go with them, without a tag. A
             # user's own policy has none either.
@@ -120,16 +120,16 @@ def test_one_of_every_kind_is_found(cloud: Cloud) -> None:
             named = {entry.id for entry in entries if entry.tagged}
             assert named <= mine[kind], kind
             assert len(named) == len(mine[kind]) - root, kind
-    names = {entry.id + entry.detail for entries in found.values() for entry in entries}
+    names = {entry.id + entry.detail for entries in result.values() for entry in entries}
     assert not [name for name in names if "other" in name]
 
 
 def test_what_is_left_has_its_price(cloud: Cloud) -> None:
     planted.plant(cloud, "ours")
-    found = by_kind(swept())
+    result = by_kind(swept())
 
     def usd(kind: str) -> float:
-        return sum(entry.usd_per_month or 0 for entry in found[kind])
+        return sum(entry.usd_per_month or 0 for entry in result[kind])
 
     assert usd("NAT gateway") == pytest.approx(0.045 * 730)
     assert usd("instance") == pytest.approx(2 * prices.INSTANCES["g6.xlarge"].usd_per_hour * 730)
@@ -139,11 +139,11 @@ def test_what_is_left_has_its_price(cloud: Cloud) -> None:
     assert usd("elastic IP") == pytest.approx(0.005 * 730)
     assert usd("snapshot") == pytest.approx(100 * 0.05)
     assert usd("key") == pytest.approx(1.0)
-    assert any(e.usd_per_month == pytest.approx(8.0) for e in found["volume"])
+    assert any(e.usd_per_month == pytest.approx(8.0) for e in result["volume"])
     assert usd("secret") == pytest.approx(0.40)
     assert usd("hosted zone") == pytest.approx(0.50)
     assert usd("bucket") == pytest.approx(0.023 * 1000 / 1e9)
-    (queue,) = found["other"]
+    (queue,) = result["other"]
     assert queue.usd_per_month == 0.0
     total = swept()
     assert total.usd_per_month == pytest.approx(
@@ -154,9 +154,9 @@ def test_what_is_left_has_its_price(cloud: Cloud) -> None:
 
 def test_each_thing_that_is_left_has_the_command_that_removes_it(cloud: Cloud) -> None:
     planted.plant(cloud, "ours")
-    found = swept()
-    for entry in found.left:
-        command = found.command(entry)
+    result = swept()
+    for entry in result.left:
+        command = result.command(entry)
         if entry.kind == "other":
             assert command.startswith("#")
             continue
@@ -176,9 +176,9 @@ def test_a_namesake_in_another_region_keeps_its_role(cloud: Cloud) -> None:
         iam.create_role(
             RoleName=name, AssumeRolePolicyDocument=planted.TRUST, Tags=planted.pairs(tags)
         )
-    found = {entry.id: entry for entry in by_kind(swept())["role"]}
-    assert set(found) == {"here", "nowhere"}
-    assert (found["here"].tagged, found["nowhere"].tagged) == (True, False)
+    values = {entry.id: entry for entry in by_kind(swept())["role"]}
+    assert set(values) == {"here", "nowhere"}
+    assert (values["here"].tagged, values["nowhere"].tagged) == (True, False)
 
 
 def test_a_log_group_by_name_alone_is_reported_and_is_not_ours_to_remove(cloud: Cloud) -> None:
@@ -186,12 +186,12 @@ def test_a_log_group_by_name_alone_is_reported_and_is_not_ours_to_remove(cloud: 
     logs.create_log_group(logGroupName="/aws/eks/ours/cluster")
     logs.create_log_group(logGroupName="/aws/eks/ours-2/cluster")
     logs.create_log_group(logGroupName="/aws/containerinsights/ours/application")
-    found = by_kind(swept())["log group"]
-    assert {entry.id for entry in found} == {
+    result = by_kind(swept())["log group"]
+    assert {entry.id for entry in result} == {
         "/aws/eks/ours/cluster",
         "/aws/containerinsights/ours/application",
     }
-    assert not any(entry.tagged for entry in found)
+    assert not any(entry.tagged for entry in result)
     assert "does not carry the tag" in "\n".join(swept().lines())
 
 
@@ -203,19 +203,19 @@ def test_an_interface_without_a_tag_in_our_network_is_reported(cloud: Cloud) -> 
     subnet = ec2.describe_subnets(Filters=inside)["Subnets"][0]["SubnetId"]
     made = ec2.create_network_interface(SubnetId=subnet, Description="Amazon EKS ours")
     name = made["NetworkInterface"]["NetworkInterfaceId"]
-    (found,) = [entry for entry in by_kind(swept())["network interface"] if entry.id == name]
-    assert not found.tagged
-    assert "in the cluster's VPC" in found.detail
+    (results,) = [entry for entry in by_kind(swept())["network interface"] if entry.id == name]
+    assert not results.tagged
+    assert "in the cluster's VPC" in results.detail
 
 
 def test_what_is_gone_is_not_left(cloud: Cloud) -> None:
     planted.plant(cloud, "ours", cluster=False)
     ec2, kms = cloud.client("ec2"), cloud.client("kms")
-    found = by_kind(swept())
-    ec2.terminate_instances(InstanceIds=[entry.id for entry in found["instance"]])
-    ec2.delete_nat_gateway(NatGatewayId=found["NAT gateway"][0].id)
-    kms.schedule_key_deletion(KeyId=found["key"][0].id, PendingWindowInDays=7)
-    cloud.client("cloudformation").delete_stack(StackName=found["stack"][0].id)
+    result = by_kind(swept())
+    ec2.terminate_instances(InstanceIds=[entry.id for entry in result["instance"]])
+    ec2.delete_nat_gateway(NatGatewayId=result["NAT gateway"][0].id)
+    kms.schedule_key_deletion(KeyId=result["key"][0].id, PendingWindowInDays=7)
+    cloud.client("cloudformation").delete_stack(StackName=result["stack"][0].id)
     after = by_kind(swept())
     assert not {"instance", "NAT gateway", "key", "stack"} & set(after)
 
@@ -229,17 +229,17 @@ def test_what_serves_all_clusters_is_named_and_is_no_reason_to_fail(cloud: Cloud
     cloud.client("s3", "eu-west-1").create_bucket(
         Bucket="qwen-ray-serve-far", CreateBucketConfiguration=far
     )
-    found = swept()
-    assert found.clean
-    commands = {entry.id: found.command(entry) for entry in found.left}
+    result = swept()
+    assert result.clean
+    commands = {entry.id: result.command(entry) for entry in result.left}
     assert commands == {
         "qwen-ray-serve": f"aws ecr delete-repository --region {REGION} "
         "--repository-name qwen-ray-serve --force",
         "qwen-ray-serve-weights": f"aws s3 rb --region {REGION} --force s3://qwen-ray-serve-weights",
     }
-    for entry in found.left:
+    for entry in result.left:
         assert not entry.tagged
-        assert any(entry.id in line for line in found.lines())
+        assert any(entry.id in line for line in result.lines())
 
 
 # --- without a cluster that vouches ---------------------------------------------------------------
@@ -254,22 +254,22 @@ def test_without_a_cluster_of_ours_only_our_own_tag_makes_a_thing_ours(cloud: Cl
         TagSpecifications=planted.marked("instance", {**ran, "Name": "masters.ours"}),
     )  # fmt: skip
     kops = made["Instances"][0]["InstanceId"]
-    found = by_kind(swept())
-    removable = {kind: {e.id for e in entries if e.tagged} for kind, entries in found.items()}
+    result = by_kind(swept())
+    removable = {kind: {e.id for e in entries if e.tagged} for kind, entries in result.items()}
     # By the tags of other programs alone: told, and nobody's to remove.
     for kind in ("volume", "snapshot", "identity provider", "classic load balancer"):
-        assert found[kind]
+        assert result[kind]
         assert not removable[kind], kind
-    assert kops in {entry.id for entry in found["instance"]}
+    assert kops in {entry.id for entry in result["instance"]}
     assert kops not in removable["instance"]
     # In a VPC that carries our own tag, theirs are enough.
     for kind in ("VPC", "subnet", "load balancer", "security group", "network interface"):
         assert removable[kind], kind
     # And while a cluster of ours is there, they are everywhere.
     planted._cluster(cloud, "ours", planted.eksctl_tags("ours"), [])
-    found = by_kind(swept())
+    result = by_kind(swept())
     for kind in ("volume", "snapshot", "instance", "identity provider", "classic load balancer"):
-        assert all(entry.tagged for entry in found[kind]), kind
+        assert all(entry.tagged for entry in result[kind]), kind
 
 
 # --- what has no tag of the cluster ---------------------------------------------------------------
@@ -282,10 +282,10 @@ def test_snapshots_of_its_volumes_are_reported(cloud: Cloud) -> None:
     name = ec2.create_snapshot(VolumeId=volume.id)["SnapshotId"]
     other = ec2.create_volume(AvailabilityZone=f"{REGION}a", Size=1)["VolumeId"]
     foreign = ec2.create_snapshot(VolumeId=other)["SnapshotId"]
-    found = {entry.id: entry for entry in by_kind(swept())["snapshot"]}
-    assert not found[name].tagged
-    assert found[name].usd_per_month == pytest.approx(5.0)
-    assert foreign not in found
+    values = {entry.id: entry for entry in by_kind(swept())["snapshot"]}
+    assert not values[name].tagged
+    assert values[name].usd_per_month == pytest.approx(5.0)
+    assert foreign not in values
 
 
 def test_a_volume_whose_driver_named_no_cluster_is_reported_until_it_is_told_apart(
@@ -300,8 +300,8 @@ def test_a_volume_whose_driver_named_no_cluster_is_reported_until_it_is_told_apa
         )["VolumeId"]
         for more in ({"Name": "x"}, {"kubernetes.io/cluster/other": "owned"})
     )  # fmt: skip
-    (found,) = by_kind(swept())["volume"]
-    assert (found.id, found.tagged, found.counted) == (name, False, True)
+    (result,) = by_kind(swept())["volume"]
+    assert (result.id, result.tagged, result.counted) == (name, False, True)
     assert other != name
     ec2.create_tags(Resources=[name], Tags=planted.pairs({"qwen-ray-serve/cluster": "none"}))
     assert swept().clean
@@ -322,12 +322,12 @@ def test_gateways_and_endpoints_without_a_tag_in_our_network_are_reported(cloud:
     made = ec2.run_instances(
         ImageId="ami-12c6146b", InstanceType="g6.xlarge", MinCount=1, MaxCount=1, SubnetId=subnet
     )
-    found = {entry.id: entry for entry in swept().left}
+    values = {entry.id: entry for entry in swept().left}
     for name in (
         nat["NatGatewayId"], endpoint["VpcEndpointId"], made["Instances"][0]["InstanceId"]
     ):  # fmt: skip
-        assert not found[name].tagged
-        assert (found[name].usd_per_month or 0) > 5
+        assert not values[name].tagged
+        assert (values[name].usd_per_month or 0) > 5
 
 
 def test_log_groups_are_known_by_the_clusters_name(cloud: Cloud) -> None:
@@ -340,10 +340,10 @@ def test_log_groups_are_known_by_the_clusters_name(cloud: Cloud) -> None:
     cloud.client("eks").create_cluster(
         name="ours-2", roleArn="arn:aws:iam::123456789012:role/x", resourcesVpcConfig={}
     )
-    found = {entry.id: entry for entry in by_kind(swept())["log group"]}
-    assert set(found) == {*certain, *perhaps}
-    assert not any(entry.tagged for entry in found.values())
-    assert {name for name, entry in found.items() if entry.counted} == set(certain)
+    values = {entry.id: entry for entry in by_kind(swept())["log group"]}
+    assert set(values) == {*certain, *perhaps}
+    assert not any(entry.tagged for entry in values.values())
+    assert {name for name, entry in values.items() if entry.counted} == set(certain)
 
 
 def test_a_group_with_the_autoscalers_tag_alone_is_ours(cloud: Cloud) -> None:
@@ -354,8 +354,8 @@ def test_a_group_with_the_autoscalers_tag_alone_is_ours(cloud: Cloud) -> None:
             AvailabilityZones=[f"{REGION}a"], LaunchTemplate={"LaunchTemplateName": "lt-ours"},
             Tags=[{"Key": f"k8s.io/cluster-autoscaler/{name}", "Value": "owned"}],
         )  # fmt: skip
-    found = {entry.id: entry.tagged for entry in by_kind(swept())["auto scaling group"]}
-    assert found == {"asg-ours": True, "scaled-ours": True}
+    values = {entry.id: entry.tagged for entry in by_kind(swept())["auto scaling group"]}
+    assert values == {"asg-ours": True, "scaled-ours": True}
 
 
 # --- what AWS does not let it see ---------------------------------------------------------------
@@ -374,39 +374,39 @@ def test_a_group_with_the_autoscalers_tag_alone_is_ours(cloud: Cloud) -> None:
 )
 def test_a_kind_that_may_not_be_looked_at_is_no_proof(cloud: Cloud, action: str, kind: str) -> None:
     cloud.faults.deny(action)
-    found = swept()
-    assert not found.clean
-    assert not found.left
-    (gap,) = found.gaps
+    result = swept()
+    assert not result.clean
+    assert not result.left
+    (gap,) = result.gaps
     assert (gap.kind, gap.action) == (kind, action)
-    assert f"missing permission: {action}" in "\n".join(found.lines())
+    assert f"missing permission: {action}" in "\n".join(result.lines())
 
 
 def test_roles_and_users_that_may_not_be_listed_are_no_proof(cloud: Cloud) -> None:
     cloud.faults.deny("iam:GetAccountAuthorizationDetails")
-    found = swept()
-    assert not found.clean
-    assert [gap.kind for gap in found.gaps] == ["role", "user"]
-    assert {gap.action for gap in found.gaps} == {"iam:GetAccountAuthorizationDetails"}
+    result = swept()
+    assert not result.clean
+    assert [gap.kind for gap in result.gaps] == ["role", "user"]
+    assert {gap.action for gap in result.gaps} == {"iam:GetAccountAuthorizationDetails"}
 
 
 def test_without_the_tag_index_the_other_kinds_are_still_found(cloud: Cloud) -> None:
     planted.plant(cloud, "ours")
     cloud.faults.deny("tag:GetResources")
-    found = swept()
-    gaps = {gap.kind for gap in found.gaps}
+    result = swept()
+    gaps = {gap.kind for gap in result.gaps}
     assert gaps == {"log group", "key", "policy", "other"}
     # The bucket's name and the profile's role say what the index would.
-    assert len(by_kind(found)) == len(kinds.KINDS) - len(gaps)
+    assert len(by_kind(result)) == len(kinds.KINDS) - len(gaps)
 
 
 def test_throttling_is_waited_out(cloud: Cloud) -> None:
     planted.plant(cloud, "ours")
     cloud.faults.throttle("ec2:DescribeVolumes", times=2)
     cloud.faults.throttle("ecr:DescribeRepositories", times=1)
-    found = swept()
-    assert not found.gaps
-    assert {"volume", "image repository"} <= set(by_kind(found))
+    result = swept()
+    assert not result.gaps
+    assert {"volume", "image repository"} <= set(by_kind(result))
     assert cloud.faults.calls.count("DescribeVolumes") == 3
 
 
@@ -421,12 +421,12 @@ def test_the_report_is_json_and_its_status_says_whether_it_is_clean(
     where = ("--name", "ours", "--region", REGION)
     result = run("sweep", *where, "--json", "--report", str(report))
     assert result.returncode == 1, result.stderr
-    said: dict[str, Any] = json.loads(result.stdout)
-    assert said == {**json.loads(report.read_text()), "swept_at": said["swept_at"]}
-    assert said["clean"] is False
-    assert said["usd_per_month"] > 100
-    assert {entry["kind"] for entry in said["left"]} == set(said["kinds"])
-    assert all(entry["command"] for entry in said["left"])
+    output: dict[str, Any] = json.loads(result.stdout)
+    assert output == {**json.loads(report.read_text()), "swept_at": output["swept_at"]}
+    assert output["clean"] is False
+    assert output["usd_per_month"] > 100
+    assert {entry["kind"] for entry in output["left"]} == set(output["kinds"])
+    assert all(entry["command"] for entry in output["left"])
     clean = run("sweep", "--name", "nobody", "--region", REGION)
     assert (clean.returncode, "nothing is left" in clean.stdout) == (0, True), clean.stderr
 

@@ -39,14 +39,14 @@ def account(cloud: Cloud, kustomize: Commands, monkeypatch: pytest.MonkeyPatch) 
 
 
 def tags(cloud: Cloud) -> dict[str, str]:
-    found: dict[str, str] = cloud.client("eks").describe_cluster(name="ours")["cluster"]["tags"]
-    return found
+    result: dict[str, str] = cloud.client("eks").describe_cluster(name="ours")["cluster"]["tags"]
+    return result
 
 
 def first(text: str) -> dict[str, Any]:
     """The first document of what kubectl was given."""
-    found: dict[str, Any] = next(iter(yaml.safe_load_all(text)))
-    return found["items"][0] if found["kind"] == "List" else found
+    documents: dict[str, Any] = next(iter(yaml.safe_load_all(text)))
+    return documents["items"][0] if documents["kind"] == "List" else documents
 
 
 def test_from_nothing_to_an_answer_and_back(account: Cloud, commands: Commands) -> None:
@@ -132,8 +132,8 @@ def test_the_manifests_are_those_of_this_account_and_cluster(
 
 def image_digest(cloud: Cloud) -> str:
     of = {"repositoryName": "qwen-ray-serve", "imageIds": [{"imageTag": "0.1.0"}]}
-    found: str = cloud.client("ecr").describe_images(**of)["imageDetails"][0]["imageDigest"]
-    return found
+    result: str = cloud.client("ecr").describe_images(**of)["imageDetails"][0]["imageDigest"]
+    return result
 
 
 def push_again(cloud: Cloud) -> None:
@@ -157,16 +157,16 @@ def test_secrets_are_made_once_and_are_in_no_command_line(
     first = run("up", *WHERE, "--yes")
     assert first.returncode == 0, first.stderr
 
-    def held() -> dict[str, dict[str, str]]:
-        found = commands.objects()["secrets"]
+    def stored() -> dict[str, dict[str, str]]:
+        result = commands.objects()["secrets"]
         return {
             each["metadata"]["name"]: {
                 key: base64.b64decode(value).decode() for key, value in each["data"].items()
             }
-            for each in found
+            for each in result
         }
 
-    secrets = held()
+    secrets = stored()
     assert secrets["qwen-api-keys"] == {"keys": "sk-one\nsk-two\n"}
     assert secrets["qwen-hub"] == {"HF_TOKEN": "hf-secret"}
     assert len(secrets["qwen-redis"]["password"]) > 30
@@ -175,7 +175,7 @@ def test_secrets_are_made_once_and_are_in_no_command_line(
     monkeypatch.setenv("HF_TOKEN", "hf-other")
     second = run("up", *WHERE, "--yes")
     assert second.returncode == 0, second.stderr
-    assert held() == {
+    assert stored() == {
         "qwen-api-keys": {"keys": "team sk-three\n"},
         "qwen-hub": {"HF_TOKEN": "hf-other"},
         "qwen-redis": secrets["qwen-redis"],
@@ -184,18 +184,18 @@ def test_secrets_are_made_once_and_are_in_no_command_line(
     # What the environment does not name stays.
     monkeypatch.delenv("QWEN_API_KEYS")
     monkeypatch.delenv("HF_TOKEN")
-    before = held()
+    before = stored()
     assert run("up", *WHERE, "--yes").returncode == 0
-    assert held() == before
+    assert stored() == before
     words = "\n".join(commands.calls()) + first.stderr + second.stderr + first.stdout
     for value in ("sk-one", "sk-three", "hf-secret", secrets["qwen-redis"]["password"]):
         assert value not in words
     # A new key beside the earlier, and then alone.
     added = run("rotate", *WHERE)
     new = added.stdout.strip()
-    assert held()["qwen-api-keys"] == {"keys": f"{new}\nteam sk-three\n"}, added.stderr
+    assert stored()["qwen-api-keys"] == {"keys": f"{new}\nteam sk-three\n"}, added.stderr
     alone = run("rotate", *WHERE, "--only").stdout.strip()
-    assert held()["qwen-api-keys"] == {"keys": f"{alone}\n"}
+    assert stored()["qwen-api-keys"] == {"keys": f"{alone}\n"}
     assert len({new, alone, "sk-three"}) == 3
 
 
@@ -266,9 +266,9 @@ def test_an_interrupted_way_up_is_gone_on_with(
     with start("up", *WHERE, "--yes") as process:
         assert wait((commands.folder / "hanging").exists)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
+        _, output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
     result = run("up", *WHERE, "--yes")
     assert result.returncode == 0, result.stderr
     assert len(commands.calls("eksctl", "create", "cluster")) == 1
@@ -284,12 +284,12 @@ def test_what_eksctl_says_last_is_told(account: Cloud, commands: Commands) -> No
 def test_status_of_what_is_up(account: Cloud, commands: Commands) -> None:
     run("up", *WHERE, "--yes")
     result = run("status", *WHERE, "--json")
-    said = json.loads(result.stdout)
-    assert (result.returncode, said["problems"]) == (0, []), result.stdout
-    assert said["state"] == "ACTIVE"
-    assert [service["ready"] for service in said["services"]] == [True]
-    assert {group["name"] for group in said["groups"]} >= {"cpu", "gpu"}
-    assert said["usd_per_hour"] >= 0.10
+    output = json.loads(result.stdout)
+    assert (result.returncode, output["problems"]) == (0, []), result.stdout
+    assert output["state"] == "ACTIVE"
+    assert [service["ready"] for service in output["services"]] == [True]
+    assert {group["name"] for group in output["groups"]} >= {"cpu", "gpu"}
+    assert output["usd_per_hour"] >= 0.10
     assert "RayService qwen/qwen: ready" in run("status", *WHERE).stdout
 
 

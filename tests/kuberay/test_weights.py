@@ -20,8 +20,8 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
 def config() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((HERE / "cluster.yaml").read_text())
-    return found
+    result: dict[str, Any] = yaml.safe_load((HERE / "cluster.yaml").read_text())
+    return result
 
 
 def weigh(cloud: Cloud, model: str, bucket: str = BUCKET, leave: str = "") -> None:
@@ -42,9 +42,9 @@ def source(bucket: str | None) -> weights.Source:
 
 def test_a_bucket_that_has_all_of_it_is_taken(cloud: Cloud) -> None:
     weigh(cloud, MODEL)
-    found = source(BUCKET)
-    assert (found.bucket, found.mend) == (BUCKET, "")
-    assert found.found == f"s3://{BUCKET}/{MODEL}, streamed"
+    result = source(BUCKET)
+    assert (result.bucket, result.mend) == (BUCKET, "")
+    assert result.found == f"s3://{BUCKET}/{MODEL}, streamed"
 
 
 def test_a_folder_of_a_bucket_is_looked_into(cloud: Cloud) -> None:
@@ -57,10 +57,10 @@ def test_a_folder_of_a_bucket_is_looked_into(cloud: Cloud) -> None:
 @pytest.mark.parametrize("leave", ["config.json", "tokenizer_config.json", SHARDS[1]])
 def test_a_copy_that_was_interrupted_leaves_the_hub(cloud: Cloud, leave: str) -> None:
     weigh(cloud, MODEL, leave=leave)
-    found = source(BUCKET)
-    assert found.bucket is None
-    assert f"lacks {leave}; from the hub instead" in found.found
-    assert found.mend.startswith("aws s3 sync")
+    result = source(BUCKET)
+    assert result.bucket is None
+    assert f"lacks {leave}; from the hub instead" in result.found
+    assert result.mend.startswith("aws s3 sync")
 
 
 def test_one_file_of_weights_needs_no_index(cloud: Cloud) -> None:
@@ -79,9 +79,9 @@ def test_no_bucket_leaves_the_hub(cloud: Cloud) -> None:
 
 def test_a_bucket_that_the_workers_may_not_read_leaves_the_hub(cloud: Cloud) -> None:
     weigh(cloud, MODEL, bucket="somewhere-else")
-    found = source("somewhere-else")
-    assert found.bucket is None
-    assert "closed to the workers" in found.found
+    result = source("somewhere-else")
+    assert result.bucket is None
+    assert "closed to the workers" in result.found
     # A policy of one's own may name it.
     mine = config()
     (bound,) = [
@@ -96,9 +96,9 @@ def test_a_bucket_that_the_workers_may_not_read_leaves_the_hub(cloud: Cloud) -> 
 def test_a_bucket_that_we_may_not_list_is_taken_and_the_permission_named(cloud: Cloud) -> None:
     weigh(cloud, MODEL)
     cloud.faults.deny("s3:ListBucket", f"arn:aws:s3:::{BUCKET}")
-    found = source(BUCKET)
-    assert found.bucket == BUCKET
-    assert f"missing permission: s3:ListBucket on arn:aws:s3:::{BUCKET}" in found.found
+    result = source(BUCKET)
+    assert result.bucket == BUCKET
+    assert f"missing permission: s3:ListBucket on arn:aws:s3:::{BUCKET}" in result.found
 
 
 def test_preflight_says_it_and_the_manifests_follow(cloud: Cloud, kustomize: Commands) -> None:

@@ -28,28 +28,28 @@ def offered(**where: str) -> dict[str, frozenset[str]]:
 
 
 def test_zones_that_offer_everything_are_taken_three_at_most() -> None:
-    found = zones.choose([CPU, GPU], offered(m7i="abcd", m6i="abcd", g6="bcd", g5="abcd"), ABC)
-    assert found.network == ("b", "c", "d")
-    assert found.groups == {"cpu": ("b", "c", "d"), "gpu": ("b", "c", "d")}
+    selected = zones.choose([CPU, GPU], offered(m7i="abcd", m6i="abcd", g6="bcd", g5="abcd"), ABC)
+    assert selected.network == ("b", "c", "d")
+    assert selected.groups == {"cpu": ("b", "c", "d"), "gpu": ("b", "c", "d")}
 
 
 def test_one_zone_with_gpus_still_has_a_second_for_the_control_plane() -> None:
-    found = zones.choose([CPU, LARGE], offered(m7i="abc", m6i="abc", g6e="c"), ABC[:3])
-    assert found.network == ("a", "c")
-    assert found.groups == {"cpu": ("a", "c"), "gpu-72b": ("c",)}
+    selected = zones.choose([CPU, LARGE], offered(m7i="abc", m6i="abc", g6e="c"), ABC[:3])
+    assert selected.network == ("a", "c")
+    assert selected.groups == {"cpu": ("a", "c"), "gpu-72b": ("c",)}
 
 
 def test_a_type_that_the_region_has_not_is_left_out() -> None:
-    found = zones.choose([CPU, GPU], offered(m7i="ab", m6i="ab", g6="", g5="ab"), ABC[:2])
-    assert found.groups["gpu"] == ("a", "b")
-    assert found.types(GPU) == ("g5.2xlarge",)
+    selected = zones.choose([CPU, GPU], offered(m7i="ab", m6i="ab", g6="", g5="ab"), ABC[:2])
+    assert selected.groups["gpu"] == ("a", "b")
+    assert selected.types(GPU) == ("g5.2xlarge",)
 
 
 def test_zones_that_are_named_are_taken() -> None:
     where = offered(m7i="abcd", m6i="abcd", g6="ab", g5="ab")
-    found = zones.choose([CPU, GPU], where, ABC, named=("b", "d"), made=True)
-    assert found.network == ("b", "d")
-    assert found.groups["gpu"] == ("b",)
+    selected = zones.choose([CPU, GPU], where, ABC, named=("b", "d"), made=True)
+    assert selected.network == ("b", "d")
+    assert selected.groups["gpu"] == ("b",)
 
 
 @given(
@@ -61,18 +61,18 @@ def test_zones_that_are_named_are_taken() -> None:
 def test_no_group_is_ever_put_where_none_of_its_types_is_offered(
     where: Mapping[str, set[str]], usable: set[str]
 ) -> None:
-    known = offered(**{key: "".join(zone) for key, zone in where.items()})
+    expected = offered(**{key: "".join(zone) for key, zone in where.items()})
     groups = [CPU, GPU, LARGE]
-    found = zones.choose(groups, known, usable)
-    assert 2 <= len(found.network) <= 3
-    assert set(found.network) <= usable
+    selected = zones.choose(groups, expected, usable)
+    assert 2 <= len(selected.network) <= 3
+    assert set(selected.network) <= usable
     for group in groups:
-        for zone in found.groups[group.name]:
-            assert zone in found.network
-            assert any(zone in known[kind] for kind in group.instance_types)
+        for zone in selected.groups[group.name]:
+            assert zone in selected.network
+            assert any(zone in expected[kind] for kind in group.instance_types)
         # Nothing is lost: where two zones of the region would do for all, each has its place.
-        if all(set(known[kind]) >= usable for each in groups for kind in each.instance_types):
-            assert found.groups[group.name] == found.network
+        if all(set(expected[kind]) >= usable for each in groups for kind in each.instance_types):
+            assert selected.groups[group.name] == selected.network
 
 
 def plan(overlay_label: str, config: dict[str, Any]) -> Layout:
@@ -89,12 +89,12 @@ def plan(overlay_label: str, config: dict[str, Any]) -> Layout:
 def test_eksctl_is_given_the_groups_of_the_overlay_and_their_zones(label: str) -> None:
     config = yaml.safe_load((HERE / "cluster.yaml").read_text())
     of = plan(label, config)
-    known = {
+    expected = {
         kind: frozenset(("x1a", "x1b", "x1c") if group.name == "cpu" else ("x1b",))
         for group in of.groups
         for kind in group.instance_types
     }
-    made = zones.applied(config, of, zones.choose(of.groups, known, ("x1a", "x1b", "x1c")))
+    made = zones.applied(config, of, zones.choose(of.groups, expected, ("x1a", "x1b", "x1c")))
     assert made["availabilityZones"] == ["x1a", "x1b"]
     cpu, gpu = made["managedNodeGroups"]
     assert (cpu["name"], gpu["labels"]["qwen-ray-serve/workers"]) == ("cpu", label)

@@ -73,7 +73,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         yield running
 
 
-def asked(server: Server, path: str, body: dict[str, Any], lane: str, **headers: str) -> Any:
+def answer_of(server: Server, path: str, body: dict[str, Any], lane: str, **headers: str) -> Any:
     """The answer of one lane, with the events of a stream joined."""
     sent = {"model": "tiny", "max_tokens": 12, **body}
     more = FULL if lane == "python" else {}
@@ -134,8 +134,8 @@ def test_both_lanes_answer_alike(server: Server, place: int, stream: bool) -> No
         body = {**prompt, **parameters}
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        fast = asked(server, path, body, "fast")
-        full = asked(server, path, body, "python")
+        fast = answer_of(server, path, body, "fast")
+        full = answer_of(server, path, body, "python")
         # An answer that ends inside a character: one lane shows that, and the other drops it.
         for each in (fast, full):
             each["text"] = each["text"].rstrip("\ufffd")
@@ -161,12 +161,12 @@ def tokens(server: Server, who: str) -> tuple[float, float]:
     """Prompt and generated tokens of a tenant, whose key alone shows them."""
     key = {"authorization": f"Bearer sk-{who}"}
     text = httpx.get(f"{server.url}/metrics", headers=key, timeout=30).text
-    found = []
+    collected = []
     for name in ("prompt", "generated"):
         pattern = rf'^serve_app_{name}_tokens_total\{{.*tenant="{who}"\}} (\S+)$'
         match = re.search(pattern, text, re.MULTILINE)
-        found.append(float(match[1]) if match else 0.0)
-    return found[0], found[1]
+        collected.append(float(match[1]) if match else 0.0)
+    return collected[0], collected[1]
 
 
 def test_tokens_of_each_tenant_are_exact_in_the_fast_lane(server: Server) -> None:
@@ -175,7 +175,7 @@ def test_tokens_of_each_tenant_are_exact_in_the_fast_lane(server: Server) -> Non
     expected = [0, 0]
     for length in (1, 5, 9):
         body = {"prompt": [7] * length, "max_tokens": 3 + length, "temperature": 0}
-        answer = asked(server, "/v1/completions", body, "fast", **bob)
+        answer = answer_of(server, "/v1/completions", body, "fast", **bob)
         expected[0] += answer["usage"]["prompt_tokens"]
         expected[1] += answer["usage"]["completion_tokens"]
     after = tokens(server, "bob")

@@ -192,17 +192,17 @@ async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
 async def proxy(
     replica: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[str]:
-    found = launcher.haproxy()
-    if not found:
+    result = launcher.haproxy()
+    if not result:
         pytest.skip("ray[serve] brings no HAProxy for this platform")
-    for name, value in {**found, SECRET_VARIABLE: SECRET}.items():
+    for name, value in {**result, SECRET_VARIABLE: SECRET}.items():
         monkeypatch.setenv(name, value)
     from ray.serve._private import haproxy as serve_haproxy
 
     monkeypatch.setattr(
         serve_haproxy,
         "RAY_SERVE_HAPROXY_BINARY_PATH",
-        found["RAY_SERVE_HAPROXY_BINARY_PATH"],
+        result["RAY_SERVE_HAPROXY_BINARY_PATH"],
         False,
     )
     running = Proxy(tmp_path, None, PORT)
@@ -290,13 +290,13 @@ async def test_a_full_queue_refuses_and_a_waiting_request_is_answered(
 async def test_no_room_in_time_is_a_503(replica: Replica, proxy: str) -> None:
     replica.gate.limits = replica.limits.model_copy(update={"queue_timeout_s": 0.2})
     replica.frontend.gap_s = 0.2
-    held = [asyncio.create_task(ask(proxy, {**ASK, "max_tokens": 600})) for _ in range(2)]
+    waiting = [asyncio.create_task(ask(proxy, {**ASK, "max_tokens": 600})) for _ in range(2)]
     await until(lambda: replica.admission.running == 2)
     status, headers, _ = await ask(proxy)
     assert (status, headers["retry-after"]) == (503, "1")
-    for each in held:
+    for each in waiting:
         each.cancel()
-    await asyncio.gather(*held, return_exceptions=True)
+    await asyncio.gather(*waiting, return_exceptions=True)
     await replica.settled()
 
 
@@ -305,18 +305,18 @@ async def test_a_client_that_leaves_gives_its_place_back(
     replica: Replica, proxy: str, waits: bool
 ) -> None:
     replica.frontend.gap_s = 0.2
-    held = []
+    waiting = []
     if waits:
-        held = [asyncio.create_task(ask(proxy, {**ASK, "max_tokens": 600})) for _ in range(2)]
+        waiting = [asyncio.create_task(ask(proxy, {**ASK, "max_tokens": 600})) for _ in range(2)]
         await until(lambda: replica.admission.running == 2)
     leaves = asyncio.create_task(ask(proxy, {**ASK, "max_tokens": 50}))
     await until(lambda: bool(replica.admission.queued if waits else replica.frontend.running))
     leaves.cancel()
-    await until(lambda: replica.admission.queued == 0 and replica.admission.running == len(held))
-    assert replica.admission.running == len(held)
-    for each in held:
+    await until(lambda: replica.admission.queued == 0 and replica.admission.running == len(waiting))
+    assert replica.admission.running == len(waiting)
+    for each in waiting:
         each.cancel()
-    await asyncio.gather(*held, return_exceptions=True)
+    await asyncio.gather(*waiting, return_exceptions=True)
     await replica.settled()
     assert replica.frontend.running == 0
 

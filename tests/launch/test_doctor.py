@@ -73,9 +73,9 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         printed = "".join(f"echo '{line}'\n" for line in lines)
         # It answers the question that is asked, and no other.
         fields = "index,uuid,name,memory.total,memory.free,compute_cap,driver_version"
-        asked = f"--query-gpu={fields} --format=csv,noheader,nounits"
+        request = f"--query-gpu={fields} --format=csv,noheader,nounits"
         script.write_text(
-            f'#!/bin/sh\n[ "$*" = "{asked}" ] || {{ echo "unknown: $*"; exit 2; }}\n'
+            f'#!/bin/sh\n[ "$*" = "{request}" ] || {{ echo "unknown: $*"; exit 2; }}\n'
             f"{printed}exit {status}\n"
         )
         script.chmod(0o755)
@@ -125,10 +125,10 @@ def test_json_is_the_same_diagnosis(tmp_path: Path, tiny: Path) -> None:
     assert result.returncode == 0, result.stdout
     answer = json.loads(result.stdout)
     assert answer["ok"] is True
-    found = {check["name"]: check["found"] for check in answer["checks"]}
-    assert found["Python"] == "{}.{}".format(*sys.version_info[:2])
-    assert found["weights"] == str(tiny)
-    assert f"port {PORT}" in found
+    values = {check["name"]: check["found"] for check in answer["checks"]}
+    assert values["Python"] == "{}.{}".format(*sys.version_info[:2])
+    assert values["weights"] == str(tiny)
+    assert f"port {PORT}" in values
 
 
 def test_a_taken_port_is_bad_and_its_mend_is_named(tmp_path: Path, tiny: Path) -> None:
@@ -169,10 +169,10 @@ def test_no_vllm_is_needed_to_say_that_it_is_missing(tmp_path: Path, tiny: Path)
 
 
 @pytest.mark.parametrize(
-    ("found", "ok"), [((3, 10), False), ((3, 11), True), ((3, 12), True), ((3, 13), False)]
+    ("expected", "ok"), [((3, 10), False), ((3, 11), True), ((3, 12), True), ((3, 13), False)]
 )
-def test_python_has_a_range(found: tuple[int, ...], ok: bool) -> None:
-    check = doctor.python(found)
+def test_python_has_a_range(expected: tuple[int, ...], ok: bool) -> None:
+    check = doctor.python(expected)
     assert check.ok is ok
     assert bool(check.mend) is not ok
 
@@ -301,7 +301,7 @@ def test_the_driver_is_asked(driver: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "found"),
+    ("visible", "expected"),
     [
         ("0,1", [81000, 2048]),
         ("1", [2048]),
@@ -313,11 +313,11 @@ def test_the_driver_is_asked(driver: Callable[..., None]) -> None:
     ],
 )
 def test_only_visible_gpus_count(
-    visible: str, found: list[int], driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    visible: str, expected: list[int], driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver(*CARDS)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [gpu.free_bytes // MIB for gpu in hardware.local_gpus()] == found
+    assert [gpu.free_bytes // MIB for gpu in hardware.local_gpus()] == expected
 
 
 def test_a_driver_that_fails_is_an_error(driver: Callable[..., None]) -> None:
@@ -357,7 +357,7 @@ NVCC = "/usr/local/cuda/bin/nvcc"
 
 
 @pytest.mark.parametrize(
-    ("found", "environ", "ok", "said"),
+    ("expected", "environ", "ok", "message"),
     [
         (IMAGE, {}, True, "no nvcc: without FlashInfer and DeepGEMM"),
         (replace(IMAGE, nvcc=NVCC), {}, True, f"{NVCC} for FlashInfer and DeepGEMM"),
@@ -371,11 +371,11 @@ NVCC = "/usr/local/cuda/bin/nvcc"
     ],
 )
 def test_what_a_start_compiles_and_with_what(
-    found: Tools, environ: dict[str, str], ok: bool, said: str
+    expected: Tools, environ: dict[str, str], ok: bool, message: str
 ) -> None:
-    check = doctor.compilers(found, environ)
+    check = doctor.compilers(expected, environ)
     assert (check.ok, bool(check.mend)) == (ok, not ok)
-    assert said in check.found
+    assert message in check.found
 
 
 def test_compilers_are_asked_for_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,25 +46,25 @@ def test_it_is_rewritten_once(configuration: Path) -> None:
 
 
 def test_haproxy_accepts_what_is_written(configuration: Path) -> None:
-    found = environment()
-    if not found:
+    result = environment()
+    if not result:
         pytest.skip("ray[serve] brings no HAProxy for this platform")
-    wrapper = found["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    wrapper = result["RAY_SERVE_HAPROXY_BINARY_PATH"]
     done = subprocess.run(
-        [wrapper, "-c", "-f", str(configuration)], env=found, capture_output=True, text=True
+        [wrapper, "-c", "-f", str(configuration)], env=result, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert configuration.read_text().startswith(haproxy.MARK)
 
 
 def test_haproxy_does_not_start_with_a_template_that_is_not_known(configuration: Path) -> None:
-    found = environment() or {
+    result = environment() or {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(haproxy.__file__).parent / "haproxy")
     }
     configuration.write_text("global\n")
     done = subprocess.run(
-        [found["RAY_SERVE_HAPROXY_BINARY_PATH"], "-f", str(configuration)],
-        env={**found, "PATH": "/usr/bin:/bin"},
+        [result["RAY_SERVE_HAPROXY_BINARY_PATH"], "-f", str(configuration)],
+        env={**result, "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
     )

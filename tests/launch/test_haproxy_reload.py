@@ -25,14 +25,14 @@ class Upstream:
     """An HTTP server with connections that are kept alive: a replica, or Serve's own proxy.
 
     Attributes:
-        asked: paths of the requests that came, health checks aside.
+        paths: of the requests that came, health checks aside.
         delay_s: from a request to its answer.
         drops: so many requests lose their connection instead of an answer.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.asked: list[str] = []
+        self.paths: list[str] = []
         self.delay_s = 0.0
         self.drops = 0
         self._writers: set[asyncio.StreamWriter] = set()
@@ -61,7 +61,7 @@ class Upstream:
                 lengths = [line for line in head.lower().split("\r\n") if "content-length" in line]
                 await reader.readexactly(int(lengths[0].split(":")[1]) if lengths else 0)
                 if path != "/-/healthz":
-                    self.asked.append(path)
+                    self.paths.append(path)
                     await asyncio.sleep(self.delay_s)
                     if self.drops:
                         self.drops -= 1
@@ -156,14 +156,14 @@ async def test_a_kept_alive_connection_outlives_every_change_of_replicas(tmp_pat
     rng = random.Random(1)
     over = asyncio.Event()
     failed: list[str] = []
-    asked = 0
+    request_count = 0
 
     async def use(proxy: Proxy) -> None:
-        nonlocal asked
+        nonlocal request_count
         connector = aiohttp.TCPConnector(limit=1, keepalive_timeout=600)
         async with aiohttp.ClientSession(connector=connector) as session:
             while not over.is_set():
-                asked += 1
+                request_count += 1
                 try:
                     async with session.post(f"{proxy.url}/v1/completions", data=b"x") as answer:
                         if answer.status != 200:
@@ -185,8 +185,8 @@ async def test_a_kept_alive_connection_outlives_every_change_of_replicas(tmp_pat
         over.set()
         await asyncio.gather(*users)
         current.stop()
-    assert not failed, (len(failed), asked, failed[:3])
-    assert asked > 200
+    assert not failed, (len(failed), request_count, failed[:3])
+    assert request_count > 200
 
 
 async def test_a_request_that_a_replica_dropped_before_it_answered_is_asked_elsewhere(
@@ -239,7 +239,7 @@ async def test_a_request_that_waits_for_a_replica_is_answered_by_the_next_one(
         await proxy.api.reload()
         assert await waiting == (200, "b")
         # Serve's own proxy was asked for a replica, once, by no client's request.
-        assert fallback.asked == ["/health"]
+        assert fallback.paths == ["/health"]
         new.stop()
     fallback.stop()
 
@@ -255,7 +255,7 @@ async def test_an_application_that_sleeps_takes_requests(
     ):
         async with session.get(f"{proxy.url}/health") as answer:
             assert answer.status == 200
-        assert not fallback.asked, "a health check woke it"
+        assert not fallback.paths, "a health check woke it"
         async with session.get(f"{proxy.url}/-/healthz") as answer:
             assert answer.status == 200
     fallback.stop()

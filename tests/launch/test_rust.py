@@ -44,8 +44,8 @@ def test_what_pip_refuses_is_one_line_and_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(words: list[str], **_: Any) -> None:
-        said = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n   Got: 00\n"
-        raise subprocess.CalledProcessError(1, words, stderr=said)
+        output = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n   Got: 00\n"
+        raise subprocess.CalledProcessError(1, words, stderr=output)
 
     monkeypatch.setattr(rust, "destination", lambda: tmp_path / "vllm-rs")
     monkeypatch.setattr(subprocess, "run", run)

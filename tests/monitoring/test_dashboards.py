@@ -29,8 +29,8 @@ def panels() -> Iterator[Panel]:
 
 
 def board() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(dashboards.serving())
-    return found
+    body: dict[str, Any] = json.loads(dashboards.serving())
+    return body
 
 
 def test_the_committed_dashboard_is_what_the_code_generates() -> None:
@@ -107,13 +107,13 @@ def test_panels_do_not_overlap() -> None:
 
 def test_ray_can_embed_it() -> None:
     """By uid and panel id, with `var-datasource`; nothing needs to be chosen first."""
-    found = board()
-    assert found["uid"] == "qwen-serving"
-    variables = {one["name"]: one for one in found["templating"]["list"]}
+    result = board()
+    assert result["uid"] == "qwen-serving"
+    variables = {each["name"]: each for each in result["templating"]["list"]}
     assert list(variables) == ["datasource", "model"]
     assert variables["datasource"]["type"] == "datasource"
     assert variables["datasource"]["query"] == "prometheus"
     assert variables["model"]["current"]["value"] == ["$__all"]
     assert variables["model"]["allValue"] == ".*"
     # Panels of a collapsed row are not found by their id.
-    assert not any(panel.get("collapsed") for panel in found["panels"])
+    assert not any(panel.get("collapsed") for panel in result["panels"])

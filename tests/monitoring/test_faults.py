@@ -54,8 +54,8 @@ class Watched:
 
 
 def faster(rules: str) -> str:
-    def tenth(found: re.Match[str]) -> str:
-        seconds = int(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    def tenth(expected: re.Match[str]) -> str:
+        seconds = int(expected[1]) * {"s": 1, "m": 60, "h": 3600}[expected[2]]
         return f"{max(1, seconds // FASTER)}s"
 
     rules = re.sub(r"(?<=[\[: ])(\d+)([smh])(?![\w.])", tenth, rules)
@@ -101,10 +101,10 @@ def watched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wa
         ]
         with subprocess.Popen(command) as process:
             try:
-                found = Watched(server, client.Prometheus(f"http://{url}"))
+                result = Watched(server, client.Prometheus(f"http://{url}"))
                 assert wait(lambda: _ready(url), 30)
-                assert wait(lambda: bool(found.prometheus.instant("ray_gcs_actors_count")), 60)
-                yield found
+                assert wait(lambda: bool(result.prometheus.instant("ray_gcs_actors_count")), 60)
+                yield result
             finally:
                 process.terminate()
 

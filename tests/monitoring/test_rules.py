@@ -93,7 +93,7 @@ def matchers_in(expression: str) -> Iterator[tuple[str, set[str]]]:
 
 def ours() -> dict[str, set[str]]:
     """The metrics of serve_app/observe/metrics.py as Prometheus has them, and their labels."""
-    found: dict[str, set[str]] = {}
+    collected: dict[str, set[str]] = {}
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase | metrics.Gaps):
             (family,) = metric.collect()
@@ -106,10 +106,10 @@ def ours() -> dict[str, set[str]]:
                 endings = ("",)
             for ending in endings:
                 more = {"le"} if ending == "_bucket" else set()
-                found[f"ray_{family.name}{ending}"] = labels | more | COMMON
+                collected[f"ray_{family.name}{ending}"] = labels | more | COMMON
     for name in metrics.SCALING:
-        found[f"ray_{metrics.SCALING_PREFIX}{name}"] = {"application", *COMMON}
-    return found
+        collected[f"ray_{metrics.SCALING_PREFIX}{name}"] = {"application", *COMMON}
+    return collected
 
 
 def rules() -> list[dict[str, Any]]:
@@ -155,13 +155,13 @@ def test_alerts_fire_when_they_should_and_only_then() -> None:
 
 
 def test_prometheus_takes_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
-    told = [
+    shown = [
         expression.replace("$__rate_interval", "1m").replace("$model", ".*")
         for where, expression in expressions()
         if where.startswith("panel")
     ]
-    assert not any("$" in expression for expression in told)
-    written = [{"record": f"panel:{i}", "expr": one} for i, one in enumerate(told)]
+    assert not any("$" in expression for expression in shown)
+    written = [{"record": f"panel:{i}", "expr": each} for i, each in enumerate(shown)]
     path = tmp_path / "panels.yaml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": written}]}))
     promtool("check", "rules", str(path))
@@ -169,9 +169,9 @@ def test_prometheus_takes_the_expressions_of_the_dashboard(tmp_path: Path) -> No
 
 def reads(alert: Mapping[str, Any]) -> set[str]:
     """The metrics that an alert depends on, through what is recorded."""
-    names, known = names_in(alert["expr"]), recorded()
-    while inner := names & known.keys():
-        names = (names - inner).union(*(names_in(known[name]) for name in inner))
+    names, expected = names_in(alert["expr"]), recorded()
+    while inner := names & expected.keys():
+        names = (names - inner).union(*(names_in(expected[name]) for name in inner))
     return names
 
 
@@ -200,7 +200,7 @@ def test_each_alert_says_how_bad_it_is_and_what_to_do(name: str) -> None:
     text = (HERE.parents[1] / path).read_text()
     # As GitHub makes anchors of headings.
     headings = re.findall(r"^#+ (.+)$", text, re.M)
-    assert anchor in {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}
+    assert anchor in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
     assert name in headings
 
 
@@ -227,26 +227,26 @@ def test_names_are_found_in_expressions() -> None:
 
 
 def test_metrics_of_ours_are_named_as_prometheus_has_them() -> None:
-    found = ours()
-    assert "tenant" in found["ray_serve_app_requests_total"]
-    assert "le" in found["ray_serve_app_inter_token_seconds_bucket"]
-    assert "ray_serve_app_engine_healthy" in found
-    assert "application" in found["ray_serve_app_scaling_maximum"]
+    result = ours()
+    assert "tenant" in result["ray_serve_app_requests_total"]
+    assert "le" in result["ray_serve_app_inter_token_seconds_bucket"]
+    assert "ray_serve_app_engine_healthy" in result
+    assert "application" in result["ray_serve_app_scaling_maximum"]
 
 
 def test_every_metric_that_is_asked_for_exists() -> None:
-    known = ours().keys() | THEIRS | recorded().keys()
-    asked = {name for _, expression in expressions() for name in names_in(expression)}
-    assert asked - known == set()
+    expected = ours().keys() | THEIRS | recorded().keys()
+    request = {name for _, expression in expressions() for name in names_in(expression)}
+    assert request - expected == set()
     # And the list above has nothing that nobody asks for.
-    assert asked >= THEIRS
+    assert request >= THEIRS
 
 
 def test_series_of_ours_are_chosen_by_labels_that_they_have() -> None:
-    found = ours()
+    result = ours()
     for where, expression in expressions():
         for name, labels in matchers_in(expression):
-            assert labels <= found.get(name, labels), f"{where}: {name} has not {labels}"
+            assert labels <= result.get(name, labels), f"{where}: {name} has not {labels}"
 
 
 def test_names_of_others_are_in_what_is_installed() -> None:
@@ -258,10 +258,10 @@ def test_names_of_others_are_in_what_is_installed() -> None:
         "ray_component_": ("ray", "dashboard/modules/reporter/reporter_agent.py", "component_"),
     }
     for prefix, (package, pattern, begins) in written.items():
-        found = importlib.util.find_spec(package)
-        assert found is not None
-        assert found.origin is not None
-        folder = Path(found.origin).parent
+        result = importlib.util.find_spec(package)
+        assert result is not None
+        assert result.origin is not None
+        folder = Path(result.origin).parent
         source = "".join(path.read_text() for path in folder.glob(pattern))
         for name in THEIRS:
             if name.startswith(prefix):

@@ -24,11 +24,11 @@ async def shown(key: str | None, by_tenant: bool = True) -> dict[str, set[str]]:
         answer = await client.get("/metrics", headers=headers)
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain")
-    found: dict[str, set[str]] = {}
+    collected: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(answer.text):
         for sample in family.samples:
-            found.setdefault(sample.name, set()).add(sample.labels.get("tenant", ""))
-    return found
+            collected.setdefault(sample.name, set()).add(sample.labels.get("tenant", ""))
+    return collected
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +44,14 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_key_shows_the_series_of_its_tenant(key: str, who: str) -> None:
     import asyncio
 
-    found = copy_context().run(asyncio.run, shown(key))
-    assert found["serve_app_requests_total"] == {who}
-    assert found["serve_app_generated_tokens_total"] == {who}
-    assert found["serve_app_requests_queued"] == {""}
-    everybodys = {name for tenants in found.values() for name in tenants}
+    result = copy_context().run(asyncio.run, shown(key))
+    assert result["serve_app_requests_total"] == {who}
+    assert result["serve_app_generated_tokens_total"] == {who}
+    assert result["serve_app_requests_queued"] == {""}
+    everybodys = {name for tenants in result.values() for name in tenants}
     assert everybodys == {who, ""}
 
 
 async def test_without_keys_there_is_nobody_to_hide_from() -> None:
-    found = await shown(None, by_tenant=False)
-    assert {"team-a", "team-b"} <= found["serve_app_requests_total"]
+    result = await shown(None, by_tenant=False)
+    assert {"team-a", "team-b"} <= result["serve_app_requests_total"]

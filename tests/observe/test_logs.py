@@ -56,8 +56,8 @@ def test_files_of_replicas_that_are_gone_do_not_pile_up(tmp_path: Path) -> None:
         os.utime(file, (1e9 - age, 1e9 - age))
     (tmp_path / "other.txt").write_text("not a log")
     logs.prune(tmp_path, max_files=10)
-    kept = {file.name for file in tmp_path.iterdir()}
-    assert kept == {"other.txt", *(f"engine_{age}.log" for age in range(10))}
+    remaining = {file.name for file in tmp_path.iterdir()}
+    assert remaining == {"other.txt", *(f"engine_{age}.log" for age in range(10))}
 
 
 def test_a_log_that_is_full_is_rotated(tmp_path: Path) -> None:

@@ -76,10 +76,10 @@ class Watched:
     @property
     def line(self) -> dict[str, Any]:
         (line,) = self.written.getvalue().splitlines()
-        found: dict[str, Any] = json.loads(line)
-        age_s = (datetime.now(UTC) - datetime.fromisoformat(found["time"])).total_seconds()
+        body: dict[str, Any] = json.loads(line)
+        age_s = (datetime.now(UTC) - datetime.fromisoformat(body["time"])).total_seconds()
         assert 0 <= age_s < 60
-        return found
+        return body
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ async def test_the_first_token_is_the_first_output_and_not_the_first_event(
 
 
 @pytest.mark.parametrize(
-    ("path", "usage", "kept"),
+    ("path", "usage", "remaining"),
     [
         ("/v1/chat/completions", {"completion_tokens": 10}, "yes"),
         ("/v1/messages", {"output_tokens": 10}, "yes"),
@@ -289,7 +289,7 @@ async def test_the_first_token_is_the_first_output_and_not_the_first_event(
     ],
 )
 async def test_an_answer_in_one_piece_is_held_to_the_time_of_a_stream(
-    watched: Watched, path: str, usage: dict[str, int] | None, kept: str | None
+    watched: Watched, path: str, usage: dict[str, int] | None, remaining: str | None
 ) -> None:
     async def late(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(0.55)  # GOAL: 0.5 s, and 0.1 s for each token more.
@@ -298,7 +298,7 @@ async def test_an_answer_in_one_piece_is_held_to_the_time_of_a_stream(
 
     await watched.ask(late, path=path)
     for answer in ("yes", "no"):
-        assert watched.counted("serve_app_slo_requests_total", answer) == (answer == kept)
+        assert watched.counted("serve_app_slo_requests_total", answer) == (answer == remaining)
 
 
 async def test_what_generates_nothing_misses_no_objective(watched: Watched) -> None:
@@ -377,7 +377,7 @@ async def test_the_id_in_the_log_is_the_one_in_the_answer(
     stack = RequestIdMiddleware(Meter(app, watched.model, Replicas(), log))
     transport = httpx.ASGITransport(stack)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        headers = [(b"x-request-id", one.encode("latin-1")) for one in sent]
+        headers = [(b"x-request-id", each.encode("latin-1")) for each in sent]
         answer = await client.get("/v1/models", headers=headers)
     raw = dict(answer.headers.raw)[b"x-request-id"]
     assert watched.line["request_id"] == raw.decode("latin-1")

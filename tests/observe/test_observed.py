@@ -47,8 +47,8 @@ class Watched:
         return Prometheus(f"http://127.0.0.1:{PROMETHEUS_PORT}")
 
     def value(self, expression: str) -> float:
-        found = self.prometheus.instant(expression)
-        return sum(sample.value for sample in found)
+        result = self.prometheus.instant(expression)
+        return sum(sample.value for sample in result)
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +134,10 @@ def prometheus(watched: Watched) -> Prometheus:
 def test_prometheus_counts_what_the_client_counted(
     watched: Watched, prometheus: Prometheus
 ) -> None:
-    asked = 'ray_serve_app_requests_total{route="/v1/completions", tenant="team-a", model="m"'
+    request = 'ray_serve_app_requests_total{route="/v1/completions", tenant="team-a", model="m"'
     expected = {
-        f'{asked}, status="200"}}': ASKED,
-        f'{asked}, status="400"}}': 1,
+        f'{request}, status="200"}}': ASKED,
+        f'{request}, status="400"}}': 1,
         'ray_serve_app_requests_total{status="401", tenant="anonymous"}': 1,
         "ray_serve_app_prompt_tokens_total": watched.prompt_tokens,
         "ray_serve_app_generated_tokens_total": watched.generated_tokens,
@@ -229,11 +229,11 @@ def test_a_request_is_one_trace_from_gateway_to_engine(watched: Watched) -> None
         leaves = [span for span in spans.values() if span.name == "llm_request"]
         if len(leaves) < ASKED:
             return []
-        found, span = [], leaves[-1]
+        result, span = [], leaves[-1]
         while True:
-            found.append(span.service)
+            result.append(span.service)
             if span.parent not in spans:
-                return found
+                return result
             assert spans[span.parent].trace == span.trace
             span = spans[span.parent]
 

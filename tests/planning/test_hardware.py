@@ -61,9 +61,9 @@ def test_a_slice_has_its_own_memory(
     driver(H100, SLICES)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = hardware.local_gpus()
-    assert [gpu.memory_bytes for gpu in found] == [size * 10**9 for size in sizes_gb]
-    assert {gpu.compute_capability for gpu in found} == {(9, 0)}
+    result = hardware.local_gpus()
+    assert [gpu.memory_bytes for gpu in result] == [size * 10**9 for size in sizes_gb]
+    assert {gpu.compute_capability for gpu in result} == {(9, 0)}
 
 
 @pytest.mark.parametrize("visible", ["MIG-0a1b2c3d-1111", "GPU-9999"])
@@ -117,9 +117,9 @@ def planned(monkeypatch: pytest.MonkeyPatch, *nodes: Node, **args: Any) -> plan.
 def test_a_replica_goes_to_the_kind_that_it_was_sized_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = planned(monkeypatch, kind("L4", 22, 1), kind("H100", 80, 8), model="auto")
-    assert found.accelerator == "H100"
-    options = found.deployment_options(Settings.parse({"replicas": {"min": 1, "max": 2}}))
+    result = planned(monkeypatch, kind("L4", 22, 1), kind("H100", 80, 8), model="auto")
+    assert result.accelerator == "H100"
+    options = result.deployment_options(Settings.parse({"replicas": {"min": 1, "max": 2}}))
     assert options["ray_actor_options"]["resources"] == {"accelerator_type:H100": 0.001}
     # The cluster's room is counted in GPUs of that kind.
     arguments = options["autoscaling_config"]["policy"]["policy_kwargs"]
@@ -130,28 +130,28 @@ def test_another_kind_is_taken_where_the_first_is_too_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nodes = (kind("T4", 15, 4), kind("H200", 141, 2))
-    found = planned(monkeypatch, *nodes, model="Qwen/Qwen2.5-72B-Instruct")
-    assert (found.accelerator, found.placement.tensor_parallel_size) == ("H200", 2)
+    result = planned(monkeypatch, *nodes, model="Qwen/Qwen2.5-72B-Instruct")
+    assert (result.accelerator, result.placement.tensor_parallel_size) == ("H200", 2)
     with pytest.raises(ConfigError, match="4 x T4"):
         planned(monkeypatch, nodes[0], model="Qwen/Qwen2.5-72B-Instruct")
 
 
 def test_where_all_gpus_are_alike_any_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = planned(monkeypatch, kind("H100", 80, 1), kind("H100", 80, 1), model="auto")
-    assert found.accelerator == ""
-    options = found.deployment_options(Settings.parse({}))
+    result = planned(monkeypatch, kind("H100", 80, 1), kind("H100", 80, 1), model="auto")
+    assert result.accelerator == ""
+    options = result.deployment_options(Settings.parse({}))
     assert "resources" not in options["ray_actor_options"]
 
 
 def test_replicas_on_several_nodes_get_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = (kind("H100", 80, 4), kind("L4", 22, 1))
-    found = planned(
+    result = planned(
         monkeypatch,
         *nodes,
         model="Qwen/Qwen2.5-72B-Instruct",
         tensor_parallel_size=4,
         pipeline_parallel_size=2,
     )
-    bundles = found.deployment_options(Settings.parse({}))["placement_group_bundles"]
+    bundles = result.deployment_options(Settings.parse({}))["placement_group_bundles"]
     assert len(bundles) == 8
     assert all(bundle["accelerator_type:H100"] == 0.001 for bundle in bundles)

@@ -45,8 +45,8 @@ def test_tools_are_found_where_vllm_and_triton_look() -> None:
 
 @pytest.mark.parametrize("missing", ["nvcc", "ninja", "cxx_compiler"])
 def test_what_cannot_be_compiled_is_turned_off(missing: str) -> None:
-    found = replace(ALL, **{missing: ""})
-    assert kernels.turned_off(found, {}) == {SAMPLER: "0", ALLREDUCE: "0", DEEP_GEMM: "0"}
+    result = replace(ALL, **{missing: ""})
+    assert kernels.turned_off(result, {}) == {SAMPLER: "0", ALLREDUCE: "0", DEEP_GEMM: "0"}
 
 
 def test_with_all_tools_vllm_decides() -> None:
@@ -85,14 +85,16 @@ def test_settling_twice_changes_nothing_more() -> None:
         st.booleans(),
     )
 )
-def test_no_engine_is_left_with_a_kernel_that_nothing_can_compile(found: Tools) -> None:
-    off = kernels.turned_off(found, {})
-    flashinfer = found.prebuilt or bool(found.nvcc and found.ninja and found.cxx_compiler)
+def test_no_engine_is_left_with_a_kernel_that_nothing_can_compile(expected: Tools) -> None:
+    off = kernels.turned_off(expected, {})
+    flashinfer = expected.prebuilt or bool(
+        expected.nvcc and expected.ninja and expected.cxx_compiler
+    )
     assert (SAMPLER in off) == (ALLREDUCE in off) == (not flashinfer)
-    assert (DEEP_GEMM in off) == (not found.compile_cuda)
+    assert (DEEP_GEMM in off) == (not expected.compile_cuda)
     for capability in ((8, 9), (9, 0), (12, 0), None):
-        assert kernels.engine_defaults(found, capability) == {}
-    assert bool(kernels.engine_defaults(found, (10, 0))) == (not flashinfer)
+        assert kernels.engine_defaults(expected, capability) == {}
+    assert bool(kernels.engine_defaults(expected, (10, 0))) == (not flashinfer)
 
 
 def test_vllm_has_these_variables_and_this_backend() -> None:

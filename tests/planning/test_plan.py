@@ -22,8 +22,8 @@ def test_a_processor_without_bfloat16_gets_float32(
     monkeypatch.setattr(plan, "has_bfloat16", lambda: has)
     assert on_cpu(tiny).engine_arguments(Settings.parse({})).get("dtype") == dtype
     # What the user says comes first.
-    asked = Settings.parse({"engine": {"dtype": "bfloat16"}})
-    assert on_cpu(tiny).engine_arguments(asked)["dtype"] == "bfloat16"
+    request = Settings.parse({"engine": {"dtype": "bfloat16"}})
+    assert on_cpu(tiny).engine_arguments(request)["dtype"] == "bfloat16"
 
 
 def test_on_the_cpu_the_engine_is_one_process_that_compiles_nothing(tiny: Path) -> None:
@@ -43,5 +43,5 @@ def test_attention_that_cannot_be_compiled_is_replaced(
     monkeypatch.setattr(kernels, "tools", Tools)
     blackwell = Plan(str(tiny), "tiny", place(1, 1, 1), None, compute_capability=(10, 0))
     assert blackwell.engine_arguments(Settings.parse({}))["attention_backend"] == "FLASH_ATTN"
-    asked = Settings.parse({"engine": {"attention_backend": "TRITON_ATTN"}})
-    assert blackwell.engine_arguments(asked)["attention_backend"] == "TRITON_ATTN"
+    request = Settings.parse({"engine": {"attention_backend": "TRITON_ATTN"}})
+    assert blackwell.engine_arguments(request)["attention_backend"] == "TRITON_ATTN"

@@ -140,8 +140,8 @@ W8A8 = {"group_0": {"weights": {"num_bits": 8, "strategy": "channel", "group_siz
 def test_weights_are_as_large_as_their_checkpoints(
     config: dict[str, Any], published_gib: float
 ) -> None:
-    found = ModelShape.from_config(config).weights_bytes / GIB
-    assert found == pytest.approx(published_gib, rel=0.02)
+    result = ModelShape.from_config(config).weights_bytes / GIB
+    assert result == pytest.approx(published_gib, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -267,8 +267,8 @@ def test_the_fewest_gpus_that_hold_it(
     size: str, gpu: str, count: int, tensor_parallel_size: int
 ) -> None:
     name = f"Qwen/Qwen2.5-{size}-Instruct"
-    found = choose_tensor_parallel_size(name, QWEN25[name], gpus(gpu, count))
-    assert found == tensor_parallel_size
+    result = choose_tensor_parallel_size(name, QWEN25[name], gpus(gpu, count))
+    assert result == tensor_parallel_size
 
 
 def test_seven_gpus_are_four_for_a_model_with_28_heads() -> None:

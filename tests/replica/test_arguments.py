@@ -35,7 +35,7 @@ def test_a_true_in_any_spelling_is_true(key: str, text: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "found"),
+    ("key", "value", "expected"),
     [
         ("allowed_origins", ["*"], ["*"]),
         ("allowed_origins", ["https://a", "https://b"], ["https://a", "https://b"]),
@@ -64,8 +64,8 @@ def test_a_true_in_any_spelling_is_true(key: str, text: Any) -> None:
         ("chat_template", None, None),
     ],
 )
-def test_a_value_is_what_vllm_makes_of_it(key: str, value: Any, found: Any) -> None:
-    assert read(key, value) == found
+def test_a_value_is_what_vllm_makes_of_it(key: str, value: Any, expected: Any) -> None:
+    assert read(key, value) == expected
 
 
 @pytest.mark.parametrize(

@@ -177,14 +177,14 @@ async def test_admission_counts_at_least_what_the_engine_runs(
     more = {"max_tokens": 24, "ignore_eos": True}
     if "sampling_params" in body:
         body = {**body, "sampling_params": {**body["sampling_params"], **more}}
-    asked = asyncio.create_task(stack.ask(path, {"model": "m", **body, **more}))
+    request = asyncio.create_task(stack.ask(path, {"model": "m", **body, **more}))
     admitted = in_engine = 0
     states = stack.engine._llm.output_processor.request_states
-    while not asked.done():
+    while not request.done():
         await asyncio.sleep(0.001)
         admitted = max(admitted, stack.admission.running)
         in_engine = max(in_engine, len(states))
-    assert asked.result().status_code == 200, asked.result().text
+    assert request.result().status_code == 200, request.result().text
     assert in_engine <= admitted
     assert stack.admission.running == 0
 

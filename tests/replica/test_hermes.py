@@ -49,12 +49,12 @@ def parser(parser_class: Any) -> Any:
     return parser_class(tokenizer, request().tools)
 
 
-def streamed(parser: Any, asked: ChatCompletionRequest, size: int, text: str) -> Any:
+def streamed(parser: Any, requested: ChatCompletionRequest, size: int, text: str) -> Any:
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     content, calls = "", {}
     for place, piece in enumerate(pieces):
         delta = parser.parse_delta(
-            piece, [place], asked, prompt_token_ids=[0], finished=place == len(pieces) - 1
+            piece, [place], requested, prompt_token_ids=[0], finished=place == len(pieces) - 1
         )
         if delta is None:
             continue
@@ -71,28 +71,28 @@ def streamed(parser: Any, asked: ChatCompletionRequest, size: int, text: str) ->
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_plain_and_streamed_are_alike(parser_class: Any, case: str, size: int) -> None:
-    text, asked = CASES[case], request()
-    _, content, calls = parser(parser_class).parse(text, asked, enable_auto_tools=True)
+    text, requested = CASES[case], request()
+    _, content, calls = parser(parser_class).parse(text, requested, enable_auto_tools=True)
     plain = content, [(call.name, call.arguments) for call in calls or []]
-    assert streamed(parser(parser_class), asked, size, text) == plain
+    assert streamed(parser(parser_class), requested, size, text) == plain
 
 
 def test_where_no_call_may_be_made_the_text_stays(parser_class: Any) -> None:
-    asked, text = request(tool_choice="none"), CASES["two"]
-    assert parser(parser_class).parse(text, asked, enable_auto_tools=True)[1:] == (text, [])
-    assert streamed(parser(parser_class), asked, 5, text) == (text, [])
+    requested, text = request(tool_choice="none"), CASES["two"]
+    assert parser(parser_class).parse(text, requested, enable_auto_tools=True)[1:] == (text, [])
+    assert streamed(parser(parser_class), requested, 5, text) == (text, [])
 
 
 def test_the_plugin_is_what_vllm_finds_by_the_name(parser_class: Any) -> None:
-    found = ToolParserManager.get_tool_parser("hermes")
-    assert found.__module__ == "serve_app.replica.hermes"
+    result = ToolParserManager.get_tool_parser("hermes")
+    assert result.__module__ == "serve_app.replica.hermes"
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "run"}}])
 def test_a_forced_call_is_held_to_its_schema(parser_class: Any, choice: Any) -> None:
     schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}}
     tools = [{"type": "function", "function": {"name": "run", "parameters": schema}}]
-    asked = parser(parser_class).adjust_request(request(tools=tools, tool_choice=choice))
-    assert '"maxLength": 20' in asked.structured_outputs.structural_tag
+    requested = parser(parser_class).adjust_request(request(tools=tools, tool_choice=choice))
+    assert '"maxLength": 20' in requested.structured_outputs.structural_tag
     free = parser(parser_class).adjust_request(request(tools=tools, tool_choice="auto"))
     assert free.structured_outputs is None

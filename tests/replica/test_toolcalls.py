@@ -37,7 +37,7 @@ def call(name: str, arguments: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         (call("now", {}), ("", [("now", "{}")])),
         (
@@ -84,9 +84,9 @@ def call(name: str, arguments: Any) -> str:
     ],
 )
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_calls_and_text(text: str, found: tuple[str, list[tuple[str, str]]], size: int) -> None:
+def test_calls_and_text(text: str, expected: tuple[str, list[tuple[str, str]]], size: int) -> None:
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
-    assert read(*pieces) == found
+    assert read(*pieces) == expected
 
 
 _WORDS = '< <tool _call> { } [ ] " \\ "name" : , "arguments" "}} f é 😀 null 1 \\u00e9'
@@ -156,10 +156,10 @@ def test_calls_are_what_was_written(
             members = dict(reversed(members.items()))
         body = json.dumps(members, ensure_ascii=ascii_only, indent=indent)
         text += f"{START}\n{body}\n{END}\n"
-    said, found = read(*cuts(text, places), eager=eager)
-    assert said == before
-    assert [name for name, _ in found] == [name for name, *_ in calls]
-    assert [json.loads(arguments) for _, arguments in found] == [call[1] for call in calls]
+    output, outcome = read(*cuts(text, places), eager=eager)
+    assert output == before
+    assert [name for name, _ in outcome] == [name for name, *_ in calls]
+    assert [json.loads(arguments) for _, arguments in outcome] == [call[1] for call in calls]
 
 
 def test_arguments_are_passed_on_as_they_come_where_a_grammar_holds_them() -> None:

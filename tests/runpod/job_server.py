@@ -103,8 +103,8 @@ class _Handler(web.Handler):
             self._send_held(self._stops)
         else:
             size = re.search(r"batch_size=(\d+)", query)
-            most = int(size[1]) if size else 1
-            self._send_held(lambda: self._take(most, verb == "job-take-batch"))
+            maximum = int(size[1]) if size else 1
+            self._send_held(lambda: self._take(maximum, verb == "job-take-batch"))
 
     def do_POST(self) -> None:
         path, _, query = self.path.partition("?")
@@ -120,15 +120,15 @@ class _Handler(web.Handler):
             self.server.changed.notify_all()
         self._send(200, {})
 
-    def _take(self, most: int, as_list: bool) -> Any:
-        waiting = [job for job in self.server.jobs.values() if not job.taken][:most]
+    def _take(self, maximum: int, as_list: bool) -> Any:
+        waiting = [job for job in self.server.jobs.values() if not job.taken][:maximum]
         if not waiting:
             return None
         for job in waiting:
             job.taken = True
         self.server.most_at_once = max(self.server.most_at_once, self._in_progress())
-        found = [{"id": job.id, "input": job.input} for job in waiting]
-        return found if as_list else found[0]
+        results = [{"id": job.id, "input": job.input} for job in waiting]
+        return results if as_list else results[0]
 
     def _in_progress(self) -> int:
         return sum(job.taken and job.done is None for job in self.server.jobs.values())
@@ -140,13 +140,13 @@ class _Handler(web.Handler):
     def _send_held(self, answer: Callable[[], Any]) -> None:
         """An answer as soon as there is one; 204 if there is none for long."""
         deadline_s = time.monotonic() + _HOLD_S
-        found = None
+        result = None
         with self.server.changed:
             while self.server.open and not self._left() and time.monotonic() < deadline_s:
-                if (found := answer()) is not None:
+                if (result := answer()) is not None:
                     break
                 self.server.changed.wait(0.1)
-        self._send(204 if found is None else 200, found)
+        self._send(204 if result is None else 200, result)
 
     def _left(self) -> bool:
         """Whether the worker has closed the connection: it must not be given a job any more."""

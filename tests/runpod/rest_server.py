@@ -191,20 +191,20 @@ class Schema:
         operation = self.operation(method, path)
         if operation is None:
             return [f"no operation {method} {path}"]
-        known = {}
+        expected = {}
         for parameter in operation.get("parameters", []):
             if "$ref" in parameter:
                 parameter = self._document["components"]["parameters"][
                     parameter["$ref"].rsplit("/", 1)[1]
                 ]
-            known[parameter["name"]] = parameter["schema"]
+            expected[parameter["name"]] = parameter["schema"]
         problems = []
         for name, value in urllib.parse.parse_qsl(query):
-            if name not in known:
+            if name not in expected:
                 problems.append(f"no query parameter {name}")
                 continue
-            integer = known[name].get("type") == "integer"
-            problems += self.problems(known[name], int(value) if integer else value)
+            integer = expected[name].get("type") == "integer"
+            problems += self.problems(expected[name], int(value) if integer else value)
         wanted = operation.get("requestBody")
         if wanted is None:
             return problems + (["a body where none is taken"] if body is not None else [])
@@ -216,10 +216,10 @@ class Schema:
         operation = self.operation(method, path)
         if operation is None or status >= 400:
             return []
-        said = operation["responses"].get(str(status))
-        if said is None:
+        output = operation["responses"].get(str(status))
+        if output is None:
             return [f"{method} {path} does not answer {status}"]
-        content = said.get("content", {}).get("application/json")
+        content = output.get("content", {}).get("application/json")
         return self.problems(content["schema"], body) if content else []
 
 
@@ -327,7 +327,7 @@ class _Handler(web.Handler):
         things = account.things[kind]
         if not rest:
             if method == "POST":
-                return 201, self._told(self._create(kind, body))
+                return 201, self._shown(self._create(kind, body))
             late = things and account.late_lists > 0
             account.late_lists -= bool(late)
             return 200, {_LISTS[kind]: [] if late else list(things.values())}
@@ -357,9 +357,9 @@ class _Handler(web.Handler):
             return self._delete(kind, thing)
         if kind == "pods":
             self._age(thing)
-        return 200, self._told(thing)
+        return 200, self._shown(thing)
 
-    def _told(self, thing: dict[str, Any]) -> dict[str, Any]:
+    def _shown(self, thing: dict[str, Any]) -> dict[str, Any]:
         """The thing, without addresses while those are late."""
         account = self.server.account
         if "requestUrls" not in thing or account.late_urls == 0:

@@ -50,8 +50,8 @@ def chosen(hub: Path, gpus: tuple[Gpu, ...] = (), **environ: str) -> Choice:
     return choice.choose(CONFIG, environ, gpus)
 
 
-def args(found: Choice) -> Mapping[str, Any]:
-    result: Mapping[str, Any] = found.config["applications"][0]["args"]
+def args(expected: Choice) -> Mapping[str, Any]:
+    result: Mapping[str, Any] = expected.config["applications"][0]["args"]
     Settings.parse(result)
     return result
 
@@ -75,9 +75,9 @@ def test_the_fewest_gpus_that_hold_it_and_as_many_replicas_as_fit(
     from serve_app.planning import plan
 
     monkeypatch.setattr(plan, "shape_of", lambda folder, engine: plan.QWEN25[model])
-    found = chosen(hub, (L4,) * gpus, MODEL_NAME=model)
-    assert args(found)["tensor_parallel_size"] == parallel
-    assert found.settings.replicas.max == replicas
+    selected = chosen(hub, (L4,) * gpus, MODEL_NAME=model)
+    assert args(selected)["tensor_parallel_size"] == parallel
+    assert selected.settings.replicas.max == replicas
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_nearest(hub: Path) -> None:
@@ -131,8 +131,8 @@ def test_what_the_gpus_cannot_hold_is_not_fetched(
     ],
 )
 def test_what_may_fit_is_fetched(hub: Path, variables: dict[str, str]) -> None:
-    asked = {"MODEL_NAME": "Qwen/Qwen2.5-32B-Instruct", **variables}
-    assert args(chosen(hub, (L4,), **asked))["tensor_parallel_size"] == 1
+    request = {"MODEL_NAME": "Qwen/Qwen2.5-32B-Instruct", **variables}
+    assert args(chosen(hub, (L4,), **request))["tensor_parallel_size"] == 1
 
 
 def test_what_the_disk_cannot_hold_is_not_fetched(
@@ -152,9 +152,9 @@ def test_a_model_that_is_here_needs_no_disk(hub: Path, monkeypatch: pytest.Monke
 
 
 def test_what_is_asked_for_stays(hub: Path) -> None:
-    found = chosen(hub, (H100,) * 8, MODEL_NAME="o/m", REPLICAS="2", TENSOR_PARALLEL_SIZE="4")
-    assert args(found)["tensor_parallel_size"] == 4
-    assert found.settings.replicas.max == 2
+    selected = chosen(hub, (H100,) * 8, MODEL_NAME="o/m", REPLICAS="2", TENSOR_PARALLEL_SIZE="4")
+    assert args(selected)["tensor_parallel_size"] == 4
+    assert selected.settings.replicas.max == 2
 
 
 def test_a_replica_that_needs_two_machines_is_refused(hub: Path) -> None:
@@ -184,11 +184,11 @@ def test_no_setting_opens_a_pod(hub: Path) -> None:
 
 
 def test_a_pod_with_keys_asks_for_them(hub: Path) -> None:
-    found = chosen(hub)
-    assert found.mode == "pod"
-    assert args(found)["api_keys"]["env"] == "API_KEYS"
-    assert found.key == "k1"
-    assert found.config["http_options"]["host"] == "0.0.0.0"
+    selected = chosen(hub)
+    assert selected.mode == "pod"
+    assert args(selected)["api_keys"]["env"] == "API_KEYS"
+    assert selected.key == "k1"
+    assert selected.config["http_options"]["host"] == "0.0.0.0"
 
 
 def test_keys_can_be_in_a_file(hub: Path) -> None:
@@ -200,23 +200,23 @@ def test_keys_can_be_in_a_file(hub: Path) -> None:
 
 def test_a_load_balancer_may_go_without_and_says_so(hub: Path) -> None:
     environ = {"BASE_PATH": str(hub), "SERVE_MODE": "load_balancer"}
-    found = choice.choose(CONFIG, environ, ())
-    assert args(found)["allow_unauthenticated_network"] is True
-    assert any("no API_KEYS" in line for line in found.lines)
-    found = choice.choose(CONFIG, {**environ, "API_KEYS": "k"}, ())
-    assert args(found)["api_keys"]["env"] == "API_KEYS"
-    assert args(found)["allow_unauthenticated_network"] is False
+    selected = choice.choose(CONFIG, environ, ())
+    assert args(selected)["allow_unauthenticated_network"] is True
+    assert any("no API_KEYS" in line for line in selected.lines)
+    selected = choice.choose(CONFIG, {**environ, "API_KEYS": "k"}, ())
+    assert args(selected)["api_keys"]["env"] == "API_KEYS"
+    assert args(selected)["allow_unauthenticated_network"] is False
     # Named and empty: nobody gets in, rather than everybody.
-    found = choice.choose(CONFIG, {**environ, "API_KEYS": ""}, ())
-    assert args(found)["api_keys"]["env"] == "API_KEYS"
-    assert args(found)["allow_unauthenticated_network"] is False
+    selected = choice.choose(CONFIG, {**environ, "API_KEYS": ""}, ())
+    assert args(selected)["api_keys"]["env"] == "API_KEYS"
+    assert args(selected)["allow_unauthenticated_network"] is False
 
 
 def test_a_queue_is_reached_from_its_machine_alone(hub: Path) -> None:
-    found = chosen(hub, SERVE_MODE="queue")
-    assert found.config["http_options"]["host"] == "127.0.0.1"
-    assert "api_keys" not in args(found)
-    assert found.key is None
+    selected = chosen(hub, SERVE_MODE="queue")
+    assert selected.config["http_options"]["host"] == "127.0.0.1"
+    assert "api_keys" not in args(selected)
+    assert selected.key is None
 
 
 # --- the rest -------------------------------------------------------------------------------
@@ -224,19 +224,19 @@ def test_a_queue_is_reached_from_its_machine_alone(hub: Path) -> None:
 
 def test_the_name_of_a_cached_model_is_its_hub_id(hub: Path) -> None:
     folder = cached(hub / "huggingface-cache" / "hub", "org/model")
-    found = chosen(hub, MODEL_NAME="org/model")
-    assert args(found)["model"] == str(folder)
-    assert found.served_model_name == "org/model"
-    assert found.offline
+    selected = chosen(hub, MODEL_NAME="org/model")
+    assert args(selected)["model"] == str(folder)
+    assert selected.served_model_name == "org/model"
+    assert selected.offline
     assert not chosen(hub, MODEL_NAME="org/model", TOKENIZER_NAME="org/other").offline
 
 
 def test_a_folder_is_left_where_it_is(hub: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    found = chosen(hub, MODEL_NAME=str(tmp_path / "mine"))
-    assert args(found)["model"] == str(tmp_path / "mine")
-    assert found.served_model_name == "mine"
+    selected = chosen(hub, MODEL_NAME=str(tmp_path / "mine"))
+    assert args(selected)["model"] == str(tmp_path / "mine")
+    assert selected.served_model_name == "mine"
 
 
 def test_a_stop_fits_into_its_grace(hub: Path) -> None:
@@ -245,8 +245,8 @@ def test_a_stop_fits_into_its_grace(hub: Path) -> None:
 
 
 def test_an_answer_ends_before_the_balancer_cuts_it(hub: Path) -> None:
-    found = chosen(hub, SERVE_MODE="load_balancer")
-    assert found.settings.limits.request_timeout_s == 320
+    selected = chosen(hub, SERVE_MODE="load_balancer")
+    assert selected.settings.limits.request_timeout_s == 320
     assert chosen(hub).settings.limits.request_timeout_s == 600
 
 

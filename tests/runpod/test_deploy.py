@@ -487,10 +487,10 @@ def test_status_tells_and_keeps_keys_to_itself(account: Account) -> None:
     status, output = run("status", "--json")
     assert status == 0
     assert "secret" not in output
-    found = json.loads(output)
+    body = json.loads(output)
     bills = "$0.69 per hour for 1 worker(s), 1 worker(s) always on"
-    assert found["endpoint"][0]["bills"] == bills
-    assert found["volume"][0]["bills"] == "$3.50 a month for 50 GB"
+    assert body["endpoint"][0]["bills"] == bills
+    assert body["volume"][0]["bills"] == "$3.50 a month for 50 GB"
 
 
 def test_a_worker_bills_though_none_is_always_on(account: Account) -> None:

@@ -28,7 +28,7 @@ class Application(web.Server):
 
     def __init__(self) -> None:
         super().__init__(APPLICATION, _Answer)
-        self.asked: list[tuple[str, str, Any]] = []
+        self.requests: list[tuple[str, str, Any]] = []
         self.left = threading.Event()
         self.go = threading.Event()
         self.busy = 0
@@ -38,12 +38,12 @@ class _Answer(web.Handler):
     server: Application
 
     def do_GET(self) -> None:
-        self.server.asked.append(("GET", self.path, None))
+        self.server.requests.append(("GET", self.path, None))
         self.send_json(200, {"data": [{"id": "served"}]})
 
     def do_POST(self) -> None:
         body = self.body()
-        self.server.asked.append(("POST", self.path, body))
+        self.server.requests.append(("POST", self.path, body))
         model = body["model"]
         if model == "unknown":
             self.send_json(404, {"error": {"message": "no such model", "code": "model_not_found"}})
@@ -197,7 +197,7 @@ def test_every_shape_of_an_input(
     jobs: Jobs, application: Application, given: Any, method: str, path: str, body: Any
 ) -> None:
     done = jobs.over(jobs.submit(given))
-    assert application.asked[-1] == (method, path, body)
+    assert application.requests[-1] == (method, path, body)
     assert len(done["output"]) == 1
 
 
@@ -214,9 +214,9 @@ def test_every_shape_of_an_input(
 def test_an_error_fails_the_job_with_its_status(
     jobs: Jobs, given: Any, status: int, message: str
 ) -> None:
-    found = error(jobs.over(jobs.submit(given)))
-    assert found["status"] == status
-    assert message in found["message"]
+    result = error(jobs.over(jobs.submit(given)))
+    assert result["status"] == status
+    assert message in result["message"]
 
 
 def test_a_moment_without_room_is_waited_out(jobs: Jobs, application: Application) -> None:
@@ -263,10 +263,10 @@ def test_no_more_at_once_than_there_is_room(application: Application, tmp_path: 
         job_server.serving(JOBS + 1) as server,
         working(server, tmp_path / "log", SERVE_ROOM="2", MAX_CONCURRENCY="50"),
     ):
-        held = [server.submit(openai({"model": "held", "stream": True})) for _ in range(5)]
-        assert server.wait(lambda: sum(bool(job.stream) for job in held) == 2)
+        waiting = [server.submit(openai({"model": "held", "stream": True})) for _ in range(5)]
+        assert server.wait(lambda: sum(bool(job.stream) for job in waiting) == 2)
         application.go.set()
-        for job in held:
+        for job in waiting:
             server.over(job)
         application.go.clear()
         assert server.most_at_once == 2

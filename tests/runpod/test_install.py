@@ -77,15 +77,15 @@ def test_the_application_is_installed_and_checked(application: Path) -> None:
     assert "Runpod SDK" in result.stdout
     links = application.parent / "bin"
     # A login shell has no PATH but its own, and still finds Ray.
-    found = subprocess.run(
+    process = subprocess.run(
         ["bash", "-lc", f"PATH={links}:/usr/bin:/bin; ray --version && command -v python serve"],
         env={},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert found.returncode == 0, found.stderr
-    assert "2.60.0" in found.stdout
+    assert process.returncode == 0, process.stderr
+    assert "2.60.0" in process.stdout
     # The commands import this copy, and the script beside it kept its mode.
     code = "import serve_app; print(serve_app.__file__)"
     command = [str(links / "python"), "-c", code]
@@ -102,10 +102,10 @@ def python_of_the_image() -> str:
     if uv is None:
         pytest.skip("uv, which finds Python, is not installed")
     command = [uv, "python", "find", "--no-python-downloads", "--system", wanted]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        pytest.skip(f"Python {wanted} is not on this machine: {found.stderr.strip()}")
-    return found.stdout.strip()
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        pytest.skip(f"Python {wanted} is not on this machine: {process.stderr.strip()}")
+    return process.stdout.strip()
 
 
 @pytest.mark.slow
@@ -176,8 +176,8 @@ def test_every_package_of_the_project_is_in_the_image() -> None:
 
 def test_what_the_image_needs_is_not_ignored() -> None:
     lines = (ROOT / "runpod" / "Dockerfile.dockerignore").read_text().splitlines()
-    kept = {line.removeprefix("!") for line in lines if line.startswith("!")}
-    assert {name.split("/")[0] for name in copied()} <= kept
+    remaining = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    assert {name.split("/")[0] for name in copied()} <= remaining
     assert lines[0] == "*"
 
 

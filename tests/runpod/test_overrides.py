@@ -323,10 +323,10 @@ def test_a_value_that_makes_no_sense_is_an_error(name: str, text: str) -> None:
 
 
 def test_no_argument_is_both_known_and_removed() -> None:
-    known = {name.upper() for name in overrides.engine_arguments()}
+    expected = {name.upper() for name in overrides.engine_arguments()}
     # vLLM has them; here they follow from other settings, or have another name.
     both = {"API_KEY", "DISTRIBUTED_EXECUTOR_BACKEND", "MODEL"}
-    assert known & overrides._REMOVED.keys() == both
+    assert expected & overrides._REMOVED.keys() == both
 
 
 def test_the_list_is_that_of_the_installed_vllm() -> None:
@@ -335,5 +335,5 @@ def test_the_list_is_that_of_the_installed_vllm() -> None:
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}); {code}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    kept = (ROOT / "runpod" / "engine_arguments.txt").read_text(encoding="utf-8")
-    assert result.stdout.splitlines()[-kept.count("\n") :] == kept.splitlines()
+    remaining = (ROOT / "runpod" / "engine_arguments.txt").read_text(encoding="utf-8")
+    assert result.stdout.splitlines()[-remaining.count("\n") :] == remaining.splitlines()

@@ -28,10 +28,10 @@ TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 def rows() -> list[tuple[str, int, str, str]]:
     """The cost table: pool, GB, price per hour, the largest model."""
-    found = re.findall(
+    result = re.findall(
         r"^\| .*\((\w+)\) \| (\d+) GB \| \$([\d.]+) \| up to (\S+) \|$", TEXT, re.MULTILINE
     )
-    return [(pool, int(memory), price, model) for pool, memory, price, model in found]
+    return [(pool, int(memory), price, model) for pool, memory, price, model in result]
 
 
 def test_its_prices_are_those_of_the_code_and_dated() -> None:
@@ -156,9 +156,9 @@ def test_each_benchmark_gets_its_answers(server: Rest, command: str, tmp_path: P
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert [record.get("error", "") for record in records] == [""] * 8, answer.stderr
     # The keys are nowhere in what is kept.
-    kept = "".join(path.read_text(errors="replace") for path in folder.iterdir())
-    assert KEY not in kept
-    assert "x-api-key: ours" not in kept
+    remaining = "".join(path.read_text(errors="replace") for path in folder.iterdir())
+    assert KEY not in remaining
+    assert "x-api-key: ours" not in remaining
 
 
 def test_there_is_a_curl_for_each_mode() -> None:

@@ -119,13 +119,13 @@ def started(
 
 def family() -> list[psutil.Process]:
     """Every process on this machine that a start.py of these tests has left."""
-    found = []
+    collected = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             mine = process.environ().get("RAY_TMPDIR") == f"/tmp/ray-{PORT}"
             if mine and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                collected.append(process)
+    return collected
 
 
 class Stream(threading.Thread):
@@ -163,7 +163,7 @@ class Stream(threading.Thread):
             self.error = repr(error)
 
 
-def asked(headers: dict[str, str], path: str = "/v1/models") -> int:
+def status_of(headers: dict[str, str], path: str = "/v1/models") -> int:
     return httpx.get(f"http://127.0.0.1:{PORT}{path}", headers=headers, timeout=30).status_code
 
 
@@ -222,11 +222,11 @@ def _says_what_it_chose(output: str) -> None:
 
 def _asks_for_keys() -> None:
     runpod = {"Authorization": "Bearer rpa_runpods_own"}
-    assert asked({}) == 401
-    assert asked(runpod) == 401
-    assert asked({**runpod, "x-api-key": "ours"}) == 200
-    assert asked({"x-api-key": "theirs"}) == 200
-    assert asked({}, "/health") == 200
+    assert status_of({}) == 401
+    assert status_of(runpod) == 401
+    assert status_of({**runpod, "x-api-key": "ours"}) == 200
+    assert status_of({"x-api-key": "theirs"}) == 200
+    assert status_of({}, "/health") == 200
 
 
 def _says_when_no_replica_is_well(server: Started) -> None:
@@ -323,10 +323,10 @@ def test_a_pod_asks_for_keys_and_stops_itself_if_it_dies_again_and_again(
     }
     with started(tmp_path, **environ) as server:
         assert server.ready(), server.output()
-        assert asked({}) == 401
-        assert asked({"Authorization": "Bearer another"}) == 401
-        assert asked({"Authorization": "Bearer ours"}) == 200
-        assert asked({"x-api-key": "theirs"}) == 200
+        assert status_of({}) == 401
+        assert status_of({"Authorization": "Bearer another"}) == 401
+        assert status_of({"Authorization": "Bearer ours"}) == 200
+        assert status_of({"x-api-key": "theirs"}) == 200
         assert "Paris" in _capital_of_france()
         _kill_the_head_until(server, lambda: rest.account.things["pods"][pod]["status"] == "EXITED")
         # It answered, and was given one more chance, not for ever one more.

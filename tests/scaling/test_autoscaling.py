@@ -64,9 +64,9 @@ def test_replicas_come_and_go_with_the_load_and_nothing_is_dropped(
         for each in users:
             each.start()
         assert wait(lambda: replicas(server) == 2, 120), server.output()
-        asked = time.monotonic()
+        request = time.monotonic()
         assert wait(lambda: "replicas 1 -> 2: " in server.output(), 10), server.output()
-        time.sleep(max(0.0, asked + 20 - time.monotonic()))
+        time.sleep(max(0.0, request + 20 - time.monotonic()))
         over.set()
         for each in users:
             each.join()

@@ -48,8 +48,8 @@ class Application:
     def states(self) -> dict[str, int]:
         application = serve.status().applications.get("llm")
         deployment = application and application.deployments.get("engine")
-        found: dict[Any, int] = dict(deployment.replica_states) if deployment else {}
-        return {str(getattr(state, "value", state)): n for state, n in found.items() if n}
+        result: dict[Any, int] = dict(deployment.replica_states) if deployment else {}
+        return {str(getattr(state, "value", state)): n for state, n in result.items() if n}
 
     def running(self) -> int:
         """Replicas that serve; one is UPDATING while it takes new limits, and serves meanwhile."""
@@ -64,7 +64,7 @@ class Application:
             time.sleep(0.05)
         return least
 
-    def told(self) -> list[tuple[float, int]]:
+    def decisions(self) -> list[tuple[float, int]]:
         """What each decision took a start for, and the replicas that ran then."""
         lines = (self.scratch / "start_s").read_text().splitlines()
         return [(float(a), int(b)) for a, b in (line.split() for line in lines)]
@@ -99,17 +99,17 @@ def test_neither_a_deploy_nor_the_controllers_end_takes_a_replica(
     assert until(lambda: application.running() == 4), application.states()
     application.load("steady")
     time.sleep(3)  # Until the policy has seen that.
-    before_s, _ = application.told()[-1]
+    before_s, _ = application.decisions()[-1]
     assert before_s < 60.0  # Measured, and not the configured time.
 
     application.deploy(64)
     assert application.lowest(8.0) == 4, application.states()
-    assert application.told()[-1] == (before_s, 4)
+    assert application.decisions()[-1] == (before_s, 4)
 
-    decisions = len(application.told())
+    decisions = len(application.decisions())
     controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     ray.kill(controller, no_restart=False)
-    assert until(lambda: len(application.told()) > decisions + 3)
+    assert until(lambda: len(application.decisions()) > decisions + 3)
     assert until(lambda: application.running() == 4)
     assert application.lowest(5.0) == 4, application.states()
-    assert {start_s for start_s, _ in application.told()[decisions:]} == {before_s}
+    assert {start_s for start_s, _ in application.decisions()[decisions:]} == {before_s}

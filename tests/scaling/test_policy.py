@@ -229,7 +229,7 @@ def test_a_replica_may_be_full_without_work(full: dict[str, float]) -> None:
     assert decision.replicas >= 2
 
 
-def busy(second: int, replicas: float = 1.0, missed: float = 0.0, **known: Any) -> ReplicaLoad:
+def busy(second: int, replicas: float = 1.0, missed: float = 0.0, **expected: Any) -> ReplicaLoad:
     """An engine's share of some work, which varies, so that its costs can be found.
 
     Args:
@@ -245,7 +245,7 @@ def busy(second: int, replicas: float = 1.0, missed: float = 0.0, **known: Any) 
         finished_per_s=5 / replicas,
         missed_per_s=5 * missed / replicas,
     )
-    return replace(load, **known)
+    return replace(load, **expected)
 
 
 _ALONE = State(factor=1.0)
@@ -258,11 +258,11 @@ def decided(
     starting: int = 0,
     start_s: float = 30.0,
     state: State = _ALONE,
-    **known: Any,
+    **expected: Any,
 ) -> tuple[Decision, State]:
     """After so long with so many replicas that all report the same."""
     for second in range(seconds):
-        loads = (busy(second, missed=missed, **known),) * replicas
+        loads = (busy(second, missed=missed, **expected),) * replicas
         snapshot = Snapshot(float(second), loads, starting=starting, start_s=start_s)
         decision, state = decide(snapshot, GOAL, state)
     return decision, state
@@ -426,8 +426,8 @@ def test_whatever_is_reported_the_answer_is_within_the_bounds(
         decision, state = decide(now, goal, state)
         assert goal.min_replicas <= decision.replicas <= goal.max_replicas
         if now.placeable is not None:
-            most = max(now.placeable, len(now.replicas), goal.min_replicas)
-            assert decision.replicas <= most
+            maximum = max(now.placeable, len(now.replicas), goal.min_replicas)
+            assert decision.replicas <= maximum
         if now.pending or any(x.waiting or x.running for x in now.replicas):
             assert decision.replicas >= 1 or now.placeable == 0
         assert "\n" not in decision.reason

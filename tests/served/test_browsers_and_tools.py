@@ -59,30 +59,30 @@ def streamed(answer: httpx.Response) -> tuple[list[list[str]], str | None]:
         for choice in json.loads(line[6:])["choices"]:
             finish = choice["finish_reason"] or finish
             for each in choice["delta"].get("tool_calls") or []:
-                found = calls.setdefault(each["index"], ["", ""])
-                found[0] += each["function"].get("name") or ""
-                found[1] += each["function"].get("arguments") or ""
+                result = calls.setdefault(each["index"], ["", ""])
+                result[0] += each["function"].get("name") or ""
+                result[1] += each["function"].get("arguments") or ""
     return [calls[index] for index in sorted(calls)], finish
 
 
 @pytest.mark.parametrize("case", CALLS)
 def test_tool_calls_are_the_same_streamed_and_not(server: Server, case: str) -> None:
     text, expected = CALLS[case]
-    asked = {"tools": TOOLS, "max_tokens": 200, "structured_outputs": {"choice": [text]}}
-    choice = post(server, CHAT, **asked).json()["choices"][0]
+    request = {"tools": TOOLS, "max_tokens": 200, "structured_outputs": {"choice": [text]}}
+    choice = post(server, CHAT, **request).json()["choices"][0]
     plain = [
         (call["function"]["name"], json.loads(call["function"]["arguments"]))
         for call in choice["message"]["tool_calls"]
     ]
-    calls, finish = streamed(post(server, CHAT, stream=True, **asked))
+    calls, finish = streamed(post(server, CHAT, stream=True, **request))
     assert plain == [(name, json.loads(arguments)) for name, arguments in calls] == expected
     assert choice["finish_reason"] == finish == "tool_calls"
 
 
 def test_a_forced_call_has_arguments_that_fit(server: Server) -> None:
     city = {"type": "string", "maxLength": 20}
-    asked = {"tools": [tool("get_weather", city=city)], "tool_choice": "required"}
-    answer = post(server, CHAT, parallel_tool_calls=False, max_tokens=200, **asked).json()
+    request = {"tools": [tool("get_weather", city=city)], "tool_choice": "required"}
+    answer = post(server, CHAT, parallel_tool_calls=False, max_tokens=200, **request).json()
     (call,) = answer["choices"][0]["message"]["tool_calls"]
     assert set(json.loads(call["function"]["arguments"])) == {"city"}
 

@@ -80,12 +80,12 @@ async def served(server: Server, http: httpx.AsyncClient, prompt: list[int]) -> 
 
 
 async def test_alone_and_batched(server: Server, reference: Any) -> None:
-    asked = prompts(reference.tokenizer)
-    assert {5, 200} <= {len(prompt) for prompt in asked}
+    request = prompts(reference.tokenizer)
+    assert {5, 200} <= {len(prompt) for prompt in request}
     async with httpx.AsyncClient() as http:
-        alone = [await served(server, http, prompt) for prompt in asked]
-        batched = await asyncio.gather(*(served(server, http, prompt) for prompt in asked))
-    assert alone == [reference(*pair) for pair in zip(asked, alone, strict=True)]
+        alone = [await served(server, http, prompt) for prompt in request]
+        batched = await asyncio.gather(*(served(server, http, prompt) for prompt in request))
+    assert alone == [reference(*pair) for pair in zip(request, alone, strict=True)]
     assert batched == alone
     # Answers to another prompt are not taken for right ones.
-    assert reference(asked[0], alone[1]) != alone[1]
+    assert reference(request[0], alone[1]) != alone[1]

@@ -44,7 +44,9 @@ class Collector:
 
 
 def _texts(attributes: Any) -> dict[str, str]:
-    return {one.key: str(getattr(one.value, one.value.WhichOneof("value"))) for one in attributes}
+    return {
+        each.key: str(getattr(each.value, each.value.WhichOneof("value"))) for each in attributes
+    }
 
 
 @contextlib.contextmanager

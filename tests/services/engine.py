@@ -47,7 +47,7 @@ class EngineServer:
     """One replica. `faults` holds one entry for each coming request; none: all goes well.
 
     Attributes:
-        asked: what came along of an answer, and the body, of each request.
+        requests: what came along of an answer, and the body, of each request.
         tenants: in whose name each came.
         status, whole: what is answered where no stream is asked for; no body: the tokens' text.
     """
@@ -57,7 +57,7 @@ class EngineServer:
     pause_s: float = 0.0
     method: str = "resume"
     faults: list[Fault | None] = field(default_factory=list)
-    asked: list[tuple[Progress | None, bytes]] = field(default_factory=list)
+    requests: list[tuple[Progress | None, bytes]] = field(default_factory=list)
     tenants: list[str] = field(default_factory=list)
     status: int = 200
     whole: bytes = b""
@@ -79,7 +79,7 @@ class EngineServer:
             writer.transport.abort()
 
     @property
-    def found(self) -> tuple[str, dict[str, str]]:
+    def replica(self) -> tuple[str, dict[str, str]]:
         return self.name, {"address": self.address, "token": self.token}
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -110,7 +110,7 @@ class EngineServer:
         if (length := headers.get(CONTINUE_HEADER)) is not None:
             progress = msgspec.json.decode(body[: int(length)], type=Progress)
             body = body[int(length) :]
-        self.asked.append((progress, body))
+        self.requests.append((progress, body))
         self.tenants.append(unquote(headers.get(TENANT_HEADER, "")))
         fault = (self.faults.pop(0) if self.faults else None) or Fault()
         if fault.status is not None:
@@ -169,9 +169,9 @@ class EngineServer:
         return True
 
     def _events(self, progress: Progress | None) -> Iterator[bytes]:
-        known = progress.groups if progress is not None else []
-        start = len(known) if progress is not None and not progress.repeat else 0
-        groups = [*known, *([token] for token in range(len(known), self.length))]
+        expected = progress.groups if progress is not None else []
+        start = len(expected) if progress is not None and not progress.repeat else 0
+        groups = [*expected, *([token] for token in range(len(expected), self.length))]
         assert start <= self.length
         for place, group in enumerate(groups):
             marks = b": how " + self.method.encode() + b"\n" if place == 0 else b""

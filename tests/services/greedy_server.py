@@ -52,12 +52,12 @@ def logprobs(ids: list[int]) -> list[dict[str, Any] | None]:
     prompt = tuple(token for token in ids if token >= _PROMPT)
     answer = ids[len(prompt) :]
     branches = [right(prompt, len(answer)), tied(prompt, len(answer))]
-    found: list[dict[str, Any] | None] = [None for _ in prompt]
+    results: list[dict[str, Any] | None] = [None for _ in prompt]
     for place, token in enumerate(answer):
         likely = [branch[place] for branch in branches if branch[:place] == answer[:place]]
-        entry = {str(one): {"logprob": -0.101 + 0.001 * (one == likely[0])} for one in likely}
-        found.append({str(token): {"logprob": -5.0}, "999999": {"logprob": -0.1}} | entry)
-    return found
+        entry = {str(each): {"logprob": -0.101 + 0.001 * (each == likely[0])} for each in likely}
+        results.append({str(token): {"logprob": -5.0}, "999999": {"logprob": -0.1}} | entry)
+    return results
 
 
 def word(token: int) -> str:
@@ -68,11 +68,11 @@ class Server:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.faults = [fault for fault in options.faults.split(",") if fault]
-        self.asked = self.dealt = 0
+        self.requests = self.dealt = 0
 
     def fault(self) -> str:
-        self.asked += 1
-        past = self.asked - self.options.after
+        self.requests += 1
+        past = self.requests - self.options.after
         if not self.faults or past <= 0 or past % self.options.every:
             return ""
         self.dealt += 1
@@ -89,8 +89,8 @@ class Server:
         prompt, count = body["prompt"], body["max_tokens"]
         ids = [_NUMBERS[each] for each in prompt.split()] if isinstance(prompt, str) else prompt
         if body.get("prompt_logprobs"):
-            said = {"text": "", "finish_reason": "length", "prompt_logprobs": logprobs(ids)}
-            return JSONResponse({"id": "x", "choices": [said], "usage": self.usage(ids, 1)})
+            output = {"text": "", "finish_reason": "length", "prompt_logprobs": logprobs(ids)}
+            return JSONResponse({"id": "x", "choices": [output], "usage": self.usage(ids, 1)})
         fault = self.fault()
         if fault == "refuse":
             return JSONResponse({"error": {"message": "no room"}}, 503)
@@ -152,10 +152,13 @@ class Server:
                     await asyncio.sleep(self.options.pause_s)
                 if fault == "name":
                     name = "second"
-            some = tokens[at : at + _TOGETHER]
+            batch = tokens[at : at + _TOGETHER]
             last = at + _TOGETHER >= len(tokens)
-            said = {"text": "".join(map(word, some)), "finish_reason": "length" if last else None}
-            yield event([{**said, **self.ids(body, some, [] if at else prompt)}])
+            output = {
+                "text": "".join(map(word, batch)),
+                "finish_reason": "length" if last else None,
+            }
+            yield event([{**output, **self.ids(body, batch, [] if at else prompt)}])
         if fault == "finish":
             yield event([{"text": "", "finish_reason": "stop"}])
         if (body.get("stream_options") or {}).get("include_usage"):

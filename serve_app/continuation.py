@@ -56,14 +56,15 @@ class Progress(msgspec.Struct):
         groups: token ids, as they were given out.
         logprobs: of the last group, whose events the client may have only in part.
         finish, stop: why the last group was the last (vLLM's words); None if it was not.
-        repeat: generate all again and compare, instead of going on from the last token.
+        repeat: generate all again and compare, instead of going on from the last token; None: the
+            engine decides, as the answer began in the fast lane, where nobody said it.
     """
 
     groups: list[list[int]] = msgspec.field(default_factory=list)
     logprobs: Logprobs | None = None
     finish: str | None = None
     stop: int | str | None = None
-    repeat: bool = False
+    repeat: bool | None = False
 
     @property
     def tokens(self) -> list[int]:
@@ -102,6 +103,10 @@ class Marks:
 
 class Malformed(Exception):
     """A replica's stream is not what an engine writes, or stops before its end."""
+
+
+class EngineReportedDead(Malformed):
+    """A replica's stream says itself that its engine failed."""
 
 
 class Stream:
@@ -151,8 +156,8 @@ class Stream:
                     event = self._without_marks(event)
                     if not event:
                         continue
-                if not self._repeated(event):
-                    complete.append(self._names.given(event))
+                if (new := self._new(event)) is not None:
+                    complete.append(new)
         except Malformed:
             # It is met again with the next data; what came before it is not lost.
             if not complete:
@@ -160,6 +165,14 @@ class Stream:
             self._rest = event + b"\n\n" + self._rest
         self.sent += len(complete)
         return complete
+
+    def _new(self, event: bytes) -> bytes | None:
+        """What the client is to be sent of an event; None: nothing.
+
+        Raises:
+            Malformed: it is no event of an engine.
+        """
+        return None if self._repeated(event) else self._names.given(event)
 
     def _repeated(self, event: bytes) -> bool:
         """Whether the client has this event already, or its end; notes where the answer ends."""

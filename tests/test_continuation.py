@@ -1,7 +1,7 @@
 """An answer that broke off goes on exactly, whatever it was and wherever it broke off.
 
-A real engine, without Ray: each answer is taken whole, then cut after each of its events, and the
-rest asked for as a gateway would.
+A real engine with both of its front ends, without Ray: each answer is taken whole, then cut after
+some of its events, and the rest asked for as a gateway would.
 """
 
 import asyncio
@@ -9,20 +9,26 @@ import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import msgspec
 import pytest
 import pytest_asyncio
 
 from serve_app.continuation import Method, Stream
+from serve_app.errors import CannotContinue
+from serve_app.gateway.handover import FastStream
+from serve_app.gateway.lanes import known_of
+from serve_app.lanes.fastlane import FastLane
 from serve_app.planning.plan import CPU_DEFAULTS
 from serve_app.replica import forkserver
 from serve_app.replica.backend import CONTINUE_HEADER, TOKEN_HEADER, Backend
 from serve_app.replica.pacing import Pacer
 from serve_app.scaling.signals import Signals
 from tests.server import ENGINE
+
+if TYPE_CHECKING:
+    from serve_app.replica.engine import Engine
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -33,8 +39,9 @@ TOOL = {
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def app(smollm: Path) -> AsyncIterator[Backend]:
+async def engine(smollm: Path) -> AsyncIterator["Engine"]:
     # Only who runs these tests pays for loading vLLM.
+    from serve_app.replica import frontends
     from serve_app.replica.engine import Engine
 
     os.environ.update(
@@ -43,6 +50,7 @@ async def app(smollm: Path) -> AsyncIterator[Backend]:
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         TORCHDYNAMO_DISABLE="1",
     )
+    lane = FastLane("m", "secret", Signals())
     forkserver.start()
     arguments = {
         "model": str(smollm),
@@ -53,9 +61,28 @@ async def app(smollm: Path) -> AsyncIterator[Backend]:
         **CPU_DEFAULTS,
         **ENGINE,
     }
-    engine = Engine.start(arguments, Pacer(0.0), Signals(), continuing=True)
-    yield Backend(await engine.app(), "secret")
+    host = "127.0.0.1" if frontends.binary() is not None else None
+    engine = Engine.start(arguments, Pacer(0.0), Signals(), continuing=True, fast_host=host)
+    yield engine
     engine.stop()
+    lane.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def app(engine: "Engine") -> Backend:
+    return Backend(await engine.app(), "secret")
+
+
+async def ask_fast(engine: "Engine", path: str, body: dict[str, Any]) -> bytes:
+    """The raw stream of the Rust front end, as the gateway asks for it."""
+    if (fast := engine.fast) is None:
+        pytest.skip("vllm-rs is not installed")
+    headers = {"authorization": f"Bearer {fast.token}", "x-request-id": "r"}
+    async with httpx.AsyncClient(base_url=f"http://{fast.host}:{fast.port}") as client:
+        sent = {"return_token_ids": True, **body}
+        answer = await client.post(path, json=sent, headers=headers, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.content
 
 
 async def ask(app: Backend, path: str, body: dict[str, Any], stream: Stream | None = None) -> bytes:
@@ -63,11 +90,9 @@ async def ask(app: Backend, path: str, body: dict[str, Any], stream: Stream | No
     headers = {TOKEN_HEADER: "secret", "content-type": "application/json", "x-request-id": "r"}
     content = json.dumps(body).encode()
     if stream is not None:
-        stream.again()
-        repeat = stream.method is Method.REPEAT
-        expected = msgspec.json.encode(msgspec.structs.replace(stream.progress, repeat=repeat))
-        headers[CONTINUE_HEADER] = str(len(expected))
-        content = expected + content
+        known = known_of(stream)
+        headers[CONTINUE_HEADER] = str(len(known))
+        content = known + content
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
         answer = await client.post(path, content=content, headers=headers, timeout=120)
@@ -260,6 +285,82 @@ async def test_an_answer_goes_on_exactly_from_every_cut(app: Backend, name: str)
             assert len(set(result.pop(key, ()))) == len(set(whole.get(key, ())))
         expected = {k: v for k, v in whole.items() if k not in ("calls", "begun", "items")}
         assert result == expected, f"cut after {cut} of {len(marked)} events"
+
+
+EMOJI = COMPLETION | {"prompt": "Emoji: 🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧 and again: 🦊🐻🐼"}
+USAGE = {"stream_options": {"include_usage": True}}
+# Of the answers above and others those that may take the fast lane.
+FAST: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion": ("/v1/completions", COMPLETION | USAGE),
+    "chat": (
+        "/v1/chat/completions",
+        GREEDY | USAGE | {"messages": CHAT, "max_tokens": 24},
+    ),
+    "characters of several bytes": ("/v1/completions", EMOJI),
+    "the end within a character": ("/v1/completions", EMOJI | USAGE | {"max_tokens": 10}),
+    "a stop string": (
+        "/v1/completions",
+        COMPLETION | USAGE | {"prompt": "1, 2, 3, 4,", "stop": ["9, 10, 11"], "max_tokens": 60},
+    ),
+    "the model's own end": (
+        "/v1/chat/completions",
+        GREEDY | {"messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 200},
+    ),
+    "min_tokens": (
+        "/v1/completions",
+        COMPLETION | {"min_tokens": 20, "ignore_eos": True, "max_tokens": 24},
+    ),
+    "max_tokens of one": ("/v1/completions", COMPLETION | USAGE | {"max_tokens": 1}),
+    "repetition_penalty": ("/v1/completions", COMPLETION | {"repetition_penalty": 1.4}),
+    "presence and frequency": (
+        "/v1/completions",
+        COMPLETION | {"presence_penalty": 0.7, "frequency_penalty": 0.6},
+    ),
+    "a seed": ("/v1/completions", COMPLETION | {"temperature": 0.9, "top_p": 0.95, "seed": 7}),
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+async def test_an_answer_of_the_fast_lane_goes_on_exactly_in_the_full_lane(
+    engine: "Engine", app: Backend, name: str
+) -> None:
+    path, body = FAST[name]
+    raw = await ask_fast(engine, path, body)
+    written = [event + b"\n\n" for event in raw.split(b"\n\n")[:-1]]
+    whole = content(FastStream().events(raw))
+    # An answer that ends inside a character: the full lane drops that part of it.
+    plain = content(Stream().events(await ask(app, path, body)))
+    assert plain["text"] == whole["text"].rstrip("\ufffd")
+    last = len(written) - 1
+    cuts = sorted({1, 2, 3, last // 2, last - 3, last - 2, last - 1, last} & {*range(1, last + 1)})
+    streams = [FastStream() for _ in cuts]
+    firsts = [
+        stream.events(b"".join(written[:cut]) + written[cut][:7])
+        for cut, stream in zip(cuts, streams, strict=True)
+    ]
+    # Where nothing was sent, it is asked again whole.
+    begun = [each for each in zip(cuts, streams, firsts, strict=True) if each[1].sent]
+    rests = await asyncio.gather(*(ask(app, path, body, stream) for _, stream, _ in begun))
+    for (cut, stream, first), rest in zip(begun, rests, strict=True):
+        result = content(first + stream.events(rest))
+        stream.finish()
+        if b"\xef\xbf\xbd" not in b"".join(written[:cut]):
+            result["text"] = result["text"].rstrip("\ufffd")
+            expected = {**whole, "text": whole["text"].rstrip("\ufffd")}
+        else:
+            expected = whole
+        assert result == expected, f"cut after {cut} of {len(written)} events"
+
+
+async def test_an_answer_of_the_fast_lane_that_cannot_go_on_says_so(
+    engine: "Engine", app: Backend
+) -> None:
+    body = COMPLETION | {"temperature": 1.0, "frequency_penalty": 0.5}
+    raw = await ask_fast(engine, "/v1/completions", body)
+    stream = FastStream()
+    assert stream.events(b"".join(event + b"\n\n" for event in raw.split(b"\n\n")[:5]))
+    with pytest.raises(CannotContinue):
+        stream.events(await ask(app, "/v1/completions", body, stream))
 
 
 async def test_an_answer_breaks_off_twice(app: Backend) -> None:

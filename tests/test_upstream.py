@@ -297,3 +297,25 @@ def test_21_vllm_rs_takes_these_options() -> None:
 def test_22_haproxy_closes_what_a_transaction_holds() -> None:
     """tests/lanes/test_door.py shows it: a client that leaves gives its place back."""
     assert "txn:set_priv(socket)" in (ROOT / "serve_app/launch/door.lua").read_text()
+
+
+def test_33_an_answer_is_over_by_this_rule() -> None:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.utils import check_stop
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.request import Request
+
+    assert parameters(check_stop) == ["request", "max_model_len"]
+    params = SamplingParams(max_tokens=3, stop_token_ids=[9])
+    names = {name: None for name in inspect.signature(EngineCoreRequest).parameters}
+    asked = EngineCoreRequest(
+        **names
+        | {"request_id": "r", "prompt_token_ids": [1, 2], "sampling_params": params}
+        | {"arrival_time": 0.0, "priority": 0, "client_index": 0},
+    )
+    for tokens, ended in (([5], None), ([5, 9], ("stop", 9)), ([5, 6, 7], ("length", None))):
+        request = Request.from_engine_core_request(asked, None)
+        request.append_output_token_ids(tokens)
+        over = check_stop(request, 100)
+        found = (str(request.get_finished_reason()), request.stop_reason) if over else None
+        assert found == ended

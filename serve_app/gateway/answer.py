@@ -1,29 +1,10 @@
 """What one client is sent: one response, whichever and however many replicas it comes from."""
 
-from dataclasses import dataclass
-
-import msgspec
 from starlette.types import Message, Send
 
 from serve_app.continuation import Stream
 from serve_app.errors import RequestError
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A response that came in one piece."""
-
-    status: int
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-
-    @property
-    def message(self) -> str:
-        """Of an error in JSON; otherwise the beginning of the body."""
-        try:
-            return str(msgspec.json.decode(self.body)["error"]["message"])
-        except (msgspec.DecodeError, KeyError, TypeError):
-            return self.body[:200].decode("utf-8", "replace")
+from serve_app.gateway.failures import Whole
 
 
 class Answer:
@@ -31,6 +12,7 @@ class Answer:
 
     Attributes:
         begun: there is a status; an error can only be an event now.
+        stream: what is read from the replica that is asked now.
     """
 
     def __init__(self, send: Send) -> None:

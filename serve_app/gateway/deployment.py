@@ -86,7 +86,7 @@ class Gateway:
             return
         self._limited.limits = limits
         for relay in self._relays.values():
-            relay.timeout_s = limits.request_timeout_s
+            relay.limits = limits
 
     def _relay(self, name: str, handle: DeploymentHandle, may_sleep: bool) -> Relay:
         replicas = Fleet()
@@ -99,9 +99,8 @@ class Gateway:
         listen(handle.deployment_name, replace)
         wake = Waker(handle)
         wake()  # A handle learns of its replicas once it is used.
-        timeout_s = self._settings.limits.request_timeout_s
-        gateway = self._settings.gateway
-        return Relay(replicas, router, gateway, timeout_s, name, wake, may_sleep)
+        gateway, limits = self._settings.gateway, self._settings.limits
+        return Relay(replicas, router, gateway, limits, name, wake, may_sleep)
 
     async def __del__(self) -> None:
         """Called by Ray Serve once the requests in flight are done."""

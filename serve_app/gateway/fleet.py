@@ -14,8 +14,31 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
+from serve_app.lanes.capability import Served
+from serve_app.replica.backend import FAST_LANE
+
 # How long a replica that failed is left alone, the first time and at most.
 _AVOID_S, _MOST_AVOID_S = 1.0, 15.0
+
+
+@dataclass(frozen=True)
+class FastLane:
+    """The fast lane of a replica.
+
+    Attributes:
+        door: host:port of the server that lets requests in.
+    """
+
+    door: str
+    served: Served
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> "FastLane | None":
+        """None: the replica has none."""
+        if (given := metadata.get(FAST_LANE)) is None:
+            return None
+        served = Served(frozenset(given["models"]), given["max_model_len"], given["vocabulary"])
+        return cls(given["door"], served)
 
 
 @dataclass(eq=False)
@@ -24,6 +47,7 @@ class Upstream:
 
     Attributes:
         address: host:port of its HTTP server.
+        fast: its fast lane; None: it has the full lane only.
         outstanding: tokens that were sent to it and are not answered, prompts included.
         running: requests that it works on for this gateway.
         failures: in a row.
@@ -33,6 +57,7 @@ class Upstream:
     name: str
     address: str
     token: str
+    fast: FastLane | None = None
     outstanding: int = 0
     running: int = 0
     failures: int = 0
@@ -58,7 +83,8 @@ class Fleet:
         """
         before = self._all
         self._all = {
-            name: before.get(name) or Upstream(name, metadata["address"], metadata["token"])
+            name: before.get(name)
+            or Upstream(name, metadata["address"], metadata["token"], FastLane.of(metadata))
             for name, metadata in replicas
             if "address" in metadata
         }

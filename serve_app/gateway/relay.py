@@ -2,8 +2,9 @@
 
     1  what decides about its way is read from it                        request.py
     2  a replica is chosen                                               routing.py, fleet.py
-    3  the request goes there, its answer comes back event by event      _forward
-    4  the replica fails: the answer goes on with 2, from where it was   continuation.py
+    3  the request goes there, in one of two lanes                       lanes.py
+    4  its answer comes back event by event                              _forward
+    5  the replica fails: the answer goes on with 2, from where it was   continuation.py
 
 Nothing else of a request is looked into: what it means is for the engine to decide. A stream that
 has begun ends with its last event or with an error event, whatever a replica does.
@@ -16,11 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import aiohttp
-import msgspec
 from starlette.types import Send
-from yarl import URL
 
-from serve_app.continuation import Malformed, Method, Stream
+from serve_app.continuation import EngineReportedDead, Malformed, Method, Stream
 from serve_app.errors import (
     CannotContinue,
     GatewayTimeout,
@@ -28,19 +27,19 @@ from serve_app.errors import (
     RequestError,
     Unavailable,
 )
-from serve_app.gateway.answer import Answer, Whole
+from serve_app.gateway.answer import Answer
+from serve_app.gateway.failures import FAILURES, Busy, ReplicaFailed, Whole
 from serve_app.gateway.fleet import Fleet, Upstream
+from serve_app.gateway.lanes import Lane, Lanes
 from serve_app.gateway.request import HOP_HEADERS, Request
 from serve_app.gateway.routing import Candidate, Router
 from serve_app.gateway.visit import Visit, Visits
 from serve_app.observe import metrics
-from serve_app.replica.backend import ABSENT, CONTINUE_HEADER, FAILED_HEADER, TOKEN_HEADER
-from serve_app.settings import Gateway
+from serve_app.observe.meter import LANE_HEADER
+from serve_app.settings import Gateway, Limits
 
 logger = logging.getLogger("serve_app")
 
-# A replica is on the same network: one that does not take a connection within this is not there.
-_CONNECT_S = 2.0
 # How soon those that were full are asked again to go on with an answer.
 _AGAIN_S = 0.2
 # A second death counts against a request unless its answer went on by so many tokens in between.
@@ -51,14 +50,14 @@ class Relay:
     """Passes requests to the replicas of one model.
 
     Args:
-        timeout_s: of a whole request, its attempts and waits together.
+        limits: `request_timeout_s` bounds a whole request, its attempts and waits together.
         model: its name, for metrics.
         wake: called where there is no replica: asks for one.
         may_sleep: whether the model may have no replica (`min: 0`). Then a request waits as long
-            as a start takes, for at most `timeout_s`.
+            as a start takes, for at most `request_timeout_s`.
 
     Attributes:
-        timeout_s: may change while requests run.
+        limits: may change while requests run.
     """
 
     def __init__(
@@ -66,13 +65,13 @@ class Relay:
         replicas: Fleet,
         router: Router,
         settings: Gateway,
-        timeout_s: float,
+        limits: Limits,
         model: str,
         wake: Callable[[], None] = lambda: None,
         may_sleep: bool = False,
     ) -> None:
         self.replicas = replicas
-        self.timeout_s = timeout_s
+        self.limits = limits
         self.may_sleep = may_sleep
         self._router = router
         self._settings = settings
@@ -83,20 +82,14 @@ class Relay:
         metrics.retries.labels(model)
         for kind in FAILURES:
             metrics.failed_attempts.labels(model, kind)
-        for how in ("again", Method.RESUME, Method.REPEAT):
+        for how in ("again", "handover", Method.RESUME, Method.REPEAT):
             metrics.continuations.labels(model, how)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
-            auto_decompress=False,
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            read_bufsize=2**18,
-        )
-        self._visits = Visits(self._session, settings.stall_timeout_s)
+        self._lanes = Lanes(lambda: self.limits)
+        self._visits = Visits(self._lanes.full, settings.stall_timeout_s)
 
     async def close(self) -> None:
         self._visits.close()
-        await self._session.close()
+        await self._lanes.close()
 
     @property
     def takes_requests(self) -> bool:
@@ -105,12 +98,12 @@ class Relay:
 
     async def __call__(self, request: Request, send: Send) -> None:
         """Answer one request. Ray Serve cancels this when the client leaves."""
-        answer = Answer(send)
+        answer, timeout_s = Answer(send), self.limits.request_timeout_s
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await self._serve(request, answer)
         except TimeoutError:
-            error = GatewayTimeout(f"Not finished within {self.timeout_s:g} s.")
+            error = GatewayTimeout(f"Not finished within {timeout_s:g} s.")
             await answer.fail(error, request.path)
         except RequestError as error:
             await answer.fail(error, request.path)
@@ -155,9 +148,7 @@ class Relay:
                     "replica %s failed: %s", replica.name, failure, extra={"request_id": request.id}
                 )
                 self._may_go_on(failure, request, answer.stream, went_on)
-                stream = answer.stream
-                how = str(stream.method) if stream.sent and stream.method else "again"
-                metrics.continuations.labels(self._model, how).inc()
+                metrics.continuations.labels(self._model, _how(answer.stream)).inc()
 
     def _may_go_on(
         self, failure: "ReplicaFailed", request: Request, stream: Stream, went_on: bool
@@ -187,7 +178,7 @@ class Relay:
         if not len(self.replicas):
             self._wake()
             if self.may_sleep:
-                timeout_s = self.timeout_s
+                timeout_s = self.limits.request_timeout_s
         with metrics.unplaced.labels(self._model).track_inprogress():
             ready = await self.replicas.wait_until_ready(timeout_s, request.tried)
         if not ready:
@@ -206,17 +197,13 @@ class Relay:
             ReplicaFailed: the answer did not come, or not to its end.
             CannotContinue: the replica refuses to continue the answer.
         """
-        headers, body = _sent(request, answer.stream, replica)
-        url = URL(f"http://{replica.address}{request.path}", encoded=True)
         with self._visits.visit(replica) as visit:
             try:
                 async with (
                     visit.limit,
-                    self._session.request(
-                        request.method, url, data=body, headers=headers
-                    ) as response,
+                    self._lanes.ask(visit, request, answer) as (lane, response),
                 ):
-                    await _received(response, answer, visit)
+                    await _received(response, lane, answer, visit)
             except aiohttp.ClientConnectorError as error:
                 raise ReplicaFailed(
                     f"it takes no connection: {error.os_error}", "connection"
@@ -225,6 +212,8 @@ class Relay:
                 if not answer.stream.ended:
                     raise ReplicaFailed(f"{type(error).__name__}: {error}") from error
                 await answer.end()
+            except EngineReportedDead as error:
+                raise ReplicaFailed(f"its engine failed: {error}") from error
             except Malformed as error:
                 raise ReplicaFailed(f"its stream is malformed: {error}", "malformed") from error
             except TimeoutError as error:
@@ -233,18 +222,16 @@ class Relay:
                 raise ReplicaFailed("it fell silent", "silent") from error
 
 
-async def _received(response: aiohttp.ClientResponse, answer: Answer, visit: Visit) -> None:
+async def _received(
+    response: aiohttp.ClientResponse, lane: Lane, answer: Answer, visit: Visit
+) -> None:
     """Pass a replica's response on to the client.
 
     Raises:
-        Busy, ReplicaFailed, CannotContinue: it is none that the client can be sent.
+        Busy, CannotContinue: it is none that the client can be sent.
         Malformed: it is a stream that an engine does not write.
     """
-    if (how := response.headers.get(FAILED_HEADER)) is not None:
-        if how == ABSENT:
-            raise ReplicaFailed("its engine is being started anew", "connection")
-        raise ReplicaFailed("its engine failed")
-    headers = _forwarded_headers(response)
+    headers = [*_forwarded_headers(response), (LANE_HEADER, lane.encode())]
     if response.content_type != "text/event-stream":
         whole = Whole(response.status, headers, await response.read())
         if response.status in (429, 503):
@@ -265,33 +252,11 @@ async def _received(response: aiohttp.ClientResponse, answer: Answer, visit: Vis
     await answer.end()
 
 
-class Busy(Exception):
-    """A replica takes nothing now: what it said, for when all say so."""
-
-    def __init__(self, refusal: Whole) -> None:
-        super().__init__(f"status {refusal.status}")
-        self.refusal = refusal
-
-
-FAILURES = ("connection", "died", "malformed", "silent")
-
-
-class ReplicaFailed(Exception):
-    """A replica did not answer to the end.
-
-    Attributes:
-        kind: how, one of FAILURES; "connection": it takes none; "silent": it was given up.
-    """
-
-    def __init__(self, why: str, kind: str = "died") -> None:
-        super().__init__(why)
-        self.kind = kind
-
-    @property
-    def died(self) -> bool:
-        """Whether it may have been this request that ended it. All requests of a silent replica
-        fall silent, so that says nothing of one of them."""
-        return self.kind in ("died", "malformed")
+def _how(stream: Stream) -> str:
+    """How an answer goes on, for metrics. Of one from the fast lane only the next engine knows."""
+    if not stream.sent:
+        return "again"
+    return str(stream.method) if stream.method else "handover"
 
 
 @contextlib.contextmanager
@@ -303,20 +268,6 @@ def _carrying(replica: Upstream, request: Request) -> Iterator[None]:
     finally:
         replica.outstanding -= request.tokens
         replica.running -= 1
-
-
-def _sent(
-    request: Request, stream: Stream, replica: Upstream
-) -> tuple[list[tuple[str, str]], bytes]:
-    """Headers and body for a replica; with what is known of the answer, if it has begun."""
-    headers, body = [*request.headers, (TOKEN_HEADER, replica.token)], request.body
-    stream.again()
-    if stream.sent:
-        progress = msgspec.structs.replace(stream.progress, repeat=stream.method is Method.REPEAT)
-        encoded = msgspec.json.encode(progress)
-        headers.append((CONTINUE_HEADER, str(len(encoded))))
-        body = encoded + body
-    return headers, body
 
 
 def _forwarded_headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:

@@ -1,6 +1,7 @@
 """A request on its way through the gateway: what a replica is sent, and what routing goes by."""
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
@@ -31,7 +32,9 @@ class Request:
 
     Attributes:
         path: with its query.
+        given: the client's headers, by their names in lower case.
         model: the name in its body; None: it has none.
+        stream: whether the answer is to come as a stream.
         keys, session: what routing goes by.
         tokens: what it is expected to cost a replica: prompt and answer.
         deaths: replicas that died under it, less those that it was innocent of.
@@ -44,7 +47,9 @@ class Request:
     path: str
     headers: list[tuple[str, str]]
     body: bytes
+    given: Mapping[bytes, bytes] = field(default_factory=dict)
     model: str | None = None
+    stream: bool = False
     keys: tuple[int, ...] = ()
     session: str | None = None
     tokens: int = 0
@@ -71,7 +76,8 @@ class Request:
         path = raw.decode("latin-1").partition("?")[0] + (f"?{query}" if query else "")
         parsed = _reading(scope, body)
         header = _text(given.get(session_header.encode(), b""))
-        made = cls(request_id, scope["method"], path, headers, body, model=parsed.model)
+        made = cls(request_id, scope["method"], path, headers, body, given, parsed.model)
+        made.stream = parsed.stream
         made.session = header or parsed.session
         if parsed.sequences:
             # The KV cache of an adapter is not the one of its model, or of another adapter.

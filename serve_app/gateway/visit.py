@@ -24,12 +24,22 @@ class Visit:
 
     Attributes:
         limit: its time there; has expired once the visit was given up.
+        frontend: host:port of vllm-rs, where it is there.
         sending: the client is being sent what has come: broken off now, that would be lost.
     """
 
     replica: Upstream
     limit: asyncio.Timeout
+    frontend: str | None = None
     sending: bool = False
+
+    @property
+    def watched(self) -> "_Watched":
+        return self.replica, self.frontend
+
+
+# What is pinged: a replica, and its vllm-rs for those that are there.
+_Watched = tuple[Upstream, str | None]
 
 
 class Visits:
@@ -58,26 +68,29 @@ class Visits:
             self._all.discard(made)
 
     async def _give_up_what_stalls(self) -> None:
-        pings: dict[Upstream, asyncio.Task[bool]] = {}
+        pings: dict[_Watched, asyncio.Task[bool]] = {}
         while True:
             await asyncio.sleep(min(1.0, self._stall_timeout_s / 4))
-            for replica in {visit.replica for visit in self._all} - pings.keys():
-                pings[replica] = asyncio.create_task(self.alive(replica))
-            lost = {r for r, ping in pings.items() if ping.done() and not ping.result()}
-            pings = {replica: ping for replica, ping in pings.items() if not ping.done()}
+            for watched in {visit.watched for visit in self._all} - pings.keys():
+                pings[watched] = asyncio.create_task(self.alive(*watched))
+            lost = {w for w, ping in pings.items() if ping.done() and not ping.result()}
+            pings = {watched: ping for watched, ping in pings.items() if not ping.done()}
             for visit in self._all:
-                if visit.replica in lost and not visit.sending:
+                if visit.watched in lost and not visit.sending:
                     visit.limit.reschedule(0)
 
-    async def alive(self, replica: Upstream) -> bool:
-        """Whether a replica answers a ping, and its engine has not been stalled for too long."""
+    async def alive(self, replica: Upstream, frontend: str | None = None) -> bool:
+        """Whether a replica, and its vllm-rs where that is named, answers a ping, and its engine
+        has not been stalled for too long."""
         url, headers = f"http://{replica.address}/ping", {TOKEN_HEADER: replica.token}
         try:
-            async with (
-                asyncio.timeout(self._stall_timeout_s),
-                self._session.get(url, headers=headers) as response,
-            ):
-                return float(response.headers.get(STALLED_HEADER, 0)) <= self._stall_timeout_s
+            async with asyncio.timeout(self._stall_timeout_s):
+                if frontend is not None:
+                    async with self._session.get(f"http://{frontend}/health"):
+                        pass
+                async with self._session.get(url, headers=headers) as response:
+                    stalled_s = float(response.headers.get(STALLED_HEADER, 0))
+                    return stalled_s <= self._stall_timeout_s
         except TimeoutError:
             return False
         except (aiohttp.ClientError, OSError, ValueError):

@@ -38,8 +38,8 @@ logger = logging.getLogger("serve_app")
 
 # Header with the secret, and the path at which a replica's own server says where its door is.
 SECRET_HEADER, PATH = b"x-door", "/-/door"
-# Headers of a request, and the body that HAProxy keeps in its buffer.
-_LARGEST_BYTES = 2**18
+# Headers and body of a request together, at most.
+LARGEST_BYTES = 2**18
 # How long the engine may take to report a request that HAProxy is done with.
 _REPORT_S = 2.0
 
@@ -270,7 +270,7 @@ class _Connection(asyncio.Protocol):
         try:
             self._request = parse(self._data)
             if self._request is None:
-                if len(self._data) > _LARGEST_BYTES:
+                if len(self._data) > LARGEST_BYTES:
                     raise ValueError("too large")
                 return
         except ValueError:

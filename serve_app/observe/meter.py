@@ -25,6 +25,8 @@ from serve_app.observe.tracing import Tracer
 from serve_app.settings import Replicas
 
 ID_HEADER = b"x-request-id"
+# Of an answer, where something behind this gate knows it better: fast or python.
+LANE_HEADER = b"x-serve-lane"
 # So much of an id that a client sent is in logs and traces.
 _MOST_ID_CHARACTERS = 1024
 
@@ -127,7 +129,7 @@ class _Answer:
         first_s: until the first output of a stream: text, reasoning, a tool call.
         events: pieces of a stream, from its first output on.
         left: the client left before its end.
-        lane: fast, where the answer did not pass through this process.
+        lane: which of vLLM's front ends began it.
     """
 
     lane = "python"
@@ -166,11 +168,9 @@ class _Answer:
         if (timeline := message.get("timeline")) is not None:
             self._follow(timeline, message["body"])
         elif message["type"] == "http.response.start":
-            self.status = message["status"]
-            self._streaming = any(
-                name == b"content-type" and value.startswith(b"text/event-stream")
-                for name, value in message["headers"]
-            )
+            self.status, headers = message["status"], dict(message["headers"])
+            self._streaming = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            self.lane = headers.get(LANE_HEADER, b"python").decode()
         else:
             self._over = not message.get("more_body", False)
             body = message.get("body", b"")

@@ -37,6 +37,8 @@ TENANT_HEADER = "x-tenant"
 # Of an answer that is none: the engine failed before it began, or is not there at all.
 FAILED_HEADER = "x-engine-failed"
 DIED, ABSENT = "died", "absent"
+# In the metadata of a replica that has a fast lane: where its door is, and what it serves.
+FAST_LANE = "fast_lane"
 
 
 @dataclass

@@ -7,6 +7,7 @@ gateway (gateway.py), with a server of its own (backend.py).
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from serve_app.gates.front import front
 from serve_app.gates.keys import KeyGate, check_exposure
 from serve_app.gates.limits import LimitGate
 from serve_app.gates.refusal import RefusalGate
-from serve_app.lanes.door import Locator
+from serve_app.lanes.door import Door, Locator
 from serve_app.lanes.fastlane import FastLane
 from serve_app.launch.haproxy import SECRET_VARIABLE
 from serve_app.observe import logs, metrics, tracing
@@ -29,7 +30,7 @@ from serve_app.planning import kernels
 from serve_app.planning.plan import Plan
 from serve_app.progress import READY, reported, say, stage
 from serve_app.replica import forkserver
-from serve_app.replica.backend import Server
+from serve_app.replica.backend import FAST_LANE, Backend, Server
 from serve_app.replica.pacing import Pacer
 from serve_app.replica.supervisor import Reaper, Supervisor
 from serve_app.scaling import autoscaler
@@ -82,9 +83,35 @@ class _Engine:
                 )
                 self._loaded_s = time.monotonic() - began_s
 
+    def _secret(self) -> str | None:
+        """What is said at the door of the fast lane; None: nobody could ask there."""
+        raise NotImplementedError
+
     def _fast_host(self) -> str | None:
         """The address for a Rust front end; None: this replica has none."""
-        return None
+        settings = self._settings
+        if settings.lane == "python" or (secret := self._secret()) is None:
+            return None
+        if not settings.replicas.fixed and not settings.replicas.follow_slo:
+            say("no fast lane: Ray Serve's own autoscaling policy would not see its requests")
+            return None
+        self._fast_lane = FastLane(self._model, secret, self._signals)
+        return str(ray.util.get_node_ip_address())
+
+    async def _open_door(self, within: Callable[[ASGIApp], ASGIApp]) -> Door | None:
+        """Let requests into the fast lane; None: this replica has none.
+
+        Args:
+            within: puts what is in front of the gates around them.
+        """
+        lane = self._fast_lane
+        if lane is None or self._engine.fast is None:
+            return None
+        gates = self._gates(
+            lane.grant(self._engine, lambda: self._settings.limits.request_timeout_s)
+        )
+        host = str(ray.util.get_node_ip_address())
+        return await lane.open(within(gates), host, lambda: gates.limits)
 
     async def _stack(self) -> ASGIApp:
         """The engine's application behind its limits, once an answer was generated."""
@@ -204,6 +231,11 @@ class _Engine:
         )
         return autoscaler.report(load)
 
+    async def _leave_fast_lane(self) -> None:
+        """Let nobody else in, and return once those who were let in are answered."""
+        if self._fast_lane is not None:
+            await self._fast_lane.drain(self._plan.leave_s(self._settings))
+
     def _end(self) -> None:
         """Leave no process behind."""
         if (watch := getattr(self, "_watch", None)) is not None:
@@ -231,46 +263,29 @@ class Replica(_Engine):
         """Called by Ray Serve once the constructor is done; ready when this returns."""
         gated = KeyGate(await self._stack(), self._keys)
         app = self._gate(front(gated, self._settings.engine), counted=True)
-        if self._fast_lane is None or self._engine.fast is None:
-            return app
-        return await self._open_door(app, self._fast_lane)
+        door = await self._open_door(
+            lambda gates: self._gate(KeyGate(gates, self._keys), counted=True)
+        )
+        return app if door is None else Locator(app, door)
 
     def _of_tenants(self, app: ASGIApp) -> ASGIApp:
         return gated(app, self._keys, self._model)
 
-    def _fast_host(self) -> str | None:
+    def _secret(self) -> str | None:
         secret = os.environ.get(SECRET_VARIABLE)
-        settings = self._settings
-        if settings.lane == "python":
-            return None
         if not secret:
             say(
                 f"no fast lane: {SECRET_VARIABLE} is not set in the environment of Ray, or HAProxy "
                 "is off; Python answers every request"
             )
-            return None
-        if not settings.replicas.fixed and not settings.replicas.follow_slo:
-            say("no fast lane: Ray Serve's own autoscaling policy would not see its requests")
-            return None
-        self._fast_lane = FastLane(self._plan.served_model_name, secret, self._signals)
-        return str(ray.util.get_node_ip_address())
-
-    async def _open_door(self, app: ASGIApp, lane: FastLane) -> ASGIApp:
-        """The same application, which also says where the door to the fast lane is."""
-        grant = lane.grant(self._engine, lambda: self._settings.limits.request_timeout_s)
-        self._fast_gates = self._gates(grant)
-        gated = self._gate(KeyGate(self._fast_gates, self._keys), counted=True)
-        host = ray.util.get_node_ip_address()
-        door = await lane.open(gated, host, lambda: self._fast_gates.limits)
-        return Locator(app, door)
+        return secret or None
 
     async def __del__(self) -> None:
         """Called by Ray Serve once the requests in flight are done.
 
         Serve does not know of the requests of the fast lane that are still here.
         """
-        if self._fast_lane is not None:
-            await self._fast_lane.drain(self._plan.leave_s(self._settings))
+        await self._leave_fast_lane()
         self._end()
 
 
@@ -285,12 +300,28 @@ class GatewayReplica(_Engine):
         self._load(settings, plan)
         # The gateway counts.
         app = self._gate(await self._stack(), counted=False)
-        supervisor = self._supervisor
+        supervisor, token = self._supervisor, self._server.token
+        self._door = await self._open_door(
+            lambda gates: Backend(
+                self._gate(gates, counted=False), token, lambda: supervisor.healthy
+            )
+        )
         self._server.start(app, lambda: supervisor.healthy, lambda: supervisor.stalled_s)
 
-    def record_replica_metadata(self) -> dict[str, str]:
+    def _secret(self) -> str | None:
+        return self._server.token
+
+    def record_replica_metadata(self) -> dict[str, Any]:
         """Called by Ray Serve once; the gateways are told."""
-        return {"address": self._server.address, "token": self._server.token}
+        told: dict[str, Any] = {"address": self._server.address, "token": self._server.token}
+        if self._door is not None:
+            told[FAST_LANE] = {
+                "door": self._door.address,
+                "models": [self._model],
+                "max_model_len": self._engine.max_model_len,
+                "vocabulary": self._engine.vocabulary,
+            }
+        return told
 
     async def wake(self) -> None:
         """Nothing. That a call waits makes Ray Serve start a replica where there is none."""
@@ -301,5 +332,5 @@ class GatewayReplica(_Engine):
         Serve does not know of the requests that are still here.
         """
         if (server := getattr(self, "_server", None)) is not None:
-            await server.drain(self._leave_s)
+            await asyncio.gather(server.drain(self._leave_s), self._leave_fast_lane())
         self._end()

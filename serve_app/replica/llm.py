@@ -14,10 +14,12 @@ import numpy as np
 import vllm.v1.engine.async_llm as async_llm
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.outputs import LogprobsLists
+from vllm.v1.request import Request
 
 from serve_app.continuation import Logprobs, Method, Progress
 from serve_app.gates.keys import tenant
@@ -117,16 +119,36 @@ class ContinuingLLM(CountingLLM):
             await super()._add_request(request, prompt, parent_req, index, queue)
             return
         progress, current.progress = current.progress, None
+        method = _method(request.sampling_params)
+        if progress.repeat is None and progress.groups and method is Method.NEVER:
+            raise NotTheSame("This answer cannot go on exactly where it broke off.")
         self.check_admission(request_id=request.request_id)
         self.output_processor.add_request(request, prompt, parent_req, index, queue)
+        if progress.finish is None:
+            progress.finish, progress.stop = self._ended(request, progress.tokens)
         if self._replay(request, progress, current, queue):
             return
-        if progress.repeat:
+        if progress.repeat or (progress.repeat is None and method is Method.REPEAT):
             current.repeating = request.request_id
             self._due[request.request_id] = deque(progress.tokens)
         else:
             request = _after(request, progress.tokens)
         await self.engine_core.add_request_async(request)
+
+    def _ended(
+        self, request: EngineCoreRequest, tokens: list[int]
+    ) -> tuple[str | None, int | str | None]:
+        """Finish and stop reason of an answer that is over with these tokens, by vLLM's own rule.
+
+        The fast lane says them in an event of their own, which may not have come.
+        """
+        if not tokens:
+            return None, None
+        scheduled = Request.from_engine_core_request(request, None)
+        scheduled.append_output_token_ids(tokens)
+        if not check_stop(scheduled, self.model_config.max_model_len):
+            return None, None
+        return str(scheduled.get_finished_reason()), scheduled.stop_reason
 
     def _replay(
         self,

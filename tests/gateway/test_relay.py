@@ -18,8 +18,9 @@ from serve_app.gateway.fleet import Fleet as Upstreams
 from serve_app.gateway.fleet import Upstream
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.request import Request
+from serve_app.lanes import capability
 from serve_app.replica.backend import Server, exchange
-from serve_app.settings import Gateway
+from serve_app.settings import Gateway, Limits
 from tests.services.engine import EngineServer, Fault
 
 WHOLE = "".join(f"{token} " for token in range(10))
@@ -56,7 +57,8 @@ class Client:
 
     @property
     def text(self) -> str:
-        return "".join(event.get("text", "") for event in self.events if event != b"[DONE]")
+        choices = [event.get("choices", [{}])[0] for event in self.events if event != b"[DONE]"]
+        return "".join(choice.get("text", "") for choice in choices)
 
     @property
     def error(self) -> str:
@@ -90,7 +92,8 @@ class Fleet:
         given = {"stall_timeout_s": 0.6, "replica_timeout_s": 0.5, "routing": "least_outstanding"}
         self.settings = Gateway(**{**given, **settings})
         router = routing.make(self.settings.routing, random.Random(1))
-        self.relay = Relay(self.replicas, router, self.settings, 20.0, "m", self._wake)
+        limits = Limits(request_timeout_s=20.0)
+        self.relay = Relay(self.replicas, router, self.settings, limits, "m", self._wake)
 
     def _wake(self) -> None:
         self.woken += 1
@@ -248,7 +251,7 @@ async def test_a_response_that_ends_without_its_last_event_goes_on_elsewhere() -
 
 async def test_marks_that_cannot_be_read_cost_a_healthy_stream_nothing() -> None:
     odd = b': how resume\n: t 4\n: l [[[[4, "?"]], 1]]\n'
-    event = b'data: {"id": "a-0", "created": 97, "text": "4 "}\n\n'
+    event = b'data: {"id": "a-0", "created": 97, "choices": [{"text": "4 "}]}\n\n'
     engine = EngineServer("a", faults=[Fault(instead={4: odd + event})])
     async with fleet(engine) as there:
         assert (await there.ask()).text == WHOLE
@@ -511,3 +514,176 @@ def test_what_a_request_is_taken_to_cost(path: str, body: dict[str, Any], tokens
 def test_progress_survives_its_journey() -> None:
     progress = Progress(groups=[[1], [2, 3]], finish="stop", stop="x", repeat=True)
     assert msgspec.json.decode(msgspec.json.encode(progress), type=Progress) == progress
+
+
+# The fast lane.
+
+
+@pytest.mark.parametrize("method", ["resume", "repeat"])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("cut", range(13))
+async def test_a_fast_stream_goes_on_in_the_full_lane(method: str, half: bool, cut: int) -> None:
+    bad = EngineServer("a", fast=True, faults=[Fault(cut_after=cut, half=half)])
+    good = EngineServer("b", fast=True, method=method)
+    async with fleet(bad, good) as there:
+        client = await _first_to(there, bad)
+        assert bad.places == bad.left_places == 1
+    assert client.text == WHOLE
+    assert client.headers[b"x-serve-lane"] == (b"fast" if cut else b"python")
+    assert client.events.count(b"[DONE]") == 1
+    assert b"token_ids" not in client.body
+    said = client.events[:-1]
+    assert [each["choices"][0]["finish_reason"] for each in said if each["choices"]].count(
+        "length"
+    ) == 1
+    assert len({(each["id"], each["created"]) for each in said}) == 1
+    assert not bad.requests
+    assert not good.fast_asked
+    ((progress, body),) = good.requests
+    assert "return_token_ids" not in json.loads(body)
+    if cut < 3:  # The first event is of the prompt's ids, and is not the client's.
+        assert progress is None or progress.groups == [[0]]
+    else:
+        tokens = [[token] for token in range(min(cut - 1, 10))]
+        assert progress == Progress(tokens, finish="length" if cut == 12 else None, repeat=None)
+
+
+async def test_a_request_takes_the_fast_lane_of_the_replica_that_was_chosen() -> None:
+    engine = EngineServer("a", fast=True)
+    async with fleet(engine) as there:
+        client = await there.ask(max_tokens=4)
+    assert client.text == WHOLE
+    assert client.headers[b"x-serve-lane"] == b"fast"
+    assert not engine.requests
+    (sent,) = engine.fast_asked
+    assert json.loads(sent) == {
+        "return_token_ids": True,
+        **{"model": "m", "prompt": "p", "stream": True, "max_tokens": 4},
+    }
+    assert engine.places == engine.left_places == 1
+
+
+async def test_an_answer_in_one_piece_passes_through_as_it_is() -> None:
+    engine = EngineServer("a", fast=True)
+    async with fleet(engine) as there:
+        client = await there.ask(stream=False)
+    assert json.loads(client.body)["text"] == WHOLE
+    assert client.headers[b"x-serve-lane"] == b"fast"
+    assert json.loads(engine.fast_asked[0]) == {"model": "m", "prompt": "p", "stream": False}
+    assert engine.left_places == 1
+
+
+@pytest.mark.parametrize(
+    "more", [{"n": 2}, {"unknown": 1}, {"model": "other"}, {"max_tokens": 5000}, {"prompt": ["a"]}]
+)
+async def test_what_the_table_does_not_have_takes_the_full_lane(more: dict[str, Any]) -> None:
+    engine = EngineServer("a", fast=True)
+    async with fleet(engine) as there:
+        client = await there.ask(**more)
+    assert client.text == WHOLE
+    assert client.headers[b"x-serve-lane"] == b"python"
+    assert not engine.places
+    assert not engine.fast_asked
+
+
+async def test_a_stream_of_more_than_text_takes_the_full_lane(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the table lets in: its events could not be continued by their text."""
+    monkeypatch.setattr(capability, "obstacle", lambda *_: None)
+    engine = EngineServer("a", fast=True)
+    async with fleet(engine) as there:
+        for more in ({"logprobs": 2}, {"return_token_ids": True}, {"tools": []}, {"echo": True}):
+            assert (await there.ask(**more)).headers[b"x-serve-lane"] == b"python"
+        client = await there.ask(stream=False, logprobs=2)
+    assert client.headers[b"x-serve-lane"] == b"fast"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_the_fast_lane_refuses_the_full_lane_answers(stream: bool) -> None:
+    engine = EngineServer("a", fast=True, fast_status=400)
+    async with fleet(engine) as there:
+        client = await there.ask(stream=stream)
+    assert client.headers[b"x-serve-lane"] == b"python"
+    assert WHOLE in (client.text if stream else client.body.decode())
+    assert engine.left_places == 1
+
+
+async def test_the_door_may_send_a_request_to_the_full_lane() -> None:
+    engine = EngineServer("a", fast=True, door=[b"full\n", b"refuse 413 0 2\n{}"])
+    async with fleet(engine) as there:
+        for _ in range(2):
+            assert (await there.ask()).headers[b"x-serve-lane"] == b"python"
+        assert (await there.ask()).headers[b"x-serve-lane"] == b"fast"
+
+
+REFUSED = b"refuse 429 16 12\nretry-after: 7\r\n" + b'{"error":{}}'
+ABSENT_ENGINE = b"refuse 502 25 0\nx-engine-failed: absent\r\n"
+
+
+@pytest.mark.parametrize("answer", [REFUSED, ABSENT_ENGINE, b""])
+async def test_what_the_door_refuses_is_asked_elsewhere(answer: bytes) -> None:
+    first, second = EngineServer("a", fast=True, door=[answer]), EngineServer("b", fast=True)
+    async with fleet(first, second) as there:
+        client = await _first_to(there, first)
+        avoided = len(there.replicas.ready()) == 1
+    assert client.text == WHOLE
+    assert not first.requests
+    assert avoided == (answer != REFUSED), "a replica that is only full is not avoided"
+
+
+async def test_a_refusal_of_every_door_is_the_answer() -> None:
+    engines = [EngineServer(name, fast=True, door=[REFUSED]) for name in "ab"]
+    async with fleet(*engines) as there:
+        client = await there.ask()
+    assert client.status == 429
+    assert client.headers[b"retry-after"] == b"7"
+
+
+async def test_an_error_of_the_fast_lane_is_not_the_clients() -> None:
+    bad, good = EngineServer("a", fast=True, faults=[Fault(error_after=5)]), EngineServer("b")
+    async with fleet(bad, good) as there:
+        client = await _first_to(there, bad)
+    assert client.text == WHOLE
+    assert b"told to" not in client.body
+
+
+@pytest.mark.parametrize("after", [0, 5])
+async def test_a_front_end_that_hangs_is_left(after: int) -> None:
+    """Its replica answers, and its engine works."""
+    bad = EngineServer("a", fast=True, faults=[Fault(stall_after=after)], fast_deaf=True)
+    async with fleet(bad, EngineServer("b")) as there:
+        client = await _first_to(there, bad)
+    assert client.text == WHOLE
+    assert bad.left_places == 1
+
+
+async def test_a_client_that_leaves_gives_back_its_place() -> None:
+    engine = EngineServer("a", length=900, pause_s=0.01, fast=True)
+    async with fleet(engine) as there:
+        client = Client()
+        ask = asyncio.create_task(there.ask(client))
+        await client.news.wait()
+        ask.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await ask
+        async with asyncio.timeout(5):
+            while not (engine.left and engine.left_places):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+async def test_the_client_s_key_stays_with_the_gateway() -> None:
+    """The Rust front end is asked with the replica's token alone."""
+    engine = EngineServer("a", fast=True)
+    async with fleet(engine) as there:
+        scope: Scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        scope["headers"] = [
+            (b"content-type", b"application/json"),
+            (b"authorization", b"Bearer sk-ann"),
+            (b"x-api-key", b"sk-ann"),
+        ]
+        client = Client()
+        body = b'{"model":"m","prompt":"p","stream":true}'
+        await there.relay(Request.of(scope, body, "x-session-id"), client.send)
+    assert client.headers[b"x-serve-lane"] == b"fast"
+    assert client.text == WHOLE

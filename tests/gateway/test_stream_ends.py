@@ -55,6 +55,7 @@ FAULTS = st.one_of(
         instead=st.dictionaries(PLACES, GARBAGE, max_size=3),
     ),
 )
+METHODS = st.sampled_from(["resume", "repeat", "never"])
 FLEETS = st.lists(st.lists(FAULTS, max_size=3), min_size=1, max_size=3)
 # Of these no part of the stream is changed: where such a stream is called complete, it is.
 HONEST = st.lists(
@@ -62,10 +63,12 @@ HONEST = st.lists(
 )
 
 
-def relayed(faults: list[list[Fault]], method: str, **relay: Any) -> tuple[Client, dict[str, Any]]:
+def relayed(
+    faults: list[list[Fault]], method: str, fast: bool, **relay: Any
+) -> tuple[Client, dict[str, Any]]:
     """What a client sees of one stream, and the line in the log."""
     engines = [
-        EngineServer(f"e{place}", length=LENGTH, method=method, faults=list(each))
+        EngineServer(f"e{place}", length=LENGTH, method=method, faults=list(each), fast=fast)
         for place, each in enumerate(faults)
     ]
     written = io.StringIO()
@@ -76,10 +79,12 @@ def relayed(faults: list[list[Fault]], method: str, **relay: Any) -> tuple[Clien
             await metered(there, written)(SCOPE, _receive, client.send)
 
     asyncio.run(asyncio.wait_for(run(), 60))
+    assert all(engine.places == engine.left_places for engine in engines), "a place is kept"
     return client, json.loads(written.getvalue().splitlines()[-1])
 
 
-SCOPE: Scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+SCOPE: Scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+SCOPE["headers"] = [(b"content-type", b"application/json")]
 
 
 async def _receive() -> dict[str, Any]:
@@ -98,13 +103,14 @@ SLOW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCh
 
 
 @SLOW
-@given(FLEETS, st.sampled_from(["resume", "repeat", "never"]), st.integers(1, 4))
+@given(FLEETS, METHODS, st.booleans(), st.integers(1, 4))
 def test_a_stream_ends_with_its_last_event_or_an_error(
-    faults: list[list[Fault]], method: str, max_deaths: int
+    faults: list[list[Fault]], method: str, fast: bool, max_deaths: int
 ) -> None:
-    client, line = relayed(faults, method, max_deaths=max_deaths)
+    client, line = relayed(faults, method, fast, max_deaths=max_deaths)
     assert client.over
     assert b": how" not in client.body
+    assert b"token_ids" not in client.body
     if client.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
         assert client.body.endswith(b"\n\n")
         events = client.body.split(b"\n\n")[:-1]
@@ -119,17 +125,19 @@ def test_a_stream_ends_with_its_last_event_or_an_error(
 
 
 @SLOW
-@given(HONEST, st.sampled_from(["resume", "repeat", "never"]), st.integers(1, 4))
+@given(HONEST, METHODS, st.booleans(), st.integers(1, 4))
 def test_what_a_client_is_sent_is_a_part_of_the_right_answer_and_all_of_it_if_it_ends_well(
-    faults: list[list[Fault]], method: str, max_deaths: int
+    faults: list[list[Fault]], method: str, fast: bool, max_deaths: int
 ) -> None:
-    client, line = relayed(faults, method, max_deaths=max_deaths)
+    client, line = relayed(faults, method, fast, max_deaths=max_deaths)
     if not client.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
         return
     assert WHOLE.startswith(client.text)
     assert client.events.count(b"[DONE]") <= 1
     if line["status"] == 200:
         assert client.text == WHOLE
+        ends = [event["choices"][0]["finish_reason"] for event in client.events[:-1]]
+        assert [end for end in ends if end] == ["length"]
         names = {(event["id"], event["created"]) for event in client.events[:-1]}
         assert len(names) == 1, "two answers in one"
 

@@ -2,6 +2,10 @@
 
 Its answer to any request is the same: `length` tokens, one an event, whose text is their number. It
 goes on with an answer where a `Progress` is sent along, as an engine would.
+
+With `fast` it has a door and a Rust front end as well, on the same port, whose streams are written
+as vllm-rs writes them: ids in the events, a first event for the prompt's, an end of its own; and a
+part of each token's text is held back until the next one.
 """
 
 import asyncio
@@ -9,12 +13,19 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import unquote
 
 import msgspec
 
 from serve_app.continuation import Progress
-from serve_app.replica.backend import CONTINUE_HEADER, STALLED_HEADER, TENANT_HEADER, TOKEN_HEADER
+from serve_app.replica.backend import (
+    CONTINUE_HEADER,
+    FAST_LANE,
+    STALLED_HEADER,
+    TENANT_HEADER,
+    TOKEN_HEADER,
+)
 
 
 @dataclass
@@ -49,6 +60,10 @@ class EngineServer:
     Attributes:
         requests: what came along of an answer, and the body, of each request.
         tenants: in whose name each came.
+        fast: whether it has a fast lane.
+        fast_asked: the body of each request that came to the Rust front end.
+        places, left_places: connections to the door that were granted, and how many of them ended.
+        door: what the door says instead of a grant, for each coming request.
         status, whole: what is answered where no stream is asked for; no body: the tokens' text.
     """
 
@@ -65,6 +80,13 @@ class EngineServer:
     deaf: bool = False
     stalled_s: float = 0.0
     token: str = "secret"
+    fast: bool = False
+    fast_asked: list[bytes] = field(default_factory=list)
+    fast_status: int = 200
+    places: int = 0
+    left_places: int = 0
+    door: list[bytes] = field(default_factory=list)
+    fast_deaf: bool = False
 
     async def start(self) -> "EngineServer":
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
@@ -79,8 +101,12 @@ class EngineServer:
             writer.transport.abort()
 
     @property
-    def replica(self) -> tuple[str, dict[str, str]]:
-        return self.name, {"address": self.address, "token": self.token}
+    def replica(self) -> tuple[str, dict[str, Any]]:
+        metadata: dict[str, Any] = {"address": self.address, "token": self.token}
+        if self.fast:
+            served = {"models": ["m"], "max_model_len": 1000, "vocabulary": 1000}
+            metadata[FAST_LANE] = {"door": self.address, **served}
+        return self.name, metadata
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -105,6 +131,15 @@ class EngineServer:
             assert headers[TOKEN_HEADER] == self.token
             writer.write(_whole(200, b"", f"{STALLED_HEADER}: {self.stalled_s:g}\r\n".encode()))
             return True
+        if first.startswith("GET /health"):
+            await asyncio.sleep(3600 if self.fast_deaf else 0)
+            writer.write(_whole(200, b""))
+            return True
+        if headers.get("x-door") is not None:
+            assert headers["x-door"] == headers[TOKEN_HEADER] == self.token
+            return await self._let_in(reader, writer)
+        if headers.get("authorization") == f"Bearer {FAST_TOKEN}":
+            return await self._answer_fast(reader, writer, body)
         assert headers[TOKEN_HEADER] == self.token
         progress = None
         if (length := headers.get(CONTINUE_HEADER)) is not None:
@@ -112,12 +147,20 @@ class EngineServer:
             body = body[int(length) :]
         self.requests.append((progress, body))
         self.tenants.append(unquote(headers.get(TENANT_HEADER, "")))
-        fault = (self.faults.pop(0) if self.faults else None) or Fault()
+        fault = self._fault()
         if fault.status is not None:
             writer.write(_whole(fault.status, b'{"error": {"message": "told to"}}'))
             return True
         if json.loads(body or b"{}").get("stream"):
-            return await self._stream(reader, writer, progress, fault)
+            return await self._stream(reader, writer, self._events(progress), fault)
+        return await self._in_one_piece(reader, writer, fault)
+
+    def _fault(self) -> Fault:
+        return (self.faults.pop(0) if self.faults else None) or Fault()
+
+    async def _in_one_piece(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault
+    ) -> bool:
         if fault.stall_after is not None:
             await reader.read(1)
             raise ConnectionResetError
@@ -127,11 +170,59 @@ class EngineServer:
         writer.write(_whole(self.status, self.whole or json.dumps(text).encode()))
         return True
 
+    async def _let_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """As the door: the connection is the request's place until it ends."""
+        if self.door:
+            writer.write(self.door.pop(0))
+            return False
+        self.places += 1
+        host, port = self.address.split(":")
+        writer.write(f"wait 30\nfast {host} {port} {FAST_TOKEN} r1 60000\n".encode())
+        try:
+            await reader.read()
+        finally:
+            self.left_places += 1
+        return False
+
+    async def _answer_fast(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
+    ) -> bool:
+        """As vllm-rs."""
+        self.fast_asked.append(body)
+        asked, fault = json.loads(body), self._fault()
+        assert asked.get("return_token_ids", False) is asked.get("stream", False)
+        if self.fast_status != 200 or fault.status is not None:
+            writer.write(
+                _whole(fault.status or self.fast_status, b'{"error": {"message": "rust"}}')
+            )
+            return True
+        if not asked.get("stream"):
+            return await self._in_one_piece(reader, writer, fault)
+        return await self._stream(reader, writer, self._fast_events(), fault)
+
+    def _fast_events(self) -> Iterator[bytes]:
+        head = {"id": self.name + "-0", "created": sum(map(ord, self.name)), "model": "m"}
+
+        def event(**choice: Any) -> bytes:
+            each = {"index": 0, "finish_reason": None, "stop_reason": None, **choice}
+            data = {**head, "choices": [each], "system_fingerprint": None}
+            return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+        yield event(text="", prompt_token_ids=[1, 2, 3])
+        whole = "".join(map(_text, range(self.length)))
+        start = 0
+        for token in range(self.length):
+            end = len(whole) if token == self.length - 1 else whole.index(_text(token)) + 1
+            yield event(text=whole[start:end], token_ids=[token])
+            start = end
+        yield event(text="", finish_reason="length")
+        yield b"data: [DONE]\n\n"
+
     async def _stream(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        progress: Progress | None,
+        events: Iterator[bytes],
         fault: Fault,
     ) -> bool:
         if fault.cut_after == 0:
@@ -143,7 +234,7 @@ class EngineServer:
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
             b"transfer-encoding: chunked\r\n\r\n"
         )
-        for place, event in enumerate(self._events(progress)):
+        for place, event in enumerate(events):
             if place and place == fault.stall_after:
                 await asyncio.wait({gone}, timeout=fault.stall_s)
             if place == fault.cut_after:
@@ -178,15 +269,18 @@ class EngineServer:
             marks += b": t " + b" ".join(b"%d" % token for token in group) + b"\n"
             if place == self.length - 1:
                 marks += b": end length null\n"
+            ends = place == self.length - 1
             event = {
                 "id": self.name + "-0",
                 "created": sum(map(ord, self.name)),
-                "text": _text(group[0]),
+                "choices": [{"text": _text(group[0]), "finish_reason": "length" if ends else None}],
             }
             yield marks + b"data: " + json.dumps(event).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
 
 
+# What the Rust front end asks for.
+FAST_TOKEN = "rust"
 # What vLLM writes where a request fails after its response began.
 ERROR = (
     b'data: {"error": {"message": "told to", "type": "InternalServerError", "param": null, '

@@ -1,0 +1,50 @@
+"""Why a replica gave no answer, or not all of it: what the relay decides by."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+FAILURES = ("connection", "died", "malformed", "silent")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A response that came in one piece."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    @property
+    def message(self) -> str:
+        """Of an error in JSON; otherwise the beginning of the body."""
+        try:
+            return str(msgspec.json.decode(self.body)["error"]["message"])
+        except (msgspec.DecodeError, KeyError, TypeError):
+            return self.body[:200].decode("utf-8", "replace")
+
+
+class Busy(Exception):
+    """A replica takes nothing now: what it said, for when all say so."""
+
+    def __init__(self, refusal: Whole) -> None:
+        super().__init__(f"status {refusal.status}")
+        self.refusal = refusal
+
+
+class ReplicaFailed(Exception):
+    """A replica did not answer to the end.
+
+    Attributes:
+        kind: how, one of FAILURES; "connection": it takes none; "silent": it was given up.
+    """
+
+    def __init__(self, why: str, kind: str = "died") -> None:
+        super().__init__(why)
+        self.kind = kind
+
+    @property
+    def died(self) -> bool:
+        """Whether it may have been this request that ended it. All requests of a silent replica
+        fall silent, so that says nothing of one of them."""
+        return self.kind in ("died", "malformed")

@@ -1,0 +1,151 @@
+"""A stream that begins in the fast lane, and goes on in the full lane where its replica fails.
+
+vllm-rs writes the ids of an event's tokens into the event (`return_token_ids`), where vLLM's Python
+application writes marks before it (continuation.py), and the two cut an answer into events in
+different ways: the finish reason comes in an event of its own, or a character whose bytes are not
+complete is held back for longer. So what the client has of such an answer is known by its text, and
+not by a number of events. The engine that goes on is sent the tokens, repeats their text, and what
+the client has of that text is cut from the first events that it writes.
+
+Only for the answers whose events hold nothing but text: one choice of chat or completions, without
+logprobs, tools and token ids for the client.
+"""
+
+import re
+from typing import Any
+
+import msgspec
+
+from serve_app import events
+from serve_app.continuation import EngineReportedDead, Malformed, Method, Stream
+from serve_app.errors import CannotContinue
+
+_DATA, _DONE = b"data: ", b"data: [DONE]"
+# A quote within a text is escaped, so that this matches no text.
+_IDS = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[\d,]*\]|null)')
+
+
+class _Delta(msgspec.Struct):
+    role: str | None = None
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+    @property
+    def new_text(self) -> str:
+        return self.text or (self.delta is not None and self.delta.content) or ""
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice]
+    usage: dict[str, Any] | None = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+
+
+class FastStream(Stream):
+    """One stream of chat or completions, from vllm-rs until it is asked for `again`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fast = True
+        self._texts: list[str] = []
+        self._finished = self._counted = False
+        # Of a continuation: the text that the client has, how much of it was repeated, and whether
+        # an event came.
+        self._known, self._repeated_characters, self._begun = "", 0, False
+
+    def again(self) -> None:
+        super().again()
+        self._fast, self._skip = False, 0
+        self._texts = ["".join(self._texts)]
+        self._known, self._repeated_characters, self._begun = self._texts[0], 0, False
+
+    def _new(self, event: bytes) -> bytes | None:
+        failed = events.error_code(event) is not None
+        if self.method is Method.NEVER and not self._fast:
+            raise CannotContinue(
+                "The replica that wrote this answer is gone, and no other can go on with it "
+                "exactly. Ask again."
+            )
+        if failed and self._fast:
+            raise EngineReportedDead(event[:200].decode("utf-8", "replace"))
+        if failed or self.ended or event == _DONE:
+            if not (failed or self.ended or self._finished):
+                raise Malformed("it ends without a finish reason")
+            return super()._new(event)
+        if not event.startswith(_DATA):
+            raise Malformed("not an event of an answer")
+        try:
+            chunk = _decode(event[len(_DATA) :])
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Malformed(f"not an event of an answer: {error}") from error
+        return self._of_fast(event, chunk) if self._fast else self._of_full(event, chunk)
+
+    def _of_fast(self, event: bytes, chunk: _Chunk) -> bytes | None:
+        if not chunk.choices:
+            self._counted = self._counted or chunk.usage is not None
+            return event
+        choice = chunk.choices[0]
+        if choice.token_ids:
+            self.progress.groups.append(choice.token_ids)
+        if text := choice.new_text:
+            self._texts.append(text)
+        if choice.finish_reason is not None:
+            self._finished = True
+            self.progress.finish, self.progress.stop = choice.finish_reason, choice.stop_reason
+        elif not text and (choice.delta is None or choice.delta.role is None):
+            return None  # Without token ids it would hold nothing.
+        if not self._begun:
+            self._begun = True
+            self._names.given(event)
+        return _IDS.sub(b"", event)
+
+    def _of_full(self, event: bytes, chunk: _Chunk) -> bytes | None:
+        """An event of the full lane, less what the client has of it.
+
+        Raises:
+            CannotContinue: the client has another text.
+        """
+        if not self._begun:
+            self._begun = True
+            self._names.repeated(event)
+        if not chunk.choices:
+            given, self._counted = self._counted, True
+            return None if given else self._names.given(event)
+        choice = chunk.choices[0]
+        text = self._after_what_is_known(choice.new_text)
+        if self._finished or not (text or choice.finish_reason):
+            return None
+        self._texts.append(text)
+        self._finished = choice.finish_reason is not None
+        event = self._names.given(event)
+        return event if text == choice.new_text else _with_text(event, text)
+
+    def _after_what_is_known(self, text: str) -> str:
+        start = self._repeated_characters
+        known = self._known[start : start + len(text)]
+        if not text.startswith(known):
+            raise CannotContinue(
+                "The replica that wrote this answer is gone, and another one writes its text "
+                "otherwise. Ask again."
+            )
+        self._repeated_characters += len(known)
+        return text[len(known) :]
+
+
+def _with_text(event: bytes, text: str) -> bytes:
+    data: dict[str, Any] = msgspec.json.decode(event[len(_DATA) :])
+    choice = data["choices"][0]
+    if "delta" in choice:
+        choice["delta"]["content"] = text
+    else:
+        choice["text"] = text
+    return _DATA + msgspec.json.encode(data)

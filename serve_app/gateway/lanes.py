@@ -1,0 +1,179 @@
+"""The two ways to a replica's answer: its own HTTP server (full), and vllm-rs on its engine (fast).
+
+The capability table decides whether a request may take the fast lane (lanes/capability.py), once,
+at its first attempt: what fails there goes on in the full lane.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Literal
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from serve_app.continuation import Method, Stream
+from serve_app.gateway.answer import Answer
+from serve_app.gateway.failures import Busy, ReplicaFailed, Whole
+from serve_app.gateway.fleet import Upstream
+from serve_app.gateway.handover import FastStream
+from serve_app.gateway.place import Place, taken
+from serve_app.gateway.request import Request
+from serve_app.gateway.visit import Visit
+from serve_app.lanes import capability
+from serve_app.lanes.door import LARGEST_BYTES
+from serve_app.replica.backend import ABSENT, CONTINUE_HEADER, FAILED_HEADER, TOKEN_HEADER
+from serve_app.settings import Limits
+
+Lane = Literal["fast", "python"]
+# A replica is on the same network: one that does not take a connection within this is not there.
+_CONNECT_S = 2.0
+# How long idle connections are kept. The server at the other end keeps them for longer, or it would
+# close one under a request: vllm-rs for 75 s (replica/frontends.py), our own for 600.
+_KEPT_FAST_S, _KEPT_FULL_S = 60, 300
+# What puts more than text into the events of a stream. handover.py continues them by their text.
+_MORE_THAN_TEXT = frozenset(
+    {"echo", "logprobs", "top_logprobs", "return_token_ids", "tools", "tool_choice"}
+)
+# Of a request's headers, what vllm-rs is not shown.
+_CREDENTIALS = frozenset({"authorization", "x-api-key"})
+
+
+class Lanes:
+    """Asks replicas, in either lane.
+
+    Args:
+        limits: those that are in force.
+    """
+
+    def __init__(self, limits: Callable[[], Limits]) -> None:
+        self._limits = limits
+        self.full, self._fast = _session(_KEPT_FULL_S), _session(_KEPT_FAST_S)
+
+    async def close(self) -> None:
+        await self.full.close()
+        await self._fast.close()
+
+    @contextlib.asynccontextmanager
+    async def ask(
+        self, visit: Visit, request: Request, answer: Answer
+    ) -> AsyncIterator[tuple[Lane, aiohttp.ClientResponse]]:
+        """A replica's response, and the lane that it comes from.
+
+        Raises:
+            Busy: the replica takes nothing now.
+            ReplicaFailed: it cannot answer.
+        """
+        if self._may_be_fast(visit.replica, request):
+            async with self._ask_fast(visit, request, answer) as response:
+                if response is not None:
+                    yield "fast", response
+                    return
+        async with self._ask_full(visit.replica, request, answer) as response:
+            fail_as_told(response.headers.get(FAILED_HEADER))
+            yield "python", response
+
+    def _may_be_fast(self, replica: Upstream, request: Request) -> bool:
+        if replica.fast is None or request.attempts or request.method != "POST":
+            return False
+        path, served = request.path.partition("?")[0], replica.fast.served
+        if len(request.body) > LARGEST_BYTES // 2 or capability.obstacle(
+            path, request.given, request.body, served, self._limits()
+        ):
+            return False
+        return not request.stream or _MORE_THAN_TEXT.isdisjoint(_fields(request.body))
+
+    @contextlib.asynccontextmanager
+    async def _ask_fast(
+        self, visit: Visit, request: Request, answer: Answer
+    ) -> AsyncIterator[aiohttp.ClientResponse | None]:
+        """The response of vllm-rs; None: the full lane must answer."""
+        replica = visit.replica
+        assert replica.fast is not None
+        headers = [*request.headers, (TOKEN_HEADER, replica.token)]
+        path, body = request.path, request.body
+        async with taken(replica.fast.door, replica.token, path, headers, body) as place:
+            if not isinstance(place, Place):
+                if place is not None:
+                    _refuse(place)
+                yield None
+                return
+            visit.frontend = place.address
+            if request.stream:
+                answer.stream, body = FastStream(), _with_token_ids(body)
+            shown = [each for each in request.headers if each[0].lower() not in _CREDENTIALS]
+            shown.append(("authorization", f"Bearer {place.token}"))
+            url = URL(f"http://{place.address}{path}", encoded=True)
+            async with self._fast.post(url, data=body, headers=shown) as response:
+                if response.status == 200:
+                    yield response
+                    return
+                # Python says better what is wrong with a request, and that the engine failed.
+                place.answered(response.status)
+        visit.frontend = None
+        yield None
+
+    @contextlib.asynccontextmanager
+    async def _ask_full(
+        self, replica: Upstream, request: Request, answer: Answer
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        headers, body = [*request.headers, (TOKEN_HEADER, replica.token)], request.body
+        if answer.stream.sent:
+            known = known_of(answer.stream)
+            headers.append((CONTINUE_HEADER, str(len(known))))
+            body = known + body
+        else:
+            answer.stream = Stream()
+        url = URL(f"http://{replica.address}{request.path}", encoded=True)
+        async with self.full.request(request.method, url, data=body, headers=headers) as response:
+            yield response
+
+
+def fail_as_told(how: str | None) -> None:
+    """Raise what the header FAILED_HEADER of a response says, if it is there.
+
+    Raises:
+        ReplicaFailed: the response is no answer.
+    """
+    if how == ABSENT:
+        raise ReplicaFailed("its engine is being started anew", "connection")
+    if how is not None:
+        raise ReplicaFailed("its engine failed")
+
+
+def _refuse(refusal: Whole) -> None:
+    """Raise what a door's refusal means. Of any other the full lane decides itself.
+
+    Raises:
+        Busy, ReplicaFailed: another replica is to be asked.
+    """
+    fail_as_told(dict(refusal.headers).get(FAILED_HEADER.encode(), b"").decode() or None)
+    if refusal.status in (429, 503):
+        raise Busy(refusal)
+
+
+def known_of(stream: Stream) -> bytes:
+    """What is known of an answer, for the engine that goes on with it."""
+    stream.again()
+    repeat = None if isinstance(stream, FastStream) else stream.method is Method.REPEAT
+    return msgspec.json.encode(msgspec.structs.replace(stream.progress, repeat=repeat))
+
+
+def _fields(body: bytes) -> Iterable[str]:
+    return msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+
+
+def _with_token_ids(body: bytes) -> bytes:
+    """The same request for an answer with token ids. The table has let it in: it is an object with
+    some field, and none of that name."""
+    return b'{"return_token_ids":true,' + body.lstrip()[1:]
+
+
+def _session(kept_s: int) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=kept_s),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+        read_bufsize=2**18,
+    )

@@ -1,0 +1,86 @@
+"""A place in a replica's engine for one request of the fast lane, from the replica's door.
+
+The gateway speaks to the door as HAProxy does (lanes/door.py): it sends the request in a connection
+of its own, and that connection is the request's place for as long as it is open.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from serve_app.gateway.failures import ReplicaFailed, Whole
+from serve_app.lanes.door import SECRET_HEADER
+
+
+@dataclass
+class Place:
+    """What the door grants: where vllm-rs of that replica listens, and what it asks for.
+
+    Attributes:
+        address: host:port.
+    """
+
+    address: str
+    token: str
+    _writer: asyncio.StreamWriter
+
+    def answered(self, status: int) -> None:
+        """Tell the door how vllm-rs answered, where that was not 200."""
+        self._writer.write(b"status %d\n" % status)
+
+
+@contextlib.asynccontextmanager
+async def taken(
+    door: str, secret: str, path: str, headers: list[tuple[str, str]], body: bytes
+) -> AsyncIterator[Place | Whole | None]:
+    """A place, held until the end of the context; or the refusal; None: the full lane answers it.
+
+    Raises:
+        ReplicaFailed: the door takes no connection, or closed it without an answer.
+    """
+    host, _, port = door.rpartition(":")
+    try:
+        reader, writer = await asyncio.open_connection(host, int(port))
+    except OSError as error:
+        raise ReplicaFailed(f"its door takes no connection: {error}", "connection") from error
+    try:
+        writer.write(_asked(secret, path, headers, body))
+        yield await _answer(reader, writer)
+    finally:
+        writer.close()
+
+
+def _asked(secret: str, path: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
+    lines = [
+        f"POST {path} HTTP/1.1",
+        f"{SECRET_HEADER.decode()}: {secret}",
+        *(f"{name}: {value}" for name, value in headers),
+        f"content-length: {len(body)}",
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+async def _answer(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> Place | Whole | None:
+    try:
+        while (words := (await reader.readline()).split())[:1] == [b"wait"]:
+            pass  # In the queue. The gateway's own timeout bounds it.
+        match words:
+            case [b"full"]:
+                return None
+            case [b"fast", host, port, token, *_]:
+                return Place(f"{host.decode()}:{port.decode()}", token.decode(), writer)
+            case [b"refuse", status, head_bytes, body_bytes]:
+                head = await reader.readexactly(int(head_bytes))
+                body = await reader.readexactly(int(body_bytes))
+                return Whole(int(status), _headers(head), body)
+    except (OSError, asyncio.IncompleteReadError) as error:
+        raise ReplicaFailed(f"its door gave no answer: {error}") from error
+    raise ReplicaFailed("its door closed the connection without an answer")
+
+
+def _headers(head: bytes) -> list[tuple[bytes, bytes]]:
+    lines = (line.partition(b": ") for line in head.split(b"\r\n") if line)
+    return [(name.lower(), value) for name, _, value in lines]

@@ -115,7 +115,8 @@ failed_attempts = Counter(
 )
 continuations = Counter(
     "serve_app_continuations",
-    "Answers that went on at another replica, by how: again (nothing was sent), resume, repeat.",
+    "Answers that went on at another replica, by how: again (nothing was sent), resume, repeat, "
+    "handover (from the fast lane to the full one; that replica decides how).",
     ("model", "method"),
 )
 retries = Counter(

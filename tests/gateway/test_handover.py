@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.continuation import EngineReportedDead, Malformed, Method, Stream
@@ -66,6 +66,7 @@ TOKENS = 6
 PLACES = st.lists(st.integers(0, 12), min_size=TOKENS - 1, max_size=TOKENS - 1)
 
 
+@settings(deadline=None)
 @given(
     st.text('aé🙂"\\ \n', min_size=1, max_size=12),
     st.booleans(),
@@ -185,6 +186,7 @@ def test_an_end_without_a_finish_reason_is_no_end() -> None:
     assert not stream.ended
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100))
 def test_no_bytes_break_the_reading_of_a_fast_stream(raw: bytes) -> None:
     for stream in (FastStream(), Stream()):

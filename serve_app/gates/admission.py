@@ -222,18 +222,8 @@ class AdmissionGate:
         client leaves, and what a timeout does. So a cancellation is told as a client that left.
         Returns, or raises, once the engine is done with the request: only then is its room free.
         """
-        left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        async def receive_or_leave() -> Message:
-            message = asyncio.ensure_future(receive())
-            either: set[asyncio.Future[Any]] = {message, left}
-            try:
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                return message.result() if message.done() else {"type": "http.disconnect"}
-            finally:
-                message.cancel()
-
-        answer = asyncio.ensure_future(self.app(scope, receive_or_leave, response.send))
+        inbox = _Inbox(receive)
+        answer = asyncio.ensure_future(self.app(scope, inbox.receive, response.send))
         try:
             await asyncio.shield(answer)
         except asyncio.CancelledError:
@@ -241,7 +231,7 @@ class AdmissionGate:
             if response.started:
                 answer.cancel()  # A stream has no task of its own.
             else:
-                left.set_result(None)
+                inbox.leave()
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 await asyncio.wait_for(answer, _FAREWELL_S)
             raise
@@ -262,6 +252,37 @@ def _generates(scope: Scope) -> bool:
         return False
     route = routes.find(scope["path"])
     return route is not None and route.generates
+
+
+class _Inbox:
+    """The request's channel, which may be told to say that the client left."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._left = False
+        self._waiting: set[asyncio.Task[Any]] = set()
+
+    async def receive(self) -> Message:
+        if self._left:
+            return await _no_message()
+        # vLLM waits for a message in a task of its own.
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            return await self._receive()
+        except asyncio.CancelledError:
+            if not self._left or task.uncancel():
+                raise  # Somebody else cancelled it as well.
+            return await _no_message()
+        finally:
+            self._waiting.discard(task)
+
+    def leave(self) -> None:
+        """The client left: whoever waits for a message, or asks for one later, hears that."""
+        self._left = True
+        for task in self._waiting:
+            task.cancel()
 
 
 class _Response:

@@ -26,6 +26,7 @@ from kuberay.errors import EksError
 from kuberay.owned import CLUSTER
 from serve_app.errors import ConfigError
 from serve_app.launch import launcher
+from serve_app.launch.haproxy import SECRET_VARIABLE
 from serve_app.settings import Settings
 
 HERE = Path(__file__).parent
@@ -112,6 +113,21 @@ def environment(worker_cpus: float) -> dict[str, str]:
     return values
 
 
+def _entries(values: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+# The Secret is made by `up` (secret.py). Without it Python answers every request.
+_LANE_SECRET = {
+    "name": SECRET_VARIABLE,
+    "valueFrom": {"secretKeyRef": {"name": "qwen-lane", "key": "secret", "optional": True}},
+}
+
+
+def _settings(config: Mapping[str, Any]) -> Settings:
+    return Settings.parse(config["applications"][0].get("args") or {})
+
+
 def rendered_files(folder: Path = HERE) -> dict[Path, str]:
     """What each file with a rendered part should be."""
     path = folder / "base" / "rayservice.yaml"
@@ -126,9 +142,11 @@ def _service(path: Path, folder: Path) -> str:
     manifest = yaml.safe_load(text)
     (group,) = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     cpus = float(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
-    entries = [{"name": k, "value": v} for k, v in environment(cpus).items()]
+    config = serve_config(folder=folder)
+    waits = launcher.without_replica(_settings(config))
+    entries = [*_entries({**environment(cpus), **waits}), _LANE_SECRET]
     blocks = {
-        "serve_config.yaml": _dump({"serveConfigV2": _Block(_dump(serve_config(folder=folder)))}),
+        "serve_config.yaml": _dump({"serveConfigV2": _Block(_dump(config))}),
         "serve_app/launch/launcher.py": _dump(entries),
     }
     for source, block in blocks.items():
@@ -207,7 +225,10 @@ def documents(
     _check_overlay(overlay, folder)
     built = tools.ask(["kubectl", "kustomize", str(folder / "overlays" / overlay)], {})
     written = [document for document in yaml.safe_load_all(built) if document]
+    waits = launcher.without_replica(_settings(serve_config(overlay, bucket, folder)))
     for document in written:
+        if document["kind"] == "RayService":
+            _set_environment(document, waits)
         if document["kind"] == "ConfigMap" and document["metadata"]["name"] == "cluster":
             given = {"name": cluster, "region": region}
             document["data"] |= {key: value for key, value in given.items() if value}
@@ -222,6 +243,15 @@ def documents(
         if image:
             _set_image(document, image)
     return written
+
+
+def _set_environment(service: Mapping[str, Any], values: Mapping[str, str]) -> None:
+    """Give every pod of Ray these values; base/rayservice.yaml has those of the base's settings."""
+    spec = service["spec"]["rayClusterConfig"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        container = group["template"]["spec"]["containers"][0]
+        others = [each for each in container["env"] if each["name"] not in values]
+        container["env"] = [*others, *_entries(values)]
 
 
 def _set_image(value: object, image: str) -> None:

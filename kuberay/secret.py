@@ -2,6 +2,7 @@
 
     qwen-api-keys   QWEN_API_KEYS, separated by commas; else one key is made up
     qwen-redis      a password is made up
+    qwen-lane       what HAProxy and the doors of the replicas share; made up
     qwen-hub        HF_TOKEN, where it is set
 
 What the environment names replaces what is there, so that a changed key or token arrives with the
@@ -20,7 +21,8 @@ from kuberay.tools import Tools
 
 NAMESPACE = "qwen"
 KEYS = "QWEN_API_KEYS"
-_API_KEYS, _REDIS, _HUB, _TOKEN = "qwen-api-keys", "qwen-redis", "qwen-hub", "HF_TOKEN"
+_API_KEYS, _REDIS, _LANE = "qwen-api-keys", "qwen-redis", "qwen-lane"
+_HUB, _TOKEN = "qwen-hub", "HF_TOKEN"
 Values = Mapping[str, str]
 
 
@@ -43,6 +45,9 @@ def make(run: Tools) -> str:
     if _REDIS not in there:
         # A new password would lock the head out of its state.
         _apply(run, there, _REDIS, {"password": secrets.token_urlsafe(32)})
+    if _LANE not in there:
+        # Pods read it when they start: another one would reach some of them only.
+        _apply(run, there, _LANE, {"secret": secrets.token_urlsafe(32)})
     if token := os.environ.get(_TOKEN):
         if _HUB in there and there[_HUB].get(_TOKEN) != token:
             say("    the hub's token is replaced: workers take it when they start")

@@ -16,9 +16,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from health import wait_until
 from logs import show
+
+if TYPE_CHECKING:
+    from serve_app.settings import Settings
 
 MIB = 2**20
 # A deployment's arguments and results are small: requests do not pass through the object store.
@@ -40,13 +44,14 @@ def shm_bytes() -> int:
     return shutil.disk_usage("/dev/shm").total
 
 
-def environment() -> dict[str, str]:
+def environment(settings: "Settings") -> dict[str, str]:
     """What Ray's processes read at import: the launcher's, under whatever is set already."""
     from serve_app.launch import launcher
 
     # Ray listens beyond loopback, and whoever may speak to it can run code.
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    return {**launcher.ENVIRONMENT, **launcher.haproxy(), **token, **os.environ}
+    ours = {**launcher.ENVIRONMENT, **launcher.haproxy(), **launcher.environment_for(settings)}
+    return {**ours, **token, **os.environ}
 
 
 class Head:

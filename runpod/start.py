@@ -174,7 +174,7 @@ class Run:
         return files
 
     def _attend(self, choice: Choice, folder: Path) -> int:
-        environ = environment()
+        environ = environment(choice.settings)
         environ.pop("VLLM_API_KEY", None)  # vLLM would ask for it, and know no other key.
         if choice.offline:
             environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

@@ -24,6 +24,7 @@ from ray.serve.config import RequestRouterConfig
 
 from serve_app.errors import ConfigError
 from serve_app.gateway.deployment import Gateway
+from serve_app.launch import launcher
 from serve_app.planning.plan import Plan, decide
 from serve_app.progress import reported, say
 from serve_app.replica.deployment import GatewayReplica, Replica
@@ -42,6 +43,8 @@ def build(args: dict[str, Any]) -> Application:
             "keeps about half of the engine's throughput; start with `make serve`, or set "
             "RAY_SERVE_ENABLE_HA_PROXY=1 and RAY_SERVE_THROUGHPUT_OPTIMIZED=1 before Ray starts"
         )
+    elif (problem := launcher.unmet(settings, os.environ)) is not None:
+        say(f"warning: {problem}")
     if settings.gateway.enabled:
         return _behind_gateway(settings, models)
     (_, plan) = models[0]

@@ -92,7 +92,7 @@ def serve(arguments: argparse.Namespace) -> int:
     orphans.adopt()
     with _effective(config, Path(arguments.config), arguments.model) as path, _signals() as stop:
         # Within _signals: a child inherits an ignored SIGINT, as a script's background job has it.
-        child = _Child(path, {**without_replica(settings), **lanes(settings)})
+        child = _Child(path, environment_for(settings))
         try:
             return _attend(child, stop, f"http://127.0.0.1:{port}", settings)
         finally:
@@ -136,6 +136,11 @@ def haproxy() -> dict[str, str]:
     }
 
 
+def environment_for(settings: Settings) -> dict[str, str]:
+    """Environment that Ray's processes need for these settings, whoever starts Ray."""
+    return {**without_replica(settings), **lane_secret(settings)}
+
+
 def without_replica(settings: Settings) -> dict[str, str]:
     """Environment that says what HAProxy does while no replica is up (haproxy.lua)."""
     asleep = settings.replicas.min == 0 and not settings.gateway.enabled
@@ -145,7 +150,26 @@ def without_replica(settings: Settings) -> dict[str, str]:
     return variables | ({"SERVE_APP_SCALES_TO_ZERO": "1"} if asleep else {})
 
 
-def lanes(settings: Settings) -> dict[str, str]:
+def unmet(settings: Settings, environment: Mapping[str, str]) -> str | None:
+    """What Ray's environment lacks of `without_replica`, as a sentence; None: nothing that matters.
+
+    A variable that is absent has HAProxy's own default, which is right for most settings.
+    """
+    defaults = without_replica(Settings())
+    wrong = [
+        f"{name}={value}"
+        for name, value in without_replica(settings).items()
+        if environment.get(name, defaults.get(name)) != value
+    ]
+    if not wrong:
+        return None
+    return (
+        "HAProxy does not wait for a replica as the settings say: set "
+        f"{' and '.join(wrong)} in the environment of Ray (docs/operations.md)"
+    )
+
+
+def lane_secret(settings: Settings) -> dict[str, str]:
     """Environment with the secret that HAProxy and the doors of the replicas share."""
     if settings.lane == "python" or settings.gateway.enabled:
         return {}

@@ -26,6 +26,8 @@ ACCEPTED: Mapping[tuple[str, str], str] = {
     ("account-token", "ray-head"): "Ray's autoscaler asks the API server for pods",
     ("account-token", "cluster-autoscaler"): "it asks the API server for nodes",
     ("cpu-limit", "cluster-autoscaler"): "throttled it scales late; it may use an idle node's CPU",
+    ("env-secret", "ray-head"): "HAProxy's Lua, once it has started, can read no file",
+    ("env-secret", "ray-worker"): "HAProxy's Lua, once it has started, can read no file",
     ("env-secret", "redis"): "redis reads a password from its configuration only",
 }
 

@@ -260,7 +260,7 @@ def test_no_secret_is_in_a_file(documents: list[dict[str, Any]]) -> None:
     assert not [d for d in documents if d["kind"] == "Secret"]
     wanted = set()
     text = json.dumps(documents)
-    for name in ("qwen-redis", "qwen-api-keys", "qwen-hub"):
+    for name in ("qwen-redis", "qwen-api-keys", "qwen-hub", "qwen-lane"):
         assert name in text
         wanted.add(name)
     assert "hf_" not in text

@@ -15,6 +15,7 @@ from kuberay.errors import EksError
 from kuberay.owned import Owner
 from serve_app.errors import ConfigError
 from serve_app.launch import launcher
+from serve_app.launch.haproxy import SECRET_VARIABLE
 from tests.kuberay import programs
 
 ROOT = Path(__file__).parents[2]
@@ -89,13 +90,35 @@ def test_head_and_workers_have_the_launchers_environment() -> None:
     pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     results = [pod["template"]["spec"]["containers"][0]["env"] for pod in pods]
     assert results[0] == results[1]
-    values = {entry["name"]: entry["value"] for entry in results[0]}
+    values = {entry["name"]: entry["value"] for entry in results[0] if "value" in entry}
+    assert values["SERVE_APP_REPLICA_TIMEOUT_S"] == "30"
+    (secret,) = [entry for entry in results[0] if "valueFrom" in entry]
+    assert secret["name"] == SECRET_VARIABLE
+    reference = {"name": "qwen-lane", "key": "secret", "optional": True}
+    assert secret["valueFrom"] == {"secretKeyRef": reference}
     for name, value in launcher.ENVIRONMENT.items():
         if name != "RAY_SERVE_HAPROXY_NBTHREAD":  # By the worker's cores, not by this machine's.
             assert values[name] == value
     assert values["RAY_SERVE_HAPROXY_NBTHREAD"] == "3"
     # Kubernetes takes texts only.
     assert all(isinstance(value, str) for value in values.values())
+
+
+def test_pods_wait_for_a_replica_as_the_overlay_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An overlay that scales to zero: HAProxy holds a request until a replica has started."""
+    args = {"replicas": {"min": 0, "max": 2}, "limits": {"request_timeout_s": 900.0}}
+    config = {"applications": [{"args": args}]}
+    monkeypatch.setattr(render, "serve_config", lambda *_: config)
+    monkeypatch.setenv("PATH", f"{programs.folder()}{os.pathsep}{os.environ['PATH']}")
+    (service,) = [d for d in render.documents("one-gpu") if d["kind"] == "RayService"]
+    spec = service["spec"]["rayClusterConfig"]
+    for pod in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        entries = pod["template"]["spec"]["containers"][0]["env"]
+        names = [entry["name"] for entry in entries]
+        assert len(names) == len(set(names))
+        values = {entry["name"]: entry.get("value") for entry in entries}
+        assert values["SERVE_APP_REPLICA_TIMEOUT_S"] == "900"
+        assert values["SERVE_APP_SCALES_TO_ZERO"] == "1"
 
 
 def test_haproxy_is_where_the_image_has_it() -> None:

@@ -170,6 +170,7 @@ def test_secrets_are_made_once_and_are_in_no_command_line(
     assert secrets["qwen-api-keys"] == {"keys": "sk-one\nsk-two\n"}
     assert secrets["qwen-hub"] == {"HF_TOKEN": "hf-secret"}
     assert len(secrets["qwen-redis"]["password"]) > 30
+    assert len(secrets["qwen-lane"]["secret"]) > 30
     # Run again with other values, they arrive, and the answer comes with them; the password stays.
     monkeypatch.setenv("QWEN_API_KEYS", "team sk-three")
     monkeypatch.setenv("HF_TOKEN", "hf-other")
@@ -179,6 +180,7 @@ def test_secrets_are_made_once_and_are_in_no_command_line(
         "qwen-api-keys": {"keys": "team sk-three\n"},
         "qwen-hub": {"HF_TOKEN": "hf-other"},
         "qwen-redis": secrets["qwen-redis"],
+        "qwen-lane": secrets["qwen-lane"],
     }
     assert "workers take it when they start" in second.stderr
     # What the environment does not name stays.
@@ -187,8 +189,9 @@ def test_secrets_are_made_once_and_are_in_no_command_line(
     before = stored()
     assert run("up", *WHERE, "--yes").returncode == 0
     assert stored() == before
+    made_up = (secrets["qwen-redis"]["password"], secrets["qwen-lane"]["secret"])
     words = "\n".join(commands.calls()) + first.stderr + second.stderr + first.stdout
-    for value in ("sk-one", "sk-three", "hf-secret", secrets["qwen-redis"]["password"]):
+    for value in ("sk-one", "sk-three", "hf-secret", *made_up):
         assert value not in words
     # A new key beside the earlier, and then alone.
     added = run("rotate", *WHERE)

@@ -1,4 +1,4 @@
-"""What tells the launcher to stop."""
+"""What tells the launcher to stop, and what it sets in Ray's environment."""
 
 import os
 import signal
@@ -12,6 +12,9 @@ import pytest
 import yaml
 
 from bench.engine.systems import apart
+from serve_app.launch import launcher
+from serve_app.launch.haproxy import SECRET_VARIABLE
+from serve_app.settings import Settings
 from tests.server import ROOT, configuration
 
 _WAITS = """
@@ -74,3 +77,35 @@ def test_a_taken_port_of_haproxy_is_named_with_what_sets_it(
     (line,) = (ended.stdout + ended.stderr).strip().splitlines()
     assert f"{variable} = {number}: cannot listen" in line
     assert f"set {variable} to another port" in line
+
+
+ASLEEP = {"replicas": {"min": 0, "max": 1}, "limits": {"request_timeout_s": 900.0}}
+
+
+@pytest.mark.parametrize(
+    ("args", "environment", "named"),
+    [
+        ({}, {}, ()),  # HAProxy's defaults are those of the settings.
+        ({}, {"SERVE_APP_REPLICA_TIMEOUT_S": "30"}, ()),
+        ({}, {"SERVE_APP_REPLICA_TIMEOUT_S": "5"}, ("SERVE_APP_REPLICA_TIMEOUT_S=30",)),
+        (ASLEEP, {}, ("SERVE_APP_REPLICA_TIMEOUT_S=900", "SERVE_APP_SCALES_TO_ZERO=1")),
+        (ASLEEP, {"SERVE_APP_REPLICA_TIMEOUT_S": "900"}, ("SERVE_APP_SCALES_TO_ZERO=1",)),
+        ({"gateway": {"replica_timeout_s": 5.0}}, {}, ("SERVE_APP_REPLICA_TIMEOUT_S=5",)),
+    ],
+)
+def test_what_rays_environment_lacks_is_named(
+    args: dict[str, object], environment: dict[str, str], named: tuple[str, ...]
+) -> None:
+    problem = launcher.unmet(Settings.parse(args), environment)
+    assert (problem is None) == (not named)
+    assert all(each in str(problem) for each in named)
+    settings = Settings.parse(args)
+    assert launcher.unmet(settings, launcher.environment_for(settings)) is None
+
+
+def test_each_start_has_a_secret_of_its_own_where_there_is_a_fast_lane() -> None:
+    auto, python = Settings.parse({"lane": "auto"}), Settings.parse({"lane": "python"})
+    first, second = (launcher.environment_for(auto)[SECRET_VARIABLE] for _ in range(2))
+    assert first != second
+    assert len(first) > 30
+    assert SECRET_VARIABLE not in launcher.environment_for(python)

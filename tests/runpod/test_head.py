@@ -21,9 +21,10 @@ CODE = """
 import os, sys
 sys.path.insert(0, {folder!r})
 from serve_app.launch import orphans
+from serve_app.settings import Settings
 import head
 orphans.adopt()
-running = head.Head(head.environment(), lambda: False)
+running = head.Head(head.environment(Settings()), lambda: False)
 print("up", running.address, running.log_folder, flush=True)
 sys.stdin.readline()
 running.stop()

@@ -419,7 +419,7 @@ def test_an_exception_in_a_start_is_a_failed_start(tmp_path: Path) -> None:
 def test_a_model_that_the_gpu_cannot_hold_is_not_fetched(tiny: Path, tmp_path: Path) -> None:
     programs = tmp_path / "programs"
     programs.mkdir()
-    (programs / "nvidia-smi").write_text("#!/bin/sh\necho 0, GPU-1, Small, 1024, 1024, 8.0, 580\n")
+    (programs / "nvidia-smi").write_text("#!/bin/sh\necho 0, GPU-1, Small, 256, 256, 8.0, 580\n")
     (programs / "nvidia-smi").chmod(0o755)
     with hub.serving(HUB, MODEL, tiny) as models:
         environ = {
@@ -433,7 +433,7 @@ def test_a_model_that_the_gpu_cannot_hold_is_not_fetched(tiny: Path, tmp_path: P
         }
         with started(tmp_path, **environ) as server:
             assert server.process.wait(60) == 2, server.output()
-        assert "needs 2.0 GiB on each of 1 GPU(s), and Small gives 0.9" in server.output()
+        assert "needs 2.0 GiB on each of 1 GPU(s), and Small gives 0.2" in server.output()
         assert models.fetched == ["config.json"]
 
 

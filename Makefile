@@ -17,7 +17,7 @@ BESIDE = --numprocesses 2
 
 .DEFAULT_GOAL = help
 
-.PHONY: help serve observe test test-fast test-slow lint format types doctor install bench-overhead constraints clean \
+.PHONY: help serve observe test test-fast test-slow test-clients lint format types doctor install bench-overhead constraints clean \
 	eks-preflight eks-up eks-status eks-down runpod-up runpod-status runpod-logs runpod-down
 
 help: ## List the targets.
@@ -37,6 +37,9 @@ test-fast: install ## The tests that start no server, engine or cluster: under t
 
 test-slow: install ## The tests that take several minutes each.
 	$(BIN)/python -m pytest $(BESIDE) -m slow
+
+test-clients: install ## Seven client libraries, here and at a bare vLLM, each in an environment of its own.
+	$(BIN)/python -m pytest -s -m slow tests/clients
 
 doctor: install ## Check this machine.
 	@$(BIN)/python -m serve_app doctor --config $(CONFIG) $(if $(MODEL),--model $(MODEL))
@@ -141,4 +144,4 @@ constraints: install ## Pin what is installed (CPU) and what resolves (GPU).
 	@mv constraints-gpu.all constraints-gpu.txt && rm constraints-gpu.new
 
 clean: ## Remove what make created.
-	rm -rf $(VENV) $(EKS_VENV) *.egg-info
+	rm -rf $(VENV) $(EKS_VENV) .venv-clients *.egg-info

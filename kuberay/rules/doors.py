@@ -93,6 +93,6 @@ def _secret(service: Service) -> Iterator[Finding]:
 
 def _written(line: int, name: str) -> Finding:
     return Finding(
-        "secret-in-file", ERROR, line, f"{name} is written in the manifest",
+        "secret-in-file", WARNING, line, f"{name} is written in the manifest",
         "valueFrom: {secretKeyRef: ...}, and a new secret: this one has been seen",
     )  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from kuberay import layout, preflight, prices, releases, render
+from kuberay import layout, prices, releases, render
+from kuberay.checks import access, service
 from kuberay.layout import Layout
 from kuberay.target import HERE
 from serve_app.launch import doctor
@@ -216,7 +217,7 @@ def test_the_config_of_a_model_in_s3_is_read_there(account: Cloud) -> None:
         }
     )  # fmt: skip
     s3.put_object(Bucket="weights", Key="mine/config.json", Body=body)
-    shape = preflight._shape(Account(REGION), "s3://weights/mine", None)
+    shape = service._shape(Account(REGION), "s3://weights/mine", None)
     assert shape is not None
     assert (shape.hidden_size, shape.num_hidden_layers) == (64, 2)
 
@@ -296,10 +297,10 @@ def test_a_command_that_is_too_old_fails(
 ) -> None:
     path = commands.folder.parent / "bin" / tool
     path.write_text(f"#!/bin/sh\necho '{says}'\n")
-    check = {each.name: each for each in preflight.programs()}[tool]
+    check = {each.name: each for each in access.programs()}[tool]
     assert (check.status, "install" in check.mend) == ("FAIL", True)
     path.write_text("#!/bin/sh\necho nothing to say\n")
-    check = {each.name: each for each in preflight.programs()}[tool]
+    check = {each.name: each for each in access.programs()}[tool]
     assert (check.status, "says no version" in check.found) == ("warn", True)
 
 

@@ -1,0 +1,1 @@
+"""The checks of preflight, by subject; each returns its lines."""

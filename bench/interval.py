@@ -94,7 +94,7 @@ def of_series(values: Samples, confidence: float = CONFIDENCE) -> Bounds | None:
     time = _bearable_time(series)
     if time is None:
         return None
-    worth = len(series) / _cautious(time, len(series))
+    worth = len(series) / cautious(time, len(series))
     error = float(series.std()) / math.sqrt(worth)
     half, mean = t_quantile((1 + confidence) / 2, worth - 1) * error, float(series.mean())
     if float(series.min()) <= 0:
@@ -199,7 +199,7 @@ def of_percentile(values: Samples, share: float, confidence: float = CONFIDENCE)
     if tail > _UNCORRELATED and count / tail < _SPARE * samples_needed(share, confidence):
         return None
     # The few exceedances of a tail understate how long runs are, all samples overstate it.
-    worth = int(count / _cautious(math.sqrt(mine * overall), count))
+    worth = int(count / cautious(math.sqrt(mine * overall), count))
     levels = _levels(worth, share, confidence)
     if levels is None:
         return None
@@ -233,7 +233,7 @@ def _bearable_time(series: NDArray[np.float64]) -> float | None:
     return time if len(series) / time >= enough else None
 
 
-def _cautious(time: float, count: int) -> float:
+def cautious(time: float, count: int) -> float:
     """An autocorrelation time with what it may be underestimated by."""
     if time < _UNCORRELATED:
         return time

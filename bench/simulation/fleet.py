@@ -10,7 +10,7 @@ one that has waited longest for a request. While no replica serves, requests wai
 
 The future is fixed before the run: jobs with their times. A policy sees a `View`, which holds the
 `Snapshot` that the real autoscaler works from, so that what is tried here is what is deployed: this
-module, `policies.py` and `simulate.py` are the only ones of bench that import serve_app.
+module, `case.py`, `policies.py` and `routing.py` are the only ones of bench that import serve_app.
 """
 
 import heapq

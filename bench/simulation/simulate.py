@@ -12,6 +12,9 @@ and enginemodel.py for what is modelled.
 A policy with alternatives stands for the best of them: the fewest GPU-hours among those that hold
 the objective or, where none does, the one that comes nearest. So do `static` and `foresight`
 without a value; for them the search ends with the first that holds it, from cheap to dear.
+
+Loads of several seeds are drawn, and all policies meet the same ones: shares and hours are means
+with 95 % intervals, and a policy holds the objective where its whole interval does (trials.py).
 """
 
 import argparse
@@ -19,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,14 @@ import numpy as np
 from bench import measure, records, result
 from bench.errors import BenchError
 from bench.measure import Measures, Slo
+from bench.options import whole
 from bench.records import Record
-from bench.simulation import demand, enginefit, enginemodel, fleet, policies, reality
+from bench.simulation import enginefit, enginemodel, fleet, policies, reality
+from bench.simulation.case import Case, Draw
 from bench.simulation.enginemodel import Engine, Job
 from bench.simulation.fleet import Fleet, Outcome
 from bench.simulation.reality import Measured
-from serve_app.scaling.policy import Goal
+from bench.simulation.trials import Strain, Trial, over_seeds
 
 MEASURED = "measured"
 # From cheap to dear.
@@ -42,87 +47,6 @@ _SHARES = (1.3, 1.15, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 _INITIAL_SHARE = 0.6  # How busy the replicas of the start are in the load's first minute.
 _FIRST_S = 60.0
 _MINUTE_S = 60.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is simulated, apart from the policies.
-
-    Attributes:
-        workload, load, copies, seed: specs of what comes; see demand.py.
-        count, duration_s: where it ends.
-        slo: what every policy is judged by, and what ours aims for.
-        judged_from_s: what came and was paid before is left out: a policy that learns is seen after
-            it has, as on any day but its first.
-        fleet: the engines, and their bounds.
-        beside: a measured run, whose requests come instead of those of `workload` and `load`.
-    """
-
-    workload: str
-    load: str
-    fleet: Fleet
-    slo: Slo
-    count: int | None = None
-    duration_s: float | None = None
-    copies: int = 1
-    seed: int = 0
-    judged_from_s: float = 0.0
-    beside: Measured | None = None
-
-    @property
-    def goal(self) -> Goal:
-        return Goal(
-            ttft_s=self.slo.ttft_s,
-            itl_s=self.slo.tpot_s,
-            percentile=self.slo.percentile,
-            min_replicas=self.fleet.min_replicas,
-            max_replicas=self.fleet.max_replicas,
-        )
-
-    def jobs(self) -> list[Job]:
-        if self.beside is not None:
-            return self.beside.jobs()
-        return demand.jobs(
-            self.workload,
-            self.load,
-            self.fleet.engine,
-            count=self.count,
-            duration_s=self.duration_s,
-            copies=self.copies,
-            seed=self.seed,
-        )
-
-
-@dataclass
-class Trial:
-    """One policy, one run.
-
-    Attributes:
-        spec: of the policy, without alternatives.
-        kept: share of requests that met the whole objective; of its TTFT; of its TPOT.
-        gpu_hours: paid for, from when each replica is asked for until it is gone.
-        changes, reversals: how often what is wanted changed, and how often from up to down or back.
-        timeline: see fleet.Timeline; `kept_by_minute` holds (from when, share).
-    """
-
-    spec: str
-    kept: float
-    kept_ttft: float
-    kept_tpot: float
-    gpu_hours: float
-    unfinished: int
-    changes: int
-    reversals: int
-    preempted: int
-    replicas_mean: float
-    replicas_most: int
-    timeline: fleet.Timeline
-    decisions: list[tuple[float, int, str]]
-    kept_by_minute: list[tuple[float, float]] = field(default_factory=list)
-    took_s: float = 0.0
-
-    def holds(self, slo: Slo) -> bool:
-        return self.kept >= slo.percentile / 100
 
 
 def simulate(
@@ -134,7 +58,8 @@ def simulate(
 
     Raises BenchError for a policy, workload or load that cannot be understood, before any run.
     """
-    jobs = case.jobs()
+    draws = case.drawn()
+    jobs = draws[0].jobs
     searches = [list(_alternatives(text, case)) for text in texts]
     for choices in searches:
         for text in choices:
@@ -142,9 +67,9 @@ def simulate(
     simulated = []
     path = result.prepare(folder) if folder is not None and keep else None
     for number, (text, choices) in enumerate(zip(texts, searches, strict=True)):
-        trials, heard = _search(case, jobs, choices, stops=text in _SEARCHED)
+        trials, heard = _search(draws, choices, stops=text in _SEARCHED)
         best = _best(trials, case.slo)
-        _say(f"{best.spec}: {best.kept:.2%} kept the objective, {best.gpu_hours:.2f} GPU-hours")
+        _say(f"{best.spec}: {best.kept:.2%} met the objective, {best.gpu_hours:.2f} GPU-hours")
         measures = measure.measure(_judged_of(case, heard), case.slo)
         simulated.append((text, best, measures, trials))
         if path is not None:
@@ -177,19 +102,23 @@ def _alternatives(text: str, case: Case) -> Iterator[str]:
 
 
 def _search(
-    case: Case, jobs: Sequence[Job], choices: Sequence[str], stops: bool
+    draws: Sequence[Draw], choices: Sequence[str], stops: bool
 ) -> tuple[list[Trial], list[Record]]:
-    """A trial of each choice, and the records of the best."""
+    """A trial of each choice, and the records of the best under the first seed."""
     trials: list[Trial] = []
-    outcomes: list[Outcome] = []
+    first: list[Outcome] = []
+    case, slo = draws[0].case, draws[0].case.slo
     for text in choices:
-        trial, outcome = trial_of(case, jobs, text)
-        trials.append(trial)
-        if _best(trials, case.slo) is trial:
-            outcomes = [outcome]
-        if stops and trial.holds(case.slo):
+        runs = [trial_of(draw.case, draw.jobs, text) for draw in draws]
+        strains = [
+            _strain(slo, _judged_of(case, outcome.records(whole=False))) for _, outcome in runs
+        ]
+        trials.append(over_seeds([trial for trial, _ in runs], strains))
+        if _best(trials, slo) is trials[-1]:
+            first = [runs[0][1]]
+        if stops and trials[-1].holds(slo):
             break
-    return trials, outcomes[0].records()
+    return trials, first[0].records()
 
 
 def _best(trials: Sequence[Trial], slo: Slo) -> Trial:
@@ -197,6 +126,14 @@ def _best(trials: Sequence[Trial], slo: Slo) -> Trial:
     if holding:
         return min(holding, key=lambda trial: trial.gpu_hours)
     return max(trials, key=lambda trial: trial.kept)
+
+
+def _strain(slo: Slo, heard: Sequence[Record]) -> Strain:
+    in_order = sorted(heard, key=lambda record: record.planned_s)
+    return Strain(
+        np.array([record.planned_s for record in in_order]),
+        np.array([slo.used(record) for record in in_order]),
+    )
 
 
 def trial_of(case: Case, jobs: Sequence[Job], text: str) -> tuple[Trial, Outcome]:
@@ -233,6 +170,7 @@ def _judged(text: str, outcome: Outcome, case: Case, took_s: float) -> Trial:
         decisions=outcome.decisions,
         kept_by_minute=_by_minute([record.planned_s for record in heard], met),
         took_s=took_s,
+        judged=len(heard),
     )
 
 
@@ -258,6 +196,7 @@ def _measured(case: Case, beside: Measured) -> tuple[str, Trial, Measures, list[
         timeline=beside.timeline,
         decisions=beside.decisions,
         kept_by_minute=_by_minute([record.planned_s for record in heard], met),
+        judged=len(heard),
     )
     return MEASURED, trial, measure.measure(heard, case.slo), [trial]
 
@@ -292,6 +231,7 @@ def _result(
         "load": case.load,
         "copies": case.copies,
         "seed": case.seed,
+        "seeds": case.seeds,
         "requests": len(jobs),
         "duration_s": jobs[-1].at_s if jobs else 0.0,
         "judged_from_s": case.judged_from_s,
@@ -306,7 +246,13 @@ def _result(
             "measures": msgspec.to_builtins(measures),
             "holds": best.holds(case.slo),
             "tried": [
-                {"spec": trial.spec, "kept": trial.kept, "gpu_hours": trial.gpu_hours}
+                {
+                    "spec": trial.spec,
+                    "kept": trial.kept,
+                    "kept_interval": _plain(trial)["kept_interval"],
+                    "gpu_hours": trial.gpu_hours,
+                    "holds": trial.holds(case.slo),
+                }
                 for trial in trials
             ],
         }
@@ -315,7 +261,15 @@ def _result(
     if case.beside is not None:
         settings["beside"] = _beside(case.beside, [best for _, best, _, _ in simulated])
     head = result.header("simulate", f"{case.workload} {case.load}")
-    return head | settings | {"valid": True, "doubts": [], "policies": rows}
+    return head | settings | {"valid": True, "doubts": [], "notes": _notes(case), "policies": rows}
+
+
+def _notes(case: Case) -> list[str]:
+    if case.beside is not None:
+        return ["the requests are those of one measured run: shares and hours have no interval"]
+    if case.seeds == 1:
+        return ["one seed: another one may turn each verdict; --seeds 5 gives intervals"]
+    return []
 
 
 def _beside(beside: Measured, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -339,6 +293,8 @@ def _beside(beside: Measured, trials: Sequence[Trial]) -> dict[str, Any]:
 
 def _plain(trial: Trial) -> dict[str, Any]:
     built: dict[str, Any] = msgspec.to_builtins(trial)
+    for name in ("kept_interval", "gpu_hours_interval"):
+        built[name] = None if built[name] is None else list(built[name])
     return built
 
 
@@ -377,7 +333,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy", action="append", help="see bench/simulation/policies.py; several times")
     add("--slo", default="ttft_ms=2000,tpot_ms=100,percentile=99", help="as of `bench search`")
     add("--judge-from", type=float, default=0.0, help="seconds that are simulated but not judged")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="the first one")
+    about = "loads to draw, for intervals and verdicts; 1 with --beside; default: %(default)s"
+    add("--seeds", type=whole(1, 1000), default=5, help=about)
     add("--gpu", default="H100", help=f"of the engines: {', '.join(enginemodel.GPUS)}")
     add("--gpus", type=int, default=1, help="of one replica")
     add("--model", default="Qwen2.5-7B", help=", ".join(enginemodel.MODELS))
@@ -427,13 +385,15 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         duration_s=options.duration,
         copies=options.copies,
         seed=options.seed,
+        seeds=1 if beside else options.seeds,
         judged_from_s=options.judge_from,
         beside=beside,
     )
     initial = options.initial if options.initial is not None else first(case)
     case = replace(case, fleet=replace(case.fleet, initial=initial))
     data = simulate(case, options.policy or DEFAULT_POLICIES, options.out, options.records)
-    keys = ("spec", "kept", "holds", "gpu_hours", "changes", "replicas_mean")
+    keys = ["spec", "kept", "kept_interval", "holds", "gpu_hours", "gpu_hours_interval"]
+    keys += ["changes", "replicas_mean"]
     return {
         "benchmark": "simulate",
         "name": data["name"],

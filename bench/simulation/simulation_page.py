@@ -41,20 +41,30 @@ def table(data: dict[str, Any]) -> str:
     highest = max((row["replicas_most"] for row in data["policies"]), default=1)
     lines += ["", f"replicas over time, of {highest}"]
     lines += [f"{bar(row, highest)}  {row['spec']}" for row in data["policies"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *data["notes"]])
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """The figures of one policy, as text; without its name."""
     measures = row["measures"]
     return [
-        f"{100 * row['kept']:.2f}" + ("" if row["holds"] else " (not held)"),
-        f"{row['gpu_hours']:.2f}",
+        _with_interval(row["kept"], row["kept_interval"], 100) + _VERDICTS[row["holds"]],
+        _with_interval(row["gpu_hours"], row["gpu_hours_interval"]),
         "/".join(_number(measures[f"ttft_p{percent}_s"], 2) for percent in (50, 95, 99)),
         "/".join(_number(measures[f"tpot_p{percent}_s"], 0, 1e3) for percent in (50, 95, 99)),
         f"{row['changes']} ({row['reversals']} back)",
         f"{row['replicas_mean']:.2f}, at most {row['replicas_most']}",
     ]
+
+
+_VERDICTS: dict[bool | None, str] = {True: "", False: " (not held)", None: " (undecided)"}
+
+
+def _with_interval(value: float, bounds: Sequence[float] | None, scale: float = 1.0) -> str:
+    shown = f"{scale * value:.2f}"
+    if bounds is None:
+        return shown
+    return f"{shown} ({scale * bounds[0]:.2f} to {scale * bounds[1]:.2f})"
 
 
 def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
@@ -138,6 +148,7 @@ def page(data: dict[str, Any]) -> str:
         f"{size['min_replicas']} to {size['max_replicas']} of them. Objective: "
         f"{slo.percentile:g} % of requests with {', '.join(limits)}"
         + (f", judged from {data['judged_from_s']:g} s on." if data["judged_from_s"] else ".")
+        + _about_seeds(data)
     )
     rows = "".join(
         "<tr>"
@@ -152,6 +163,15 @@ def page(data: dict[str, Any]) -> str:
         rows=rows,
         timeline=_timeline(data),
         price=_price(data),
+    )
+
+
+def _about_seeds(data: dict[str, Any]) -> str:
+    if data["seeds"] == 1:
+        return "".join(f" {note[0].upper()}{note[1:]}." for note in data["notes"])
+    return (
+        f" Shares and GPU-hours are means over {data['seeds']} seeds with 95 % intervals; "
+        "latencies, changes and plots are of the first seed."
     )
 
 

@@ -206,7 +206,7 @@ def _trace(options: spec.Options, seed: _Seed) -> Workload:
     kind = options.name
     cut = trace.Cut(
         start_s=options.number("start_s", 0.0, maximum=1e9),
-        duration_s=options.number_or_none("duration_s", above=0.0, most=1e9),
+        duration_s=options.number_or_none("duration_s", above=0.0, maximum=1e9),
         limit=options.whole_or_none("limit"),
         scale=options.number("scale", 1.0, above=0.0, maximum=1e3),
         max_input=options.whole_or_none("max_input"),

@@ -48,7 +48,8 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
     "ours": {},
     "ours-fast": {"lane": "auto"},
     "ours-python": {"lane": "python"},
-    "ours-gateway": {"gateway": {"enabled": True}},
+    "ours-gateway": {"gateway": {"enabled": True}, "lane": "python"},
+    "ours-gateway-fast": {"gateway": {"enabled": True}, "lane": "auto"},
     "ours-unmeasured": {"observe": {"metrics": False}},
     "ours-every-token": {"stream_gap_ms": 0.0},
 }

@@ -1,7 +1,8 @@
 """What is disturbed and when: the plan, fixed before the run; disturber.py carries it out.
 
     kill-replica:every=10                    SIGKILL of a replica, in turn with the others below
-    kill-engine:every=10,part=core           SIGKILL of an engine's process: core, worker or any
+    kill-engine:every=10,part=core           SIGKILL of an engine's process: core, worker,
+                                             frontend (vllm-rs) or any
     stop-engine:every=30,for=5               SIGSTOP, and SIGCONT after 5 s; without `for` never
     kill-raylet:every=60,nodes=w1;w2         SIGKILL of a node's raylet: only of those named
     restart-gateway:every=20,min_up=2        SIGKILL of a replica of the gateway
@@ -30,6 +31,7 @@ import msgspec
 
 from bench import spec
 from bench.errors import LoadError
+from bench.faults import victims
 
 _COMMON = (
     "every",
@@ -121,7 +123,7 @@ def parse(text: str) -> Disturbance:
         settle_s=options.number("settle", 1.0),
         apart_s=options.number("apart", 0.0),
         rest_s=options.number("rest", 0.0),
-        part=_choice(options, "part", "core", ("core", "worker", "any")),
+        part=_choice(options, "part", "core", tuple(victims.PARTS)),
         for_s=options.number_or_none("for", above=0.0),
         nodes=nodes,
         command=options.path,

@@ -30,7 +30,13 @@ import psutil
 
 from bench.errors import BenchError
 
-_ENGINE = re.compile(r"VLLM::(EngineCore|Worker)")
+# By the titles of a replica's processes, what is part of its engine.
+PARTS = {
+    "core": re.compile(r"VLLM::EngineCore"),
+    "worker": re.compile(r"VLLM::Worker"),
+    "frontend": re.compile(r"(.*/)?vllm-rs$"),
+    "any": re.compile(r"VLLM::(EngineCore|Worker)|(.*/)?vllm-rs$"),
+}
 _ANY = ("0.0.0.0", "::")  # "::" takes IPv4 as well.
 _ANSWER_S = 3.0  # A replica under full load on a busy machine takes a second.
 
@@ -63,9 +69,8 @@ class Replica:
     engine: tuple[psutil.Process, ...] = ()
 
     def part(self, part: str) -> list[psutil.Process]:
-        """Processes of its engine: of `core`, of a `worker`, or `any`."""
-        begins = {"core": "VLLM::EngineCore", "worker": "VLLM::Worker", "any": "VLLM::"}[part]
-        return [process for process in self.engine if title(process).startswith(begins)]
+        """Processes of its engine: `core`, `worker`, `frontend` (vllm-rs), or `any`."""
+        return [process for process in self.engine if PARTS[part].match(title(process))]
 
 
 @dataclass
@@ -230,8 +235,8 @@ def _engine(replica: psutil.Process) -> list[psutil.Process]:
         below = replica.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    engines = [process for process in below if _ENGINE.match(title(process))]
-    return sorted(engines, key=lambda p: (title(p).startswith("VLLM::Worker"), _started_s(p)))
+    engines = [process for process in below if PARTS["any"].match(title(process))]
+    return sorted(engines, key=lambda p: (not PARTS["core"].match(title(p)), _started_s(p)))
 
 
 def _runs(replica: Replica) -> bool:

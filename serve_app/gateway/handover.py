@@ -7,8 +7,8 @@ complete is held back for longer. So what the client has of such an answer is kn
 not by a number of events. The engine that goes on is sent the tokens, repeats their text, and what
 the client has of that text is cut from the first events that it writes.
 
-Only for the answers whose events hold nothing but text: one choice of chat or completions, without
-logprobs, tools and token ids for the client.
+Only for the answers whose events hold nothing but text and token ids: one choice of chat or
+completions, without logprobs and tools.
 """
 
 import re
@@ -51,22 +51,28 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class FastStream(Stream):
-    """One stream of chat or completions, from vllm-rs until it is asked for `again`."""
+    """One stream of chat or completions, from vllm-rs until it is asked for `again`.
 
-    def __init__(self) -> None:
+    Args:
+        with_ids: whether the client asked for token ids.
+    """
+
+    def __init__(self, with_ids: bool = False) -> None:
         super().__init__()
-        self._fast = True
+        self._fast, self._with_ids = True, with_ids
         self._texts: list[str] = []
         self._finished = self._counted = False
-        # Of a continuation: the text that the client has, how much of it was repeated, and whether
-        # an event came.
+        # Of a continuation: the text and the number of token ids that the client has, how much of
+        # them was repeated, and whether an event came.
         self._known, self._repeated_characters, self._begun = "", 0, False
+        self._sent_ids = self._known_ids = 0
 
     def again(self) -> None:
         super().again()
         self._fast, self._skip = False, 0
         self._texts = ["".join(self._texts)]
         self._known, self._repeated_characters, self._begun = self._texts[0], 0, False
+        self._known_ids = self._sent_ids
 
     def _new(self, event: bytes) -> bytes | None:
         failed = events.error_code(event) is not None
@@ -96,17 +102,18 @@ class FastStream(Stream):
         choice = chunk.choices[0]
         if choice.token_ids:
             self.progress.groups.append(choice.token_ids)
+            self._sent_ids += len(choice.token_ids)
         if text := choice.new_text:
             self._texts.append(text)
         if choice.finish_reason is not None:
             self._finished = True
             self.progress.finish, self.progress.stop = choice.finish_reason, choice.stop_reason
-        elif not text and (choice.delta is None or choice.delta.role is None):
+        elif not (text or self._with_ids or (choice.delta is not None and choice.delta.role)):
             return None  # Without token ids it would hold nothing.
         if not self._begun:
             self._begun = True
             self._names.given(event)
-        return _IDS.sub(b"", event)
+        return event if self._with_ids else _IDS.sub(b"", event)
 
     def _of_full(self, event: bytes, chunk: _Chunk) -> bytes | None:
         """An event of the full lane, less what the client has of it.
@@ -122,12 +129,18 @@ class FastStream(Stream):
             return None if given else self._names.given(event)
         choice = chunk.choices[0]
         text = self._after_what_is_known(choice.new_text)
-        if self._finished or not (text or choice.finish_reason):
+        ids = choice.token_ids or []
+        repeated = min(self._known_ids, len(ids))
+        self._known_ids -= repeated
+        if self._finished or not (text or ids[repeated:] or choice.finish_reason):
             return None
         self._texts.append(text)
+        self._sent_ids += len(ids) - repeated
         self._finished = choice.finish_reason is not None
         event = self._names.given(event)
-        return event if text == choice.new_text else _with_text(event, text)
+        if text == choice.new_text and not repeated and b'"prompt_token_ids":[' not in event:
+            return event
+        return _with(event, text, ids[repeated:])
 
     def _after_what_is_known(self, text: str) -> str:
         start = self._repeated_characters
@@ -141,9 +154,15 @@ class FastStream(Stream):
         return text[len(known) :]
 
 
-def _with_text(event: bytes, text: str) -> bytes:
+def _with(event: bytes, text: str, ids: list[int]) -> bytes:
+    """The same event with another text and other token ids."""
     data: dict[str, Any] = msgspec.json.decode(event[len(_DATA) :])
     choice = data["choices"][0]
+    for part in (data, choice):
+        if part.get("prompt_token_ids") is not None:
+            part["prompt_token_ids"] = None
+    if choice.get("token_ids") is not None:
+        choice["token_ids"] = ids
     if "delta" in choice:
         choice["delta"]["content"] = text
     else:

@@ -5,7 +5,7 @@ at its first attempt: what fails there goes on in the full lane.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
 import aiohttp
@@ -31,10 +31,8 @@ _CONNECT_S = 2.0
 # How long idle connections are kept. The server at the other end keeps them for longer, or it would
 # close one under a request: vllm-rs for 75 s (replica/frontends.py), our own for 600.
 _KEPT_FAST_S, _KEPT_FULL_S = 60, 300
-# What puts more than text into the events of a stream. handover.py continues them by their text.
-_MORE_THAN_TEXT = frozenset(
-    {"echo", "logprobs", "top_logprobs", "return_token_ids", "tools", "tool_choice"}
-)
+# What puts more into the events of a stream than text and token ids, by which handover.py goes on.
+_MORE_THAN_TEXT = frozenset({"echo", "logprobs", "top_logprobs", "tools", "tool_choice"})
 # Of a request's headers, what vllm-rs is not shown.
 _CREDENTIALS = frozenset({"authorization", "x-api-key"})
 
@@ -100,7 +98,8 @@ class Lanes:
                 return
             visit.frontend = place.address
             if request.stream:
-                answer.stream, body = FastStream(), _with_token_ids(body)
+                body, asked = _with_token_ids(body)
+                answer.stream = FastStream(with_ids=asked)
             shown = [each for each in request.headers if each[0].lower() not in _CREDENTIALS]
             shown.append(("authorization", f"Bearer {place.token}"))
             url = URL(f"http://{place.address}{path}", encoded=True)
@@ -159,14 +158,19 @@ def known_of(stream: Stream) -> bytes:
     return msgspec.json.encode(msgspec.structs.replace(stream.progress, repeat=repeat))
 
 
-def _fields(body: bytes) -> Iterable[str]:
+def _fields(body: bytes) -> dict[str, msgspec.Raw]:
     return msgspec.json.decode(body, type=dict[str, msgspec.Raw])
 
 
-def _with_token_ids(body: bytes) -> bytes:
-    """The same request for an answer with token ids. The table has let it in: it is an object with
-    some field, and none of that name."""
-    return b'{"return_token_ids":true,' + body.lstrip()[1:]
+def _with_token_ids(body: bytes) -> tuple[bytes, bool]:
+    """The same request for an answer with token ids, and whether it asked for them itself."""
+    fields = _fields(body)
+    given = fields.get("return_token_ids")
+    if given is None:  # The table has let it in: it is an object with some field.
+        return b'{"return_token_ids":true,' + body.lstrip()[1:], False
+    if bytes(given) == b"true":
+        return body, True
+    return msgspec.json.encode({**fields, "return_token_ids": True}), False
 
 
 def _session(kept_s: int) -> aiohttp.ClientSession:

@@ -105,6 +105,7 @@ _COMMON: Mapping[str, Check] = {
     "frequency_penalty": _number(-2, 2),
     "repetition_penalty": _number(0.01, 2),
     "ignore_eos": _flag,
+    "return_token_ids": _flag,
     "logprobs": _null,
 }
 # By route and field: whether the fast lane takes the value.

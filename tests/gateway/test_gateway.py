@@ -11,6 +11,7 @@ import openai
 import psutil
 import pytest
 
+from serve_app.replica import frontends
 from tests.server import Server, configuration, launched, wait
 
 NAME = "SmolLM2-135M-Instruct"
@@ -19,13 +20,14 @@ ASK = {"prompt": "Once upon a time there was", "max_tokens": 160, "temperature":
 
 @pytest.fixture(scope="module")
 def fleet(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two engines behind one gateway."""
+    """Two engines behind one gateway, which answers most of these requests in the fast lane."""
     config = configuration(
         8790,
         model=str(tiny),
         served_model_name="m",
         replicas=2,
         cpus_per_replica=0.5,
+        lane="auto",
         gateway={"enabled": True, "cpus": 0.1},
         engine={"dtype": "float32", "max_model_len": 4096},
     )
@@ -108,6 +110,24 @@ def test_streams_outlive_their_engine_which_starts_anew_in_its_replica(fleet: Se
     assert new.parents()[1] in before  # Between them is the fork server.
     through(fleet, new.kill)
     assert wait(lambda: new not in cores(fleet) and len(cores(fleet)) == 2, 240)
+
+
+def test_streams_outlive_their_rust_front_end(fleet: Server) -> None:
+    if frontends.binary() is None:
+        pytest.skip("vllm-rs is not installed")
+    assert wait(lambda: len(fleet.named("vllm-rs")) == len(cores(fleet)) == 2, 240)
+    body = {"model": "m", "prompt": "x", "max_tokens": 2}
+    assert wait(lambda: lane(fleet, body) == "fast", 60)
+    assert lane(fleet, body | {"n": 2}) == "python"
+    dying = fleet.named("vllm-rs")[0]
+    through(fleet, dying.kill)
+    assert wait(lambda: len(fleet.named("vllm-rs")) == 2, 240)
+
+
+def lane(server: Server, body: dict[str, object]) -> str:
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.headers["x-serve-lane"]
 
 
 def test_streams_outlive_the_replica_that_began_them(fleet: Server) -> None:

@@ -28,7 +28,7 @@ def delta(chat: bool, text: str, **more: Any) -> dict[str, Any]:
     return {"index": 0, **said, "finish_reason": None, **more}
 
 
-def fast(texts: list[str], chat: bool, usage: bool) -> list[bytes]:
+def fast(texts: list[str], chat: bool, usage: bool = False) -> list[bytes]:
     """What vllm-rs writes: token n with texts[n]."""
     if chat:
         role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
@@ -41,16 +41,21 @@ def fast(texts: list[str], chat: bool, usage: bool) -> list[bytes]:
     return [*made, b"data: [DONE]\n\n"]
 
 
-def full(texts: list[str], chat: bool, usage: bool, method: str = "resume") -> list[bytes]:
+def full(
+    texts: list[str], chat: bool, usage: bool = False, ids: bool = False, method: str = "resume"
+) -> list[bytes]:
     """What vLLM's application writes, with marks: the end comes with the last token."""
     made = [b""] if chat else []
     if chat:
         role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        made = [event([role], created=2)]
+        made = [event([role], created=2, **({"prompt_token_ids": [7, 8]} if ids else {}))]
     for n, text in enumerate(texts):
         ends = n == len(texts) - 1
         marks = f": how {method}\n" * (n == 0) + f": t {n}\n" + ": end length null\n" * ends
-        end = {"finish_reason": "length"} if ends else {}
+        end: dict[str, Any] = {"finish_reason": "length"} if ends else {}
+        if ids:
+            prompt = {"prompt_token_ids": None if n else [7, 8]}
+            end |= {"token_ids": [n], **({} if chat else prompt)}
         made.append(marks.encode() + event([delta(chat, text, **end)], created=2))
     made += [event([], usage=USAGE, created=2)] if usage else []
     return [*made, b"data: [DONE]\n\n"]
@@ -71,6 +76,7 @@ PLACES = st.lists(st.integers(0, 12), min_size=TOKENS - 1, max_size=TOKENS - 1)
     st.text('aé🙂"\\ \n', min_size=1, max_size=12),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.lists(PLACES, min_size=4, max_size=4),
     st.lists(st.integers(0, 200), max_size=3),
     st.data(),
@@ -79,20 +85,22 @@ def test_a_stream_goes_on_by_its_text(
     whole: str,
     chat: bool,
     usage: bool,
+    ids: bool,
     places: list[list[int]],
     breaks: list[int],
     data: st.DataObject,
 ) -> None:
     """However each lane holds text back, and wherever each of several attempts breaks off."""
-    stream, got = FastStream(), list[bytes]()
+    stream, got = FastStream(ids), list[bytes]()
     for attempt, each in enumerate(places):
         texts = cut(whole, each)
         if attempt:
             if not stream.sent:
-                stream = FastStream()  # As the relay does: nothing is to be continued.
+                stream = FastStream(ids)  # As the relay does: nothing is to be continued.
             else:
                 stream.again()
-        written = fast(texts, chat, usage) if not stream.sent else full(texts, chat, usage)
+        fresh = not stream.sent
+        written = fast(texts, chat, usage) if fresh else full(texts, chat, usage, ids)
         raw = b"".join(written)
         broken = attempt < len(breaks)
         raw = raw[: min(len(raw) - 1, breaks[attempt] * len(raw) // 200)] if broken else raw
@@ -112,13 +120,17 @@ def test_a_stream_goes_on_by_its_text(
     assert [c["finish_reason"] for c in choices if c["finish_reason"]] == ["length"]
     assert [each["usage"] for each in said if each.get("usage")] == [USAGE] * usage
     assert {each["created"] for each in said} == {said[0]["created"]}
-    assert not any("token_ids" in json.dumps(each) for each in said)
+    places_of_ids = [*said, *choices]
+    given = [each["prompt_token_ids"] for each in places_of_ids if each.get("prompt_token_ids")]
+    assert given == [[7, 8]] * ids
+    tokens = [token for choice in choices for token in choice.get("token_ids") or []]
+    assert tokens == list(range(TOKENS)) * ids
     assert stream.progress.tokens == list(range(TOKENS))
 
 
 def test_an_event_that_holds_only_token_ids_is_not_sent() -> None:
     stream = FastStream()
-    got = stream.events(b"".join(fast(["", "a", "", "b"], chat=True, usage=False)))
+    got = stream.events(b"".join(fast(["", "a", "", "b"], chat=True)))
     said = [json.loads(each[6:])["choices"][0] for each in got[:-1]]
     assert [choice["delta"] for choice in said] == [
         {"role": "assistant", "content": ""},
@@ -133,14 +145,14 @@ def test_an_event_that_holds_only_token_ids_is_not_sent() -> None:
 def test_text_that_looks_like_token_ids_is_sent() -> None:
     text = ',"token_ids":[1,2],"prompt_token_ids":null'
     stream = FastStream()
-    got = stream.events(b"".join(fast([text], chat=False, usage=False)))
+    got = stream.events(b"".join(fast([text], chat=False)))
     assert json.loads(got[0][6:])["choices"] == [{"index": 0, "text": text, "finish_reason": None}]
 
 
 @pytest.mark.parametrize("error", [b'data: {"error":{}}', b'event: error\ndata: {"error":{}}'])
 def test_an_error_of_the_fast_lane_is_a_failed_replica(error: bytes) -> None:
     stream = FastStream()
-    first = b"".join(fast(["a", "b"], chat=False, usage=False)[:2])
+    first = b"".join(fast(["a", "b"], chat=False)[:2])
     # What came before it in the same piece is not lost.
     (got,) = stream.events(first + error + b"\n\n")
     assert b'"text":"a"' in got
@@ -153,7 +165,7 @@ def test_an_error_of_the_fast_lane_is_a_failed_replica(error: bytes) -> None:
 
 def test_an_error_of_the_full_lane_is_the_end() -> None:
     stream = FastStream()
-    stream.events(b"".join(fast(["a", "b"], chat=False, usage=False)[:2]))
+    stream.events(b"".join(fast(["a", "b"], chat=False)[:2]))
     stream.again()
     error = b'data: {"error":{"message":"x"}}'
     assert stream.events(error + b"\n\ndata: [DONE]\n\n") == [error, b"data: [DONE]"]
@@ -162,19 +174,19 @@ def test_an_error_of_the_full_lane_is_the_end() -> None:
 
 def test_a_text_that_comes_out_otherwise_is_an_error() -> None:
     stream = FastStream()
-    stream.events(b"".join(fast(["ab", "c"], chat=False, usage=False)[:2]))
+    stream.events(b"".join(fast(["ab", "c"], chat=False)[:2]))
     stream.again()
     with pytest.raises(CannotContinue):
-        stream.events(b"".join(full(["ax", "c"], chat=False, usage=False)))
+        stream.events(b"".join(full(["ax", "c"], chat=False)))
 
 
 def test_what_no_engine_can_go_on_with_is_an_error() -> None:
     stream = FastStream()
-    stream.events(b"".join(fast(["ab", "c"], chat=False, usage=False)[:2]))
+    stream.events(b"".join(fast(["ab", "c"], chat=False)[:2]))
     assert stream.continuable, "nobody has said how it goes on"
     stream.again()
     with pytest.raises(CannotContinue):
-        stream.events(b"".join(full(["ab", "c"], chat=False, usage=False, method="never")))
+        stream.events(b"".join(full(["ab", "c"], chat=False, method="never")))
     assert stream.method is Method.NEVER
     assert not stream.continuable
 

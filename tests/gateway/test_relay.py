@@ -563,6 +563,18 @@ async def test_a_request_takes_the_fast_lane_of_the_replica_that_was_chosen() ->
     assert engine.places == engine.left_places == 1
 
 
+@pytest.mark.parametrize("asked", [True, False])
+async def test_token_ids_are_the_clients_if_it_asked_for_them(asked: bool) -> None:
+    engine = EngineServer("a", fast=True)
+    async with fleet(engine) as there:
+        client = await there.ask(return_token_ids=asked)
+    assert client.headers[b"x-serve-lane"] == b"fast"
+    choices = [each["choices"][0] for each in client.events[:-1]]
+    ids = [token for choice in choices for token in choice.get("token_ids") or []]
+    assert ids == (list(range(10)) if asked else [])
+    assert client.text == WHOLE
+
+
 async def test_an_answer_in_one_piece_passes_through_as_it_is() -> None:
     engine = EngineServer("a", fast=True)
     async with fleet(engine) as there:
@@ -593,7 +605,7 @@ async def test_a_stream_of_more_than_text_takes_the_full_lane(
     monkeypatch.setattr(capability, "obstacle", lambda *_: None)
     engine = EngineServer("a", fast=True)
     async with fleet(engine) as there:
-        for more in ({"logprobs": 2}, {"return_token_ids": True}, {"tools": []}, {"echo": True}):
+        for more in ({"logprobs": 2}, {"tools": []}, {"echo": True}):
             assert (await there.ask(**more)).headers[b"x-serve-lane"] == b"python"
         client = await there.ask(stream=False, logprobs=2)
     assert client.headers[b"x-serve-lane"] == b"fast"

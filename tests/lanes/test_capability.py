@@ -41,6 +41,7 @@ def test_a_plain_request_takes_the_fast_lane() -> None:
         "frequency_penalty": -0.1,
         "repetition_penalty": 1.1,
         "ignore_eos": True,
+        "return_token_ids": True,
     }
     assert why(COMPLETION | everything) is None
     assert why(CHAT | everything, "/v1/chat/completions") is None
@@ -58,6 +59,7 @@ def test_no_value_is_taken_that_is_not_known_to_be_answered_alike(field: str, va
         "prompt": ["x" * 3],
         "stream": [True],
         "ignore_eos": [True],
+        "return_token_ids": [True],
         "temperature": [None, 1.5],
         "presence_penalty": [-1, 1.5],
         "frequency_penalty": [-1, 1.5],

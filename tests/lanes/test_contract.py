@@ -51,6 +51,7 @@ PARAMETERS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0, "seed": 12, "min_p": 0.05, "n": 1},
     {"temperature": 0, "seed": None, "stop": None, "top_p": None},
     {"seed": 5, "temperature": None},
+    {"temperature": 0, "stop": "a", "return_token_ids": True},
 )
 
 
@@ -100,6 +101,8 @@ def _essence(answer: dict[str, Any]) -> dict[str, Any]:
         "role": (choice.get("message") or {}).get("role"),
         "finish_reason": choice["finish_reason"],
         "stop_reason": choice.get("stop_reason"),
+        "token_ids": choice.get("token_ids"),
+        "prompt_token_ids": _prompt_ids(answer),
         "usage": _counts(answer["usage"]),
     }
 
@@ -117,8 +120,16 @@ def _joined(events: list[dict[str, Any]]) -> dict[str, Any]:
         "role": next((delta["role"] for delta in deltas if delta.get("role")), None),
         "text": "".join(text),
         "finish_reason": ends,
+        "token_ids": [id_ for choice in choices for id_ in choice.get("token_ids") or []],
+        "prompt_token_ids": [ids for event in events if (ids := _prompt_ids(event))],
         "usage": usages,
     }
+
+
+def _prompt_ids(answer: dict[str, Any]) -> list[int] | None:
+    """Chat has them beside its choices, completions within."""
+    places = [answer, *answer["choices"]]
+    return next((ids for each in places if (ids := each.get("prompt_token_ids"))), None)
 
 
 def _counts(usage: dict[str, Any]) -> dict[str, int]:

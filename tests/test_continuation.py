@@ -120,6 +120,7 @@ def content(events: list[bytes]) -> dict[str, Any]:
             output.setdefault("created", set()).add(created)
         if usage := data.get("usage"):
             usage.pop("prompt_tokens_details", None)
+            usage.pop("completion_tokens_details", None)
             # With every event: how many there are differs with how tokens travel together.
             output["usage"] = usage
         for choice in data.get("choices", []):
@@ -328,11 +329,9 @@ async def test_an_answer_of_the_fast_lane_goes_on_exactly_in_the_full_lane(
     raw = await ask_fast(engine, path, body)
     written = [event + b"\n\n" for event in raw.split(b"\n\n")[:-1]]
     whole = content(FastStream().events(raw))
-    # An answer that ends inside a character: the full lane drops that part of it.
-    plain = content(Stream().events(await ask(app, path, body)))
-    assert plain["text"] == whole["text"].rstrip("\ufffd")
     last = len(written) - 1
-    cuts = sorted({1, 2, 3, last // 2, last - 3, last - 2, last - 1, last} & {*range(1, last + 1)})
+    # After the first token, in the middle, and around the end, whose parts come one by one.
+    cuts = sorted({2, last // 2, last - 2, last - 1, last} & {*range(1, last + 1)})
     streams = [FastStream() for _ in cuts]
     firsts = [
         stream.events(b"".join(written[:cut]) + written[cut][:7])
@@ -344,11 +343,10 @@ async def test_an_answer_of_the_fast_lane_goes_on_exactly_in_the_full_lane(
     for (cut, stream, first), rest in zip(begun, rests, strict=True):
         result = content(first + stream.events(rest))
         stream.finish()
-        if b"\xef\xbf\xbd" not in b"".join(written[:cut]):
-            result["text"] = result["text"].rstrip("\ufffd")
-            expected = {**whole, "text": whole["text"].rstrip("\ufffd")}
-        else:
-            expected = whole
+        expected = dict(whole)
+        if "\ufffd" in whole["text"] and "\ufffd" not in content(first).get("text", ""):
+            # An answer that ends inside a character: the full lane drops that part of it.
+            expected["text"] = whole["text"].rstrip("\ufffd")
         assert result == expected, f"cut after {cut} of {len(written)} events"
 
 

@@ -197,9 +197,10 @@ DOOR_RULES = (
         where=_APPLICATION,
     ),
     Rule(
-        why="a header names the lane",
+        why="a header names the lane, unless a gateway has said it",
         pattern=r"^( *)# Enable HTTP connection reuse for better performance$",
-        replacement=r"\1http-response set-header x-serve-lane python\n\g<0>",
+        replacement=r"\1http-response set-header x-serve-lane python "
+        r"unless { res.hdr(x-serve-lane) -m found }\n\g<0>",
         where=_APPLICATION,
     ),
 )

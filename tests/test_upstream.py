@@ -271,6 +271,7 @@ def test_19_an_engine_is_started_apart_from_its_front_ends() -> None:
 def test_20_the_scheduler_ends_requests_and_steps_by_these_methods() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.request import Request
 
     for name in ("update_from_output", "make_stats", "add_request"):
         assert callable(getattr(Scheduler, name))
@@ -278,6 +279,7 @@ def test_20_the_scheduler_ends_requests_and_steps_by_these_methods() -> None:
     assert parameters(Scheduler._free_request)[:2] == ["self", "request"]
     source = inspect.getsource(Scheduler)
     assert source.count("self._free_request(") == 2
+    assert "self.prefill_stats: PrefillStats | None" in inspect.getsource(Request.__init__)
     assert "Return stats to only one of the front-ends" in source
     assert {"outputs", "scheduler_stats"} <= set(EngineCoreOutputs.__struct_fields__)
 

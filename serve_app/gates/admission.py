@@ -1,16 +1,16 @@
 """Who runs, who waits and who is turned away: the bounded queue in front of the engine.
 
 As many sequences run as the engine batches, so that it is always full and its own queue always
-short; a bounded number of requests wait in order of arrival; the rest are turned away at once,
-which costs a header and no engine time. Then throughput at ten times the capacity is throughput
-at capacity, and everyone who was let in is served.
+short; a bounded number of requests wait; the rest are turned away at once, which costs a header and
+no engine time. Then throughput at ten times the capacity is throughput at capacity, and everyone
+who was let in is served. They are let in in order of arrival, or with tenants by their shares
+(tenants/fair.py).
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.errors import GatewayTimeout, RequestError, TooManyRequests, Unavailable
 from serve_app.gates import routes
 from serve_app.gates.reading import Reading
+from serve_app.gates.work import BatchClock, Work, work
 from serve_app.scaling.signals import Signals
 from serve_app.settings import Limits
+from serve_app.tenants.fair import EVERYBODY, Entry, FairQueue, Share, work_of
 
 logger = logging.getLogger("serve_app")
 
@@ -30,18 +32,22 @@ _FAREWELL_S = 3.0
 
 
 @dataclass(eq=False, slots=True)
-class _Waiter:
-    """A request in the queue.
+class _Request:
+    """A request in the queue or the engine.
 
     Attributes:
         turn: done once its wait is over, whichever way that is.
-        room: sequences that were counted for it; None: it was given no room.
+        entry: its place in the queue, or in the account of its tenant.
+        room: sequences that are counted for it; None: it was given no room.
+        began_s: when it was given room, on the clock of the batch.
     """
 
     sequences: int
     body_bytes: int
-    turn: asyncio.Future[None]
+    turn: asyncio.Future[None] | None = None
+    entry: "Entry[_Request] | None" = None
     room: int | None = None
+    began_s: float = 0.0
 
 
 class Admission:
@@ -53,23 +59,24 @@ class Admission:
     Args:
         max_running: sequences that may run at once.
         max_queued: requests that may wait; one more is `TooManyRequests`.
+        gpus: of the engine.
     """
 
-    def __init__(self, max_running: int, max_queued: int, retry_after_s: float) -> None:
+    def __init__(
+        self, max_running: int, max_queued: int, retry_after_s: float, gpus: int = 1
+    ) -> None:
         self.max_running = max_running
         self.max_queued = max_queued
         self.retry_after_s = retry_after_s
         self.running = 0
-        self._waiting: deque[_Waiter] = deque()
+        self._queue: FairQueue[_Request] = FairQueue()
+        # Of the bodies of the requests that wait.
+        self.queued_bytes = 0
+        self._clock = BatchClock(gpus)
 
     @property
     def queued(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def queued_bytes(self) -> int:
-        """Of the bodies of the requests that wait."""
-        return sum(waiter.body_bytes for waiter in self._waiting)
+        return len(self._queue)
 
     def change(self, max_running: int, max_queued: int, retry_after_s: float) -> None:
         """Other bounds from now on; who is in stays in."""
@@ -79,80 +86,157 @@ class Admission:
 
     @contextlib.asynccontextmanager
     async def slot(
-        self, sequences: int, queue_timeout_s: float, body_bytes: int = 0
-    ) -> AsyncIterator[None]:
-        """Hold room for `sequences` sequences, waiting for it in order of arrival.
+        self,
+        sequences: int,
+        queue_timeout_s: float,
+        body_bytes: int = 0,
+        share: Share = EVERYBODY,
+        expected_work: float = 0.0,
+        done: Work | None = None,
+    ) -> AsyncIterator[int]:
+        """Hold room for `sequences` sequences, waiting for it as long as others are served first.
+
+        Yields the sequences that are counted for it.
+
+        Args:
+            done: what the engine does for it, as far as that is known when its room is given back:
+                its tenant is charged for that instead of `expected_work`.
 
         Raises:
             TooManyRequests: the queue is full.
             Unavailable: no room within `queue_timeout_s`.
         """
-        if not self._waiting and (room := self._room_for(sequences)) is not None:
-            self.running += room
+        request = _Request(sequences, body_bytes)
+        room = self._room_for(sequences, share)
+        if room is not None and self._may_pass(share):
+            request.entry = self._queue.begin_at_once(share, room, expected_work, request)
+            self._count(request, room)
         else:
-            room = await self._wait(sequences, body_bytes, queue_timeout_s)
+            await self._wait(request, share, expected_work, queue_timeout_s)
+        assert request.room is not None
         try:
-            yield
+            yield request.room
         finally:
-            self._give_back(room)
+            self._give_back(request, done or Work())
 
-    def _room_for(self, sequences: int) -> int | None:
+    def _may_pass(self, share: Share) -> bool:
+        """Whether a request that there is room for need not wait behind those that wait."""
+        if not self._queue:
+            return True
+        # It may use room that is kept for its tenant, if nobody waits for that.
+        kept_for_it = self._queue.bound(share, self.max_running) == self.max_running
+        return kept_for_it and self._queue.first_below_share() is None
+
+    def _room_for(self, sequences: int, share: Share) -> int | None:
         """What to count for a request that may run now, or None: it may not.
 
         One that is larger than the whole engine still runs, alone.
         """
         room = min(max(sequences, 1), self.max_running)
-        return room if not self.running or self.running + room <= self.max_running else None
+        if not self.running:
+            return room
+        bound = self._queue.bound(share, self.max_running)
+        return room if self.running + room <= bound else None
 
-    async def _wait(self, sequences: int, body_bytes: int, timeout_s: float) -> int:
-        if len(self._waiting) >= self.max_queued:
-            raise TooManyRequests(
-                f"{self.running} sequences run and {self.queued} requests wait, which is all this "
-                "replica takes. Try again later.",
-                retry_after_s=self.retry_after_s,
-            )
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(sequences, body_bytes, turn)
-        self._waiting.append(waiter)
+    async def _wait(
+        self, request: _Request, share: Share, expected_work: float, timeout_s: float
+    ) -> None:
+        if len(self._queue) >= self.max_queued:
+            self._make_place(share)
+        turn = request.turn = asyncio.get_running_loop().create_future()
+        request.entry = self._queue.push(share, max(1, request.sequences), expected_work, request)
+        self.queued_bytes += request.body_bytes
         try:
             async with asyncio.timeout(timeout_s):
                 await turn
         except BaseException as error:
-            self._leave(waiter)
+            self._leave(request)
             if isinstance(error, TimeoutError):
                 raise Unavailable(
                     f"No room within {timeout_s:g} s. Try again later.",
                     retry_after_s=self.retry_after_s,
                 ) from None
             raise
-        assert waiter.room is not None
-        return waiter.room
 
-    def _leave(self, waiter: _Waiter) -> None:
+    def _make_place(self, share: Share) -> None:
+        """Turn away a request of the tenant that has the most in the full queue.
+
+        Raises:
+            TooManyRequests: that is the tenant of the new request.
+        """
+        error = TooManyRequests(
+            f"{self.running} sequences run and {self.queued} requests wait, which is all this "
+            "replica takes. Try again later.",
+            retry_after_s=self.retry_after_s,
+        )
+        victim = self._queue.victim(share)
+        if victim is None:
+            raise error
+        self._unqueue(victim.item)
+        assert victim.item.turn is not None
+        if not victim.item.turn.done():
+            victim.item.turn.set_exception(error)
+
+    def _leave(self, request: _Request) -> None:
         """Give up a place in the queue, or the room that was given in the same moment."""
-        if waiter.room is not None:
-            self._give_back(waiter.room)
-        elif waiter in self._waiting:
-            self._waiting.remove(waiter)
+        if request.room is not None:
+            self._give_back(request, Work())
+        elif request.entry is not None:
+            self._unqueue(request)
             self._wake()
 
-    def _give_back(self, room: int) -> None:
-        self.running -= room
+    def _unqueue(self, request: _Request) -> None:
+        assert request.entry is not None
+        self._queue.leave(request.entry)
+        self.queued_bytes -= request.body_bytes
+        request.entry = None
+
+    def _count(self, request: _Request, room: int) -> None:
+        request.room, request.began_s = room, self._clock.advance(self.running)
+        self.running += room
+
+    def _give_back(self, request: _Request, done: Work) -> None:
+        assert request.room is not None
+        assert request.entry is not None
+        done.gpu_s += request.room * (self._clock.advance(self.running) - request.began_s)
+        self.running -= request.room
+        read = done.prompt_tokens - done.cached_tokens
+        # What the engine says nothing of was as much work as expected.
+        spent = work_of(read, done.output_tokens) if done.known else request.entry.work
+        self._queue.end(request.entry, spent)
         self._wake()
 
     def _wake(self) -> None:
-        """Let in those at the head of the queue, as far as there is room."""
-        while self._waiting:
-            first = self._waiting[0]
-            if first.turn.done():  # It leaves: it was cancelled in this turn of the loop.
-                self._waiting.popleft()
+        """Let in those whose turn it is, as far as there is room."""
+        while (entry := self._next()) is not None:
+            request = entry.item
+            assert request.turn is not None
+            if request.turn.done():  # It leaves: it was cancelled in this turn of the loop.
+                self._unqueue(request)
                 continue
-            if (room := self._room_for(first.sequences)) is None:
-                return
-            self._waiting.popleft()
-            self.running += room
-            first.room = room
-            first.turn.set_result(None)
+            room = self._room_for(request.sequences, entry.share)
+            assert room is not None
+            self.queued_bytes -= request.body_bytes
+            self._queue.begin(entry, room)
+            self._count(request, room)
+            request.turn.set_result(None)
+
+    def _next(self) -> "Entry[_Request] | None":
+        """The request to let in now, or to forget; None: there is none, or no room for it."""
+        first = self._queue.first()
+        if first is None or _left(first) or self._room_for(first.item.sequences, first.share):
+            return first
+        if self.running + min(first.item.sequences, self.max_running) > self.max_running:
+            return None
+        # There is room that is kept for others.
+        first = self._queue.first_below_share()
+        if first is None or _left(first) or self._room_for(first.item.sequences, first.share):
+            return first
+        return None
+
+
+def _left(entry: "Entry[_Request]") -> bool:
+    return entry.item.turn is not None and entry.item.turn.done()
 
 
 class AdmissionGate:
@@ -185,17 +269,25 @@ class AdmissionGate:
             await self.app(scope, receive, send)
             return
         response = _Response(send, self._engine_error)
-        parsed: Reading = scope.get("state", {}).get("reading") or Reading(sequences=1)
+        state = scope.get("state", {})
+        parsed: Reading = state.get("reading") or Reading(sequences=1)
+        share: Share = state.get("share", EVERYBODY)
+        done: Work = state.get("work") or Work()
         came_s = time.monotonic()
         self.signals.arrived()
         try:
             async with asyncio.timeout(self.limits.request_timeout_s):
                 if not self.healthy():
                     raise self._unavailable()
-                queue_timeout_s = self.limits.queue_timeout_s
                 async with self.admission.slot(
-                    parsed.sequences, queue_timeout_s, parsed.body_bytes
+                    parsed.sequences,
+                    self.limits.queue_timeout_s,
+                    parsed.body_bytes,
+                    share,
+                    work_of(parsed.prompt_tokens_expected, parsed.output_tokens_expected),
+                    done,
                 ):
+                    work.set(done)
                     wait_s = time.monotonic() - came_s
                     self.signals.admitted(wait_s, parsed.body_bytes)
                     self.waited(wait_s)

@@ -25,6 +25,10 @@ PROMPT_HEAD_BYTES = 128 * 2**10
 # instructions for calling tools.
 _TEMPLATE_TOKENS = 256
 
+# What a request is taken to cost before anything is known of it: bytes of a prompt for each token,
+# tokens of an answer that names no bound, and of one that names any.
+_BYTES_A_TOKEN, _TOKENS_EXPECTED, _MOST_TOKENS_EXPECTED = 4, 256, 4096
+
 _EMPTY = msgspec.Raw()
 
 
@@ -120,6 +124,17 @@ class Reading:
     grammar_bytes: int = 0
     session: str | None = None
     priority: bool = False
+
+    @property
+    def prompt_tokens_expected(self) -> int:
+        """What the prompt is taken to be before it was tokenized."""
+        return self.body_bytes // _BYTES_A_TOKEN
+
+    @property
+    def output_tokens_expected(self) -> int:
+        """What the answers are taken to be; a huge bound says nothing of an answer."""
+        answer = self.max_tokens or _TOKENS_EXPECTED
+        return min(max(answer, 1), _MOST_TOKENS_EXPECTED) * self.sequences
 
 
 def read(route: Route, body: bytes) -> Reading:

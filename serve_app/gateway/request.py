@@ -12,17 +12,20 @@ from serve_app.gates import reading, routes
 from serve_app.gates.keys import tenant
 from serve_app.gates.reading import Reading
 from serve_app.gateway.routing import prefix_keys
-from serve_app.replica.backend import CONTINUE_HEADER, TENANT_HEADER, TOKEN_HEADER
+from serve_app.replica.backend import CONTINUE_HEADER, SHARE_HEADER, TENANT_HEADER, TOKEN_HEADER
 
-# What a request is taken to cost before anything is known of it: bytes of a prompt for each token,
-# tokens of an answer that names no bound, and of one that names any.
-_BYTES_A_TOKEN, _TOKENS_EXPECTED, _MOST_TOKENS_EXPECTED = 4, 256, 4096
 # What concerns one connection, or is made anew on each.
 HOP_HEADERS = frozenset(
     (b"host", b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"upgrade")
 )
 _OWN_HEADERS = frozenset(
-    (TOKEN_HEADER.encode(), CONTINUE_HEADER.encode(), TENANT_HEADER.encode(), b"x-request-id")
+    (
+        TOKEN_HEADER.encode(),
+        CONTINUE_HEADER.encode(),
+        TENANT_HEADER.encode(),
+        SHARE_HEADER.encode(),
+        b"x-request-id",
+    )
 )
 
 
@@ -71,6 +74,8 @@ class Request:
         headers.append(("x-request-id", request_id))
         # A name may be in any script, a header may not.
         headers.append((TENANT_HEADER, quote(tenant.get())))
+        if (share := scope.get("state", {}).get("share")) is not None:
+            headers.append((SHARE_HEADER, f"{share.weight!r} {share.rank}"))
         query = scope.get("query_string", b"").decode("latin-1")
         raw = scope.get("raw_path") or quote(scope["path"]).encode()
         path = raw.decode("latin-1").partition("?")[0] + (f"?{query}" if query else "")
@@ -82,7 +87,7 @@ class Request:
         if parsed.sequences:
             # The KV cache of an adapter is not the one of its model, or of another adapter.
             made.keys = prefix_keys(parsed.prompt_head, of=parsed.model)
-            made.tokens = _expected_tokens(parsed)
+            made.tokens = parsed.prompt_tokens_expected + parsed.output_tokens_expected
         return made
 
     def listing(self, path: str) -> "Request":
@@ -107,10 +112,3 @@ def _reading(scope: Scope, body: bytes) -> Reading:
         return reading.read(routes.find(scope["path"]) or routes.OTHER, body)
     except BadRequest:
         return Reading()  # The engine says what is wrong with it.
-
-
-def _expected_tokens(parsed: Reading) -> int:
-    """What a request is taken to cost a replica; a huge bound says nothing of the answer."""
-    answer = parsed.max_tokens or _TOKENS_EXPECTED
-    bound = min(max(answer, 1), _MOST_TOKENS_EXPECTED)
-    return parsed.body_bytes // _BYTES_A_TOKEN + bound * parsed.sequences

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.gates.keys import tenant
 from serve_app.gates.reading import Reading
+from serve_app.gates.work import work
 from serve_app.observe import metrics
 from serve_app.observe.timeline import Timeline
 from serve_app.replica.reports import Ended, client_ids
@@ -144,6 +145,11 @@ class Grant:
         await send({"type": "http.response.body", "body": body, "timeline": timeline})
 
     def _count(self, timeline: Timeline) -> None:
+        if (done := work.get()) is not None:
+            done.known = not timeline.broken
+            done.prompt_tokens += timeline.prompt_tokens
+            done.cached_tokens += timeline.cached_tokens
+            done.output_tokens += timeline.generated_tokens
         metrics.prompt_tokens.labels(self._model, tenant.get()).inc(timeline.prompt_tokens)
         metrics.generated_tokens.labels(self._model, tenant.get()).inc(timeline.generated_tokens)
 

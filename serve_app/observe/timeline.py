@@ -28,6 +28,7 @@ class Timeline:
     generated_tokens: int = 0
     left: bool = False
     broken: bool = False
+    cached_tokens: int = 0
 
     @classmethod
     def of(cls, ended: "Ended | None", status: int) -> "Timeline":
@@ -41,4 +42,5 @@ class Timeline:
             ended.generated_tokens,
             left=ended.reason == _ABORTED,
             broken=ended.reason == "error",
+            cached_tokens=ended.cached_tokens,
         )

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.continuation import Marks, Progress
 from serve_app.errors import NotFound
 from serve_app.gates.keys import tenant
+from serve_app.tenants.fair import Share
 
 TOKEN_HEADER, CONTINUE_HEADER = "x-engine-token", "x-continue"
 # In the answer to a ping: for how many seconds the engine has been asked for something and has
@@ -34,6 +35,8 @@ TOKEN_HEADER, CONTINUE_HEADER = "x-engine-token", "x-continue"
 STALLED_HEADER = "x-engine-stalled"
 # Who asks, as the gateway found out; percent-encoded.
 TENANT_HEADER = "x-tenant"
+# Its weight, and the rank of its class, where there are tenants.
+SHARE_HEADER = "x-tenant-share"
 # Of an answer that is none: the engine failed before it began, or is not there at all.
 FAILED_HEADER = "x-engine-failed"
 DIED, ABSENT = "died", "absent"
@@ -110,6 +113,9 @@ class Backend:
         exchange.set(current)
         if (holder := headers.get(TENANT_HEADER.encode())) is not None:
             tenant.set(unquote(holder.decode("latin-1")))
+        if (words := headers.get(SHARE_HEADER.encode())) is not None:
+            weight, rank = words.split()
+            scope.setdefault("state", {})["share"] = Share(tenant.get(), float(weight), int(rank))
         try:
             await self.app(scope, receive, _marking(current, send))
         except EngineFailed:

@@ -121,7 +121,10 @@ class _Engine:
         limits = self._settings.limits
         self._engine.bounds.change(limits)
         self._admission = Admission(
-            self._max_sequences(limits), limits.max_queued_requests, limits.retry_after_s
+            self._max_sequences(limits),
+            limits.max_queued_requests,
+            limits.retry_after_s,
+            self._plan.gpus,
         )
         self._supervisor = Supervisor(
             self._engine,

@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 
 from serve_app.continuation import Logprobs, Method, Progress
 from serve_app.gates.keys import tenant
+from serve_app.gates.work import Work, work
 from serve_app.observe import metrics
 from serve_app.replica.backend import Exchange, exchange
 from serve_app.replica.bounds import Bounds
@@ -45,14 +46,19 @@ class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
         # An answer that goes on here had its prompt counted where it began.
         new = current is None or current.progress is None
         read = generated = 0
+        done = work.get() or Work()
         stream = super().generate(prompt, sampling_params, request_id, **named)
         try:
             async with contextlib.aclosing(stream):
                 async for output in stream:
-                    if new:
+                    done.known = True
+                    if new and not read:
                         read = len(output.prompt_token_ids or ())
+                        done.prompt_tokens += read
+                        done.cached_tokens += output.num_cached_tokens or 0
                     for completion in output.outputs:
                         generated += len(completion.token_ids)
+                        done.output_tokens += len(completion.token_ids)
                     yield output
         finally:
             # Not those of the warm-up, whose outputs hold all tokens so far.

@@ -44,6 +44,7 @@ class Ended(msgspec.Struct, array_like=True, frozen=True):
         first_s: when its first token was made, on the same clock; None: never.
         last_s: when it ended.
         reason: vLLM's name of how it ended: stop, length, abort, error, repetition.
+        cached_tokens: of its prompt, those that were found in the prefix cache.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class Ended(msgspec.Struct, array_like=True, frozen=True):
     first_s: float | None
     last_s: float
     reason: str
+    cached_tokens: int = 0
 
     @property
     def gap_s(self) -> float:

@@ -38,6 +38,8 @@ class _Reporting(Scheduler):  # type: ignore[misc]
         # Requests that were aborted because they were late, until vllm-rs is told so.
         self._late: list[str] = []
         self._first: dict[str, tuple[float, float]] = {}
+        # Prompt tokens that were found in the prefix cache, of requests of the fast lane.
+        self._cached: dict[str, int] = {}
         self._stats_s = self._step_s = self._report_s = 0.0
         self._begun = 0  # In this step.
         self._clear()
@@ -65,6 +67,9 @@ class _Reporting(Scheduler):  # type: ignore[misc]
         return super().make_stats(*args, **named)
 
     def update_from_output(self, *args: Any, **named: Any) -> dict[int, EngineCoreOutputs]:
+        for request_id, (request, _) in self._unread.items():
+            if request.prefill_stats is not None:  # vLLM takes it with the first token.
+                self._cached[request_id] = request.prefill_stats.num_cached_tokens
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **named)
         if self._late:
             farewells = outputs.setdefault(FAST, EngineCoreOutputs()).outputs
@@ -122,6 +127,7 @@ class _Reporting(Scheduler):  # type: ignore[misc]
                     first_s,
                     now_s,
                     str(reason) if reason is not None else "error",
+                    self._cached.pop(request.request_id, 0),
                 )
             )
         return super()._free_request(request, *args, **named)

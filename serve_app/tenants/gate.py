@@ -35,6 +35,7 @@ class TenantGate:
             await self.app(scope, receive, send)
             return
         tenant = self._registry.tenant(tenant_name.get())
+        scope.setdefault("state", {})["share"] = tenant.share
         path = scope["path"].rstrip("/")
         try:
             if scope["method"] == "POST":

@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from serve_app.errors import ConfigError, nearest
+from serve_app.tenants.fair import Share
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -71,6 +72,11 @@ class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quota: Quota = Quota()
     disabled: bool = False
     keys: tuple[Key, ...] = ()
+
+    @property
+    def share(self) -> Share:
+        """What the queue asks of it."""
+        return Share(self.name, self.weight, list(Priority).index(self.priority))
 
     def may_use(self, model: str) -> bool:
         return not self.models or model in self.models

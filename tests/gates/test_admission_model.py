@@ -6,15 +6,26 @@ as a waiter leaves, as another's time is over, as the bounds change.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.errors import TooManyRequests, Unavailable
 from serve_app.gates.admission import Admission
+from serve_app.gates.work import BatchClock, Work
+from serve_app.tenants.fair import EVERYBODY, Share
+
+SHARES = (
+    Share("normal"),
+    Share("heavy", weight=3.0),
+    Share("high", rank=0),
+    Share("low", rank=2),
+)
 
 
 class ManualLoop(asyncio.SelectorEventLoop):
@@ -43,6 +54,8 @@ class Client:
     state: str = "new"
     room: int = 0
     task: asyncio.Task[None] | None = None
+    share: Share = EVERYBODY
+    done: Work = field(default_factory=Work)
 
 
 class World:
@@ -51,8 +64,8 @@ class World:
         self.admission = Admission(bound, queue, 1.0)
         self.clients: list[Client] = []
         self.entered: list[int] = []
-        self.checked = 0  # Of those that entered.
         self.highest_bound = bound
+        self.bounds = {bound}
 
     def inside(self) -> list[Client]:
         return [client for client in self.clients if client.state == "inside"]
@@ -63,9 +76,12 @@ class World:
     async def _ask(self, client: Client, timeout_s: float) -> None:
         client.state = "waiting"
         try:
-            async with self.admission.slot(client.sequences, timeout_s):
+            async with self.admission.slot(
+                client.sequences, timeout_s, 10, client.share, 100.0, client.done
+            ) as client.room:
                 client.state = "inside"
-                client.room = min(client.sequences, self.admission.max_running)
+                # Of the bound when it was let in: that may have changed since, in the same turn.
+                assert client.room in {min(client.sequences, bound) for bound in self.bounds}
                 self.entered.append(client.number)
                 await client.release.wait()
         except TooManyRequests:
@@ -78,8 +94,9 @@ class World:
 
     # What can happen.
 
-    def arrive(self, sequences: int, timeout_s: float) -> None:
-        client = Client(sequences, len(self.clients))
+    def arrive(self, sequences: int, timeout_s: float, share: Share = EVERYBODY) -> None:
+        client = Client(sequences, len(self.clients), share=share)
+        client.done.known, client.done.output_tokens = sequences % 2 == 0, 7 * sequences
         self.clients.append(client)
         client.task = self.loop.create_task(self._ask(client, timeout_s))
 
@@ -96,6 +113,7 @@ class World:
 
     def resize(self, bound: int) -> None:
         self.highest_bound = max(self.highest_bound, bound)
+        self.bounds.add(bound)
         self.admission.change(bound, self.admission.max_queued, 1.0)
 
     def pass_time(self, seconds: float) -> None:
@@ -108,14 +126,25 @@ class World:
         # Smaller bounds end nobody; a request larger than the bound runs alone.
         assert admission.running <= self.highest_bound
         assert admission.queued == len(self.waiting())
-        # Room is given in order; who was given it at once may note that in any order.
-        self.entered[self.checked :] = sorted(self.entered[self.checked :])
-        self.checked = len(self.entered)
-        assert self.entered == sorted(self.entered), "not in order of arrival"
+        assert admission.queued_bytes == 10 * len(self.waiting())
+        # Those that are let in in one turn go on in any order.
+        for head in self.heads():
+            mine = [n for n in self.entered if self.clients[n].share == head.share]
+            assert max(mine, default=-1) < head.number, "not in order of arrival"
         if waiting := self.waiting():
-            room = min(waiting[0].sequences, admission.max_running)
             assert admission.running
+            # The part of a batch that may be kept for others is nothing of a batch this small.
+            least = min(min(each.sequences, admission.max_running) for each in self.heads())
+            most = max(min(each.sequences, admission.max_running) for each in waiting)
+            room = most if len(self.heads()) > 1 else least
             assert admission.running + room > admission.max_running, "one waits beside free room"
+
+    def heads(self) -> list[Client]:
+        """The first that waits of each tenant."""
+        found: dict[Share, Client] = {}
+        for client in self.waiting():
+            found.setdefault(client.share, client)
+        return list(found.values())
 
 
 happenings: st.SearchStrategy[tuple[str, tuple[Any, ...]]] = st.one_of(
@@ -148,6 +177,10 @@ def _one_resize(happening: list[Happening]) -> list[Happening]:
 def test_the_counter_is_what_is_inside(
     bound: int, queue: int, rounds: list[list[tuple[str, tuple[Any, ...]]]]
 ) -> None:
+    _play(bound, queue, rounds)
+
+
+def _play(bound: int, queue: int, rounds: list[list[tuple[str, tuple[Any, ...]]]]) -> None:
     loop = ManualLoop()
     world = World(loop, bound, queue)
     try:
@@ -168,10 +201,78 @@ def test_the_counter_is_what_is_inside(
         loop.turns(200)
         assert world.admission.running == 0
         assert world.admission.queued == 0
+        # Nothing is left in an account: what was charged in advance was given back or settled.
+        assert not world.admission._queue._accounts
         # "new": it left before it had begun to ask.
         assert {client.state for client in world.clients} <= {"gone", "refused", "late", "new"}
     finally:
         loop.close()
+
+
+of_tenants: st.SearchStrategy[tuple[str, tuple[Any, ...]]] = st.one_of(
+    st.tuples(
+        st.just("arrive"),
+        st.tuples(st.integers(1, 6), st.sampled_from([0.0, 1.0, 1000.0]), st.sampled_from(SHARES)),
+    ),
+    happenings.filter(lambda each: each[0] != "arrive"),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    bound=st.integers(1, 4),
+    queue=st.integers(0, 6),
+    rounds=st.lists(st.lists(of_tenants, min_size=1, max_size=5), max_size=25),
+)
+def test_the_counter_is_what_is_inside_with_tenants(
+    bound: int, queue: int, rounds: list[list[tuple[str, tuple[Any, ...]]]]
+) -> None:
+    _play(bound, queue, rounds)
+
+
+async def test_room_that_is_kept_for_others_is_theirs_at_once() -> None:
+    admission = Admission(32, 4, 1.0)
+    flood, good = Share("flood"), Share("good")
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(admission.slot(1, 1, share=good))
+        for _ in range(29):
+            await stack.enter_async_context(admission.slot(1, 1, share=flood))
+        with pytest.raises(Unavailable):  # Two places are kept.
+            await stack.enter_async_context(admission.slot(1, 0.01, share=flood))
+        late = asyncio.create_task(_hold(admission, flood))
+        await asyncio.sleep(0)
+        for _ in range(2):  # Also where others wait.
+            await stack.enter_async_context(admission.slot(1, 0.01, share=good))
+        assert admission.running == 32
+        late.cancel()
+    assert admission.running == 0
+
+
+async def _hold(admission: Admission, share: Share) -> None:
+    async with admission.slot(1, 1, share=share):
+        await asyncio.sleep(0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.floats(0, 10)), min_size=1, max_size=30))
+def test_gpu_seconds_are_those_in_which_anything_ran(changes: list[tuple[int, float]]) -> None:
+    """All requests together get the busy time of all GPUs, and no more."""
+    now_s = [0.0]
+    clock = BatchClock(gpus=2, now_s=lambda: now_s[0])
+    inside: list[tuple[int, float]] = []
+    given_s = busy_s = 0.0
+    for number, (sequences, passed_s) in enumerate(changes):
+        running = sum(each for each, _ in inside)
+        if number % 3 == 2 and inside:
+            ended, began_s = inside.pop(0)
+            given_s += ended * (clock.advance(running) - began_s)
+        else:
+            inside.append((sequences, clock.advance(running)))
+        now_s[0] += passed_s
+        busy_s += passed_s if inside else 0.0
+    running = sum(each for each, _ in inside)
+    ends_s = clock.advance(running)
+    given_s += sum(each * (ends_s - began_s) for each, began_s in inside)
+    assert given_s == pytest.approx(2 * busy_s)
 
 
 @settings(deadline=None, max_examples=100)

@@ -68,6 +68,7 @@ def confirm(options: argparse.Namespace) -> dict[str, Any]:
         "slo": msgspec.to_builtins(goal.slo),
         "workload": goal.what,
         "scores": scores,
+        "answers": before.get("answers"),
         "gain": gain(best, default, 0, goal.slo is not None),
     }
     result.write(options.out, output)

@@ -10,7 +10,9 @@ import msgspec
 from bench.engine import trial
 from bench.engine.trial import Answer, Engine
 from bench.engine.tuning import Climb
+from bench.interval import Bounds
 from bench.measure import Slo
+from bench.search import rate as rate_search
 
 STEP = 1.04  # Of the ladder of rates: what two settings must differ by to be told apart.
 _FEWEST = 64  # Requests of a probe.
@@ -89,8 +91,33 @@ def _step_s(answer: Answer, goal: Goal) -> float:
     return trial.tpot_s(answer.records) or 0.0
 
 
+class Probes:
+    """What the climbs of one setting showed, and how sure the highest rate is by all of them."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, rate_search.Seen]] = []
+
+    def add(self, rate: float, answer: Answer, slo: Slo) -> None:
+        self._seen.append((rate, rate_search.judge(answer.records, slo)))
+
+    def bounds(self, rate: float, slo: Slo) -> Bounds | None:
+        """95 % interval for the highest rate within the SLO, near the mean of the climbs.
+
+        None where the probes are too short, or too few, for one.
+        """
+        knee = rate_search.estimate(self._seen, rate, 1 - slo.percentile / 100)
+        return None if knee is None else (knee.low, knee.high)
+
+
 def score(
-    load: Any, goal: Goal, pace: Pace, share: float, seed: int, start: int, precise: bool
+    load: Any,
+    goal: Goal,
+    pace: Pace,
+    share: float,
+    seed: int,
+    start: int,
+    precise: bool,
+    probes: Probes | None = None,
 ) -> tuple[float, int]:
     """One score, and the rung of the ladder where it lies.
 
@@ -98,12 +125,13 @@ def score(
         load: `Engine.load` or `Served.load`, limits of the scheduler given.
         share: of the requests of a full measurement.
         start: the rung to begin at.
+        probes: what each load showed is added to it.
     """
     if goal.slo is None:
         count = max(_FEWEST // 2, round(pace.requests_per_s * goal.seconds * share))
         answer: Answer = load(goal.what, _ALL_AT_ONCE, count=count, seed=seed)
         return trial.output_tokens_per_s(answer, goal.by_cpu), 0
-    climb = Climb(start, gap=1 if precise else 2, highest=12 if precise else 8)
+    climb = Climb(start, gap=1 if precise else 2, probes=12 if precise else 8)
     length_s = goal.seconds * share
     while (rung := climb.ask()) is not None:
         rate, met = rate_of(pace, rung), True
@@ -111,6 +139,8 @@ def score(
             count = max(_FEWEST, round(rate * length_s))
             answer = load(goal.what, f"poisson:rate={rate!r}", count=count, seed=seed, slo=goal.slo)
             good = trial.good_share(answer.records, goal.slo)
+            if probes is not None:
+                probes.add(rate, answer, goal.slo)
             met = not answer.lost and good >= goal.slo.percentile / 100
             # Until the first requests end there are more and more at once: a load that was over by
             # then has seen nothing of the crowd. One that failed would fail in a longer one too.

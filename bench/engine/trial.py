@@ -202,6 +202,21 @@ class Engine:
         answer.records = list(read(path))
         return answer
 
+    def complete(self, prompts: Sequence[str], tokens: int, limit_s: float) -> list[list[int]]:
+        """The greedy tokens after each prompt, asked one at a time so that no batch changes them.
+
+        Raises:
+            EngineError: the engine ended, or did not answer in time.
+        """
+        assert self._process.stdin
+        order = {"prompts": list(prompts), "tokens": tokens}
+        try:
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._failed()
+        return msgspec.convert(self._answer(limit_s)["completions"], list[list[int]])
+
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         """The next line of the process that is an answer; what vLLM prints is not."""
         assert self._process.stdout
@@ -280,6 +295,10 @@ def main() -> None:
     print(json.dumps({"bench": msgspec.to_builtins(ready)}), file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
+        if "prompts" in order:
+            completions = {"completions": _complete(engine, order["prompts"], order["tokens"])}
+            print(json.dumps({"bench": completions}), file=answers, flush=True)
+            continue
         try:
             _limit(scheduler, limits, order["live"])
             answer = _drive(engine, scheduler, order)
@@ -326,6 +345,27 @@ def _limit(scheduler: Any, started: Mapping[str, int], live: Mapping[str, int]) 
     config = scheduler.scheduler_config
     config.long_prefill_token_threshold = limits["long_prefill_token_threshold"]
     config.enable_chunked_prefill = bool(limits["enable_chunked_prefill"])
+
+
+def _complete(engine: Any, prompts: Sequence[str], tokens: int) -> list[list[int]]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=tokens,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    completions = []
+    for number, prompt in enumerate(prompts):
+        ids = engine.get_tokenizer().encode(prompt)
+        engine.add_request(f"completion-{number}", {"prompt_token_ids": ids}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    completions.append(list(output.outputs[0].token_ids))
+    return completions
 
 
 def _drive(engine: Any, scheduler: Any, order: Mapping[str, Any]) -> Answer:

@@ -11,6 +11,9 @@ restarted where a knob needs it, each noted in DIR/journal.jsonl when it is done
 goes on from that journal after an interruption. An engine that does not start, or runs out of
 memory, is a trial that failed.
 
+Answers of the best setting are compared with those of the defaults (`answers` in the result): a
+setting that may change them is not recommended without.
+
 The end is DIR/result.json and DIR/serve_config.yaml, which the application starts with. A trial on
 a running engine uses limits below those it was started with; `--against` measures defaults and best
 once more, each on a fresh engine with exactly its arguments, behind a server where asked to.
@@ -31,16 +34,18 @@ from bench.engine import confirm, deployment, knobs, tuning
 from bench.engine.gain import cost, gain
 from bench.engine.journal import Journal
 from bench.engine.knobs import Knob
-from bench.engine.score import LONGEST, STEP, Goal, Pace, named, pace, score
+from bench.engine.score import LONGEST, STEP, Goal, Pace, Probes, named, pace, score
 from bench.engine.stand import Stand
 from bench.engine.trial import EngineError
 from bench.engine.tuning import Floor, Lengths, Measured, Outcome, Search, Trial
 from bench.errors import BenchError
 from bench.hardware import ceilings, gpu
+from bench.quality import PROMPTS, Agreement, agreement
 
 CONFIG = "serve_config.yaml"
 _OVER_S = 2.0
 _PROBES = 3  # Of a climb, on average.
+_COMPARED = 48  # Tokens of each answer that is compared with one of the defaults.
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -111,6 +116,7 @@ class Tuning:
         self._roof = ceilings.shape_and_ceilings(options.roofline, options.model, options.engine)
         self._took_s: dict[int, list[float]] = {}
         self._rung = 0
+        self._agreement: Agreement | None = None
         self._pace: Pace | None = self._journal.pace
         self._limits: dict[str, int] = self._journal.limits
 
@@ -122,6 +128,7 @@ class Tuning:
             self._prepare()
             search = self._search()
             self._go(search)
+            self._compare_answers(search)
         except KeyboardInterrupt:
             doubts.append("interrupted: the same command goes on from the journal")
         finally:
@@ -204,6 +211,23 @@ class Tuning:
             else:
                 search.tell(outcome)
 
+    def _compare_answers(self, search: Search) -> None:
+        """How far the answers of the best setting agree with those of the defaults."""
+        best = search.best
+        if best is None or not best.settings or self._left_s() <= _OVER_S:
+            return
+        completions = []
+        try:
+            for settings in (best.settings, {}):
+                with self._stand.engine(settings, self._left_s()) as (engine, _):
+                    completions.append(engine.complete(PROMPTS, _COMPARED, self._left_s()))
+        except EngineError as error:
+            run.say(f"answers were not compared: {error}")
+            return
+        texts = [[" ".join(map(str, tokens)) for tokens in each] for each in completions]
+        self._agreement = agreement(texts[1], texts[0])
+        run.say(f"{self._agreement.equal} of {len(PROMPTS)} answers equal those of the defaults")
+
     def _affordable(self, trial: Trial, search: Search) -> bool:
         """Whether there is time for it, and then for a first look at the confirmation."""
         need_s = self._estimate_s(trial)
@@ -232,7 +256,7 @@ class Tuning:
         assert self._pace is not None
         label = f"rung {trial.rung}: {knobs.describe(trial.settings)} ({trial.why})"
         run.say(f"{label}; {self._left_s():.0f} s left")
-        outcome = Outcome()
+        outcome, probes = Outcome(), Probes()
         try:
             with self._stand.engine(trial.settings, self._left_s()) as (engine, limits):
                 began_s = time.monotonic()
@@ -247,13 +271,18 @@ class Tuning:
                         seed,
                         self._rung,
                         trial.rung == self._options.rungs - 1,
+                        probes,
                     )
                     outcome.scores.append(value)
                 self._took_s.setdefault(trial.rung, []).append(time.monotonic() - began_s)
         except EngineError as error:
             outcome = Outcome(failure=str(error), oom=error.oom)
-        scores = [f"{value:.4g}" for value in outcome.scores]
-        run.say(f"  {', '.join(scores) or outcome.failure}")
+        if self._goal.slo is not None and outcome.score > 0:
+            outcome.bounds = probes.bounds(outcome.score, self._goal.slo)
+        scores = ", ".join(f"{value:.4g}" for value in outcome.scores)
+        if outcome.bounds is not None:
+            scores += " ({:.4g} to {:.4g})".format(*outcome.bounds)
+        run.say(f"  {scores or outcome.failure}")
         return outcome
 
     def _left_s(self) -> float:
@@ -279,7 +308,9 @@ class Tuning:
 
     def _write(self, search: Search | None, doubts: list[str]) -> dict[str, Any]:
         measured = list(search.measured.values()) if search else []
-        best, default = (search.best, search.default) if search else (None, None)
+        winner, default = (search.best, search.default) if search else (None, None)
+        lossy = {knob.name for knob in self._space if knob.lossy}
+        best = tuning.recommended(winner, default, lossy, self._agreement)
         last = self._options.rungs - 1
         found_best = search.candidate if search else None
         confirmation = search.confirmation if search else None
@@ -296,6 +327,13 @@ class Tuning:
                 f"{knobs.describe(found_best.settings)} scored best and was not confirmed, so the "
                 "defaults stay: the time was over"
             )
+        if winner is not None and best is not winner:
+            doubts.append(
+                f"{knobs.describe(winner.settings)} may change answers, which were not "
+                "compared with those of the defaults in time, so the defaults stay"
+            )
+        elif best is not None and best.settings and self._agreement is None:
+            doubts.append("the answers were not compared with those of the defaults")
         if search and search.hurried:
             doubts.append(f"the time of {self._options.budget_s:g} s ended the search early")
         about = self._about()
@@ -314,6 +352,7 @@ class Tuning:
             "candidate": _row(found_best),
             "confirmation": msgspec.to_builtins(confirmation),
             "gain": gain(best, default, last, self._goal.slo is not None),
+            "answers": msgspec.to_builtins(self._agreement),
             "best_lossless": _row(_lossless(measured, self._space, last)),
             "effects": msgspec.to_builtins(
                 tuning.effects(measured, STEP if self._goal.slo else 1.0)
@@ -330,7 +369,7 @@ class Tuning:
             if self._goal.slo is None:
                 output["cost"] = cost(best.score(), self._options.price)
         result.write(self._options.out, output)
-        keys = ("best", "default", "gain", "effects", "config", "engine_starts", "wall_s")
+        keys = ("best", "default", "gain", "answers", "effects", "config", "engine_starts")
         return {
             "benchmark": "tune",
             "name": output["name"],
@@ -339,10 +378,16 @@ class Tuning:
             "out": str(self._options.out),
             "trials": len(measured),
             **{key: output[key] for key in keys},
+            "wall_s": output["wall_s"],
         }
 
     def _configuration(self, best: Measured, gained: dict[str, Any] | None) -> Path:
         times = f", {gained['ratio']:.2f} times the defaults" if gained else ""
+        if (same := self._agreement) is not None and best.settings:
+            times += (
+                f"; {same.equal} of {same.asked} answers equal those of the defaults "
+                f"({same.equal_low:.0%} to {same.equal_high:.0%})"
+            )
         return deployment.write(
             self._options.out / CONFIG,
             model=self._options.model,
@@ -370,6 +415,7 @@ def _row(each: Measured | None) -> dict[str, Any] | None:
         "described": knobs.describe(each.settings),
         "rung": each.rung,
         "score": each.score(),
+        "score_interval": each.outcomes[each.rung].bounds,
         "scores": {str(rung): outcome.scores for rung, outcome in each.outcomes.items()},
         "held_out": each.held_out,
         "failure": each.outcomes[each.rung].failure,

@@ -19,7 +19,7 @@ thought to be, in few probes.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -30,6 +30,7 @@ from bench import interval
 from bench.engine.knobs import Knob, Settings, key, started_with
 from bench.hardware import roofline
 from bench.hardware.roofline import Ceilings, Shape
+from bench.quality import Agreement
 
 # A difference below this is noise at the first rung: the simpler setting stays.
 _TIE = 0.02
@@ -70,10 +71,13 @@ class Outcome(msgspec.Struct, kw_only=True):
     """What a trial showed: a score for each repeat, the higher the better; 0 where nothing passed.
 
     Attributes:
+        bounds: 95 % interval for the highest rate within the SLO, by all probes of all repeats;
+            None for another goal, and where the probes do not bear one.
         failure: why there is none: the engine did not start, or ended.
     """
 
     scores: list[float] = []
+    bounds: tuple[float, float] | None = None
     failure: str = ""
     oom: bool = False
 
@@ -101,6 +105,23 @@ class Measured(msgspec.Struct, kw_only=True):
     def score(self, rung: int | None = None) -> float:
         outcome = self.outcomes.get(self.rung if rung is None else rung)
         return outcome.score if outcome else 0.0
+
+
+def recommended(
+    best: Measured | None,
+    default: Measured | None,
+    lossy: Collection[str],
+    agreement: Agreement | None,
+) -> Measured | None:
+    """The best setting, or the defaults where it may change answers and nobody knows by how much.
+
+    Args:
+        lossy: names of the knobs that change answers.
+        agreement: of the best setting's answers with those of the defaults.
+    """
+    if best is None or agreement is not None or not set(best.settings) & set(lossy):
+        return best
+    return default
 
 
 class Confirmation(msgspec.Struct, kw_only=True):
@@ -587,15 +608,15 @@ class Climb:
     Args:
         start, stride: rungs, any whole number.
         gap: how far apart the highest that passed and the lowest that failed may be.
-        least: nothing below is tried.
-        most: probes.
+        lowest: nothing below is tried.
+        probes: how many rungs are tried at most.
     """
 
     def __init__(
-        self, start: int, *, stride: int = 4, gap: int = 1, lowest: int = -60, highest: int = 12
+        self, start: int, *, stride: int = 4, gap: int = 1, lowest: int = -60, probes: int = 12
     ) -> None:
         self._at, self._stride, self._gap = start, max(stride, gap), gap
-        self._least, self._left = lowest, highest
+        self._least, self._left = lowest, probes
         self.passed: int | None = None
         self.failed: int | None = None
 

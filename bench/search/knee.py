@@ -139,7 +139,7 @@ def _logistic(
 
     Args:
         start: mean of the prior, and where to begin.
-        known: precision of the prior.
+        prior: precision of the prior.
     """
     estimate = start.copy()
     for _ in range(_STEPS):

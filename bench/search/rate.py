@@ -188,13 +188,62 @@ def _only_late(record: Record, slo: Slo) -> bool:
     return slo.met_by(msgspec.structs.replace(record, planned_s=sent_s))
 
 
+def blocks(
+    seen: Sequence[tuple[float, Seen]], rate: float, capacity: float, allowed: float
+) -> list[Block]:
+    """Blocks of the probes near a rate, without the time in which the queue still filled."""
+    fewest = max(1, math.ceil(_MISSES_OF_BLOCK / allowed))
+    near, forgotten = _reach(rate, capacity, allowed), forgets(rate / capacity)
+    made = []
+    for probe, (at, each) in enumerate(seen):
+        # Above capacity the share of misses is that of the probe's length.
+        if not 1 / near <= at / rate <= near or at > _BELOW * capacity:
+            continue
+        start = min(_START * forgets(at / capacity), _START_MOST * len(each.missed))
+        recent = each.missed[int(start) :]
+        for part in np.array_split(recent, min(_BLOCKS, len(recent) // fewest) or 1):
+            if len(part):
+                made.append(
+                    Block(
+                        rate=at,
+                        missed=int(part.sum()),
+                        counted=len(part),
+                        probe=probe,
+                        weight=forgotten / forgets(at / capacity),
+                    )
+                )
+    return made
+
+
+def _reach(rate: float, capacity: float, allowed: float) -> float:
+    """The ratio up to which probes count for the regression around a rate."""
+    slope = expected_slope(allowed, rate / capacity)
+    return min(max(math.exp(min(1.0, _NEAR_ODDS / slope)), _NEAR[0]), _NEAR[1])
+
+
+def estimate(
+    seen: Sequence[tuple[float, Seen]],
+    rate: float,
+    allowed: float,
+    confidence: float = interval.CONFIDENCE,
+) -> Knee | None:
+    """The highest rate within the objective, by probes that another search made around `rate`.
+
+    None where they are too short, or too few, to bound it: an interval wider than a factor of two.
+    """
+    full = [each.served_per_s for _, each in seen if each.overloaded]
+    capacity = max(max(full, default=0.0), max((at for at, _ in seen), default=0.0), rate)
+    knee = fit(blocks(seen, rate, capacity, allowed), allowed, confidence, rate / capacity)
+    return knee if knee is not None and knee.width <= _TELLS else None
+
+
 class RateSearch:
     """The highest rate at which no more than the allowed share of requests misses an objective.
 
     Args:
         slo: the objective.
         start: the first rate, requests per second.
-        least, most: limits of the rate.
+        lowest, highest: limits of the rate.
         precision: how far apart the ends of the interval may be, 0.15: 15%.
         confidence: that the interval holds the true rate.
         budget_s: time for all probes; None for as long as the precision takes.
@@ -307,29 +356,7 @@ class RateSearch:
         )
 
     def _near(self, rate: float) -> list[Block]:
-        """Blocks of the probes near a rate, without the time in which the queue still filled."""
-        fewest = max(1, math.ceil(_MISSES_OF_BLOCK / self._allowed))
-        capacity = self._capacity()
-        near, forgotten = self._reach(rate), forgets(self._load(rate))
-        blocks = []
-        for probe, (at, seen) in enumerate(self._seen):
-            # Above capacity the share of misses is that of the probe's length.
-            if not 1 / near <= at / rate <= near or at > _BELOW * capacity:
-                continue
-            start = min(_START * forgets(self._load(at)), _START_MOST * len(seen.missed))
-            recent = seen.missed[int(start) :]
-            for part in np.array_split(recent, min(_BLOCKS, len(recent) // fewest) or 1):
-                if len(part):
-                    blocks.append(
-                        Block(
-                            rate=at,
-                            missed=int(part.sum()),
-                            counted=len(part),
-                            probe=probe,
-                            weight=forgotten / forgets(self._load(at)),
-                        )
-                    )
-        return blocks
+        return blocks(self._seen, rate, self._capacity(), self._allowed)
 
     def _capacity(self) -> float:
         """Answers a second of the probes that were far above it, where there was one.
@@ -355,14 +382,9 @@ class RateSearch:
         blocks = self._near(self._middle)
         knee = fit(blocks, self._allowed, self._confidence, self._load(self._middle))
         if knee is not None:  # Not farther at a time than the probes so far reach.
-            near = self._reach(self._middle)
+            near = _reach(self._middle, self._capacity(), self._allowed)
             self._middle = min(max(knee.rate, self._middle / near), self._middle * near)
         return knee
-
-    def _reach(self, rate: float) -> float:
-        """The ratio up to which probes count for the regression around a rate."""
-        slope = expected_slope(self._allowed, self._load(rate))
-        return min(max(math.exp(min(1.0, _NEAR_ODDS / slope)), _NEAR[0]), _NEAR[1])
 
     def _bracket(self) -> tuple[float | None, float | None]:
         """The highest rate below all that seemed to fail, and the lowest of those."""

@@ -99,6 +99,12 @@ def test_no_two_loads_of_a_server_have_the_same_prompts() -> None:
     assert served._begun(chat, 3) == chat
 
 
+def test_greedy_completions_are_the_same_twice(engine: Engine) -> None:
+    first = engine.complete(["some words", "other words"], 6, 60.0)
+    assert [len(tokens) for tokens in first] == [6, 6]
+    assert engine.complete(["some words", "other words"], 6, 60.0) == first
+
+
 def test_a_load_is_answered_whole_and_timed(engine: Engine) -> None:
     answer = engine.load(WORKLOAD, "poisson:rate=200", count=24, seed=0, slo=FAST)
     assert not answer.lost

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench import quality
 from bench.engine import gain, knobs, tuning
 from bench.engine.knobs import Knob
 from bench.engine.tuning import Climb, Floor, Lengths, Measured, Outcome, Search, Trial
@@ -277,3 +278,18 @@ def test_a_ladder_of_which_nothing_passes_ends() -> None:
         assert rung >= -20
         climb.tell(False)
     assert climb.passed is None
+
+
+# --- answers --------------------------------------------------------------------------------
+
+
+def test_what_may_change_answers_is_not_recommended_before_they_were_compared() -> None:
+    default = Measured(settings={}, outcomes={2: Outcome(scores=[10.0])})
+    fp8 = Measured(settings={"quantization": "fp8"}, outcomes={2: Outcome(scores=[13.0])})
+    batch = Measured(settings={"max_num_seqs": 64}, outcomes={2: Outcome(scores=[12.0])})
+    same = quality.agreement(["1 2 3", "4 5"], ["1 2 9", "4 5"])
+    lossy = {"quantization", "kv_cache_dtype"}
+    assert tuning.recommended(fp8, default, lossy, None) is default
+    assert tuning.recommended(fp8, default, lossy, same) is fp8
+    assert tuning.recommended(batch, default, lossy, None) is batch
+    assert (same.equal, same.asked) == (1, 2)

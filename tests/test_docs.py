@@ -1,7 +1,9 @@
 """README and docs: links lead somewhere, and commands name targets and options that exist."""
 
+import contextlib
+import io
 import re
-import subprocess
+import runpy
 import sys
 from functools import cache
 from pathlib import Path
@@ -47,11 +49,14 @@ def test_make_targets_exist(page: Path) -> None:
 
 @cache
 def help_of(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", *words, "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"python -m {' '.join(words)} --help: {done.stderr[-300:]}"
-    return done.stdout
+    """What `python -m WORDS --help` prints, run in this process: imports are made once."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [words[0], *words[1:], "--help"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    assert ended.value.code in (0, None), f"python -m {' '.join(words)} --help"
+    return printed.getvalue()
 
 
 def commands() -> list[tuple[str, str, str]]:

@@ -100,19 +100,12 @@ def test_a_good_machine_is_ready(tmp_path: Path, tiny: Path) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize(
-    ("engine", "problem"),
-    [
-        ({"tool_call_parser": "hermess"}, "did you mean 'hermes'?"),
-        ({"chat_template": "no/such.jinja"}, "doesn't exist"),
-        ({"enforce_eager": "maybe"}, "must be true or false"),
-    ],
-)
-def test_an_engine_argument_that_cannot_start_is_bad(engine: dict[str, Any], problem: str) -> None:
-    check = doctor.engine_arguments(settings(engine=engine))
+def test_an_engine_argument_that_cannot_start_is_bad() -> None:
+    """One of those of tests/replica/test_arguments.py, each of which takes vLLM's import here."""
+    check = doctor.engine_arguments(settings(engine={"tool_call_parser": "hermess"}))
     assert not check.ok
-    assert problem in check.found
-    assert check.found.startswith(f"engine.{next(iter(engine))} = ")
+    assert "did you mean 'hermes'?" in check.found
+    assert check.found.startswith("engine.tool_call_parser = ")
 
 
 def test_engine_arguments_in_any_spelling_are_good() -> None:

@@ -17,7 +17,7 @@ from serve_app.gateway.answer import Answer
 from serve_app.gateway.failures import Busy, ReplicaFailed, Whole
 from serve_app.gateway.fleet import Upstream
 from serve_app.gateway.handover import FastStream
-from serve_app.gateway.place import Place, taken
+from serve_app.gateway.place import CONNECT_S, Place, taken
 from serve_app.gateway.request import Request
 from serve_app.gateway.visit import Visit
 from serve_app.lanes import capability
@@ -26,8 +26,6 @@ from serve_app.replica.backend import ABSENT, CONTINUE_HEADER, FAILED_HEADER, TO
 from serve_app.settings import Limits
 
 Lane = Literal["fast", "python"]
-# A replica is on the same network: one that does not take a connection within this is not there.
-_CONNECT_S = 2.0
 # How long idle connections are kept. The server at the other end keeps them for longer, or it would
 # close one under a request: vllm-rs for 75 s (replica/frontends.py), our own for 600.
 _KEPT_FAST_S, _KEPT_FULL_S = 60, 300
@@ -176,7 +174,7 @@ def _with_token_ids(body: bytes) -> tuple[bytes, bool]:
 def _session(kept_s: int) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=kept_s),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         auto_decompress=False,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         read_bufsize=2**18,

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from serve_app.gateway.failures import ReplicaFailed, Whole
 from serve_app.lanes.door import SECRET_HEADER
 
+# A replica is on the same network: one that does not take a connection within this is not there.
+CONNECT_S = 2.0
+
 
 @dataclass
 class Place:
@@ -41,8 +44,9 @@ async def taken(
     """
     host, _, port = door.rpartition(":")
     try:
-        reader, writer = await asyncio.open_connection(host, int(port))
-    except OSError as error:
+        async with asyncio.timeout(CONNECT_S):
+            reader, writer = await asyncio.open_connection(host, int(port))
+    except OSError as error:  # A timeout is one as well.
         raise ReplicaFailed(f"its door takes no connection: {error}", "connection") from error
     try:
         writer.write(_asked(secret, path, headers, body))

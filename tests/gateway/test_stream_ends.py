@@ -109,6 +109,7 @@ def test_a_stream_ends_with_its_last_event_or_an_error(
 ) -> None:
     client, line = relayed(faults, method, fast, max_deaths=max_deaths)
     assert client.over
+    assert line["lane"] == client.headers.get(b"x-serve-lane", b"python").decode()
     assert b": how" not in client.body
     assert b"token_ids" not in client.body
     if client.headers.get(b"content-type", b"").startswith(b"text/event-stream"):

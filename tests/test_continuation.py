@@ -307,12 +307,7 @@ FAST: dict[str, tuple[str, dict[str, Any]]] = {
         "/v1/chat/completions",
         GREEDY | {"messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 200},
     ),
-    "min_tokens": (
-        "/v1/completions",
-        COMPLETION | {"min_tokens": 20, "ignore_eos": True, "max_tokens": 24},
-    ),
     "max_tokens of one": ("/v1/completions", COMPLETION | USAGE | {"max_tokens": 1}),
-    "repetition_penalty": ("/v1/completions", COMPLETION | {"repetition_penalty": 1.4}),
     "presence and frequency": (
         "/v1/completions",
         COMPLETION | {"presence_penalty": 0.7, "frequency_penalty": 0.6},

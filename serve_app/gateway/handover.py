@@ -28,6 +28,8 @@ _IDS = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[\d,]*\]|null)')
 class _Delta(msgspec.Struct):
     role: str | None = None
     content: str | None = None
+    reasoning: Any = None
+    tool_calls: Any = None
 
 
 class _Choice(msgspec.Struct):
@@ -40,6 +42,11 @@ class _Choice(msgspec.Struct):
     @property
     def new_text(self) -> str:
         return self.text or (self.delta is not None and self.delta.content) or ""
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is anything that is not continued by its text."""
+        return self.delta is not None and bool(self.delta.reasoning or self.delta.tool_calls)
 
 
 class _Chunk(msgspec.Struct):
@@ -108,6 +115,8 @@ class FastStream(Stream):
         if choice.finish_reason is not None:
             self._finished = True
             self.progress.finish, self.progress.stop = choice.finish_reason, choice.stop_reason
+        elif choice.has_more:
+            self._unmarked = True  # The client is sent it, and nobody else can continue it.
         elif not (text or self._with_ids or (choice.delta is not None and choice.delta.role)):
             return None  # Without token ids it would hold nothing.
         if not self._begun:

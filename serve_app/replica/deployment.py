@@ -165,8 +165,12 @@ class _Engine:
     async def _answer(self) -> ASGIApp:
         """vLLM's application, and what it leaves to be said better."""
         answer: ASGIApp = RefusalGate(await self._engine.app())
-        thinks = self._settings.engine.keys() & {"reasoning_parser", "reasoning_config"}
-        return answer if thinks else WithoutThinking(answer)
+        return answer if self._thinks else WithoutThinking(answer)
+
+    @property
+    def _thinks(self) -> bool:
+        """Whether answers have a part that is reasoning."""
+        return bool(self._settings.engine.keys() & {"reasoning_parser", "reasoning_config"})
 
     async def _restart(self) -> None:
         """Another engine, and its application in the place of the old one's."""
@@ -312,6 +316,9 @@ class GatewayReplica(_Engine):
         self._server.start(app, lambda: supervisor.healthy, lambda: supervisor.stalled_s)
 
     def _secret(self) -> str | None:
+        if self._thinks:
+            say("no fast lane: the gateway does not continue reasoning of vllm-rs")
+            return None
         return self._server.token
 
     def record_replica_metadata(self) -> dict[str, Any]:

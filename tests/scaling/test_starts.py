@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.scaling.starts import Starts
+from serve_app.observe.phases import PHASES
+from serve_app.scaling.starts import PARTS, Starts, distribution_s, parts_of
 
 
 def measured(starts: Starts, *took_s: float) -> Starts:
@@ -98,3 +99,64 @@ def test_what_is_given_up_was_no_start() -> None:
 def test_what_was_learned_is_taken_over() -> None:
     before = measured(Starts(60.0), 100.0, 110.0, 120.0)
     assert Starts(60.0, before.took_s, resumed=True).start_s == before.start_s == 110.0
+
+
+# --- by part --------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.floats(0, 500)] * 5).map(
+            lambda took: (took[0], dict(zip(PARTS, took[1:], strict=True)))
+        ),
+        min_size=1,
+        max_size=7,
+    )
+)
+def test_a_start_is_as_long_as_its_parts_together(
+    starts: list[tuple[float, dict[str, float]]],
+) -> None:
+    took_s = [wait_s + sum(parts.values()) for wait_s, parts in starts]
+    found = distribution_s(took_s, [parts for _, parts in starts])
+    assert found == sorted(found)
+    assert len(found) <= 101
+    # The fastest of each part, and the slowest of each.
+    least = min(w for w, _ in starts) + sum(min(p[name] for _, p in starts) for name in PARTS)
+    most = max(w for w, _ in starts) + sum(max(p[name] for _, p in starts) for name in PARTS)
+    assert found[0] == pytest.approx(least, abs=1e-6)
+    assert found[-1] == pytest.approx(most, abs=1e-6)
+
+
+def test_parts_vary_for_reasons_of_their_own() -> None:
+    """Of seven starts one waited long and another compiled: a start may do both."""
+    starts = Starts(60.0)
+    now_s = 0.0
+    starts.see(now_s, 0, 0)
+    for number in range(7):
+        wait_s = 300.0 if number == 2 else 20.0
+        kernels_s = 60.0 if number == 5 else 5.0
+        now_s += 10
+        starts.see(now_s, number + 1, number)
+        now_s += wait_s + kernels_s + 10.0
+        starts.see(now_s, number + 1, number + 1)
+        starts.report({"code": 10.0, "kernels": kernels_s})
+    assert starts.start_s == pytest.approx(35.0)
+    assert starts.quantile_s(1.0) == pytest.approx(370.0)
+    assert 35.0 < starts.quantile_s(0.9) < 370.0
+
+
+def test_a_start_without_a_report_counts_as_a_whole() -> None:
+    assert distribution_s([30.0, 10.0, 20.0], [{}, {"code": 5.0}, {"code": 6.0}]) == [10, 20, 30]
+    starts = Starts(60.0)
+    starts.report({"code": 5.0})  # Of a replica whose start was not seen.
+    assert starts.start_s == 60.0
+    assert starts.parts_s == ()
+
+
+def test_every_phase_is_of_one_part() -> None:
+    took_s = {phase: 1.0 for phase in PHASES}
+    assert sum(parts_of(took_s).values()) == len(PHASES)
+    assert set(parts_of({})) == PARTS.keys()
+    named = [phase for phases in PARTS.values() for phase in phases]
+    assert len(named) == len(set(named))
+    assert set(named) <= PHASES.keys()

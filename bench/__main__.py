@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import measure, pareto, quality, run
-from bench.engine import kvcache, scale, scheduler, tune
+from bench.engine import kvcache, scale, scheduler, starts, tune
 from bench.errors import BenchError
 from bench.faults import chaos
 from bench.hardware import ceilings, profile, roofline
@@ -488,6 +488,11 @@ COMMANDS: Mapping[str, Command] = {
         "tensor parallelism against replicas, on the GPUs there are",
         scale.arguments,
         scale.command,
+    ),
+    "starts": Command(
+        "how long starts take beside a bare vLLM, and where the time goes",
+        starts.arguments,
+        starts.command,
     ),
     "agreement": Command(
         "whether bench and `vllm bench serve` say the same of the same server",

@@ -1,4 +1,4 @@
-"""The command line: `python -m serve_app serve`, `doctor`, `observe` and `tenants`."""
+"""The command line: `python -m serve_app serve`, `doctor`, `observe`, `tenants` and `warm`."""
 
 import argparse
 import sys
@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="check this machine", add_help=False)
     commands.add_parser("tenants", help="who shares the fleet", add_help=False)
     commands.add_parser("observe", help="watch what is served", add_help=False)
+    commands.add_parser("warm", help="compile once what every start would", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     try:
         if arguments.command == "doctor":
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from serve_app.monitoring import observe
 
             return observe.main(rest)
+        if arguments.command == "warm":
+            from serve_app.launch import warm
+
+            return warm.run(rest)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         from serve_app.launch import launcher

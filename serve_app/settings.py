@@ -187,6 +187,7 @@ class Settings(_Frozen):
     replicas: Replicas = Field(default_factory=Replicas)
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
     lane: Literal["auto", "python"] = "python"
+    compiled: Annotated[str, Field(min_length=1)] | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
     limits: Limits = Field(default_factory=Limits)
     gateway: Gateway = Field(default_factory=Gateway)

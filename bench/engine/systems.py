@@ -50,6 +50,7 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
     "ours-python": {"lane": "python"},
     "ours-gateway": {"gateway": {"enabled": True}, "lane": "python"},
     "ours-gateway-fast": {"gateway": {"enabled": True}, "lane": "auto"},
+    "ours-asleep": {"replicas": {"min": 0, "max": 1, "idle_s": 5.0}},
     "ours-unmeasured": {"observe": {"metrics": False}},
     "ours-every-token": {"stream_gap_ms": 0.0},
 }
@@ -194,15 +195,30 @@ def apart(port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(
-    name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path
+    name: str,
+    engine: Mapping[str, Any],
+    model: str,
+    port: int,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[System]:
-    """Start a system, and stop it in the end, with all it started."""
+    """Start a system, and stop it in the end, with all it started.
+
+    Args:
+        environment: besides what each system needs.
+    """
     words = command(name, engine, model, port, folder)
     log = open(folder / f"{name}.log", "wb")  # noqa: SIM115
     started_s = time.perf_counter()
     process = subprocess.Popen(
         words,
-        env={**os.environ, **QUIET, **apart(port), **_GUIDED.get(name, {})},
+        env={
+            **os.environ,
+            **QUIET,
+            **apart(port),
+            **_GUIDED.get(name, {}),
+            **(environment or {}),
+        },
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

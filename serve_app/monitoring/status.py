@@ -16,6 +16,7 @@ from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Route
 
 from serve_app.monitoring.prometheus import Prometheus, QueryError, Sample
+from serve_app.observe.phases import PHASES
 
 _PAGE = Path(__file__).with_name("status.html")
 _SPAN_S, _POINTS = 900, 90
@@ -88,6 +89,12 @@ COLUMNS = {
     "preempted": f"{_BY_REPLICA} (increase(ray_vllm_num_preemptions_total[5m]))",
 }
 
+# Seconds that each phase of a start took, as a mean of the replicas that run.
+STARTS = (
+    "sum by (kind, phase) (ray_serve_app_start_phase_seconds_sum)"
+    " / sum by (kind, phase) (ray_serve_app_start_phase_seconds_count)"
+)
+
 
 def app(prometheus: Prometheus) -> Starlette:
     """The page and what it draws."""
@@ -124,6 +131,7 @@ class Status:
                 "at": time.time(),
                 "figures": [self._figure(figure) for figure in FIGURES],
                 "replicas": self._replicas(),
+                "starts": self._starts(),
                 "alerts": [
                     {
                         "name": alert["labels"]["alertname"],
@@ -161,6 +169,19 @@ class Status:
         return [
             {"replica": f"{deployment} {replica}", **values}
             for (deployment, replica), values in sorted(rows.items())
+        ]
+
+    def _starts(self) -> list[dict[str, Any]]:
+        """A row for each kind of start: its whole, then its phases in their order."""
+        found: dict[str, dict[str, float]] = {}
+        for sample in self._prometheus.instant(STARTS):
+            labels, value = sample.labels, _number(sample.value)
+            if value is not None:
+                found.setdefault(labels.get("kind", ""), {})[labels.get("phase", "")] = value
+        return [
+            {"starts": kind, "whole": sum(took_s.values())}
+            | {phase: took_s[phase] for phase in PHASES if phase in took_s}
+            for kind, took_s in sorted(found.items(), reverse=True)
         ]
 
 

@@ -129,6 +129,15 @@ replicas_known = Gauge(
     "serve_app_replicas_usable", "Replicas that this gateway would ask now.", ("model",)
 )
 
+# --- starts (observation.py) ---
+
+start_phases = Histogram(
+    "serve_app_start_phase_seconds",
+    "What a start of a replica, or the restart of its engine, took, by its phases (phases.py).",
+    ("model", "kind", "phase"),
+    buckets=_steps(0.1, 600.0, 2.0),
+)
+
 # --- what it is and costs (replica.py) ---
 
 build = Gauge(
@@ -171,6 +180,7 @@ SCALING = {
     "ttft_seconds": "Time to first token at the goal's percentile, of the slowest replica.",
     "itl_seconds": "Time between tokens at the goal's percentile, of the slowest replica.",
     "start_seconds": "How long a replica is taken to start.",
+    "start_slow_seconds": "What nine of ten starts do not exceed, by what was measured of them.",
 }
 SCALING_PREFIX = "serve_app_scaling_"
 

@@ -1,5 +1,6 @@
 """What watches one replica, of engines or of the gateway: its log, its exporter, its traces."""
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from starlette.types import ASGIApp
@@ -10,7 +11,9 @@ from serve_app.observe import metrics
 from serve_app.observe.export import Exporter
 from serve_app.observe.logs import Log
 from serve_app.observe.meter import Meter
+from serve_app.observe.phases import Span, as_json, durations, sentence
 from serve_app.observe.tracing import Tracer
+from serve_app.progress import say
 from serve_app.settings import Observe, Replicas
 
 
@@ -47,6 +50,16 @@ class Observation:
         metrics.gpus.labels(model).set(gpus)
         if (price := self._settings.price_per_gpu_hour) is not None:
             metrics.price.labels(model).set(price * gpus)
+
+    def started(self, model: str, kind: str, segments: Sequence[Span]) -> dict[str, float]:
+        """Say and count what a start, or the restart of an engine, did. Returns the seconds of
+        each phase."""
+        took_s = durations(segments)
+        say(sentence(kind, took_s))
+        self.log.write("info", kind, phases=as_json(segments))
+        for phase, seconds in took_s.items():
+            metrics.start_phases.labels(model, kind, phase).observe(seconds)
+        return took_s
 
     def close(self) -> None:
         if self._exporter is not None:

@@ -59,19 +59,7 @@ class Plan:
     @property
     def environment(self) -> dict[str, str]:
         """Environment of a replica, read when its libraries are loaded."""
-        if self.cpu_threads is None:
-            return {}
-        return {
-            # vLLM would bind the workers of every replica to the same first cores.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(self.cpu_threads),
-            # A worker process would be there to set these two. Beside it the engine's core spins
-            # on the cores that the front end needs: without this, one process is the engine.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            # vLLM compiles one line of its log probabilities at the first request for them, also
-            # where it runs eagerly. All streams of the engine stood still for 20 s meanwhile.
-            "TORCHDYNAMO_DISABLE": "1",
-        }
+        return environment(self.cpu_threads)
 
     @property
     def gpus(self) -> int:
@@ -215,21 +203,50 @@ class Plan:
             raise ConfigError("model", self.model, f"cannot be fetched: {problem}") from error
 
 
+def environment(cpu_threads: int | None) -> dict[str, str]:
+    """Environment of a replica with so many OpenMP threads; None: its engine runs on GPUs."""
+    if cpu_threads is None:
+        return {}
+    return {
+        # vLLM would bind the workers of every replica to the same first cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(cpu_threads),
+        # A worker process would be there to set these two. Beside it the engine's core spins
+        # on the cores that the front end needs: without this, one process is the engine.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # vLLM compiles one line of its log probabilities at the first request for them, also
+        # where it runs eagerly. All streams of the engine stood still for 20 s meanwhile.
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+
+
+def cpu_threads(settings: Settings) -> int:
+    """OpenMP threads of an engine without a GPU: one core of each replica is its front end's."""
+    return max(1, len(os.sched_getaffinity(0)) // settings.replicas.max - 1)
+
+
 def decide(settings: Settings) -> Plan:
     """The plan for these settings on this Ray cluster.
 
     Raises:
         ConfigError: for a model that is not there or does not fit, needed and found stated.
     """
-    kinds = _kinds(cluster_nodes())
+    return decide_on(settings, cluster_nodes())
+
+
+def decide_on(settings: Settings, nodes: Sequence[Node]) -> Plan:
+    """The plan for these settings on these GPU nodes.
+
+    Raises:
+        ConfigError: for a model that is not there or does not fit, needed and found stated.
+    """
+    kinds = _kinds(nodes)
     kind, gpus, model, placement = _fitting(settings, kinds or [("", ())])
-    cores = len(os.sched_getaffinity(0))
     return Plan(
         model=model,
         served_model_name=settings.served_model_name or _short_name(model),
         placement=placement,
-        # One core of each replica is left to its front end.
-        cpu_threads=None if gpus else max(1, cores // settings.replicas.max - 1),
+        cpu_threads=None if gpus else cpu_threads(settings),
         compute_capability=gpus[0].compute_capability if gpus else None,
         accelerator=kind if len(kinds) > 1 else "",
     )

@@ -13,6 +13,8 @@ from typing import Any
 import ray
 from starlette.types import ASGIApp
 
+from serve_app.caches import engine as caches
+from serve_app.caches.cache import Cache
 from serve_app.errors import ConfigError
 from serve_app.gates.admission import Admission, AdmissionGate
 from serve_app.gates.anthropic import WithoutThinking
@@ -23,6 +25,7 @@ from serve_app.gates.refusal import RefusalGate
 from serve_app.lanes.door import Door, Locator
 from serve_app.lanes.fastlane import FastLane
 from serve_app.launch.haproxy import SECRET_VARIABLE
+from serve_app.launch.zygote import FIRST_VARIABLE
 from serve_app.observe import logs, metrics, tracing
 from serve_app.observe.exposition import Exposition
 from serve_app.observe.observation import Observation
@@ -32,9 +35,11 @@ from serve_app.progress import READY, reported, say, stage
 from serve_app.replica import forkserver
 from serve_app.replica.backend import FAST_LANE, Backend, Server
 from serve_app.replica.pacing import Pacer
+from serve_app.replica.startup import Startup
 from serve_app.replica.supervisor import Reaper, Supervisor
 from serve_app.scaling import autoscaler
 from serve_app.scaling.signals import Signals
+from serve_app.scaling.starts import parts_of
 from serve_app.settings import Limits, Settings
 from serve_app.tenants.gate import gated
 from serve_app.tenants.registry import keys_of
@@ -48,6 +53,7 @@ class _Engine:
 
     _continuing = False
     _fast_lane: FastLane | None = None
+    _cache: Cache | None = None
 
     def _load(self, settings: Settings, plan: Plan) -> None:
         """Start the engine; blocks until its processes are ready."""
@@ -55,7 +61,7 @@ class _Engine:
         self._limited: list[LimitGate] = []
         self._admitted: list[AdmissionGate] = []
         self._model = plan.served_model_name
-        self._began_s = time.monotonic()
+        self._startup = startup = Startup(dedicated=FIRST_VARIABLE in os.environ)
         self._observation = Observation(settings.observe, "engine")
         self._observation.describe(self._model, plan.gpus)
         self._pacer = Pacer(settings.stream_gap_ms / 1000)
@@ -67,10 +73,14 @@ class _Engine:
             kernels.settle()
         forkserver.start()
         with reported("the replica"):
-            with stage(f"fetching {plan.model}"):
+            with stage(f"fetching {plan.model}"), startup.phase("download"):
                 arguments = plan.engine_arguments(settings)
+            # Without a GPU nothing is compiled; an engine on several nodes compiles on each.
+            if count := plan.placement.num_gpus:
+                with startup.phase("caches"):
+                    self._cache = caches.prepare(arguments, count, settings.compiled)
             with stage("loading the engine"), self._reaper.following(), logs.preserved():
-                with forkserver.undisturbed():
+                with startup.phase("imports"), forkserver.undisturbed():
                     # Imported here: `build` runs on a head node that may hold no engine.
                     from serve_app.replica.engine import Engine
                 began_s = time.monotonic()
@@ -78,6 +88,7 @@ class _Engine:
                     arguments,
                     self._pacer,
                     self._signals,
+                    startup=startup,
                     continuing=self._continuing,
                     fast_host=self._fast_host(),
                 )
@@ -116,8 +127,10 @@ class _Engine:
     async def _stack(self) -> ASGIApp:
         """The engine's application behind its limits, once an answer was generated."""
         with reported("the replica"), stage("warming up"):
-            answer = await self._answer()
-            self._settings.replicas.check(*await self._engine.warm_up())
+            with self._startup.phase("front ends"):
+                answer = await self._answer()
+            with self._startup.phase("warm-up"):
+                self._settings.replicas.check(*await self._engine.warm_up())
         limits = self._settings.limits
         self._engine.bounds.change(limits)
         self._admission = Admission(
@@ -137,7 +150,11 @@ class _Engine:
         self._watch = asyncio.create_task(self._supervisor.watch())
         self._full_gates = self._gates(answer)
         self._tell()
-        say(f"{READY}: {time.monotonic() - self._began_s:.1f} s after the replica began")
+        if self._cache is not None:
+            self._sealing = asyncio.create_task(asyncio.to_thread(self._cache.seal))
+        took_s = self._observation.started(self._model, "start", self._startup.segments())
+        self._started_s = parts_of(took_s)
+        say(f"{READY}: {sum(took_s.values()):.1f} s after the replica began")
         return self._full_gates
 
     def _gates(self, answer: ASGIApp) -> LimitGate:
@@ -174,13 +191,16 @@ class _Engine:
 
     async def _restart(self) -> None:
         """Another engine, and its application in the place of the old one's."""
-        began_s = time.monotonic()
+        startup = Startup(dedicated=False)
         with self._reaper.following():
-            await self._engine.restart()
-        answer = await self._answer()
-        await self._engine.warm_up()
+            await self._engine.restart(startup)
+        with startup.phase("front ends"):
+            answer = await self._answer()
+        with startup.phase("warm-up"):
+            await self._engine.warm_up()
         self._admitted[0].app = answer
-        say(f"the engine was started anew: {time.monotonic() - began_s:.1f} s")
+        took_s = self._observation.started(self._model, "restart", startup.segments())
+        say(f"the engine was started anew: {sum(took_s.values()):.1f} s")
         metrics.engine_restarts.labels(self._model).inc()
 
     def _tell(self) -> None:
@@ -236,7 +256,7 @@ class _Engine:
             queued_bytes=queue.queued_bytes,
             unread_tokens=unread_tokens,
         )
-        return autoscaler.report(load)
+        return autoscaler.report(load, self._started_s)
 
     async def _leave_fast_lane(self) -> None:
         """Let nobody else in, and return once those who were let in are answered."""
@@ -249,6 +269,8 @@ class _Engine:
             watch.cancel()
         if (engine := getattr(self, "_engine", None)) is not None:
             engine.stop()
+        if self._cache is not None:
+            self._cache.seal()  # With what was compiled for requests.
         if (reaper := getattr(self, "_reaper", None)) is not None:
             reaper.dismiss()
         if self._fast_lane is not None:

@@ -39,6 +39,7 @@ from serve_app.replica.bounds import Bounds
 from serve_app.replica.llm import ContinuingLLM, CountingLLM
 from serve_app.replica.pacing import Pacer
 from serve_app.replica.reports import LATE
+from serve_app.replica.startup import Startup
 from serve_app.scaling.signals import Signals
 
 # A Python front end, and the Rust one where there is one.
@@ -57,11 +58,15 @@ class Engine:
     """
 
     def __init__(
-        self, args: argparse.Namespace, launch: Callable[[], _Launched], pacer: Pacer
+        self,
+        args: argparse.Namespace,
+        launch: Callable[[Startup], _Launched],
+        pacer: Pacer,
+        startup: Startup,
     ) -> None:
         self._args, self._launch, self._pacer = args, launch, pacer
         self.bounds = Bounds()
-        self._take(*launch())
+        self._take(*self._launched(startup))
         self.max_running_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
         self.max_model_len: int = self._llm.model_config.max_model_len
 
@@ -73,6 +78,7 @@ class Engine:
         signals: Signals,
         continuing: bool = False,
         fast_host: str | None = None,
+        startup: Startup | None = None,
     ) -> "Engine":
         """Load the model; blocks until the engine's processes are ready.
 
@@ -82,11 +88,14 @@ class Engine:
             signals: is told what each step did.
             continuing: whether it is behind a gateway, which goes on with what broke off.
             fast_host: the address on which a Rust front end listens; None: there is to be none.
+            startup: is told what the start is doing.
 
         Raises:
             ConfigError: for an argument that vLLM does not know or cannot honour.
         """
-        args = parse(arguments)
+        startup = startup or Startup(dedicated=False)
+        with startup.configuration():
+            args = parse(arguments)
         # In a Ray worker vLLM spawns its engine process, and offers no other way.
         engine_processes.get_mp_context = forkserver.Context
         if pacer.max_gap_s > 0:
@@ -99,13 +108,15 @@ class Engine:
             say(f"no fast lane: {why}; Python answers every request")
             fast_host = None
 
-        def launch() -> _Launched:
+        def launch(startup: Startup) -> _Launched:
             # The usage context sets vLLM's default batch limits: this one is `vllm serve`'s.
             context = UsageContext.OPENAI_API_SERVER
             try:
                 if fast_host is not None:
-                    return frontends.launch(kind, args, fast_host, [_recorder(signals, None)])
-                config = AsyncEngineArgs.from_cli_args(args).create_engine_config(context)
+                    recorders = [_recorder(signals, None)]
+                    return frontends.launch(kind, args, fast_host, recorders, startup)
+                with startup.configuration():
+                    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(context)
             except (ValueError, OSError) as error:
                 raise ConfigError("engine", args.model, first_sentence(error)) from error
             llm = kind.from_vllm_config(
@@ -116,9 +127,9 @@ class Engine:
             )
             return llm, None
 
-        return cls(args, launch, pacer)
+        return cls(args, launch, pacer, startup)
 
-    async def restart(self) -> None:
+    async def restart(self, startup: Startup) -> None:
         """Start it anew after `kill()`; `app()` then gives the application that serves it.
 
         Only its own processes are new: this one has imported everything already. The event loop
@@ -132,9 +143,13 @@ class Engine:
 
         def start() -> _Launched:
             forkserver.start()  # Should it have died as well.
-            return self._launch()
+            return self._launched(startup)
 
         self._take(*await asyncio.to_thread(start))
+
+    def _launched(self, startup: Startup) -> _Launched:
+        with startup.phase("engine process"), startup.engine():
+            return self._launch(startup)
 
     def _take(self, llm: async_llm.AsyncLLM, fast: frontends.RustFrontend | None) -> None:
         self._llm, self.fast = llm, fast

@@ -27,6 +27,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.utils import RustFrontendProcessManager
 
 from serve_app.replica.scheduler import FAST, FULL, ReportingAsyncScheduler, ReportingScheduler
+from serve_app.replica.startup import Startup
 
 # Arguments of vLLM's API server that change answers and that vllm-rs does not read. Where one is
 # set, the replica has the full lane only.
@@ -114,13 +115,18 @@ class RustFrontend:
 
 
 def launch(
-    kind: type[AsyncLLM], args: argparse.Namespace, host: str, stat_loggers: list[Any]
+    kind: type[AsyncLLM],
+    args: argparse.Namespace,
+    host: str,
+    stat_loggers: list[Any],
+    startup: Startup,
 ) -> tuple[AsyncLLM, RustFrontend]:
     """Start an engine and both of its front ends; blocks until the engine's processes are ready.
 
     Args:
         kind: the class of the Python front end.
         host: the address that vllm-rs listens on.
+        startup: is told what the start is doing.
 
     Raises:
         ValueError, OSError: from vLLM, for arguments that it cannot honour.
@@ -129,7 +135,8 @@ def launch(
     engine_args._api_process_count = 2
     engine_args._api_process_rank = -1
     # The usage context sets vLLM's default batch limits: this one is `vllm serve`'s.
-    config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    with startup.configuration():
+        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     scheduler = (
         ReportingAsyncScheduler if config.scheduler_config.async_scheduling else ReportingScheduler
     )

@@ -19,7 +19,7 @@ import yaml
 
 from serve_app.monitoring.dashboards import ROWS
 from serve_app.monitoring.prometheus import RULES, Prometheus
-from serve_app.monitoring.status import COLUMNS, FIGURES
+from serve_app.monitoring.status import COLUMNS, FIGURES, STARTS
 from tests.server import ROOT, Server, apart, configuration, launched, wait
 from tests.services.collector import Collector, collecting
 
@@ -159,6 +159,7 @@ def test_prometheus_counts_what_the_client_counted(
 def test_every_figure_of_the_page_has_data(watched: Watched, prometheus: Prometheus) -> None:
     def empty() -> list[str]:
         rates = {figure.name: figure.expression for figure in FIGURES} | dict(COLUMNS)
+        rates["starts"] = STARTS
         return [name for name, text in rates.items() if not prometheus.instant(text)]
 
     assert wait(lambda: not empty(), _SEEN_S), empty()
@@ -171,6 +172,8 @@ def test_every_figure_of_the_page_has_data(watched: Watched, prometheus: Prometh
     assert figures["under way"]["past"][0] is None
     assert any(value is not None for value in figures["under way"]["past"])
     assert {row["replica"].split()[0] for row in status["replicas"]} >= {"engine"}
+    (start,) = (row for row in status["starts"] if row["starts"] == "start")
+    assert start["whole"] > start["weights"] > 0
 
 
 def test_every_panel_has_data(watched: Watched, prometheus: Prometheus) -> None:

@@ -1,0 +1,310 @@
+"""How long starts take, and where the time goes: this application beside a bare vLLM.
+
+    cold      nothing is compiled or inspected yet: folders for caches are empty
+    warm      the same start again, with what the first one left
+    page      warm, with the machine's page cache dropped, where that is permitted
+    restart   the engine is killed behind the gateway; how long no request is answered
+    wake      an application that was scaled to zero is asked; until it answers
+
+Rounds are interleaved: each scenario of a round is done by every system before the next. A bare
+vLLM ends with its engine and never sleeps, so for it `restart` and `wake` are a warm start, which
+is what somebody who watches over it could do at best.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench import result
+from bench.engine import systems
+from bench.engine.systems import NAME, System
+from bench.errors import BenchError
+from bench.faults.victims import Cluster
+from bench.options import json_object, whole
+from bench.pages import waterfall
+from serve_app.launch import family
+from serve_app.observe.phases import Span, durations, segments
+from serve_app.replica.startup import FILE_VARIABLE, read
+
+SCENARIOS = ("cold", "warm", "page", "restart", "wake")
+# Which of our configurations a scenario needs.
+_OURS = {"restart": "ours-gateway", "wake": "ours-asleep"}
+_DROP = Path("/proc/sys/vm/drop_caches")
+_POLL_S = 0.02
+_ASK_S = 5.0
+_LIMIT_S = 600.0
+
+
+@dataclass
+class Start:
+    """One start that was measured.
+
+    Attributes:
+        took_s: until an answer; of a restart, the longest time without one.
+        pieces: its phases, on one clock; none where the system does not tell them.
+    """
+
+    scenario: str
+    system: str
+    round: int
+    took_s: float
+    pieces: list[Span] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "scenario": self.scenario,
+            "system": self.system,
+            "round": self.round,
+            "took_s": round(self.took_s, 3),
+            "phases": {k: round(v, 3) for k, v in _by_phase(self.pieces).items()},
+        }
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m bench starts`."""
+    add = parser.add_argument
+    add("--model", required=True, help="a local folder or a hub id")
+    add("--engine", type=json_object, default=dict(systems.ENGINE), help="vLLM arguments, as JSON")
+    add("--systems", default="ours,bare", help="of bench.engine.systems; default: %(default)s")
+    add("--scenarios", default=",".join(SCENARIOS), help="default: %(default)s")
+    add("--rounds", type=whole(1, 100), default=3)
+    add("--port", type=whole(1024, 40000), default=8300)
+    add("--out", type=Path, required=True, help="folder of the result and its picture")
+
+
+def command(options: argparse.Namespace) -> dict[str, Any]:
+    """What `python -m bench starts` does with its options; returns its last line."""
+    head = result.header("starts", f"starts of {options.model}")
+    scenarios = _known(options.scenarios.split(","), SCENARIOS)
+    doubts = []
+    if "page" in scenarios and not os.access(_DROP, os.W_OK):
+        scenarios.remove("page")
+        doubts.append("the page cache could not be dropped: it takes the rights of root")
+    options.out.mkdir(parents=True, exist_ok=True)
+    starts: list[Start] = []
+    # Caches of a round stay for its later scenarios.
+    for round_ in range(1, options.rounds + 1):
+        with tempfile.TemporaryDirectory(prefix="bench-starts.") as scratch:
+            for scenario in scenarios:
+                for name in options.systems.split(","):
+                    start = _measured(scenario, name, round_, options, Path(scratch) / name)
+                    starts.append(start)
+                    print(json.dumps(start.as_json()), file=sys.stderr, flush=True)
+    picture = options.out / "starts.svg"
+    picture.write_text(waterfall.svg(_rows(starts)))
+    found = {
+        **head,
+        "valid": True,
+        "doubts": doubts,
+        "starts": [start.as_json() for start in starts],
+        "scenarios": compared(starts, options.systems.split(",")[-1]),
+        "picture": str(picture),
+    }
+    result.write(options.out, found)
+    shown = {key: value for key, value in found.items() if key not in ("starts", "machine")}
+    return {**shown, "out": str(options.out)}
+
+
+def compared(starts: Sequence[Start], reference: str) -> dict[str, dict[str, Any]]:
+    """By scenario and system: median and range, and the ratio to the reference, round by round."""
+    table: dict[str, dict[str, Any]] = {}
+    for scenario in dict.fromkeys(start.scenario for start in starts):
+        of_it = [start for start in starts if start.scenario == scenario]
+        theirs = {start.round: start.took_s for start in of_it if start.system == reference}
+        for name in dict.fromkeys(start.system for start in of_it):
+            mine = [start for start in of_it if start.system == name]
+            took_s = [start.took_s for start in mine]
+            row: dict[str, Any] = {
+                "median_s": round(statistics.median(took_s), 2),
+                "least_s": round(min(took_s), 2),
+                "most_s": round(max(took_s), 2),
+                "starts": len(took_s),
+            }
+            ratios = [s.took_s / theirs[s.round] for s in mine if theirs.get(s.round)]
+            if ratios:
+                row[f"to_{reference}"] = round(statistics.median(ratios), 3)
+            table[f"{scenario} {name}"] = row
+    return table
+
+
+def _known(names: Sequence[str], choices: Sequence[str]) -> list[str]:
+    for name in names:
+        if name not in choices:
+            raise BenchError.of("--scenarios", name, "unknown", choices)
+    return list(names)
+
+
+# --- one start ------------------------------------------------------------------------------
+
+
+def _measured(
+    scenario: str, name: str, round_: int, options: argparse.Namespace, caches: Path
+) -> Start:
+    ours = name.startswith("ours")
+    system = _OURS.get(scenario, name) if ours else name
+    if scenario == "cold":
+        shutil.rmtree(caches, ignore_errors=True)
+    caches.mkdir(parents=True, exist_ok=True)
+    spans = caches / "spans"
+    spans.write_text("")
+    environment = _caches(caches) | ({} if ours else {FILE_VARIABLE: str(spans)})
+    if scenario == "page":
+        os.sync()
+        _DROP.write_text("3")
+    began_s = time.time()
+    place = (system, options.engine, options.model, options.port, options.out, environment)
+    with systems.running(*place) as running:
+        systems.wait(running, _LIMIT_S)
+        _answer(running, _LIMIT_S)
+        ended_s = time.time()
+        if ours and scenario in _OURS:
+            took_s = _restarted(running) if scenario == "restart" else _woken(running)
+            return Start(scenario, name, round_, took_s, _of_ours(options.port, scenario))
+        pieces = _of_ours(options.port, "start") if ours else segments(read(spans))
+    return Start(scenario, name, round_, ended_s - began_s, _framed(pieces, began_s, ended_s, ours))
+
+
+def _caches(folder: Path) -> dict[str, str]:
+    """Where each library keeps what it compiles. The model, its weights and the application's
+    own conversions are not among it."""
+    return {
+        "SERVE_APP_COMPILED": str(folder / "compiled"),
+        "VLLM_CACHE_ROOT": str(folder / "vllm"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "FLASHINFER_WORKSPACE_BASE": str(folder / "flashinfer"),
+        "CUDA_CACHE_PATH": str(folder / "cuda"),
+    }
+
+
+def _framed(pieces: list[Span], began_s: float, ended_s: float, ours: bool) -> list[Span]:
+    """The phases of a replica or server, and what was before and after them."""
+    before = "Ray and Serve" if ours else "process"
+    whole = [Span("other", began_s, ended_s)]
+    if pieces:
+        whole.append(Span(before, began_s, pieces[0].began_s))
+        whole.append(Span("first health", pieces[-1].ended_s, ended_s))
+    return segments([*whole, *pieces])
+
+
+def _of_ours(port: int, event: str) -> list[Span]:
+    """The phases that the newest replica logged."""
+    folder = Path(f"/tmp/ray-{port}/ray/session_latest/logs/serve_app")
+    found: list[dict[str, Any]] = []
+    for path in folder.glob("engine*.log"):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if entry.get("event") in (event, "start" if event == "wake" else event):
+                    found.append(entry)
+    if not found:
+        return []
+    newest = max(found, key=lambda entry: str(entry["time"]))
+    return [Span(p["phase"], p["began_s"], p["began_s"] + p["took_s"]) for p in newest["phases"]]
+
+
+def _restarted(system: System) -> float:
+    """Kill the engine; the longest time without an answer."""
+    engine = [
+        process
+        for process in family.below(psutil.Process(system.process.pid))
+        if _title(process).startswith("VLLM::EngineCore")
+    ]
+    if not engine:
+        raise BenchError("no process of an engine was found")
+    for process in engine:
+        process.kill()
+    killed_s = time.monotonic()
+    # The death is noticed when a request fails: until then an answer may still come.
+    silent_s = last_s = 0.0
+    answered = 0
+    while answered < 20 and time.monotonic() - killed_s < _LIMIT_S:
+        if _asked(system):
+            now_s = time.monotonic() - killed_s
+            silent_s, last_s = max(silent_s, now_s - last_s), now_s
+            answered += 1
+        time.sleep(_POLL_S)
+    if not answered:
+        raise BenchError(f"no request was answered within {_LIMIT_S:g} s of the engine's end")
+    return silent_s
+
+
+def _woken(system: System) -> float:
+    """Wait until no replica is left, and ask."""
+    cluster = Cluster(pids=[system.process.pid])
+    deadline_s = time.monotonic() + _LIMIT_S
+    while cluster.replicas("engine"):
+        if time.monotonic() > deadline_s:
+            raise BenchError("the application does not scale to zero")
+        time.sleep(0.5)
+    return _answer(system, _LIMIT_S)
+
+
+def _answer(system: System, within_s: float) -> float:
+    """Seconds until a completion came."""
+    began_s = time.monotonic()
+    while not _asked(system, within_s):
+        if time.monotonic() - began_s > within_s:
+            raise BenchError(f"{system.name}: no answer within {within_s:g} s")
+        time.sleep(_POLL_S)
+    return time.monotonic() - began_s
+
+
+def _asked(system: System, timeout_s: float = _ASK_S) -> bool:
+    """Whether one token comes."""
+    body = json.dumps({"model": NAME, "prompt": "Hello", "max_tokens": 1, "temperature": 0})
+    headers = {"content-type": "application/json"}
+    if keys := os.environ.get(systems.KEYS_VARIABLE):
+        headers["authorization"] = f"Bearer {keys.split(',')[0]}"
+    connection = http.client.HTTPConnection("127.0.0.1", system.port, timeout=timeout_s)
+    try:
+        connection.request("POST", "/v1/completions", body, headers)
+        answer = connection.getresponse()
+        return answer.status == 200 and bool(answer.read())
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        words = process.cmdline()
+        return words[0] if words else ""
+    return ""
+
+
+# --- the picture ----------------------------------------------------------------------------
+
+
+def _rows(starts: Sequence[Start]) -> list[waterfall.Row]:
+    """Of each scenario and system the start whose time is the median."""
+    rows = []
+    for scenario, system in dict.fromkeys((start.scenario, start.system) for start in starts):
+        of_it = [s for s in starts if (s.scenario, s.system) == (scenario, system)]
+        middle = sorted(of_it, key=lambda start: start.took_s)[(len(of_it) - 1) // 2]
+        if middle.pieces:
+            rows.append(waterfall.Row(f"{scenario}, {system}", middle.pieces))
+    return rows
+
+
+def _by_phase(pieces: Sequence[Span]) -> dict[str, float]:
+    known = durations(pieces)
+    others = {p.phase: 0.0 for p in pieces if p.phase not in known}
+    for piece in pieces:
+        if piece.phase in others:
+            others[piece.phase] += piece.ended_s - piece.began_s
+    return {**others, **known}

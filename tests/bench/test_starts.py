@@ -1,0 +1,60 @@
+"""Measured starts: compared round by round, and drawn."""
+
+import xml.etree.ElementTree as xml
+
+import pytest
+
+from bench.engine.starts import SCENARIOS, Start, _framed, _known, compared
+from bench.errors import BenchError
+from bench.pages.waterfall import Row, svg
+from serve_app.observe.phases import Span
+
+
+def start(scenario: str, system: str, round_: int, took_s: float) -> Start:
+    return Start(scenario, system, round_, took_s)
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    # The machine was twice as slow in the second round.
+    starts = [
+        start("warm", "ours", 1, 10.0),
+        start("warm", "bare", 1, 20.0),
+        start("warm", "ours", 2, 22.0),
+        start("warm", "bare", 2, 40.0),
+        start("cold", "ours", 1, 30.0),
+    ]
+    found = compared(starts, "bare")
+    assert found["warm ours"] == {
+        "median_s": 16.0,
+        "least_s": 10.0,
+        "most_s": 22.0,
+        "starts": 2,
+        "to_bare": 0.525,
+    }
+    assert found["warm bare"]["to_bare"] == 1.0
+    assert "to_bare" not in found["cold ours"]
+
+
+def test_what_is_before_and_after_a_replica_is_in_the_picture() -> None:
+    pieces = [Span("imports", 104.0, 109.0), Span("weights", 109.0, 111.0)]
+    framed = _framed(pieces, 100.0, 112.0, True)
+    assert framed == [
+        Span("Ray and Serve", 100.0, 104.0),
+        *pieces,
+        Span("first health", 111.0, 112.0),
+    ]
+    assert _framed([], 100.0, 112.0, True) == [Span("other", 100.0, 112.0)]
+    picture = svg([Row("warm, <ours>", framed), Row("warm, bare", [Span("process", 7.0, 31.0)])])
+    root = xml.fromstring(picture)
+    texts = [each.text for each in root.iter() if each.tag.endswith("text")]
+    assert {"warm, <ours>", "12.0 s", "24.0 s", "imports"} <= set(texts)
+    bars = [each for each in root.iter() if each.tag.endswith("rect") and len(each)]
+    # Twice as long, twice as wide; and the longest fits.
+    widths = [float(each.get("width", 0)) for each in bars]
+    assert sum(widths[:4]) == pytest.approx(widths[4] / 2, rel=0.01)
+    assert float(bars[4].get("x", 0)) + widths[4] < 980
+
+
+def test_an_unknown_scenario_is_named() -> None:
+    with pytest.raises(BenchError, match="did you mean 'restart'"):
+        _known(["restrat"], SCENARIOS)

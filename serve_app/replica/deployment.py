@@ -7,7 +7,7 @@ gateway (gateway.py), with a server of its own (backend.py).
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -54,6 +54,7 @@ class _Engine:
     _continuing = False
     _fast_lane: FastLane | None = None
     _cache: Cache | None = None
+    _started_s: Mapping[str, float] = {}
 
     def _load(self, settings: Settings, plan: Plan) -> None:
         """Start the engine; blocks until its processes are ready."""

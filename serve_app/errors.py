@@ -7,13 +7,16 @@ One tree, so that whoever catches `ServeError` has caught them all:
     └── RequestError           an answer to one request
         ├── BadRequest         400
         ├── Unauthorized       401
+        ├── BudgetUsedUp       402  of a tenant, for a day or a month
         ├── NotFound           404
         ├── ModelNotFound      404  or it is not for this tenant
         ├── RequestTimeout     408  the client was too slow to send
         ├── PayloadTooLarge    413
         ├── TooManyRequests    429, with Retry-After
+        ├── RateLimited        429, with Retry-After: a tenant's quota
         ├── HeadersTooLarge    431
         ├── Unavailable        503, with Retry-After
+        ├── BudgetUnknown      503, with Retry-After: the database of tenants is away
         ├── GatewayTimeout     504  the answer took too long
         ├── CannotContinue     502  it broke off, and no other replica can go on with it exactly
         └── Poison             500  replicas die of it
@@ -62,6 +65,7 @@ class RequestError(ServeError):
         kind: OpenAI's `error.type`.
         code: OpenAI's `error.code`, a stable word for programs.
         retry_after_s: seconds for the Retry-After header, or None for no header.
+        headers: more of them.
     """
 
     status = 500
@@ -74,6 +78,7 @@ class RequestError(ServeError):
         super().__init__(message)
         self.param = param
         self.retry_after_s = retry_after_s
+        self.headers: list[tuple[bytes, bytes]] = []
 
     def body(self) -> bytes:
         error = {
@@ -93,6 +98,7 @@ class RequestError(ServeError):
         if self.retry_after_s is not None:
             # Whole seconds, never 0: a client that comes back at once has not waited.
             headers.append((b"retry-after", str(max(1, round(self.retry_after_s))).encode()))
+        headers += self.headers
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         # `code` is for the meter: servers leave what they do not know.
@@ -116,6 +122,12 @@ class Unauthorized(RequestError):
     status = 401
     kind = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class BudgetUsedUp(RequestError):
+    status = 402
+    kind = "insufficient_quota"
+    code = "insufficient_quota"
 
 
 class NotFound(RequestError):
@@ -154,10 +166,22 @@ class TooManyRequests(RequestError):
     code = "queue_full"
 
 
+class RateLimited(RequestError):
+    status = 429
+    kind = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
 class Unavailable(RequestError):
     status = 503
     kind = "server_error"
     code = "unavailable"
+
+
+class BudgetUnknown(RequestError):
+    status = 503
+    kind = "server_error"
+    code = "budget_unknown"
 
 
 class GatewayTimeout(RequestError):

@@ -5,7 +5,9 @@ the nearest valid choice. vLLM's own arguments (`engine`) are only carried here:
 them against vLLM's definition, since no other module knows vLLM.
 """
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -140,6 +142,7 @@ class Tenants(_Frozen):
 
     file: Annotated[str, Field(min_length=1)] | None = None
     database: Annotated[str, Field(min_length=1)] | None = None
+    journal: Annotated[str, Field(min_length=1)] | None = None
 
     @property
     def configured(self) -> bool:
@@ -149,6 +152,15 @@ class Tenants(_Frozen):
     def address(self) -> str:
         """Of the database: beside the file, where only that is given."""
         return self.database if self.database is not None else f"{self.file}.sqlite3"
+
+    @property
+    def journal_folder(self) -> str:
+        """Where this machine keeps what the database does not have yet."""
+        if self.journal is not None:
+            return self.journal
+        if self.address.startswith(("postgresql://", "postgres://")):
+            return str(Path(tempfile.gettempdir()) / "serve_app.journal")
+        return f"{self.address}.journal"
 
 
 class Limits(_Frozen):

@@ -32,7 +32,7 @@ from serve_app.gateway.relay import Relay
 from serve_app.observe.observation import Observation
 from serve_app.progress import reported, say
 from serve_app.settings import Settings
-from serve_app.tenants.gate import gated
+from serve_app.tenants.gate import book_of, gated
 from serve_app.tenants.registry import keys_of
 
 logger = logging.getLogger("serve_app")
@@ -56,6 +56,7 @@ class Gateway:
         self._began_s = time.monotonic()
         with reported("the gateway"):
             self._keys = keys_of(settings)
+            self._book = book_of(settings)
             check_exposure(self._keys, settings.allow_unauthenticated_network)
             self._observation = Observation(settings.observe, "gateway")
 
@@ -73,7 +74,9 @@ class Gateway:
         say(f"gateway: {time.monotonic() - self._began_s:.1f} s")
         main = next(iter(self._relays))
         models = Models(self._relays, self._settings, adapters)
-        self._limited = LimitGate(gated(models, self._keys, main), self._settings.limits)
+        self._limited = LimitGate(
+            gated(models, self._keys, main, self._book, self._settings), self._settings.limits
+        )
         app = front(KeyGate(self._limited, self._keys), self._settings.engine)
         return self._observation.gate(app, main, self._settings.replicas)
 
@@ -106,6 +109,8 @@ class Gateway:
         """Called by Ray Serve once the requests in flight are done."""
         for relay in getattr(self, "_relays", {}).values():
             await relay.close()
+        if (book := getattr(self, "_book", None)) is not None:
+            await book.close()
         if (observation := getattr(self, "_observation", None)) is not None:
             observation.close()
 

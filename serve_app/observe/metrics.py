@@ -106,6 +106,22 @@ tenants_stale = Gauge(
     "1 while tenants cannot be read: those that were read last are in force.",
 )
 
+tenant_cached_tokens = Counter(
+    "serve_app_cached_prompt_tokens",
+    "Tokens of prompts that were found in the prefix cache, of requests that are over.",
+    ("model", "tenant"),
+)
+tenant_gpu_seconds = Counter(
+    "serve_app_gpu_seconds", "Seconds of GPUs that requests took, by tenant.", ("model", "tenant")
+)
+quota_refusals = Counter(
+    "serve_app_quota_refusals", "Requests that a limit of their tenant refused.", ("limit",)
+)
+ledger_away = Gauge(
+    "serve_app_ledger_away",
+    "1 while the database of tenants cannot be asked: budgets are closed, the ledger waits.",
+)
+
 # --- the gateway (relay.py) ---
 
 failed_attempts = Counter(

@@ -64,6 +64,52 @@ def output_tokens(body: bytes) -> int | None:
     return None
 
 
+def usage(data: bytes) -> tuple[int, int, int] | None:
+    """Prompt, cached and output tokens, as an answer or the last events of a stream say them."""
+    for whole in (
+        data,
+        *reversed([line[5:] for line in data.split(b"\n") if line[:5] == b"data:"]),
+    ):
+        try:
+            said = msgspec.json.decode(whole, type=_Said)
+        except (msgspec.MsgspecError, RecursionError):
+            continue
+        counts = said.usage or (said.response.usage if said.response else None)
+        if counts is None:
+            continue
+        prompt = counts.prompt_tokens or counts.input_tokens
+        made = counts.completion_tokens or counts.output_tokens
+        details = counts.prompt_tokens_details or counts.input_tokens_details
+        return prompt or 0, (details.cached_tokens if details else 0) or 0, made or 0
+    return None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Counts(msgspec.Struct):
+    """`usage` of OpenAI's and Anthropic's answers."""
+
+    prompt_tokens: int | None = None
+    input_tokens: int | None = None
+    completion_tokens: int | None = None
+    output_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+
+
+class _Response(msgspec.Struct):
+    usage: _Counts | None = None
+
+
+class _Said(msgspec.Struct):
+    """An answer in one piece, an event of a stream, or one of the Responses API."""
+
+    usage: _Counts | None = None
+    response: _Response | None = None
+
+
 def _events(data: bytes) -> Iterator[Any]:
     """The decoded `data:` lines; None for one that is not JSON, as `[DONE]`."""
     for line in data.split(b"\n"):

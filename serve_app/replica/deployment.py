@@ -41,7 +41,7 @@ from serve_app.scaling import autoscaler
 from serve_app.scaling.signals import Signals
 from serve_app.scaling.starts import parts_of
 from serve_app.settings import Limits, Settings
-from serve_app.tenants.gate import gated
+from serve_app.tenants.gate import book_of, gated
 from serve_app.tenants.registry import keys_of
 
 # That a restart may take beyond twice the time of the first start.
@@ -286,6 +286,7 @@ class Replica(_Engine):
     def __init__(self, settings: Settings, plan: Plan) -> None:
         with reported("the replica"):
             self._keys = keys_of(settings)
+            self._book = book_of(settings)
             check_exposure(self._keys, settings.allow_unauthenticated_network)
         self._load(settings, plan)
 
@@ -299,7 +300,7 @@ class Replica(_Engine):
         return app if door is None else Locator(app, door)
 
     def _of_tenants(self, app: ASGIApp) -> ASGIApp:
-        return gated(app, self._keys, self._model)
+        return gated(app, self._keys, self._model, self._book, self._settings)
 
     def _secret(self) -> str | None:
         secret = os.environ.get(SECRET_VARIABLE)
@@ -316,6 +317,8 @@ class Replica(_Engine):
         Serve does not know of the requests of the fast lane that are still here.
         """
         await self._leave_fast_lane()
+        if (book := getattr(self, "_book", None)) is not None:
+            await book.close()
         self._end()
 
 

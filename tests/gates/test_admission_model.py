@@ -236,9 +236,11 @@ async def test_room_that_is_kept_for_others_is_theirs_at_once() -> None:
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(admission.slot(1, 1, share=good))
         for _ in range(29):
-            await stack.enter_async_context(admission.slot(1, 1, share=flood))
+            await stack.enter_async_context(admission.slot(1, 1, share=flood, expected_work=10.0))
         with pytest.raises(Unavailable):  # Two places are kept.
-            await stack.enter_async_context(admission.slot(1, 0.01, share=flood))
+            await stack.enter_async_context(
+                admission.slot(1, 0.01, share=flood, expected_work=10.0)
+            )
         late = asyncio.create_task(_hold(admission, flood))
         await asyncio.sleep(0)
         for _ in range(2):  # Also where others wait.

@@ -4,6 +4,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +19,13 @@ def _program(name: str) -> str | None:
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """The address of a PostgreSQL server of this session's own, on a socket in its folder."""
     programs = {name: _program(name) for name in ("initdb", "pg_ctl")}
     if not all(programs.values()):
         pytest.skip("initdb and pg_ctl come with Debian's postgresql")
-    folder = Path(tmp_path_factory.mktemp("postgresql"))
+    # Not in pytest's own folder, which other users may not enter.
+    folder = Path(tempfile.mkdtemp(prefix="tenants-"))
     data, user = folder / "data", None
     data.mkdir()
     if os.getuid() == 0:  # PostgreSQL does not run as root.
@@ -32,10 +34,6 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             pytest.skip("PostgreSQL does not run as root, and there is no other user")
         for each in (folder, data):
             shutil.chown(each, user)
-        for parent in folder.parents:
-            if parent == Path(parent.root) or parent.stat().st_mode & 0o001:
-                break
-            parent.chmod(parent.stat().st_mode | 0o111)
 
     def run(*command: str) -> None:
         done = subprocess.run(command, user=user, cwd=folder, capture_output=True, text=True)
@@ -49,6 +47,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run(pg_ctl, "-D", str(data), "-w", "-o", options, "-l", str(folder / "log"), "start")
     yield f"postgresql://tenants@/postgres?host={folder}"
     run(pg_ctl, "-D", str(data), "-m", "immediate", "stop")
+    shutil.rmtree(folder)
 
 
 def _exists(user: str) -> bool:

@@ -1,5 +1,8 @@
 """What the gate of tenants lets through, in front of an application that notes what reaches it."""
 
+import contextlib
+import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +10,17 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from serve_app.gates.front import front
 from serve_app.gates.keys import KeyGate
 from serve_app.gates.limits import LimitGate
-from serve_app.settings import ApiKeys, Limits, Tenants
-from serve_app.tenants.gate import gated
+from serve_app.settings import ApiKeys, Limits, Observe, Settings, Tenants
+from serve_app.tenants.book import Book
+from serve_app.tenants.fair import Share
+from serve_app.tenants.gate import book_of, gated
+from serve_app.tenants.ledger import COLUMNS
 from serve_app.tenants.registry import Registry
 from serve_app.tenants.tenant import digest
 
@@ -36,9 +42,12 @@ async def models(request: Request) -> JSONResponse:
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> httpx.AsyncClient:
+async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     (tmp_path / "tenants.yaml").write_text(TENANTS)
-    keys = Registry(Tenants(file=str(tmp_path / "tenants.yaml")), ApiKeys())
+    settings = Settings(tenants=Tenants(file=str(tmp_path / "tenants.yaml")))
+    keys = Registry(settings.tenants, ApiKeys())
+    book = book_of(settings)
+    assert book is not None
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", answer, methods=["POST"]),
@@ -47,8 +56,9 @@ def client(tmp_path: Path) -> httpx.AsyncClient:
             Route("/health", answer),
         ]
     )
-    stack = front(KeyGate(LimitGate(gated(app, keys, "large"), Limits()), keys), {})
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app=stack), base_url="http://test")
+    stack = front(KeyGate(LimitGate(gated(app, keys, "large", book, settings), Limits()), keys), {})
+    yield httpx.AsyncClient(transport=httpx.ASGITransport(app=stack), base_url="http://test")
+    await book.close()
 
 
 @pytest.mark.parametrize(
@@ -94,3 +104,133 @@ async def test_models_are_listed_that_a_tenant_may_use(client: httpx.AsyncClient
 
 async def test_health_asks_for_no_key(client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).status_code == 200
+
+
+# --- what is counted ---
+
+
+QUOTAS = f"""
+tenants:
+  - {{name: ann, keys: [{{sha256: {digest(b"sk-ann")}}}],
+      quota: {{requests_per_minute: 3, tokens_per_minute: 100000}}}}
+  - {{name: bob, keys: [{{sha256: {digest(b"sk-bob")}}}], quota: {{tokens_per_month: 1000}}}}
+"""
+
+
+class Engine:
+    """What an engine's application does: it says what it did, or only the answer does."""
+
+    def __init__(self, says: bool = True) -> None:
+        self.says = says
+        self.shares: list[Share] = []
+
+    async def answer(self, request: Request) -> Response:
+        self.shares.append(request.scope["state"]["share"])
+        asked = json.loads(await request.body())
+        if asked.get("fail"):
+            return JSONResponse({"error": {}}, status_code=400)
+        if self.says:
+            done = request.scope["state"]["work"]
+            done.known = True
+            done.prompt_tokens, done.cached_tokens, done.output_tokens = 600, 100, 50
+            done.gpu_s = 3.6
+        usage = {"prompt_tokens": 600, "completion_tokens": 50}
+        usage["prompt_tokens_details"] = {"cached_tokens": 100}  # type: ignore[assignment]
+        if not asked.get("stream"):
+            return JSONResponse({"choices": [], "usage": usage})
+
+        async def events() -> AsyncIterator[str]:
+            yield 'data: {"choices": []}\n\n'
+            if asked.get("break"):
+                raise RuntimeError("the engine broke")
+            yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+
+@contextlib.asynccontextmanager
+async def counted(folder: Path, engine: Engine) -> AsyncIterator[tuple[httpx.AsyncClient, Book]]:
+    (folder / "tenants.yaml").write_text(QUOTAS)
+    settings = Settings(
+        tenants=Tenants(file=str(folder / "tenants.yaml")),
+        observe=Observe(price_per_gpu_hour=10.0),
+    )
+    keys, book = Registry(settings.tenants, ApiKeys()), book_of(settings)
+    assert book is not None
+    app = Starlette(routes=[Route("/v1/completions", engine.answer, methods=["POST"])])
+    stack = KeyGate(LimitGate(gated(app, keys, "m", book, settings), Limits()), keys)
+    transport = httpx.ASGITransport(app=stack, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        yield http, book
+    await book.close()
+
+
+def ledger(book: Book) -> list[dict[str, Any]]:
+    return [dict(zip(COLUMNS, each, strict=True)) for each in book._ledger.rows(0, 1e12)]
+
+
+def written(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_is_a_row_with_what_the_engine_did(
+    tmp_path: Path, stream: bool, says: bool
+) -> None:
+    """Also where the engine is in another process, as behind the gateway."""
+    engine = Engine(says)
+    async with counted(tmp_path, engine) as (http, book):
+        for _ in range(3):
+            response = await http.post(
+                "/v1/completions",
+                headers={**ANN, "x-request-id": "the same"},
+                json={"stream": stream, "prompt": "secret words", "model": "an-adapter"},
+            )
+            assert response.status_code == 200
+        assert response.headers["x-ratelimit-limit-requests"] == "3"
+        assert response.headers["x-ratelimit-remaining-requests"] == "0"
+        refused = await http.post("/v1/completions", headers=ANN, json={})
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert engine.shares[0] == Share("ann")
+    rows = ledger(book)
+    assert len(rows) == 3  # One for each, though all had the same request id.
+    for row in rows:
+        assert (row["tenant"], row["model"], row["adapter"]) == ("ann", "m", "an-adapter")
+        assert (row["prompt_tokens"], row["cached_tokens"], row["output_tokens"]) == (600, 100, 50)
+        assert (row["outcome"], row["status"], row["estimated"]) == ("ok", 200, 0)
+        assert row["began_s"] <= row["first_s"] <= row["ended_s"]
+        assert row["dollars"] == pytest.approx(0.01 if says else 0.0)
+    assert b"secret words" not in written(tmp_path)
+
+
+async def test_a_budget_is_used_up(tmp_path: Path) -> None:
+    async with counted(tmp_path, Engine()) as (http, book):
+        statuses = []
+        for _ in range(4):
+            response = await http.post("/v1/completions", headers=BOB, json={"max_tokens": 10})
+            statuses.append(response.status_code)
+        assert statuses == [200, 200, 402, 402]
+        assert response.json()["error"]["code"] == "insufficient_quota"
+    assert len(ledger(book)) == 2
+
+
+async def test_what_never_reached_the_engine_costs_nothing(tmp_path: Path) -> None:
+    async with counted(tmp_path, Engine()) as (http, book):
+        for _ in range(5):
+            answer = await http.post("/v1/completions", headers=BOB, json={"fail": True})
+            assert answer.status_code == 400
+        assert (await http.post("/v1/completions", headers=BOB, json={})).status_code == 200
+    assert len(ledger(book)) == 1
+
+
+async def test_a_stream_that_breaks_is_charged(tmp_path: Path) -> None:
+    async with counted(tmp_path, Engine()) as (http, book):
+        with contextlib.suppress(Exception):
+            await http.post("/v1/completions", headers=ANN, json={"stream": True, "break": True})
+    (row,) = ledger(book)
+    assert row["outcome"] == "left"
+    assert row["output_tokens"] == 50

@@ -161,6 +161,7 @@ def _measured(
     spans = caches / "spans"
     spans.write_text("")
     environment = _caches(caches) | ({} if ours else {FILE_VARIABLE: str(spans)})
+    environment |= systems.guided(name)  # The scenario may need another of ours, started alike.
     if scenario == "page":
         os.sync()
         _DROP.write_text("3")

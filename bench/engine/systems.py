@@ -50,6 +50,7 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
     "ours-python": {"lane": "python"},
     "ours-gateway": {"gateway": {"enabled": True}, "lane": "python"},
     "ours-gateway-fast": {"gateway": {"enabled": True}, "lane": "auto"},
+    "ours-zygotes": {},
     "ours-asleep": {"replicas": {"min": 0, "max": 1, "idle_s": 5.0}},
     "ours-unmeasured": {"observe": {"metrics": False}},
     "ours-every-token": {"stream_gap_ms": 0.0},
@@ -64,6 +65,7 @@ _PEERS: Mapping[str, list[str]] = {
 # Environment that a system needs to be what its name says, or that its own guide has set for it.
 _GUIDED = {
     "rust": {"VLLM_USE_RUST_FRONTEND": "1"},
+    "ours-zygotes": {"SERVE_APP_ZYGOTES": "1"},
     # https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
     "ray-serve-llm-direct": {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -174,6 +176,11 @@ def command(name: str, engine: Mapping[str, Any], model: str, port: int, folder:
     raise SystemExit(f"unknown system {name!r}: {names}")
 
 
+def guided(name: str) -> dict[str, str]:
+    """Environment that makes a system what its name says."""
+    return dict(_GUIDED.get(name, {}))
+
+
 def apart(port: int) -> dict[str, str]:
     """Environment that keeps the Ray cluster and HAProxy of `port` apart from any other's."""
     folder = f"/tmp/haproxy-{port}"
@@ -216,7 +223,7 @@ def running(
             **os.environ,
             **QUIET,
             **apart(port),
-            **_GUIDED.get(name, {}),
+            **guided(name),
             **(environment or {}),
         },
         stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""`python -m serve_app tenants`: add, change, list, rotate, disable and enable tenants."""
+"""`python -m serve_app tenants`: add, change, list, rotate, disable and enable tenants; reports."""
 
 import argparse
 import re
@@ -15,7 +15,10 @@ import yaml
 from serve_app.errors import ConfigError
 from serve_app.settings import Settings
 from serve_app.settings import Tenants as Source
+from serve_app.tenants import report
 from serve_app.tenants.database import Database, DatabaseError
+from serve_app.tenants.ledger import Ledger
+from serve_app.tenants.report import Month
 from serve_app.tenants.store import Store
 from serve_app.tenants.tenant import Key, Quota, Tenant, digest, now, parse, read_file
 
@@ -69,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
         each = commands.add_parser(word, help=f"{word} the keys of a tenant")
         each.set_defaults(run=run)
         each.add_argument("name")
+    month = commands.add_parser("report", help="what tenants used in a month")
+    month.set_defaults(run=_report)
+    month.add_argument("--month", default=f"{now():%Y-%m}", help="default: this one, %(default)s")
+    month.add_argument("--tenant", help="default: all")
+    month.add_argument(
+        "--out", default="-", help="a .html, .csv or .parquet file; -: a table (default)"
+    )
+    forget = commands.add_parser("forget", help="delete old rows of the ledger")
+    forget.set_defaults(run=_forget)
+    forget.add_argument("--older-than", type=_span, required=True, help="as 400d")
     commands.add_parser("key", help="a new key, and the lines for a file of tenants")
     of_store = [command for word, command in commands.choices.items() if word != "key"]
     for command in of_store:
@@ -148,6 +161,40 @@ def _list(store: Store, source: Source, arguments: argparse.Namespace) -> int:
             print(msgspec.json.encode(tenant).decode())
         else:
             print(_line(tenant))
+    return 0
+
+
+def _report(store: Store, source: Source, arguments: argparse.Namespace) -> int:
+    ledger = Ledger(store.database, "report")
+    ledger.prepare()
+    month, out = Month.parse(arguments.month), Path(arguments.out)
+    rows = report.rows_of(ledger, month, arguments.tenant)
+    if arguments.out == "-":
+        days_s = month.days_s
+        for (name, model), each in sorted(
+            ledger.totals(days_s[0], days_s[-1], arguments.tenant).items()
+        ):
+            print(
+                f"{name:24}  {model:32}  {each.requests:>9,} requests  "
+                f"{each.prompt_tokens:>13,} prompt  {each.output_tokens:>13,} output  "
+                f"{each.gpu_s / 3600:>9,.3f} GPU hours  ${each.dollars:,.2f}"
+            )
+    elif out.suffix == ".csv":
+        with out.open("w", newline="", encoding="utf-8") as file:
+            report.write_csv(rows, file)
+    elif out.suffix == ".parquet":
+        report.write_parquet(rows, out)
+    elif out.suffix == ".html":
+        out.write_text(report.html(ledger, month, arguments.tenant), encoding="utf-8")
+    else:
+        raise ConfigError("--out", arguments.out, "must end with .html, .csv or .parquet")
+    return 0
+
+
+def _forget(store: Store, source: Source, arguments: argparse.Namespace) -> int:
+    ledger = Ledger(store.database, "forget")
+    ledger.prepare()
+    print(ledger.forget((now() - arguments.older_than).timestamp()))
     return 0
 
 

@@ -78,6 +78,37 @@ class Row(msgspec.Struct, frozen=True):
 COLUMNS = tuple(name for name in Row.__struct_fields__ if name != "windows")
 
 
+class Total(msgspec.Struct, frozen=True):
+    """Sums over rows.
+
+    Attributes:
+        started: rows with a first output, and their times to it in `first_s`.
+    """
+
+    requests: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    gpu_s: float = 0.0
+    dollars: float = 0.0
+    started: int = 0
+    first_s: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.output_tokens
+
+    @property
+    def ttft_s(self) -> float | None:
+        """The mean time to the first output."""
+        return self.first_s / self.started if self.started else None
+
+    def __add__(self, other: "Total") -> "Total":
+        names = self.__struct_fields__
+        return Total(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
 class Claim(msgspec.Struct, frozen=True):
     """What a process holds of a limit, and how much more it wants."""
 
@@ -180,6 +211,22 @@ class Ledger:
                 values,
             )
 
+    def totals(
+        self, from_s: float, to_s: float, tenant: str | None = None
+    ) -> dict[tuple[str, str], Total]:
+        """Sums by tenant and model, of requests that ended in a time."""
+        of = "" if tenant is None else " AND tenant = ?"
+        values = [from_s, to_s, *([] if tenant is None else [tenant])]
+        with self.database.transaction(writes=False) as transaction:
+            rows = transaction.ask(
+                "SELECT tenant, model, COUNT(*), SUM(CASE outcome WHEN 'error' THEN 1 ELSE 0 END),"
+                " SUM(prompt_tokens), SUM(cached_tokens), SUM(output_tokens), SUM(gpu_s),"
+                " SUM(dollars), COUNT(first_s), COALESCE(SUM(first_s - began_s), 0) FROM request"
+                f" WHERE ended_s >= ? AND ended_s < ?{of} GROUP BY tenant, model",
+                values,
+            )
+        return {(row[0], row[1]): _total(row[2:]) for row in rows}
+
     def used(self, tenant: str, starts: Mapping[str, int]) -> dict[str, float]:
         """What a tenant has used in these windows."""
         with self.database.transaction(writes=False) as transaction:
@@ -198,3 +245,12 @@ class Ledger:
             # A window that is not over yet may have begun a month ago.
             transaction.do("DELETE FROM used WHERE start < ?", [int(before_s) - _LONGEST_WINDOW_S])
             return transaction.do("DELETE FROM request WHERE ended_s < ?", [before_s])
+
+
+def _total(sums: tuple[Any, ...]) -> Total:
+    # PostgreSQL's sums of whole numbers are decimals.
+    requests, errors, prompt, cached, output = (int(each) for each in sums[:5])
+    gpu_s, dollars, started, first_s = sums[5:]
+    return Total(
+        requests, errors, prompt, cached, output, gpu_s, dollars, int(started), float(first_s)
+    )

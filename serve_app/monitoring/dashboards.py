@@ -1,8 +1,8 @@
 """Grafana's dashboard as code: `python -m serve_app.monitoring.dashboards` writes serving.json.
 
 Its rows are questions, in the order in which they are asked: is it healthy, is it fast, is it full,
-what does it cost, and why. What rules.yaml records is not computed here again, so Prometheus needs
-those rules too.
+what does it cost, who uses it, and why. What rules.yaml records is not computed here again, so
+Prometheus needs those rules too.
 
 A panel's id is part of its address (Ray's dashboard embeds panels by it) and stays when others come
 and go: it is written below, and never used again for something else.
@@ -743,7 +743,68 @@ _WHY = Row(
     ),
 )
 
-ROWS = (_HEALTHY, _FAST, _FULL, _COST, _WHY)
+_WHO = Row(
+    600,
+    "Who uses it?",
+    (
+        Panel(
+            601,
+            "Wait for room by tenant",
+            "Mean of the requests that were let in. Of one tenant only: it asks for more than its "
+            "share, or is starved.",
+            "s",
+            {
+                "{{model}} {{tenant}}": _now(
+                    "max",
+                    "tenant:serve_app_tenant_queue_seconds:ratio_rate5m",
+                    "model, tenant",
+                    _MODEL,
+                )
+            },
+        ),
+        Panel(
+            602,
+            "Budgets used",
+            "Of a day or a month, of the tenants that are nearest to the end.",
+            "percentunit",
+            {
+                "{{tenant}}, {{limit}}": _now(
+                    "max", "ray_serve_app_quota_used_ratio", "tenant, limit"
+                )
+            },
+            marks=(0.9, 1.0),
+        ),
+        Panel(
+            603,
+            "GPUs by tenant",
+            "Seconds of GPUs in which its sequences ran, each second.",
+            "short",
+            {"{{tenant}}": _rate("ray_serve_app_gpu_seconds_total", "tenant")},
+            stacked=True,
+        ),
+        Panel(
+            604,
+            "Requests refused by limit",
+            "429 or 402: a limit of the tenant is reached.",
+            "reqps",
+            {"{{limit}}": _rate("ray_serve_app_quota_refusals_total", "limit", "")},
+            stacked=True,
+        ),
+        Panel(
+            605,
+            "Tenants that cannot be read or counted",
+            "1: the file or database of tenants cannot be read, or the ledger waits for it.",
+            "short",
+            {
+                "not read": "max(ray_serve_app_tenants_stale)",
+                "not counted": "max(ray_serve_app_ledger_away)",
+            },
+            marks=(1, 1),
+        ),
+    ),
+)
+
+ROWS = (_HEALTHY, _FAST, _FULL, _COST, _WHO, _WHY)
 
 
 def serving(rows: Sequence[Row] = ROWS) -> str:
@@ -751,7 +812,9 @@ def serving(rows: Sequence[Row] = ROWS) -> str:
     board = (
         build.Dashboard("Serving Qwen2.5")
         .uid("qwen-serving")
-        .description("Is it healthy, is it fast, is it full, what does it cost, and why?")
+        .description(
+            "Is it healthy, is it fast, is it full, what does it cost, who uses it, and why?"
+        )
         .tags(["qwen", "ray", "vllm"])
         .timezone("browser")
         .tooltip(dashboard.DashboardCursorSync.CROSSHAIR)

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.gates.keys import tenant
+from serve_app.observe import metrics
 
 
 class Exposition:
@@ -31,7 +32,8 @@ class Exposition:
             await self.app(scope, receive, send)
             return
         encode, content_type = choose_encoder(Headers(scope=scope).get("accept", ""))
-        body = encode(_Seen(tenant.get() if self._by_tenant else None))
+        who = metrics.tenant_label(tenant.get()) if self._by_tenant else None
+        body = encode(_Seen(who))
         headers = [
             (b"content-type", content_type.encode()),
             (b"content-length", str(len(body)).encode()),

@@ -108,7 +108,7 @@ class Meter:
 
     def _count(self, scope: Scope, model: str, status: int, who: str, answer: "_Answer") -> None:
         route = routes.find(scope["path"]) or routes.OTHER
-        metrics.requests.labels(model, route.path, str(status), who).inc()
+        metrics.requests.labels(model, route.path, str(status), metrics.tenant_label(who)).inc()
         if answer.code:
             metrics.rejections.labels(model, answer.code).inc()
         if answer.first_s is not None:

@@ -9,7 +9,7 @@ agent of the node, where Prometheus finds them with `ray_` before their names an
 The autoscaler's are Ray's own gauges, since Ray Serve's controller has no registry (autoscaler.py).
 
 Labels are bounded: `model` is what this application serves, `route` a path of gates/routes.py or
-"other", `status` an HTTP status, `tenant` the name of a key (keys.py), `reason` a code of
+"other", `status` an HTTP status, `tenant` a name (`tenant_label`), `reason` a code of
 errors.py.
 """
 
@@ -106,6 +106,32 @@ tenants_stale = Gauge(
     "1 while tenants cannot be read: those that were read last are in force.",
 )
 
+# Tenants that have series of their own; those that come later are one, "other".
+_MOST_TENANTS = 200
+_OTHER_TENANTS = "other"
+_tenants: dict[str, str] = {}
+
+
+def tenant_label(name: str) -> str:
+    """The label of a tenant: its name, as long as there are few."""
+    if name not in _tenants and len(_tenants) < _MOST_TENANTS:
+        _tenants[name] = name
+    return _tenants.get(name, _OTHER_TENANTS)
+
+
+quota_used = Gauge(
+    "serve_app_quota_used_ratio",
+    "Share of a budget that is used, of the tenants that are nearest to its end.",
+    ("tenant", "limit"),
+)
+tenant_queue_seconds = Counter(
+    "serve_app_tenant_queue_seconds",
+    "Seconds that requests which were let in had waited for room, by tenant.",
+    ("model", "tenant"),
+)
+tenant_queue_requests = Counter(
+    "serve_app_tenant_queue_requests", "Requests that were let in, by tenant.", ("model", "tenant")
+)
 tenant_cached_tokens = Counter(
     "serve_app_cached_prompt_tokens",
     "Tokens of prompts that were found in the prefix cache, of requests that are over.",

@@ -19,7 +19,7 @@ from serve_app.errors import ConfigError
 from serve_app.gates.admission import Admission, AdmissionGate
 from serve_app.gates.anthropic import WithoutThinking
 from serve_app.gates.front import front
-from serve_app.gates.keys import KeyGate, check_exposure
+from serve_app.gates.keys import KeyGate, check_exposure, tenant
 from serve_app.gates.limits import LimitGate
 from serve_app.gates.refusal import RefusalGate
 from serve_app.lanes.door import Door, Locator
@@ -167,7 +167,7 @@ class _Engine:
             limits,
             healthy=lambda: self._supervisor.healthy,
             signals=self._signals,
-            waited=metrics.waits.labels(self._model).observe,
+            waited=self._waited,
         )
         self._admitted.append(admitted)
         settings = self._settings
@@ -175,6 +175,14 @@ class _Engine:
         limited = LimitGate(self._of_tenants(Exposition(admitted, by_tenant)), limits)
         self._limited.append(limited)
         return limited
+
+    def _waited(self, wait_s: float) -> None:
+        """A request was let in after so long."""
+        metrics.waits.labels(self._model).observe(wait_s)
+        if self._settings.tenants.configured:
+            labels = self._model, metrics.tenant_label(tenant.get())
+            metrics.tenant_queue_seconds.labels(*labels).inc(wait_s)
+            metrics.tenant_queue_requests.labels(*labels).inc()
 
     def _of_tenants(self, app: ASGIApp) -> ASGIApp:
         """The application behind the gate of tenants, where clients reach this replica."""

@@ -65,8 +65,10 @@ class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
             if sampling_params.output_kind is not RequestOutputKind.CUMULATIVE:
                 names = self.model_config.served_model_name
                 model = names[0] if isinstance(names, list) else str(names)
-                metrics.prompt_tokens.labels(model, tenant.get()).inc(read)
-                metrics.generated_tokens.labels(model, tenant.get()).inc(generated)
+                metrics.prompt_tokens.labels(model, metrics.tenant_label(tenant.get())).inc(read)
+                metrics.generated_tokens.labels(model, metrics.tenant_label(tenant.get())).inc(
+                    generated
+                )
 
 
 class ContinuingLLM(CountingLLM):

@@ -10,6 +10,7 @@ a month are closed: nobody would know what is spent. Rows of the ledger wait in 
 
 import asyncio
 import contextlib
+import heapq
 import logging
 import math
 import time
@@ -36,6 +37,8 @@ _EMPTY_S = 0.25
 _RETRY_S = 1.0
 # Rows of one exchange.
 _MOST_ROWS = 2000
+# Budgets that have a metric.
+_MOST_SHOWN = 20
 
 Key = tuple[str, Kind]
 
@@ -281,8 +284,20 @@ class Book:
                 counted.counted(amount)
         for (_, part), grant in zip(parts, grants, strict=True):
             part.granted(grant.amount, grant.left)
+        self._show()
         if rolled is not None:
             await loop.run_in_executor(self._thread, Rolled.remove, rolled)
+
+    def _show(self) -> None:
+        """The budgets that are nearest to their end, as metrics: no more than a few."""
+        used = [
+            (1 - part.remaining / part.limit, tenant, kind.value)
+            for (tenant, kind), part in self._allowances.items()
+            if kind.is_budget and part.asked
+        ]
+        metrics.quota_used.clear()
+        for share, tenant, kind in heapq.nlargest(_MOST_SHOWN, used):
+            metrics.quota_used.labels(tenant, kind).set(share)
 
     async def _inherit(self) -> None:
         """Hand over what processes of this machine left that were killed."""

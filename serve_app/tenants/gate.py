@@ -154,8 +154,9 @@ class TenantGate:
             changes["adapter"] = ""
         row = msgspec.structs.replace(opened, **changes)
         if outcome != REFUSED:
-            metrics.tenant_cached_tokens.labels(row.model, row.tenant).inc(row.cached_tokens)
-            metrics.tenant_gpu_seconds.labels(row.model, row.tenant).inc(row.gpu_s)
+            labels = row.model, metrics.tenant_label(row.tenant)
+            metrics.tenant_cached_tokens.labels(*labels).inc(row.cached_tokens)
+            metrics.tenant_gpu_seconds.labels(*labels).inc(row.gpu_s)
         return row
 
     def _check(self, tenant: Tenant, asked: Reading) -> None:

@@ -44,6 +44,7 @@ def test_rows_are_questions_in_the_order_in_which_they_are_asked() -> None:
         "Is it fast",
         "Is it full",
         "What does it cost",
+        "Who uses it",
         "Why",
     ]
 

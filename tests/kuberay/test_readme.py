@@ -37,11 +37,11 @@ def test_what_bills_without_a_gpu_node(kustomize: Commands) -> None:
     config = yaml.safe_load((HERE / "cluster.yaml").read_text())
     bill = cost.bill(layout.layout(config, render.documents("one-gpu")), table)
     rest = sum(item.at_rest for item in bill.items if not item.name.startswith("gpu"))
-    assert f"what still bills is ${rest:.2f} an hour" in README.replace("\n", " ")
+    assert f"still costs ${rest:.2f} an hour" in README.replace("\n", " ")
 
 
 def test_how_many_kinds_a_sweep_looks_at() -> None:
-    assert f"a sweep looks at {len(kinds.KINDS)} kinds of things" in README
+    assert f"a sweep searches {len(kinds.KINDS)} kinds of resources" in README
 
 
 def test_every_option_that_it_names_is_one_of_a_command() -> None:

@@ -33,9 +33,9 @@ CONFIDENCE = 0.95
 # Below this many values of unknown shape a mean has no interval.
 _FEWEST_VALUES = 5
 # Independent samples that a series must be worth: below, its correlation is underestimated too
-# often. A series that shows none needs fewer.
-ENOUGH, _ENOUGH_UNCORRELATED = 200, 60
-_UNCORRELATED = 1.5
+# often, and the series that pass are those where it was. A series that shows none needs fewer.
+ENOUGH, _ENOUGH_UNCORRELATED = 600, 60
+_UNCORRELATED, _CORRELATED = 1.5, 3.0
 # A correlation is estimated from the same samples: it is taken as greater by so many standard
 # errors, which are about sqrt(autocorrelation time / samples).
 _CAUTION = 6.0
@@ -229,7 +229,7 @@ def _bearable_time(series: NDArray[np.float64]) -> float | None:
         correlation.autocorrelation_time(series),
         correlation.autocorrelation_time(correlation.ranks(series)),
     )
-    enough = _ENOUGH_UNCORRELATED if time < _UNCORRELATED else ENOUGH
+    enough = np.interp(time, (_UNCORRELATED, _CORRELATED), (_ENOUGH_UNCORRELATED, ENOUGH))
     return time if len(series) / time >= enough else None
 
 

@@ -188,6 +188,13 @@ def test_a_queue_that_was_seen_too_briefly_has_no_interval(
     assert coverage.coverage(process, share, samples, TRIALS).given <= TRIALS / 50
 
 
+def test_series_whose_correlation_was_underestimated_have_no_interval() -> None:
+    """One in five M/M/1 queues that are 80 % busy seemed calm enough after 10,000 requests: their
+    intervals held the mean in 83 % of cases."""
+    seen = coverage.coverage(processes.queue(0.8), None, 10_000, 40)
+    assert seen.missed <= 0.025
+
+
 def test_most_series_of_independent_samples_have_intervals() -> None:
     assert coverage.coverage(processes.exponential(), None, 100, TRIALS).given > 0.75 * TRIALS
     assert coverage.coverage(processes.exponential(), 0.95, 400, TRIALS).given > 0.95 * TRIALS

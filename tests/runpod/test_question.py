@@ -74,7 +74,7 @@ def test_a_chat_template_is_applied_where_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("request", "problem"),
+    ("job", "problem"),
     [
         ({"messages": [USER], "apply_chat_template": False}, "apply_chat_template: false"),
         ({"prompt": ["a", "b"], "apply_chat_template": True}, "a prompt that is one text"),
@@ -93,9 +93,9 @@ def test_a_chat_template_is_applied_where_it_is_asked_for() -> None:
         ("Say hi", "input must be an object"),
     ],
 )
-def test_what_cannot_be_used_is_refused_by_its_name(request: Any, problem: str) -> None:
+def test_what_cannot_be_used_is_refused_by_its_name(job: Any, problem: str) -> None:
     with pytest.raises(BadJob, match=problem):
-        Question.of(request)
+        Question.of(job)
 
 
 @pytest.mark.parametrize("empty", [{}, None])
@@ -124,14 +124,14 @@ _values = st.sampled_from([None, True, False, 0, 1, 2, "", "x", "true", "false",
 # Two noisy cores draw slowly.
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(_names, _values | st.dictionaries(_names, _values)))
-def test_no_field_is_lost(request: dict[str, Any]) -> None:
+def test_no_field_is_lost(job: dict[str, Any]) -> None:
     """Whatever a job says is in the request, or is the reason of a refusal."""
     try:
-        question = Question.of(request)
+        question = Question.of(job)
     except BadJob:
         return
     sent = question.body or {}
-    wanted = {**(request.get("sampling_params") or {}), **request}
+    wanted = {**(job.get("sampling_params") or {}), **job}
     for name in ("sampling_params", "apply_chat_template", "use_openai_format"):
         wanted.pop(name, None)
     chat = question.route == CHAT

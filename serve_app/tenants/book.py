@@ -131,7 +131,7 @@ class Book:
         """A request is over. One that was refused used nothing, and is in no ledger."""
         refused = row.outcome == REFUSED
         for part, amount in reservation.parts:
-            part.settle(amount, 0.0 if refused else row.amount(part.kind.value))
+            part.settle(amount, 0.0 if refused else row.amount(part.kind))
         self.journal.end(row)
         if not refused:
             self._rows.append(row)
@@ -332,14 +332,22 @@ def headers_of(parts: list[Allowance], now_s: float | None = None) -> list[tuple
     now_s = time.time() if now_s is None else now_s
     found = []
     for part in parts:
-        if part.kind not in (Kind.REQUESTS_PER_MINUTE, Kind.TOKENS_PER_MINUTE):
+        if part.kind not in _HEADERS:
             continue
-        what = part.kind.value.partition("_")[0]
+        limit, remaining, reset = _HEADERS[part.kind]
         _, end_s = part.kind.window(now_s)
-        for name, value in (
-            ("limit", str(part.limit)),
-            ("remaining", str(part.remaining)),
-            ("reset", f"{max(0, math.ceil(end_s - now_s))}s"),
-        ):
-            found.append((f"x-ratelimit-{name}-{what}".encode(), value.encode()))
+        found += [
+            (limit, b"%d" % part.limit),
+            (remaining, b"%d" % part.remaining),
+            (reset, b"%ds" % max(0, math.ceil(end_s - now_s))),
+        ]
     return found
+
+
+_HEADERS = {
+    kind: tuple(
+        f"x-ratelimit-{name}-{kind.partition('_')[0]}".encode()
+        for name in ("limit", "remaining", "reset")
+    )
+    for kind in (Kind.REQUESTS_PER_MINUTE, Kind.TOKENS_PER_MINUTE)
+}

@@ -12,10 +12,10 @@ What a request will use is estimated when it begins and known when it ends. It c
 in which it began.
 """
 
-import math
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 
 from serve_app.tenants.tenant import Quota
 
@@ -40,25 +40,31 @@ class Kind(StrEnum):
 
     @property
     def counts_tokens(self) -> bool:
-        return self.value.startswith("tokens")
+        return self.startswith("tokens")
 
     def window(self, now_s: float) -> tuple[int, int]:
         """Start and end of the window that a moment is in, as Unix time."""
-        now = datetime.fromtimestamp(now_s, UTC)
-        if self is Kind.RUNNING_REQUESTS:
-            return 0, math.ceil(now_s) + 1  # It is about now; there may be room in a second.
-        if self is Kind.TOKENS_PER_DAY:
-            start = now.replace(hour=0, minute=0, second=0, microsecond=0)
-            end = start + timedelta(days=1)
-        elif self is Kind.TOKENS_PER_MONTH:
-            start = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-            end = (start + timedelta(days=32)).replace(day=1)
-        else:
-            start = now.replace(second=0, microsecond=0)
-            end = start + timedelta(minutes=1)
-        return int(start.timestamp()), int(end.timestamp())
+        return _window(self, int(now_s))
 
 
+@lru_cache(64)
+def _window(kind: Kind, now_s: int) -> tuple[int, int]:
+    if kind is Kind.RUNNING_REQUESTS:
+        return 0, now_s + 2  # It is about now; there may be room in a second.
+    now = datetime.fromtimestamp(now_s, UTC)
+    if kind is Kind.TOKENS_PER_DAY:
+        start = now.replace(hour=0, minute=0, second=0)
+        end = start + timedelta(days=1)
+    elif kind is Kind.TOKENS_PER_MONTH:
+        start = now.replace(day=1, hour=0, minute=0, second=0)
+        end = (start + timedelta(days=32)).replace(day=1)
+    else:
+        start = now.replace(second=0)
+        end = start + timedelta(minutes=1)
+    return int(start.timestamp()), int(end.timestamp())
+
+
+@lru_cache(4096)
 def limits_of(quota: Quota) -> dict[Kind, int]:
     """The limits that a quota sets."""
     found = {kind: getattr(quota, kind.value) for kind in Kind}

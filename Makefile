@@ -55,7 +55,7 @@ format: install ## Mend style and format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-overhead: install ## What the layers around the engine cost, beside a bare vLLM.
+bench-overhead: install ## What the layers around the engine cost, beside vLLM's own front ends.
 	$(BIN)/python -m bench.tiny_model $(VENV)/tiny-model
 	$(BIN)/python -m bench.experiments.overhead --model $(VENV)/tiny-model
 

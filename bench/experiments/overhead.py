@@ -1,18 +1,22 @@
 """What the serving layers cost: this application beside a bare vLLM, in one run.
 
-    python -m bench.experiments.overhead --model FOLDER [--systems bare,ours,classic] [--rounds 3]
+    python -m bench.experiments.overhead --model FOLDER [--systems rust,ours,..] [--rounds 3]
+
+Without --systems: vLLM's Rust front end (`rust`, the reference, where it is installed), this
+application (`ours`), and vLLM's Python front end as four processes (`apis4`), as one (`bare`), and
+with four tokens sent at a time (`bare-si4`). bench/engine/systems.py has the others.
 
 Of Ray Serve's own LLM application there are two: `ray-serve-llm`, as it comes, and
 `ray-serve-llm-direct`, with the variables that its guide gives for the highest throughput. (They
 import pyarrow, which nothing here needs: install it first.)
 
 Every system serves the same model with the same engine arguments and is measured by the same
-client, one at a time, in interleaved rounds: bare, ours, classic, then ours, classic, bare, ... A
+client, one at a time, in interleaved rounds: rust, ours, apis4, then ours, apis4, rust, ... A
 machine that drifts then drifts under all of them, and none is always the first. The systems that
 wait are stopped (SIGSTOP), so that their idle loops take nothing from the one that is measured;
 with `--running` they are not, as Ray Serve replaces proxies that did not answer while they stood.
 
-Reported are ratios to the bare engine: the median over rounds, with the lowest and the highest.
+Reported are ratios to the first system: the median over rounds, with the lowest and the highest.
 The last line is one JSON object.
 """
 
@@ -21,6 +25,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import signal
 import statistics
 import sys
@@ -36,6 +41,7 @@ from bench.records import Record
 from bench.traffic.client import Answer, Client, Target
 from bench.traffic.crowd import Crowd
 from bench.traffic.request import Request
+from serve_app.launch import rust as rust_frontend
 
 _METRICS = (
     "tokens_per_s",
@@ -181,6 +187,15 @@ def interleaved(
     return rows
 
 
+def default_systems() -> list[str]:
+    """This application and its peers; without vllm-rs, what can be compared without it."""
+    rust = rust_frontend.destination()
+    if rust is not None and os.access(rust, os.X_OK):
+        return ["rust", "ours", "apis4", "bare", "bare-si4"]
+    print("vllm-rs is not installed: bare is the reference, and rust is left out", file=sys.stderr)
+    return ["bare", "ours", "apis4", "bare-si4"]
+
+
 def _short(value: Any) -> Any:
     return round(value, 2) if isinstance(value, float) else value
 
@@ -230,7 +245,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", required=True, help="a local model folder")
-    parser.add_argument("--systems", default="bare,ours,classic")
+    parser.add_argument("--systems", help="separated by commas; the first is the reference")
     parser.add_argument("--concurrency", default="1,8,32,64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--waves", type=int, default=2, help="requests of each user")
@@ -246,7 +261,7 @@ def main() -> None:
     parser.add_argument("--engine", type=json.loads, default=ENGINE, help="arguments as JSON")
     options = parser.parse_args()
     options.concurrency = [int(word) for word in options.concurrency.split(",")]
-    names = options.systems.split(",")
+    names = options.systems.split(",") if options.systems else default_systems()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overhead.")))
         systems = []

@@ -20,10 +20,10 @@ SERVERS = (
     "tests/monitoring/test_faults.py",
     "tests/kuberay/test_deploy.py",
     "tests/runpod/test_start.py",
-    "tests/lanes/test_contract.py",
 )
-# One server for all that is in there.
+# One server for all that is in there, and one engine with both lanes.
 SERVED = "tests/served/"
+LANES = ("tests/lanes/test_contract.py", "tests/lanes/test_restart.py")
 # Each starts an engine, a Ray cluster or installs an environment: `make test-fast` leaves them out.
 ENGINES = (
     "tests/test_continuation.py",
@@ -53,6 +53,8 @@ def _together(nodeid: str) -> str:
     """What one worker runs as a whole."""
     if nodeid.startswith(SERVERS):
         return "servers"
+    if nodeid.startswith(LANES):
+        return "lanes"
     return SERVED if nodeid.startswith(SERVED) else nodeid.split("::")[0]
 
 
@@ -63,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=place)
     for item in items:
-        if item.nodeid.startswith((*SERVERS, SERVED, *ENGINES)):
+        if item.nodeid.startswith((*SERVERS, SERVED, *LANES, *ENGINES)):
             item.add_marker(pytest.mark.server)
 
 

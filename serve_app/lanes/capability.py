@@ -60,7 +60,7 @@ def _prompt(value: Any) -> bool:
 
 
 def _messages(value: Any) -> bool:
-    """A conversation of texts. Content in parts is joined differently by the two."""
+    """A conversation of texts. Several parts of one message are joined differently by the two."""
     return (
         type(value) is list
         and bool(value)
@@ -69,9 +69,21 @@ def _messages(value: Any) -> bool:
             and each.keys() == {"role", "content"}
             and type(each["role"]) is str
             and each["role"] in _ROLES
-            and _text(each["content"])
+            and _content(each["content"])
             for each in value
         )
+    )
+
+
+def _content(value: Any) -> bool:
+    if type(value) is not list:
+        return _text(value)
+    return (
+        len(value) == 1
+        and type(value[0]) is dict
+        and value[0].keys() == {"type", "text"}
+        and value[0]["type"] == "text"
+        and _text(value[0]["text"])
     )
 
 
@@ -81,40 +93,152 @@ def _stop(value: Any) -> bool:
     return _text(value)
 
 
+def _texts(value: Any) -> bool:
+    return type(value) is list and all(map(_text, value))
+
+
+def _token_ids(value: Any) -> bool:
+    return type(value) is list and all(type(each) is int and each >= 0 for each in value)
+
+
+def _logit_bias(value: Any) -> bool:
+    """By token id, which JSON writes as text."""
+    return type(value) is dict and all(
+        name.isascii() and name.isdigit() and _number(-100, 100)(bias)
+        for name, bias in value.items()
+    )
+
+
 def _stream_options(value: Any) -> bool:
     return (
         type(value) is dict and value.keys() == {"include_usage"} and _flag(value["include_usage"])
     )
 
 
+# What a schema may hold. Of these both lanes make the same grammar; a schema with other keywords
+# may be refused by one of the two, or be left to another library.
+_KEYWORDS = frozenset({"title", "description", "default", "$defs", "required"})
+_TYPES = frozenset({"object", "array", "string", "integer", "number", "boolean", "null"})
+_DEEPEST_SCHEMA = 16
+
+
+def _schema(value: Any) -> bool:
+    definitions = value.get("$defs", {}) if type(value) is dict else None
+    return (
+        type(definitions) is dict
+        and _sound(value, definitions, 0)
+        and all(_sound(each, definitions, 0) for each in definitions.values())
+    )
+
+
+def _sound(schema: Any, definitions: Mapping[str, Any], depth: int) -> bool:
+    if type(schema) is not dict or depth > _DEEPEST_SCHEMA:
+        return False
+
+    def inner(value: Any) -> bool:
+        return _sound(value, definitions, depth + 1)
+
+    checks: Mapping[str, Check] = {
+        "type": lambda value: type(value) is str and value in _TYPES,
+        "properties": lambda value: type(value) is dict and all(map(inner, value.values())),
+        "items": inner,
+        "anyOf": lambda value: type(value) is list and bool(value) and all(map(inner, value)),
+        "enum": lambda value: type(value) is list and bool(value) and all(map(_scalar, value)),
+        "const": _scalar,
+        "additionalProperties": _flag,
+        "$ref": lambda value: (
+            type(value) is str
+            and value.startswith("#/$defs/")
+            and value.removeprefix("#/$defs/") in definitions
+        ),
+    }
+    required = schema.get("required", [])
+    return (
+        all(name in _KEYWORDS or (name in checks and checks[name](schema[name])) for name in schema)
+        and type(required) is list
+        and all(each in schema.get("properties", {}) for each in required)
+    )
+
+
+def _scalar(value: Any) -> bool:
+    return type(value) in (str, int, bool)
+
+
+def _response_format(value: Any) -> bool:
+    if type(value) is not dict:
+        return False
+    if value.get("type") in ("text", "json_object"):
+        return value.keys() == {"type"}
+    named = value.get("json_schema")
+    return (
+        value.keys() == {"type", "json_schema"}
+        and value["type"] == "json_schema"
+        and type(named) is dict
+        and named.keys() <= {"name", "description", "strict", "schema"}
+        and _text(named.get("name"))
+        and _flag(named.get("strict", True))
+        and _schema(named.get("schema"))
+    )
+
+
+def _structured_outputs(value: Any) -> bool:
+    """One constraint that cannot be broken. A broken regex or grammar gets another answer."""
+    if type(value) is not dict or len(value) != 1:
+        return False
+    ((kind, constraint),) = value.items()
+    if kind == "json":
+        return _schema(constraint)
+    return kind == "choice" and bool(constraint) and _texts(constraint)
+
+
 _LARGEST_INT = 2**31 - 1
+# vLLM's own bound, unless the engine argument max_logprobs says otherwise.
+_MOST_LOGPROBS = 20
 _COMMON: Mapping[str, Check] = {
     "model": _text,
     "stream": _flag,
     "stream_options": _or_null(_stream_options),
-    "max_tokens": _whole(1, _LARGEST_INT),
+    "max_tokens": _or_null(_whole(1, _LARGEST_INT)),
     "min_tokens": _whole(0, _LARGEST_INT),
     "n": _whole(1, 1),
     "temperature": _or_null(_number(0, 2)),
     "top_p": _or_null(_number(0.001, 1)),
-    "top_k": _whole(1, _LARGEST_INT),
-    "min_p": _number(0, 1),
+    "top_k": _or_null(_whole(-1, _LARGEST_INT)),
+    "min_p": _or_null(_number(0, 1)),
     "seed": _or_null(_whole(0, _LARGEST_INT)),
     "stop": _or_null(_stop),
-    "presence_penalty": _number(-2, 2),
-    "frequency_penalty": _number(-2, 2),
-    "repetition_penalty": _number(0.01, 2),
+    "stop_token_ids": _token_ids,
+    "bad_words": _texts,
+    "logit_bias": _or_null(_logit_bias),
+    "presence_penalty": _or_null(_number(-2, 2)),
+    "frequency_penalty": _or_null(_number(-2, 2)),
+    "repetition_penalty": _or_null(_number(0.01, 2)),
     "ignore_eos": _flag,
+    "echo": _flag,
     "return_token_ids": _flag,
-    "logprobs": _null,
+    "return_tokens_as_token_ids": _flag,
+    "skip_special_tokens": _flag,
+    "include_stop_str_in_output": _flag,
+    "cache_salt": _text,
+    "user": _or_null(_text),
+    # Other priorities change who goes first, which no comparison of answers shows.
+    "priority": _whole(0, 0),
+    "response_format": _or_null(_response_format),
+    "structured_outputs": _or_null(_structured_outputs),
 }
 # By route and field: whether the fast lane takes the value.
 FIELDS: Mapping[str, Mapping[str, Check]] = {
-    "/v1/completions": {**_COMMON, "prompt": _prompt},
+    "/v1/completions": {
+        **_COMMON,
+        "prompt": _prompt,
+        "logprobs": _or_null(_whole(0, _MOST_LOGPROBS)),
+    },
     "/v1/chat/completions": {
         **_COMMON,
         "messages": _messages,
-        "max_completion_tokens": _whole(1, _LARGEST_INT),
+        "max_completion_tokens": _or_null(_whole(1, _LARGEST_INT)),
+        "logprobs": _flag,
+        "top_logprobs": _or_null(_whole(0, _MOST_LOGPROBS)),
     },
 }
 
@@ -157,7 +281,23 @@ def obstacle(
     for name, value in values.items():
         if name not in fields or not fields[name](value):
             return f"the field {name}"
+    if (field := _combination_obstacle(values)) is not None:
+        return f"the field {field}"
     return _size_obstacle(path, values, body, served, limits)
+
+
+def _combination_obstacle(values: Mapping[str, Any]) -> str | None:
+    """The field that the two answer differently beside another one, or that one of them refuses."""
+    streamed = values.get("stream", False)
+    if values.get("stream_options") is not None and not streamed:
+        return "stream_options"
+    if values.get("echo") and streamed:
+        return "echo"  # The prompt's tokens and log probabilities come from one lane only.
+    if values.get("top_logprobs") is not None and not values.get("logprobs"):
+        return "top_logprobs"
+    if values.get("response_format") is not None and values.get("structured_outputs") is not None:
+        return "structured_outputs"
+    return None
 
 
 def _size_obstacle(
@@ -168,9 +308,13 @@ def _size_obstacle(
         return "the model"
     if "prompt" not in values and "messages" not in values:
         return "the prompt"
-    if values.get("stream_options") is not None and not values.get("stream"):
-        return "the field stream_options"
-    if type(prompt := values.get("prompt")) is list and max(prompt) >= served.vocabulary:
+    prompt = values.get("prompt")
+    named = [
+        *(prompt if type(prompt) is list else ()),
+        *values.get("stop_token_ids", ()),
+        *map(int, values.get("logit_bias") or ()),
+    ]
+    if max(named, default=0) >= served.vocabulary:
         return "a token id"
     route = routes.find(path)
     assert route is not None

@@ -46,7 +46,16 @@ def test_a_plain_request_takes_the_fast_lane() -> None:
     assert why(COMPLETION | everything) is None
     assert why(CHAT | everything, "/v1/chat/completions") is None
     assert why({**COMPLETION, "logprobs": None, "seed": None, "stop": None}) is None
-    assert everything.keys() | COMPLETION.keys() | {"logprobs"} == FIELDS["/v1/completions"].keys()
+
+
+_FLAGS = (
+    "ignore_eos",
+    "echo",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+)
 
 
 @pytest.mark.parametrize("field", sorted(FIELDS["/v1/completions"]))
@@ -56,14 +65,23 @@ def test_a_plain_request_takes_the_fast_lane() -> None:
 def test_no_value_is_taken_that_is_not_known_to_be_answered_alike(field: str, value: Any) -> None:
     taken = {
         "stop": [None, "x" * 3],
+        "max_tokens": [None],
+        "user": [None, "x" * 3],
+        "cache_salt": ["x" * 3],
+        "min_p": [None],
+        "top_k": [None, -1],
+        "logit_bias": [None, {}],
+        "bad_words": [[], ["a"] * 5],
+        "stop_token_ids": [[]],
+        "response_format": [None],
+        "structured_outputs": [None],
+        **{name: [True] for name in _FLAGS},
         "prompt": ["x" * 3],
         "stream": [True],
-        "ignore_eos": [True],
-        "return_token_ids": [True],
         "temperature": [None, 1.5],
-        "presence_penalty": [-1, 1.5],
-        "frequency_penalty": [-1, 1.5],
-        "repetition_penalty": [1.5],
+        "presence_penalty": [None, -1, 1.5],
+        "frequency_penalty": [None, -1, 1.5],
+        "repetition_penalty": [None, 1.5],
         "logprobs": [None],
         "stream_options": [None],
         "seed": [None],
@@ -84,6 +102,22 @@ def test_no_value_is_taken_that_is_not_known_to_be_answered_alike(field: str, va
         ({"model": "tiny", "max_tokens": 5}, "the prompt"),
         ({**COMPLETION, "stream_options": {"include_usage": True}}, "the field stream_options"),
         ({**COMPLETION, "prompt": [1, 500]}, "a token id"),
+        ({**COMPLETION, "stop_token_ids": [500]}, "a token id"),
+        ({**COMPLETION, "logit_bias": {"500": 1}}, "a token id"),
+        ({**COMPLETION, "logit_bias": {"x": 1}}, "the field logit_bias"),
+        ({**COMPLETION, "logit_bias": {"1": 101}}, "the field logit_bias"),
+        ({**COMPLETION, "echo": True, "stream": True}, "the field echo"),
+        ({**COMPLETION, "priority": 1}, "the field priority"),
+        ({**COMPLETION, "structured_outputs": {"regex": "a+"}}, "the field structured_outputs"),
+        ({**COMPLETION, "structured_outputs": {"choice": []}}, "the field structured_outputs"),
+        (
+            {
+                **COMPLETION,
+                "structured_outputs": {"choice": ["a"]},
+                "response_format": {"type": "json_object"},
+            },
+            "the field structured_outputs",
+        ),
         ({**COMPLETION, "prompt": "x" * 2000}, "the length of the prompt"),
         ({**COMPLETION, "max_tokens": 1024}, "the length of the prompt"),
         ({**COMPLETION, "min_tokens": 6}, "the field min_tokens"),
@@ -97,11 +131,59 @@ def test_everything_else_takes_the_full_lane(body: Any, reason: str) -> None:
     assert why(body) == reason
 
 
+OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "taken"),
+    [
+        (OBJECT, True),
+        ({**OBJECT, "additionalProperties": False, "title": "A"}, True),
+        ({"$defs": {"a": OBJECT}, "type": "array", "items": {"$ref": "#/$defs/a"}}, True),
+        ({"anyOf": [{"type": "string"}, {"enum": [1, "b", True]}]}, True),
+        ({**OBJECT, "required": ["b"]}, False),
+        ({"type": "nonsense"}, False),
+        ({"type": ["string", "null"]}, False),
+        ({"type": "array", "items": {"$ref": "#/$defs/a"}}, False),
+        ({"type": "string", "pattern": "["}, False),
+        ({"type": "integer", "multipleOf": 3}, False),
+        ({"type": "array", "items": OBJECT, "uniqueItems": True}, False),
+        ({"properties": {"a": {"properties": {"b": {"format": "date"}}}}}, False),
+        ({"enum": []}, False),
+        (True, False),
+        ("{}", False),
+        (None, False),
+    ],
+)
+def test_a_schema_is_taken_where_both_lanes_make_the_same_grammar(schema: Any, taken: bool) -> None:
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert (why({**CHAT, "response_format": named}, "/v1/chat/completions") is None) == taken
+    assert (why({**COMPLETION, "structured_outputs": {"json": schema}}) is None) == taken
+
+
+def test_a_schema_of_any_depth_is_read() -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(200):
+        schema = {"type": "array", "items": schema}
+    assert why({**COMPLETION, "structured_outputs": {"json": schema}}) is not None
+
+
+def test_log_probabilities_of_a_chat() -> None:
+    path = "/v1/chat/completions"
+    assert why({**CHAT, "logprobs": True, "top_logprobs": 20}, path) is None
+    assert why({**CHAT, "logprobs": True, "top_logprobs": 21}, path) == "the field top_logprobs"
+    assert why({**CHAT, "top_logprobs": 2}, path) == "the field top_logprobs"
+    assert why({**CHAT, "logprobs": None}, path) == "the field logprobs"
+
+
 @pytest.mark.parametrize(
     "messages",
     [
         [],
-        [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": "x"}] * 2}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [{"role": "user", "content": [{"type": "text", "text": ""}]}],
+        [{"role": "user", "content": []}],
         [{"role": "tool", "content": "x", "tool_call_id": "1"}],
         [{"role": "user", "content": "x", "name": "ann"}],
         [{"role": "user", "content": ""}],

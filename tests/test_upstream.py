@@ -243,9 +243,11 @@ def _python(folder: Path) -> list[Path]:
 
 
 def test_19_an_engine_is_started_apart_from_its_front_ends() -> None:
+    import vllm.utils.network_utils as network_utils
     import vllm.v1.engine.utils as utils
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.engine.core_client import BackgroundResources, MPClient
     from vllm.v1.utils import RustFrontendProcessManager
 
@@ -266,6 +268,13 @@ def test_19_an_engine_is_started_apart_from_its_front_ends() -> None:
     assert {"binary_path", "sock", "args", "input_listener", "output_listener"} <= set(
         parameters(RustFrontendProcessManager.__init__)
     )
+    # A front end that is started anew: the engine core registers with it by its first message.
+    assert {"inputs", "outputs"} <= utils.EngineZmqAddresses.__dataclass_fields__.keys()
+    source = inspect.getsource(EngineCoreProc.process_input_sockets)
+    assert "for input_address in input_addresses" in source
+    assert "input_socket.send(ready_payload)" in source
+    assert parameters(network_utils.make_zmq_listener) == ["path", "socket_type"]
+    assert network_utils.get_open_zmq_ipc_path().startswith("ipc://")
 
 
 def test_20_the_scheduler_ends_requests_and_steps_by_these_methods() -> None:
@@ -389,3 +398,26 @@ def test_46_agents_can_be_told_to_watch_a_pipe() -> None:
     assert "if dashboard_consts.PARENT_HEALTH_CHECK_BY_PIPE" in watched
     raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
     assert name.removeprefix("RAY_").encode() in raylet.read_bytes()
+
+
+def test_34_statistics_of_an_iteration_are_recorded_so() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats
+
+    recorded = parameters(StatLoggerManager.record)
+    assert recorded[1:3] == ["scheduler_stats", "iteration_stats"]
+    assert "self.logger_manager" in inspect.getsource(AsyncLLM.__init__)
+    stats = IterationStats()
+    for name in (
+        "num_generation_tokens",
+        "num_preempted_reqs",
+        "time_to_first_tokens_iter",
+        "inter_token_latencies_iter",
+        "finished_requests",
+    ):
+        assert hasattr(stats, name)
+    assert stats.prompt_token_stats.total == stats.prompt_token_stats.computed == 0
+    assert {"finish_reason", "e2e_latency", "prefill_time", "mean_time_per_output_token"} <= (
+        FinishedRequestStats.__dataclass_fields__.keys()
+    )

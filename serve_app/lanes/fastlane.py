@@ -42,8 +42,18 @@ class FastLane:
 
         return Grant(frontend, self._ends, self._model, engine.abort, timeout_s)
 
-    async def open(self, app: ASGIApp, host: str, limits: Callable[[], Limits]) -> Door:
-        """Let requests in, through the gates of `app`."""
+    async def open(
+        self,
+        app: ASGIApp,
+        host: str,
+        limits: Callable[[], Limits],
+        failure: Callable[[], str | None],
+    ) -> Door:
+        """Let requests in, through the gates of `app`.
+
+        Args:
+            failure: why vllm-rs cannot be asked now; None: it can.
+        """
         assert self._engine is not None
         served = capability.Served(
             frozenset({self._model}), self._engine.max_model_len, self._engine.vocabulary
@@ -52,6 +62,8 @@ class FastLane:
         def obstacle(request: Request) -> str | None:
             if request.method != "POST":
                 return "the method"
+            if (why := failure()) is not None:
+                return why
             headers = dict(request.headers)
             return capability.obstacle(request.path, headers, request.body, served, limits())
 
@@ -94,4 +106,5 @@ class FastLane:
         for each in report.ended:
             self._ends.tell(each)
         if self._engine is not None:
+            self._engine.count(report)
             self._engine.last_sign_s = time.monotonic()

@@ -200,6 +200,16 @@ engine_restarts = Counter(
     "Engines that died or hung and were started anew in their replica.",
     ("model",),
 )
+fast_lane = Gauge(
+    "serve_app_fast_lane",
+    "1 while vllm-rs answers requests; 0 while Python answers all of them.",
+    ("model",),
+)
+frontend_restarts = Counter(
+    "serve_app_frontend_restarts",
+    "Times that vllm-rs died or hung and was started anew beside its engine.",
+    ("model",),
+)
 objective = Gauge(
     "serve_app_slo_seconds",
     "The objective that is configured, by what it is for: ttft, itl.",

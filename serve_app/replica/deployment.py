@@ -34,6 +34,7 @@ from serve_app.planning.plan import Plan
 from serve_app.progress import READY, reported, say, stage
 from serve_app.replica import forkserver
 from serve_app.replica.backend import FAST_LANE, Backend, Server
+from serve_app.replica.keeper import Keeper
 from serve_app.replica.pacing import Pacer
 from serve_app.replica.startup import Startup
 from serve_app.replica.supervisor import Reaper, Supervisor
@@ -123,7 +124,9 @@ class _Engine:
             lane.grant(self._engine, lambda: self._settings.limits.request_timeout_s)
         )
         host = str(ray.util.get_node_ip_address())
-        return await lane.open(within(gates), host, lambda: gates.limits)
+        return await lane.open(
+            within(gates), host, lambda: gates.limits, lambda: self._keeper.failure
+        )
 
     async def _stack(self) -> ASGIApp:
         """The engine's application behind its limits, once an answer was generated."""
@@ -148,7 +151,15 @@ class _Engine:
             restart=self._restart if self._continuing else None,
             restart_within_s=_LEAST_RESTART_S + 2 * self._loaded_s,
         )
-        self._watch = asyncio.create_task(self._supervisor.watch())
+        engine = self._engine
+        self._keeper = Keeper(
+            lambda: None if engine.dead else engine.fast,
+            self._settings.hang_timeout_s,
+            restart=self._restart_frontend,
+        )
+        self._watches = [asyncio.create_task(self._supervisor.watch())]
+        if engine.fast is not None:
+            self._watches.append(asyncio.create_task(self._keeper.watch()))
         self._full_gates = self._gates(answer)
         self._tell()
         if self._cache is not None:
@@ -212,6 +223,12 @@ class _Engine:
         say(f"the engine was started anew: {sum(took_s.values()):.1f} s")
         metrics.engine_restarts.labels(self._model).inc()
 
+    async def _restart_frontend(self) -> None:
+        """Another vllm-rs; the engine and its other requests are not touched."""
+        with self._reaper.following():
+            await self._engine.restart_frontend()
+        metrics.frontend_restarts.labels(self._model).inc()
+
     def _tell(self) -> None:
         """What metrics ask for when they are exported."""
         queue, supervisor = self._admission, self._supervisor
@@ -222,6 +239,11 @@ class _Engine:
         metrics.healthy.labels(self._model).set_function(lambda: supervisor.healthy)
         metrics.restarting.labels(self._model).set_function(lambda: supervisor.restarting)
         metrics.engine_restarts.labels(self._model)
+        engine, keeper = self._engine, self._keeper
+        metrics.fast_lane.labels(self._model).set_function(
+            lambda: engine.fast is not None and keeper.failure is None
+        )
+        metrics.frontend_restarts.labels(self._model)
 
     def _gate(self, app: ASGIApp, counted: bool) -> ASGIApp:
         return self._observation.gate(app, self._model, self._settings.replicas, counted)
@@ -274,7 +296,7 @@ class _Engine:
 
     def _end(self) -> None:
         """Leave no process behind."""
-        if (watch := getattr(self, "_watch", None)) is not None:
+        for watch in getattr(self, "_watches", []):
             watch.cancel()
         if (engine := getattr(self, "_engine", None)) is not None:
             engine.stop()

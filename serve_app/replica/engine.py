@@ -36,9 +36,10 @@ from serve_app.progress import say
 from serve_app.replica import forkserver, frontends
 from serve_app.replica.arguments import first_sentence, parse
 from serve_app.replica.bounds import Bounds
+from serve_app.replica.iterations import FastIteration, iteration_of
 from serve_app.replica.llm import ContinuingLLM, CountingLLM
 from serve_app.replica.pacing import Pacer
-from serve_app.replica.reports import LATE
+from serve_app.replica.reports import GONE, LATE, Report
 from serve_app.replica.startup import Startup
 from serve_app.scaling.signals import Signals
 
@@ -217,7 +218,7 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        return bool(self._llm.errored) or (self.fast is not None and not self.fast.alive)
+        return bool(self._llm.errored)
 
     @property
     def cpu_s(self) -> float:
@@ -232,13 +233,28 @@ class Engine:
     async def probe(self) -> None:
         """Return once every process of the engine has answered; a hung one never does."""
         await self._llm.collective_rpc("check_health")
-        if self.fast is not None:
-            await self.fast.probe()
         self.last_sign_s = time.monotonic()
 
     async def abort(self, request_id: str) -> None:
         """End a request of the fast lane that is late; its stream ends with an error event."""
         await self._llm.engine_core.abort_requests_async([LATE + request_id])
+
+    def count(self, report: Report) -> None:
+        """Add what the fast lane did to vLLM's metrics."""
+        if (manager := self._llm.logger_manager) is not None:
+            manager.record(scheduler_stats=None, iteration_stats=iteration_of(report))
+
+    async def restart_frontend(self) -> None:
+        """Start another vllm-rs in the place of one that was killed; the engine runs on.
+
+        Raises:
+            OSError: it does not start.
+        """
+        assert self.fast is not None
+        # Nobody reads what the engine still makes for the requests of the one that is gone.
+        await self._llm.engine_core.abort_requests_async([GONE])
+        await asyncio.to_thread(self.fast.restart)
+        await self.fast.probe()
 
     def _observe(self, llm: async_llm.AsyncLLM) -> None:
         """Note each message of the engine core, and tell the pacer how old its outputs are."""
@@ -320,7 +336,7 @@ def _recorder(
                     scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
                     scheduler_stats.kv_cache_usage,
                 )
-            if iteration_stats is not None:
+            if iteration_stats is not None and not isinstance(iteration_stats, FastIteration):
                 signals.step(
                     iteration_stats.num_prompt_tokens,
                     iteration_stats.num_generation_tokens,

@@ -10,18 +10,20 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import os
 import secrets
 import socket
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import vllm
 import vllm.v1.engine.utils as engine_processes
+import zmq
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils.network_utils import ZmqListener, get_open_zmq_ipc_path, make_zmq_listener
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor import Executor
 from vllm.v1.utils import RustFrontendProcessManager
@@ -48,6 +50,8 @@ UNREAD_ARGUMENTS = (
     "root_path",
     "enable_force_include_usage",
     "exclude_tools_when_tool_choice_none",
+    "structured_outputs_config",
+    "max_logprobs",  # It is read, and the refusal of more is worded differently.
 )
 
 
@@ -75,19 +79,64 @@ def obstacle(args: argparse.Namespace, defaults: argparse.Namespace) -> str | No
     return None
 
 
-@dataclass(frozen=True)
+# How often vllm-rs may be started anew beside one engine.
+RESTARTS = 5
+
+
 class RustFrontend:
-    """A running `vllm-rs`.
+    """`vllm-rs` beside one engine: a process that may be started anew while the engine runs on.
+
+    An engine core registers with a front end once, by the first message of its connection. So the
+    core knows an address more for each restart: it tries to connect there until the next `vllm-rs`
+    listens, and then registers with it. Results are pushed, and need no registration.
 
     Attributes:
-        host, port: where it listens.
+        host, port: where it listens. The port stays, and connections wait in its backlog, while the
+            process is started anew.
         token: what each request must bring, as `Authorization: Bearer`.
     """
 
-    host: str
-    port: int
-    token: str
-    manager: RustFrontendProcessManager
+    def __init__(self, args: argparse.Namespace, host: str) -> None:
+        self.host, self.token = host, secrets.token_urlsafe(32)
+        self._args = _arguments(args, self.token)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listening = socket.create_server((host, 0), family=family, backlog=2048)
+        self.port: int = self._listening.getsockname()[1]
+        self._spare_inputs = [get_open_zmq_ipc_path() for _ in range(RESTARTS)]
+
+    def addresses(
+        self, listeners: engine_processes.EngineZmqListeners
+    ) -> engine_processes.EngineZmqAddresses:
+        """Where the engine core connects to, those of later processes included."""
+        self._output = listeners.outputs[FAST].address
+        addresses = listeners.addresses
+        return dataclasses.replace(addresses, inputs=[*addresses.inputs, *self._spare_inputs])
+
+    def start(self, input_listener: ZmqListener, output_listener: ZmqListener) -> None:
+        """Start the process. It answers once the engine core has registered with it."""
+        executable = binary()
+        assert executable is not None
+        # The process inherits the listening socket.
+        self.manager = RustFrontendProcessManager(
+            binary_path=str(executable),
+            sock=self._listening,
+            args=self._args,
+            input_listener=input_listener,
+            output_listener=output_listener,
+            engine_start_index=0,
+            engine_count=1,
+            data_parallel_size=1,
+        )
+
+    @property
+    def may_restart(self) -> bool:
+        return bool(self._spare_inputs)
+
+    def restart(self) -> None:
+        """Start another process in the place of one that has ended."""
+        self.manager.shutdown(timeout=0)  # Removes its sockets, too.
+        inputs = make_zmq_listener(self._spare_inputs.pop(0), zmq.ROUTER)
+        self.start(inputs, make_zmq_listener(self._output, zmq.PULL))
 
     @property
     def alive(self) -> bool:
@@ -108,9 +157,12 @@ class RustFrontend:
             writer.close()
 
     def kill(self) -> None:
+        """End the process at once: connections to it break, and new ones wait."""
         self.manager._proc.kill()
 
     def stop(self) -> None:
+        """End it for good: connections are refused from now on."""
+        self._listening.close()
         self.manager.shutdown(timeout=5)
 
 
@@ -142,17 +194,18 @@ def launch(
     )
     config.scheduler_config.scheduler_cls = f"{scheduler.__module__}.{scheduler.__qualname__}"
     listeners = engine_processes.bind_engine_zmq_listeners(config, 2)
+    rust = RustFrontend(args, host)
     with contextlib.ExitStack() as undo:
         with engine_processes.launch_core_engines(
             config,
             Executor.get_class(config),
             # Our own recorder wants statistics whether or not vLLM's are on.
             True,
-            listeners.addresses,
+            rust.addresses(listeners),
         ) as launched:
             undo.callback(launched.engine_manager.shutdown, timeout=0)
-            rust = _start_rust(args, host, listeners)
-            undo.callback(rust.manager.shutdown, timeout=0)
+            rust.start(listeners.inputs[FAST], listeners.outputs[FAST])
+            undo.callback(rust.stop)
             launched.watched_frontend_processes = rust.manager.processes
         llm = kind.from_vllm_config(
             config,
@@ -175,8 +228,8 @@ def launch(
     return llm, rust
 
 
-def _start_rust(args: argparse.Namespace, host: str, listeners: Any) -> RustFrontend:
-    token = secrets.token_urlsafe(32)
+def _arguments(args: argparse.Namespace, token: str) -> argparse.Namespace:
+    """vLLM's arguments, as vllm-rs is to have them."""
     mine = copy.copy(args)
     mine.api_key = [token]
     mine.allowed_origins = []  # Requests of browsers take the full lane.
@@ -187,19 +240,4 @@ def _start_rust(args: argparse.Namespace, host: str, listeners: Any) -> RustFron
     mine.tool_parser_plugin = ""
     # HAProxy keeps connections to it: the fewer it closes, the fewer close under a request.
     os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
-    executable = binary()
-    assert executable is not None
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The process inherits the listening socket; this one's copy is closed.
-    with socket.create_server((host, 0), family=family, backlog=2048) as listening:
-        manager = RustFrontendProcessManager(
-            binary_path=str(executable),
-            sock=listening,
-            args=mine,
-            input_listener=listeners.inputs[FAST],
-            output_listener=listeners.outputs[FAST],
-            engine_start_index=0,
-            engine_count=1,
-            data_parallel_size=1,
-        )
-        return RustFrontend(host, listening.getsockname()[1], token, manager)
+    return mine

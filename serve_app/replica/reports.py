@@ -25,6 +25,8 @@ _LARGEST_BYTES = 2**20
 _NAME = re.compile(r"(?:chatcmpl|cmpl)-(.*?)(-[0-9a-f]{8})?", re.DOTALL)
 # Before a client's id where it is to be aborted because it took too long (scheduler.py).
 LATE = "late:"
+# In the place of an id: every request of the fast lane, since vllm-rs is gone.
+GONE = "gone"
 
 
 def client_ids(request_id: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from serve_app.replica.reports import LATE, VARIABLE, Ended, Report, Sender, client_ids
+from serve_app.replica.reports import GONE, LATE, VARIABLE, Ended, Report, Sender, client_ids
 
 logger = logging.getLogger("serve_app")
 
@@ -86,11 +86,16 @@ class _Reporting(Scheduler):  # type: ignore[misc]
     ) -> Any:
         if request_ids is not None:
             request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+            if GONE in request_ids:
+                request_ids, finished_status = self._fast(), RequestStatus.FINISHED_ERROR
             request_ids = self._named(request_ids)
         ended = super().finish_requests(request_ids, finished_status)
         if self._ended:  # An idle engine takes no step that would report it.
             self._report()
         return ended
+
+    def _fast(self) -> list[str]:
+        return [name for name, each in self.requests.items() if each.client_index == FAST]
 
     def _named(self, request_ids: list[str]) -> list[str]:
         """The engine's names of requests, where some are named by a client's id and are late.

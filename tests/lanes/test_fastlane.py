@@ -2,12 +2,15 @@
 
 import asyncio
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from serve_app.lanes.door import Ends
 from serve_app.lanes.fastlane import FastLane
 from serve_app.observe.timeline import Timeline
+from serve_app.replica.engine import _recorder
+from serve_app.replica.iterations import iteration_of
 from serve_app.replica.reports import Ended, Receiver, Report, Sender, client_ids
 from serve_app.scaling.signals import Signals
 
@@ -93,6 +96,10 @@ def test_what_the_scheduler_saw_is_what_the_policy_is_told() -> None:
     now_s = 100.0
     signals = Signals(clock=lambda: now_s, ttft_s=0.5, itl_s=0.1)
     lane = FastLane("tiny", "secret", signals)
+    recorder = _recorder(signals, None)(None, 0)
+    lane._engine = SimpleNamespace(
+        count=lambda report: recorder.record(None, iteration_of(report)), last_sign_s=0.0
+    )
     lane._receive(report(ended("cmpl-a"), ended("cmpl-b", "abort")))
     now_s += 1.0
     load = signals.load(max_running=8, in_engine=4)
@@ -104,6 +111,7 @@ def test_what_the_scheduler_saw_is_what_the_policy_is_told() -> None:
     assert load.finished_per_s == 2
     assert load.missed_per_s == 2  # A first token after 1 s, and 0.2 s between tokens.
     assert lane.unread_tokens == 70
+    assert lane._engine.last_sign_s > 0
     lane.close()
 
 
@@ -113,3 +121,18 @@ def test_the_account_of_an_answer() -> None:
     assert Timeline.of(ended("cmpl-a", "abort"), 200).left
     assert Timeline.of(None, 200).broken
     assert not Timeline.of(None, 400).broken
+
+
+def test_vllm_counts_the_fast_lane_as_its_own() -> None:
+    stats = iteration_of(report(ended("cmpl-a"), ended("cmpl-b", "abort"), ended("cmpl-c", "odd")))
+    assert (stats.num_prompt_tokens, stats.num_generation_tokens) == (4, 11)
+    # A sample: nothing is done for each token.
+    assert stats.inter_token_latencies_iter == [pytest.approx(0.2)] * 8
+    assert [str(each.finish_reason) for each in stats.finished_requests] == [
+        "length",
+        "abort",
+        "error",
+    ]
+    (first, *_) = stats.finished_requests
+    assert (first.e2e_latency, first.prefill_time, first.decode_time) == (3.0, 1.0, 2.0)
+    assert first.mean_time_per_output_token == pytest.approx(0.2)

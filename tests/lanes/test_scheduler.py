@@ -1,9 +1,18 @@
-"""The scheduler's statistics go to the Python front end, and vllm-rs gets no empty message."""
+"""The scheduler's statistics go to the Python front end, and vllm-rs gets no empty message.
+
+What vllm-rs had when it died is ended with an error, and nothing else is.
+"""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import RequestStatus
 
+from serve_app.replica.reports import GONE, LATE
 from serve_app.replica.scheduler import FAST, FULL, _Reporting
 
 
@@ -27,3 +36,33 @@ def test_what_the_fast_lane_must_hear_stays() -> None:
     outputs = redirected({FAST: ended})
     assert outputs[FAST].finished_requests == {"one"}
     assert outputs[FAST].scheduler_stats is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "ended", "status"),
+    [
+        ([GONE], {"cmpl-a-01234567", "cmpl-b-01234567"}, RequestStatus.FINISHED_ERROR),
+        ([LATE + "a"], {"cmpl-a-01234567"}, RequestStatus.FINISHED_ABORTED),
+        ("full-c", {"full-c"}, RequestStatus.FINISHED_ABORTED),
+        (None, None, RequestStatus.FINISHED_ABORTED),
+    ],
+)
+def test_who_is_ended(
+    asked: Any, ended: set[str] | None, status: RequestStatus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = object.__new__(_Reporting)
+    scheduler._late, scheduler._ended = [], []
+    clients = {"cmpl-a-01234567": FAST, "cmpl-b-01234567": FAST, "full-c": FULL}
+    scheduler.requests = {
+        name: SimpleNamespace(client_index=client) for name, client in clients.items()
+    }
+    calls: list[tuple[Any, RequestStatus]] = []
+    monkeypatch.setattr(
+        Scheduler, "finish_requests", lambda _, ids, how: calls.append((ids, how)) or []
+    )
+    scheduler.finish_requests(asked, RequestStatus.FINISHED_ABORTED)
+    ((names, how),) = calls
+    assert (names if names is None else set(names)) == ended
+    assert how == status
+    # vllm-rs is told of those that are late; one that is gone is told nothing.
+    assert scheduler._late == (["cmpl-a-01234567"] if asked == [LATE + "a"] else [])

@@ -1,0 +1,93 @@
+"""A real vllm-rs that dies or hangs is started anew beside its engine, which goes on.
+
+The engine is that of test_contract.py.
+"""
+
+import asyncio
+import signal
+import threading
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.replica.keeper import Keeper
+from tests.lanes.conftest import Lanes
+from tests.server import wait
+
+LONG = {"model": "tiny", "prompt": "x", "max_tokens": 1900, "ignore_eos": True, "temperature": 0}
+SHORT = {"model": "tiny", "prompt": "hello", "max_tokens": 5, "temperature": 0}
+
+
+def text(client: httpx.Client) -> Any:
+    answer = client.post("/v1/completions", json=SHORT)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_it_is_started_anew_and_the_engine_goes_on(lanes: Lanes, number: signal.Signals) -> None:
+    keeper = Keeper(lambda: lanes.engine.fast, 3.0, lanes.engine.restart_frontend)
+    watch = lanes.run(_start(keeper))
+    process = lanes.engine.fast.manager._proc
+    expected, outcome = text(lanes.fast), []
+
+    def ask_long() -> None:
+        headers = {"x-request-id": f"cut-{number}"}
+        try:
+            outcome.append(lanes.fast.post("/v1/completions", json=LONG, headers=headers))
+        except httpx.HTTPError as error:
+            outcome.append(error)
+
+    asking = threading.Thread(target=ask_long)
+    asking.start()
+    assert wait(lambda: lanes.running == 1)
+    process.send_signal(number)
+    # The full lane answers meanwhile, from the same engine.
+    assert text(lanes.full) == expected
+    asking.join(60)
+    assert isinstance(outcome[0], httpx.HTTPError)
+    assert wait(lambda: lanes.engine.fast.manager._proc is not process)
+    assert wait(lambda: keeper.failure is None)
+    assert text(lanes.fast) == expected
+    # Nobody reads what the engine would still make for the one that is gone.
+    assert wait(lambda: lanes.running == 0)
+    (cut,) = [each for each in lanes.ended if f"cut-{number}" in each.request_id]
+    assert cut.reason == "error"
+    assert cut.generated_tokens < 1900
+    lanes.loop.call_soon_threadsafe(watch.cancel)
+
+
+async def _start(keeper: Keeper) -> "asyncio.Task[None]":
+    return asyncio.create_task(keeper.watch())
+
+
+def test_a_client_that_leaves_ends_the_work(lanes: Lanes) -> None:
+    with lanes.fast.stream(
+        "POST",
+        "/v1/completions",
+        json={**LONG, "stream": True},
+        headers={"x-request-id": "leaves-1"},
+    ) as answer:
+        next(answer.iter_lines())
+    assert wait(lambda: any("leaves-1" in each.request_id for each in lanes.ended))
+    (left,) = [each for each in lanes.ended if "leaves-1" in each.request_id]
+    assert (left.reason, left.generated_tokens < 1900) == ("abort", True)
+    assert wait(lambda: lanes.running == 0)
+
+
+def test_a_request_that_takes_too_long_ends_with_an_error_event(lanes: Lanes) -> None:
+    with lanes.fast.stream(
+        "POST",
+        "/v1/completions",
+        json={**LONG, "stream": True},
+        headers={"x-request-id": "late-1"},
+    ) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        lanes.run(lanes.engine.abort("late-1"))
+        rest = [line for line in lines if line]
+    assert any('"error"' in line for line in rest[-2:]), rest[-2:]
+    assert wait(lambda: any("late-1" in each.request_id for each in lanes.ended))
+    (late,) = [each for each in lanes.ended if "late-1" in each.request_id]
+    assert late.generated_tokens < 1900

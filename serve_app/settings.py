@@ -198,7 +198,7 @@ class Settings(_Frozen):
     pipeline_parallel_size: CountOrAuto = None
     replicas: Replicas = Field(default_factory=Replicas)
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
-    lane: Literal["auto", "python"] = "python"
+    lane: Literal["auto", "python"] = "auto"
     compiled: Annotated[str, Field(min_length=1)] | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
     limits: Limits = Field(default_factory=Limits)

@@ -189,9 +189,8 @@ async def replica(tmp_path: Path) -> AsyncIterator[Replica]:
 
 
 @pytest.fixture
-async def proxy(
-    replica: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[str]:
+def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Serve starts HAProxy through our wrapper, with the secret of the doors."""
     result = launcher.haproxy()
     if not result:
         pytest.skip("ray[serve] brings no HAProxy for this platform")
@@ -205,6 +204,10 @@ async def proxy(
         result["RAY_SERVE_HAPROXY_BINARY_PATH"],
         False,
     )
+
+
+@pytest.fixture
+async def proxy(replica: Replica, tmp_path: Path, wrapped: None) -> AsyncIterator[str]:
     running = Proxy(tmp_path, None, PORT)
     running.know(replica.config)
     await running.api.start()
@@ -245,6 +248,29 @@ async def test_a_request_is_let_in_and_answered_by_the_rust_front_end(
     await replica.settled()
     (timeline,) = replica.timelines
     assert (timeline.status, timeline.generated_tokens, timeline.left) == (200, 4, False)
+
+
+async def test_a_request_that_wakes_an_application_is_answered_in_the_fast_lane(
+    replica: Replica, tmp_path: Path, wrapped: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits in HAProxy, which asks Ray Serve's own proxy for a replica, and then the door."""
+    monkeypatch.setenv("SERVE_APP_SCALES_TO_ZERO", "1")
+    fallback = await Upstream("proxy").start()
+    running = Proxy(tmp_path, fallback, PORT)
+    running.know()
+    await running.api.start()
+    try:
+        asking = asyncio.create_task(ask(running.url))
+        await until(lambda: fallback.paths == ["/health"])
+        running.know(replica.config)
+        await running.api.reload()
+        status, headers, body = await asking
+        assert (status, headers["x-serve-lane"]) == (200, "fast")
+        assert body == b"data: x\n\n" * 4
+        await replica.settled()
+    finally:
+        await running.api.stop()
+        fallback.stop()
 
 
 @pytest.mark.parametrize(

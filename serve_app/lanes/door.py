@@ -158,6 +158,8 @@ class Grant:
         )
 
     async def _ended(self, end: "asyncio.Future[Ended]") -> Ended | None:
+        if end.done():  # As a rule: the engine knows first.
+            return end.result()
         with contextlib.suppress(TimeoutError):
             return await asyncio.wait_for(asyncio.shield(end), _REPORT_S)
         return None

@@ -46,4 +46,5 @@ def _finished(ended: Ended) -> FinishedRequestStats:
         inference_time=ended.last_s - ended.came_s,
         decode_time=ended.last_s - first_s,
         mean_time_per_output_token=ended.gap_s,
+        num_cached_tokens=ended.cached_tokens,
     )

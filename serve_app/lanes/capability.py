@@ -192,8 +192,6 @@ def _structured_outputs(value: Any) -> bool:
 
 
 _LARGEST_INT = 2**31 - 1
-# vLLM's own bound, unless the engine argument max_logprobs says otherwise.
-_MOST_LOGPROBS = 20
 _COMMON: Mapping[str, Check] = {
     "model": _text,
     "stream": _flag,
@@ -231,14 +229,15 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
     "/v1/completions": {
         **_COMMON,
         "prompt": _prompt,
-        "logprobs": _or_null(_whole(0, _MOST_LOGPROBS)),
+        # With the likeliest tokens, those that are a part of a character have other texts.
+        "logprobs": _or_null(_whole(0, 0)),
     },
     "/v1/chat/completions": {
         **_COMMON,
         "messages": _messages,
         "max_completion_tokens": _or_null(_whole(1, _LARGEST_INT)),
         "logprobs": _flag,
-        "top_logprobs": _or_null(_whole(0, _MOST_LOGPROBS)),
+        "top_logprobs": _or_null(_whole(0, 0)),
     },
 }
 

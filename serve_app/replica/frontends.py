@@ -51,7 +51,6 @@ UNREAD_ARGUMENTS = (
     "enable_force_include_usage",
     "exclude_tools_when_tool_choice_none",
     "structured_outputs_config",
-    "max_logprobs",  # It is read, and the refusal of more is worded differently.
 )
 
 

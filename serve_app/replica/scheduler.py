@@ -74,7 +74,7 @@ class _Reporting(Scheduler):  # type: ignore[misc]
         if self._late:
             farewells = outputs.setdefault(FAST, EngineCoreOutputs()).outputs
             farewells += [
-                EngineCoreOutput(name, [], finish_reason=FinishReason.ABORT) for name in self._late
+                EngineCoreOutput(name, [], finish_reason=FinishReason.ERROR) for name in self._late
             ]
             self._late.clear()
         self._redirect_stats(outputs)

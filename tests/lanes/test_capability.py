@@ -170,9 +170,9 @@ def test_a_schema_of_any_depth_is_read() -> None:
 
 def test_log_probabilities_of_a_chat() -> None:
     path = "/v1/chat/completions"
-    assert why({**CHAT, "logprobs": True, "top_logprobs": 20}, path) is None
-    assert why({**CHAT, "logprobs": True, "top_logprobs": 21}, path) == "the field top_logprobs"
-    assert why({**CHAT, "top_logprobs": 2}, path) == "the field top_logprobs"
+    assert why({**CHAT, "logprobs": True, "top_logprobs": 0}, path) is None
+    assert why({**CHAT, "logprobs": True, "top_logprobs": 1}, path) == "the field top_logprobs"
+    assert why({**CHAT, "top_logprobs": 0}, path) == "the field top_logprobs"
     assert why({**CHAT, "logprobs": None}, path) == "the field logprobs"
 
 

@@ -201,3 +201,16 @@ def test_what_is_no_object_is_refused() -> None:
         with pytest.raises(BadRequest):
             reading(CHAT, body)
     assert reading(CHAT, b"").sequences == 1
+
+
+def test_a_body_that_two_ask_for_is_read_once() -> None:
+    route = routes.find("/v1/completions")
+    assert route is not None
+    body = b'{"prompt": "once"}'
+    assert read(route, body) is read(route, bytes(bytearray(body)))
+    other = routes.find("/v1/chat/completions")
+    assert other is not None
+    assert read(other, body) is not read(route, body)
+    # Large bodies are not kept.
+    large = b'{"prompt": "' + b"x" * 2**17 + b'"}'
+    assert read(route, large) is not read(route, large)

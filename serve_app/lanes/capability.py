@@ -212,9 +212,7 @@ _COMMON: Mapping[str, Check] = {
     "frequency_penalty": _or_null(_number(-2, 2)),
     "repetition_penalty": _or_null(_number(0.01, 2)),
     "ignore_eos": _flag,
-    "echo": _flag,
     "return_token_ids": _flag,
-    "return_tokens_as_token_ids": _flag,
     "skip_special_tokens": _flag,
     "include_stop_str_in_output": _flag,
     "cache_salt": _text,
@@ -229,8 +227,9 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
     "/v1/completions": {
         **_COMMON,
         "prompt": _prompt,
-        # With the likeliest tokens, those that are a part of a character have other texts.
-        "logprobs": _or_null(_whole(0, 0)),
+        "echo": _flag,
+        # The two name tokens that are a part of a character in different ways, and here by them.
+        "logprobs": _null,
     },
     "/v1/chat/completions": {
         **_COMMON,
@@ -291,7 +290,7 @@ def _combination_obstacle(values: Mapping[str, Any]) -> str | None:
     if values.get("stream_options") is not None and not streamed:
         return "stream_options"
     if values.get("echo") and streamed:
-        return "echo"  # The prompt's tokens and log probabilities come from one lane only.
+        return "echo"  # The prompt's token ids come from one lane only.
     if values.get("top_logprobs") is not None and not values.get("logprobs"):
         return "top_logprobs"
     if values.get("response_format") is not None and values.get("structured_outputs") is not None:

@@ -52,7 +52,6 @@ _FLAGS = (
     "ignore_eos",
     "echo",
     "return_token_ids",
-    "return_tokens_as_token_ids",
     "skip_special_tokens",
     "include_stop_str_in_output",
 )

@@ -143,7 +143,7 @@ def _service(path: Path, folder: Path) -> str:
     (group,) = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     cpus = float(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     config = serve_config(folder=folder)
-    waits = launcher.without_replica(_settings(config))
+    waits = launcher.haproxy_waits(_settings(config))
     entries = [*_entries({**environment(cpus), **waits}), _LANE_SECRET]
     blocks = {
         "serve_config.yaml": _dump({"serveConfigV2": _Block(_dump(config))}),
@@ -225,7 +225,7 @@ def documents(
     _check_overlay(overlay, folder)
     built = tools.ask(["kubectl", "kustomize", str(folder / "overlays" / overlay)], {})
     written = [document for document in yaml.safe_load_all(built) if document]
-    waits = launcher.without_replica(_settings(serve_config(overlay, bucket, folder)))
+    waits = launcher.haproxy_waits(_settings(serve_config(overlay, bucket, folder)))
     for document in written:
         if document["kind"] == "RayService":
             _set_environment(document, waits)

@@ -59,6 +59,8 @@ _NONE = "no replica is up; ask again", "server_error", "unavailable"
 
 _NO_HTTP = "the request is no valid HTTP/1.1, or its header lines are longer than 31 KiB"
 
+_LATE = "the request did not arrive in time"
+
 
 def _body(message: str, kind: str, code: str) -> str:
     """An error as clients parse it."""
@@ -148,10 +150,13 @@ RULES = (
         replacement="defaults\n    timeout http-request 20s",
     ),
     Rule(
-        why="JSON for what is no HTTP that HAProxy takes; Ray Serve's template has nothing for it",
+        why="JSON for what is no HTTP that HAProxy takes, and for a body that does not come; "
+        "Ray Serve's template has nothing for them",
         pattern=r"^defaults$",
         replacement="defaults\n    http-error status 400 content-type application/json string "
-        f"'{_body(_NO_HTTP, 'invalid_request_error', 'bad_http')}'",
+        f"'{_body(_NO_HTTP, 'invalid_request_error', 'bad_http')}'"
+        "\n    http-error status 408 content-type application/json string "
+        f"'{_body(_LATE, 'timeout_error', 'timeout')}'",
     ),
     _error(
         502,
@@ -174,36 +179,46 @@ _COULD_BE_FAST = (
     "!{ stopping }"
 )
 _FAST = "{ var(txn.lane) -m str fast }"
-DOOR_RULES = (
-    Rule(
-        why="the action that asks the door",
-        pattern=r"^global$",
-        replacement=f'global\n    lua-load-per-thread "{Path(__file__).with_name("door.lua")}"',
-    ),
-    Rule(
-        why="a request that could take the fast lane fits a buffer",
-        pattern=r"^( *)tune\.bufsize .*$",
-        replacement=rf"\1tune.bufsize {_BUFFER_BYTES}",
-    ),
-    Rule(
-        why="the door is asked, and the Rust front end answers what it lets in",
-        pattern=r"^( *)use_backend (\S+) if is_\2$",
-        replacement=rf"\1http-request wait-for-body time 20s if is_\2 {_COULD_BE_FAST}"
-        rf"\n\1http-request lua.door \2 if is_\2 {_COULD_BE_FAST}"
-        rf"\n\1http-request set-dst var(txn.host) if {_FAST}"
-        rf"\n\1http-request set-dst-port var(txn.port) if {_FAST}"
-        rf"\n\1use_backend \2-fast if is_\2 {_FAST}"
-        r"\n\g<0>",
-        where=_APPLICATION,
-    ),
-    Rule(
-        why="a header names the lane, unless a gateway has said it",
-        pattern=r"^( *)# Enable HTTP connection reuse for better performance$",
-        replacement=r"\1http-response set-header x-serve-lane python "
-        r"unless { res.hdr(x-serve-lane) -m found }\n\g<0>",
-        where=_APPLICATION,
-    ),
-)
+# How long HAProxy waits for such a body. Of others limits.body_timeout_s says it.
+BODY_TIMEOUT_VARIABLE = "SERVE_APP_BODY_TIMEOUT_S"
+
+
+def door_rules(environment: Mapping[str, str]) -> tuple[Rule, ...]:
+    """The rules of a HAProxy that asks doors."""
+    body_timeout_s = environment.get(BODY_TIMEOUT_VARIABLE) or "20"
+    return (
+        Rule(
+            why="the action that asks the door",
+            pattern=r"^global$",
+            replacement=f'global\n    lua-load-per-thread "{Path(__file__).with_name("door.lua")}"',
+        ),
+        Rule(
+            why="a request that could take the fast lane fits a buffer",
+            pattern=r"^( *)tune\.bufsize .*$",
+            replacement=rf"\1tune.bufsize {_BUFFER_BYTES}",
+        ),
+        Rule(
+            why="the door is asked, and the Rust front end answers what it lets in",
+            pattern=r"^( *)use_backend (\S+) if is_\2$",
+            replacement=rf"\1http-request wait-for-body time {body_timeout_s}s "
+            rf"if is_\2 {_COULD_BE_FAST}"
+            rf"\n\1http-request lua.door \2 if is_\2 {_COULD_BE_FAST}"
+            rf"\n\1http-request set-dst var(txn.host) if {_FAST}"
+            rf"\n\1http-request set-dst-port var(txn.port) if {_FAST}"
+            rf"\n\1use_backend \2-fast if is_\2 {_FAST}"
+            r"\n\g<0>",
+            where=_APPLICATION,
+        ),
+        Rule(
+            why="a header names the lane, unless a gateway has said it",
+            pattern=r"^( *)# Enable HTTP connection reuse for better performance$",
+            replacement=r"\1http-response set-header x-serve-lane python "
+            r"unless { res.hdr(x-serve-lane) -m found }\n\g<0>",
+            where=_APPLICATION,
+        ),
+    )
+
+
 # The Rust front ends of an application. The door names address and port of each; the servers stand
 # here by the names of their replicas, so that HAProxy counts the requests of each.
 _FAST_BACKEND = """\
@@ -231,7 +246,7 @@ def rewritten(text: str, environment: Mapping[str, str] | None = None) -> str:
     fast = bool((environment or {}).get(SECRET_VARIABLE))
     more = _SUCCESSOR.format(address=_frontend(text)) + _fallback(text)
     more += _fast_backends(text) if fast else ""
-    for rule in (*RULES, *(DOOR_RULES if fast else ())):
+    for rule in (*RULES, *(door_rules(environment or {}) if fast else ())):
         text = rule.apply(text)
     return f"{MARK}\n{text}{more}"
 

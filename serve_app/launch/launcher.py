@@ -31,7 +31,7 @@ import yaml
 
 from serve_app.errors import ConfigError
 from serve_app.launch import orphans, zygote, zygotes
-from serve_app.launch.haproxy import SECRET_VARIABLE
+from serve_app.launch.haproxy import BODY_TIMEOUT_VARIABLE, SECRET_VARIABLE
 from serve_app.planning.plan import find
 from serve_app.progress import FAILED, MARK, READY
 from serve_app.settings import Settings
@@ -151,33 +151,36 @@ def haproxy() -> dict[str, str]:
 
 def environment_for(settings: Settings) -> dict[str, str]:
     """Environment that Ray's processes need for these settings, whoever starts Ray."""
-    return {**without_replica(settings), **lane_secret(settings)}
+    return {**haproxy_waits(settings), **lane_secret(settings)}
 
 
-def without_replica(settings: Settings) -> dict[str, str]:
-    """Environment that says what HAProxy does while no replica is up (haproxy.lua)."""
+def haproxy_waits(settings: Settings) -> dict[str, str]:
+    """Environment that says how long HAProxy waits: for a replica (haproxy.lua), for a body."""
     asleep = settings.replicas.min == 0 and not settings.gateway.enabled
     # A request that wakes an application waits for the whole start of a replica.
     wait_s = settings.limits.request_timeout_s if asleep else settings.gateway.replica_timeout_s
-    variables = {"SERVE_APP_REPLICA_TIMEOUT_S": f"{wait_s:g}"}
+    variables = {
+        "SERVE_APP_REPLICA_TIMEOUT_S": f"{wait_s:g}",
+        BODY_TIMEOUT_VARIABLE: f"{settings.limits.body_timeout_s:g}",
+    }
     return variables | ({"SERVE_APP_SCALES_TO_ZERO": "1"} if asleep else {})
 
 
 def unmet(settings: Settings, environment: Mapping[str, str]) -> str | None:
-    """What Ray's environment lacks of `without_replica`, as a sentence; None: nothing that matters.
+    """What Ray's environment lacks of `haproxy_waits`, as a sentence; None: nothing that matters.
 
     A variable that is absent has HAProxy's own default, which is right for most settings.
     """
-    defaults = without_replica(Settings())
+    defaults = haproxy_waits(Settings())
     wrong = [
         f"{name}={value}"
-        for name, value in without_replica(settings).items()
+        for name, value in haproxy_waits(settings).items()
         if environment.get(name, defaults.get(name)) != value
     ]
     if not wrong:
         return None
     return (
-        "HAProxy does not wait for a replica as the settings say: set "
+        "HAProxy does not wait as the settings say: set "
         f"{' and '.join(wrong)} in the environment of Ray (docs/operations.md)"
     )
 

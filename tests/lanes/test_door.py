@@ -27,7 +27,7 @@ from serve_app.launch import launcher
 from serve_app.launch.haproxy import SECRET_VARIABLE
 from serve_app.replica.reports import Ended
 from serve_app.scaling.signals import Signals
-from serve_app.settings import ApiKeys, Limits
+from serve_app.settings import ApiKeys, Limits, Settings
 from tests.launch.test_haproxy_reload import Proxy, Upstream
 
 PORT = 8790
@@ -290,6 +290,32 @@ async def test_what_it_does_not_answer_alike_takes_the_full_lane(
     assert (status, headers["x-serve-lane"]) == (200, "python")
     assert replica.full == [path]
     assert not replica.frontend.heads
+
+
+async def test_a_body_that_comes_slowly_is_408(
+    replica: Replica, tmp_path: Path, wrapped: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HAProxy waits for it as long as limits.body_timeout_s says, which the launcher passes on."""
+    settings = Settings.parse({"limits": {"body_timeout_s": 1.0}})
+    for name, value in launcher.haproxy_waits(settings).items():
+        monkeypatch.setenv(name, value)
+    running = Proxy(tmp_path, None, PORT)
+    running.know(replica.config)
+    await running.api.start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-ann\r\n"
+            b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+        )
+        async with asyncio.timeout(15):  # The default is 20 s.
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["code"] == "timeout"
+        assert not replica.full
+        writer.close()
+    finally:
+        await running.api.stop()
 
 
 async def test_an_unknown_key_is_refused_at_the_door(replica: Replica, proxy: str) -> None:

@@ -90,6 +90,7 @@ ASLEEP = {"replicas": {"min": 0, "max": 1}, "limits": {"request_timeout_s": 900.
         ({}, {"SERVE_APP_REPLICA_TIMEOUT_S": "5"}, ("SERVE_APP_REPLICA_TIMEOUT_S=30",)),
         (ASLEEP, {}, ("SERVE_APP_REPLICA_TIMEOUT_S=900", "SERVE_APP_SCALES_TO_ZERO=1")),
         (ASLEEP, {"SERVE_APP_REPLICA_TIMEOUT_S": "900"}, ("SERVE_APP_SCALES_TO_ZERO=1",)),
+        ({"limits": {"body_timeout_s": 5.0}}, {}, ("SERVE_APP_BODY_TIMEOUT_S=5",)),
         ({"gateway": {"replica_timeout_s": 5.0}}, {}, ("SERVE_APP_REPLICA_TIMEOUT_S=5",)),
     ],
 )

@@ -297,16 +297,16 @@ def _parser() -> argparse.ArgumentParser:
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     _add_target(parser)
     add = parser.add_argument
-    add("--workload", required=True, help="what to send: see bench/traffic/workload.py")
-    add("--load", required=True, help="when to send: see bench/traffic/schedule.py")
-    add("--requests", type=int, help="requests of each repeat, or sessions of a workload of those")
+    add("--workload", required=True, help="the requests: see docs/benchmarking.md")
+    add("--load", required=True, help="their arrival times: see docs/benchmarking.md")
+    add("--requests", type=int, help="requests (or sessions) of each repeat")
     add("--duration", type=float, help="seconds of each repeat")
     _add_roofline(parser)
 
 
 def _matrix_arguments(parser: argparse.ArgumentParser) -> None:
     _add_target(parser)
-    about = "requests of each user and repeat; 1: a batch, as the baseline has it"
+    about = "requests of each user and repeat; 1: one batch, as in the baseline"
     parser.add_argument("--per-user", type=whole(1), default=4, help=about)
     _add_roofline(parser)
 
@@ -327,7 +327,12 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workload", required=True)
     add("--start", type=whole(1), default=1, help="users of the first point")
     add("--most", type=whole(1), default=1024, help="users of the last point")
-    add("--gain", type=float, default=0.05, help="what counts as growth")
+    add(
+        "--gain",
+        type=float,
+        default=0.05,
+        help="least growth of throughput that goes on: %(default)s",
+    )
 
 
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -338,26 +343,31 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     add("--start", type=positive, default=1.0, help="requests/s of the first point")
     add("--most", type=positive, default=10_000.0, help="requests/s at most")
     add("--precision", type=positive, default=0.15, help="width of the interval: %(default)s")
-    about = "seconds of all probes; the interval is what it is when they are over"
+    about = "seconds for all probes; a shorter budget gives a wider interval"
     add("--budget-s", type=positive, default=600.0, help=about)
 
 
 def _pareto_arguments(parser: argparse.ArgumentParser) -> None:
     _add_target(parser)
     add = parser.add_argument
-    add("--workload", required=True, help="what to send: see bench/traffic/workload.py")
-    add("--users", default="1,2,4,8,16,32,64", help="the loads, by their users: %(default)s")
+    add("--workload", required=True, help="the requests: see docs/benchmarking.md")
+    add("--users", default="1,2,4,8,16,32,64", help="numbers of users to measure: %(default)s")
     add("--per-user", type=whole(1), default=4, help="requests of each user and repeat")
 
 
 def _quality_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_endpoint(parser, endpoint="chat")
-    add("--tokens", type=whole(1), default=64, help="the most of an answer: %(default)s")
-    add("--prompts", type=Path, help="prompts to ask with --write; the built-in ones by default")
-    add("--write", type=Path, metavar="FILE", help="keep the answers as the reference")
-    add("--reference", type=Path, metavar="FILE", help="of --write: how far answers agree with it")
-    add("--answers", type=Path, metavar="FILE", help="of right answers: how many are correct")
+    add("--tokens", type=whole(1), default=64, help="maximum tokens of an answer: %(default)s")
+    add("--prompts", type=Path, help="prompts for --write; by default the built-in ones")
+    add("--write", type=Path, metavar="FILE", help="save the answers as the reference")
+    add(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="a file of --write to compare the answers with",
+    )
+    add("--answers", type=Path, metavar="FILE", help="correct answers to score against")
     add("--out", type=folder, help="folder of the result")
 
 
@@ -365,41 +375,41 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", type=Path, nargs="+")
     add("--out", type=Path, required=True, help="the HTML file")
-    add("--against", type=Path, help="a result that is the baseline")
-    about = "a page of chapters instead: hardware, baseline, profile, tuned, more GPUs"
+    add("--against", type=Path, help="the result to compare with")
+    about = "a page with chapters: hardware, baseline, profile, tuning, more GPUs"
     add("--story", action="store_true", help=about)
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
-    about = "also where workload or load differ"
+    about = "compare even if workload or load differ"
     parser.add_argument("--anyway", action="store_true", help=about)
 
 
 def _add_roofline(parser: argparse.ArgumentParser) -> None:
-    about = "a result of `bench roofline`: say what share of the hardware was used"
+    about = "a result of `bench roofline`, to report the share of the hardware that was used"
     parser.add_argument("--roofline", type=Path, help=about)
 
 
 def _add_endpoint(parser: argparse.ArgumentParser, endpoint: str = "completions") -> None:
-    """Who is asked, and how."""
+    """The options of an endpoint."""
     add = parser.add_argument
     add("--url", required=True, help="http://host:port, with or without /v1")
-    add("--model", help="its name in requests; the only one served, if not given")
+    add("--model", help="its name; by default the only model that is served")
     add("--endpoint", choices=list(PAGES), default=endpoint, help="the API: %(default)s")
     access.arguments(add)
     add("--timeout", type=number(above=0.0), default=600.0, help="seconds of one request")
     add("--temperature", type=number(), default=0.0)
     add("--extra", type=json_object, default={}, help="more fields of each request, as JSON")
-    add("--keep-text", action="store_true", help="keep what was generated")
+    add("--keep-text", action="store_true", help="save the generated text")
 
 
 def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
     _add_endpoint(parser)
     add = parser.add_argument
     add("--out", type=folder, required=True, help="folder of the result")
-    add("--name", default="", help="of the run, in reports")
+    add("--name", default="", help="the name of the run in reports")
     add(
         "--actors",
         type=whole(1, 1000),
@@ -407,16 +417,19 @@ def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
         help="load actors, spread over the nodes",
     )
     add("--repeats", type=whole(1, 1000), default=3)
-    add("--seed", type=int, default=0, help="of lengths and arrival times")
-    add("--salt", help="of an earlier result, to send its prompts again; by default a new one")
+    add("--seed", type=int, default=0, help="seed of lengths and arrival times")
+    add(
+        "--salt",
+        help="the salt of an earlier result, to send the same prompts; by default a new one",
+    )
     add("--warm-up", type=whole(0), default=4, help="requests before the first repeat")
     limits = f"{', '.join(measure.SLOS)} or ttft_ms=..,tpot_ms=..,e2e_ms=..,percentile=.."
     add("--slo", required=slo, help=limits)
     add("--metrics", action="append", help="URL of the server's metrics; URL/metrics by default")
-    add("--gpus", type=whole(1), help="how many the server has: figures for each of them")
-    about = "dollars that one of them costs an hour: figures of what tokens cost"
+    add("--gpus", type=whole(1), help="GPUs of the server, for figures per GPU")
+    about = "price of one GPU in dollars per hour, for the cost of tokens"
     add("--gpu-hour", type=number(above=0.0), metavar="USD", help=about)
-    add("--no-metrics", action="store_true", help="do not ask for metrics")
+    add("--no-metrics", action="store_true", help="do not scrape metrics")
     add("--dashboard", default="", help="http://host:port of Ray's, to count replicas")
     add("--deployment", default="engine", help="whose replicas: %(default)s")
     add(

@@ -105,7 +105,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
                     print(json.dumps(start.as_json()), file=sys.stderr, flush=True)
     picture = options.out / "starts.svg"
     picture.write_text(waterfall.svg(_rows(starts)))
-    found = {
+    output = {
         **head,
         "valid": True,
         "doubts": doubts,
@@ -113,8 +113,8 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         "scenarios": compared(starts, options.systems.split(",")[-1]),
         "picture": str(picture),
     }
-    result.write(options.out, found)
-    shown = {key: value for key, value in found.items() if key not in ("starts", "machine")}
+    result.write(options.out, output)
+    shown = {key: value for key, value in output.items() if key not in ("starts", "machine")}
     return {**shown, "out": str(options.out)}
 
 
@@ -204,16 +204,16 @@ def _framed(pieces: list[Span], began_s: float, ended_s: float, ours: bool) -> l
 def _of_ours(port: int, event: str) -> list[Span]:
     """The phases that the newest replica logged."""
     folder = Path(f"/tmp/ray-{port}/ray/session_latest/logs/serve_app")
-    found: list[dict[str, Any]] = []
+    starts_of: list[dict[str, Any]] = []
     for path in folder.glob("engine*.log"):
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
                 if entry.get("event") in (event, "start" if event == "wake" else event):
-                    found.append(entry)
-    if not found:
+                    starts_of.append(entry)
+    if not starts_of:
         return []
-    newest = max(found, key=lambda entry: str(entry["time"]))
+    newest = max(starts_of, key=lambda entry: str(entry["time"]))
     return [Span(p["phase"], p["began_s"], p["began_s"] + p["took_s"]) for p in newest["phases"]]
 
 
@@ -303,9 +303,9 @@ def _rows(starts: Sequence[Start]) -> list[waterfall.Row]:
 
 
 def _by_phase(pieces: Sequence[Span]) -> dict[str, float]:
-    known = durations(pieces)
-    others = {p.phase: 0.0 for p in pieces if p.phase not in known}
+    durations_s = durations(pieces)
+    others = {p.phase: 0.0 for p in pieces if p.phase not in durations_s}
     for piece in pieces:
         if piece.phase in others:
             others[piece.phase] += piece.ended_s - piece.began_s
-    return {**others, **known}
+    return {**others, **durations_s}

@@ -180,13 +180,13 @@ def run(
 def poisson(
     share: Share, rate: float, until_s: float, lengths: Lengths, rng: random.Random
 ) -> list[tuple[Share, Job]]:
-    found: list[tuple[Share, Job]] = []
+    arrivals_of: list[tuple[Share, Job]] = []
     at_s = rng.expovariate(rate)
     while at_s < until_s:
         prompt, output = lengths.draw(rng)
-        found.append((share, Job(len(found), at_s, prompt, output)))
+        arrivals_of.append((share, Job(len(arrivals_of), at_s, prompt, output)))
         at_s += rng.expovariate(rate)
-    return found
+    return arrivals_of
 
 
 def capacity(engine: Engine, lengths: Lengths, max_running: int) -> float:
@@ -217,9 +217,9 @@ class Case:
 
 def compare(case: Case, seeds: int) -> dict[str, dict[str, float]]:
     """The figures of each policy."""
-    most = case.engine.max_num_seqs
-    rate = capacity(case.engine, case.lengths, most)
-    flood_rate = capacity(case.engine, case.flood_lengths, most)
+    max_seqs = case.engine.max_num_seqs
+    rate = capacity(case.engine, case.lengths, max_seqs)
+    flood_rate = capacity(case.engine, case.flood_lengths, max_seqs)
     ttft: dict[str, list[float]] = {}
     tokens: dict[str, list[float]] = {}
     served: dict[str, list[float]] = {}
@@ -234,7 +234,7 @@ def compare(case: Case, seeds: int) -> dict[str, dict[str, float]]:
                 flood = case.flood * flood_rate
                 arrivals += poisson(FLOOD, flood, case.seconds, case.flood_lengths, rng)
                 arrivals.sort(key=lambda each: each[1].at_s)
-            outcome = run(case.engine, arrivals, make(), most, case.queued, case.seconds)
+            outcome = run(case.engine, arrivals, make(), max_seqs, case.queued, case.seconds)
             span = (case.warm_s, case.seconds)
             ttft.setdefault(name, []).extend(outcome.ttft_s(GOOD, case.warm_s))
             served.setdefault(name, []).append(outcome.served(GOOD, case.warm_s))
@@ -247,9 +247,9 @@ def compare(case: Case, seeds: int) -> dict[str, dict[str, float]]:
             # Its demand is less than its half, so that the flood's part is the rest.
             parts = [mine / alone, (every - mine) / max(1.0, every - alone)]
             fair.setdefault(name, []).append(jain(parts))
-    found = {}
+    by_policy = {}
     for name in ttft:
-        found[name] = {
+        by_policy[name] = {
             "ttft_p50_s": float(np.percentile(ttft[name], 50)),
             "ttft_p99_s": float(np.percentile(ttft[name], 99)),
             "ttft_p99_to_alone": float(
@@ -259,9 +259,9 @@ def compare(case: Case, seeds: int) -> dict[str, dict[str, float]]:
             "tokens_per_s": float(np.mean(tokens[name])),
             "jain": float(np.mean(fair[name])) if name in fair else math.nan,
         }
-    for each in found.values():
-        each["tokens_to_fcfs"] = each["tokens_per_s"] / found["fcfs"]["tokens_per_s"]
-    return found
+    for each in by_policy.values():
+        each["tokens_to_fcfs"] = each["tokens_per_s"] / by_policy["fcfs"]["tokens_per_s"]
+    return by_policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,18 +292,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.warm,
         arguments.seconds,
     )
-    found = compare(case, arguments.seeds)
+    compared = compare(case, arguments.seeds)
     print(
         f"{'':12}{'p50':>9}{'p99':>9}{'to alone':>10}{'served':>8}"
         f"{'tokens/s':>10}{'to fcfs':>9}{'jain':>7}"
     )
-    for name, each in found.items():
+    for name, each in compared.items():
         print(
             f"{name:12}{each['ttft_p50_s']:9.3f}{each['ttft_p99_s']:9.3f}"
             f"{each['ttft_p99_to_alone']:10.2f}{each['served']:8.3f}{each['tokens_per_s']:10.0f}"
             f"{each['tokens_to_fcfs']:9.3f}{each['jain']:7.3f}"
         )
-    json.dump({"arguments": vars(arguments), **found}, sys.stdout)
+    json.dump({"arguments": vars(arguments), **compared}, sys.stdout)
     print()
     return 0
 

@@ -72,13 +72,13 @@ def key(description: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """The installed ones of the distributions that matter."""
-    found = {}
+    by_name = {}
     for name in _DISTRIBUTIONS:
         try:
-            found[name] = importlib.metadata.version(name)
+            by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return by_name
 
 
 def identity(model: str) -> dict[str, Any]:

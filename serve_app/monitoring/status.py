@@ -173,15 +173,15 @@ class Status:
 
     def _starts(self) -> list[dict[str, Any]]:
         """A row for each kind of start: its whole, then its phases in their order."""
-        found: dict[str, dict[str, float]] = {}
+        by_replica: dict[str, dict[str, float]] = {}
         for sample in self._prometheus.instant(STARTS):
             labels, value = sample.labels, _number(sample.value)
             if value is not None:
-                found.setdefault(labels.get("kind", ""), {})[labels.get("phase", "")] = value
+                by_replica.setdefault(labels.get("kind", ""), {})[labels.get("phase", "")] = value
         return [
             {"starts": kind, "whole": sum(took_s.values())}
             | {phase: took_s[phase] for phase in PHASES if phase in took_s}
-            for kind, took_s in sorted(found.items(), reverse=True)
+            for kind, took_s in sorted(by_replica.items(), reverse=True)
         ]
 
 

@@ -71,10 +71,10 @@ def usage(data: bytes) -> tuple[int, int, int] | None:
         *reversed([line[5:] for line in data.split(b"\n") if line[:5] == b"data:"]),
     ):
         try:
-            said = msgspec.json.decode(whole, type=_Said)
+            parsed = msgspec.json.decode(whole, type=_Said)
         except (msgspec.MsgspecError, RecursionError):
             continue
-        counts = said.usage or (said.response.usage if said.response else None)
+        counts = parsed.usage or (parsed.response.usage if parsed.response else None)
         if counts is None:
             continue
         prompt = counts.prompt_tokens or counts.input_tokens

@@ -69,20 +69,20 @@ class Span:
 
 def segments(spans: Iterable[Span]) -> list[Span]:
     """The spans cut into pieces that do not overlap, in order; neighbours of one phase are one."""
-    known = [span for span in spans if span.ended_s > span.began_s]
-    bounds = sorted({s for span in known for s in (span.began_s, span.ended_s)})
-    found: list[Span] = []
+    nonempty = [span for span in spans if span.ended_s > span.began_s]
+    bounds = sorted({s for span in nonempty for s in (span.began_s, span.ended_s)})
+    merged: list[Span] = []
     for began_s, ended_s in itertools.pairwise(bounds):
-        over = [span for span in known if span.began_s <= began_s and span.ended_s >= ended_s]
+        over = [span for span in nonempty if span.began_s <= began_s and span.ended_s >= ended_s]
         if not over:
             continue
         # Of those that began together, the one that ended first is inside the others.
         phase = max(over, key=lambda span: (span.began_s, -span.ended_s)).phase
-        if found and found[-1].phase == phase and found[-1].ended_s == began_s:
-            found[-1] = Span(phase, found[-1].began_s, ended_s)
+        if merged and merged[-1].phase == phase and merged[-1].ended_s == began_s:
+            merged[-1] = Span(phase, merged[-1].began_s, ended_s)
         else:
-            found.append(Span(phase, began_s, ended_s))
-    return found
+            merged.append(Span(phase, began_s, ended_s))
+    return merged
 
 
 def durations(pieces: Sequence[Span]) -> dict[str, float]:

@@ -50,8 +50,10 @@ def _fork(path: bytes, args: Sequence[Any], passfds: Sequence[int]) -> int:
     status = 1
     try:
         # Each closes when all who write to it have ended: this one must hold none but its own.
-        kept = sorted({0, 1, 2, *passfds})
-        for below, above in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
+        descriptors = sorted({0, 1, 2, *passfds})
+        for below, above in zip(
+            descriptors, [*descriptors[1:], os.sysconf("SC_OPEN_MAX")], strict=True
+        ):
             os.closerange(below + 1, above)
         setproctitle.setproctitle("serve_app: " + code.split(";")[0].split()[1])
         exec(code, {})

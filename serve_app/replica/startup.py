@@ -101,12 +101,12 @@ def record() -> None:
 
 def read(path: Path) -> list[Span]:
     """What was written; lines that were cut off are left out."""
-    found = []
+    events = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError, TypeError):
             if span := phases.of_vllm(*json.loads(line)):
-                found.append(span)
-    return found
+                events.append(span)
+    return events
 
 
 class _Writer(SpanProcessor):

@@ -334,8 +334,8 @@ class Reports:
 
     def started(self) -> list[dict[str, float]]:
         """What the replicas that reported for the first time say of their starts; once."""
-        found, self._starts = self._starts, []
-        return found
+        starts, self._starts = self._starts, []
+        return starts
 
 
 class Gauges:

@@ -32,10 +32,10 @@ _QUANTILES = 101
 def parts_of(phases_s: Mapping[str, float]) -> dict[str, float]:
     """Seconds of each of the parts, from seconds of each phase."""
     part_of = {phase: part for part, phases in PARTS.items() for phase in phases}
-    found = dict.fromkeys(PARTS, 0.0)
+    seconds_of = dict.fromkeys(PARTS, 0.0)
     for phase, took_s in phases_s.items():
-        found[part_of.get(phase, CODE)] += took_s
-    return found
+        seconds_of[part_of.get(phase, CODE)] += took_s
+    return seconds_of
 
 
 class Starts:
@@ -151,7 +151,7 @@ def distribution_s(took_s: Sequence[float], parts_s: Sequence[Mapping[str, float
     rows = [waits_s, *([parts.get(name, 0.0) for parts in parts_s] for name in names)]
     sums = [0.0]
     for row in rows:
-        sums = _thinned(sorted(some + other for some in sums for other in row))
+        sums = _thinned(sorted(left + other for left in sums for other in row))
     return sums
 
 

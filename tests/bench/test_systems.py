@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from bench.engine import systems
+from bench.experiments import overhead
 
 ENGINE = {"max_model_len": 512, "enforce_eager": True}
 
@@ -84,3 +85,18 @@ def test_an_unknown_system_is_refused_with_the_names_of_all(tmp_path: Path) -> N
     names = r"'ur'.*bare, .*rust, ours, .*classic, ray-serve-llm, ray-serve"
     with pytest.raises(SystemExit, match=names):
         systems.command("ur", ENGINE, "/model", 8123, tmp_path)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_rust_front_end_is_the_reference_where_it_is_installed(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "vllm-rs"
+    if installed:
+        program.touch(0o755)
+    monkeypatch.setattr(overhead.rust_frontend, "destination", lambda: program)
+    names = overhead.default_systems()
+    assert names[0] == ("rust" if installed else "bare")
+    assert {"ours", "apis4", "bare", "bare-si4"} <= set(names)
+    for name in names:
+        assert systems.command(name, ENGINE, "/model", 8123, tmp_path)

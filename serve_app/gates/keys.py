@@ -4,6 +4,7 @@ Every route but health is behind the gate. vLLM's own check guards some prefixes
 (/tokenize, /metrics, /invocations) open, so it is not used.
 """
 
+import base64
 import hashlib
 import os
 import time
@@ -21,6 +22,8 @@ from serve_app.settings import ApiKeys
 
 # What a load balancer must be able to ask without a key.
 OPEN_PATHS = frozenset({"/health", "/ping"})
+# The page of a tenant, for which a browser asks for the key itself (HTTP Basic).
+_PAGE_PATH = "/tenant"
 # A rotated file takes effect within this time; stat() on every request would cost more than a key.
 _REREAD_S = 1.0
 
@@ -139,6 +142,8 @@ class KeyGate:
         candidates = [headers.get("x-api-key", "")]
         if scheme.lower() == "bearer":
             candidates.append(bearer.strip())
+        elif scheme.lower() == "basic" and scope["path"] == _PAGE_PATH:
+            candidates.append(_password(bearer))
         holders = [self.ring.holder(key) for key in candidates if key]
         if holder := next((name for name in holders if name is not None), None):
             tenant.set(holder)
@@ -147,7 +152,17 @@ class KeyGate:
             error = Unauthorized(
                 "Missing or unknown API key: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
             )
+            if scope["path"] == _PAGE_PATH:
+                error.headers = [(b"www-authenticate", b'Basic realm="an API key as the password"')]
             await error(scope, receive, send)
+
+
+def _password(given: str) -> str:
+    """The password that a browser sends; empty where that cannot be read."""
+    try:
+        return base64.b64decode(given, validate=True).decode("latin-1").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def check_exposure(ring: Keys, allowed: bool) -> None:

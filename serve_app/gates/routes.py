@@ -87,6 +87,9 @@ ROUTES = (
     Route("/openapi.json"),
     Route("/docs"),
     Route("/redoc"),
+    # What a tenant used (serve_app/tenants/page.py).
+    Route("/tenant"),
+    Route("/tenant/usage"),
     # vLLM has these only where an engine argument asks for them.
     Route("/tokenizer_info"),
     Route("/start_profile"),

@@ -24,7 +24,7 @@ from serve_app.errors import BudgetUnknown, BudgetUsedUp, RateLimited, RequestEr
 from serve_app.observe import metrics
 from serve_app.tenants.database import Database, DatabaseError
 from serve_app.tenants.journal import REFUSED, Journal, Rolled, legacies
-from serve_app.tenants.ledger import Claim, Grant, Ledger, Row
+from serve_app.tenants.ledger import Claim, Grant, Ledger, Row, Total
 from serve_app.tenants.quota import Allowance, Kind, limits_of
 from serve_app.tenants.tenant import Tenant
 
@@ -137,13 +137,26 @@ class Book:
             self._rows.append(row)
         self._run()
 
-    def allowances(self, tenant: Tenant) -> list[Allowance]:
-        """This process's part of each limit of a tenant, now."""
+    async def known(self, tenant: Tenant) -> list[Allowance]:
+        """This process's part of each limit of a tenant, as the database knows them now."""
+        self._run()
+        limits = limits_of(tenant.quota)
+        for kind, limit in limits.items():
+            self._allowance(tenant.name, kind, limit, self._now_s())
+        if limits and not self._away:
+            await self._exchange()
         now_s = self._now_s()
-        return [
-            self._allowance(tenant.name, kind, limit, now_s)
-            for kind, limit in limits_of(tenant.quota).items()
-        ]
+        return [self._allowance(tenant.name, kind, limits[kind], now_s) for kind in limits]
+
+    async def totals(self, tenant: str, from_s: float, to_s: float) -> dict[tuple[str, str], Total]:
+        """What a tenant used, by its name and a model.
+
+        Raises:
+            DatabaseError: the database is away.
+        """
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._ledger.totals, from_s, to_s, tenant
+        )
 
     @property
     def away(self) -> bool:
@@ -266,10 +279,10 @@ class Book:
             if idle or (part.start != start and not part.reserved):
                 del self._allowances[key]  # Its lease is given back by not being claimed.
                 continue
-            part.touched = False
+            touched, part.touched = part.touched, False
             held, wanted = part.give_back(), part.wish()
             held += part.spent - sent.get(key, 0.0)  # Of rows that are not handed over yet.
-            if held or wanted:
+            if held or wanted or touched:  # Also to hear what is left.
                 claims.append(Claim(key[0], part.kind.value, part.start, part.limit, held, wanted))
                 parts.append((key[0], part))
         if not rows and not claims:

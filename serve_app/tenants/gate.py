@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.errors import BadRequest, ModelNotFound, RequestError
+from serve_app.errors import BadRequest, ModelNotFound, RequestError, Unavailable
 from serve_app.gates.keys import OPEN_PATHS, Keys
 from serve_app.gates.keys import tenant as tenant_name
 from serve_app.gates.reading import Reading
@@ -20,7 +20,9 @@ from serve_app.gates.routes import OTHER, Route
 from serve_app.gates.work import Work
 from serve_app.observe import metrics, output
 from serve_app.settings import Settings
+from serve_app.tenants import page
 from serve_app.tenants.book import Book, Reservation
+from serve_app.tenants.database import DatabaseError
 from serve_app.tenants.journal import OPEN, REFUSED
 from serve_app.tenants.ledger import Row
 from serve_app.tenants.registry import Registry
@@ -71,9 +73,21 @@ class TenantGate:
         except RequestError as error:
             await error(scope, receive, send)
             return
+        if path in (page.PATH, page.USAGE_PATH):
+            await self._page(tenant, scope, receive, send)
+            return
         if path == _MODELS_PATH and tenant.models:
             send = _only(tenant, send)
         await self.app(scope, receive, send)
+
+    async def _page(self, tenant: Tenant, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            used = await page.usage(tenant, self._book)
+        except DatabaseError:
+            error = Unavailable("What you have used is not known now.", retry_after_s=1.0)
+            await error(scope, receive, send)
+            return
+        await page.send_page(scope["path"].rstrip("/"), used, send)
 
     async def _accounted(self, tenant: Tenant, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request whose work is counted.

@@ -123,11 +123,10 @@ def html(ledger: Ledger, month: Month, tenant: str | None) -> str:
     return _PAGE.format(title=f"Tenants, {month}", body="\n".join(parts))
 
 
-def page(name: str, facts: Sequence[tuple[str, str]], rows: Sequence[str]) -> str:
-    """The page of one tenant."""
-    told = "".join(f"<tr><th>{escape(what)}<td>{escape(said)}</tr>" for what, said in facts)
-    body = f"<h1>{escape(name)}</h1><table>{told}</table>{''.join(rows)}"
-    return _PAGE.format(title=escape(name), body=body)
+def page(name: str, facts: Sequence[tuple[str, str]]) -> str:
+    """A page of facts about one tenant."""
+    rows = "".join(f"<tr><th>{escape(what)}<td>{escape(said)}</tr>" for what, said in facts)
+    return _PAGE.format(title=escape(name), body=f"<h1>{escape(name)}</h1><table>{rows}</table>")
 
 
 def _sum(whole: dict[tuple[str, str], Total], name: str) -> Total:

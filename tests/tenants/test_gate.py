@@ -234,3 +234,28 @@ async def test_a_stream_that_breaks_is_charged(tmp_path: Path) -> None:
     (row,) = ledger(book)
     assert row["outcome"] == "left"
     assert row["output_tokens"] == 50
+
+
+async def test_a_tenant_sees_itself_and_nobody_else(tmp_path: Path) -> None:
+    async with counted(tmp_path, Engine()) as (http, book):
+        for headers in (ANN, BOB):
+            assert (await http.post("/v1/completions", headers=headers, json={})).is_success
+        await book._exchange()
+        used = (await http.get("/tenant/usage", headers=BOB)).json()
+        assert used["tenant"] == "bob"
+        assert used["limits"]["tokens_per_month"]["limit"] == 1000
+        assert used["limits"]["tokens_per_month"]["remaining"] == 350
+        assert used["models"]["m"]["requests"] == 1
+        assert used["models"]["m"]["prompt_tokens"] == 600
+        # A browser asks for the key, and sends it as a password.
+        asked = await http.get("/tenant")
+        assert asked.status_code == 401
+        assert "Basic" in asked.headers["www-authenticate"]
+        shown = await http.get("/tenant", auth=("", "sk-bob"))
+        assert shown.headers["content-type"].startswith("text/html")
+        assert "350 of 1,000 left" in shown.text
+        assert "ann" not in shown.text
+        for wrong in (("", "sk-eve"), ("sk-bob", "")):
+            assert (await http.get("/tenant", auth=wrong)).status_code == 401
+        # Nowhere else.
+        assert (await http.get("/tenant/usage", auth=("", "sk-bob"))).status_code == 401

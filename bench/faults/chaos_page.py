@@ -10,45 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.faults.damage import Judged
+from bench.pages.document import document
 
 _WIDTH, _LANE, _HEAD = 1100, 9, 16  # In the SVG's own units.
 _COLOURS = 6
 
-_PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root {
-  --paper: #ffffff; --ink: #16191d; --muted: #59616b; --grid: #e2e5e9; --bad: #b3420a;
-  --good: #00775a; --series-0: #0067a5; --series-1: #c4500a; --series-2: #00896a;
-  --series-3: #a5487f; --series-4: #8f6a00; --series-5: #59616b;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14171b; --ink: #e8eaed; --muted: #a0a8b2; --grid: #31373e; --bad: #ff9a5c;
-    --good: #4cc9a4; --series-0: #62b5ec; --series-1: #ff9049; --series-2: #3fc79d;
-    --series-3: #e398c5; --series-4: #e3bb3f; --series-5: #a0a8b2;
-  }
-}
-body { margin: 0 auto; padding: 2.5rem 1.5rem; max-width: 75rem;
-  font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
-p { color: var(--muted); max-width: 46rem; }
+_STYLE = """\
 .state { font-weight: 600; } .good { color: var(--good); } .bad { color: var(--bad); }
-div { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--grid);
-  vertical-align: top; }
 code { font-size: .84rem; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; min-width: 60rem; height: auto; }
 svg text { font: 9px system-ui, sans-serif; fill: var(--muted); }
-</style>
-</head>
-<body>
-<h1>$title</h1>
+"""
+_BODY = string.Template("""\
 <p class="state $state">$verdict</p>
 <p><code>$command</code></p>
 <p>$about</p>
@@ -64,8 +37,6 @@ lines are disturbances: $legend.</p>
 <div>$lanes</div>
 <h2>Answers with a fault</h2>
 <div>$faulty</div>
-</body>
-</html>
 """)
 
 
@@ -84,8 +55,7 @@ def page(result: Mapping[str, Any], judged: Sequence[Judged]) -> str:
     )
     wrong = {kind: count for kind, count in result["faults"].items() if count}
     legend = [f'<span style="color:{_colour(n)}">{_text(k)}</span>' for n, k in enumerate(kinds)]
-    return _PAGE.substitute(
-        title=_text(result["name"]),
+    body = _BODY.substitute(
         state="good" if result["valid"] else "bad",
         verdict=_text(_verdict(result, wrong)),
         command=_text(result["command"]),
@@ -98,6 +68,7 @@ def page(result: Mapping[str, Any], judged: Sequence[Judged]) -> str:
         lanes=_lanes(result, judged, kinds),
         faulty=_examples(result),
     )
+    return document(str(result["name"]), body, _STYLE)
 
 
 def _verdict(result: Mapping[str, Any], wrong: Mapping[str, int]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from bench.measure import Slo
 from bench.pages import plots
+from bench.pages.document import document
 from bench.simulation import reality
 from bench.simulation.fleet import Timeline
 
@@ -90,36 +91,7 @@ def _paid(row: dict[str, Any]) -> Any:
 # --- the page -------------------------------------------------------------------------------
 
 
-_PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root {
-  --paper: #ffffff; --ink: #16191d; --muted: #59616b; --grid: #e2e5e9;
-  --series-0: #0067a5; --series-1: #c4500a; --series-2: #00896a; --series-3: #a5487f;
-  --series-4: #8f6a00; --series-5: #59616b; --plot-font: system-ui, sans-serif;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14171b; --ink: #e8eaed; --muted: #a0a8b2; --grid: #31373e;
-    --series-0: #62b5ec; --series-1: #ff9049; --series-2: #3fc79d; --series-3: #e398c5;
-    --series-4: #e3bb3f; --series-5: #a0a8b2;
-  }
-}
-body { margin: 0 auto; padding: 2.5rem 1.5rem; max-width: 75rem; font: 16px/1.5 var(--plot-font);
-  color: var(--ink); background: var(--paper); }
-p { color: var(--muted); max-width: 46rem; }
-div { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--grid); }
-</style>
-</head>
-<body>
-<h1>Policies under one load, simulated</h1>
+_BODY = string.Template("""\
 <p>$about</p>
 <div><table><tr>$heads</tr>
 $rows</table></div>
@@ -129,8 +101,6 @@ $timeline
 <p>Each point is a setting of a policy that no other of its settings beats: further left is cheaper,
 further down is better.</p>
 $price
-</body>
-</html>
 """)
 
 
@@ -156,14 +126,14 @@ def page(data: dict[str, Any]) -> str:
         + "</tr>\n"
         for row in data["policies"]
     )
-    return _PAGE.substitute(
-        title="Policies under one load",
+    body = _BODY.substitute(
         about=html.escape(about),
         heads="".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS),
         rows=rows,
         timeline=_timeline(data),
         price=_price(data),
     )
+    return document("Policies under one load, simulated", body)
 
 
 def _about_seeds(data: dict[str, Any]) -> str:

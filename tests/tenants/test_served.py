@@ -15,7 +15,7 @@ from serve_app.tenants.database import Database
 from serve_app.tenants.ledger import COLUMNS, Ledger
 from tests.server import Server, configuration, launched, wait
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -289,6 +289,9 @@ def _draw_other_numbers() -> None:
 def run(request: Request) -> None:
     """Run the program of a fork, as the main module of this interpreter."""
     kind, name, words = program(request.words)
+    if (ray := sys.modules.get("ray._raylet")) is not None:
+        # Ray's own configuration was read from the environment of the zygote: once more.
+        ray.Config.initialize("")
     if first := request.environment.get(FIRST_VARIABLE):
         module, _, function = first.partition(":")
         getattr(importlib.import_module(module), function)()

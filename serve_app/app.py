@@ -24,7 +24,7 @@ from ray.serve.config import RequestRouterConfig
 
 from serve_app.errors import ConfigError
 from serve_app.gateway.deployment import Gateway
-from serve_app.launch import launcher, zygotes
+from serve_app.launch import launcher
 from serve_app.planning.plan import Plan, decide
 from serve_app.progress import reported, say
 from serve_app.replica.deployment import GatewayReplica, Replica
@@ -49,15 +49,7 @@ def build(args: dict[str, Any]) -> Application:
         return _behind_gateway(settings, models)
     (_, plan) = models[0]
     engine = serve.deployment(serve.ingress()(Replica), name="engine")
-    return engine.options(**_options(settings, plan)).bind(settings, plan)
-
-
-def _options(settings: Settings, plan: Plan) -> dict[str, Any]:
-    """Of the deployment of an engine; its replicas are forked where there is a zygote."""
-    options = plan.deployment_options(settings)
-    if runtime_env := zygotes.runtime_env(plan.cpu_threads, settings):
-        options["ray_actor_options"]["runtime_env"] = runtime_env
-    return options
+    return engine.options(**plan.deployment_options(settings)).bind(settings, plan)
 
 
 def _behind_gateway(settings: Settings, models: list[tuple[Settings, Plan]]) -> Application:
@@ -69,7 +61,7 @@ def _behind_gateway(settings: Settings, models: list[tuple[Settings, Plan]]) -> 
             request_router_kwargs={"deployment": name},
         )
         engine = serve.deployment(GatewayReplica, name=name).options(
-            **_options(each, plan), request_router_config=watch
+            **plan.deployment_options(each), request_router_config=watch
         )
         engines[plan.served_model_name] = engine.bind(each, plan)
     gateway = serve.deployment(serve.ingress()(Gateway), name="gateway").options(

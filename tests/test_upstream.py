@@ -332,34 +332,6 @@ def test_33_an_answer_is_over_by_this_rule() -> None:
         assert found == ended
 
 
-def test_41_the_dashboard_is_started_by_this_method() -> None:
-    from ray._private.node import Node
-
-    assert parameters(Node.start_api_server) == ["self", "include_dashboard", "raise_on_failure"]
-    assert "self.start_api_server(" in inspect.getsource(Node.start_head_processes)
-    # It names the process that is stopped in the end.
-    assert "self.all_processes" in inspect.getsource(Node.start_api_server)
-
-
-def test_42_ray_starts_python_by_these_names() -> None:
-    from ray._private import services
-    from ray._private.runtime_env.context import RuntimeEnvContext
-
-    assert "sys.executable,\n            setup_worker_path" in inspect.getsource(
-        services.start_raylet
-    )
-    assert "self.py_executable" in inspect.getsource(RuntimeEnvContext.exec_worker)
-
-
-def test_43_the_fork_server_is_started_by_this_function() -> None:
-    import multiprocessing.forkserver
-    import multiprocessing.util
-
-    source = inspect.getsource(multiprocessing.forkserver.ForkServer.ensure_running)
-    assert "pid = util.spawnv_passfds(exe, args, fds_to_pass)" in source
-    assert parameters(multiprocessing.util.spawnv_passfds) == ["path", "args", "passfds"]
-
-
 def test_44_vllm_marks_the_parts_of_a_start() -> None:
     import vllm
     from vllm.model_executor.models.registry import ModelRegistry
@@ -382,22 +354,6 @@ def test_45_vllm_keeps_what_it_measured() -> None:
     ignored = inspect.getsource(envs.compile_factors)
     assert '"VLLM_CACHE_ROOT"' in ignored
     assert '"VLLM_ENABLE_STARTUP_PLAN"' in ignored
-
-
-def test_46_agents_can_be_told_to_watch_a_pipe() -> None:
-    import ray
-    from ray._private import process_watcher
-
-    from serve_app.launch import zygotes
-
-    name = "RAY_enable_pipe_based_agent_to_parent_health_check"
-    assert f'"{name}"' in inspect.getsource(zygotes.running)
-    dashboard = Path(ray.__file__).parent / "dashboard" / "consts.py"
-    assert f'PARENT_HEALTH_CHECK_BY_PIPE = env_bool(\n    "{name}"' in dashboard.read_text()
-    watched = inspect.getsource(process_watcher.create_check_raylet_task)
-    assert "if dashboard_consts.PARENT_HEALTH_CHECK_BY_PIPE" in watched
-    raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
-    assert name.removeprefix("RAY_").encode() in raylet.read_bytes()
 
 
 def test_34_statistics_of_an_iteration_are_recorded_so() -> None:

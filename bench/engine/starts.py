@@ -35,7 +35,6 @@ from bench.errors import BenchError
 from bench.faults.victims import Cluster
 from bench.options import json_object, whole
 from bench.pages import waterfall
-from serve_app.launch import family
 from serve_app.observe.phases import Span, durations, segments
 from serve_app.replica.startup import FILE_VARIABLE, read
 
@@ -220,9 +219,7 @@ def _of_ours(port: int, event: str) -> list[Span]:
 def _restarted(system: System) -> float:
     """Kill the engine; the longest time without an answer."""
     engine = [
-        process
-        for process in family.below(psutil.Process(system.process.pid))
-        if _title(process).startswith("VLLM::EngineCore")
+        process for process in system.family() if _title(process).startswith("VLLM::EngineCore")
     ]
     if not engine:
         raise BenchError("no process of an engine was found")

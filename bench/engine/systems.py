@@ -50,7 +50,6 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
     "ours-python": {"lane": "python"},
     "ours-gateway": {"gateway": {"enabled": True}, "lane": "python"},
     "ours-gateway-fast": {"gateway": {"enabled": True}, "lane": "auto"},
-    "ours-zygotes": {},
     "ours-asleep": {"replicas": {"min": 0, "max": 1, "idle_s": 5.0}},
     "ours-unmeasured": {"observe": {"metrics": False}},
     "ours-every-token": {"stream_gap_ms": 0.0},
@@ -65,7 +64,6 @@ _PEERS: Mapping[str, list[str]] = {
 # Environment that a system needs to be what its name says, or that its own guide has set for it.
 _GUIDED = {
     "rust": {"VLLM_USE_RUST_FRONTEND": "1"},
-    "ours-zygotes": {"SERVE_APP_ZYGOTES": "1"},
     # https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
     "ray-serve-llm-direct": {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -24,7 +24,6 @@ from bench.faults.disturb import Disturbance, Due, planned
 from bench.faults.gaps import Span
 from bench.faults.victims import Cluster, Replica, title
 from bench.traffic.alarm import sleep_until
-from serve_app.launch import family
 
 _LOOK_S = 0.25  # How often it is looked whether enough are ready.
 
@@ -211,7 +210,7 @@ class Disturber:
             + disturbance.nodes[: turn % len(disturbance.nodes)]
         )
         for raylet in (raylet for node in named for raylet in raylets if raylet.is_(node)):
-            elsewhere = [r for r in ready if raylet.process not in family.above(r.process)]
+            elsewhere = [r for r in ready if raylet.process not in r.process.parents()]
             if len(elsewhere) < disturbance.min_up - 1:
                 return None, f"{len(elsewhere)} of {disturbance.deployment} ready on other nodes"
             name = raylet.name or raylet.node_id[:8]

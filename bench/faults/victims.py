@@ -29,7 +29,6 @@ from urllib.parse import urlsplit
 import psutil
 
 from bench.errors import BenchError
-from serve_app.launch import family
 
 # By the titles of a replica's processes, what is part of its engine.
 PARTS = {
@@ -174,7 +173,7 @@ class Cluster:
         for root in roots:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if root.is_running():
-                    processes |= dict.fromkeys(family.below(root))
+                    processes |= dict.fromkeys([root, *root.children(recursive=True)])
         return list(processes)
 
     def _titled(self, name: str) -> list[psutil.Process]:
@@ -216,7 +215,7 @@ def of_url(url: str) -> Cluster:
             continue
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(connection.pid)
-            for ancestor in [process, *family.above(process)]:
+            for ancestor in [process, *process.parents()]:
                 if session := _argument(_raylet(ancestor), "session-name"):
                     return Cluster(session=session)
     problem = "no process of a Ray cluster listens there: say whose with --pid or --session"

@@ -30,7 +30,7 @@ import psutil
 import yaml
 
 from serve_app.errors import ConfigError
-from serve_app.launch import orphans, zygote, zygotes
+from serve_app.launch import orphans
 from serve_app.launch.haproxy import BODY_TIMEOUT_VARIABLE, SECRET_VARIABLE
 from serve_app.planning.plan import find
 from serve_app.progress import FAILED, MARK, READY
@@ -90,22 +90,9 @@ def serve(arguments: argparse.Namespace) -> int:
             _require_free(variable, "127.0.0.1", number)
     find(settings, ())  # A folder that is not there needs no cluster to be missed.
     orphans.adopt()
-    environment = {
-        **ENVIRONMENT,
-        **haproxy(),
-        **environment_for(settings),
-        **os.environ,
-        "PYTHONUNBUFFERED": "1",
-    }
-    with (
-        _effective(config, Path(arguments.config), arguments.model) as path,
-        # Before what follows: a child inherits an ignored SIGINT, as a script's background job
-        # has it.
-        _signals() as stop,
-        _nothing_left(),
-        zygotes.running(environment, settings) as forked,
-    ):
-        child = _Child(path, {**environment, **forked})
+    with _effective(config, Path(arguments.config), arguments.model) as path, _signals() as stop:
+        # Within _signals: a child inherits an ignored SIGINT, as a script's background job has it.
+        child = _Child(path, environment_for(settings))
         try:
             return _attend(child, stop, f"http://127.0.0.1:{port}", settings)
         finally:
@@ -223,20 +210,6 @@ def _require_free(key: str, host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def _nothing_left() -> Iterator[None]:
-    """Whatever still runs in the end is killed, and named."""
-    try:
-        yield
-    finally:
-        for process in orphans.wait(5):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                _show(f"killing process {process.pid} ({process.name()})")
-                process.kill()
-        orphans.wait(5)
-        _show("stopped")
-
-
-@contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
     """An event that is set by SIGINT, SIGTERM or the end of the terminal; the second signal ends
     this process. Under nohup the end of the terminal is none."""
@@ -277,7 +250,6 @@ def _attend(child: "_Child", stop: threading.Event, url: str, settings: Settings
         if not ready and ingress_deadline_s < float("inf"):
             if _answers(url + "/health"):
                 ready = True
-                child.ready()
                 _show(f"serving {url}/v1 after {time.monotonic() - started_s:.0f} s")
             elif time.monotonic() > ingress_deadline_s:
                 _show(f"failed: HAProxy does not answer on {url}; see {child.log}")
@@ -317,10 +289,15 @@ class _Child:
         # of Ray at once, and nothing could finish. Not in a session of its own: Linux schedules
         # sessions against each other (autogroup), and on a few busy cores a client in one and a
         # server in another then wait for seconds in turn.
-        python = zygote.COMMAND if zygote.SOCKET_VARIABLE in environment else sys.executable
         self._process = subprocess.Popen(
-            [python, "-m", "serve_app.launch.run", "run", str(config)],
-            env=environment,
+            [sys.executable, "-m", "serve_app.launch.run", "run", str(config)],
+            env={
+                **ENVIRONMENT,
+                **haproxy(),
+                **environment,
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -342,11 +319,6 @@ class _Child:
                 if MARK in line:
                     self._lines.put(line.split(MARK, 1)[1].strip())
 
-    def ready(self) -> None:
-        """Tell it that the server serves (run.py)."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGUSR1)
-
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
@@ -359,7 +331,7 @@ class _Child:
             return None
 
     def end(self, timeout_s: float) -> None:
-        """Stop in order, within `timeout_s`; it is killed then."""
+        """Stop in order, within `timeout_s`; what is left then is killed, and said."""
         if not self.ended:
             # `serve run` drains and shuts down on SIGINT; SIGTERM would kill the cluster.
             self._process.send_signal(signal.SIGINT)
@@ -369,3 +341,10 @@ class _Child:
                 _show("not finished in time: killing what is left")
                 self._process.kill()
                 self._process.wait()
+        left = orphans.wait(5)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                _show(f"killing process {process.pid} ({process.name()})")
+                process.kill()
+        orphans.wait(5)
+        _show("stopped")

@@ -34,15 +34,15 @@ def parse(arguments: Mapping[str, Any]) -> argparse.Namespace:
     Raises:
         ConfigError: naming the argument, its value and the nearest valid choice.
     """
-    vllm_parser = parser()
-    actions = {action.dest: action for action in vllm_parser._actions}
+    parser = _parser()
+    actions = {action.dest: action for action in parser._actions}
     argv: list[str] = []
     for key, value in arguments.items():
         if key not in actions:
             raise ConfigError(f"engine.{key}", value, "unknown to vLLM", nearest(key, actions))
         argv += _words(key, value, actions[key])
     try:
-        args: argparse.Namespace = vllm_parser.parse_args(argv)
+        args: argparse.Namespace = parser.parse_args(argv)
         for key, value in arguments.items():
             if value == [] and actions[key].nargs in ("+", "*"):
                 setattr(args, key, [])  # No command line says that.
@@ -73,10 +73,10 @@ class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
 
 
 @functools.cache
-def parser() -> _Parser:
-    """vLLM's own, built once: that takes a second."""
-    built: _Parser = make_arg_parser(_Parser(add_help=False))
-    return built
+def _parser() -> _Parser:
+    """Built once: that takes a second."""
+    parser: _Parser = make_arg_parser(_Parser(add_help=False))
+    return parser
 
 
 # --- from a value of YAML to words of a command line ----------------------------------------

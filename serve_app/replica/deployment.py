@@ -25,7 +25,6 @@ from serve_app.gates.refusal import RefusalGate
 from serve_app.lanes.door import Door, Locator
 from serve_app.lanes.fastlane import FastLane
 from serve_app.launch.haproxy import SECRET_VARIABLE
-from serve_app.launch.zygote import FIRST_VARIABLE
 from serve_app.observe import logs, metrics, tracing
 from serve_app.observe.exposition import Exposition
 from serve_app.observe.observation import Observation
@@ -63,7 +62,7 @@ class _Engine:
         self._limited: list[LimitGate] = []
         self._admitted: list[AdmissionGate] = []
         self._model = plan.served_model_name
-        self._startup = startup = Startup(dedicated=FIRST_VARIABLE in os.environ)
+        self._startup = startup = Startup(dedicated=False)
         self._observation = Observation(settings.observe, "engine")
         self._observation.describe(self._model, plan.gpus)
         self._pacer = Pacer(settings.stream_gap_ms / 1000)

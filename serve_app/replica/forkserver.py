@@ -4,20 +4,14 @@ Importing vllm takes longer than all the rest of a start, and both a replica and
 it. `vllm serve` imports once and forks. A Ray worker must not be forked, since its gRPC threads
 would be missing in the child, so vLLM spawns there and imports again, afterwards. The fork server
 imports at the same time as the replica, on another core, and an engine then starts at once.
-
-A replica that is itself forked, from a zygote (launch/zygote.py), has vllm imported before its
-first thread is there. Its fork server is a fork of it, made at that moment.
 """
 
 import contextlib
 import gc
 import multiprocessing.forkserver as stdlib
-import multiprocessing.util as process_util
 import os
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
 
 import psutil
 import setproctitle
@@ -29,41 +23,6 @@ def start() -> None:
     """Start the server, which then imports preload.py by itself; returns at once."""
     stdlib.set_forkserver_preload(["serve_app.replica.preload"])
     stdlib.ensure_running()
-
-
-def start_forked() -> None:
-    """Start the server as a fork of this process, which must have no thread yet."""
-    spawn = process_util.spawnv_passfds
-    # The only way in: `ensure_running` has no other place for how the process is made.
-    process_util.spawnv_passfds = _fork
-    try:
-        start()
-    finally:
-        process_util.spawnv_passfds = spawn
-
-
-def _fork(path: bytes, args: Sequence[Any], passfds: Sequence[int]) -> int:
-    """In place of `python ARGS`, with these of its open files. Returns the pid."""
-    code = str(args[args.index("-c") + 1])
-    if pid := os.fork():
-        return pid
-    status = 1
-    try:
-        # Each closes when all who write to it have ended: this one must hold none but its own.
-        descriptors = sorted({0, 1, 2, *passfds})
-        for below, above in zip(
-            descriptors, [*descriptors[1:], os.sysconf("SC_OPEN_MAX")], strict=True
-        ):
-            os.closerange(below + 1, above)
-        setproctitle.setproctitle("serve_app: " + code.split(";")[0].split()[1])
-        exec(code, {})
-        status = 0
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
 
 
 @contextlib.contextmanager

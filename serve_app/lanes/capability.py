@@ -289,8 +289,9 @@ def _combination_obstacle(values: Mapping[str, Any]) -> str | None:
     streamed = values.get("stream", False)
     if values.get("stream_options") is not None and not streamed:
         return "stream_options"
-    if values.get("echo") and streamed:
-        return "echo"  # The prompt's token ids come from one lane only.
+    # In a stream the prompt's token ids come from one lane only. The others were not compared.
+    if values.get("echo") and (streamed or values.get("return_token_ids") or values.get("stop")):
+        return "echo"
     if values.get("top_logprobs") is not None and not values.get("logprobs"):
         return "top_logprobs"
     if values.get("response_format") is not None and values.get("structured_outputs") is not None:

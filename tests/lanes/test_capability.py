@@ -106,6 +106,8 @@ def test_no_value_is_taken_that_is_not_known_to_be_answered_alike(field: str, va
         ({**COMPLETION, "logit_bias": {"x": 1}}, "the field logit_bias"),
         ({**COMPLETION, "logit_bias": {"1": 101}}, "the field logit_bias"),
         ({**COMPLETION, "echo": True, "stream": True}, "the field echo"),
+        ({**COMPLETION, "echo": True, "stop": "a"}, "the field echo"),
+        ({**COMPLETION, "echo": True, "return_token_ids": True}, "the field echo"),
         ({**COMPLETION, "priority": 1}, "the field priority"),
         ({**COMPLETION, "structured_outputs": {"regex": "a+"}}, "the field structured_outputs"),
         ({**COMPLETION, "structured_outputs": {"choice": []}}, "the field structured_outputs"),

@@ -172,7 +172,7 @@ def check_exposure(ring: Keys, allowed: bool) -> None:
         ConfigError: the server listens beyond this machine, and anybody could ask.
     """
     if ring.required and not len(ring):
-        say("warning: api_keys is configured and holds no key: every request is refused")
+        say("warning: keys are asked for and there is none: every request is refused")
     if ring.required or allowed:
         return
     host = http_host()

@@ -145,7 +145,7 @@ class TenantGate:
         """The row of a request that is over."""
         answer.tell(done)
         outcome = answer.outcome
-        if outcome == "error" and not done.known:
+        if outcome == "error" and not done.known and answer.lane == "python":
             outcome = REFUSED  # It never reached the engine, or the engine would not have it.
         changes: dict[str, Any] = {
             "model": str(scope["state"].get("model", opened.model)),

@@ -12,10 +12,12 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from serve_app.gates.front import front
 from serve_app.gates.keys import KeyGate
 from serve_app.gates.limits import LimitGate
+from serve_app.observe.timeline import Timeline
 from serve_app.settings import ApiKeys, Limits, Observe, Settings, Tenants
 from serve_app.tenants.book import Book
 from serve_app.tenants.fair import Share
@@ -259,3 +261,24 @@ async def test_a_tenant_sees_itself_and_nobody_else(tmp_path: Path) -> None:
             assert (await http.get("/tenant", auth=wrong)).status_code == 401
         # Nowhere else.
         assert (await http.get("/tenant/usage", auth=("", "sk-bob"))).status_code == 401
+
+
+async def test_an_answer_of_the_fast_lane_that_the_engine_says_nothing_of_is_charged(
+    tmp_path: Path,
+) -> None:
+    async def granted(request: Request) -> Response:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send(
+                {"type": "http.response.body", "body": b"", "timeline": Timeline(200, broken=True)}
+            )
+
+        return app  # type: ignore[return-value]
+
+    engine = Engine()
+    engine.answer = granted  # type: ignore[method-assign]
+    async with counted(tmp_path, engine) as (http, book):
+        await http.post("/v1/completions", headers=ANN, json={"max_tokens": 40})
+    (row,) = ledger(book)
+    assert (row["lane"], row["outcome"], row["estimated"]) == ("fast", "error", 1)
+    assert row["output_tokens"] == 40

@@ -11,9 +11,12 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import json
 import os
+import re
 import secrets
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import vllm
 import vllm.v1.engine.utils as engine_processes
 import zmq
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.serve.utils.api_utils import jsonify_non_default_args
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.network_utils import ZmqListener, get_open_zmq_ipc_path, make_zmq_listener
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -54,6 +58,15 @@ UNREAD_ARGUMENTS = (
 )
 
 
+# What RustFrontendProcessManager leaves out of the arguments.
+_OF_THE_MANAGER = {
+    "api_server_count",
+    "data_parallel_rank",
+    "data_parallel_external_lb",
+    "data_parallel_hybrid_lb",
+}
+
+
 def binary() -> Path | None:
     """Where `vllm-rs` is: named by VLLM_RUST_FRONTEND_PATH, in vLLM's package, or beside Python."""
     named = os.environ.get("VLLM_RUST_FRONTEND_PATH")
@@ -75,7 +88,22 @@ def obstacle(args: argparse.Namespace, defaults: argparse.Namespace) -> str | No
     for name in UNREAD_ARGUMENTS:
         if getattr(args, name, None) != getattr(defaults, name, None):
             return f"vllm-rs does not read the engine argument {name}"
-    return None
+    return _refusal(args)
+
+
+def _refusal(args: argparse.Namespace) -> str | None:
+    """What vllm-rs itself has against these arguments. It reads them first of all, and without the
+    sockets that belong to them it always ends there."""
+    given = jsonify_non_default_args(_arguments(args, ""), exclude=_OF_THE_MANAGER)
+    given["model_tag"] = args.model
+    command = [str(binary()), "frontend", "--args-json", json.dumps(given)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
+    _, refused, reason = said.partition("for '--args-json <JSON>':")
+    if not refused:
+        return None
+    if names := re.findall(r"^- (\w+)$", reason, re.MULTILINE):
+        return f"vllm-rs does not have the engine arguments {', '.join(names)}"
+    return f"vllm-rs does not take these engine arguments: {reason.strip().splitlines()[0]}"
 
 
 # How often vllm-rs may be started anew beside one engine.

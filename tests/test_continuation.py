@@ -19,11 +19,11 @@ from serve_app.continuation import Method, Stream
 from serve_app.errors import CannotContinue
 from serve_app.gateway.handover import FastStream
 from serve_app.gateway.lanes import known_of
-from serve_app.lanes.fastlane import FastLane
 from serve_app.planning.plan import CPU_DEFAULTS
 from serve_app.replica import forkserver
 from serve_app.replica.backend import CONTINUE_HEADER, TOKEN_HEADER, Backend
 from serve_app.replica.pacing import Pacer
+from serve_app.replica.reports import Receiver
 from serve_app.scaling.signals import Signals
 from tests.server import ENGINE
 
@@ -50,7 +50,9 @@ async def engine(smollm: Path) -> AsyncIterator["Engine"]:
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         TORCHDYNAMO_DISABLE="1",
     )
-    lane = FastLane("m", "secret", Signals())
+    # What the engine's scheduler reports must be read, or it waits in the end.
+    receiver = Receiver(lambda report: None)
+    receiver.start()
     forkserver.start()
     arguments = {
         "model": str(smollm),
@@ -65,7 +67,7 @@ async def engine(smollm: Path) -> AsyncIterator["Engine"]:
     engine = Engine.start(arguments, Pacer(0.0), Signals(), continuing=True, fast_host=host)
     yield engine
     engine.stop()
-    lane.close()
+    receiver.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

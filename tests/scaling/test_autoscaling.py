@@ -25,7 +25,8 @@ def stream(url: str, tokens: int) -> str:
             if line == "data: [DONE]":
                 return finish
             if line.startswith("data: "):
-                finish = json.loads(line[6:])["choices"][0]["finish_reason"] or finish
+                # vllm-rs leaves out what is null.
+                finish = json.loads(line[6:])["choices"][0].get("finish_reason") or finish
     raise AssertionError("the stream was cut")
 
 
@@ -67,7 +68,8 @@ def test_replicas_come_and_go_with_the_load_and_nothing_is_dropped(
         scaled_s = time.monotonic()
         assert wait(lambda: "replicas 1 -> 2: " in server.output(), 10), server.output()
         time.sleep(max(0.0, scaled_s + 20 - time.monotonic()))
-        assert wait(lambda: len(ends) > 20, 240)
+        assert wait(lambda: len(ends) > 20 or bool(failures), 240)
+        assert not failures
         over.set()
         for each in users:
             each.join()

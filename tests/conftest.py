@@ -3,10 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from bench import tiny_model
 from serve_app.planning import embedded
+
+# No test asserts a time: a busy machine is slow to make an example, and slow to run it.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 # Each starts whole servers: one after another, for Ray gives up a start after 30 s, and two cores
 # can be busy for longer with several engines.

@@ -26,7 +26,7 @@ from kuberay.errors import EksError
 from kuberay.owned import CLUSTER
 from serve_app.errors import ConfigError
 from serve_app.launch import launcher
-from serve_app.launch.haproxy import SECRET_VARIABLE
+from serve_app.launch.haproxy_rules import SECRET_VARIABLE
 from serve_app.settings import Settings
 
 HERE = Path(__file__).parent
@@ -104,8 +104,8 @@ def environment(worker_cpus: float) -> dict[str, str]:
     values = dict(launcher.ENVIRONMENT)
     # As launcher.py counts them, but of a worker: here it would be those of this machine.
     values["RAY_SERVE_HAPROXY_NBTHREAD"] = str(min(4, max(1, int(worker_cpus) // 2)))
-    # HAProxy with its configuration mended: serve_app/launch/haproxy.py says how.
-    values["RAY_SERVE_HAPROXY_BINARY_PATH"] = f"{_APPLICATION}/launch/haproxy"
+    # HAProxy with its configuration mended: serve_app/launch/haproxy_rules.py says how.
+    values["RAY_SERVE_HAPROXY_BINARY_PATH"] = f"{_APPLICATION}/launch/start_haproxy.sh"
     values["SERVE_APP_HAPROXY"] = _HAPROXY
     values["HF_HOME"] = "/weights"
     # Nothing is written but where volumes are.

@@ -67,7 +67,7 @@ PYTHON
 }
 
 application() {
-  # Editable: serve_app/launch/haproxy is a script, and keeps its mode.
+  # Editable: serve_app/launch/start_haproxy.sh is a script, and keeps its mode.
   install --no-deps --no-build-isolation --editable "$root"
   mkdir -p "$links"
   # A login shell, with which KubeRay starts Ray, forgets the PATH of the image.

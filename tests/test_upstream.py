@@ -307,7 +307,7 @@ def test_21_vllm_rs_takes_these_options() -> None:
 
 def test_22_haproxy_closes_what_a_transaction_holds() -> None:
     """tests/lanes/test_door.py shows it: a client that leaves gives its place back."""
-    assert "txn:set_priv(socket)" in (ROOT / "serve_app/launch/door.lua").read_text()
+    assert "txn:set_priv(socket)" in (ROOT / "serve_app/launch/ask_door.lua").read_text()
 
 
 def test_33_an_answer_is_over_by_this_rule() -> None:

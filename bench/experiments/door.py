@@ -4,7 +4,7 @@
 
 A process holds the door with all gates of a replica before it (Meter with its log line, keys,
 limits, admission) and a grant that the engine ends at once. Its event loop is uvloop, as Ray's is.
-This process asks as HAProxy's Lua does (launch/door.lua): a connection for each request, closed
+This process asks as HAProxy's Lua does (launch/ask_door.lua): a connection for each request, closed
 once the answer is there. First one request at a time, then `--at-once`. The door shares the machine
 with this client.
 

@@ -1,9 +1,9 @@
 """The door: asked once for each request that could take the fast lane, by HAProxy or the gateway.
 
 It is a part of each replica, so that it counts the requests of both lanes in one queue and knows
-its engine's state. A request is asked for in one TCP connection (launch/door.lua): the request as
-the client sent it, after a line with a secret: one that HAProxy and the replicas share, or for the
-gateway (gateway/place.py) the replica's token. The answer is one of three.
+its engine's state. Each request has a TCP connection of its own (launch/ask_door.lua): a line with
+a secret, then the request as the client sent it. HAProxy and the replicas share the secret; the
+gateway (gateway/place.py) sends the replica's token. The answer is one of three.
 
     full                                  the full lane must answer it
     fast HOST PORT TOKEN ID TIMEOUT_MS    HAProxy passes it to the Rust front end

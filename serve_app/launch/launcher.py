@@ -31,7 +31,7 @@ import yaml
 
 from serve_app.errors import ConfigError
 from serve_app.launch import orphans
-from serve_app.launch.haproxy import BODY_TIMEOUT_VARIABLE, SECRET_VARIABLE
+from serve_app.launch.haproxy_rules import BODY_TIMEOUT_VARIABLE, SECRET_VARIABLE
 from serve_app.planning.plan import find
 from serve_app.progress import FAILED, MARK, READY
 from serve_app.settings import Settings
@@ -128,7 +128,7 @@ def haproxy() -> dict[str, str]:
         binary = get_haproxy_binary()
     except (ImportError, OSError):
         return {}  # Ray looks for one on PATH.
-    wrapper = Path(__file__).with_name("haproxy")
+    wrapper = Path(__file__).with_name("start_haproxy.sh")
     return {
         "SERVE_APP_HAPROXY": str(binary),
         "SERVE_APP_PYTHON": sys.executable,
@@ -142,7 +142,7 @@ def environment_for(settings: Settings) -> dict[str, str]:
 
 
 def haproxy_waits(settings: Settings) -> dict[str, str]:
-    """Environment that says how long HAProxy waits: for a replica (haproxy.lua), for a body."""
+    """How long HAProxy waits for a replica and for a body (wait_for_replica.lua), as variables."""
     asleep = settings.replicas.min == 0 and not settings.gateway.enabled
     # A request that wakes an application waits for the whole start of a replica.
     wait_s = settings.limits.request_timeout_s if asleep else settings.gateway.replica_timeout_s

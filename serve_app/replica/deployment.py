@@ -24,7 +24,7 @@ from serve_app.gates.limits import LimitGate
 from serve_app.gates.refusal import RefusalGate
 from serve_app.lanes.door import Door, Locator
 from serve_app.lanes.fastlane import FastLane
-from serve_app.launch.haproxy import SECRET_VARIABLE
+from serve_app.launch.haproxy_rules import SECRET_VARIABLE
 from serve_app.observe import logs, metrics, tracing
 from serve_app.observe.exposition import Exposition
 from serve_app.observe.observation import Observation

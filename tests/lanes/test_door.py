@@ -24,7 +24,7 @@ from serve_app.gates.limits import LimitGate
 from serve_app.lanes import capability
 from serve_app.lanes.door import Door, Ends, Grant, Locator, Request, parse
 from serve_app.launch import launcher
-from serve_app.launch.haproxy import SECRET_VARIABLE
+from serve_app.launch.haproxy_rules import SECRET_VARIABLE
 from serve_app.replica.reports import Ended
 from serve_app.scaling.signals import Signals
 from serve_app.settings import ApiKeys, Limits, Settings

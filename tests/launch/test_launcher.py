@@ -13,7 +13,7 @@ import yaml
 
 from bench.engine.systems import apart
 from serve_app.launch import launcher
-from serve_app.launch.haproxy import SECRET_VARIABLE
+from serve_app.launch.haproxy_rules import SECRET_VARIABLE
 from serve_app.settings import Settings
 from tests.server import ROOT, configuration
 

@@ -91,7 +91,7 @@ def test_the_application_is_installed_and_checked(application: Path) -> None:
     command = [str(links / "python"), "-c", code]
     where = subprocess.run(command, cwd="/", env={}, capture_output=True, text=True, check=True)
     assert Path(where.stdout.strip()).parent == application / "serve_app"
-    assert (application / "serve_app" / "launch" / "haproxy").stat().st_mode & 0o111
+    assert (application / "serve_app" / "launch" / "start_haproxy.sh").stat().st_mode & 0o111
 
 
 def python_of_the_image() -> str:

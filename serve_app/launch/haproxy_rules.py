@@ -1,9 +1,9 @@
 """Rewrites the configuration that Ray Serve generates for HAProxy, then becomes HAProxy.
 
-Ray Serve starts ./haproxy in HAProxy's place (RAY_SERVE_HAPROXY_BINARY_PATH), at each start and at
-each reload. Ray Serve offers no settings for what is changed here. A rule that finds nothing to
-change means that Ray's template has moved: HAProxy then does not start, and says which rule it was,
-instead of running without what the rule guarantees.
+Ray Serve runs start_haproxy.sh instead of HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH), at each start
+and at each reload. Ray Serve offers no settings for what is changed here. A rule that matches
+nothing means that Ray's template has changed: HAProxy then does not start, and the error names the
+rule, instead of running without what the rule guarantees.
 
 Standard library only, and nothing of this package: a reload waits for this program.
 """
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-MARK = "# Rewritten by serve_app/launch/haproxy.py."
+MARK = "# Rewritten by serve_app/launch/haproxy_rules.py."
 
 
 class UnknownTemplate(Exception):
@@ -70,6 +70,11 @@ def _body(message: str, kind: str, code: str) -> str:
     )
 
 
+def _load_lua(name: str) -> str:
+    """The section `global`, with a line that loads the actions of a file beside this one."""
+    return f'global\n    lua-load-per-thread "{Path(__file__).with_name(name)}"'
+
+
 def _error(status: int, body: str, headers: str = "") -> Rule:
     """Ray Serve answers its own errors in plain text; clients parse JSON."""
     return Rule(
@@ -97,7 +102,7 @@ RULES = (
     Rule(
         why="actions in Lua are known before the rules that name them",
         pattern=r"^global$",
-        replacement=f'global\n    lua-load-per-thread "{Path(__file__).with_name("haproxy.lua")}"',
+        replacement=_load_lua("wait_for_replica.lua"),
     ),
     Rule(
         why="a worker that was replaced passes requests to its successor, which logs them",
@@ -107,7 +112,7 @@ RULES = (
     ),
     Rule(
         why="with no replica up, a health check is answered at once, and other requests wait a "
-        "bounded time (haproxy.lua); an application that is scaled to zero takes requests",
+        "bounded time (wait_for_replica.lua); an application that is scaled to zero takes requests",
         pattern=r"^( *)acl is_(\S+) path \S+$",
         replacement=r"\g<0>"
         rf"\n\1{_answer(200)} {_NONE_UP} {_HEALTH} {{ env(SERVE_APP_SCALES_TO_ZERO) -m found }}"
@@ -168,7 +173,7 @@ RULES = (
 )
 
 # Where replicas and HAProxy share a secret (launcher.py), the door of a replica is asked about each
-# request that could take the fast lane (door.lua, lanes/door.py).
+# request that could take the fast lane (ask_door.lua, lanes/door.py).
 SECRET_VARIABLE = "SERVE_APP_LANE_SECRET"
 # Of HAProxy's buffer, which holds such a request whole, the rest is for headers. Larger bodies take
 # the full lane. It takes two buffers of memory for each request that is being read or answered.
@@ -190,7 +195,7 @@ def door_rules(environment: Mapping[str, str]) -> tuple[Rule, ...]:
         Rule(
             why="the action that asks the door",
             pattern=r"^global$",
-            replacement=f'global\n    lua-load-per-thread "{Path(__file__).with_name("door.lua")}"',
+            replacement=_load_lua("ask_door.lua"),
         ),
         Rule(
             why="a request that could take the fast lane fits a buffer",
@@ -289,7 +294,7 @@ def _frontend(text: str) -> str:
 
 
 def _fallback(text: str) -> str:
-    """A backend for Ray Serve's own proxy on the head node: haproxy.lua asks it for a replica."""
+    """A backend for Ray Serve's own proxy on the head node; wait_for_replica.lua asks it."""
     match = re.search(_FALLBACK, text, re.MULTILINE)
     return "backend fallback\n" + (
         f"    server fallback {match[1]} check inter 1s\n" if match is not None else ""

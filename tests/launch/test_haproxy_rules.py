@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.launch import haproxy
+from serve_app.launch import haproxy_rules
 from serve_app.launch.launcher import haproxy as environment
 from tests.launch.haproxy_configuration import generated
 
@@ -20,7 +20,7 @@ def test_every_rule_finds_its_line_in_the_template_of_the_installed_ray(
     configuration: Path,
 ) -> None:
     before = configuration.read_text()
-    after = haproxy.rewritten(before)
+    after = haproxy_rules.rewritten(before)
     assert re.search("^ *option splice", before, re.MULTILINE)
     assert not re.search("^ *option splice", after, re.MULTILINE)
     assert not re.search(r"bind \*?:", after)
@@ -31,18 +31,18 @@ def test_every_rule_finds_its_line_in_the_template_of_the_installed_ray(
 
 def test_a_template_without_a_line_to_change_is_refused(configuration: Path) -> None:
     text = configuration.read_text().replace("option splice-re", "option other-re")
-    with pytest.raises(haproxy.UnknownTemplate, match="splicing"):
-        haproxy.rewritten(text)
+    with pytest.raises(haproxy_rules.UnknownTemplate, match="splicing"):
+        haproxy_rules.rewritten(text)
 
 
 def test_before_there_is_an_application_there_is_nothing_to_change_for_one(tmp_path: Path) -> None:
-    text = haproxy.rewritten(generated(tmp_path, applications=False).read_text())
+    text = haproxy_rules.rewritten(generated(tmp_path, applications=False).read_text())
     assert "await_replica" not in text
 
 
 def test_it_is_rewritten_once(configuration: Path) -> None:
-    once = haproxy.rewritten(configuration.read_text())
-    assert haproxy.rewritten(once) == once
+    once = haproxy_rules.rewritten(configuration.read_text())
+    assert haproxy_rules.rewritten(once) == once
 
 
 def test_haproxy_accepts_what_is_written(configuration: Path) -> None:
@@ -54,12 +54,14 @@ def test_haproxy_accepts_what_is_written(configuration: Path) -> None:
         [wrapper, "-c", "-f", str(configuration)], env=result, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert configuration.read_text().startswith(haproxy.MARK)
+    assert configuration.read_text().startswith(haproxy_rules.MARK)
 
 
 def test_haproxy_does_not_start_with_a_template_that_is_not_known(configuration: Path) -> None:
     result = environment() or {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(haproxy.__file__).parent / "haproxy")
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(
+            Path(haproxy_rules.__file__).parent / "start_haproxy.sh"
+        )
     }
     configuration.write_text("global\n")
     done = subprocess.run(

@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 
 from question import BadJob, Question
+from serve_app import sse
 
 # No post is made for less than this much time of a stream, except its first.
 _BATCH_S = 0.2
@@ -218,9 +219,9 @@ def _error_of(data: bytes) -> dict[str, Any]:
 
 def _error_in(batch: bytes) -> dict[str, Any] | None:
     """The error event among events, if there is one."""
-    for line in batch.splitlines():
-        if line.startswith(b'data: {"') and b'"error"' in line[:40]:
-            return _error_of(line[6:])
+    for data in sse.data_lines(batch):
+        if data.startswith(b'{"') and b'"error"' in data[:34]:
+            return _error_of(data)
     return None
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import msgspec
 
-_DONE = b"data: [DONE]"
-_EVENT, _DATA = b"event: ", b"data: "
+from serve_app import sse
+from serve_app.sse import DATA, EVENT
+
+_DONE = DATA + sse.DONE
 _LAST = frozenset((b"response.completed", b"response.incomplete", b"message_stop"))
 # Of an error event whose error has no code.
 _UNNAMED = "stream_error"
@@ -21,13 +23,13 @@ _UNNAMED = "stream_error"
 
 def is_event(event: bytes) -> bool:
     """Whether it has the form of an event that an engine writes."""
-    return event.startswith((_DATA, _EVENT))
+    return event.startswith((DATA, EVENT))
 
 
 def is_last(event: bytes) -> bool:
     """Whether the answer is complete with this event."""
-    if event.startswith(_EVENT):
-        return event[len(_EVENT) :].partition(b"\n")[0] in _LAST
+    if event.startswith(EVENT):
+        return event[len(EVENT) :].partition(b"\n")[0] in _LAST
     return event == _DONE
 
 
@@ -36,9 +38,8 @@ def error_code(event: bytes) -> str | None:
     # In a text these quotes are escaped, so that other events are not parsed for it.
     if b'"error"' not in event and not event.startswith(b"event: error"):
         return None
-    line = next((line for line in event.split(b"\n") if line.startswith(_DATA)), b"")
     try:
-        data = msgspec.json.decode(line[len(_DATA) :])
+        data = msgspec.json.decode(next(sse.data_lines(event), b""))
     except (msgspec.DecodeError, RecursionError):
         return None
     return _code(data) if isinstance(data, dict) else None

@@ -7,10 +7,7 @@ name of the answer, the ids of the tokens, and what came after the end.
 Pure: it is given a response that is over, with the time at which each piece of it arrived.
 """
 
-import re
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -18,8 +15,7 @@ import msgspec
 from bench.records import Record
 from bench.traffic.client import Answer
 from bench.traffic.sse import UNREADABLE, error_text
-
-_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+from serve_app.sse import DONE, Reader
 
 
 class Heard(Record, kw_only=True):
@@ -101,7 +97,7 @@ def hear(record: Heard, answer: Answer) -> Heard:
 def _stream(record: Heard, answer: Answer) -> None:
     texts: list[str] = []
     for kind, data, at_s in events(answer.parts, answer.times):
-        if data.strip() == b"[DONE]":
+        if data.strip() == DONE:
             record.dones += 1
         elif kind == b"error":
             _fail(record, f"error event: {error_text(data)}")
@@ -132,23 +128,15 @@ def _one_piece(record: Heard, answer: Answer) -> None:
 
 
 def events(parts: Sequence[bytes], times: Sequence[float]) -> Iterator[tuple[bytes, bytes, float]]:
-    """Kind, data and time of each event of a stream; one whose end did not come is left out.
+    """Name, data and time of each event of a stream; one whose end did not come is left out.
 
     The time is that of the piece which completed the event.
     """
-    body, ends = b"".join(parts), list(accumulate(map(len, parts)))
-    begin = 0
-    for blank in _BLANK_LINE.finditer(body):
-        kind, data = b"", []
-        for line in body[begin : blank.start()].splitlines():
-            name, _, value = line.partition(b":")
-            if name == b"data":
-                data.append(value.removeprefix(b" "))
-            elif name == b"event":
-                kind = value.removeprefix(b" ")
-        begin = blank.end()
-        if data:
-            yield kind, b"\n".join(data), times[bisect_left(ends, begin)]
+    reader = Reader()
+    for part, at_s in zip(parts, times, strict=True):
+        for name, data in reader.feed(part):
+            if data:
+                yield name, data, at_s
 
 
 def _take(record: Heard, data: bytes, at_s: float, texts: list[str]) -> None:

@@ -14,6 +14,7 @@ import msgspec
 
 from bench.records import Record
 from bench.traffic import verdict
+from serve_app.sse import DONE, Reader
 
 # Enough to tell errors apart in a table; servers answer with whole tracebacks.
 _SHORT = 200
@@ -80,40 +81,33 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Events:
-    """The events of one streamed response. `feed` it with its bytes, then `end` it.
+    """The events of one streamed response. `feed` it with its bytes, then `end` it."""
 
-    Lines may end with LF, CR LF or CR, comments are skipped, and the bytes may be cut anywhere: a
-    character that takes several bytes is only decoded once its event is whole.
-    """
-
-    __slots__ = ("_answers", "_cr", "_data", "_done", "_kind", "_line", "_record", "_text")
+    __slots__ = ("_answers", "_done", "_reader", "_record", "_text")
 
     def __init__(self, record: Record, keep_text: bool, answers: int = 1) -> None:
         self._answers = answers  # How many were asked for.
         self._record = record
         self._text: list[str] | None = [] if keep_text else None
-        self._line = b""  # The beginning of a line whose end has not come.
-        self._data: list[bytes] = []  # Data lines of an event whose end has not come.
-        self._kind = b""
-        self._cr = False  # Whether a LF that comes next belongs to a CR that has come.
+        self._reader = Reader()
         self._done = False
 
     def feed(self, data: bytes, at_s: float) -> None:
         """Add what arrived at `at_s`: it is the time of every event that this completes."""
-        if data.startswith(b"data: {") and not (self._line or self._data or self._kind):
+        if data.startswith(b"data: {") and self._reader.between_events:
             # Nearly every read is one whole event. JSON allows the blank line after it, and
             # nothing else: several events, or a part of one, do not pass for one.
             try:
                 event = _event.decode(data[6:])
             except UNREADABLE:
-                self._lines(data, at_s)
+                self._read(data, at_s)
             else:
                 if data.endswith(b"\n\n"):
                     self._take(event, at_s)
                 else:
-                    self._lines(data, at_s)
+                    self._read(data, at_s)
         else:
-            self._lines(data, at_s)
+            self._read(data, at_s)
 
     def end(self) -> None:
         """The response is over: it was cut unless it said that it is done."""
@@ -133,47 +127,20 @@ class Events:
         """Whether [DONE] has come."""
         return self._done
 
-    def _lines(self, data: bytes, at_s: float) -> None:
+    def _read(self, data: bytes, at_s: float) -> None:
         """Any bytes, by the rules of server-sent events."""
-        if self._cr and data.startswith(b"\n"):
-            data = data[1:]
-            if not data:
-                self._cr = False
-                return
-        self._cr = data.endswith(b"\r")
-        lines = (self._line + data).splitlines(keepends=True)
-        self._line = b""
-        if lines and not lines[-1].endswith((b"\r", b"\n")):
-            self._line = lines.pop()
-        for line in lines:
-            line = line.rstrip(b"\r\n")
-            if line:
-                self._field(line)
-            else:
-                self._dispatch(at_s)
-
-    def _field(self, line: bytes) -> None:
-        name, _, value = line.partition(b":")
-        if name == b"data":
-            self._data.append(value.removeprefix(b" "))
-        elif name == b"event":
-            self._kind = value.removeprefix(b" ")
-
-    def _dispatch(self, at_s: float) -> None:
-        """A blank line: the event is whole."""
-        data, kind = b"\n".join(self._data), self._kind
-        self._data, self._kind = [], b""
-        if data.strip() == b"[DONE]":
-            self._done = True
-        elif kind == b"error":
-            self._fail(f"error event: {error_text(data)}")
-        elif data:
-            try:
-                event = _event.decode(data)
-            except UNREADABLE:
-                self._fail(f"bad event: {_short(data.decode(errors='replace'))}")
-            else:
-                self._take(event, at_s)
+        for name, text in self._reader.feed(data):
+            if text.strip() == DONE:
+                self._done = True
+            elif name == b"error":
+                self._fail(f"error event: {error_text(text)}")
+            elif text:
+                try:
+                    event = _event.decode(text)
+                except UNREADABLE:
+                    self._fail(f"bad event: {_short(text.decode(errors='replace'))}")
+                else:
+                    self._take(event, at_s)
 
     def _take(self, event: _Event, at_s: float) -> None:
         for choice in event.choices or ():

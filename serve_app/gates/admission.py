@@ -17,6 +17,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app import sse
 from serve_app.errors import GatewayTimeout, RequestError, TooManyRequests, Unavailable
 from serve_app.gates import routes
 from serve_app.gates.reading import Reading
@@ -401,10 +402,7 @@ class _Response:
             self._replaced = self._instead(message["status"])
             if self._replaced is None:
                 self.started = True
-                self.streaming = any(
-                    name == b"content-type" and value.startswith(b"text/event-stream")
-                    for name, value in message["headers"]
-                )
+                self.streaming = sse.is_stream(message)
         if self._replaced is None:
             await self._send(message)
 
@@ -417,10 +415,8 @@ class _Response:
         if not self.started:
             await error(scope, _no_message, self._send)
         elif self.streaming:
-            event = b"event: error\n" if scope["path"] == "/v1/messages" else b""
-            data = b"data: " + error.body() + b"\n\n"
-            body = {"type": "http.response.body", "body": event + data, "code": error.code}
-            await self._send(body)
+            event = sse.error_event(scope["path"], error.body())
+            await self._send({"type": "http.response.body", "body": event, "code": error.code})
 
 
 async def _no_message() -> Message:

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_DATA = b"data: "
+from serve_app import sse
 
 
 class RefusalGate:
@@ -30,7 +30,7 @@ class RefusalGate:
             nonlocal pending_start, refused
             if refused:
                 return  # "[DONE]" of the stream that was none.
-            if message["type"] == "http.response.start" and _is_stream(message):
+            if message["type"] == "http.response.start" and _begins_stream(message):
                 pending_start = message
                 return
             if pending_start is not None:
@@ -45,20 +45,17 @@ class RefusalGate:
         await self._app(scope, receive, first_event_first)
 
 
-def _is_stream(start: Message) -> bool:
-    return start["status"] == 200 and any(
-        name == b"content-type" and value.startswith(b"text/event-stream")
-        for name, value in start["headers"]
-    )
+def _begins_stream(start: Message) -> bool:
+    return start["status"] == 200 and sse.is_stream(start)
 
 
 def _refusal(body: bytes) -> tuple[int, bytes] | None:
     """Status and body of an error that is the first event of a stream; None for any other event."""
     event = body.partition(b"\n\n")[0]
-    if not event.startswith(_DATA + b'{"error"'):
+    if not event.startswith(sse.DATA + b'{"error"'):
         return None
     try:
-        error: dict[str, Any] = json.loads(event.removeprefix(_DATA))
+        error: dict[str, Any] = json.loads(event.removeprefix(sse.DATA))
         status = int(error["error"]["code"])
     except (ValueError, KeyError, TypeError):
         return None

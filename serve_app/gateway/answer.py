@@ -2,6 +2,7 @@
 
 from starlette.types import Message, Send
 
+from serve_app import sse
 from serve_app.continuation import Stream
 from serve_app.errors import RequestError
 from serve_app.gateway.failures import Whole
@@ -52,8 +53,7 @@ class Answer:
         if self.stream.ended:
             await self.end()
             return
-        name = b"event: error\n" if path.startswith(("/v1/messages", "/v1/responses")) else b""
-        body = name + b"data: " + error.body() + b"\n\n"
+        body = sse.error_event(path, error.body())
         await self._send({"type": "http.response.body", "body": body, "code": error.code})
 
 

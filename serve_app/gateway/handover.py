@@ -16,11 +16,12 @@ from typing import Any
 
 import msgspec
 
-from serve_app import events
+from serve_app import events, sse
 from serve_app.continuation import EngineReportedDead, Malformed, Method, Stream
 from serve_app.errors import CannotContinue
+from serve_app.sse import DATA
 
-_DATA, _DONE = b"data: ", b"data: [DONE]"
+_DONE = DATA + sse.DONE
 # A quote within a text is escaped, so that this matches no text.
 _IDS = re.compile(rb',"(?:prompt_)?token_ids":(?:\[[\d,]*\]|null)')
 
@@ -94,10 +95,10 @@ class FastStream(Stream):
             if not (failed or self.ended or self._finished):
                 raise Malformed("it ends without a finish reason")
             return super()._new(event)
-        if not event.startswith(_DATA):
+        if not event.startswith(DATA):
             raise Malformed("not an event of an answer")
         try:
-            chunk = _decode(event[len(_DATA) :])
+            chunk = _decode(event[len(DATA) :])
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise Malformed(f"not an event of an answer: {error}") from error
         return self._of_fast(event, chunk) if self._fast else self._of_full(event, chunk)
@@ -165,7 +166,7 @@ class FastStream(Stream):
 
 def _with(event: bytes, text: str, ids: list[int]) -> bytes:
     """The same event with another text and other token ids."""
-    data: dict[str, Any] = msgspec.json.decode(event[len(_DATA) :])
+    data: dict[str, Any] = msgspec.json.decode(event[len(DATA) :])
     choice = data["choices"][0]
     for part in (data, choice):
         if part.get("prompt_token_ids") is not None:
@@ -176,4 +177,4 @@ def _with(event: bytes, text: str, ids: list[int]) -> bytes:
         choice["delta"]["content"] = text
     else:
         choice["text"] = text
-    return _DATA + msgspec.json.encode(data)
+    return DATA + msgspec.json.encode(data)

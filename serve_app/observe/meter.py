@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app import events
+from serve_app import events, sse
 from serve_app.gates import routes
 from serve_app.gates.keys import OPEN_PATHS, tenant
 from serve_app.gates.reading import Reading
@@ -169,7 +169,7 @@ class _Answer:
             self._follow(timeline, message["body"])
         elif message["type"] == "http.response.start":
             self.status, headers = message["status"], dict(message["headers"])
-            self._streaming = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            self._streaming = sse.is_stream(message)
             self.lane = headers.get(LANE_HEADER, b"python").decode()
         else:
             self._over = not message.get("more_body", False)

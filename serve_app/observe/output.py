@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from serve_app import sse
+
 # Events of /v1/responses and /v1/messages that are no output yet.
 _BEFORE_OUTPUT = frozenset(
     {
@@ -68,7 +70,7 @@ def usage(data: bytes) -> tuple[int, int, int] | None:
     """Prompt, cached and output tokens, as an answer or the last events of a stream say them."""
     for whole in (
         data,
-        *reversed([line[5:] for line in data.split(b"\n") if line[:5] == b"data:"]),
+        *reversed(list(sse.data_lines(data))),
     ):
         try:
             parsed = msgspec.json.decode(whole, type=_Said)
@@ -112,12 +114,11 @@ class _Said(msgspec.Struct):
 
 def _events(data: bytes) -> Iterator[Any]:
     """The decoded `data:` lines; None for one that is not JSON, as `[DONE]`."""
-    for line in data.split(b"\n"):
-        if line.startswith(b"data:"):
-            try:
-                yield msgspec.json.decode(line[5:])
-            except (msgspec.DecodeError, RecursionError):
-                yield None
+    for line in sse.data_lines(data):
+        try:
+            yield msgspec.json.decode(line)
+        except (msgspec.DecodeError, RecursionError):
+            yield None
 
 
 def _is_output(event: Any) -> bool:

@@ -24,6 +24,7 @@ import msgspec
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app import sse
 from serve_app.continuation import Marks, Progress
 from serve_app.errors import NotFound
 from serve_app.gates.keys import tenant
@@ -167,10 +168,7 @@ def _marking(current: Exchange, send: Send) -> Send:
             raise EngineFailed("the engine failed")
         if message["type"] == "http.response.start":
             current.started = True
-            streaming = any(
-                name == b"content-type" and value.startswith(b"text/event-stream")
-                for name, value in message["headers"]
-            )
+            streaming = sse.is_stream(message)
         elif streaming and message.get("body") and (lines := current.marks.take()):
             message = {**message, "body": lines + message["body"]}
         await send(message)

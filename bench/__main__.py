@@ -78,6 +78,7 @@ def _request_figures(output: dict[str, Any]) -> dict[str, Any]:
     """What a reader must know to judge the figures: how long requests were, and what was cached."""
     answers = [each["answers"] for each in output["repeats"]]
     headline: dict[str, Any] = {"salt": output["salt"]}
+    headline |= {f"note_{n}": note for n, note in enumerate(output["workload_notes"], 1)}
     for name, key in (
         ("prompt_tokens", "input_tokens"),
         ("answer_tokens", "output_tokens"),
@@ -93,6 +94,7 @@ def _request_figures(output: dict[str, Any]) -> dict[str, Any]:
     if output.get("sessions"):
         first = dict(output["sessions"][0])
         headline["turns"] = {turn.pop("name"): turn for turn in first.pop("turns")}
+        del first["each"]  # Hundreds of sessions are for result.json.
         headline |= {f"sessions_{key}": value for key, value in first.items()}
     return headline
 

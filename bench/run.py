@@ -84,15 +84,10 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
         BenchError: the job is impossible, or the target does not answer.
     """
     when = schedule.parse(job.load)
+    workloads = {job.seed + repeat: what(job, job.seed + repeat) for repeat in range(job.repeats)}
     plans = [
-        schedule.plan(
-            what(job, job.seed + repeat),
-            when,
-            job.count,
-            job.duration_s,
-            job.seed + repeat,
-        )
-        for repeat in range(job.repeats)
+        schedule.plan(workload, when, job.count, job.duration_s, seed)
+        for seed, workload in workloads.items()
     ]
     await check(job.target)
     await _scraper(job).check()
@@ -109,6 +104,7 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
     ramp_s = when.duration_s if isinstance(when, schedule.Ramp) else 0.0
     batch = users is not None and job.count == users
     output = head | settings_of(job) | result.figures(repeats, job.slo, users, ramp_s, batch)
+    output["workload_notes"] = list(workloads[job.seed].notes)
     output = result.with_efficiency(output, repeats, job.gpus, job.usd_per_gpu_hour)
     if len(repeats) < job.repeats:
         output["doubts"].append(f"{len(repeats)} of {job.repeats} repeats were run")

@@ -7,6 +7,7 @@ stays text in the page's own font. Heat maps are rasterised, in tones that both 
 Ids are prefixed, since those of matplotlib repeat from one SVG to the next.
 """
 
+import html
 import io
 import re
 import warnings
@@ -44,8 +45,8 @@ _LINE_POINTS = 300
 _TIPS = 60
 _LABEL = 60
 _WIDTH_IN = 10.4
-_TIP = "tip: "
-_TIPPED = re.compile(rf'<g id="{_TIP}([^"]*)">')
+_TIP_RADIUS = 4
+_POINTS_PER_INCH = 72
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -104,6 +105,23 @@ class Panel(msgspec.Struct, kw_only=True):
     filled: tuple[int, ...] = ()
     low: bool = False
     top: float | None = None
+
+
+class Tip(msgspec.Struct, frozen=True, kw_only=True):
+    """What a point of a plot says when pointed at. It is not seen."""
+
+    axis: Any
+    x: float
+    y: float
+    text: str
+
+
+class Plot(Figure):
+    """A figure with tips. They are no artists of matplotlib, whose layout would measure each."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.tips: list[Tip] = []
 
 
 class Ratio(msgspec.Struct, kw_only=True):
@@ -378,10 +396,10 @@ def short(text: str) -> str:
 
 
 @contextmanager
-def _figure(width_in: float, height_in: float) -> Iterator[Figure]:
+def _figure(width_in: float, height_in: float) -> Iterator[Plot]:
     """A figure of its own: no pyplot, hence nothing global to close."""
     with matplotlib.rc_context(_STYLE):
-        yield Figure(figsize=(width_in, height_in), layout="constrained", dpi=110)
+        yield Plot(figsize=(width_in, height_in), layout="constrained", dpi=110)
 
 
 def _line(index: int) -> dict[str, Any]:
@@ -479,15 +497,14 @@ def _legend_below(figure: Figure, axes: Sequence[Any]) -> None:
 
 
 def _tip(axis: Any, x: float, y: float, text: str) -> None:
-    """A point that says `text` when pointed at; it is not seen."""
-    (point,) = axis.plot([x], [y], "o", markersize=8, alpha=0.004, color=_INK)
-    point.set_gid(_TIP + "".join(c if c.isprintable() else " " for c in text))
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    axis.figure.tips.append(Tip(axis=axis, x=x, y=y, text=printable))
 
 
 # --- SVG ------------------------------------------------------------------------------------
 
 
-def _svg(figure: Figure, prefix: str, label: str) -> str:
+def _svg(figure: Plot, prefix: str, label: str) -> str:
     """The figure as an SVG element for a page: own ids, the page's colours and font."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": prefix}), warnings.catch_warnings():
@@ -496,7 +513,6 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = _TIPPED.sub(r"<g><title>\1</title>", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
@@ -508,4 +524,19 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
     text = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", text, count=1)
     text = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", text, count=1)
     text = re.sub(r"\n\s*", "\n", text)
+    text = text.replace("</svg>", f"{_tips(figure)}</svg>")
     return text.replace("<svg ", f'<svg class="plot" role="img" aria-label="{label}" ', 1)
+
+
+def _tips(figure: Plot) -> str:
+    """Unseen circles over the points that say something, laid out as the figure was saved."""
+    scale, height = _POINTS_PER_INCH / figure.dpi, figure.get_figheight() * _POINTS_PER_INCH
+    circles = []
+    for tip in figure.tips:
+        across, up = scale * tip.axis.transData.transform((tip.x, tip.y))
+        if not np.isfinite([across, up]).all():  # Such as 0 on a log axis.
+            continue
+        at = f'cx="{across:.2f}" cy="{height - up:.2f}" r="{_TIP_RADIUS}"'
+        title = f"<title>{html.escape(tip.text, quote=False)}</title>"
+        circles.append(f'<circle {at} fill="transparent">{title}</circle>\n')
+    return "".join(circles)

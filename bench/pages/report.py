@@ -136,6 +136,7 @@ def _ran(result: Loaded) -> dict[str, Any]:
         "model": target.get("model") or data.get("model"),
         "endpoint": target.get("endpoint"),
         "workload": data.get("workload"),
+        "about the workload": "; ".join(data.get("workload_notes") or []),
         "load": data.get("load"),
         "SLO": ", ".join(f"{key} {value}" for key, value in slo.items() if value is not None),
         "repeats": repeats if repeats > 1 else None,

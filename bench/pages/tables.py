@@ -190,11 +190,12 @@ def sessions(result: Loaded) -> dict[str, Any] | None:
             "requests": turn["requests"],
             "failed": turn["failed"],
             "cells": [
-                plain(turn[metric], metric, turn["requests"] - turn["failed"])
+                plain(turn.get(metric), metric, turn["requests"] - turn["failed"])
                 for metric in (
                     "input_tokens",
                     "output_tokens",
                     "cached_share",
+                    "reusable_share",
                     "ttft_mean_s",
                     "ttft_p50_s",
                     "ttft_p95_s",

@@ -60,3 +60,9 @@ def length(
     if lognormal:
         return Length(low, low, parts.number(names[1], above=0.0, maximum=5.0), maximum)
     return Length(low, parts.whole(names[1], minimum=low, maximum=MAX_TOKENS), maximum=maximum)
+
+
+def clipped(tokens: float, maximum: int | None) -> int:
+    """A whole number of tokens, from 1 to `maximum`."""
+    whole = max(1, round(tokens))
+    return whole if maximum is None else min(whole, maximum)

@@ -2,10 +2,12 @@
 
 sharegpt:PATH,think=5,turns=8     conversations with their real texts, see `chats`
 copilot:PATH,scale=0.1            agents that call a model and tools in turn, see `agents`
+otel:PATH,speed=2                 the same from spans of OpenTelemetry, see `spans`
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +17,12 @@ import msgspec
 
 from bench import spec
 from bench.errors import WorkloadError
-from bench.traffic import textfile, words
+from bench.traffic import agents, spans, textfile, words
+from bench.traffic.agents import Call
 from bench.traffic.request import Request, Workload
 
 CHAT_OPTIONS = (spec.PATH, "turns", "think", "limit", "fresh")
-AGENT_OPTIONS = (spec.PATH, "limit", "scale", "speed", "max_input")
+AGENT_OPTIONS = (spec.PATH, "limit", "scale", "speed", "max_input", "max_output")
 # Bytes of English text that a token of common vocabularies has.
 _BYTES_PER_TOKEN = 4
 _FRESH_WORDS = 8
@@ -134,61 +137,66 @@ class _Session(msgspec.Struct):
     turns: list[_Turn]
 
 
-def agents(options: spec.Options, salted: str) -> Workload:
-    """Sessions of the GitHub Copilot coding agent traces (2026): a JSON object a line.
-
-    Each call's prompt is as long as recorded, and begins with the call before and its answer;
-    where it is shorter than that the agent has made room, and it is a new one. Between calls are
-    the recorded pauses, in which tools worked and people thought.
-    """
-    path, scale = options.file(), options.number("scale", 1.0, above=0.0, maximum=1e3)
-    speed, limit = options.number("speed", 1.0, above=0.0), options.whole_or_none("limit")
-    max_input = options.whole_or_none("max_input")
+def copilot(options: spec.Options, salted: str) -> Workload:
+    """Sessions of the GitHub Copilot coding agent traces (2026): a JSON object a line."""
+    path, limit = options.file(), options.whole_or_none("limit")
     logs = []
     for log in _lines("copilot", path, _Session):
         calls = [call for turn in log.turns for call in turn.llm_calls if call.tokens.prompt > 0]
         if calls:
-            logs.append(calls)
+            logs.append(sorted(map(_call, calls), key=lambda call: call.begun_s))
         if limit is not None and len(logs) == limit:
             break
     if not logs:
         raise WorkloadError.of("copilot", path, "holds no session with a call")
+    return _replayed(options, logs, salted)
+
+
+def otel(options: spec.Options, salted: str) -> Workload:
+    """Sessions of OpenTelemetry spans, see `spans`; they know when they started."""
+    path, limit = options.file(), options.whole_or_none("limit")
+    log = spans.read(path)
+    sessions = log.sessions[:limit]
+    start_s = sessions[0][0].begun_s
+    at_s = [calls[0].begun_s - start_s for calls in sessions]
+    return replace(_replayed(options, sessions, salted, at_s), timed=True, notes=log.notes)
+
+
+def _replayed(
+    options: spec.Options,
+    sessions: Sequence[Sequence[Call]],
+    salted: str,
+    at_s: Sequence[float] | None = None,
+) -> Workload:
+    how = agents.Replay(
+        scale=options.number("scale", 1.0, above=0.0, maximum=1e3),
+        speed=options.number("speed", 1.0, above=0.0),
+        max_input=options.whole_or_none("max_input"),
+        max_output=options.whole_or_none("max_output"),
+    )
 
     def session(number: int) -> tuple[Request, ...]:
-        return tuple(_calls(logs[number], number, salted, scale, speed, max_input))
+        start_s = None if at_s is None else at_s[number] / how.speed
+        return agents.session(sessions[number], number, salted, how, start_s)
 
     return Workload(
         options.name,
         lambda number: session(number)[0],
-        len(logs),
+        len(sessions),
         session=session,
-        sessions=len(logs),
+        sessions=len(sessions),
     )
 
 
-def _calls(
-    calls: list[_Call], number: int, salted: str, scale: float, speed: float, max_input: int | None
-) -> Iterator[Request]:
-    context, ended_s = 0, 0.0
-    for place, call in enumerate(calls):
-        read = max(1, round(call.tokens.prompt * scale))
-        read = read if max_input is None else min(read, max_input)
-        written = max(1, round(call.tokens.completion * scale))
-        begun_s = _seconds(call.timestamp)
-        grows = place > 0 and read > context
-        tokens = read - context if grows else read
-        text = words.text(salted, "call", number * 10_000 + place, tokens)
-        yield Request(
-            prompt=text,
-            input_tokens=tokens,
-            output_tokens=written,
-            kind=call.initiator_type or "agent",
-            turn=place + 1,
-            after=(place - 1,) if place else (),
-            gap_s=max(0.0, begun_s - ended_s) / speed if place else 0.0,
-            context=place - 1 if grows else None,
-        )
-        context, ended_s = read + written, begun_s + call.duration_ms / 1e3
+def _call(call: _Call) -> Call:
+    begun_s = _seconds(call.timestamp)
+    return Call(
+        begun_s=begun_s,
+        ended_s=begun_s + call.duration_ms / 1e3,
+        input_tokens=call.tokens.prompt,
+        output_tokens=call.tokens.completion,
+        kind=call.initiator_type or "agent",
+    )
 
 
 def _seconds(timestamp: str) -> float:

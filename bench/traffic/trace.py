@@ -25,6 +25,7 @@ import msgspec
 
 from bench.errors import WorkloadError
 from bench.traffic import textfile
+from bench.traffic.lengths import clipped
 
 CSV_FORMATS = ("azure", "burstgpt")
 FORMATS = (*CSV_FORMATS, "mooncake", "vllm", "bailian")
@@ -294,17 +295,12 @@ class Cut:
             msgspec.structs.replace(
                 row,
                 at_s=(row.at_s - self.start_s) / self.speed,
-                input_tokens=_clipped(row.input_tokens * self.scale, self.max_input),
-                output_tokens=_clipped(row.output_tokens * self.scale, self.max_output),
+                input_tokens=clipped(row.input_tokens * self.scale, self.max_input),
+                output_tokens=clipped(row.output_tokens * self.scale, self.max_output),
                 busy_s=row.busy_s / self.speed,
             )
             for row in part[: self.limit]
         ]
-
-
-def _clipped(tokens: float, maximum: int | None) -> int:
-    whole = max(1, round(tokens))
-    return whole if maximum is None else min(whole, maximum)
 
 
 def blocks(row: Row, block_tokens: float) -> Iterator[tuple[int | None, int]]:

@@ -7,7 +7,7 @@
     file:PATH,output=64,repeat=1            .txt, a prompt a line; .jsonl, see `promptfile`;
                                             fresh=yes: each begins with words of its own
     sessions:turns=4,input=100,output=64    conversations whose history grows, see `sessions`
-    sharegpt:PATH  copilot:PATH             recorded ones, see `recorded`
+    sharegpt:PATH  copilot:PATH  otel:PATH  recorded ones, see `recorded`
     clients:count=50,rate=10,input=300,output=100
                                             few clients send most, in bursts, see `pools`
     calls:tools=8,input=60,output=64        prompts that offer tools, see `toolcalls`
@@ -52,6 +52,7 @@ KINDS = {
     "calls": (*toolcalls.OPTIONS, "exact"),
     "sharegpt": (*recorded.CHAT_OPTIONS, "exact"),
     "copilot": (*recorded.AGENT_OPTIONS, "exact"),
+    "otel": (*recorded.AGENT_OPTIONS, "exact"),
     **{kind: (spec.PATH, *_CUT, "exact") for kind in trace.CSV_FORMATS},
     **{kind: (spec.PATH, *_CUT, "block", "tick_s", "exact") for kind in trace.BLOCK_TOKENS},
 }
@@ -90,7 +91,8 @@ def parse(text: str, seed: int, salt: str | None = None) -> Workload:
         "clients": lambda options, drawn: pools.pool(options, drawn.number, drawn.words),
         "calls": lambda options, drawn: toolcalls.calls(options, drawn.number, drawn.words),
         "sharegpt": lambda options, drawn: recorded.chats(options, drawn.number, drawn.words),
-        "copilot": lambda options, drawn: recorded.agents(options, drawn.words),
+        "copilot": lambda options, drawn: recorded.copilot(options, drawn.words),
+        "otel": lambda options, drawn: recorded.otel(options, drawn.words),
     }
     made = replace(makers.get(options.name, _trace)(options, drawn), name=text.strip())
     if "exact" not in options.values:

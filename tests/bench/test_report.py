@@ -1,5 +1,6 @@
 """The report is read back from its HTML: what it says, what it does not say, and what it loads."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.bench import made
 HOSTILE = (
     "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> --> $\\frac{ {{ 7*7 }} ]]> \x00"
 )
+SVG = "{http://www.w3.org/2000/svg}"
 VOID = {"meta", "br", "img", "hr", "link", "input"}
 
 
@@ -78,6 +80,16 @@ def page(tmp_path: Path, *folders: str, against: str | None = None) -> Page:
     return Page(out)
 
 
+@pytest.fixture
+def unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are put together and not laid out, which takes most of the time of a report."""
+    monkeypatch.setattr(plots, "_svg", lambda figure, prefix, label: "<svg></svg>")
+
+
+# For a test of tables and text; those of plots draw them.
+without_plots = pytest.mark.usefixtures("unsaved")
+
+
 def shown(text: str) -> float:
     """The number a reader sees, without what stands behind it."""
     return float(text.partition("±")[0].replace(",", "").replace("%", ""))
@@ -86,6 +98,7 @@ def shown(text: str) -> float:
 # --- figures --------------------------------------------------------------------------------
 
 
+@without_plots
 def test_headline_shows_the_measures_and_half_of_their_intervals(tmp_path: Path) -> None:
     repeats = [made.records(460, repeat=repeat, fails=0.01) for repeat in range(3)]
     made.run(tmp_path / "a", "a run", repeats, slo=Slo(ttft_s=0.2))
@@ -120,6 +133,7 @@ def test_headline_shows_the_measures_and_half_of_their_intervals(tmp_path: Path)
         assert half == pytest.approx((high - low) / 2 * scale, rel=0.06)
 
 
+@without_plots
 def test_percentiles_of_too_few_samples_are_absent_with_their_reason(tmp_path: Path) -> None:
     # All in the whole, as so few have no steady state.
     made.run(tmp_path / "a", "short", [made.records(20)])
@@ -137,6 +151,7 @@ def test_percentiles_of_too_few_samples_are_absent_with_their_reason(tmp_path: P
     assert "p99 368" in html.text
 
 
+@without_plots
 def test_failures_are_not_zeros(tmp_path: Path) -> None:
     made.run(tmp_path / "a", "all fail", [made.records(50, fails=1.0)])
 
@@ -152,6 +167,7 @@ def test_failures_are_not_zeros(tmp_path: Path) -> None:
     assert "Not shown: all fail: no request succeeded" in html.sections["latency"]
 
 
+@without_plots
 def test_matrix_shows_each_cell(tmp_path: Path) -> None:
     outcome = made.cells(tmp_path / "m", "matrix", "served", per_user=2)
     figures = [f for f in page(tmp_path, "m").figures if f["section"] == "matrix"]
@@ -163,6 +179,7 @@ def test_matrix_shows_each_cell(tmp_path: Path) -> None:
     assert all("data-value" in figure for figure in figures)
 
 
+@without_plots
 def test_cell_that_was_not_measured_is_empty(tmp_path: Path) -> None:
     outcome = made.cells(tmp_path / "m", "matrix", "served", per_user=2)
     del outcome["cells"][4]
@@ -176,6 +193,7 @@ def test_cell_that_was_not_measured_is_empty(tmp_path: Path) -> None:
     assert all("data-value" not in figure for figure in absent)
 
 
+@without_plots
 def test_against_shows_the_ratios_of_compare(tmp_path: Path) -> None:
     def repeats(ttft_s: float, seed: int) -> list[list[Record]]:
         return [made.records(120, repeat=r, ttft_s=ttft_s, seed=seed) for r in range(3)]
@@ -194,6 +212,7 @@ def test_against_shows_the_ratios_of_compare(tmp_path: Path) -> None:
     assert "last week" in html.sections["against"]
 
 
+@without_plots
 def test_served_matrix_stands_beside_the_engine_alone(tmp_path: Path) -> None:
     made.cells(tmp_path / "base", "baseline", "alone", per_user=3)
     made.cells(tmp_path / "m", "matrix", "served", speed=1.3, per_user=3)
@@ -206,6 +225,7 @@ def test_served_matrix_stands_beside_the_engine_alone(tmp_path: Path) -> None:
     assert not any(metric.startswith("itl_") for metric in metrics)
 
 
+@without_plots
 def test_other_kinds_are_not_compared(tmp_path: Path) -> None:
     made.run(tmp_path / "a", "a run", [made.records(20)])
     made.cells(tmp_path / "m", "matrix", "served", per_user=2)
@@ -226,6 +246,7 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 # --- what is missing ------------------------------------------------------------------------
 
 
+@without_plots
 def test_missing_records_are_said(tmp_path: Path) -> None:
     made.run(tmp_path / "a", "a run", [made.records(40)])
     (tmp_path / "a" / "records.jsonl").unlink()
@@ -251,6 +272,7 @@ def test_records_cut_in_the_middle_are_said_and_the_others_shown(tmp_path: Path)
     assert any(tag == "svg" for tag, _ in html.tags)
 
 
+@without_plots
 def test_no_server_metrics_are_said(tmp_path: Path) -> None:
     made.run(tmp_path / "a", "a run", [made.records(40)])
     assert "the server's own metrics: none were scraped" in page(tmp_path, "a").sections["time"]
@@ -267,6 +289,7 @@ def test_server_metrics_are_drawn_and_gaps_in_them_said(tmp_path: Path) -> None:
     assert "none were scraped" not in section
 
 
+@without_plots
 def test_records_without_a_result_are_still_shown(tmp_path: Path) -> None:
     made.run(tmp_path / "a", "a run", [made.records(400)])
     (tmp_path / "a" / "result.json").unlink()
@@ -280,6 +303,7 @@ def test_records_without_a_result_are_still_shown(tmp_path: Path) -> None:
     assert "Not valid" in html.text
 
 
+@without_plots
 def test_unreadable_folder_is_named_beside_the_others(tmp_path: Path) -> None:
     made.run(tmp_path / "a", "a run", [made.records(40)])
     (tmp_path / "torn").mkdir()
@@ -298,6 +322,7 @@ def test_nothing_to_show_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
+@without_plots
 def test_interrupted_run_without_records(tmp_path: Path) -> None:
     made.run(tmp_path / "a", "a run", [[]], interrupted=True)
 
@@ -307,6 +332,7 @@ def test_interrupted_run_without_records(tmp_path: Path) -> None:
     assert "records.jsonl is empty" in html.sections["time"]
 
 
+@without_plots
 def test_doubts_stand_before_the_figures_and_are_an_alert(tmp_path: Path) -> None:
     made.run(tmp_path / "good", "good", [made.records(300)])
     made.run(tmp_path / "bad", "bad", [made.records(300, fails=0.2)])
@@ -331,6 +357,7 @@ def demo(folder: Path, answer: str = "Black.", error: str = "") -> dict[str, Any
     return made.locust(folder, heard, {200: "What is a black hole?"}, 10)
 
 
+@without_plots
 def test_demo_shows_its_summary_and_examples(tmp_path: Path) -> None:
     outcome = demo(tmp_path / "l")
 
@@ -353,6 +380,7 @@ def test_demo_shows_its_summary_and_examples(tmp_path: Path) -> None:
     assert "http 429: rate limit reached" in section
 
 
+@without_plots
 def test_demo_without_examples_says_why(tmp_path: Path) -> None:
     made.locust(tmp_path / "l", made.records(30, users=3), {}, 3)
     section = page(tmp_path, "l").sections["demo"]
@@ -380,6 +408,7 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
 KINDS = ("run", "matrix", "baseline", "sweep", "search", "locust")
 
 
+@without_plots
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_alone(every: Path, kind: str) -> None:
     html = page(every, kind)
@@ -389,6 +418,7 @@ def test_each_kind_alone(every: Path, kind: str) -> None:
     assert "A processor" in html.sections["ran"]
 
 
+@without_plots
 def test_searches_say_what_was_found(every: Path) -> None:
     section = page(every, "sweep", "search").sections["throughput"]
     assert "throughput levels off at 16 users" in section
@@ -544,6 +574,7 @@ def test_a_point_without_gpus_is_on_no_front() -> None:
     assert [point["front"] for point in points] == [None, True]
 
 
+@without_plots
 def test_sessions_are_shown_by_turn(tmp_path: Path) -> None:
     records = made.records(40)
     for index, record in enumerate(records):
@@ -553,6 +584,7 @@ def test_sessions_are_shown_by_turn(tmp_path: Path) -> None:
     section = page(tmp_path, "a").sections["sessions"]
     assert "20 of 20 sessions were done" in section
     assert "turn 2" in section
+    assert "Of the prompt tokens of a session 0.5 % (0.5 to 0.5) came" in section
 
 
 def test_gpus_are_drawn_over_time(tmp_path: Path) -> None:
@@ -572,6 +604,28 @@ def test_sections_with_nothing_in_them_are_folded(tmp_path: Path) -> None:
     folded = html.split('<details class="empty">')[1:]
     assert any("Throughput against latency" in part.split("</details>")[0] for part in folded)
     assert not any("Over time" in part.split("</details>")[0] for part in folded)
+
+
+def test_a_point_is_pointed_at_where_it_is_drawn() -> None:
+    """On both kinds of axes, after the layout has moved them; text of others stays text."""
+    at_s, tokens = [0.0, 1.0, 2.0], [2.0, 8.0, 4.0]
+    line = plots.Curve(label="a<b>&", x=at_s, y=tokens)
+    linear = plots.timeline([plots.Panel(title="t", y_title="tokens/s", curves=[line])], "t")
+    logarithmic = plots.curves([("t", "ms", [line])], "tokens/s", "c")
+    for svg, corners in ((linear, [0, 2, 4]), (logarithmic, [0, 1, 2])):
+        tree = ElementTree.fromstring(svg)
+        drawn = [
+            [float(number) for number in re.findall(r"-?[\d.]+", path.attrib["d"])]
+            for path in tree.iter(f"{SVG}path")
+            if "fill: none; stroke: var(--series-0)" in path.attrib.get("style", "")
+        ]
+        line_of = max(drawn, key=len)
+        points = list(zip(line_of[::2], line_of[1::2], strict=True))
+        circles = list(tree.iter(f"{SVG}circle"))
+        assert [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in circles] == [
+            pytest.approx(points[corner], abs=0.02) for corner in corners
+        ]
+        assert all("a<b>&" in (circle[0].text or "") for circle in circles)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,9 @@ class Listener:
             body = json.loads(await reader.readexactly(length))
             self.requests.append((time.perf_counter(), [m["content"] for m in body["messages"]]))
             answer = {"delta": {"content": f"answer {len(self.requests)}"}, "finish_reason": "stop"}
-            usage = {"prompt_tokens": 9, "completion_tokens": 4}
+            answers = sum(m["role"] == "assistant" for m in body["messages"])
+            cached = {"cached_tokens": answers}
+            usage = {"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": cached}
             events = [{"choices": [answer]}, {"choices": [], "usage": usage}]
             stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
             whole = (stream + "data: [DONE]\n\n").encode()
@@ -200,6 +202,12 @@ async def test_every_turn_is_sent_once_with_the_answers_before_it(users: list[in
     result = measure.sessions(records, schedule.Plan(items).session_sizes)
     assert result is not None
     assert (result.planned, result.begun, result.done, result.failed) == (6, 6, 6, 0)
+    # The cache answers a token of each answer that is said again.
+    shares = {turn.name: turn.cached_share for turn in result.turns}
+    assert [shares[f"turn {n}"] for n in (1, 2, 3)] == pytest.approx([0, 1 / 9, 2 / 9])
+    assert shares["sub-agent"] == pytest.approx(1 / 18)
+    assert {(each.turns, each.cached_tokens) for each in result.each} == {(7, 5)}
+    assert result.cached_share == pytest.approx(5 / 63)
 
 
 # --- recorded sessions ----------------------------------------------------------------------
@@ -324,7 +332,40 @@ def test_a_task_takes_from_its_first_request_to_its_last_answer() -> None:
     first, second = result.turns
     assert (first.name, first.requests, second.failed) == ("turn 1", 3, 1)
     assert (first.cached_share, second.cached_share) == (0.0, 0.5)
+    assert (first.reusable_share, second.reusable_share) == (0.0, 0.0)
+    assert [each.task_s for each in result.each] == [8.0, None, None]
+    assert [each.cached_share for each in result.each] == [pytest.approx(1 / 3), None, None]
+    # One session says nothing of how sessions differ.
+    assert result.cached_share == pytest.approx(1 / 3)
+    assert (result.cached_share_low, result.cached_share_high) == (None, None)
     assert measure.sessions(records, {}) is None
+
+
+def test_the_share_of_a_session_that_a_cache_answers_has_an_interval() -> None:
+    """Sessions whose share is drawn: its mean is in 95 % of the intervals."""
+    rng, held = random.Random(3), 0
+    for _ in range(200):
+        records = [
+            record(n, 1, 0.0, 1.0, cached_tokens=rng.randrange(0, 101), input_tokens=200)
+            for n in range(12)
+        ]
+        result = measure.sessions(records, dict.fromkeys(range(12), 1))
+        assert result is not None
+        held += (result.cached_share_low or 0) <= 0.25 <= (result.cached_share_high or 0)
+    assert 0.9 <= held / 200 <= 0.99
+
+
+def test_what_could_be_cached_is_what_was_sent_before() -> None:
+    records = [
+        record(0, 1, 0.0, 1.0, cached_tokens=0, input_tokens=100, shared=0.5),
+        record(0, 2, 2.0, 3.0, cached_tokens=160, input_tokens=200, shared=0.9),
+        record(1, 2, 2.0, 3.0, cached_tokens=0, input_tokens=200, shared=0.8),
+    ]
+    result = measure.sessions(records, {0: 2, 1: 1})
+    assert result is not None
+    first, second = result.turns
+    assert (first.cached_share, first.reusable_share) == (0.0, 0.5)
+    assert (second.cached_share, second.reusable_share) == pytest.approx((0.4, 0.85))
 
 
 @settings(deadline=None)

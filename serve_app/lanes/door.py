@@ -5,9 +5,12 @@ its engine's state. Each request has a TCP connection of its own (launch/ask_doo
 a secret, then the request as the client sent it. HAProxy and the replicas share the secret; the
 gateway (gateway/place.py) sends the replica's token. The answer is one of three.
 
-    full                                  the full lane must answer it
-    fast HOST PORT TOKEN ID TIMEOUT_MS    HAProxy passes it to the Rust front end
-    refuse STATUS HEADERS BODY            an error of ours: its status, and lengths in bytes
+    full                                          the full lane must answer it
+    fast HOST PORT TOKEN ID TIMEOUT_MS HEADERS    HAProxy passes it to the Rust front end
+    refuse STATUS HEADERS BODY                    an error of ours
+
+HEADERS and BODY are lengths in bytes, and the header lines and the body follow. HAProxy adds the
+header lines of `fast` to the answer of the Rust front end.
 
 After `fast` the connection stays open for as long as HAProxy has the request, and *is* the
 request's place in the engine: when the stream ends, the client leaves, or HAProxy dies, it closes.
@@ -122,7 +125,7 @@ class Grant:
         frontend = self._frontend()
         await receive()  # The body, which HAProxy keeps.
         address = f"{frontend.host} {frontend.port} {frontend.token}"
-        grant = f"fast {address} {request_id} {round(self._timeout_s() * 1000)}\n"
+        grant = f"fast {address} {request_id} {round(self._timeout_s() * 1000)}"
         parsed: Reading = scope.get("state", {}).get("reading") or Reading(stream=True)
         kind = b"text/event-stream" if parsed.stream else b"application/json"
         headers = [(b"content-type", kind)]
@@ -335,7 +338,10 @@ class _Connection(asyncio.Protocol):
         if (grant := message.get("grant")) is not None:
             self._granted = True
             self._stop_waiting()
-            self._transport.write(grant)
+            # The gates' own, as x-ratelimit-*. What the Rust front end answers has these two.
+            own = (b"content-type", b"content-length")
+            lines = _lines([each for each in message["headers"] if each[0].lower() not in own])
+            self._transport.write(b"%s %d\n%s" % (grant, len(lines), lines))
         elif self._granted:
             return  # HAProxy has it from the Rust front end.
         elif message["type"] == "http.response.start":
@@ -347,7 +353,7 @@ class _Connection(asyncio.Protocol):
 
     def _refuse(self) -> None:
         self._stop_waiting()
-        lines = b"".join(b"%s: %s\r\n" % header for header in self._headers)
+        lines = _lines(self._headers)
         first = f"refuse {self._status} {len(lines)} {len(self._body)}\n".encode()
         self._answer(first + lines + self._body)
 
@@ -359,6 +365,10 @@ class _Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _lines(headers: list[tuple[bytes, bytes]]) -> bytes:
+    return b"".join(b"%s: %s\r\n" % header for header in headers)
 
 
 class Locator:

@@ -4,6 +4,7 @@
 --   txn.lane       fast, or not set: the full lane, which has gates of its own
 --   txn.server     the replica, by its name in the backend
 --   txn.host, txn.port, txn.token, txn.request_id, txn.timeout_ms    what the door grants
+--   txn.headers    header lines for the answer, where the gates have any (x-ratelimit-*)
 --
 -- A door that cannot be reached is a replica that cannot be reached: the full lane finds another
 -- one, or says 503. A door that is reached and does not answer is a 503. No way leads to the Rust
@@ -111,6 +112,13 @@ local function answer_of(socket)
     return line
 end
 
+-- Calls `add` with the name and value of each header line.
+local function each_header(lines, add)
+    for name, value in lines:gmatch("([^:\r\n]+): ([^\r\n]*)\r\n") do
+        add(name, value)
+    end
+end
+
 local function refuse(txn, socket, line)
     local status, header_bytes, body_bytes = line:match("^refuse (%d+) (%d+) (%d+)")
     local headers = socket:receive(tonumber(header_bytes)) or ""
@@ -118,11 +126,11 @@ local function refuse(txn, socket, line)
     socket:close()
     local reply = txn:reply()
     reply:set_status(tonumber(status))
-    for name, value in headers:gmatch("([^:\r\n]+): ([^\r\n]*)\r\n") do
+    each_header(headers, function(name, value)
         if name:lower() ~= "content-length" then
             reply:add_header(name, value)
         end
-    end
+    end)
     reply:set_body(body)
     txn:done(reply)
 end
@@ -151,9 +159,13 @@ local function ask(txn, name, door, request)
     if not line then
         unavailable(txn)
     end
-    local host, port, token, request_id, timeout_ms =
-        line:match("^fast (%S+) (%S+) (%S+) (%S+) (%S+)")
+    local host, port, token, request_id, timeout_ms, header_bytes =
+        line:match("^fast (%S+) (%S+) (%S+) (%S+) (%S+) (%d+)")
     if host then
+        local headers = header_bytes ~= "0" and socket:receive(tonumber(header_bytes))
+        if headers then
+            txn:set_var("txn.headers", headers)
+        end
         -- The connection is the request's place in the engine. HAProxy closes it when the
         -- transaction ends, whatever ends it.
         txn:set_priv(socket)
@@ -186,6 +198,13 @@ core.register_action("door", { "http-req" }, function(txn, backend)
         end
     end
 end, 1)
+
+-- The answer of the Rust front end gets the headers that the gates have for the client.
+core.register_action("add_headers", { "http-res" }, function(txn)
+    each_header(txn:get_var("txn.headers"), function(name, value)
+        txn.http:res_set_header(name, value)
+    end)
+end)
 
 -- The Rust front end refused what the door had let in.
 core.register_action("answered", { "http-res" }, function(txn)

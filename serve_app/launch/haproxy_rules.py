@@ -236,6 +236,7 @@ backend {name}-fast
     http-request set-header x-request-id %[var(txn.request_id)]
     http-response set-header x-request-id %[var(txn.request_id)]
     http-response set-header x-serve-lane fast
+    http-response lua.add_headers if {{ var(txn.headers) -m found }}
     http-response lua.answered if !{{ status 200 }}
 """
 

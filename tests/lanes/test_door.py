@@ -27,12 +27,21 @@ from serve_app.launch import launcher
 from serve_app.launch.haproxy_rules import SECRET_VARIABLE
 from serve_app.replica.reports import Ended
 from serve_app.scaling.signals import Signals
-from serve_app.settings import ApiKeys, Limits, Settings
+from serve_app.settings import ApiKeys, Limits, Settings, Tenants
+from serve_app.tenants.gate import book_of, gated
+from serve_app.tenants.registry import keys_of
+from serve_app.tenants.tenant import digest
 from tests.launch.test_haproxy_reload import Proxy, Upstream
 
 PORT = 8790
 SECRET, TOKEN = "sesame", "a-token-of-this-replica"
 KEY = {"authorization": "Bearer sk-ann"}
+TENANTS = f"""
+tenants:
+  - name: ann
+    quota: {{requests_per_minute: 7, tokens_per_minute: 1000}}
+    keys: [{{sha256: {digest(b"sk-ann")}}}]
+"""
 ASK = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
 
 
@@ -248,6 +257,32 @@ async def test_a_request_is_let_in_and_answered_by_the_rust_front_end(
     await replica.settled()
     (timeline,) = replica.timelines
     assert (timeline.status, timeline.generated_tokens, timeline.left) == (200, 4, False)
+
+
+async def test_the_answer_of_the_rust_front_end_has_the_headers_of_the_gates(
+    replica: Replica, proxy: str, tmp_path: Path
+) -> None:
+    """As the gate of tenants gives them; a gate's content type is not the answer's."""
+    (tmp_path / "tenants.yaml").write_text(TENANTS)
+    settings = Settings(tenants=Tenants(file=str(tmp_path / "tenants.yaml")))
+    keys, book = keys_of(settings), book_of(settings)
+    assert book is not None
+    limited = LimitGate(gated(replica.gate, keys, "tiny", book, settings), replica.limits)
+    replica.door.app = KeyGate(limited, keys)
+    for remaining in (b"6", b"5"):
+        status, headers, body = await ask(proxy)
+        assert (status, headers["x-serve-lane"]) == (200, "fast")
+        assert headers["content-type"] == "text/event-stream"
+        assert headers["x-ratelimit-limit-requests"] == "7"
+        assert headers["x-ratelimit-remaining-requests"].encode() == remaining
+        assert headers["x-ratelimit-limit-tokens"] == "1000"
+        assert headers["x-ratelimit-reset-tokens"].endswith("s")
+        assert body == b"data: x\n\n" * 4
+    replica.frontend.status = 400  # What it refuses has them too.
+    _, headers, _ = await ask(proxy)
+    assert headers["x-ratelimit-limit-requests"] == "7"
+    await replica.settled()
+    await book.close()
 
 
 async def test_a_request_that_wakes_an_application_is_answered_in_the_fast_lane(

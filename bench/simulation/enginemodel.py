@@ -378,12 +378,12 @@ class Batch:
         self._coming.append((self._accepted_s, job))
         self._waiting_tokens += job.input_tokens
 
-    def advance(self, until_s: float, stop: bool = False) -> list[Job]:
+    def advance(self, until_s: float, stop: bool = False, stop_at_first: bool = False) -> list[Job]:
         """Run every step that begins before `until_s`; the last may end after it.
 
         Returns:
             The requests that ended. With `stop`, it returns as soon as any did, and `now_s` is then
-            when they ended.
+            when they ended; with `stop_at_first` also as soon as one got its first token.
         """
         ended: list[Job] = []
         while self.now_s < until_s:
@@ -395,11 +395,12 @@ class Batch:
                     break
                 self.now_s = coming[0][0]
                 continue
+            begun = len(self.first_tokens)
             if self._filling is not None or self._can_admit():
                 self._mixed(ended)
             else:
                 self._stretch(min(until_s, coming[0][0]) if coming else until_s, ended)
-            if stop and ended:
+            if (stop and ended) or (stop_at_first and len(self.first_tokens) > begun):
                 break
         return ended
 
@@ -421,7 +422,23 @@ class Batch:
         while boundary[at] > self._free:
             self._preempt()
         self._free -= boundary[at]
-        budget = self.engine.token_budget - self._seqs
+        read, total = self._read(self.engine.token_budget - self._seqs)
+        seqs, kv_tokens = self._seqs, self._kv_tokens
+        step_s = self.engine.step_time_s(total, seqs, kv_tokens)
+        self.now_s += step_s
+        self.busy_s += step_s
+        self.step_end_s.append(self.now_s)
+        self.step_seqs.append(seqs)
+        self.step_prefill.append(total)
+        self._kv_tokens += seqs
+        self.prefilled += total
+        self.decoded += seqs + len(read)
+        self._finish(step, ended)
+        for job in read:
+            self._begin_writing(job, step, ended)
+
+    def _read(self, budget: int) -> tuple[list[Job], int]:
+        """Read up to so many prompt tokens: the prompts that end with them, and how many."""
         read: list[Job] = []
         total = 0
         while budget > 0:
@@ -437,19 +454,7 @@ class Batch:
             self._filling = job if job.left else None
             if not job.left:
                 read.append(job)
-        seqs, kv_tokens = self._seqs, self._kv_tokens
-        step_s = self.engine.step_time_s(total, seqs, kv_tokens)
-        self.now_s += step_s
-        self.busy_s += step_s
-        self.step_end_s.append(self.now_s)
-        self.step_seqs.append(seqs)
-        self.step_prefill.append(total)
-        self._kv_tokens += seqs
-        self.prefilled += total
-        self.decoded += seqs + len(read)
-        self._finish(step, ended)
-        for job in read:
-            self._begin_writing(job, step, ended)
+        return read, total
 
     def _stretch(self, until_s: float, ended: list[Job]) -> None:
         """Steps in which nothing changes but the length of each sequence."""

@@ -9,12 +9,17 @@ Poisson's. Said are, of what came after `--warm` seconds, over all seeds:
 
     ttft        of `good`: p50 and p99 in seconds; `alone` is the same requests without `flood`
     served      of the requests of `good`, how many were not turned away
-    tokens/s    of all tenants: prompt and output; and as a share of FCFS's
+    tokens/s    of all tenants: prompt and output; as a share of FCFS's; and as a share of what FCFS
+                makes of the requests that this policy served, all there from the start: where the
+                tenants' requests differ, a fair policy serves another mix than FCFS does
     jain        Jain's index of the work done for each tenant, as a share of what it should get: of
                 its demand, or of an equal part of what others leave (max-min fairness)
 
 The queue is bounded as in serve_app (`--queued`). FCFS turns away who comes when it is full; the
 other two turn away the youngest request of the tenant that has the most there.
+
+With `--oracle` there is a row for each number of prompt tokens: serve_app's queue before an engine
+that prefers `good` in every step and reads no more than those of `flood` (oracle.py).
 
 The last line is one JSON object.
 """
@@ -24,12 +29,14 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from bench.simulation.enginemodel import Batch, Engine, Job, roofline
+from bench.simulation.enginemodel import Batch, Engine, Job, clone, roofline
+from bench.simulation.oracle import Preferring
 from serve_app.tenants.fair import Entry, FairQueue, Share, work_of
 
 GOOD, FLOOD = Share("good"), Share("flood")
@@ -74,8 +81,8 @@ class RoundRobin(FairQueue[Job]):
     def work(self, prompt: float, output: float) -> float:
         return 1.0
 
-    def bound(self, share: Share, batch: int) -> int:
-        return batch
+    def is_above(self, share: Share) -> bool:
+        return False
 
 
 class Ours(FairQueue[Job]):
@@ -128,14 +135,17 @@ def run(
     max_running: int,
     max_queued: int,
     until_s: float,
+    batch: Batch | None = None,
 ) -> Outcome:
     """Send `arrivals`, in the order of their times, through `queue` to the engine."""
-    batch = Batch(engine)
+    batch = batch or Batch(engine)
     running: dict[Job, Entry[Job]] = {}
     place = 0
 
     def fits(entry: Entry[Job] | None) -> bool:
-        return entry is not None and len(running) < queue.bound(entry.share, max_running)
+        return entry is not None and queue.fits(
+            entry.share, 1, entry.prompt_tokens, len(running), max_running
+        )
 
     def let_in(now_s: float) -> None:
         while True:
@@ -158,13 +168,18 @@ def run(
             loser.item.error = "http 429"
             queue.leave(loser)
         # The length of an answer is not known before: a constant, as for a request that says none.
-        queue.push(of, 1, queue.work(job.input_tokens, 256), job)
+        # An engine that prefers one tenant needs no queue that holds the prompts of others.
+        prompt_tokens = 0 if isinstance(batch, Preferring) else job.input_tokens
+        queue.push(of, 1, queue.work(job.input_tokens, 256), job, prompt_tokens)
         let_in(now_s)
 
     while batch.now_s < until_s:
         at_s = arrivals[place][1].at_s if place < len(arrivals) else until_s
-        ended = batch.advance(at_s, stop=True)
-        now_s = batch.now_s if ended else at_s
+        ended = batch.advance(at_s, stop=True, stop_at_first=True)
+        first_tokens = len(batch.first_tokens)
+        batch.first_tokens.clear()
+        queue.read(first_tokens)
+        now_s = batch.now_s if ended or first_tokens else at_s
         while place < len(arrivals) and arrivals[place][1].at_s <= now_s:
             arrive(*arrivals[place], now_s)
             place += 1
@@ -172,7 +187,7 @@ def run(
             entry = running.pop(job)
             queue.end(entry, queue.work(job.input_tokens, job.output_tokens))
         let_in(now_s)
-        if at_s >= until_s and not ended:
+        if at_s >= until_s and not ended and not first_tokens:
             break
     return Outcome(list(arrivals), batch.step_end_s)
 
@@ -184,7 +199,8 @@ def poisson(
     at_s = rng.expovariate(rate)
     while at_s < until_s:
         prompt, output = lengths.draw(rng)
-        arrivals_of.append((share, Job(len(arrivals_of), at_s, prompt, output)))
+        job = Job(len(arrivals_of), at_s, prompt, output, kind=share.name)
+        arrivals_of.append((share, job))
         at_s += rng.expovariate(rate)
     return arrivals_of
 
@@ -193,10 +209,18 @@ def capacity(engine: Engine, lengths: Lengths, max_running: int) -> float:
     """Requests a second that the engine can serve."""
     rng = random.Random("capacity")
     jobs = [Job(i, 0.0, *lengths.draw(rng)) for i in range(20 * max_running)]
-    outcome = run(engine, [(FLOOD, job) for job in jobs], Fcfs(), max_running, len(jobs), math.inf)
-    ends = sorted(job.end_s or 0.0 for _, job in outcome.jobs)
-    low, high = len(ends) // 4, 3 * len(ends) // 4
-    return (high - low) / (ends[high] - ends[low])
+    return saturated(engine, jobs, max_running)[0]
+
+
+def saturated(engine: Engine, jobs: Sequence[Job], max_running: int) -> tuple[float, float]:
+    """Requests and tokens a second of jobs that are all there from the start, in their order."""
+    arrivals = [(FLOOD, job) for job in jobs]
+    outcome = run(engine, arrivals, Fcfs(), max_running, len(jobs), math.inf)
+    ends = sorted(job.end_s or 0.0 for job in jobs)
+    low_s, high_s = ends[len(ends) // 4], ends[3 * len(ends) // 4]
+    requests = 3 * len(ends) // 4 - len(ends) // 4
+    tokens = outcome.tokens_between(None, low_s, high_s)
+    return requests / (high_s - low_s), tokens / (high_s - low_s)
 
 
 def jain(values: Sequence[float]) -> float:
@@ -213,55 +237,77 @@ class Case:
     queued: int
     warm_s: float
     seconds: float
+    oracle_tokens: tuple[int, ...] = ()
 
 
-def compare(case: Case, seeds: int) -> dict[str, dict[str, float]]:
+def compare(case: Case, seeds: Iterable[int]) -> dict[str, dict[str, float]]:
     """The figures of each policy."""
     max_seqs = case.engine.max_num_seqs
-    rate = capacity(case.engine, case.lengths, max_seqs)
-    flood_rate = capacity(case.engine, case.flood_lengths, max_seqs)
-    ttft: dict[str, list[float]] = {}
-    tokens: dict[str, list[float]] = {}
-    served: dict[str, list[float]] = {}
-    fair: dict[str, list[float]] = {}
-    for seed in range(seeds):
-        good = case.load * rate / 2
-        for name, make in {"alone": Ours, **POLICIES}.items():
+    good_rate = case.load * capacity(case.engine, case.lengths, max_seqs) / 2
+    flood_rate = case.flood * capacity(case.engine, case.flood_lengths, max_seqs)
+    figures: dict[str, Figures] = defaultdict(Figures)
+    for seed in seeds:
+        for name in ("alone", *POLICIES, *(f"oracle {n}" for n in case.oracle_tokens)):
+            policy, _, other_tokens = name.partition(" ")
             rng = random.Random(f"{seed}/good")
-            arrivals = poisson(GOOD, good, case.seconds, case.lengths, rng)
+            arrivals = poisson(GOOD, good_rate, case.seconds, case.lengths, rng)
             if name != "alone":
                 rng = random.Random(f"{seed}/flood")
-                flood = case.flood * flood_rate
-                arrivals += poisson(FLOOD, flood, case.seconds, case.flood_lengths, rng)
+                arrivals += poisson(FLOOD, flood_rate, case.seconds, case.flood_lengths, rng)
                 arrivals.sort(key=lambda each: each[1].at_s)
-            outcome = run(case.engine, arrivals, make(), max_seqs, case.queued, case.seconds)
-            span = (case.warm_s, case.seconds)
-            ttft.setdefault(name, []).extend(outcome.ttft_s(GOOD, case.warm_s))
-            served.setdefault(name, []).append(outcome.served(GOOD, case.warm_s))
-            every = outcome.tokens_between(None, *span)
-            tokens.setdefault(name, []).append(every / (case.seconds - case.warm_s))
-            if name == "alone":
-                alone = outcome.tokens_between(GOOD, *span)
-                continue
-            mine = outcome.tokens_between(GOOD, *span)
-            # Its demand is less than its half, so that the flood's part is the rest.
-            parts = [mine / alone, (every - mine) / max(1.0, every - alone)]
-            fair.setdefault(name, []).append(jain(parts))
-    by_policy = {}
-    for name in ttft:
-        by_policy[name] = {
-            "ttft_p50_s": float(np.percentile(ttft[name], 50)),
-            "ttft_p99_s": float(np.percentile(ttft[name], 99)),
-            "ttft_p99_to_alone": float(
-                np.percentile(ttft[name], 99) / np.percentile(ttft["alone"], 99)
-            ),
-            "served": float(np.mean(served[name])),
-            "tokens_per_s": float(np.mean(tokens[name])),
-            "jain": float(np.mean(fair[name])) if name in fair else math.nan,
+            batch = Preferring(case.engine, GOOD.name, int(other_tokens)) if other_tokens else None
+            queue = POLICIES.get(policy, Ours)()
+            outcome = run(case.engine, arrivals, queue, max_seqs, case.queued, case.seconds, batch)
+            figures[name].add(case, outcome, figures["alone"])
+    return {name: each.summary(figures) for name, each in figures.items()}
+
+
+@dataclass
+class Figures:
+    """Of one policy, over all seeds."""
+
+    ttft_s: list[float] = field(default_factory=list)
+    served: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    of_good: list[float] = field(default_factory=list)
+    efficiency: list[float] = field(default_factory=list)
+    fair: list[float] = field(default_factory=list)
+
+    def add(self, case: Case, outcome: Outcome, alone: "Figures") -> None:
+        """The figures of another seed."""
+        span_s = (case.warm_s, case.seconds)
+        every, good = (outcome.tokens_between(share, *span_s) for share in (None, GOOD))
+        tokens_per_s = every / (case.seconds - case.warm_s)
+        self.ttft_s += outcome.ttft_s(GOOD, case.warm_s)
+        self.served.append(outcome.served(GOOD, case.warm_s))
+        self.tokens.append(tokens_per_s)
+        self.of_good.append(good)
+        if alone is self:
+            return
+        mix = [clone(job) for _, job in outcome.jobs if job.end_s and job.end_s >= case.warm_s]
+        for job in mix:
+            job.at_s = 0.0
+        random.Random("mix").shuffle(mix)
+        self.efficiency.append(
+            tokens_per_s / saturated(case.engine, mix, case.engine.max_num_seqs)[1]
+        )
+        # Its demand is less than its half, so that the flood's part is the rest.
+        demand = alone.of_good[-1]
+        self.fair.append(jain([good / demand, (every - good) / max(1.0, every - demand)]))
+
+    def summary(self, of: Mapping[str, "Figures"]) -> dict[str, float]:
+        p50_s, p99_s = np.percentile(self.ttft_s, [50, 99])
+        tokens_per_s = float(np.mean(self.tokens))
+        return {
+            "ttft_p50_s": float(p50_s),
+            "ttft_p99_s": float(p99_s),
+            "ttft_p99_to_alone": float(p99_s / np.percentile(of["alone"].ttft_s, 99)),
+            "served": float(np.mean(self.served)),
+            "tokens_per_s": tokens_per_s,
+            "tokens_to_fcfs": tokens_per_s / float(np.mean(of["fcfs"].tokens)),
+            "tokens_to_same": float(np.mean(self.efficiency)) if self.efficiency else math.nan,
+            "jain": float(np.mean(self.fair)) if self.fair else math.nan,
         }
-    for each in by_policy.values():
-        each["tokens_to_fcfs"] = each["tokens_per_s"] / by_policy["fcfs"]["tokens_per_s"]
-    return by_policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -278,7 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--queued", type=int, default=256, help="bound: %(default)s")
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--warm", type=float, default=40.0)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many: %(default)s")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--oracle", default="", help="prompt tokens of others in a step: 700,1000")
     arguments = parser.parse_args(argv)
     gpu, _, model = arguments.engine.partition("/")
     engine = replace(roofline(gpu, model), max_num_seqs=arguments.seqs)
@@ -291,17 +339,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.queued,
         arguments.warm,
         arguments.seconds,
+        tuple(int(each) for each in arguments.oracle.split(",") if each),
     )
-    compared = compare(case, arguments.seeds)
+    first = arguments.first_seed
+    compared = compare(case, range(first, first + arguments.seeds))
     print(
         f"{'':12}{'p50':>9}{'p99':>9}{'to alone':>10}{'served':>8}"
-        f"{'tokens/s':>10}{'to fcfs':>9}{'jain':>7}"
+        f"{'tokens/s':>10}{'to fcfs':>9}{'to same':>9}{'jain':>7}"
     )
     for name, each in compared.items():
         print(
             f"{name:12}{each['ttft_p50_s']:9.3f}{each['ttft_p99_s']:9.3f}"
             f"{each['ttft_p99_to_alone']:10.2f}{each['served']:8.3f}{each['tokens_per_s']:10.0f}"
-            f"{each['tokens_to_fcfs']:9.3f}{each['jain']:7.3f}"
+            f"{each['tokens_to_fcfs']:9.3f}{each['tokens_to_same']:9.3f}{each['jain']:7.3f}"
         )
     json.dump({"arguments": vars(arguments), **compared}, sys.stdout)
     print()

@@ -39,12 +39,14 @@ class _Request:
     Attributes:
         turn: done once its wait is over, whichever way that is.
         entry: its place in the queue, or in the account of its tenant.
+        prompt_tokens: that it is expected to have.
         room: sequences that are counted for it; None: it was given no room.
         began_s: when it was given room, on the clock of the batch.
     """
 
     sequences: int
     body_bytes: int
+    prompt_tokens: int
     turn: asyncio.Future[None] | None = None
     entry: "Entry[_Request] | None" = None
     room: int | None = None
@@ -85,6 +87,11 @@ class Admission:
         self.retry_after_s = retry_after_s
         self._wake()
 
+    def read(self, sequences: int) -> None:
+        """The engine made the first tokens of so many sequences, which have their prompts read."""
+        self._queue.read(sequences)
+        self._wake()
+
     @contextlib.asynccontextmanager
     async def slot(
         self,
@@ -94,6 +101,7 @@ class Admission:
         share: Share = EVERYBODY,
         expected_work: float = 0.0,
         done: Work | None = None,
+        prompt_tokens: int = 0,
     ) -> AsyncIterator[int]:
         """Hold room for `sequences` sequences, waiting for it as long as others are served first.
 
@@ -102,15 +110,18 @@ class Admission:
         Args:
             done: what the engine does for it, as far as that is known when its room is given back:
                 its tenant is charged for that instead of `expected_work`.
+            prompt_tokens: that its prompt is expected to have.
 
         Raises:
             TooManyRequests: the queue is full.
             Unavailable: no room within `queue_timeout_s`.
         """
-        request = _Request(sequences, body_bytes)
-        room = self._room_for(sequences, share)
+        request = _Request(sequences, body_bytes, prompt_tokens)
+        room = self._room_for(request, share)
         if room is not None and self._may_pass(share):
-            request.entry = self._queue.begin_at_once(share, room, expected_work, request)
+            request.entry = self._queue.begin_at_once(
+                share, room, expected_work, request, prompt_tokens
+            )
             self._count(request, room)
         else:
             await self._wait(request, share, expected_work, queue_timeout_s)
@@ -125,19 +136,18 @@ class Admission:
         if not self._queue:
             return True
         # It may use room that is kept for its tenant, if nobody waits for that.
-        kept_for_it = self._queue.bound(share, self.max_running) == self.max_running
-        return kept_for_it and self._queue.first_below_share() is None
+        return not self._queue.is_above(share) and self._queue.first_below_share() is None
 
-    def _room_for(self, sequences: int, share: Share) -> int | None:
+    def _room_for(self, request: _Request, share: Share) -> int | None:
         """What to count for a request that may run now, or None: it may not.
 
         One that is larger than the whole engine still runs, alone.
         """
-        room = min(max(sequences, 1), self.max_running)
+        room = min(max(request.sequences, 1), self.max_running)
         if not self.running:
             return room
-        bound = self._queue.bound(share, self.max_running)
-        return room if self.running + room <= bound else None
+        fits = self._queue.fits(share, room, request.prompt_tokens, self.running, self.max_running)
+        return room if fits else None
 
     async def _wait(
         self, request: _Request, share: Share, expected_work: float, timeout_s: float
@@ -145,7 +155,9 @@ class Admission:
         if len(self._queue) >= self.max_queued:
             self._make_place(share)
         turn = request.turn = asyncio.get_running_loop().create_future()
-        request.entry = self._queue.push(share, max(1, request.sequences), expected_work, request)
+        request.entry = self._queue.push(
+            share, max(1, request.sequences), expected_work, request, request.prompt_tokens
+        )
         self.queued_bytes += request.body_bytes
         try:
             async with asyncio.timeout(timeout_s):
@@ -215,7 +227,7 @@ class Admission:
             if request.turn.done():  # It leaves: it was cancelled in this turn of the loop.
                 self._unqueue(request)
                 continue
-            room = self._room_for(request.sequences, entry.share)
+            room = self._room_for(request, entry.share)
             assert room is not None
             self.queued_bytes -= request.body_bytes
             self._queue.begin(entry, room)
@@ -225,13 +237,13 @@ class Admission:
     def _next(self) -> "Entry[_Request] | None":
         """The request to let in now, or to forget; None: there is none, or no room for it."""
         first = self._queue.first()
-        if first is None or _left(first) or self._room_for(first.item.sequences, first.share):
+        if first is None or _left(first) or self._room_for(first.item, first.share):
             return first
         if self.running + min(first.item.sequences, self.max_running) > self.max_running:
             return None
         # There is room that is kept for others.
         first = self._queue.first_below_share()
-        if first is None or _left(first) or self._room_for(first.item.sequences, first.share):
+        if first is None or _left(first) or self._room_for(first.item, first.share):
             return first
         return None
 
@@ -287,6 +299,7 @@ class AdmissionGate:
                     share,
                     work_of(parsed.prompt_tokens_expected, parsed.output_tokens_expected),
                     done,
+                    parsed.prompt_tokens_expected,
                 ):
                     work.set(done)
                     wait_s = time.monotonic() - came_s

@@ -142,6 +142,7 @@ class _Engine:
             limits.retry_after_s,
             self._plan.gpus,
         )
+        self._signals.first_tokens = self._admission.read
         self._supervisor = Supervisor(
             self._engine,
             self._settings.hang_timeout_s,

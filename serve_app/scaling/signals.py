@@ -101,6 +101,9 @@ class Count:
 class Signals:
     """The load of one replica. For one event loop.
 
+    Attributes:
+        first_tokens: is told of how many sequences a step made the first token.
+
     Args:
         percentile: of the latencies in a report, 0 to 100.
         clock: monotonic seconds.
@@ -119,6 +122,7 @@ class Signals:
         self._percentile = percentile
         self._ttft_s, self._itl_s = ttft_s, itl_s
         self._clock = clock
+        self.first_tokens: Callable[[int], None] = lambda sequences: None
         self._began_s = clock()
         self._second = int(self._began_s)
         self._ttft = Latencies()
@@ -209,6 +213,8 @@ class Signals:
             # Requests are let in in their order: those that begin now waited about as long as the
             # last one that was let in.
             self._ttft.add(slot, latency_s + self._waited_s)
+        if first_tokens_s:
+            self.first_tokens(len(first_tokens_s))
         if gaps_s:
             self._gaps.add(slot, len(gaps_s))
             self._gap_s.add(slot, sum(gaps_s))

@@ -8,8 +8,10 @@ Work is counted when a request begins, as it is expected to be, and corrected wh
 request that is turned away or leaves the queue costs nothing.
 
 A tenant that asks for less than its share may save up as much as one batch is work, so that a burst
-of it does not wait. A part of the batch is kept for those that were served less than the others
-who ask now: they need not wait until something ends.
+of it does not wait. A tenant that was served more than others who ask now leaves them room: a part
+of the batch, so that they need not wait until something ends; and its prompts go to the engine a
+few at a time, because the engine reads them in order of arrival and the next request waits for all
+that are not read yet.
 
 Tenants of a higher class go first. A class that waits is passed over at most `MOST_PASSED` times in
 a row by higher ones, whatever they ask for.
@@ -28,6 +30,10 @@ MOST_PASSED = 8
 OUTPUT_WEIGHT = 2.0
 # The part of a batch that is kept for tenants below their share.
 _KEPT_PART = 16
+# A tenant above its share adds no prompt that would leave the engine more tokens to read than this.
+UNREAD_TOKENS = 2048
+# Until half of the batch is filled it adds prompts in any case, so that the engine is not idle.
+_BUSY_PART = 2
 # Accounts of idle tenants that are kept before the useless ones are looked for.
 _IDLE_ACCOUNTS = 64
 
@@ -63,12 +69,14 @@ class Entry(Generic[Item]):
     Attributes:
         sequences: of the batch that it takes.
         work: that it is expected to be.
+        prompt_tokens: that it is expected to have.
         order: of arrival.
     """
 
     share: Share
     sequences: int
     work: float
+    prompt_tokens: int
     item: Item
     order: int
 
@@ -101,13 +109,18 @@ class FairQueue(Generic[Item]):
         self._passed: dict[int, int] = {}
         self._length = self._running = self._order = 0
         self._running_work = 0.0
+        # Sequences that run and have no token yet, by request, in the order in which they began.
+        self._unread: dict[Entry[Item], int] = {}
+        self._unread_tokens = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def push(self, share: Share, sequences: int, work: float, item: Item) -> Entry[Item]:
+    def push(
+        self, share: Share, sequences: int, work: float, item: Item, prompt_tokens: int = 0
+    ) -> Entry[Item]:
         """A request comes and waits."""
-        entry = self._entry(share, sequences, work, item)
+        entry = self._entry(share, sequences, work, item, prompt_tokens)
         account = self._joined(share)
         account.waiting.append(entry)
         self._active.setdefault(share.rank, {})[share.name] = account
@@ -127,15 +140,28 @@ class FairQueue(Generic[Item]):
                 return _least(below)
         return None
 
-    def bound(self, share: Share, batch: int) -> int:
-        """Up to how many sequences in the batch another one of this tenant may begin.
+    def fits(
+        self, share: Share, sequences: int, prompt_tokens: int, running: int, batch: int
+    ) -> bool:
+        """Whether a request of this tenant may begin now.
 
-        A part of the batch is kept for tenants that were served less than others.
+        Args:
+            running: sequences in the batch.
+            batch: how many it takes.
         """
+        wanted = running + sequences
+        if wanted > batch or not self.is_above(share):
+            return wanted <= batch
+        if wanted > batch - batch // _KEPT_PART:
+            return False
+        unread_tokens = self._unread_tokens + prompt_tokens
+        may_add = not self._unread or unread_tokens <= UNREAD_TOKENS
+        return may_add or running < batch // _BUSY_PART
+
+    def is_above(self, share: Share) -> bool:
+        """Whether a tenant was served more than others that ask now."""
         account = self._accounts.get(share.name)
-        if account is None or not self._is_above(account):
-            return batch
-        return batch - batch // _KEPT_PART
+        return account is not None and self._is_above(account)
 
     def begin(self, entry: Entry[Item], sequences: int) -> None:
         """A request leaves the queue to be served, with so many sequences."""
@@ -144,12 +170,27 @@ class FairQueue(Generic[Item]):
         self._unqueue(entry)
         self._charge(entry)
 
-    def begin_at_once(self, share: Share, sequences: int, work: float, item: Item) -> Entry[Item]:
+    def begin_at_once(
+        self, share: Share, sequences: int, work: float, item: Item, prompt_tokens: int = 0
+    ) -> Entry[Item]:
         """A request is served that did not have to wait."""
-        entry = self._entry(share, sequences, work, item)
+        entry = self._entry(share, sequences, work, item, prompt_tokens)
         self._joined(share)
         self._charge(entry)
         return entry
+
+    def read(self, sequences: int) -> None:
+        """The engine made the first tokens of so many sequences: of those that began first.
+
+        Which ones is not known; the engine reads prompts in their order.
+        """
+        while sequences > 0 and self._unread:
+            entry, left = next(iter(self._unread.items()))
+            if left > sequences:
+                self._unread[entry] = left - sequences
+                return
+            sequences -= left
+            self._was_read(entry)
 
     def leave(self, entry: Entry[Item]) -> None:
         """A request leaves the queue, and costs nothing."""
@@ -167,6 +208,7 @@ class FairQueue(Generic[Item]):
         """A request that was served is over, and was this much work."""
         account = self._accounts[entry.share.name]
         account.counter += (work - entry.work) / entry.share.weight
+        self._was_read(entry)
         account.running -= 1
         account.sequences -= entry.sequences
         self._running -= 1
@@ -195,9 +237,15 @@ class FairQueue(Generic[Item]):
             self._accounts.clear()
             self._running_work = 0.0
 
-    def _entry(self, share: Share, sequences: int, work: float, item: Item) -> Entry[Item]:
+    def _was_read(self, entry: Entry[Item]) -> None:
+        if self._unread.pop(entry, None) is not None:
+            self._unread_tokens -= entry.prompt_tokens
+
+    def _entry(
+        self, share: Share, sequences: int, work: float, item: Item, prompt_tokens: int
+    ) -> Entry[Item]:
         self._order += 1
-        return Entry(share, sequences, work, item, self._order)
+        return Entry(share, sequences, work, prompt_tokens, item, self._order)
 
     def _is_above(self, account: _Account[Item]) -> bool:
         """Whether a tenant was served more than others that ask now, of its class or above."""
@@ -268,6 +316,8 @@ class FairQueue(Generic[Item]):
         account.sequences += entry.sequences
         self._running += 1
         self._running_work += entry.work
+        self._unread[entry] = entry.sequences
+        self._unread_tokens += entry.prompt_tokens
 
 
 def _least(accounts: Iterable[_Account[Item]]) -> Entry[Item]:

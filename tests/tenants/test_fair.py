@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.tenants.fair import MOST_PASSED, Entry, FairQueue, Share
+from serve_app.tenants.fair import MOST_PASSED, UNREAD_TOKENS, Entry, FairQueue, Share
 
 A, B, C = Share("a"), Share("b", weight=2.0), Share("c", weight=0.5)
 
@@ -146,19 +146,48 @@ def test_who_is_turned_away_where_the_queue_is_full() -> None:
 
 def test_a_part_of_the_batch_is_kept_for_who_was_served_less() -> None:
     queue: FairQueue[int] = FairQueue()
-    assert queue.bound(A, 64) == 64
+
+    def fits(share: Share, running: int, batch: int = 64) -> bool:
+        return queue.fits(share, 1, 0, running, batch)
+
+    assert fits(A, 63)
+    assert not fits(A, 64)
     running = [queue.begin_at_once(A, 1, 10, 0) for _ in range(40)]
-    assert queue.bound(A, 64) == 64  # There is nobody else.
+    assert fits(A, 63)  # There is nobody else.
     other = queue.begin_at_once(B, 1, 1, 0)
-    assert queue.bound(A, 64) == 60
-    assert queue.bound(B, 64) == 64
-    assert queue.bound(Share("new"), 64) == 64
-    assert queue.bound(A, 8) == 8  # A small batch is all for everybody.
+    assert fits(A, 59)
+    assert not fits(A, 60)
+    assert fits(B, 63)
+    assert fits(Share("new"), 63)
+    assert not fits(B, 64)
+    assert fits(A, 7, batch=8)  # A small batch is all for everybody.
     queue.end(other, 1)
-    assert queue.bound(A, 64) == 64
+    assert fits(A, 63)
     low = queue.begin_at_once(Share("low", rank=2), 1, 1, 0)
-    assert queue.bound(A, 64) == 64  # Nothing is kept for a lower class.
+    assert fits(A, 63)  # Nothing is kept for a lower class.
     for entry in (*running, low):
+        queue.end(entry, 1)
+
+
+def test_prompts_above_the_share_wait_for_those_that_the_engine_reads() -> None:
+    queue: FairQueue[int] = FairQueue()
+    small, large = UNREAD_TOKENS // 4, 10 * UNREAD_TOKENS
+    first = queue.begin_at_once(A, 2, 10, 0, 3 * small)
+    assert queue.fits(A, 1, large, 40, 64)  # There is nobody else.
+    other = queue.begin_at_once(B, 1, 1, 0, small)
+    assert not queue.fits(A, 1, 1, 40, 64)
+    assert queue.fits(A, 1, large, 31, 64)  # Half a batch is always filled.
+    assert queue.fits(B, 1, large, 40, 64)  # Its own share.
+    queue.read(1)
+    assert not queue.fits(A, 1, 1, 40, 64)  # One of two sequences.
+    queue.read(1)
+    assert queue.fits(A, 1, 3 * small, 40, 64)
+    assert not queue.fits(A, 1, 3 * small + 1, 40, 64)
+    queue.end(other, 1)  # It ended without a token: nothing of it is left to be read.
+    third = queue.begin_at_once(B, 1, 1, 0, 0)
+    queue.read(9)
+    assert queue.fits(A, 1, large, 40, 64)  # A long prompt goes alone.
+    for entry in (first, third):
         queue.end(entry, 1)
 
 
@@ -178,7 +207,7 @@ def test_a_tenant_whose_share_changes_while_it_waits() -> None:
 SHARES = [A, B, C, Share("d", rank=0), Share("e", weight=3, rank=2), Share("a", weight=4, rank=2)]
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["push", "begin", "at_once", "leave", "end"]),
+        st.sampled_from(["push", "begin", "at_once", "leave", "end", "read"]),
         st.integers(0, 5),
         st.integers(0, 9),
         st.floats(0, 1e6),
@@ -196,9 +225,10 @@ def test_nothing_is_left_of_what_is_over(steps: list[tuple[str, int, int, float]
     running: list[Entry[int]] = []
     for number, (step, which, place, work) in enumerate(steps):
         if step == "push":
-            waiting.append(queue.push(SHARES[which], 1, work, number))
+            waiting.append(queue.push(SHARES[which], 1, work, number, number))
         elif step == "at_once":
-            running.append(queue.begin_at_once(SHARES[which], 1 + place, work, number))
+            entry = queue.begin_at_once(SHARES[which], 1 + place, work, number, number)
+            running.append(entry)
         elif step == "begin" and (entry := queue.first()) is not None:
             queue.begin(entry, 1)
             waiting.remove(entry)
@@ -207,6 +237,10 @@ def test_nothing_is_left_of_what_is_over(steps: list[tuple[str, int, int, float]
             queue.leave(waiting.pop(place % len(waiting)))
         elif step == "end" and running:
             queue.end(running.pop(place % len(running)), work)
+        elif step == "read":
+            queue.read(place)
+        assert queue._unread.keys() <= set(running)
+        assert queue._unread_tokens == sum(each.prompt_tokens for each in queue._unread)
         assert len(queue) == len(waiting)
         first = queue.first()
         assert (first is not None) == bool(waiting)
@@ -228,6 +262,7 @@ def test_nothing_is_left_of_what_is_over(steps: list[tuple[str, int, int, float]
     if waiting or running:
         assert not queue._accounts
     assert not queue._active
+    assert not queue._unread
     assert not queue._passed
     assert queue._running_work == pytest.approx(0, abs=1e-3)
 

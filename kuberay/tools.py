@@ -19,6 +19,7 @@ from typing import Any
 
 from kuberay.errors import ToolError
 from kuberay.target import Target
+from serve_app import processes
 
 # The least version of each: eksctl's file format, Kubernetes' skew of one minor version, and a helm
 # that knows the charts' schemas.
@@ -130,13 +131,7 @@ def _ended(process: "subprocess.Popen[str]") -> Iterator[None]:
     try:
         yield
     finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        processes.end(process, _END_S)
         if process.stdout is not None:
             process.stdout.close()
 

@@ -6,7 +6,6 @@ the head can be bounded and its logs found. It is `ray.init` in a process that w
 start`, which would also open a port through which Ray's clients run code.
 """
 
-import contextlib
 import os
 import secrets
 import shutil
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from health import wait_until
 from logs import show
+from serve_app import processes
 
 if TYPE_CHECKING:
     from serve_app.settings import Settings
@@ -109,13 +109,7 @@ class Head:
 
     def stop(self) -> None:
         """End it and what it started."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        processes.end(self._process, _STOP_S)
 
 
 def main(store_bytes: int) -> None:

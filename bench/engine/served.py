@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
-import psutil
 import yaml
 
 from bench import measure
@@ -38,6 +36,7 @@ from bench.traffic.client import Client, Target
 from bench.traffic.crowd import Crowd
 from bench.traffic.request import Request
 from bench.traffic.schedule import Closed, Open
+from serve_app import processes
 
 _LAG_S = 0.05
 _STOP_S = 60.0
@@ -113,16 +112,7 @@ class Served:
 
     def _end(self) -> None:
         """Ask it to stop, then see that nothing of it is left."""
-        family: list[psutil.Process] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(self._process.pid)
-            family = [root, *root.children(recursive=True)]
-            root.send_signal(signal.SIGINT)
-        _, alive = psutil.wait_procs(family, timeout=_STOP_S)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._process.wait()
+        processes.end_family(self._process, _STOP_S)
         self._log.close()
 
     def load(

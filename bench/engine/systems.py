@@ -22,6 +22,7 @@ import psutil
 import yaml
 
 from bench.hardware import gpu
+from serve_app import processes
 
 NAME = "bench"
 # Environment variable with the API keys that this application asks for, where it is set.
@@ -256,9 +257,4 @@ def _stop(system: System) -> None:
     if system.process.poll() is not None:
         return
     system.signal(signal.SIGCONT)
-    family = system.family()
-    system.process.send_signal(signal.SIGINT)
-    _, alive = psutil.wait_procs(family, timeout=90)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    processes.end_family(system.process, 90)

@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -33,12 +32,13 @@ import yaml
 from bench import tiny_model
 from bench.engine.systems import QUIET, apart
 from bench.traffic import words
+from serve_app import processes
 
 GROUPS, SHARED, UNIQUE, OUTPUT = 64, 1000, 20, 8
 _BLOCK = 32
 # Requests for each prefix before it counts: the caches are as full as they get.
 _WARM = 2
-_START_S = 240.0
+_START_S, _END_S = 240.0, 120.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,8 +155,7 @@ def serving(policy: str, model: Path, folder: Path, options: argparse.Namespace)
             time.sleep(3)  # Until the gateway and Prometheus' numbers know of both.
             yield f"http://127.0.0.1:{options.port}"
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+            processes.end(process, _END_S)
 
 
 def load(

@@ -38,6 +38,7 @@ import yaml
 
 from bench import result, scrape
 from bench.engine.systems import QUIET, apart
+from serve_app import processes
 
 STEPS = ("limits", "key", "engine", "down", "up", "version", "controller")
 _KEY, _SECOND_KEY = "sk-of-the-load", "sk-added-meanwhile"
@@ -46,6 +47,7 @@ _START_S, _CHANGE_S = 300.0, 1800.0
 _BETWEEN_S = 20.0  # So that each change meets streams that the one before did not.
 _AGREE = 12  # Answers in a row from which all replicas are taken to have learned of it.
 _LOOK_S = 0.5
+_END_S = 120.0
 _CONFIG, _KEYS = "serve_config.yaml", "keys"
 
 
@@ -66,9 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             long.wait()
         finally:
             for load in (short, long):
-                if load.poll() is None:
-                    load.send_signal(signal.SIGINT)
-                    load.wait()
+                processes.end(load, _END_S, signal.SIGINT)
     output = _result(options)
     print(json.dumps(output))
     return 0 if output["valid"] else 1
@@ -156,8 +156,7 @@ def _serving(options: argparse.Namespace) -> Iterator[None]:
                 time.sleep(_LOOK_S)
             yield
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+            processes.end(process, _END_S)
 
 
 def _result(options: argparse.Namespace) -> dict[str, Any]:

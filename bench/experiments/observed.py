@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.engine import systems
+from serve_app import processes
 
 _PORT, _PROMETHEUS_PORT, _STATUS_PORT = 8880, 8888, 8889
 # Ray's agents pass on every 10 s what they were told every 5, and Prometheus looks every 5.
 _SEEN_S = 25.0
+_END_S = 60.0
 _WITHIN = 0.1
 COUNTS = {
     "requests": 'sum(ray_serve_app_requests_total{route="/v1/completions"})',
@@ -88,8 +89,7 @@ def observing(folder: Path) -> Iterator[None]:
                 time.sleep(0.2)
             yield
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+            processes.end(process, _END_S)
 
 
 def _answers(url: str) -> bool:

@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 import yaml
 
+from serve_app import processes
 from serve_app.errors import ConfigError
 from serve_app.launch import orphans
 from serve_app.launch.haproxy_rules import BODY_TIMEOUT_VARIABLE, SECRET_VARIABLE
@@ -334,13 +335,11 @@ class _Child:
         """Stop in order, within `timeout_s`; what is left then is killed, and said."""
         if not self.ended:
             # `serve run` drains and shuts down on SIGINT; SIGTERM would kill the cluster.
-            self._process.send_signal(signal.SIGINT)
-            try:
-                self._process.wait(timeout_s)
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
-                _show("not finished in time: killing what is left")
-                self._process.kill()
-                self._process.wait()
+            in_time = False
+            with contextlib.suppress(KeyboardInterrupt):  # A second Ctrl-C: do not wait.
+                in_time = processes.end(self._process, timeout_s, signal.SIGINT)
+            if not in_time:
+                _show("`serve run` did not finish in time and was killed")
         left = orphans.wait(5)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -21,6 +21,7 @@ from pathlib import Path
 import uvicorn
 import yaml
 
+from serve_app import processes
 from serve_app.errors import ConfigError
 from serve_app.monitoring import status
 from serve_app.monitoring.prometheus import Prometheus, configuration
@@ -157,12 +158,7 @@ def _running(
             time.sleep(0.1)
         yield
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        processes.end(process, 10)
 
 
 def _answers(url: str) -> bool:

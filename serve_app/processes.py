@@ -1,0 +1,48 @@
+"""Ends a child process: it is asked first, and killed where it has not ended in time.
+
+Without its family the standard library is enough; psutil finds what a child has started.
+"""
+
+import contextlib
+import signal
+import subprocess
+from typing import Any
+
+
+def end(process: "subprocess.Popen[Any]", timeout_s: float, number: int = signal.SIGTERM) -> bool:
+    """Send the signal, wait, and kill what is left; whether it ended without being killed.
+
+    It has ended afterwards, whatever interrupts the wait.
+    """
+    if process.poll() is not None:
+        return True
+    try:
+        process.send_signal(number)
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    return True
+
+
+def end_family(
+    process: "subprocess.Popen[Any]", timeout_s: float, number: int = signal.SIGINT
+) -> None:
+    """Send the signal to the process; kill what is left of it and of all that it has started."""
+    import psutil
+
+    if process.poll() is not None:
+        return
+    family: list[Any] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        family = [root, *root.children(recursive=True)]
+    process.send_signal(number)
+    _, alive = psutil.wait_procs(family, timeout=timeout_s)
+    for each in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()

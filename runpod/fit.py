@@ -19,17 +19,9 @@ from deployment import Deployment, Refused
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from serve_app.errors import ConfigError
+from serve_app.planning import sizing
 from serve_app.planning.hardware import Gpu
-from serve_app.planning.sizing import (
-    GIB,
-    MIN_OVERHEAD_BYTES,
-    QWEN25,
-    EngineMemory,
-    ModelShape,
-    choose_tensor_parallel_size,
-    needed_bytes,
-    usable_bytes,
-)
+from serve_app.planning.sizing import GIB, QWEN25, EngineMemory, ModelShape
 
 _HUB = "https://huggingface.co"
 _HUB_S = 10.0
@@ -105,14 +97,17 @@ def _require_memory(
         if served is None:
             return
         if tp is None:
-            choose_tensor_parallel_size(model, served, cards, budget, pp)
+            sizing.choose_tensor_parallel_size(model, served, cards, budget, pp)
             return
     except ConfigError as error:
         raise Refused(f"{error}. Mend: {mend}") from None
     except ValueError as error:
         raise Refused(f"--env: {error}") from None
-    needed, usable = needed_bytes(served, budget, tp, pp), usable_bytes(cards, budget) or 0
-    least = needed_bytes(served, budget, tp, pp, MIN_OVERHEAD_BYTES)
+    needed, usable = (
+        sizing.needed_bytes(served, budget, tp, pp),
+        sizing.usable_bytes(cards, budget) or 0,
+    )
+    least = sizing.needed_bytes(served, budget, tp, pp, sizing.MIN_OVERHEAD_BYTES)
     if tp * pp > wanted.gpu_count or least > usable:
         raise Refused(
             f"{model} with TENSOR_PARALLEL_SIZE={tp} needs {needed / GIB:.1f} GiB on each of "

@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from serve_app.version import RELEASE
+
 if TYPE_CHECKING:
     from serve_app.app import build as build
 
-__version__ = "0.1.0"
+__version__ = RELEASE
 
 
 def __getattr__(name: str) -> Any:

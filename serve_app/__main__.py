@@ -5,11 +5,21 @@ import sys
 from collections.abc import Sequence
 
 from serve_app.errors import ConfigError
+from serve_app.version import version
+
+
+class _Version(argparse.Action):
+    """Asks git for the version only where it is wanted."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"qwen-ray-serve {version()}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 good, 1 failed, 2 a setting to mend."""
     parser = argparse.ArgumentParser(prog="python -m serve_app", description=__doc__)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and end")
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="run serve_config.yaml on this machine")
     serve.add_argument("--config", default="serve_config.yaml", help="default: %(default)s")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.faults.damage import Judged
-from bench.pages.document import document
+from serve_app.document import document
 
 _WIDTH, _LANE, _HEAD = 1100, 9, 16  # In the SVG's own units.
 _COLOURS = 6

@@ -12,9 +12,9 @@ import numpy as np
 
 from bench.measure import Slo
 from bench.pages import plots
-from bench.pages.document import document
 from bench.simulation import reality
 from bench.simulation.fleet import Timeline
+from serve_app.document import document
 
 _POINTS = 400  # Of a curve in a plot.
 _BARS = "▁▂▃▄▅▆▇█"

@@ -11,16 +11,9 @@ from kuberay.errors import EksError
 from kuberay.layout import Layout
 from serve_app.errors import ConfigError
 from serve_app.launch.doctor import PINS
+from serve_app.planning import sizing
 from serve_app.planning.hardware import ACCELERATORS, Gpu
-from serve_app.planning.sizing import (
-    GIB,
-    QWEN25,
-    EngineMemory,
-    ModelShape,
-    choose_tensor_parallel_size,
-    needed_bytes,
-    usable_bytes,
-)
+from serve_app.planning.sizing import GIB, QWEN25, EngineMemory, ModelShape
 
 
 def model(account: Account, plan: Layout, model_config: Path | None) -> list[Check]:
@@ -51,7 +44,7 @@ def model(account: Account, plan: Layout, model_config: Path | None) -> list[Che
                 size = (
                     tensor_parallel
                     if isinstance(tensor_parallel, int)
-                    else choose_tensor_parallel_size(name, shape, cards, memory, stages)
+                    else sizing.choose_tensor_parallel_size(name, shape, cards, memory, stages)
                 )
             except ConfigError as error:
                 checks.append(Check(title, FAIL, str(error), "a larger type, or another overlay"))
@@ -76,8 +69,8 @@ def _fits(
     title: str, name: str, shape: ModelShape, gpu: Gpu, size: int, stages: int,
     memory: EngineMemory, per_worker: int, per_node: int,
 ) -> Check:  # fmt: skip
-    needed = needed_bytes(shape, memory, size, stages)
-    usable = usable_bytes((gpu,), memory) or 0
+    needed = sizing.needed_bytes(shape, memory, size, stages)
+    usable = sizing.usable_bytes((gpu,), memory) or 0
     summary = f"{name} on {size} x {gpu.name}: {needed / GIB:.1f} GiB of {usable / GIB:.1f} each"
     if per_worker > per_node:
         mend = f"the node has {per_node} GPUs: a worker that asks for {per_worker} never starts"

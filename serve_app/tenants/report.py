@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
+from serve_app.document import document
 from serve_app.errors import ConfigError
 from serve_app.tenants.ledger import COLUMNS, Ledger, Total
 
@@ -109,7 +110,6 @@ def html(ledger: Ledger, month: Month, tenant: str | None) -> str:
     lines = [_line(name, model, whole[name, model]) for name, model in sorted(whole)]
     every = sum(whole.values(), Total())
     parts = [
-        f"<h1>Tenants, {month}</h1>",
         "<table><tr><th>tenant<th>model<th>requests<th>errors<th>prompt tokens<th>cached"
         "<th>output tokens<th>mean TTFT, s<th>GPU hours<th>dollars</tr>",
         *lines,
@@ -120,13 +120,13 @@ def html(ledger: Ledger, month: Month, tenant: str | None) -> str:
         "<p>Dollars are seconds of GPUs in which a tenant's sequences ran, times the price of a "
         "GPU; idle time is nobody's. Times are UTC.</p>",
     ]
-    return _PAGE.format(title=f"Tenants, {month}", body="\n".join(parts))
+    return document(f"Tenants, {month}", "\n".join(parts), _STYLE)
 
 
 def page(name: str, facts: Sequence[tuple[str, str]]) -> str:
     """A page of facts about one tenant."""
     rows = "".join(f"<tr><th>{escape(what)}<td>{escape(said)}</tr>" for what, said in facts)
-    return _PAGE.format(title=escape(name), body=f"<h1>{escape(name)}</h1><table>{rows}</table>")
+    return document(name, f"<table>{rows}</table>", _STYLE)
 
 
 def _sum(whole: dict[tuple[str, str], Total], name: str) -> Total:
@@ -178,11 +178,8 @@ def _plot(title: str, names: Sequence[str], days: Sequence[Sequence[float]]) -> 
 
 
 _COLOURS = ("#3366cc", "#dc3912", "#ff9900", "#109618", "#990099", "#0099c6", "#888888")
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>{title}</title><style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; max-width: 70rem }}
-table {{ border-collapse: collapse }} th, td {{ padding: .2rem .7rem; text-align: left }}
-tr {{ border-bottom: 1px solid #ddd }} .n {{ text-align: right }}
-svg {{ width: 100%; max-width: 50rem }} text {{ font-size: 9px; text-anchor: middle }}
-</style></head><body>{body}</body></html>
+_STYLE = """\
+.n { text-align: right; }
+svg { width: 100%; max-width: 50rem; }
+text { font-size: 9px; text-anchor: middle; fill: currentColor; }
 """

@@ -1,16 +1,13 @@
-"""The HTML document around a page that needs no other file: its head, colours and tables."""
+"""The HTML document around a page that needs no other file: its head, colours and tables.
+
+Reports of tenants and the pages of bench are such documents.
+"""
 
 import html
 import string
 
-_DOCUMENT = string.Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
+# Colours of text, plots and verdicts, for light and dark screens.
+PALETTE = """\
 :root {
   --paper: #ffffff; --ink: #16191d; --muted: #59616b; --grid: #e2e5e9; --bad: #b3420a;
   --good: #00775a; --series-0: #0067a5; --series-1: #c4500a; --series-2: #00896a;
@@ -23,7 +20,17 @@ _DOCUMENT = string.Template("""<!doctype html>
     --good: #4cc9a4; --series-0: #62b5ec; --series-1: #ff9049; --series-2: #3fc79d;
     --series-3: #e398c5; --series-4: #e3bb3f; --series-5: #a0a8b2;
   }
-}
+}"""
+
+_DOCUMENT = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+$palette
 body { margin: 0 auto; padding: 2.5rem 1.5rem; max-width: 75rem; font: 16px/1.5 var(--plot-font);
   color: var(--ink); background: var(--paper); }
 p { color: var(--muted); max-width: 46rem; }
@@ -48,4 +55,4 @@ def document(title: str, body: str, style: str = "") -> str:
         body: HTML below the heading.
         style: CSS of this page alone.
     """
-    return _DOCUMENT.substitute(title=html.escape(title), body=body, style=style)
+    return _DOCUMENT.substitute(title=html.escape(title), body=body, style=style, palette=PALETTE)

@@ -377,3 +377,19 @@ def test_34_statistics_of_an_iteration_are_recorded_so() -> None:
     assert {"finish_reason", "e2e_latency", "prefill_time", "mean_time_per_output_token"} <= (
         FinishedRequestStats.__dataclass_fields__.keys()
     )
+
+
+def test_46_errors_of_reading_a_request_become_answers_in_two_places() -> None:
+    import vllm.entrypoints.anthropic.api_router as anthropic
+    from vllm.entrypoints.serve.exception_handling import error_response
+
+    assert parameters(error_response.create_error_response) == [
+        "message",
+        "err_type",
+        "status_code",
+        "param",
+    ]
+    # Once this is 400, replica/unreadable.py can go.
+    assert error_response.create_error_response(IndexError("x")).error.code == 500
+    for route in (anthropic.create_messages, anthropic.count_tokens):
+        assert "create_error_response(e)" in inspect.getsource(route)

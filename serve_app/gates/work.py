@@ -18,6 +18,7 @@ class Work:
     Attributes:
         cached_tokens: of the prompt tokens, those that were found in the prefix cache.
         gpu_s: seconds of GPUs (BatchClock).
+        begun: whether the engine was asked for it.
         known: whether the engine said anything of it.
     """
 
@@ -25,6 +26,7 @@ class Work:
     cached_tokens: int = 0
     output_tokens: int = 0
     gpu_s: float = 0.0
+    begun: bool = False
     known: bool = False
 
 

@@ -33,7 +33,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from serve_app.errors import ConfigError
 from serve_app.gates import routes
 from serve_app.progress import say
-from serve_app.replica import forkserver, frontends
+from serve_app.replica import forkserver, frontends, unreadable
 from serve_app.replica.arguments import first_sentence, parse
 from serve_app.replica.bounds import Bounds
 from serve_app.replica.iterations import FastIteration, iteration_of
@@ -171,6 +171,7 @@ class Engine:
         app.add_exception_handler(
             starlette.exceptions.HTTPException, app.exception_handlers[fastapi.HTTPException]
         )
+        unreadable.answer_400(app)
         # OpenAI's API has it, vLLM's has not.
         app.add_api_route("/v1/models/{model:path}", _card_of, methods=["GET"])
         app.middleware_stack = app.build_middleware_stack()  # vLLM built it without.

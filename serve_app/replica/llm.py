@@ -47,6 +47,7 @@ class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
         new = current is None or current.progress is None
         read = generated = 0
         done = work.get() or Work()
+        done.begun = True
         stream = super().generate(prompt, sampling_params, request_id, **named)
         try:
             async with contextlib.aclosing(stream):

@@ -41,6 +41,9 @@ def tool(parameters: Any, **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters, **more}}
 
 
+# Of an answer before, as an input.
+EMPTY = {"type": "message", "role": "assistant", "id": "", "status": "completed", "content": []}
+REFUSAL = {**EMPTY, "content": [{"type": "refusal", "refusal": "No."}]}
 # What is sent, and the status that it gets.
 BAD: dict[str, tuple[str, dict[str, Any] | bytes, int]] = {
     "broken JSON": (COMPLETIONS, b'{"model": "x", "prompt":', 400),
@@ -107,6 +110,8 @@ BAD: dict[str, tuple[str, dict[str, Any] | bytes, int]] = {
     "bad regex": (COMPLETIONS, completion(structured_outputs={"regex": "("}), 400),
     "unknown format": (CHAT, chat(response_format={"type": "poem"}), 400),
     "input of a wrong type": (RESPONSES, {"model": MODEL, "input": 5}, 400),
+    "input message without content": (RESPONSES, {"model": MODEL, "input": [EMPTY]}, 400),
+    "input message that refuses": (RESPONSES, {"model": MODEL, "input": [REFUSAL]}, 400),
     "messages without max_tokens": (MESSAGES, {"model": MODEL, "messages": []}, 400),
     "tokens of a wrong type": ("/detokenize", {"model": MODEL, "tokens": "x"}, 400),
     "negative token": ("/detokenize", {"model": MODEL, "tokens": [-1]}, 400),

@@ -143,8 +143,8 @@ def _service(path: Path, folder: Path) -> str:
     (group,) = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     cpus = float(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     config = serve_config(folder=folder)
-    waits = launcher.haproxy_waits(_settings(config))
-    entries = [*_entries({**environment(cpus), **waits}), _LANE_SECRET]
+    haproxy = launcher.haproxy_settings(_settings(config))
+    entries = [*_entries({**environment(cpus), **haproxy}), _LANE_SECRET]
     blocks = {
         "serve_config.yaml": _dump({"serveConfigV2": _Block(_dump(config))}),
         "serve_app/launch/launcher.py": _dump(entries),
@@ -225,10 +225,10 @@ def documents(
     _check_overlay(overlay, folder)
     built = tools.ask(["kubectl", "kustomize", str(folder / "overlays" / overlay)], {})
     written = [document for document in yaml.safe_load_all(built) if document]
-    waits = launcher.haproxy_waits(_settings(serve_config(overlay, bucket, folder)))
+    haproxy = launcher.haproxy_settings(_settings(serve_config(overlay, bucket, folder)))
     for document in written:
         if document["kind"] == "RayService":
-            _set_environment(document, waits)
+            _set_environment(document, haproxy)
         if document["kind"] == "ConfigMap" and document["metadata"]["name"] == "cluster":
             given = {"name": cluster, "region": region}
             document["data"] |= {key: value for key, value in given.items() if value}

@@ -186,11 +186,20 @@ _COULD_BE_FAST = (
 _FAST = "{ var(txn.lane) -m str fast }"
 # How long HAProxy waits for such a body. Of others limits.body_timeout_s says it.
 BODY_TIMEOUT_VARIABLE = "SERVE_APP_BODY_TIMEOUT_S"
+# Set where a request needs an API key. One that sends none takes the full lane, whose gate refuses
+# it by its headers alone: HAProxy would wait for its body first.
+KEYS_VARIABLE = "SERVE_APP_KEYS_REQUIRED"
+_SENDS_KEY = "sends_key", ("authorization", "x-api-key")
 
 
 def door_rules(environment: Mapping[str, str]) -> tuple[Rule, ...]:
     """The rules of a HAProxy that asks doors."""
     body_timeout_s = environment.get(BODY_TIMEOUT_VARIABLE) or "20"
+    acls, could_be_fast = "", _COULD_BE_FAST
+    if environment.get(KEYS_VARIABLE):
+        name, headers = _SENDS_KEY
+        acls = "".join(rf"\1acl {name} req.fhdr_cnt({header}) ge 1\n" for header in headers)
+        could_be_fast += f" {name}"
     return (
         Rule(
             why="the action that asks the door",
@@ -205,9 +214,9 @@ def door_rules(environment: Mapping[str, str]) -> tuple[Rule, ...]:
         Rule(
             why="the door is asked, and the Rust front end answers what it lets in",
             pattern=r"^( *)use_backend (\S+) if is_\2$",
-            replacement=rf"\1http-request wait-for-body time {body_timeout_s}s "
-            rf"if is_\2 {_COULD_BE_FAST}"
-            rf"\n\1http-request lua.door \2 if is_\2 {_COULD_BE_FAST}"
+            replacement=rf"{acls}\1http-request wait-for-body time {body_timeout_s}s "
+            rf"if is_\2 {could_be_fast}"
+            rf"\n\1http-request lua.door \2 if is_\2 {could_be_fast}"
             rf"\n\1http-request set-dst var(txn.host) if {_FAST}"
             rf"\n\1http-request set-dst-port var(txn.port) if {_FAST}"
             rf"\n\1use_backend \2-fast if is_\2 {_FAST}"

@@ -32,7 +32,7 @@ import yaml
 from serve_app import processes
 from serve_app.errors import ConfigError
 from serve_app.launch import orphans
-from serve_app.launch.haproxy_rules import BODY_TIMEOUT_VARIABLE, SECRET_VARIABLE
+from serve_app.launch.haproxy_rules import BODY_TIMEOUT_VARIABLE, KEYS_VARIABLE, SECRET_VARIABLE
 from serve_app.planning.plan import find
 from serve_app.progress import FAILED, MARK, READY
 from serve_app.settings import Settings
@@ -139,11 +139,15 @@ def haproxy() -> dict[str, str]:
 
 def environment_for(settings: Settings) -> dict[str, str]:
     """Environment that Ray's processes need for these settings, whoever starts Ray."""
-    return {**haproxy_waits(settings), **lane_secret(settings)}
+    return {**haproxy_settings(settings), **lane_secret(settings)}
 
 
-def haproxy_waits(settings: Settings) -> dict[str, str]:
-    """How long HAProxy waits for a replica and for a body (wait_for_replica.lua), as variables."""
+def haproxy_settings(settings: Settings) -> dict[str, str]:
+    """Environment with what HAProxy must know of the settings.
+
+    How long it waits for a replica (wait_for_replica.lua) and for a body, and whether a request
+    needs a key.
+    """
     asleep = settings.replicas.min == 0 and not settings.gateway.enabled
     # A request that wakes an application waits for the whole start of a replica.
     wait_s = settings.limits.request_timeout_s if asleep else settings.gateway.replica_timeout_s
@@ -151,24 +155,26 @@ def haproxy_waits(settings: Settings) -> dict[str, str]:
         "SERVE_APP_REPLICA_TIMEOUT_S": f"{wait_s:g}",
         BODY_TIMEOUT_VARIABLE: f"{settings.limits.body_timeout_s:g}",
     }
+    if settings.api_keys.configured or settings.tenants.configured:
+        variables[KEYS_VARIABLE] = "1"
     return variables | ({"SERVE_APP_SCALES_TO_ZERO": "1"} if asleep else {})
 
 
 def unmet(settings: Settings, environment: Mapping[str, str]) -> str | None:
-    """What Ray's environment lacks of `haproxy_waits`, as a sentence; None: nothing that matters.
+    """What Ray's environment lacks of `haproxy_settings`, as a sentence; None: nothing matters.
 
     A variable that is absent has HAProxy's own default, which is right for most settings.
     """
-    defaults = haproxy_waits(Settings())
+    defaults = haproxy_settings(Settings())
     wrong = [
         f"{name}={value}"
-        for name, value in haproxy_waits(settings).items()
+        for name, value in haproxy_settings(settings).items()
         if environment.get(name, defaults.get(name)) != value
     ]
     if not wrong:
         return None
     return (
-        "HAProxy does not wait as the settings say: set "
+        "HAProxy does not know what the settings say: set "
         f"{' and '.join(wrong)} in the environment of Ray (docs/operations.md)"
     )
 

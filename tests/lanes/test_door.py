@@ -24,7 +24,7 @@ from serve_app.gates.limits import LimitGate
 from serve_app.lanes import capability
 from serve_app.lanes.door import Door, Ends, Grant, Locator, Request, parse
 from serve_app.launch import launcher
-from serve_app.launch.haproxy_rules import SECRET_VARIABLE
+from serve_app.launch.haproxy_rules import BODY_TIMEOUT_VARIABLE, KEYS_VARIABLE, SECRET_VARIABLE
 from serve_app.replica.reports import Ended
 from serve_app.scaling.signals import Signals
 from serve_app.settings import ApiKeys, Limits, Settings, Tenants
@@ -203,7 +203,7 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     result = launcher.haproxy()
     if not result:
         pytest.skip("ray[serve] brings no HAProxy for this platform")
-    for name, value in {**result, SECRET_VARIABLE: SECRET}.items():
+    for name, value in {**result, SECRET_VARIABLE: SECRET, KEYS_VARIABLE: "1"}.items():
         monkeypatch.setenv(name, value)
     from ray.serve._private import haproxy as serve_haproxy
 
@@ -332,7 +332,7 @@ async def test_a_body_that_comes_slowly_is_408(
 ) -> None:
     """HAProxy waits for it as long as limits.body_timeout_s says, which the launcher passes on."""
     settings = Settings.parse({"limits": {"body_timeout_s": 1.0}})
-    for name, value in launcher.haproxy_waits(settings).items():
+    for name, value in launcher.haproxy_settings(settings).items():
         monkeypatch.setenv(name, value)
     running = Proxy(tmp_path, None, PORT)
     running.know(replica.config)
@@ -351,6 +351,44 @@ async def test_a_body_that_comes_slowly_is_408(
         writer.close()
     finally:
         await running.api.stop()
+
+
+@pytest.mark.parametrize("keys_required", [True, False])
+async def test_a_request_without_a_key_does_not_wait_for_its_body(
+    replica: Replica,
+    tmp_path: Path,
+    wrapped: None,
+    monkeypatch: pytest.MonkeyPatch,
+    keys_required: bool,
+) -> None:
+    """The gate of the full lane refuses it by its headers."""
+    if not keys_required:
+        monkeypatch.delenv(KEYS_VARIABLE)
+    monkeypatch.setenv(BODY_TIMEOUT_VARIABLE, "2")
+    running = Proxy(tmp_path, None, PORT)
+    running.know(replica.config)
+    await running.api.start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        first = await reader.readline()
+        assert first.startswith(b"HTTP/1.1 200" if keys_required else b"HTTP/1.1 408")
+        assert bool(replica.full) is keys_required
+        writer.close()
+    finally:
+        await running.api.stop()
+
+
+@pytest.mark.parametrize("header", ["Authorization", "X-Api-Key"])
+async def test_a_key_in_either_header_may_take_the_fast_lane(
+    replica: Replica, proxy: str, header: str
+) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(proxy + "/v1/completions", json=ASK, headers={header: "unknown"}) as answer,
+    ):
+        assert answer.status == 401
+    assert not replica.full
 
 
 async def test_an_unknown_key_is_refused_at_the_door(replica: Replica, proxy: str) -> None:

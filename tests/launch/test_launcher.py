@@ -91,6 +91,8 @@ ASLEEP = {"replicas": {"min": 0, "max": 1}, "limits": {"request_timeout_s": 900.
         (ASLEEP, {}, ("SERVE_APP_REPLICA_TIMEOUT_S=900", "SERVE_APP_SCALES_TO_ZERO=1")),
         (ASLEEP, {"SERVE_APP_REPLICA_TIMEOUT_S": "900"}, ("SERVE_APP_SCALES_TO_ZERO=1",)),
         ({"limits": {"body_timeout_s": 5.0}}, {}, ("SERVE_APP_BODY_TIMEOUT_S=5",)),
+        ({"api_keys": {"env": "KEYS"}}, {}, ("SERVE_APP_KEYS_REQUIRED=1",)),
+        ({"tenants": {"file": "tenants.yaml"}}, {}, ("SERVE_APP_KEYS_REQUIRED=1",)),
         ({"gateway": {"replica_timeout_s": 5.0}}, {}, ("SERVE_APP_REPLICA_TIMEOUT_S=5",)),
     ],
 )

@@ -263,10 +263,19 @@ ANSWERS: dict[str, tuple[str, dict[str, Any], Method]] = {
 }
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def whole_answers(app: Backend) -> dict[str, bytes]:
+    """Each of `ANSWERS`, whole. Together they take little longer than one."""
+    asked = [ask(app, path, body) for path, body, _ in ANSWERS.values()]
+    return dict(zip(ANSWERS, await asyncio.gather(*asked), strict=True))
+
+
 @pytest.mark.parametrize("name", ANSWERS)
-async def test_an_answer_goes_on_exactly_from_every_cut(app: Backend, name: str) -> None:
+async def test_an_answer_goes_on_exactly_from_every_cut(
+    app: Backend, whole_answers: dict[str, bytes], name: str
+) -> None:
     path, body, method = ANSWERS[name]
-    raw = await ask(app, path, body)
+    raw = whole_answers[name]
     events = Stream().events(raw)
     whole = content(events)
     marked = [event + b"\n\n" for event in raw.split(b"\n\n")[:-1]]
@@ -318,12 +327,19 @@ FAST: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fast_answers(engine: "Engine") -> dict[str, bytes]:
+    """Each of `FAST`, whole."""
+    asked = [ask_fast(engine, path, body) for path, body in FAST.values()]
+    return dict(zip(FAST, await asyncio.gather(*asked), strict=True))
+
+
 @pytest.mark.parametrize("name", FAST)
 async def test_an_answer_of_the_fast_lane_goes_on_exactly_in_the_full_lane(
-    engine: "Engine", app: Backend, name: str
+    app: Backend, fast_answers: dict[str, bytes], name: str
 ) -> None:
     path, body = FAST[name]
-    raw = await ask_fast(engine, path, body)
+    raw = fast_answers[name]
     written = [event + b"\n\n" for event in raw.split(b"\n\n")[:-1]]
     whole = content(FastStream().events(raw))
     last = len(written) - 1

@@ -205,6 +205,7 @@ def test_a_taken_port_is_said(tmp_path: Path, tiny: Path) -> None:
     assert "http_options.port = 8760: cannot listen on 127.0.0.1" in message
 
 
+@pytest.mark.slow  # tests/launch/test_doctor.py has it without a server.
 def test_an_unknown_engine_argument_is_said_with_the_nearest(tmp_path: Path, tiny: Path) -> None:
     message = fails(tmp_path, 8770, model=str(tiny), engine={"max_model_length": 10})
     assert "engine.max_model_length = 10" in message

@@ -353,9 +353,17 @@ def test_a_fleet_that_just_began_is_not_cut() -> None:
 # --- noise ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("replicas", [0.7, 2.5, 5.8])
-@pytest.mark.parametrize("start_s", [10.0, 180.0])
+@pytest.mark.parametrize(
+    ("seed", "replicas", "start_s"),
+    [
+        (1, 0.7, 10.0),
+        (2, 2.5, 10.0),
+        (1, 5.8, 10.0),
+        (2, 0.7, 180.0),
+        (1, 2.5, 180.0),
+        (2, 5.8, 180.0),
+    ],
+)
 def test_a_steady_load_with_noise_is_met_with_a_steady_fleet(
     seed: int, replicas: float, start_s: float
 ) -> None:

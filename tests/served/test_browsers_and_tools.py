@@ -2,6 +2,7 @@
 
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -65,16 +66,31 @@ def streamed(answer: httpx.Response) -> tuple[list[list[str]], str | None]:
     return [calls[index] for index in sorted(calls)], finish
 
 
+@pytest.fixture(scope="module")
+def calling(server: Server) -> dict[tuple[str, bool], httpx.Response]:
+    """The answer to each case, plain and streamed. Together they take little longer than one."""
+    asked = [(case, stream) for case in CALLS for stream in (False, True)]
+
+    def answer(case: str, stream: bool) -> httpx.Response:
+        forced = {"structured_outputs": {"choice": [CALLS[case][0]]}}
+        return post(server, CHAT, tools=TOOLS, max_tokens=200, stream=stream, **forced)
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(answer, *zip(*asked, strict=True)))
+    return dict(zip(asked, answers, strict=True))
+
+
 @pytest.mark.parametrize("case", CALLS)
-def test_tool_calls_are_the_same_streamed_and_not(server: Server, case: str) -> None:
-    text, expected = CALLS[case]
-    request = {"tools": TOOLS, "max_tokens": 200, "structured_outputs": {"choice": [text]}}
-    choice = post(server, CHAT, **request).json()["choices"][0]
+def test_tool_calls_are_the_same_streamed_and_not(
+    calling: dict[tuple[str, bool], httpx.Response], case: str
+) -> None:
+    expected = CALLS[case][1]
+    choice = calling[case, False].json()["choices"][0]
     plain = [
         (call["function"]["name"], json.loads(call["function"]["arguments"]))
         for call in choice["message"]["tool_calls"]
     ]
-    calls, finish = streamed(post(server, CHAT, stream=True, **request))
+    calls, finish = streamed(calling[case, True])
     assert plain == [(name, json.loads(arguments)) for name, arguments in calls] == expected
     assert choice["finish_reason"] == finish == "tool_calls"
 

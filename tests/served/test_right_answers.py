@@ -48,21 +48,15 @@ def reference(smollm: Path) -> Any:
 
 def prompts(tokenizer: Any) -> list[list[int]]:
     tokens = tokenizer(TEXT)["input_ids"]
-    plain = [tokens[:length] for length in (5, 17, 37, 64, 100, 150, 200)]
-    chats = [
-        [{"role": "user", "content": "Name three colours."}],
-        [
-            {"role": "system", "content": "You are brief."},
-            {"role": "user", "content": "What is 2 + 2?"},
-            {"role": "assistant", "content": "4"},
-            {"role": "user", "content": "And twice that?"},
-        ],
+    plain = [tokens[:length] for length in (5, 17, 64, 200)]
+    chat = [
+        {"role": "system", "content": "You are brief."},
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "And twice that?"},
     ]
-    rendered = [
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        for chat in chats
-    ]
-    return plain + [tokenizer(text)["input_ids"] for text in rendered]
+    rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return [*plain, tokenizer(rendered)["input_ids"]]
 
 
 async def served(server: Server, http: httpx.AsyncClient, prompt: list[int]) -> list[int]:

@@ -1,10 +1,11 @@
-"""Requests to the tests' AWS without its SDK, which takes a second to load."""
+"""Requests to the tests' AWS without its SDK, which takes a second to load.
+
+Most calls of a tool make no request: what one needs is loaded where it is used.
+"""
 
 import json
 import os
-import urllib.request
 from typing import Any
-from urllib.parse import urlencode
 
 _VERSIONS = {
     "cloudformation": "2010-05-15",
@@ -19,12 +20,16 @@ def eks(method: str, path: str, **body: Any) -> Any:
 
 
 def query(service: str, action: str, **more: str) -> str:
+    from urllib.parse import urlencode
+
     form = urlencode({"Action": action, "Version": _VERSIONS[service], **more})
     kind = "application/x-www-form-urlencoded"
     return _send(service, "POST", "/", form.encode(), kind).decode()
 
 
 def _send(service: str, method: str, path: str, body: bytes, kind: str) -> bytes:
+    import urllib.request
+
     scope = f"testing/20260101/us-west-2/{service}/aws4_request"
     headers = {
         "authorization": f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0",

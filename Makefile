@@ -12,8 +12,8 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 FLAVOUR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 INSTALLED = $(VENV)/installed-$(FLAVOUR)
 
-# Two modules at a time; tests/conftest.py says which stay together.
-BESIDE = --numprocesses 2
+# Three modules at a time; tests/conftest.py says which stay together.
+BESIDE = --numprocesses 3
 
 .DEFAULT_GOAL = help
 

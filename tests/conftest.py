@@ -1,5 +1,6 @@
 """What tests share: model folders, and which of them run beside each other."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,17 @@ ENGINES = (
     "tests/runpod/test_install.py",
 )
 # The longest first, so that no worker has to wait for another in the end.
-FIRST = (*SERVERS, SERVED, "tests/test_continuation.py", "tests/scaling/test_policy.py")
+FIRST = (
+    *SERVERS,
+    SERVED,
+    "tests/kuberay/test_down.py",
+    "tests/test_continuation.py",
+    *LANES,
+    "tests/kuberay/test_up.py",
+    "tests/scaling/test_policy.py",
+)
+# Servers are waited for: a third worker uses the cores meanwhile, and leaves them to the others.
+_LEAVES_CORES = "gw2"
 
 
 def _together(nodeid: str) -> str:
@@ -63,6 +74,11 @@ def _together(nodeid: str) -> str:
     if nodeid.startswith(LANES):
         return "lanes"
     return SERVED if nodeid.startswith(SERVED) else nodeid.split("::")[0]
+
+
+def pytest_configure() -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER") == _LEAVES_CORES:
+        os.nice(10)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,7 +94,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `pytest --numprocesses 2`: whoever is free takes the next."""
+    """With `pytest --numprocesses 3`: whoever is free takes the next."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve_app.errors import BudgetUnknown, BudgetUsedUp, RateLimited, RequestError
@@ -26,7 +26,7 @@ from serve_app.tenants.database import Database, DatabaseError
 from serve_app.tenants.journal import REFUSED, Journal, Rolled, legacies
 from serve_app.tenants.ledger import Claim, Grant, Ledger, Row, Total
 from serve_app.tenants.quota import Allowance, Kind, limits_of
-from serve_app.tenants.tenant import Tenant
+from serve_app.tenants.tenant import Quota, Tenant
 
 logger = logging.getLogger("serve_app")
 
@@ -45,22 +45,34 @@ Key = tuple[str, Kind]
 
 @dataclass(slots=True)
 class Reservation:
-    """What was reserved for one request, of each limit of its tenant."""
+    """What was reserved for one request, of each limit of its tenant.
+
+    Attributes:
+        windows: by kind of limit, the start of the window in which it counts.
+    """
 
     parts: list[tuple[Allowance, float]]
-
-    @property
-    def windows(self) -> dict[str, int]:
-        return {
-            part.kind.value: part.start
-            for part, _ in self.parts
-            if part.kind is not Kind.RUNNING_REQUESTS
-        }
+    windows: dict[str, int] = field(default_factory=dict)
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """OpenAI's headers, of the limits of a minute."""
         return headers_of([part for part, _ in self.parts])
+
+
+@dataclass(slots=True)
+class _Account:
+    """The allowances of a tenant, in the windows of a time.
+
+    Attributes:
+        from_s, until_s: when all of these windows are the current ones.
+    """
+
+    quota: Quota
+    allowances: list[Allowance]
+    windows: dict[str, int]
+    from_s: float
+    until_s: float
 
 
 class Book:
@@ -78,6 +90,8 @@ class Book:
         self._folder = folder
         self.journal = Journal(folder)
         self._allowances: dict[Key, Allowance] = {}
+        # By tenant, those of the last request, so that the next one need not look for them.
+        self._accounts: dict[str, _Account] = {}
         # Limits that are used up: until when they are not asked for again.
         self._empty: dict[Key, float] = {}
         self._rows: list[Row] = []
@@ -95,27 +109,29 @@ class Book:
             BudgetUnknown: the database is away, and the tenant has a budget.
         """
         self._run()
-        limits = limits_of(tenant.quota)
         asked: list[int] | None = None
         while True:
             now_s = self._now_s()
-            parts = [self._allowance(tenant.name, kind, limits[kind], now_s) for kind in limits]
+            account = self._account(tenant, now_s)
+            parts = account.allowances
             needs = [(part, part.need(tokens)) for part in parts]
             short = [each for each in needs if not self._fits(*each)]
-            starts = [part.start for part in parts]
             if not short:
-                return self._reserved(needs)
+                return self._reserved(needs, account.windows)
+            starts = [part.start for part in parts]
             if self._away or self._is_empty(tenant.name, short, now_s) or asked == starts:
                 raise self._refusal(tenant.name, parts, short[0][0], now_s)
             asked = starts
             await self._borrow(short)
 
-    def _reserved(self, needs: list[tuple[Allowance, float]]) -> Reservation:
+    def _reserved(
+        self, needs: list[tuple[Allowance, float]], windows: dict[str, int]
+    ) -> Reservation:
         for part, amount in needs:
             part.reserve(amount)
             if part.is_low() and self._wake is not None:
                 self._wake.set()
-        return Reservation(needs)
+        return Reservation(needs, windows)
 
     async def _borrow(self, short: list[tuple[Allowance, float]]) -> None:
         """Wait for an exchange in which these amounts are asked for."""
@@ -130,8 +146,9 @@ class Book:
     def settle(self, reservation: Reservation, row: Row) -> None:
         """A request is over. One that was refused used nothing, and is in no ledger."""
         refused = row.outcome == REFUSED
+        tokens, requests = (0, 0) if refused else (row.tokens, 1)
         for part, amount in reservation.parts:
-            part.settle(amount, 0.0 if refused else row.amount(part.kind))
+            part.settle(amount, tokens if part.counts_tokens else requests)
         self.journal.end(row)
         if not refused:
             self._rows.append(row)
@@ -140,13 +157,10 @@ class Book:
     async def known(self, tenant: Tenant) -> list[Allowance]:
         """This process's part of each limit of a tenant, as the database knows them now."""
         self._run()
-        limits = limits_of(tenant.quota)
-        for kind, limit in limits.items():
-            self._allowance(tenant.name, kind, limit, self._now_s())
-        if limits and not self._away:
+        allowances = self._account(tenant, self._now_s()).allowances
+        if allowances and not self._away:
             await self._exchange()
-        now_s = self._now_s()
-        return [self._allowance(tenant.name, kind, limits[kind], now_s) for kind in limits]
+        return self._account(tenant, self._now_s()).allowances
 
     async def totals(self, tenant: str, from_s: float, to_s: float) -> dict[tuple[str, str], Total]:
         """What a tenant used, by its name and a model.
@@ -176,12 +190,41 @@ class Book:
             self.journal.close()
         self._thread.shutdown(wait=False)
 
+    def _account(self, tenant: Tenant, now_s: float) -> _Account:
+        account = self._accounts.get(tenant.name)
+        if (
+            account is None
+            or account.quota is not tenant.quota
+            or not account.from_s <= now_s < account.until_s
+        ):
+            account = self._new_account(tenant, now_s)
+        for allowance in account.allowances:
+            allowance.touched = True
+        return account
+
+    def _new_account(self, tenant: Tenant, now_s: float) -> _Account:
+        limits = limits_of(tenant.quota)
+        allowances = [
+            self._allowance(tenant.name, kind, limit, now_s) for kind, limit in limits.items()
+        ]
+        spans = {kind: kind.window(now_s) for kind in limits if kind is not Kind.RUNNING_REQUESTS}
+        account = _Account(
+            tenant.quota,
+            allowances,
+            windows={kind.value: start for kind, (start, _) in spans.items()},
+            from_s=max((start for start, _ in spans.values()), default=-math.inf),
+            until_s=min((end for _, end in spans.values()), default=math.inf),
+        )
+        if allowances:  # They say when it is to be forgotten.
+            self._accounts[tenant.name] = account
+        return account
+
     def _allowance(self, tenant: str, kind: Kind, limit: int, now_s: float) -> Allowance:
         start, _ = kind.window(now_s)
         found = self._allowances.get((tenant, kind))
         if found is None or found.start != start:
             found = self._allowances[tenant, kind] = Allowance(kind, limit, start)
-        found.limit, found.touched = limit, True
+        found.limit = limit
         return found
 
     def _fits(self, part: Allowance, amount: float) -> bool:
@@ -278,6 +321,7 @@ class Book:
             idle = not (part.touched or part.reserved or part.spent)
             if idle or (part.start != start and not part.reserved):
                 del self._allowances[key]  # Its lease is given back by not being claimed.
+                self._accounts.pop(key[0], None)
                 continue
             touched, part.touched = part.touched, False
             held, wanted = part.give_back(), part.wish()

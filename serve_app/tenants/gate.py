@@ -4,12 +4,14 @@ Behind KeyGate, which knows who asks, and LimitGate, which has read what is aske
 makes the engine work is reserved in the book (book.py), and settled with what the engine did.
 """
 
+import secrets
 import time
-import uuid
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import BadRequest, ModelNotFound, RequestError, Unavailable
@@ -117,11 +119,11 @@ class TenantGate:
         expected: tuple[int, int],
     ) -> Row:
         """The row of a request that begins: what is charged if nothing else becomes known."""
-        ids = [value for name, value in scope["headers"] if name == b"x-request-id"]
+        request_id = next((v for name, v in scope["headers"] if name == b"x-request-id"), b"")
         now_s = time.time()
         return Row(
-            id=uuid.uuid4().hex,
-            request_id=ids[0].decode("latin-1")[:256] if ids else "",
+            id=secrets.token_hex(16),
+            request_id=request_id.decode("latin-1")[:256],
             tenant=tenant.name,
             model=self._model,
             adapter=asked.model if asked.model and asked.model != self._model else "",
@@ -168,9 +170,9 @@ class TenantGate:
             changes["adapter"] = ""
         row = msgspec.structs.replace(opened, **changes)
         if outcome != REFUSED:
-            labels = row.model, metrics.tenant_label(row.tenant)
-            metrics.tenant_cached_tokens.labels(*labels).inc(row.cached_tokens)
-            metrics.tenant_gpu_seconds.labels(*labels).inc(row.gpu_s)
+            cached_tokens, gpu_s = _counters(row.model, metrics.tenant_label(row.tenant))
+            cached_tokens.inc(row.cached_tokens)
+            gpu_s.inc(row.gpu_s)
         return row
 
     def _check(self, tenant: Tenant, asked: Reading) -> None:
@@ -227,6 +229,13 @@ class _Answer:
             if timeline.first_s is not None:
                 self.first_s = time.time() - (time.monotonic() - timeline.first_s)
         await self._send(message)
+
+
+@lru_cache(1024)
+def _counters(model: str, tenant: str) -> tuple[Counter, Counter]:
+    """The counters of cached tokens and of seconds of GPUs."""
+    labels = model, tenant
+    return metrics.tenant_cached_tokens.labels(*labels), metrics.tenant_gpu_seconds.labels(*labels)
 
 
 def gated(app: ASGIApp, keys: Keys, model: str, book: Book | None, settings: Settings) -> ASGIApp:

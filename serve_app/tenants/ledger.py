@@ -36,7 +36,7 @@ _SCHEMA = (
 _LONGEST_WINDOW_S = 32 * 86_400
 
 
-class Row(msgspec.Struct, frozen=True):
+class Row(msgspec.Struct, frozen=True, gc=False):
     """A request that is over.
 
     Attributes:
@@ -70,9 +70,11 @@ class Row(msgspec.Struct, frozen=True):
 
     def amount(self, kind: str) -> int:
         """What it uses of a limit of this kind."""
-        if kind.startswith("tokens"):
-            return self.prompt_tokens + self.output_tokens
-        return int(kind.startswith("requests"))
+        return self.tokens if kind.startswith("tokens") else int(kind.startswith("requests"))
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.output_tokens
 
 
 COLUMNS = tuple(name for name in Row.__struct_fields__ if name != "windows")

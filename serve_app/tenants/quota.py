@@ -12,7 +12,7 @@ What a request will use is estimated when it begins and known when it ends. It c
 in which it began.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
@@ -96,6 +96,10 @@ class Allowance:
     left: float = 0.0
     asked: bool = False
     touched: bool = True
+    counts_tokens: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts_tokens = self.kind.counts_tokens
 
     @property
     def free(self) -> float:
@@ -109,7 +113,7 @@ class Allowance:
 
     def need(self, tokens: float) -> float:
         """What a request takes; one that is larger than the limit takes all of it."""
-        return min(tokens, self.limit) if self.kind.counts_tokens else 1.0
+        return min(tokens, self.limit) if self.counts_tokens else 1.0
 
     def reserve(self, amount: float) -> None:
         self.reserved += amount

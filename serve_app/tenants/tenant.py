@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,7 @@ class Priority(StrEnum):
     LOW = "low"
 
 
-class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """What a tenant may use; None: as much as there is. A minute, day or month is one of UTC."""
 
     requests_per_minute: Count | None = None
@@ -40,7 +41,7 @@ class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     running_requests: Count | None = None
 
 
-class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """An API key, of which only the digest is kept.
 
     Attributes:
@@ -55,7 +56,7 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.expires is None or now < self.expires
 
 
-class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """Who shares the fleet.
 
     Attributes:
@@ -76,7 +77,7 @@ class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def share(self) -> Share:
         """What the queue asks of it."""
-        return Share(self.name, self.weight, list(Priority).index(self.priority))
+        return _share(self.name, self.weight, self.priority)
 
     def may_use(self, model: str) -> bool:
         return not self.models or model in self.models
@@ -85,6 +86,11 @@ class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def default(cls, name: str) -> "Tenant":
         """A tenant of which only the name is known: a key of `api_keys`, or nobody's."""
         return cls(name)
+
+
+@lru_cache(4096)
+def _share(name: str, weight: float, priority: Priority) -> Share:
+    return Share(name, weight, list(Priority).index(priority))
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):

@@ -215,6 +215,23 @@ async def test_what_a_limit_says(tmp_path: Path) -> None:
     await book.close()
 
 
+async def test_another_limit_is_in_force_with_the_next_request(tmp_path: Path) -> None:
+    (book,) = books(str(tmp_path / "t.sqlite3"), tmp_path, 1, clock := Clock())
+    first = await book.reserve(ann(tokens_per_minute=1000), 400)
+    for limit in (300, 500):  # Less than is reserved, and less than that and the next one.
+        with pytest.raises(RateLimited):
+            await book.reserve(ann(tokens_per_minute=limit), 200)
+    clock.now_s += 0.3  # A limit that was reached is not asked for again at once.
+    again = await book.reserve(ann(tokens_per_minute=2000, requests_per_minute=2), 1500)
+    assert again.windows.keys() == {"tokens_per_minute", "requests_per_minute"}
+    assert (await book.reserve(ann(), 1e9)).windows == {}
+    book.settle(again, row(1, 1500, again))
+    book.settle(first, row(2, 400, first))
+    with pytest.raises(RateLimited):
+        await book.reserve(ann(tokens_per_minute=2000, requests_per_minute=2), 200)
+    await book.close()
+
+
 async def test_a_refused_request_uses_nothing(tmp_path: Path) -> None:
     (book,) = books(str(tmp_path / "t.sqlite3"), tmp_path, 1, Clock())
     tenant = ann(tokens_per_day=1000)
@@ -290,5 +307,6 @@ async def test_ten_thousand_tenants_that_come_and_go_take_no_memory(tmp_path: Pa
     for _ in range(4):
         await book._exchange()
     assert not book._allowances
+    assert not book._accounts
     assert not book._rows
     await book.close()

@@ -1,7 +1,12 @@
 """Nothing is lost or counted twice, wherever a process is killed."""
 
+import asyncio
+import itertools
 import os
+import random
+import signal
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.tenants import journal as module
-from serve_app.tenants.book import Reservation
+from serve_app.tenants import book as book_module
+from serve_app.tenants import journal as journal_module
+from serve_app.tenants.book import Book, Reservation
 from serve_app.tenants.database import Database
 from serve_app.tenants.journal import OPEN, Journal, legacies
 from serve_app.tenants.ledger import COLUMNS, Claim, Ledger, Row
+from serve_app.tenants.quota import Kind
+from serve_app.tenants.tenant import Quota, Tenant
+from tests.tenants.test_quota import NOON_S
 from tests.tenants.test_quota import row as made
+
+ANN = Tenant("ann", quota=Quota(tokens_per_month=10**9))
 
 
 class Killed(BaseException):
@@ -106,6 +117,76 @@ def test_every_request_is_in_the_ledger_once(
         ledger.database.close()
 
 
+def serve_until_killed(folder: Path, life: int, acknowledgements: int) -> None:
+    """The child: requests begin and end, and each is acknowledged once the book has it."""
+
+    async def serve() -> None:
+        book = Book(str(folder / "t.sqlite3"), folder / "journal", lambda: NOON_S)
+        running: list[tuple[Row, Reservation]] = []
+        for number in itertools.count():
+            reservation = await book.reserve(ANN, 7)
+            opened = made(f"{life}.{number}", 7, reservation, OPEN)
+            book.journal.begin(opened)
+            os.write(acknowledgements, b"began %d.%d\n" % (life, number))
+            running.append((opened, reservation))
+            if len(running) > 4:
+                opened, reservation = running.pop(number % 4)
+                over = msgspec.structs.replace(opened, outcome="ok", prompt_tokens=100)
+                book.settle(reservation, over)
+                os.write(acknowledgements, b"ended %s\n" % opened.id.encode())
+            await asyncio.sleep(0)  # The ledger is written meanwhile, by a thread.
+
+    # Often, so that some of the kills come in an exchange, and some in a new file.
+    book_module._EVERY_S, journal_module._LARGEST_BYTES = 0.002, 20_000
+    asyncio.run(serve())
+
+
+def killed(folder: Path, life: int, rng: random.Random) -> list[str]:
+    """What a process acknowledged until it was killed, by SIGKILL at a random moment."""
+    readable, writable = os.pipe()
+    if not (child := os.fork()):
+        try:
+            os.close(readable)
+            serve_until_killed(folder, life, writable)
+        finally:
+            os._exit(1)
+    os.close(writable)
+    with open(readable) as lines:
+        acknowledged = [lines.readline().strip() for _ in range(rng.randrange(1, 300))]
+        time.sleep(rng.uniform(0, 0.003))
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        return acknowledged + lines.read().split("\n")[:-1]
+
+
+def test_what_was_acknowledged_is_in_the_ledger_once_after_real_kills(tmp_path: Path) -> None:
+    rng = random.Random(25)
+    ledger = Ledger(Database(str(tmp_path / "t.sqlite3")), "heir")
+    ledger.prepare()
+    began, ended = set[str](), set[str]()
+    for life in range(10):
+        for line in killed(tmp_path, life, rng):
+            what, name = line.split()
+            (began if what == "began" else ended).add(name)
+        heirs(tmp_path / "journal", ledger, deaths=rng.randrange(2))
+    rows = [dict(zip(COLUMNS, values, strict=True)) for values in ledger.rows(0, 1e12)]
+    found = {each["id"]: each for each in rows}
+    assert len(found) == len(rows)
+    assert began <= found.keys()
+    for name in ended:
+        assert (found[name]["outcome"], found[name]["prompt_tokens"]) == ("ok", 100)
+    # A request may be over whose end the kill kept from being acknowledged: one a life at most.
+    others = [each for each in rows if each["id"] not in ended]
+    assert sum(each["outcome"] == "ok" for each in others) <= 10
+    for each in others:
+        assert (each["outcome"], each["prompt_tokens"]) in (("lost", 7), ("ok", 100))
+    start, _ = Kind.TOKENS_PER_MONTH.window(NOON_S)
+    tokens = sum(each["prompt_tokens"] + each["output_tokens"] for each in rows)
+    assert ledger.used("ann", {"tokens_per_month": start}) == {"tokens_per_month": tokens}
+    assert list((tmp_path / "journal").glob("*.jsonl")) == []
+    ledger.database.close()
+
+
 def test_a_process_that_lives_has_no_heir(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.begin(request(1, OPEN, 7))
@@ -146,7 +227,7 @@ def test_both_databases_keep_the_ledger(address: str) -> None:
 
 
 def test_a_large_journal_is_rolled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LARGEST_BYTES", 1000)
+    monkeypatch.setattr(journal_module, "_LARGEST_BYTES", 1000)
     journal = Journal(tmp_path)
     assert journal.roll() is None
     for number in range(20):

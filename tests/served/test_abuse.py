@@ -274,7 +274,7 @@ FUZZED = [
 
 @pytest.fixture(scope="module")
 def description(server: Server) -> schemathesis.BaseSchema:
-    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json", timeout=120)
 
 
 def bounded(body: Any, path: str) -> Any:

@@ -78,7 +78,7 @@ def _together(nodeid: str) -> str:
 
 def pytest_configure() -> None:
     if os.environ.get("PYTEST_XDIST_WORKER") == _LEAVES_CORES:
-        os.nice(10)
+        os.nice(4)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

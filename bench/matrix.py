@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from bench import result, run
+from bench.figures import Repeat, figures
 from bench.hardware import gpu
 from bench.records import Record, append
-from bench.result import Repeat
 from bench.run import Job
 from bench.traffic import workload
 from bench.traffic.load import Outcome
@@ -47,7 +47,7 @@ async def served(job: Job, per_user: int, folder: Path, cells: Sequence[Cell]) -
         )
         output = await run.run(cell_job, folder / cell.name)
         done.append({"cell": msgspec.to_builtins(cell), **output})
-        if any(event["what"] == "the run was interrupted" for event in output["events"]):
+        if output["interrupted"]:
             break
     return _write(folder, head, done, len(cells))
 
@@ -92,10 +92,10 @@ def _batches(engine: Any, cell: Cell, repeats: int, seed: int, folder: Path) -> 
             append(path, records)
             everything += records
             outcomes.append(Repeat(outcome=Outcome(records=records)))
-    figures = result.figures(outcomes, None, None, batch=True)
-    figures |= {"gpu": msgspec.to_builtins(gpus)}
-    result.write(folder, result.header("run", cell.name) | figures, everything)
-    return {"cell": msgspec.to_builtins(cell), "name": cell.name, **figures}
+    output: dict[str, Any] = msgspec.to_builtins(figures(outcomes, None, None, batch=True))
+    output |= {"gpu": msgspec.to_builtins(gpus)}
+    result.write(folder, result.header("run", cell.name) | output, everything)
+    return {"cell": msgspec.to_builtins(cell), "name": cell.name, **output}
 
 
 def _write(

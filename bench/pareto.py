@@ -53,7 +53,7 @@ async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> 
         )
         output = await run.run(point_job, folder / f"users-{count}")
         points.append(point(output, count))
-        if any(event["what"] == "the run was interrupted" for event in output["events"]):
+        if output["interrupted"]:
             break
     doubts = [f"{each['users']} users: {doubt}" for each in points for doubt in each["doubts"]]
     if len(points) < len(users):

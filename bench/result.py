@@ -15,16 +15,11 @@ import msgspec
 
 from bench import machine, measure
 from bench.errors import ResultError
-from bench.hardware import gpu
-from bench.hardware.gpu import GpuSample
-from bench.measure import Measures, Slo
+from bench.figures import Figures
 from bench.records import Record
-from bench.scrape import Sample
-from bench.traffic.load import Outcome
 
+# Goes up when a field of a result changes its meaning or its type, not when there are more of them.
 SCHEMA = 1
-# What blocks, and requests that others send meanwhile, explain of a hit rate.
-_CACHE_SLACK = 0.05
 RESULT, RECORDS, CSV, REPORT = "result.json", "records.jsonl", "records.csv", "report.html"
 
 
@@ -72,117 +67,7 @@ def _is_of_another_run(folder: Path, result: dict[str, Any]) -> bool:
     try:
         return read(folder).get("started") != result.get("started")
     except ResultError:
-        return False
-
-
-class Repeat(msgspec.Struct, kw_only=True):
-    """One repetition: its outcome, and what the server said meanwhile.
-
-    Attributes:
-        session_sizes: of a workload of sessions, how many requests each has.
-        gpu: what the GPUs of this machine did, on the clock of the records.
-    """
-
-    outcome: Outcome
-    server: list[Sample] = []
-    session_sizes: dict[int, int] = {}
-    gpu: list[GpuSample] = []
-
-
-def figures(
-    repeats: Sequence[Repeat],
-    slo: Slo | None,
-    users: int | None,
-    ramp_s: float = 0.0,
-    batch: bool = False,
-) -> dict[str, Any]:
-    """What is said of a run that was repeated: its figures, its doubts and whether it is valid.
-
-    A run is valid if it was not interrupted, lost no actor and no repeat gives cause for doubt. A
-    batch, which is all sent at once, is measured whole: it has no steady state to be away from.
-    """
-    steady: list[Measures] = []
-    whole: list[Measures] = []
-    doubts: list[str] = []
-    events: list[dict[str, Any]] = []
-    for number, repeat in enumerate(repeats):
-        outcome = repeat.outcome
-        everything = measure.measure(outcome.records, slo)
-        window = None if batch else measure.window(outcome.records, users, ramp_s)
-        inside = measure.measure(outcome.records, slo, window) if window else everything
-        whole.append(everything)
-        steady.append(inside)
-        reasons = measure.doubts(inside, outcome.cpu, everything, batch)
-        reasons += _cache_doubts(inside, repeat)
-        reasons += outcome.lost_actors
-        if outcome.interrupted:
-            reasons.append("interrupted: the rest of the load was not sent")
-        doubts += [f"repeat {number + 1}: {doubt}" for doubt in reasons]
-        events += [{"repeat": number, "at_s": e.at_s, "what": e.what} for e in outcome.events]
-    return {
-        "batch": batch,
-        "valid": bool(repeats) and not doubts,
-        "doubts": doubts,
-        "events": events,
-        "repeats": msgspec.to_builtins(steady),
-        "whole": msgspec.to_builtins(whole),
-        "summary": measure.summary(steady),
-        "actors": [
-            {
-                "where": repeat.outcome.actors,
-                "cpu": repeat.outcome.cpu,
-                "cpu_peak": repeat.outcome.cpu_peak,
-                "clock_offset_s": repeat.outcome.clock_offset_s,
-                "clock_error_s": repeat.outcome.clock_error_s,
-            }
-            for repeat in repeats
-        ],
-        "sessions": [
-            msgspec.to_builtins(measure.sessions(repeat.outcome.records, repeat.session_sizes))
-            for repeat in repeats
-            if repeat.session_sizes
-        ],
-        "server": [msgspec.to_builtins(repeat.server) for repeat in repeats],
-    }
-
-
-def _cache_doubts(measures: Measures, repeat: Repeat) -> list[str]:
-    """What the server's metrics say of its prefix cache, where its answers say nothing of it."""
-    rates = [sample.prefix_hit_rate for sample in repeat.server]
-    present = [rate for rate in rates if rate is not None]
-    ok = [record for record in repeat.outcome.records if record.ok]
-    may_be = measure.may_be_cached_share(ok)
-    if measures.answers.cached_share is not None or not present or may_be is None:
-        return []
-    last = present[-1]
-    if last <= may_be + _CACHE_SLACK:
-        return []
-    return [
-        f"by the server's metrics {last:.0%} of the prompt tokens came from its prefix "
-        f"cache, and the workload shares only {may_be:.0%}: these prompts were sent before, or "
-        "other clients use the server"
-    ]
-
-
-def with_efficiency(
-    output: dict[str, Any],
-    repeats: Sequence[Repeat],
-    gpus: int | None,
-    usd_per_gpu_hour: float | None,
-) -> dict[str, Any]:
-    """A result with what its tokens cost, as far as energy, GPUs and their price are known."""
-    each = [
-        measure.efficiency(
-            msgspec.convert(measures, Measures), gpu.energy(repeat.gpu), gpus, usd_per_gpu_hour
-        )
-        for repeat, measures in zip(repeats, output["repeats"], strict=True)
-    ]
-    return output | {
-        "gpu": [msgspec.to_builtins(repeat.gpu) for repeat in repeats],
-        "gpus": gpus,
-        "usd_per_gpu_hour": usd_per_gpu_hour,
-        "efficiency": measure.efficiency_summary(each),
-    }
+        return (folder / RESULT).is_file()  # Of another schema, or damaged: not ours to replace.
 
 
 def write(folder: Path, result: dict[str, Any], records: Sequence[Record] | None = None) -> None:
@@ -226,7 +111,30 @@ def read(folder: Path) -> dict[str, Any]:
         raise ResultError(f"{path}: not JSON: {error}") from None
     if not isinstance(result, dict) or "benchmark" not in result:
         raise ResultError(f"{path}: not a result of bench")
+    # The first results did not state their schema, which was this one.
+    schema = result.get("schema", SCHEMA)
+    if schema != SCHEMA:
+        age = "a newer" if isinstance(schema, int) and schema > SCHEMA else "an older"
+        raise ResultError(
+            f"{path}: schema {schema!r}, written by {age} version of bench; this one reads "
+            f"schema {SCHEMA}. Read it with the bench that wrote it, or measure again"
+        )
     return result
+
+
+def read_figures(folder: Path) -> Figures:
+    """The figures of a run's result.
+
+    Raises:
+        ResultError: there is none, it is not one, or it lacks figures that a run has.
+    """
+    try:
+        return msgspec.convert(read(folder), Figures, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise ResultError(
+            f"{folder}: the figures of a run cannot be read from it, as an older version of "
+            f"bench wrote it, or it is another kind of result: {error}"
+        ) from None
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -18,11 +18,11 @@ import msgspec
 
 from bench import measure, result
 from bench.errors import TargetError, TargetFailed
+from bench.figures import Repeat, cost, figures
 from bench.hardware import gpu
 from bench.measure import Slo
 from bench.progress import Line, Progress
 from bench.records import Journal, Record
-from bench.result import Repeat
 from bench.scrape import Scraper, samples
 from bench.traffic import load, schedule
 from bench.traffic.client import Client, Target, check
@@ -103,14 +103,14 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
     users = when.users if isinstance(when, schedule.Closed) else None
     ramp_s = when.duration_s if isinstance(when, schedule.Ramp) else 0.0
     batch = users is not None and job.count == users
-    output = head | settings_of(job) | result.figures(repeats, job.slo, users, ramp_s, batch)
-    output["workload_notes"] = list(workloads[job.seed].notes)
-    output = result.with_efficiency(output, repeats, job.gpus, job.usd_per_gpu_hour)
+    measured = figures(repeats, job.slo, users, ramp_s, batch)
     if len(repeats) < job.repeats:
-        output["doubts"].append(f"{len(repeats)} of {job.repeats} repeats were run")
+        measured.doubt(f"{len(repeats)} of {job.repeats} repeats were run")
     if journal.problem:
-        output["doubts"].append(journal.problem)
-    output["valid"] = not output["doubts"]
+        measured.doubt(journal.problem)
+    costs = cost(measured.repeats, repeats, job.gpus, job.usd_per_gpu_hour)
+    output = head | settings_of(job) | {"workload_notes": list(workloads[job.seed].notes)}
+    output |= msgspec.to_builtins(measured) | msgspec.to_builtins(costs)
     records = [record for repeat in repeats for record in repeat.outcome.records]
     output |= measure.vllm_names(
         records,

@@ -29,8 +29,10 @@ from typing import Any
 
 import yaml
 
-from bench import tiny_model
+from bench import result, tiny_model
 from bench.engine.systems import QUIET, apart
+from bench.errors import ResultError
+from bench.figures import Figures
 from bench.traffic import words
 from serve_app import processes
 
@@ -80,7 +82,7 @@ def measured(
     with serving(policy, model, folder, options) as url:
         load(url, folder / "warm", options, _WARM * GROUPS, seed + 1000)
         before = counted(options.port)
-        result = load(url, folder / "measured", options, options.requests, seed)
+        measured = load(url, folder / "measured", options, options.requests, seed)
         time.sleep(22)  # Ray's agent is told every 10 s what was counted every 5.
         after = counted(options.port)
     grown = {
@@ -89,10 +91,10 @@ def measured(
     }
     hits = sum(of["prefix_cache_hits"] for of in grown.values())
     work = [of["prompt_tokens"] for of in grown.values()]
-    (measures,) = result["whole"]
+    (measures,) = measured.whole
     return {
-        "ttft_p50_s": measures["ttft_p50_s"],
-        "ttft_p90_s": measures["ttft_p90_s"],
+        "ttft_p50_s": measures.ttft_p50_s,
+        "ttft_p90_s": measures.ttft_p90_s,
         "hit_ratio": hits / sum(of["prefix_cache_queries"] for of in grown.values()),
         "busiest_over_mean": max(work) / statistics.fmean(work),
     }
@@ -158,20 +160,17 @@ def serving(policy: str, model: Path, folder: Path, options: argparse.Namespace)
             processes.end(process, _END_S)
 
 
-def load(
-    url: str, out: Path, options: argparse.Namespace, requests: int, seed: int
-) -> dict[str, Any]:
-    """A closed loop by `bench run`; its result."""
+def load(url: str, out: Path, options: argparse.Namespace, requests: int, seed: int) -> Figures:
+    """A closed loop by `bench run`; its figures."""
     what = f"prefix:groups={GROUPS},depth=1,shared={SHARED},unique={UNIQUE},output={OUTPUT}"
     command = [sys.executable, "-m", "bench", "run", "--url", url, "--workload", what]
     command += ["--load", f"users={options.users}", "--requests", str(requests)]
     command += ["--repeats", "1", "--seed", str(seed), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SystemExit(done.stdout + done.stderr) from error
-    return result
+        return result.read_figures(out)
+    except ResultError as error:
+        raise SystemExit(f"{error}\n{done.stdout}{done.stderr}") from error
 
 
 _SAMPLE = re.compile(r"ray_vllm_(\w+)_total\{(.*)\} (\S+)")

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from bench import interval
-from bench.measure.figures import Measures
+from bench.measure.figures import Mean, Measures
 
 Energy = Sequence[tuple[float, float]]  # Times, and joules used until then by all GPUs together.
 
@@ -70,9 +70,9 @@ def efficiency(
 
 def efficiency_summary(
     repeats: Sequence[Efficiency],
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, Mean]:
     """The mean over repeats of each figure that all have, and its interval."""
-    summaries: dict[str, dict[str, float | None]] = {}
+    summaries: dict[str, Mean] = {}
     for name in Efficiency.__struct_fields__:
         values = [getattr(repeat, name) for repeat in repeats]
         if values and None not in values:

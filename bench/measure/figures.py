@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import TypedDict
 
 import msgspec
 import numpy as np
@@ -227,13 +228,21 @@ def measure(
     )
 
 
-def summary(repeats: Sequence[Measures]) -> dict[str, dict[str, float | None]]:
+class Mean(TypedDict):
+    """A mean over repeats, and its 95 % interval where there is one."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def summary(repeats: Sequence[Measures]) -> dict[str, Mean]:
     """For every metric that each repeat has: its mean over repeats, and the interval for that.
 
-    {metric: {"mean", "low", "high"}}; low and high are None for a single repeat, and for a latency
-    of which the repeats saw too little (`_trusted`).
+    There is no interval for a single repeat, nor for a latency of which the repeats saw too little
+    (`_trusted`).
     """
-    summaries: dict[str, dict[str, float | None]] = {}
+    summaries: dict[str, Mean] = {}
     for metric in METRICS:
         values = [getattr(measures, metric) for measures in repeats]
         if values and None not in values:

@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from bench import measure, result
+from bench.figures import Repeat, figures
 from bench.measure import Slo
 from bench.pages import locust_report
 from bench.records import Record, append
-from bench.result import Repeat
 from bench.scrape import Sample
 from bench.traffic import workload
 from bench.traffic.load import Happening, Outcome
@@ -118,7 +118,7 @@ def run(
     ]
     about = {"workload": "synthetic:input=100,output=40", "load": "poisson:rate=8", "seed": 0}
     outcome = header("run", name, **about, slo=msgspec.to_builtins(slo))
-    outcome |= result.figures(outcomes, slo, users) | more
+    outcome |= msgspec.to_builtins(figures(outcomes, slo, users)) | more
     path = result.prepare(folder)
     append(path, [record for each in repeats for record in each])
     result.write(folder, outcome)
@@ -144,10 +144,9 @@ def cells(
             )
             for repeat in range(3)
         ]
-        outcome = result.figures(
-            [Repeat(outcome=Outcome(records=item)) for item in each], None, None
-        )
-        done.append({"cell": msgspec.to_builtins(cell), "name": cell.name, **outcome})
+        outcome = figures([Repeat(outcome=Outcome(records=item)) for item in each], None, None)
+        about = {"cell": msgspec.to_builtins(cell), "name": cell.name}
+        done.append(about | msgspec.to_builtins(outcome))
     outcome = header(benchmark, name) | {"valid": True, "doubts": [], "cells": done}
     result.write(folder, outcome)
     return outcome

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from bench import measure, result
+from bench import measure
+from bench.figures import Repeat, figures
 from bench.records import Record
-from bench.result import Repeat
 from bench.scrape import Sample
 from bench.traffic.load import Outcome
 
@@ -66,9 +66,9 @@ def test_where_answers_do_not_say_it_the_metrics_of_the_server_do(
 ) -> None:
     server = [Sample(t_s=0.0), Sample(t_s=1.0, prefix_hit_rate=rate)]
     repeat = Repeat(outcome=Outcome(records=[record() for _ in range(20)]), server=server)
-    outcome = result.figures([repeat], None, None, batch=True)["doubts"]
+    outcome = figures([repeat], None, None, batch=True).doubts
     assert any("by the server's metrics" in doubt for doubt in outcome) == doubted
     shared = [record(shared=0.9) for _ in range(20)]
     repeat = Repeat(outcome=Outcome(records=shared), server=server)
-    outcome = result.figures([repeat], None, None, batch=True)["doubts"]
+    outcome = figures([repeat], None, None, batch=True).doubts
     assert not any("by the server's metrics" in doubt for doubt in outcome)

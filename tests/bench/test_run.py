@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from bench import machine, matrix, measure, result, run, scrape
 from bench.errors import TargetError
+from bench.figures import Event, Repeat, figures
 from bench.itself.known_server import ROOT, Options, launched
 from bench.records import Record, read
-from bench.result import Repeat
 from bench.run import Job
 from bench.traffic import workload
 from bench.traffic.client import Target
@@ -214,7 +215,8 @@ def test_a_comparison_reads_two_results(environment: dict[str, str], tmp_path: P
             Repeat(outcome=Outcome(records=[stream(i, gap_s + r * 1e-4) for i in range(50)]))
             for r in range(3)
         ]
-        outcome = result.header("run", name) | result.figures(repeats, None, None)
+        outcome = result.header("run", name)
+        outcome |= msgspec.to_builtins(figures(repeats, None, None))
         result.write(tmp_path / name, outcome)
     status, last, table = bench(environment, "compare", str(tmp_path / "a"), str(tmp_path / "b"))
     assert status == 0
@@ -374,15 +376,15 @@ def test_replicas_are_watched_after_the_last_answer(
 
 def test_a_lost_actor_makes_a_result_invalid() -> None:
     records = [stream(i, 0.01) for i in range(100)]
-    whole = result.figures([Repeat(outcome=Outcome(records=records))], None, None)
-    assert whole["valid"], whole["doubts"]
+    whole = figures([Repeat(outcome=Outcome(records=records))], None, None)
+    assert whole.valid, whole.doubts
     lost = Outcome(
         records=records, lost_actors=["actor 1 died"], events=[Happening(1.0, "actor 1 died")]
     )
-    outcome = result.figures([Repeat(outcome=lost)], None, None)
-    assert not outcome["valid"]
-    assert outcome["doubts"] == ["repeat 1: actor 1 died"]
-    assert outcome["events"] == [{"repeat": 0, "at_s": 1.0, "what": "actor 1 died"}]
+    outcome = figures([Repeat(outcome=lost)], None, None)
+    assert not outcome.valid
+    assert outcome.doubts == ["repeat 1: actor 1 died"]
+    assert outcome.events == [Event(repeat=0, at_s=1.0, what="actor 1 died")]
 
 
 def test_a_target_with_one_model_needs_no_name() -> None:

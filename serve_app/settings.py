@@ -228,7 +228,7 @@ class Settings(_Frozen):
                 raise ConfigError(f"engine.{key}", settings.engine[key], _OWNED[key])
         if settings.models and not settings.gateway.enabled:
             raise ConfigError(
-                "models", settings.models, "more than one needs gateway.enabled: true"
+                "models", settings.models, "more than one model needs gateway.enabled: true"
             )
         return settings
 

@@ -107,7 +107,11 @@ class Cache:
         except BlockingIOError:
             return False
         except OSError as error:
-            logger.warning("compiled kernels in %s are not kept: %s", self.folder, error)
+            logger.warning(
+                "compiled kernels in %s could not be sealed for the next start: %s",
+                self.folder,
+                error,
+            )
             return False
         finally:
             os.close(lock)
@@ -123,7 +127,7 @@ def _make_ready(folder: Path, key: str, source: Source | None) -> str:
             check(folder)
             return "here"
         except Broken as broken:
-            logger.warning("compiled kernels in %s are not used: %s", folder, broken)
+            logger.warning("deleting the compiled kernels in %s: %s", folder, broken)
             discard(folder)
     if source is not None:
         try:
@@ -134,7 +138,7 @@ def _make_ready(folder: Path, key: str, source: Source | None) -> str:
             logger.info("there are no compiled kernels for this engine in %s", source)
         except Exception as error:
             # Of the network, of the archive, of the disk: the engine compiles instead.
-            logger.warning("compiled kernels were not fetched from %s: %s", source, error)
+            logger.warning("compiled kernels could not be fetched from %s: %s", source, error)
             discard(folder)
     return "nothing"
 

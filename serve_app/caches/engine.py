@@ -45,7 +45,7 @@ def prepare(arguments: Mapping[str, Any], count: int, address: str | None) -> Ca
         where = source.at(address) if address is not None else None
         cache = Cache.prepare(root(), keys.key(described), where)
     except (OSError, HardwareError) as error:
-        logger.warning("nothing that is compiled is kept: %s", error)
+        logger.warning("compiled kernels cannot be cached: %s", error)
         return None
     os.environ.update(cache.environment(os.environ))
     return cache

@@ -112,7 +112,7 @@ def _as_os_errors(address: str) -> Any:
         yield
     except ClientError as error:
         if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey", "NoSuchBucket"):
-            raise FileNotFoundError(f"{address} is not there") from None
+            raise FileNotFoundError(f"{address} does not exist") from None
         raise OSError(f"{address}: {error}") from error
     except (BotoCoreError, Boto3Error) as error:
         raise OSError(f"{address}: {error}") from error
@@ -122,4 +122,4 @@ def _copy(source: Any, target: Any, deadline_s: float) -> None:
     while piece := source.read(_PIECE_BYTES):
         target.write(piece)
         if time.monotonic() > deadline_s:
-            raise TimeoutError("it takes too long")
+            raise TimeoutError("the transfer took too long")

@@ -166,7 +166,7 @@ class Admission:
             self._leave(request)
             if isinstance(error, TimeoutError):
                 raise Unavailable(
-                    f"No room within {timeout_s:g} s. Try again later.",
+                    f"The request waited {timeout_s:g} s for capacity. Try again later.",
                     retry_after_s=self.retry_after_s,
                 ) from None
             raise
@@ -178,8 +178,8 @@ class Admission:
             TooManyRequests: that is the tenant of the new request.
         """
         error = TooManyRequests(
-            f"{self.running} sequences run and {self.queued} requests wait, which is all this "
-            "replica takes. Try again later.",
+            f"This replica is full: {self.running} sequences are running and {self.queued} "
+            "requests are waiting. Try again later.",
             retry_after_s=self.retry_after_s,
         )
         victim = self._queue.victim(share)
@@ -309,7 +309,9 @@ class AdmissionGate:
             await response.end(scope)
         except TimeoutError:
             bound_s = self.limits.request_timeout_s
-            await response.fail(GatewayTimeout(f"Not finished within {bound_s:g} s."), scope)
+            await response.fail(
+                GatewayTimeout(f"The response was not complete within {bound_s:g} s."), scope
+            )
         except RequestError as error:
             await response.fail(error, scope)
         except ConnectionError:
@@ -317,8 +319,8 @@ class AdmissionGate:
         except Exception:
             if not response.streaming:
                 raise  # It has become a response with status 500.
-            logger.exception("a stream broke off")
-            await response.fail(RequestError("The answer broke off. Ask again."), scope)
+            logger.exception("a stream failed after it had begun")
+            await response.fail(RequestError("The response was interrupted. Try again."), scope)
 
     async def _answer(self, scope: Scope, receive: Receive, response: "_Response") -> None:
         """Run the application, so that a cancellation also ends the engine's work.
@@ -348,7 +350,7 @@ class AdmissionGate:
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(
-            "The engine stopped and is being replaced. Try again.",
+            "The engine failed and is being restarted. Try again.",
             retry_after_s=self.limits.retry_after_s,
         )
 

@@ -56,7 +56,7 @@ class LimitGate:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise BadRequest("The client left before its body was complete.")
+                        raise BadRequest("The client disconnected before its body was complete.")
                     chunk = message.get("body", b"")
                     size += len(chunk)
                     if size > bound:
@@ -89,8 +89,8 @@ def check(parsed: Reading, limits: Limits) -> None:
             raise BadRequest(f"{field} is {value}, above this server's {bound}.", param=param)
     if parsed.sequences > limits.max_sequences:
         raise BadRequest(
-            f"The request makes {parsed.sequences} sequences of prompts and choices, above this "
-            f"server's {limits.max_sequences}. Send it in parts."
+            f"The request asks for {parsed.sequences} sequences (prompts times choices), above "
+            f"this server's {limits.max_sequences}. Split it into several requests."
         )
     if parsed.grammar_bytes > limits.max_grammar_bytes:
         raise BadRequest(

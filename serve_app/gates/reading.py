@@ -199,7 +199,7 @@ def _refuse_removed(fields: _Body) -> None:
         if not _null(getattr(fields, name)):
             now = name.removeprefix("guided_")
             raise BadRequest(
-                f"vLLM no longer knows {name}: send structured_outputs with {now!r}, or "
+                f"vLLM no longer supports {name}: send structured_outputs with {now!r}, or "
                 "response_format.",
                 param=name,
             )

@@ -131,4 +131,4 @@ class Waker:
             await self._handle.wake.remote()
         except Exception as error:
             # The next request that finds no replica calls again.
-            logger.warning("no replica was woken: %s", error)
+            logger.warning("no replica could be started from zero: %s", error)

@@ -86,8 +86,8 @@ class FastStream(Stream):
         failed = events.error_code(event) is not None
         if self.method is Method.NEVER and not self._fast:
             raise CannotContinue(
-                "The replica that wrote this answer is gone, and no other can go on with it "
-                "exactly. Ask again."
+                "The replica that generated this response failed, and no other replica can "
+                "continue it exactly. Try again."
             )
         if failed and self._fast:
             raise EngineReportedDead(event[:200].decode("utf-8", "replace"))
@@ -157,8 +157,8 @@ class FastStream(Stream):
         known = self._known[start : start + len(text)]
         if not text.startswith(known):
             raise CannotContinue(
-                "The replica that wrote this answer is gone, and another one writes its text "
-                "otherwise. Ask again."
+                "The replica that generated this response failed, and another one generated "
+                "another text. Try again."
             )
         self._repeated_characters += len(known)
         return text[len(known) :]

@@ -103,7 +103,7 @@ class Relay:
             async with asyncio.timeout(timeout_s):
                 await self._serve(request, answer)
         except TimeoutError:
-            error = GatewayTimeout(f"Not finished within {timeout_s:g} s.")
+            error = GatewayTimeout(f"The response was not complete within {timeout_s:g} s.")
             await answer.fail(error, request.path)
         except RequestError as error:
             await answer.fail(error, request.path)
@@ -162,15 +162,15 @@ class Relay:
         if failure.died:
             request.deaths = 1 if went_on else request.deaths + 1
         if request.deaths >= self._settings.max_deaths:
-            raise Poison(f"{request.deaths} replicas died while they worked on this request.")
+            raise Poison(f"{request.deaths} replicas failed while they processed this request.")
         if request.attempts >= self._settings.max_attempts:
             raise Unavailable(
                 f"{request.attempts} replicas failed this request.", retry_after_s=1.0
             )
         if not stream.continuable:
             raise CannotContinue(
-                "The replica that wrote this answer is gone, and no other can go on with it "
-                "exactly. Ask again."
+                "The replica that generated this response failed, and no other replica can "
+                "continue it exactly. Try again."
             )
 
     async def _choose(self, request: Request) -> Upstream:
@@ -182,7 +182,9 @@ class Relay:
         with metrics.unplaced.labels(self._model).track_inprogress():
             ready = await self.replicas.wait_until_ready(timeout_s, request.tried)
         if not ready:
-            raise Unavailable(f"No replica within {timeout_s:g} s.", retry_after_s=1.0)
+            raise Unavailable(
+                f"No replica became available within {timeout_s:g} s.", retry_after_s=1.0
+            )
         candidates = [
             Candidate(replica.name, replica.outstanding, replica.running) for replica in ready
         ]
@@ -238,8 +240,8 @@ async def _received(
             raise Busy(whole)
         if answer.begun:
             raise CannotContinue(
-                f"The replica that wrote this answer is gone, and another one refuses to go on "
-                f"with it: {whole.message}"
+                "The replica that generated this response failed, and another one refused to "
+                f"continue it: {whole.message}"
             )
         await answer.whole(whole)
         return

@@ -15,7 +15,7 @@ local SECRET = os.getenv("SERVE_APP_LANE_SECRET")
 local ANSWER_S = 5
 -- How long it is not asked again whether a replica has a door, once it said that it has none.
 local ABSENT_S = 5
-local UNAVAILABLE = '{"type":"error","error":{"message":"the server is too busy to answer; ask again",'
+local UNAVAILABLE = '{"type":"error","error":{"message":"the server is too busy to answer; try again",'
     .. '"type":"server_error","param":null,"code":"unavailable"}}'
 
 -- Of this thread, by the name of a server: the address of its door, since when it is known to have

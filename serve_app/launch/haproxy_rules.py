@@ -55,9 +55,9 @@ class Rule:
 
 _RETRY = " hdr Retry-After 1"
 # Message, type and code of what is answered while no replica is up.
-_NONE = "no replica is up; ask again", "server_error", "unavailable"
+_NONE = "no replica is available; try again", "server_error", "unavailable"
 
-_NO_HTTP = "the request is no valid HTTP/1.1, or its header lines are longer than 31 KiB"
+_NO_HTTP = "the request is not valid HTTP/1.1, or its headers are longer than 31 KiB"
 
 _LATE = "the request did not arrive in time"
 
@@ -165,7 +165,7 @@ RULES = (
     ),
     _error(
         502,
-        _body("the replica died before it answered; ask again", "server_error", "unavailable"),
+        _body("the replica failed before it answered; try again", "server_error", "unavailable"),
         _RETRY,
     ),
     _error(503, _body(*_NONE), _RETRY),

@@ -54,12 +54,16 @@ def warm(settings: Settings, plan: Plan, address: str) -> dict[str, Any]:
     # Not from the address: what is there may be what is to be replaced.
     cache = engine.prepare(arguments, plan.placement.num_gpus, None)
     if cache is None:
-        raise ConfigError("SERVE_APP_COMPILED", str(engine.root()), "nothing can be kept there")
+        raise ConfigError(
+            "SERVE_APP_COMPILED", str(engine.root()), "no cache can be made there; the log says why"
+        )
     began_s = time.monotonic()
     asyncio.run(_start_once(arguments))
     took_s = time.monotonic() - began_s
     if not cache.seal():
-        raise ConfigError("SERVE_APP_COMPILED", str(engine.root()), "an engine is starting there")
+        raise ConfigError(
+            "SERVE_APP_COMPILED", str(engine.root()), "another engine is starting and uses it"
+        )
     key = keys.key(described)
     size = archive.publish(cache.folder, key, described, source.at(address))
     return {

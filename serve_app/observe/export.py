@@ -65,7 +65,7 @@ class Exporter:
             except Exception:
                 # Once: a metric that cannot be exported must not fill the log, or end the others.
                 if not reported:
-                    logger.exception("metrics are not exported")
+                    logger.exception("metrics could not be exported")
                 reported = True
 
     def export(self, families: Iterable[Metric]) -> None:

@@ -121,7 +121,7 @@ def _device(line: str) -> tuple[str, str, Gpu]:
     """Index, UUID and GPU of one line; a value in brackets, as [N/A], is not known."""
     words = [word.strip() for word in line.split(",")]
     if len(words) != 7:
-        raise HardwareError(f"nvidia-smi answers what is not known here: {line!r}")
+        raise HardwareError(f"nvidia-smi printed a line that cannot be parsed: {line!r}")
     index, uuid, name, total, free, capability, driver = words
     major, _, minor = capability.partition(".")
     version = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None

@@ -72,7 +72,7 @@ class Keeper:
                 kept.stop()  # Connections that wait for it are refused, too.
                 logger.error("%s too often; Python answers every request from now on", failure)
                 return
-            logger.error("%s; it is started anew, and Python answers every request", failure)
+            logger.error("%s; restarting it, and Python answers every request meanwhile", failure)
             await self._try_restart()
 
     async def _look(self, kept: Kept) -> str | None:
@@ -105,6 +105,6 @@ class Keeper:
                 await self._restart()
         except Exception as error:
             # It is looked at again: it may yet answer, or is killed and started once more.
-            logger.exception("vllm-rs does not start anew: %s", error)
+            logger.exception("vllm-rs could not be restarted: %s", error)
         else:
-            logger.warning("vllm-rs was started anew")
+            logger.warning("vllm-rs was restarted")

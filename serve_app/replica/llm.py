@@ -130,7 +130,7 @@ class ContinuingLLM(CountingLLM):
         progress, current.progress = current.progress, None
         method = _method(request.sampling_params)
         if progress.repeat is None and progress.groups and method is Method.NEVER:
-            raise NotTheSame("This answer cannot go on exactly where it broke off.")
+            raise NotTheSame("This response cannot be continued exactly where it was interrupted.")
         self.check_admission(request_id=request.request_id)
         self.output_processor.add_request(request, prompt, parent_req, index, queue)
         if progress.finish is None:
@@ -211,7 +211,9 @@ class ContinuingLLM(CountingLLM):
         if not same or (due and output.finish_reason is not None):
             state = self.output_processor.request_states.get(output.request_id)
             if state is not None:
-                state.queue.put(NotTheSame("The answer broke off, and came out otherwise again."))
+                state.queue.put(
+                    NotTheSame("The response was interrupted, and its repetition is different.")
+                )
             return False
         return bool(output.new_token_ids) or output.finish_reason is not None
 

@@ -199,7 +199,7 @@ class _Reporting(Scheduler):  # type: ignore[misc]
             self._sender.send(report)
         except OSError as error:
             # The replica ended: its guard ends this process as well.
-            logger.error("the replica takes no reports: %s", error)
+            logger.error("the scheduler cannot send its reports to the replica: %s", error)
             self._sender = None
 
 

@@ -123,7 +123,7 @@ class Supervisor:
                 await self._restart()
         except Exception as error:
             # Whatever it is, another replica has better chances.
-            logger.exception("the engine does not start anew: %s", error)
+            logger.exception("the engine could not be restarted: %s", error)
             return False
         self._restarted_s = time.monotonic()
         return True

@@ -66,7 +66,9 @@ class ClusterStore:
             value = _internal_kv_get(key, namespace=_NAMESPACE)
             return None if value is None else msgspec.json.decode(value, type=Memory)
         except Exception as error:
-            logger.warning(f"The scaling policy starts anew: its memory cannot be read: {error}")
+            logger.warning(
+                f"The scaling policy starts without its memory, which cannot be read: {error}"
+            )
             return None
 
     def save(self, key: str, memory: Memory) -> None:

@@ -185,6 +185,15 @@ def test_the_time_to_a_first_token_includes_the_wait_for_room(signals: Signals) 
     assert signals.load(8, 1).ttft_s == pytest.approx(3.2, rel=0.03)
 
 
+def test_the_queue_is_told_of_first_tokens(signals: Signals) -> None:
+    told: list[int] = []
+    signals.first_tokens = told.append
+    signals.step(30, 3, 0, [0.1, 0.2], [0.01])
+    signals.step(0, 5, 0, [], [0.01])
+    signals.step(10, 1, 0, [0.3], [])
+    assert told == [2, 1]
+
+
 def test_what_waits_before_the_engine_counts(signals: Signals) -> None:
     signals.state(0, running=4, waiting=2, kv_usage=0.5)
     signals.state(1, running=3, waiting=0, kv_usage=0.7)

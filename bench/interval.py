@@ -33,7 +33,9 @@ CONFIDENCE = 0.95
 # Below this many values of unknown shape a mean has no interval.
 _FEWEST_VALUES = 5
 # Independent samples that a series must be worth: below, its correlation is underestimated too
-# often, and the series that pass are those where it was. A series that shows none needs fewer.
+# often, and the series that pass are those where it was. That is why each half of a series must be
+# as good: where only the calm of one half lets it pass, it has no interval. A series that shows no
+# correlation needs fewer.
 ENOUGH, _ENOUGH_UNCORRELATED = 600, 60
 _UNCORRELATED, _CORRELATED = 1.5, 3.0
 # A correlation is estimated from the same samples: it is taken as greater by so many standard
@@ -225,12 +227,20 @@ def _bearable_time(series: NDArray[np.float64]) -> float | None:
     """The autocorrelation time; None where the samples are worth too few independent ones."""
     if len(series) < _ENOUGH_UNCORRELATED:
         return None
-    time = max(
+    time = _time(series)
+    enough = np.interp(time, (_UNCORRELATED, _CORRELATED), (_ENOUGH_UNCORRELATED, ENOUGH))
+    if len(series) / time < enough:
+        return None
+    if time > _CORRELATED and len(series) / max(map(_time, np.array_split(series, 2))) < enough:
+        return None
+    return time
+
+
+def _time(series: NDArray[np.float64]) -> float:
+    return max(
         correlation.autocorrelation_time(series),
         correlation.autocorrelation_time(correlation.ranks(series)),
     )
-    enough = np.interp(time, (_UNCORRELATED, _CORRELATED), (_ENOUGH_UNCORRELATED, ENOUGH))
-    return time if len(series) / time >= enough else None
 
 
 def cautious(time: float, count: int) -> float:

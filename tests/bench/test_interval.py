@@ -175,6 +175,7 @@ def test_the_interval_of_a_series_covers_or_is_withheld(
     [
         (processes.autoregressive(0.9), 400),
         (processes.queue(0.5), 100),
+        (processes.queue(0.5), 3500),  # Just below what is enough for most series.
         (processes.queue(0.8), 400),
         (processes.queue(0.8), 2000),
         (processes.queue(0.9), 400),

@@ -1,11 +1,14 @@
-"""Whether bench and `vllm bench serve` say the same of the same server.
+"""Whether bench and other benchmarks measure the same of the same server.
 
     python -m bench agreement --url URL --model NAME [--rounds 5] [--users 8] [--requests 64]
+        [--tools guidellm,aiperf,inference-perf,genai-bench --tokenizer FOLDER]
 
-The same prompts, output lengths and concurrency, in interleaved rounds; the order is turned round
-each time, so that a machine that drifts favours neither. Compared are the figures that both define
-in the same way (`measure.vllm_names`: from sent to received, the whole run), ours over theirs: the
-median over rounds with the lowest and the highest. The last line is one JSON object.
+`vllm bench serve` sends the same prompts, output lengths and concurrency, in interleaved rounds;
+the order is turned round each time, so that a machine that drifts favours neither. Compared are the
+figures that both define in the same way (`measure.vllm_names`: from sent to received, the whole
+run), ours over theirs: the median over rounds with the lowest and the highest. The last line is one
+JSON object. Other tools take part in each round (`tools`), each with the nearest load that it can
+send. The result says how they differ, and why a tool that could not be installed or run is absent.
 
     --fake starts the small server with known times instead of asking for a URL.
 """
@@ -14,13 +17,16 @@ import argparse
 import asyncio
 import statistics
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from bench import measure
-from bench.itself import known_server
+from bench.itself import known_server, tools
 from bench.itself.peer import Peer
+from bench.itself.tools import Environment, Tool, ToolError
 from bench.options import whole
 from bench.traffic import load, schedule, workload
 from bench.traffic.client import Target
@@ -33,6 +39,7 @@ FIGURES = (
     "median_itl_ms",
     "median_e2el_ms",
 )
+OURS, VLLM = "ours", "vllm"
 # How far a ratio may be from 1.
 TOLERANCE = 0.03
 
@@ -87,16 +94,48 @@ def medians(result: dict[str, Any]) -> dict[str, Any]:
     return figures | result
 
 
-def compare(rounds: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
-    """For each figure: the medians of both, and the ratio of each round."""
+def play(
+    measures: Mapping[str, Measure], rounds: int
+) -> tuple[list[dict[str, dict[str, Any]]], dict[str, str]]:
+    """Interleaved rounds: the figures of each, by name, and why some are not there.
+
+    The order is turned round each time. Who fails once takes no further part.
+    """
+    absent: dict[str, str] = {}
+    results = []
+    for number in range(rounds):
+        names = [name for name in measures if name not in absent]
+        figures = {}
+        for name in names if number % 2 == 0 else names[::-1]:
+            # Other prompts for each: the second would find those of the first in a cache.
+            seed = number * len(measures) + list(measures).index(name)
+            try:
+                figures[name] = measures[name](seed)
+            except ToolError as error:
+                absent[name] = str(error)
+        results.append(figures)
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    return results, absent
+
+
+def compare(rounds: Sequence[Mapping[str, dict[str, Any]]], other: str) -> list[dict[str, Any]]:
+    """For each figure: the medians of ours and the other's, and the ratio of each round."""
     rows = []
     for figure in FIGURES:
-        ratios = [mine[figure] / its[figure] for mine, its in rounds]
+        pairs = [
+            (each[OURS][figure], each[other][figure])
+            for each in rounds
+            if figure in each[OURS] and figure in each[other]
+        ]
+        if not pairs:
+            continue
+        ratios = [mine / its for mine, its in pairs]
         rows.append(
             {
+                "tool": other,
                 "figure": figure,
-                "ours": round(statistics.median(mine[figure] for mine, _ in rounds), 3),
-                "vllm": round(statistics.median(its[figure] for _, its in rounds), 3),
+                "ours": round(statistics.median(mine for mine, _ in pairs), 3),
+                "theirs": round(statistics.median(its for _, its in pairs), 3),
                 "ratio": round(statistics.median(ratios), 4),
                 "min": round(min(ratios), 4),
                 "max": round(max(ratios), 4),
@@ -117,33 +156,81 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--users", type=whole(1), default=8)
     add("--requests", type=whole(1), default=64)
     add("--rounds", type=whole(1), default=5)
+    add("--tools", default="", help=f"other benchmarks, of {', '.join(tools.TOOLS)}")
+    add("--tokenizer", default="", help="a folder with the model's tokenizer, for those")
+    add(
+        "--environments",
+        default="results/tools",
+        help="where each of them is installed, in an environment of its own",
+    )
 
 
 def command(options: argparse.Namespace) -> dict[str, Any]:
     """What `python -m bench agreement` does with its options; returns its last line."""
+    others = _tools(options)
     with ExitStack() as stack:
         if options.fake:
             served = known_server.Options(ttft_ms=50, itl_ms=10)
             options.url = stack.enter_context(known_server.launched(8868, served)).url
         load.connect()
-        peer = stack.enter_context(Peer())
-        pair = [ours(options), theirs(options, peer)]
-        for once in pair:
-            once(-1)  # What is done for the first time is not compared.
-        rounds = []
-        for number in range(options.rounds):
-            order = [0, 1] if number % 2 == 0 else [1, 0]
-            # Other prompts for each: the second would find those of the first in a cache.
-            answers = {which: pair[which](2 * number + which) for which in order}
-            rounds.append((answers[0], answers[1]))
-            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-    rows = compare(rounds)
-    differ = [row["figure"] for row in rows if not row["agrees"]]
+        measures = {
+            OURS: ours(options),
+            VLLM: theirs(options, stack.enter_context(Peer())),
+            **{tool.name: _measure(tool, options) for tool in others},
+        }
+        for name in (OURS, VLLM):
+            measures[name](-1)  # What is done for the first time is not compared.
+        rounds, absent = play(measures, options.rounds)
+    rows = [
+        row
+        for name in measures
+        if name != OURS and name not in absent
+        for row in compare(rounds, name)
+    ]
+    differ = [row["figure"] for row in rows if row["tool"] == VLLM and not row["agrees"]]
     doubts = [f"{figure} differs by more than {TOLERANCE:.0%}" for figure in differ]
+    beside = ", ".join([VLLM, *(tool.name for tool in others)])
     return {
         "benchmark": "agreement",
-        "name": "ours beside vllm bench serve",
+        "name": f"ours beside {beside}",
         "valid": not doubts,
         "doubts": doubts,
         "results": rows,
+        "how_others_differ": [{"tool": tool.name, "differs": tool.differs} for tool in others],
+        "absent": [{"tool": name, "reason": reason} for name, reason in absent.items()],
     }
+
+
+def _tools(options: argparse.Namespace) -> list[Tool]:
+    """The tools that were asked for.
+
+    Raises:
+        ToolError: one is not known, or there is no tokenizer for them.
+    """
+    names = [name.strip() for name in options.tools.split(",") if name.strip()]
+    for name in names:
+        if name not in tools.TOOLS:
+            raise ToolError.of("tools", name, "no such tool", tools.TOOLS)
+    if names and not Path(options.tokenizer).is_dir():
+        problem = "not a folder: these tools need the tokenizer of the model"
+        raise ToolError.of("tokenizer", options.tokenizer, problem)
+    return [tools.TOOLS[name] for name in names]
+
+
+def _measure(tool: Tool, options: argparse.Namespace) -> Measure:
+    environment = Environment(Path(options.environments).resolve())
+
+    def once(seed: int) -> dict[str, Any]:
+        requests = workload.parse(options.workload, seed).take(options.requests)
+        with tempfile.TemporaryDirectory(prefix=f"{tool.name}.") as folder:
+            ask = tools.Ask(
+                url=options.url,
+                model=options.model,
+                tokenizer=str(Path(options.tokenizer).resolve()),
+                users=options.users,
+                prompts=[(str(r.prompt), r.output_tokens) for r in requests],
+                folder=Path(folder),
+            )
+            return dict(tools.measure(tool, environment, ask))
+
+    return once

@@ -94,16 +94,23 @@ def _rows(title: str, rows: Any) -> Table:
     """A list of objects, or an object of them, as a table: a column for each plain value."""
     named = [(str(key), row) for key, row in rows.items()] if isinstance(rows, dict) else []
     each = named or [(str(number), row) for number, row in enumerate(rows, 1)]
-    keys = dict.fromkeys(key for _, row in each for key, value in row.items() if _plain(value))
+    keys = dict.fromkeys(
+        key for _, row in each for key, value in row.items() if _cell_of(value) != "-"
+    )
     table = _table(title.replace("_", " "), *(key.replace("_", " ") for key in keys))
     for name, row in each:
-        table.add_row(name, *(_plain(row.get(key)) or "-" for key in keys))
+        table.add_row(name, *(_cell_of(row.get(key)) for key in keys))
     return table
 
 
 def _is_table(value: Any) -> bool:
     rows = list(value.values()) if isinstance(value, dict) else value
     return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) for row in rows)
+
+
+def _cell_of(value: Any) -> str:
+    """As `_plain`; a long text is folded."""
+    return value if isinstance(value, str) and value else _plain(value) or "-"
 
 
 def _plain(value: Any) -> str:

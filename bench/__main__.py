@@ -245,18 +245,8 @@ _LONG = ("schema", "command", "started", "commit", "machine", "target", "answers
 
 
 def _target(options: Options) -> Target:
-    return run.with_model(
-        Target(
-            url=options.url,
-            model=options.model or "",
-            endpoint=options.endpoint,
-            headers=access.headers(options.api_key_env, options.key_header, options.header),
-            ca_file=options.ca,
-            timeout_s=options.timeout,
-            keep_text=options.keep_text,
-            extra={"temperature": options.temperature, **options.extra},
-        )
-    )
+    extra = {"temperature": options.temperature, **options.extra}
+    return run.target_of(options, extra, options.keep_text)
 
 
 def _job(options: Options) -> Job:

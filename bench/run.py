@@ -5,6 +5,7 @@ when, send it from Ray actors while the server is scraped, and put the records o
 then work out the figures.
 """
 
+import argparse
 import asyncio
 import contextlib
 import sys
@@ -24,7 +25,7 @@ from bench.measure import Slo
 from bench.progress import Line, Progress
 from bench.records import Journal, Record
 from bench.scrape import Scraper, samples
-from bench.traffic import load, schedule
+from bench.traffic import access, load, schedule
 from bench.traffic.client import Client, Target, check
 from bench.traffic.conversation import Script
 from bench.traffic.request import Workload
@@ -220,6 +221,28 @@ def settings_of(job: Job) -> dict[str, Any]:
         "salt": job.salt,
         "slo": msgspec.to_builtins(job.slo),
     }
+
+
+def target_of(
+    options: argparse.Namespace, extra: dict[str, Any], keep_text: bool = False
+) -> Target:
+    """The target that the options of a command name (`access.arguments` and the API's own).
+
+    Raises:
+        TargetError: it names no model and does not answer, or serves several.
+    """
+    return with_model(
+        Target(
+            url=options.url,
+            model=options.model or "",
+            endpoint=options.endpoint,
+            headers=access.headers(options.api_key_env, options.key_header, options.header),
+            ca_file=options.ca,
+            timeout_s=options.timeout,
+            keep_text=keep_text,
+            extra=extra,
+        )
+    )
 
 
 def with_model(target: Target) -> Target:

@@ -311,19 +311,8 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         raise LoadError("requests, users, distinct: each must be at least 1")
     if not 0 <= options.whole <= 1:
         raise LoadError.of("whole", options.whole, "must be from 0 to 1")
-    target = run.with_model(
-        Target(
-            url=options.url,
-            model=options.model or "",
-            endpoint=options.endpoint,
-            headers=access.headers(options.api_key_env, options.key_header, options.header),
-            ca_file=options.ca,
-            timeout_s=options.timeout,
-            extra=options.extra,
-        )
-    )
     job = Job(
-        target=target,
+        target=run.target_of(options, options.extra),
         workload=options.workload,
         count=options.requests,
         users=options.users,

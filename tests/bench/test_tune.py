@@ -166,6 +166,7 @@ def test_the_kv_cache_is_seen_while_it_is_used(engine: Engine) -> None:
     assert len(kvcache.describe(view)) == 3
 
 
+@pytest.mark.slow
 def test_an_engine_that_runs_out_of_memory_is_an_error_that_says_so(
     tiny: Path, tmp_path: Path
 ) -> None:

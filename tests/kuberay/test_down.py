@@ -285,7 +285,10 @@ def test_what_controllers_made_is_marked_while_the_cluster_vouches_for_it(
 )
 @pytest.mark.parametrize(
     "words",
-    [("kubectl", "delete", "rayservices.ray.io"), ("eksctl", "delete", "cluster")],
+    [
+        pytest.param(("kubectl", "delete", "rayservices.ray.io"), marks=pytest.mark.slow),
+        ("eksctl", "delete", "cluster"),
+    ],
 )
 def test_an_interrupted_teardown_is_run_again(
     cloud: Cloud, commands: Commands, words: tuple[str, ...], number: signal.Signals
@@ -329,6 +332,7 @@ def test_a_missing_permission_is_named_and_costs_only_what_it_protects(
     assert left(cloud, before) == {}
 
 
+@pytest.mark.slow  # tests/kuberay/test_aws.py and test_sweep.py have it without a teardown.
 def test_throttling_is_waited_out(cloud: Cloud, commands: Commands) -> None:
     before = planted.everything(cloud)
     planted.plant(cloud, "ours")

@@ -365,7 +365,7 @@ def choose_tensor_parallel_size(
     raise ConfigError(
         "model",
         model,
-        f"needs {needed / GIB:.1f} GiB on each of {sizes[-1]} GPUs, where an engine can use "
+        f"needs {needed / GIB:.1f} GiB on each of {sizes[-1]} GPUs and finds "
         f"{usable / GIB:.1f} GiB ({len(gpus)} x {gpus[0].name}); lower engine.max_model_len, "
         f"or take {smaller[-1] if smaller else 'a larger GPU'}",
     )

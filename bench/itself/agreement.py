@@ -211,7 +211,7 @@ def _tools(options: argparse.Namespace) -> list[Tool]:
     for name in names:
         if name not in tools.TOOLS:
             raise ToolError.of("tools", name, "no such tool", tools.TOOLS)
-    if names and not Path(options.tokenizer).is_dir():
+    if names and not (options.tokenizer and Path(options.tokenizer).is_dir()):
         problem = "not a folder: these tools need the tokenizer of the model"
         raise ToolError.of("tokenizer", options.tokenizer, problem)
     return [tools.TOOLS[name] for name in names]

@@ -238,7 +238,8 @@ async def test_no_cell_of_the_matrix_asks_what_another_asked(
             for repeat in range(job.repeats)
             for request in workload.parse(job.workload, job.seed + repeat).take(job.count or 0)
         )
-        return {"name": job.name, "doubts": [], "events": [], "summary": {}}
+        nothing = {"doubts": [], "events": [], "summary": {}, "interrupted": False}
+        return {"name": job.name, **nothing}
 
     monkeypatch.setattr(run, "run", measured)
     cells = [cell for cell in workload.matrix() if cell.input_tokens == 200]

@@ -1,6 +1,6 @@
 """The door behind a real HAProxy, with real gates, before a small Rust front end of the tests.
 
-Ports 8790 to 8792.
+Ports 8650 to 8652.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from serve_app.tenants.registry import keys_of
 from serve_app.tenants.tenant import digest
 from tests.launch.test_haproxy_reload import Proxy, Upstream
 
-PORT = 8790
+PORT = 8650
 SECRET, TOKEN = "sesame", "a-token-of-this-replica"
 KEY = {"authorization": "Bearer sk-ann"}
 TENANTS = f"""

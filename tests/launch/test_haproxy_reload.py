@@ -1,6 +1,6 @@
 """HAProxy as Ray Serve starts and reloads it, with our configuration, before small real servers.
 
-Ports 8780 to 8782.
+Ports 8660 to 8662.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from ray.serve.config import HTTPOptions
 
 from serve_app.launch import launcher
 
-PORT = 8780
+PORT = 8660
 
 
 class Upstream:

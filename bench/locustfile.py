@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import gevent  # type: ignore[import-untyped]
 import msgspec
-from gevent import GreenletExit  # type: ignore[import-untyped]
+from gevent import GreenletExit
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 from locust import User, events
@@ -55,6 +56,8 @@ _WORKLOAD = "synthetic:input=100,output=64,exact=no"
 # Answers in flight when the time is up are waited for, unless --stop-timeout says otherwise:
 # leaving them out would leave out the slowest.
 _DRAIN_S = 30.0
+# How long a worker may take beyond that to hand over its last records.
+_HAND_OVER_S = 10.0
 # A user whose request failed waits: refused users would do nothing but hammer.
 _PAUSE_AFTER_FAILURE_S = 1.0
 _FLUSH_RECORDS, _FLUSH_S = 64, 1.0
@@ -251,6 +254,8 @@ class Run:
         self._pending: list[Record] = []
         self._prompts: dict[int, str] = {}  # The prompt of an example, by the index of its record.
         self._cpu: dict[str, float] = {}
+        self._complete: set[str] = set()  # Workers that have handed over their last records.
+        self._incomplete = 0
         self._users, self._hatched = 0, 0
         self._stopped_s: float | None = None
         self._index, self._taken = -1, 0
@@ -296,12 +301,16 @@ class Run:
         if len(self._pending) >= _FLUSH_RECORDS or self.now_s() >= self._flushed_s + _FLUSH_S:
             self.flush()
 
-    def flush(self) -> None:
-        """What was heard goes to the disk as it comes, so that it survives what comes next."""
+    def flush(self, last: bool = False) -> None:
+        """What was heard goes to the disk as it comes, so that it survives what comes next.
+
+        Args:
+            last: the users have ended, so that a worker hears nothing more.
+        """
         self._flushed_s = self.now_s()
         pending, self._pending = self._pending, []
         if self._worker:
-            self.runner.send_message("bench", self._parcel(pending))
+            self.runner.send_message("bench", {**self._parcel(pending), "last": last})
         elif self._out:
             self._journal.add(pending)
 
@@ -321,9 +330,31 @@ class Run:
         shift_s = parcel["epoch_s"] - self._epoch_s
         heard = msgspec.json.decode(parcel["records"], type=list[Record])
         self.model = self.model or parcel["model"]
+        if parcel["last"]:
+            self._complete.add(msg.node_id)
         self._cpu[f"worker {parcel['actor']}"] = parcel["cpu"]
         self._prompts.update((index, prompt) for index, prompt in parcel["asked"])
         self.hear([_shifted(record, shift_s) for record in heard])
+
+    def end(self) -> None:
+        """On the master: return once each worker has finished its requests and handed them over.
+
+        Locust itself waits half a second for them, and streams may take longer.
+        """
+        self.runner.send_message("bench-end")
+        due_s = time.monotonic() + self._environment.stop_timeout + _HAND_OVER_S
+        while (missing := self._expected() - self._complete) and time.monotonic() < due_s:
+            gevent.sleep(0.1)
+        self._incomplete = len(missing)
+
+    def _expected(self) -> set[str]:
+        clients = self.runner.clients
+        return {client.id for client in clients.all} - {client.id for client in clients.missing}
+
+    def hand_over(self, environment: Any, msg: Any) -> None:
+        """On a worker: finish the requests that are under way, and send the last records."""
+        environment.runner.stop()
+        self.flush(last=True)
 
     def _busy(self) -> float:
         """The share of one core that this process has used."""
@@ -332,6 +363,8 @@ class Run:
     def _cut_short(self) -> str:
         """Why the run is not the one that was asked for; empty where it is."""
         asked_s, ran_s = self.options.run_time, self._stopped_s or self.now_s()
+        if self._incomplete:
+            return f"interrupted: {self._incomplete} workers did not hand over their last records"
         if not asked_s or ran_s > asked_s - 1:
             return ""
         return f"interrupted: stopped after {ran_s:.1f} s of {asked_s} s"
@@ -522,12 +555,16 @@ def _init(environment: Any, runner: Any, **_: Any) -> None:
         raise SystemExit(str(error)) from error
     if isinstance(runner, MasterRunner):
         runner.register_message("bench", run.receive)
+        environment.events.test_stop.add_listener(lambda **_: run.end())
+    if isinstance(runner, WorkerRunner):
+        # A task of its own: it waits for users, and the worker answers its master meanwhile.
+        runner.register_message("bench-end", run.hand_over, concurrent=True)
     environment.stop_timeout = environment.stop_timeout or _DRAIN_S
     listeners = environment.events
     listeners.test_start.add_listener(lambda **_: run.begin())
     listeners.spawning_complete.add_listener(run.all_users_are_there)
     listeners.test_stopping.add_listener(lambda **_: run.stopping())
-    listeners.test_stop.add_listener(lambda **_: run.flush())
+    listeners.test_stop.add_listener(lambda **_: run.flush(last=True))
     listeners.quitting.add_listener(lambda **_: run.judge())
     listeners.quit.add_listener(lambda **_: run.close())
 

@@ -286,8 +286,9 @@ def _wait_for_records(path: Path, process: "subprocess.Popen[str]") -> None:
     raise AssertionError("no record within 30 s")
 
 
-def test_workers_hand_their_records_to_the_master(tmp_path: Path) -> None:
-    with launched(8903, Options(ttft_ms=50, itl_ms=2)) as server:
+@pytest.mark.parametrize("ttft_ms", [50, 2500], ids=["short answers", "longer than Locust waits"])
+def test_workers_hand_their_records_to_the_master(tmp_path: Path, ttft_ms: float) -> None:
+    with launched(8903, Options(ttft_ms=ttft_ms, itl_ms=2)) as server:
         process = locust(
             server.url,
             *("-u", "4", "-r", "4", "-t", "3s", "--processes", "2"),

@@ -13,6 +13,8 @@
 local SECRET = os.getenv("SERVE_APP_LANE_SECRET")
 -- A door answers within a millisecond, or says within half a second that the request waits.
 local ANSWER_S = 5
+-- A request is over sooner, by its own timeouts.
+local HELD_S = 7 * 24 * 3600
 -- How long it is not asked again whether a replica has a door, once it said that it has none.
 local ABSENT_S = 5
 local UNAVAILABLE = '{"type":"error","error":{"message":"the server is too busy to answer; try again",'
@@ -167,7 +169,8 @@ local function ask(txn, name, door, request)
             txn:set_var("txn.headers", headers)
         end
         -- The connection is the request's place in the engine. HAProxy closes it when the
-        -- transaction ends, whatever ends it.
+        -- transaction ends, whatever ends it, and not because nothing is said on it meanwhile.
+        socket:settimeout(HELD_S)
         txn:set_priv(socket)
         txn:set_var("txn.lane", "fast")
         txn:set_var("txn.host", host)

@@ -446,6 +446,19 @@ async def test_a_client_that_leaves_gives_its_place_back(
     assert replica.frontend.running == 0
 
 
+async def test_a_long_answer_keeps_its_place_to_its_end(replica: Replica, proxy: str) -> None:
+    """Longer than HAProxy waits for an answer of the door, with nothing said on that connection."""
+    replica.frontend.gap_s = 0.5
+    answer = asyncio.create_task(ask(proxy, {**ASK, "max_tokens": 14}))
+    await asyncio.sleep(6.5)
+    assert not answer.done()
+    assert replica.admission.running == 1
+    assert (await answer)[0] == 200
+    await replica.settled()
+    (timeline,) = replica.timelines
+    assert (timeline.generated_tokens, timeline.broken, timeline.left) == (14, False, False)
+
+
 async def test_what_the_rust_front_end_refuses_is_counted_so(replica: Replica, proxy: str) -> None:
     replica.frontend.status = 400
     status, headers, _ = await ask(proxy)

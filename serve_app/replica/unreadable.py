@@ -26,7 +26,7 @@ def answer_400(app: fastapi.FastAPI) -> None:
     """Let vLLM's application answer 400 to requests that it cannot read."""
     for kind in SHAPE_ERRORS:
         app.add_exception_handler(kind, _response)
-    # It answers errors itself.
+    # Its routes catch errors themselves, so that no handler sees them.
     anthropic.create_error_response = error_of
 
 
@@ -41,5 +41,6 @@ def error_of(error: str | Exception, **named: Any) -> Any:
 
 
 async def _response(request: fastapi.Request, error: Exception) -> JSONResponse:
-    answer = error_of(error)
+    # Without a body there is nothing that the client could have written wrongly.
+    answer = error_of(error) if request.method == "POST" else create_error_response(error)
     return JSONResponse(answer.model_dump(), status_code=answer.error.code)

@@ -32,7 +32,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> tuple[TestClient, SimpleNamespac
     app = fastapi.FastAPI()
     init_exception_handler(app)
     unreadable.answer_400(app)
-    app.add_api_route("/v1/any", fail, methods=["POST"])
+    app.add_api_route("/v1/any", fail, methods=["GET", "POST"])
     app.include_router(anthropic.router)
     app.state.args = SimpleNamespace(log_error_stack=False)
     app.state.engine_client = SimpleNamespace(errored=False, is_running=True)
@@ -60,6 +60,12 @@ def test_an_error_after_the_engine_was_asked_is_500(failing: Any, path: str) -> 
     client, now = failing
     now.error, now.begun = SHAPE[0], True
     assert client.post(path, json=BODY).status_code == 500
+
+
+def test_an_error_of_a_request_without_a_body_is_500(failing: Any) -> None:
+    client, now = failing
+    now.error = SHAPE[0]
+    assert client.get("/v1/any").status_code == 500
 
 
 @pytest.mark.parametrize("error", [EngineDeadError(), RuntimeError("CUDA"), OSError("disk")])

@@ -1,7 +1,7 @@
 """What a server does at ten times its capacity: tokens/s kept, and how soon the rest are refused.
 
     python -m bench.experiments.overload --url URL --users N [--times 10] [--rounds 3]
-                                         [--seconds 20]
+                                         [--seconds 20] [--api-key-env NAME]
 
 In turn: a closed loop of N users, which is as many as the server serves at once, for its capacity;
 then an open loop of `times` the requests/s that it just answered. Said are, over rounds, tokens/s
@@ -19,7 +19,7 @@ from typing import Any
 
 from bench import interval, measure, run
 from bench.records import Record
-from bench.traffic import load, schedule, workload
+from bench.traffic import access, load, schedule, workload
 from bench.traffic.client import Target
 
 REFUSED = (429, 503)
@@ -78,8 +78,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--actors", type=int, default=1)
+    parser.add_argument("--api-key-env", default="", help="environment variable with the API key")
     options = parser.parse_args()
-    target = run.with_model(Target(url=options.url, model="", extra={"temperature": 0}))
+    target = Target(
+        url=options.url,
+        model="",
+        headers=access.headers(options.api_key_env, "authorization", []),
+        extra={"temperature": 0},
+    )
+    target = run.with_model(target)
     load.connect()
     rounds = []
     for number in range(options.rounds):

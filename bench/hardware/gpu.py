@@ -1,6 +1,7 @@
 """What the GPUs do during a run: utilisation and memory, sampled through NVML."""
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -61,9 +62,36 @@ def present() -> bool:
     return bool(pynvml.nvmlDeviceGetCount())
 
 
+def visible() -> list[int]:
+    """Indices, in NVML, of the GPUs that this process may use: the others may work for others.
+
+    All of them where `CUDA_VISIBLE_DEVICES` is not set. It names GPUs by index or by the beginning
+    of their UUID; as CUDA does, the first name that is no GPU ends the list. NVML must be open.
+    """
+    import pynvml
+
+    count = int(pynvml.nvmlDeviceGetCount())
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if not named:
+        return list(range(count))
+    uuids = [
+        pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)
+    ]
+    found: list[int] = []
+    for name in map(str.strip, named.split(",")):
+        if name.isdecimal():
+            matches = [int(name)] if int(name) < count else []
+        else:
+            matches = [index for index, uuid in enumerate(uuids) if name and uuid.startswith(name)]
+        if len(matches) != 1:
+            break
+        found.append(matches[0])
+    return found
+
+
 @contextlib.contextmanager
 def sampling(start_s: float, period_s: float = 0.5) -> Iterator[list[GpuSample]]:
-    """Sample every GPU until the block ends; the list stays empty where there is none.
+    """Sample every visible GPU until the block ends; the list stays empty where there is none.
 
     Args:
         start_s: start of the run, on `time.time()`.
@@ -76,14 +104,13 @@ def sampling(start_s: float, period_s: float = 0.5) -> Iterator[list[GpuSample]]
     except pynvml.NVMLError:
         yield samples
         return
-    devices = range(pynvml.nvmlDeviceGetCount())
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in devices]
+    handles = {index: pynvml.nvmlDeviceGetHandleByIndex(index) for index in visible()}
     done = threading.Event()
-    meters = [_Meter(handle) for handle in handles]
+    meters = {index: _Meter(handle) for index, handle in handles.items()}
 
     def sample() -> None:
         while not done.wait(period_s):
-            for index, handle in enumerate(handles):
+            for index, handle in handles.items():
                 rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
                 memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
                 samples.append(

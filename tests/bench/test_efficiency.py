@@ -38,6 +38,32 @@ def test_energy_is_of_all_gpus_from_zero() -> None:
     assert gpu.energy(broken) == []
 
 
+@pytest.mark.parametrize(
+    ("named", "indices"),
+    [
+        (None, [0, 1, 2]),
+        ("", [0, 1, 2]),
+        ("2,0", [2, 0]),
+        ("1,7,0", [1]),
+        ("GPU-b", [1]),
+        ("GPU-", []),
+        ("-1", []),
+    ],
+)
+def test_only_visible_gpus_are_sampled(
+    named: str | None, indices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pynvml
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 3)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: f"GPU-{'abc'[handle]}123")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert gpu.visible() == indices
+
+
 def test_a_token_costs_what_was_used_while_it_was_made() -> None:
     measures = measure.measure(made.records(200))
     seconds = int(measures.to_s) + 2

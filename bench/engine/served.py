@@ -139,12 +139,13 @@ class Served:
         """Until it answers a request: a route may be there before its replica is."""
         deadline_s = time.monotonic() + self._start_s
         url = f"http://127.0.0.1:{self._port}/v1/models"
+        request = urllib.request.Request(url, headers=systems.key_header())
         while time.monotonic() < deadline_s:
             if self._process.poll() is not None:
                 log = (self._folder / "server.log").read_text(errors="replace")
                 raise trial.failure(log, self._process.returncode)
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(url, timeout=5).close()
+                urllib.request.urlopen(request, timeout=5).close()
                 return
             time.sleep(0.2)
         raise EngineError(f"the server was not ready after {self._start_s:.0f} s")
@@ -195,6 +196,7 @@ def _client(port: int, limit_s: float) -> Client:
     target = Target(
         url=f"http://127.0.0.1:{port}",
         model=systems.NAME,
+        headers=systems.key_header(),
         timeout_s=limit_s,
         extra={"temperature": 0, "ignore_eos": True},
     )

@@ -264,9 +264,7 @@ def _answer(system: System, within_s: float) -> float:
 def _asked(system: System, timeout_s: float = _ASK_S) -> bool:
     """Whether one token comes."""
     body = json.dumps({"model": NAME, "prompt": "Hello", "max_tokens": 1, "temperature": 0})
-    headers = {"content-type": "application/json"}
-    if keys := os.environ.get(systems.KEYS_VARIABLE):
-        headers["authorization"] = f"Bearer {keys.split(',')[0]}"
+    headers = {"content-type": "application/json", **systems.key_header()}
     connection = http.client.HTTPConnection("127.0.0.1", system.port, timeout=timeout_s)
     try:
         connection.request("POST", "/v1/completions", body, headers)

@@ -238,13 +238,25 @@ def running(
         _stop(system)
 
 
+def key_header() -> dict[str, str]:
+    """The header that this application asks for where the keys' variable is set; none otherwise.
+
+    A file with several keys, one a line or separated by commas: the first.
+    """
+    keys = os.environ.get(KEYS_VARIABLE, "").replace(",", " ").split()
+    return {"authorization": f"Bearer {keys[0]}"} if keys else {}
+
+
 def wait(system: System, timeout_s: float = 400.0) -> None:
     deadline_s = time.perf_counter() + timeout_s
     while time.perf_counter() < deadline_s:
         if system.process.poll() is not None:
             raise SystemExit(f"{system.name} ended: {system.log.read_text()[-2000:]}")
         with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{system.port}/v1/models", timeout=5).close()
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{system.port}/v1/models", headers=key_header()
+            )
+            urllib.request.urlopen(request, timeout=5).close()
             system.ready_s = time.perf_counter() - system.started_s
             print(f"{system.name} is ready after {system.ready_s:.1f} s", file=sys.stderr)
             return

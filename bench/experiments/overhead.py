@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import measure
-from bench.engine.systems import ENGINE, NAME, System, running, wait
+from bench.engine.systems import ENGINE, NAME, System, key_header, running, wait
 from bench.records import Record
 from bench.traffic.client import Answer, Client, Target
 from bench.traffic.crowd import Crowd
@@ -97,6 +97,7 @@ async def load(port: int, concurrency: int, requests: int, output_tokens: int) -
     target = Target(
         url=f"http://127.0.0.1:{port}",
         model=NAME,
+        headers=key_header(),
         fresh_connections=True,
         extra={"ignore_eos": True, "temperature": 0},
     )

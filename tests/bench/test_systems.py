@@ -1,5 +1,8 @@
 """Each system gets the same model and engine arguments, by its own way of saying them."""
 
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,36 @@ def test_ours_asks_for_keys_where_the_environment_has_some(
 ) -> None:
     monkeypatch.setenv(systems.KEYS_VARIABLE, "secret")
     assert written("ours", tmp_path)["api_keys"] == {"env": systems.KEYS_VARIABLE}
+
+
+def test_a_server_that_asks_for_keys_is_ready_when_it_answers_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Keyed(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("authorization"))
+            self.send_response(200 if asked[-1] == "Bearer first" else 401)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Keyed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        process = subprocess.Popen(["sleep", "60"])
+        system = systems.System("ours", server.server_port, process, tmp_path / "log", 0.0)
+        system.log.write_text("")
+        try:
+            with pytest.raises(SystemExit, match="not ready"):
+                systems.wait(system, 0.3)
+            monkeypatch.setenv(systems.KEYS_VARIABLE, "first,second")
+            systems.wait(system, 30)
+        finally:
+            process.kill()
+            process.wait()
+            server.shutdown()
+    assert asked[-1] == "Bearer first"
 
 
 @pytest.mark.parametrize("name", ["ray-serve-llm", "ray-serve-llm-direct"])

@@ -19,10 +19,10 @@ from serve_app.continuation import Method, Stream
 from serve_app.errors import CannotContinue
 from serve_app.gateway.handover import FastStream
 from serve_app.gateway.lanes import known_of
+from serve_app.pacing import Pacer
 from serve_app.planning.plan import CPU_DEFAULTS
 from serve_app.replica import forkserver
 from serve_app.replica.backend import CONTINUE_HEADER, TOKEN_HEADER, Backend
-from serve_app.replica.pacing import Pacer
 from serve_app.replica.reports import Receiver
 from serve_app.scaling.signals import Signals
 from tests.server import ENGINE

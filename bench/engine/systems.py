@@ -51,6 +51,11 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
     "ours-python": {"lane": "python"},
     "ours-gateway": {"gateway": {"enabled": True}, "lane": "python"},
     "ours-gateway-fast": {"gateway": {"enabled": True}, "lane": "auto"},
+    "ours-gateway-every-token": {
+        "gateway": {"enabled": True},
+        "lane": "auto",
+        "stream_gap_ms": 0.0,
+    },
     "ours-asleep": {"replicas": {"min": 0, "max": 1, "idle_s": 5.0}},
     "ours-unmeasured": {"observe": {"metrics": False}},
     "ours-every-token": {"stream_gap_ms": 0.0},

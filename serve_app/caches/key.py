@@ -27,6 +27,7 @@ _NOT_THE_ENGINES = frozenset(
         "served_model_name",
         "chat_template",
         "enable_auto_tool_choice",
+        "enable_prompt_tokens_details",
         "otlp_traces_endpoint",
         "response_role",
         "tool_call_parser",

@@ -30,6 +30,7 @@ from serve_app.gateway.fleet import Fleet, Found, listen
 from serve_app.gateway.models import Models, adapters_of
 from serve_app.gateway.relay import Relay
 from serve_app.observe.observation import Observation
+from serve_app.pacing import Pacer, watch
 from serve_app.progress import reported, say
 from serve_app.settings import Settings
 from serve_app.tenants.gate import book_of, gated
@@ -63,6 +64,8 @@ class Gateway:
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
         adapters: dict[str, str] = {}
+        self._pacer = Pacer(self._settings.stream_gap_ms / 1000)
+        self._watch = asyncio.create_task(watch(self._pacer))
         # `build` made an engine of each model, in this order.
         described = zip(self._engines.items(), self._settings.of_each_model(), strict=True)
         for (name, handle), each in described:
@@ -103,10 +106,12 @@ class Gateway:
         wake = Waker(handle)
         wake()  # A handle learns of its replicas once it is used.
         gateway, limits = self._settings.gateway, self._settings.limits
-        return Relay(replicas, router, gateway, limits, name, wake, may_sleep)
+        return Relay(replicas, router, gateway, limits, name, wake, may_sleep, self._pacer)
 
     async def __del__(self) -> None:
         """Called by Ray Serve once the requests in flight are done."""
+        if (watching := getattr(self, "_watch", None)) is not None:
+            watching.cancel()
         for relay in getattr(self, "_relays", {}).values():
             await relay.close()
         if (book := getattr(self, "_book", None)) is not None:

@@ -36,6 +36,7 @@ from serve_app.gateway.routing import Candidate, Router
 from serve_app.gateway.visit import Visit, Visits
 from serve_app.observe import metrics
 from serve_app.observe.meter import LANE_HEADER
+from serve_app.pacing import Pacer
 from serve_app.settings import Gateway, Limits
 
 logger = logging.getLogger("serve_app")
@@ -55,6 +56,7 @@ class Relay:
         wake: called where there is no replica: asks for one.
         may_sleep: whether the model may have no replica (`min: 0`). Then a request waits as long
             as a start takes, for at most `request_timeout_s`.
+        pacer: how long a stream waits for more to pass on at once.
 
     Attributes:
         limits: may change while requests run.
@@ -69,6 +71,7 @@ class Relay:
         model: str,
         wake: Callable[[], None] = lambda: None,
         may_sleep: bool = False,
+        pacer: Pacer | None = None,
     ) -> None:
         self.replicas = replicas
         self.limits = limits
@@ -77,6 +80,7 @@ class Relay:
         self._settings = settings
         self._wake = wake
         self._model = model
+        self._pacer = pacer or Pacer(0.0)
         metrics.replicas_known.labels(model).set_function(lambda: len(replicas.ready()))
         # A count that begins above 0 has no rate: the first failure would not be seen.
         metrics.retries.labels(model)
@@ -205,7 +209,7 @@ class Relay:
                     visit.limit,
                     self._lanes.ask(visit, request, answer) as (lane, response),
                 ):
-                    await _received(response, lane, answer, visit)
+                    await _received(response, lane, answer, visit, self._pacer)
             except aiohttp.ClientConnectorError as error:
                 raise ReplicaFailed(
                     f"it takes no connection: {error.os_error}", "connection"
@@ -225,7 +229,7 @@ class Relay:
 
 
 async def _received(
-    response: aiohttp.ClientResponse, lane: Lane, answer: Answer, visit: Visit
+    response: aiohttp.ClientResponse, lane: Lane, answer: Answer, visit: Visit, pacer: Pacer
 ) -> None:
     """Pass a replica's response on to the client.
 
@@ -250,6 +254,9 @@ async def _received(
         visit.sending = True
         await answer.data(data)
         visit.sending = False
+        if pacer.gap_s:
+            # What comes meanwhile is read in one piece. If the replica fails, it is generated anew.
+            await asyncio.sleep(pacer.gap_s)
     answer.stream.finish()
     await answer.end()
 

@@ -77,9 +77,9 @@ def warm(settings: Settings, plan: Plan, address: str) -> dict[str, Any]:
 
 
 async def _start_once(arguments: dict[str, Any]) -> None:
+    from serve_app.pacing import Pacer
     from serve_app.replica import forkserver
     from serve_app.replica.engine import Engine
-    from serve_app.replica.pacing import Pacer
     from serve_app.scaling.signals import Signals
 
     forkserver.start()

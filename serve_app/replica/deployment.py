@@ -28,13 +28,13 @@ from serve_app.launch.haproxy_rules import SECRET_VARIABLE
 from serve_app.observe import logs, metrics, tracing
 from serve_app.observe.exposition import Exposition
 from serve_app.observe.observation import Observation
+from serve_app.pacing import Pacer
 from serve_app.planning import kernels
 from serve_app.planning.plan import Plan
 from serve_app.progress import READY, reported, say, stage
 from serve_app.replica import forkserver
 from serve_app.replica.backend import FAST_LANE, Backend, Server
 from serve_app.replica.keeper import Keeper
-from serve_app.replica.pacing import Pacer
 from serve_app.replica.startup import Startup
 from serve_app.replica.supervisor import Reaper, Supervisor
 from serve_app.scaling import autoscaler

@@ -32,13 +32,13 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.errors import ConfigError
 from serve_app.gates import routes
+from serve_app.pacing import Pacer
 from serve_app.progress import say
 from serve_app.replica import forkserver, frontends, unreadable
 from serve_app.replica.arguments import first_sentence, parse
 from serve_app.replica.bounds import Bounds
 from serve_app.replica.iterations import FastIteration, iteration_of
 from serve_app.replica.llm import ContinuingLLM, CountingLLM
-from serve_app.replica.pacing import Pacer
 from serve_app.replica.reports import GONE, LATE, Report
 from serve_app.replica.startup import Startup
 from serve_app.scaling.signals import Signals

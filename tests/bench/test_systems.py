@@ -33,6 +33,10 @@ def written(name: str, folder: Path) -> dict[str, Any]:
         ("ours-python", {"lane": "python"}),
         ("ours-gateway", {"gateway": {"enabled": True}, "lane": "python"}),
         ("ours-gateway-fast", {"gateway": {"enabled": True}, "lane": "auto"}),
+        (
+            "ours-gateway-every-token",
+            {"gateway": {"enabled": True}, "lane": "auto", "stream_gap_ms": 0.0},
+        ),
         ("ours-unmeasured", {"observe": {"metrics": False}}),
         ("ours-every-token", {"stream_gap_ms": 0.0}),
         ("classic", {}),

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from serve_app.gateway.fleet import Upstream
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.request import Request
 from serve_app.lanes import capability
+from serve_app.pacing import Pacer, watch
 from serve_app.replica.backend import Server, exchange
 from serve_app.settings import Gateway, Limits
 from tests.services.engine import EngineServer, Fault
@@ -66,6 +68,16 @@ class Client:
         return str(result["error"]["code"])
 
 
+class CountingClient(Client):
+    """Counts the pieces in which a body comes."""
+
+    pieces = 0
+
+    async def send(self, message: Message) -> None:
+        self.pieces += bool(message.get("body"))
+        await super().send(message)
+
+
 class SlowClient(Client):
     """One that takes the first piece of an answer only when it may; as uvicorn does, what has not
     been taken by then is lost with who sends it."""
@@ -93,7 +105,10 @@ class Fleet:
         self.settings = Gateway(**{**given, **settings})
         router = routing.make(self.settings.routing, random.Random(1))
         limits = Limits(request_timeout_s=20.0)
-        self.relay = Relay(self.replicas, router, self.settings, limits, "m", self._wake)
+        self.pacer = Pacer(1.0)
+        self.relay = Relay(
+            self.replicas, router, self.settings, limits, "m", self._wake, pacer=self.pacer
+        )
 
     def _wake(self) -> None:
         self.woken += 1
@@ -342,6 +357,44 @@ async def test_nothing_is_lost_that_a_slow_client_has_not_taken() -> None:
         client.may_take.set()
         await ask
     assert client.text == WHOLE
+
+
+@pytest.mark.parametrize("fast", [False, True])
+async def test_a_gateway_that_is_behind_passes_tokens_on_together(fast: bool) -> None:
+    pieces = []
+    for gap_s in (0.0, 0.5):
+        client = CountingClient()
+        async with fleet(EngineServer("a", fast=fast, pause_s=0.02)) as there:
+            there.pacer.gap_s = gap_s
+            await there.ask(client)
+        assert client.text == WHOLE
+        pieces.append(client.pieces)
+    assert pieces[1] < pieces[0]
+
+
+async def test_what_a_replica_sent_before_it_failed_is_neither_lost_nor_doubled() -> None:
+    """It fails while its last tokens wait to be passed on with more."""
+    bad, good = EngineServer("a", faults=[Fault(cut_after=6)], pause_s=0.02), EngineServer("b")
+    async with fleet(bad, good) as there:
+        there.pacer.gap_s = 0.2
+        client = await _first_to(there, bad)
+    assert client.text == WHOLE
+    assert client.events.count(b"[DONE]") == 1
+
+
+def _busy(seconds: float) -> None:
+    """Hold up the event loop."""
+    time.sleep(seconds)
+
+
+async def test_the_lag_of_the_loop_sets_the_gap() -> None:
+    pacer = Pacer(0.05)
+    watching = asyncio.create_task(watch(pacer))
+    for _ in range(40):
+        await asyncio.sleep(0.001)
+        _busy(0.02)
+    assert pacer.gap_s > 0.0
+    watching.cancel()
 
 
 @pytest.mark.parametrize("after", [0, 4])

@@ -13,9 +13,9 @@ import pytest
 import uvicorn
 
 from serve_app.gates.refusal import RefusalGate
+from serve_app.pacing import Pacer
 from serve_app.planning.plan import CPU_DEFAULTS
 from serve_app.replica import forkserver
-from serve_app.replica.pacing import Pacer
 from serve_app.replica.reports import Ended, Receiver, Report
 from serve_app.scaling.signals import Signals
 from tests.server import ENGINE
@@ -65,6 +65,7 @@ def lanes(tiny: Path) -> Iterator[Lanes]:
         "model": str(tiny),
         "served_model_name": ["tiny"],
         "enable_auto_tool_choice": True,
+        "enable_prompt_tokens_details": True,
         "tool_call_parser": "hermes",
         "dtype": "float32",
         **CPU_DEFAULTS,

@@ -6,6 +6,7 @@ and docs/lanes.md says it to users. Every field of `capability.FIELDS` is among 
 """
 
 import json
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from serve_app.lanes import capability
 from serve_app.settings import Limits
 from tests.lanes import answers
 from tests.lanes.conftest import Lanes
+from tests.server import ENGINE
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 SERVED = capability.Served(frozenset({"tiny"}), max_model_len=2048, vocabulary=1024)
@@ -128,6 +130,10 @@ DIFFERENCES: Mapping[str, Allowed] = {
     "created": _any,
     "system_fingerprint": _any,
     "usage.completion_tokens_details": _any,
+    # The lane that is asked second finds the prompt in the prefix cache.
+    "usage.prompt_tokens_details": _any,
+    "usage.prompt_tokens_details.cached_tokens": _any,
+    "usage.prompt_tokens_details.created_cache_tokens": _any,
     "content-type": _charset,
     "choices.text": _whole_characters,
     "choices.message.content": _whole_characters,
@@ -184,6 +190,21 @@ def test_both_lanes_answer_a_completion_alike(lanes: Lanes, stream: bool) -> Non
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 def test_both_lanes_answer_a_chat_alike(lanes: Lanes, stream: bool) -> None:
     compare(lanes, CHAT, [{"messages": ASK, **parameters} for parameters in CHATS], stream)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+def test_both_lanes_count_the_cached_tokens_of_a_prompt(lanes: Lanes, stream: bool) -> None:
+    prompt = f"{uuid.uuid4().hex} is a prompt that nobody asked before. " * 8
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 2, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    usages = [ask(lanes, fast, COMPLETION, body)["usage"] for fast in (True, True, False)]
+    first, *later = [each.get("prompt_tokens_details") for each in usages]
+    assert not first
+    # Whole blocks, and never the last token.
+    whole = (usages[0]["prompt_tokens"] - 1) // ENGINE["block_size"] * ENGINE["block_size"]
+    assert whole > 0
+    assert [each["cached_tokens"] for each in later] == [whole, whole]
 
 
 def test_every_field_of_the_table_is_among_the_requests() -> None:

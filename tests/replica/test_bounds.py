@@ -16,10 +16,10 @@ from starlette.types import ASGIApp
 from serve_app.gates import routes
 from serve_app.gates.admission import Admission, AdmissionGate
 from serve_app.gates.limits import LimitGate
+from serve_app.pacing import Pacer
 from serve_app.planning.plan import CPU_DEFAULTS
 from serve_app.replica import forkserver
 from serve_app.replica.bounds import Bounds
-from serve_app.replica.pacing import Pacer
 from serve_app.scaling.signals import Signals
 from serve_app.settings import Limits
 from tests.server import ENGINE

@@ -1,6 +1,6 @@
 """When tokens may travel together: only while the front end is late, and never for long."""
 
-from serve_app.replica.pacing import Pacer
+from serve_app.pacing import Pacer
 
 
 def test_a_front_end_that_keeps_up_sends_every_token() -> None:

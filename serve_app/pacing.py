@@ -4,9 +4,13 @@ Each token sent on its own costs the front end an event to encode, a write, and 
 While the front end keeps up, every token leaves as it comes. Once it falls behind, the engine's
 outputs wait for it anyway; sending two of them in one event then delays nobody and frees the time
 that the others wait for. So the gap between two events of one stream follows what is observed:
-how old the engine's outputs are when the front end gets to them. No load is guessed, no
-concurrency is configured, and the gap returns to zero with the load.
+how old the engine's outputs are when the front end gets to them, or in the gateway, which does not
+know their age, how late its event loop runs what is due. No load is guessed, no concurrency is
+configured, and the gap returns to zero with the load.
 """
+
+import asyncio
+from typing import NoReturn
 
 # An output that waits this long is scheduling noise, not a front end that falls behind.
 _TOLERATED_LAG_S = 0.002
@@ -14,6 +18,8 @@ _TOLERATED_LAG_S = 0.002
 _WEIGHT = 1 / 16
 # Gap per second of lag beyond the tolerance.
 _GAIN = 2.0
+# How often the lag of an event loop is measured.
+_PERIOD_S = 0.005
 
 
 class Pacer:
@@ -36,3 +42,12 @@ class Pacer:
     def hold_s(self, since_last_event_s: float) -> float:
         """How long the next event of a stream should wait; 0 or less sends it now."""
         return self.gap_s - since_last_event_s
+
+
+async def watch(pacer: Pacer) -> NoReturn:
+    """Measure how far behind this event loop is, until cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due_s = loop.time() + _PERIOD_S
+        await asyncio.sleep(_PERIOD_S)
+        pacer.observe(loop.time() - due_s)

@@ -40,14 +40,7 @@ def prompts(options: spec.Options, seed: str) -> Workload:
     path = options.file()
     if path.suffix not in (".txt", ".jsonl"):
         raise WorkloadError.of("file", path, "must end in .txt or .jsonl")
-    requests = []
-    for number, raw in enumerate(textfile.lines(path), 1):
-        if not raw.strip():
-            continue
-        try:
-            requests.append(_request(raw, path, output))
-        except ValueError as error:  # msgspec's errors are such, and UnicodeDecodeError.
-            raise WorkloadError.of("file", f"{path}:{number}", str(error)) from error
+    requests = list(textfile.parsed("file", path, lambda line: _request(line, path, output)))
     if not requests:
         raise WorkloadError.of("file", path, "holds no prompt")
     if fresh:

@@ -6,12 +6,11 @@ otel:PATH,speed=2                 the same from spans of OpenTelemetry, see `spa
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -98,7 +97,7 @@ def _chats(path: Path) -> list[_Chat]:
             return msgspec.json.decode(data, type=list[_Chat])
     except ValueError as error:
         raise WorkloadError.of("sharegpt", path, str(error)) from error
-    return list(_lines("sharegpt", path, _Chat))
+    return list(textfile.parsed("sharegpt", path, msgspec.json.Decoder(_Chat).decode))
 
 
 def _exchanges(chat: _Chat) -> list[tuple[str, str]]:
@@ -141,7 +140,7 @@ def copilot(options: spec.Options, salted: str) -> Workload:
     """Sessions of the GitHub Copilot coding agent traces (2026): a JSON object a line."""
     path, limit = options.file(), options.whole_or_none("limit")
     logs = []
-    for log in _lines("copilot", path, _Session):
+    for log in textfile.parsed("copilot", path, msgspec.json.Decoder(_Session).decode):
         calls = [call for turn in log.turns for call in turn.llm_calls if call.tokens.prompt > 0]
         if calls:
             logs.append(sorted(map(_call, calls), key=lambda call: call.begun_s))
@@ -205,13 +204,3 @@ def _seconds(timestamp: str) -> float:
     except ValueError:
         raise WorkloadError(f"copilot: {timestamp!r} is not a date and time") from None
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
-
-
-def _lines(kind: str, path: Path, of: Any) -> Iterator[Any]:
-    decoder = msgspec.json.Decoder(of)
-    for number, raw in enumerate(textfile.lines(path), 1):
-        if raw.strip():
-            try:
-                yield decoder.decode(raw)
-            except ValueError as error:
-                raise WorkloadError.of(kind, f"{path}:{number}", str(error)) from error

@@ -208,15 +208,12 @@ def _call(span: _Span, spans: _Spans) -> Call:
 
 def _spans(path: Path) -> Iterator[_Span]:
     decoder = msgspec.json.Decoder(_Line)
-    for number, raw in enumerate(textfile.lines(path), 1):
-        if not raw.strip():
-            continue
-        try:
-            line = decoder.decode(raw)
-            yield from _of_line(line)
-        except ValueError as error:  # msgspec's errors are such, and those of times.
-            problem = f"not a span: {error}"
-            raise WorkloadError.of("otel", f"{path}:{number}", problem) from error
+
+    def parse(line: bytes) -> list[_Span]:
+        return list(_of_line(decoder.decode(line)))
+
+    for spans in textfile.parsed("otel", path, parse, "not a span: "):
+        yield from spans
 
 
 def _of_line(line: _Line) -> Iterator[_Span]:

@@ -2,9 +2,13 @@
 
 import gzip
 import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
+from bench.errors import WorkloadError
+
+T = TypeVar("T")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 
@@ -19,6 +23,24 @@ def read(path: Path) -> bytes:
 
 def lines(path: Path) -> list[bytes]:
     return read(path).split(b"\n")
+
+
+def parsed(
+    workload: str, path: Path, parse: Callable[[bytes], T], problem: str = ""
+) -> Iterator[T]:
+    """What `parse` makes of each line that is not blank.
+
+    Raises:
+        WorkloadError: `parse` raised ValueError, as msgspec does; it names the line.
+    """
+    for number, line in enumerate(lines(path), 1):
+        if line.strip():
+            try:
+                item = parse(line)
+            except ValueError as error:
+                place = f"{path}:{number}"
+                raise WorkloadError.of(workload, place, f"{problem}{error}") from error
+            yield item
 
 
 def text(path: Path) -> TextIO:

@@ -184,18 +184,12 @@ def _bad(place: str, column: str, text: str, problem: str) -> WorkloadError:
 
 def _jsonl(kind: str, path: Path, tick_s: float) -> Iterator[Row]:
     decoder = msgspec.json.Decoder(_Line)
-    for number, raw in enumerate(textfile.lines(path), 1):
-        if not raw.strip():
-            continue
-        try:
-            line = decoder.decode(raw)
-        except ValueError as error:  # msgspec's errors are such.
-            problem = f"not a request: {error}"
-            raise WorkloadError.of(kind, f"{path}:{number}", problem) from error
+
+    def parse(raw: bytes) -> Row:
+        line = decoder.decode(raw)
         if line.input_length < 0 or line.output_length < 0:
-            problem = "not a request: a length is below 0"
-            raise WorkloadError.of(kind, f"{path}:{number}", problem)
-        yield Row(
+            raise ValueError("a length is below 0")
+        return Row(
             line.timestamp * tick_s,
             line.input_length,
             line.output_length,
@@ -204,6 +198,8 @@ def _jsonl(kind: str, path: Path, tick_s: float) -> Iterator[Row]:
             parent="" if line.parent_chat_id == _NO_PARENT else str(line.parent_chat_id),
             kind=line.type,
         )
+
+    return textfile.parsed(kind, path, parse, "not a request: ")
 
 
 # --- blocks ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import runpy
+import shlex
 import sys
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "serve_app" / "monitoring" / "runbooks.md",
     ROOT / "kuberay" / "README.md",
     ROOT / "runpod" / "README.md",
 ]
@@ -77,3 +79,16 @@ def test_commands_name_options_that_exist() -> None:
         options = [word.split("=")[0] for word in words if re.match(r"--[a-z][a-z-]*", word)]
         for option in options:
             assert option in help_of(*command), f"{option} of `{' '.join(command)}` in {page}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarking.md"])
+def test_commands_of_bench_have_all_that_they_need(page: str) -> None:
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    from bench.__main__ import _parser
+
+    start = "python -m bench "
+    found = [line.removeprefix(start) for line in lines if line.startswith(start)]
+    assert found
+    for command in found:
+        _parser().parse_args(shlex.split(command, comments=True))

@@ -34,8 +34,8 @@ SERVED = "tests/served/"
 LANES = ("tests/lanes/test_contract.py", "tests/lanes/test_restart.py")
 # Each starts an engine, a Ray cluster or installs an environment: `make test-fast` leaves them out.
 ENGINES = (
+    "tests/test_constraints.py",
     "tests/test_continuation.py",
-    "tests/test_docs.py",
     "tests/test_makefile.py",
     "tests/launch/test_doctor.py",
     "tests/launch/test_haproxy_reload.py",
@@ -53,6 +53,17 @@ ENGINES = (
     "tests/runpod/test_deploy.py",
     "tests/runpod/test_install.py",
 )
+# Fixtures that start a server, such as a simulated cloud, HAProxy or PostgreSQL.
+SERVER_FIXTURES = {
+    "application",
+    "aws_server",
+    "endpoint",
+    "jobs",
+    "postgresql",
+    "proxy",
+    "running",
+    "server",
+}
 # The longest first, so that no worker has to wait for another in the end.
 FIRST = (
     *SERVERS,
@@ -88,7 +99,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=place)
     for item in items:
-        if item.nodeid.startswith((*SERVERS, SERVED, *LANES, *ENGINES)):
+        fixtures = SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+        if fixtures or item.nodeid.startswith((*SERVERS, SERVED, *LANES, *ENGINES)):
             item.add_marker(pytest.mark.server)
 
 

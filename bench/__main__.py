@@ -12,19 +12,26 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from bench import measure, pareto, quality, run
+import msgspec
+
+from bench import matrix, measure, pareto, probe, quality, result, run
 from bench.engine import kvcache, scale, scheduler, starts, tune
 from bench.errors import BenchError
 from bench.faults import chaos
+from bench.figures import Run
 from bench.hardware import ceilings, profile, roofline
+from bench.hardware.roofline import Ceilings, Shape
 from bench.itself import agreement
+from bench.matrix import Matrix
 from bench.options import folder, json_object, number, whole
 from bench.pages import console
+from bench.result import Line, Result
 from bench.run import Job
 from bench.simulation import simulate
 from bench.traffic import access, workload
@@ -68,73 +75,74 @@ def _end_on_signals() -> None:
 # --- the commands ---------------------------------------------------------------------------
 
 
-def _run(options: Options) -> dict[str, Any]:
+def _run(options: Options) -> Line:
     output = asyncio.run(run.run(_job(options), options.out))
-    _write_roofline(output, options)
-    return _headline_of(output, options, summary=output["summary"], **_request_figures(output))
+    if hardware := _hardware(options):
+        allowed = roofline.of_run(*hardware, output.repeats)
+        output = result.write(options.out, msgspec.structs.replace(output, roofline=allowed))
+    return _headline_of(output, options, "summary", **_request_figures(output))
 
 
-def _request_figures(output: dict[str, Any]) -> dict[str, Any]:
+def _request_figures(output: Run) -> Line:
     """What a reader must know to judge the figures: how long requests were, and what was cached."""
-    answers = [each["answers"] for each in output["repeats"]]
-    headline: dict[str, Any] = {"salt": output["salt"]}
-    headline |= {f"note_{n}": note for n, note in enumerate(output["workload_notes"], 1)}
-    for name, key in (
-        ("prompt_tokens", "input_tokens"),
-        ("answer_tokens", "output_tokens"),
-        ("prefix_cache_share", "cached_share"),
-    ):
-        present = [each[key] for each in answers if each[key] is not None]
-        headline[name] = sum(present) / len(present) if present else None
-    last = [each[-1]["acceptance_rate"] for each in output["server"] if each]
-    if present := [rate for rate in last if rate is not None]:
-        headline["speculative_acceptance"] = sum(present) / len(present)
-    if output.get("efficiency"):
-        headline |= {name: each["mean"] for name, each in output["efficiency"].items()}
-    if output.get("sessions"):
-        first = dict(output["sessions"][0])
-        headline["turns"] = {turn.pop("name"): turn for turn in first.pop("turns")}
+    answers = [each.answers for each in output.repeats]
+    headline: Line = {"salt": output.salt}
+    headline |= {f"note_{n}": note for n, note in enumerate(output.workload_notes, 1)}
+    headline["prompt_tokens"] = _mean(each.input_tokens for each in answers)
+    headline["answer_tokens"] = _mean(each.output_tokens for each in answers)
+    headline["prefix_cache_share"] = _mean(each.cached_share for each in answers)
+    acceptance = _mean(samples[-1].acceptance_rate for samples in output.server if samples)
+    if acceptance is not None:
+        headline["speculative_acceptance"] = acceptance
+    headline |= {name: each["mean"] for name, each in output.efficiency.items()}
+    if output.sessions and output.sessions[0]:
+        first = msgspec.structs.asdict(output.sessions[0])
+        turns = [msgspec.structs.asdict(turn) for turn in first.pop("turns")]
+        headline["turns"] = {turn.pop("name"): turn for turn in turns}
         del first["each"]  # Hundreds of sessions are for result.json.
         headline |= {f"sessions_{key}": value for key, value in first.items()}
     return headline
 
 
-def _matrix(options: Options) -> dict[str, Any]:
-    from bench import matrix
+def _mean(values: Iterable[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return fmean(present) if present else None
 
+
+def _matrix(options: Options) -> Line:
     job, cells = _job(options), workload.matrix()
     output = asyncio.run(matrix.served(job, options.per_user, options.out, cells))
-    _write_roofline(output, options)
-    return _headline_of(output, options, cells=_cells(output))
+    return _matrix_line(output, options)
 
 
-def _baseline(options: Options) -> dict[str, Any]:
-    from bench import matrix
-
+def _baseline(options: Options) -> Line:
     cells = workload.matrix()
     arguments = (options.engine, options.repeats, options.seed, options.out, cells)
-    output = matrix.in_process(options.model, *arguments)
-    _write_roofline(output, options)
-    return _headline_of(output, options, cells=_cells(output))
+    return _matrix_line(matrix.in_process(options.model, *arguments), options)
 
 
-def _sweep(options: Options) -> dict[str, Any]:
-    from bench import probe
+def _matrix_line(output: Matrix, options: Options) -> Line:
+    # Only an engine of this process is known to run on this machine's GPU.
+    here = output.benchmark == "baseline"
+    if hardware := _hardware(options, *((options.model, options.engine) if here else ())):
+        output = result.write(options.out, matrix.with_roofline(output, *hardware))
+    return _headline_of(output, options, cells={each.name: each.summary for each in output.cells})
 
+
+def _hardware(
+    options: Options, model: str = "", engine: Mapping[str, Any] | None = None
+) -> tuple[Shape, Ceilings] | None:
+    return ceilings.shape_and_ceilings(options.roofline, model, engine or {})
+
+
+def _sweep(options: Options) -> Line:
     job = _job(options)
     output = asyncio.run(probe.sweep(job, options.out, options.start, options.most, options.gain))
-    return _headline_of(
-        output,
-        options,
-        users=output["users"],
-        output_tokens_per_s=output["tokens_per_s"],
-        resolved=output["resolved"],
-    )
+    tokens_per_s = output.tokens_per_s
+    return _headline_of(output, options, "users", "resolved", output_tokens_per_s=tokens_per_s)
 
 
-def _search(options: Options) -> dict[str, Any]:
-    from bench import probe
-
+def _search(options: Options) -> Line:
     job = _job(options)
     output = asyncio.run(
         probe.highest_rate(
@@ -142,20 +150,17 @@ def _search(options: Options) -> dict[str, Any]:
         )
     )
     keys = ("rate", "fails_at", "estimate", "goodput_per_s", "resolved", "elapsed_s")
-    return _headline_of(output, options, **{key: output[key] for key in keys})
+    return _headline_of(output, options, *keys)
 
 
-def _pareto(options: Options) -> dict[str, Any]:
+def _pareto(options: Options) -> Line:
     users = pareto.users_of(options.users)
     output = asyncio.run(pareto.curve(_job(options), users, options.per_user, options.out))
-    return _headline_of(
-        output,
-        options,
-        curve={f"{each['users']} users": pareto.row(each) for each in output["curve"]},
-    )
+    curve = {f"{each.users} users": pareto.row(each) for each in output.curve}
+    return _headline_of(output, options, curve=curve)
 
 
-def _quality(options: Options) -> dict[str, Any]:
+def _quality(options: Options) -> Line:
     if options.write:
         return _reference(options)
     if options.out is None or (options.reference is None) == (options.answers is None):
@@ -165,11 +170,11 @@ def _quality(options: Options) -> dict[str, Any]:
     output = asyncio.run(
         quality.judge(_target(options), references, options.tokens, scored, options.out)
     )
-    shown = {key: value for key, value in output.items() if key not in _LONG}
-    return shown | {"out": str(options.out)}
+    names = [name for name in _QUALITY if getattr(output, name) is not None]
+    return result.line(output, options.out, *names)
 
 
-def _reference(options: Options) -> dict[str, Any]:
+def _reference(options: Options) -> Line:
     """Keep the answers of an engine that is as it should be."""
     own = [each.prompt for each in quality.read(options.prompts)] if options.prompts else []
     prompts = own or list(quality.PROMPTS)
@@ -179,7 +184,7 @@ def _reference(options: Options) -> dict[str, Any]:
     return {"benchmark": "quality", "name": name, "file": str(options.write)}
 
 
-def _report(options: Options) -> dict[str, Any]:
+def _report(options: Options) -> Line:
     from bench.pages import report
 
     if options.story:
@@ -189,32 +194,18 @@ def _report(options: Options) -> dict[str, Any]:
     return {"benchmark": "report", "report": str(options.out)}
 
 
-def _compare(options: Options) -> dict[str, Any]:
-    from bench import result
-    from bench.pages import compare
+def _compare(options: Options) -> Line:
+    from bench.pages import compare, loaded
 
-    a, b = result.read(options.a), result.read(options.b)
+    a, b = (result.read(path, **loaded.KINDS) for path in (options.a, options.b))
     rows = compare.compare(a, b, anyway=options.anyway)
     notes = compare.notes(a, b)
     print(compare.table(rows, notes), file=sys.stderr)
-    return compare.as_json(rows, notes)
+    return {"benchmark": "compare", "rows": msgspec.to_builtins(rows), "notes": notes}
 
 
-def _write_roofline(output: dict[str, Any], options: Options) -> None:
-    """Add to a result, and to its file, what the hardware would allow, where that is known."""
-    from bench import result
-
-    # Only an engine of this process is known to run on this machine's GPU.
-    here = output["benchmark"] == "baseline"
-    model, engine = (options.model, options.engine) if here else ("", {})
-    hardware = ceilings.shape_and_ceilings(options.roofline, model, engine)
-    if hardware is not None:
-        result.write(options.out, roofline.attach(output, *hardware))
-
-
-def _headline_of(output: dict[str, Any], options: Options, **more: Any) -> dict[str, Any]:
-    """The last line of a command: the result in short; the whole is in the folder."""
-    from bench import result
+def _headline_of(output: Result, options: Options, *names: str, **more: object) -> Line:
+    """The last line of a command that has a report in its folder."""
     from bench.pages import report
 
     page = options.out / result.REPORT
@@ -222,26 +213,14 @@ def _headline_of(output: dict[str, Any], options: Options, **more: Any) -> dict[
         report.report([options.out], page, None)
     except OSError as error:
         run.say(f"bench: {page}: {error.strerror}")
-    return {
-        "benchmark": output["benchmark"],
-        "name": output["name"],
-        "valid": output["valid"],
-        "doubts": output["doubts"],
-        "out": str(options.out),
-        "report": str(page),
-        **more,
-    }
-
-
-def _cells(output: dict[str, Any]) -> dict[str, Any]:
-    return {cell["name"]: cell["summary"] for cell in output["cells"]}
+    return result.line(output, options.out, *names, report=str(page), **more)
 
 
 # --- the command line -----------------------------------------------------------------------
 
 
-# What is in a result's file and not in a command's last line.
-_LONG = ("schema", "command", "started", "commit", "machine", "target", "answers", "events")
+_QUALITY = ["tokens", "asked", "equal", "equal_share", "equal_low", "equal_high", "common_share"]
+_QUALITY += ["first_words", "correct", "correct_share", "correct_low", "correct_high"]
 
 
 def _target(options: Options) -> Target:
@@ -442,7 +421,7 @@ class Command:
 
     about: str
     arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[Options], dict[str, Any]]
+    run: Callable[[Options], Line]
     has_table: bool = False
 
 

@@ -1,8 +1,4 @@
-"""The figures of a run: what its repeats came to, whether they can be trusted, what they cost.
-
-result.json holds them by the names of these fields (`result.SCHEMA` is their version); reports,
-comparisons and other benchmarks read them there.
-"""
+"""The figures of a run: what its repeats came to, whether they can be trusted, what they cost."""
 
 from collections.abc import Sequence
 
@@ -11,7 +7,9 @@ import msgspec
 from bench import measure
 from bench.hardware import gpu
 from bench.hardware.gpu import GpuSample
+from bench.hardware.roofline import Allowed
 from bench.measure import Mean, Measures, Sessions, Slo
+from bench.result import Asked
 from bench.scrape import Sample
 from bench.traffic.load import Outcome
 
@@ -33,15 +31,15 @@ class Repeat(msgspec.Struct, kw_only=True):
     gpu: list[GpuSample] = []
 
 
-class Event(msgspec.Struct, kw_only=True):
+class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to the load, in the words of a plot's label."""
 
-    repeat: int
+    repeat: int = 0
     at_s: float
     what: str
 
 
-class Actors(msgspec.Struct, kw_only=True):
+class Actors(msgspec.Struct, frozen=True, kw_only=True):
     """The load actors of one repeat; the fields are those of `Outcome`."""
 
     where: dict[int, str]
@@ -51,45 +49,49 @@ class Actors(msgspec.Struct, kw_only=True):
     clock_error_s: dict[int, float]
 
 
-class Figures(msgspec.Struct, kw_only=True):
-    """All repeats of a run.
+class Load(Asked, frozen=True, kw_only=True):
+    """The result of one load.
 
     Attributes:
-        batch: whether everything was sent at once: then the figures are of the whole.
-        valid: whether the figures can be trusted: at least one repeat, and no doubts.
-        interrupted: whether the load was broken off.
-        doubts: why they cannot be trusted, each a sentence that names its repeat.
         repeats: the steady state of each, where there was one.
         whole: each from its beginning to its end.
         summary: the means of `repeats`, by the name of the metric.
-        sessions: of each repeat that had any.
         server: samples of each repeat.
     """
 
-    batch: bool
-    valid: bool
-    interrupted: bool
-    doubts: list[str]
-    events: list[Event]
-    repeats: list[Measures]
-    whole: list[Measures]
-    summary: dict[str, Mean]
-    actors: list[Actors]
-    sessions: list[Sessions | None]
-    server: list[list[Sample]]
-
-    def doubt(self, reason: str) -> None:
-        self.doubts.append(reason)
-        self.valid = False
+    events: list[Event] = []
+    repeats: list[Measures] = []
+    whole: list[Measures] = []
+    summary: dict[str, Mean] = {}
+    server: list[list[Sample]] = []
 
 
-class Cost(msgspec.Struct, kw_only=True):
-    """What the tokens of a run cost, as far as energy, GPUs and their price are known."""
+class Run(Load, frozen=True, kw_only=True):
+    """The result of `bench run`.
 
-    gpu: list[list[GpuSample]]
-    gpus: int | None
-    usd_per_gpu_hour: float | None
-    efficiency: dict[str, Mean]
+    Attributes:
+        workload_notes: what the workload says of itself.
+        batch: whether everything was sent at once: then the figures are of the whole.
+        interrupted: whether the load was broken off.
+        actors: of each repeat.
+        sessions: of each repeat that had any.
+        gpu: samples of each repeat; baselines wrote those of all repeats in one list.
+        gpus, usd_per_gpu_hour: of the server, where they are known.
+        efficiency: what the tokens cost, by the name of the metric.
+        roofline: what the hardware allows; None where that is not known.
+    """
+
+    benchmark: str = "run"
+    workload_notes: list[str] = []
+    batch: bool = False
+    interrupted: bool = False
+    actors: list[Actors] = []
+    sessions: list[Sessions | None] = []
+    gpu: Sequence[list[GpuSample] | GpuSample] = []
+    gpus: int | None = None
+    usd_per_gpu_hour: float | None = None
+    efficiency: dict[str, Mean] = {}
+    roofline: Allowed | None = None
 
 
 def figures(
@@ -98,8 +100,10 @@ def figures(
     users: int | None,
     ramp_s: float = 0.0,
     batch: bool = False,
-) -> Figures:
-    """The figures of a run that was repeated.
+    gpus: int | None = None,
+    usd_per_gpu_hour: float | None = None,
+) -> Run:
+    """The figures of a run that was repeated; what was asked for is left open.
 
     A run is valid if it was not interrupted, lost no actor and no repeat gives cause for doubt. A
     batch, which is all sent at once, is measured whole: it has no steady state to be away from.
@@ -120,7 +124,12 @@ def figures(
         if outcome.interrupted:
             reasons.append("interrupted: the rest of the load was not sent")
         doubts += [f"repeat {number + 1}: {doubt}" for doubt in reasons]
-    return Figures(
+    efficiency = [
+        measure.efficiency(inside, gpu.energy(repeat.gpu), gpus, usd_per_gpu_hour)
+        for repeat, inside in zip(repeats, steady, strict=True)
+    ]
+    return Run(
+        slo=slo,
         batch=batch,
         valid=bool(repeats) and not doubts,
         interrupted=any(repeat.outcome.interrupted for repeat in repeats),
@@ -140,25 +149,10 @@ def figures(
             if repeat.session_sizes
         ],
         server=[repeat.server for repeat in repeats],
-    )
-
-
-def cost(
-    measures: Sequence[Measures],
-    repeats: Sequence[Repeat],
-    gpus: int | None,
-    usd_per_gpu_hour: float | None,
-) -> Cost:
-    """What a run cost, whose repeats have these measures."""
-    each = [
-        measure.efficiency(of_repeat, gpu.energy(repeat.gpu), gpus, usd_per_gpu_hour)
-        for repeat, of_repeat in zip(repeats, measures, strict=True)
-    ]
-    return Cost(
         gpu=[repeat.gpu for repeat in repeats],
         gpus=gpus,
         usd_per_gpu_hour=usd_per_gpu_hour,
-        efficiency=measure.efficiency_summary(each),
+        efficiency=measure.efficiency_summary(efficiency),
     )
 
 

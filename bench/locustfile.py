@@ -34,10 +34,12 @@ from locust import User, events
 from locust.exception import StopTest, StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
-from bench import machine, records, result
+from bench import records, result
 from bench.errors import BenchError, TargetError, WorkloadError
 from bench.pages import locust_report, report
+from bench.pages.locust_report import Locust
 from bench.records import Record
+from bench.result import TargetName
 from bench.traffic import access, workload
 from bench.traffic.client import Target, encode
 from bench.traffic.request import Request
@@ -390,15 +392,14 @@ class Run:
             self._cut_short(),
         )
         if self._out:
+            if self._journal.problem:
+                output = result.doubted(output, self._journal.problem)
             self._write(output, self._out)
-        brief = {name: value for name, value in output.items() if name not in _LONG}
-        print(msgspec.json.encode(brief).decode(), flush=True)
+        brief = {name: getattr(output, name) for name in output.__struct_fields__}
+        print(msgspec.json.encode({k: brief[k] for k in brief if k not in _LONG}).decode())
 
-    def _write(self, output: dict[str, Any], folder: Path) -> None:
+    def _write(self, output: Locust, folder: Path) -> None:
         """The same files as of any other run; a full disk costs them, and not the figures."""
-        if self._journal.problem:
-            output["doubts"].append(self._journal.problem)
-            output["valid"] = False
         try:
             result.write(folder, output, self._heard)
             report.report([folder], folder / result.REPORT)
@@ -409,17 +410,10 @@ class Run:
     def _about(self) -> dict[str, Any]:
         options = self.options
         load = f"users={options.num_users or 1}, {options.spawn_rate or 1:g} more a second"
-        return {
-            "name": "locust",
+        return result.header("locust") | {
             "command": _command(sys.argv, options.bench_api_key),
             "started": self._started.isoformat(timespec="seconds"),
-            "commit": machine.commit(),
-            "machine": machine.machine(),
-            "target": {
-                "url": self._environment.host,
-                "model": self.model,
-                "endpoint": "chat",
-            },
+            "target": TargetName(url=self._environment.host, model=self.model, endpoint="chat"),
             "workload": options.bench_workload,
             "load": load + (f", for {options.run_time} s" if options.run_time else ""),
             "seed": options.bench_seed,

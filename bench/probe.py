@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from bench import measure, result, run, search
 from bench.progress import Line, Progress
 from bench.records import Journal, Record
@@ -17,10 +19,15 @@ from bench.traffic import load, schedule
 from bench.traffic.client import check
 
 
-async def sweep(job: Job, folder: Path, start: int, max_users: int, gain: float) -> dict[str, Any]:
+async def sweep(
+    job: Job, folder: Path, start: int, max_users: int, gain: float
+) -> search.SweepResult:
     """Double the users until throughput no longer grows by `gain`."""
     controller = search.Sweep(start, max_users=max_users, gain=gain)
-    return await _search(job, folder, "sweep", controller, lambda users: f"users={users:g}")
+    output: search.SweepResult = await _search(
+        job, folder, controller, lambda users: f"users={users:g}"
+    )
+    return output
 
 
 async def highest_rate(
@@ -30,25 +37,28 @@ async def highest_rate(
     max_rate: float,
     precision: float,
     budget_s: float | None = None,
-) -> dict[str, Any]:
+) -> search.RateResult:
     """Find the highest Poisson rate that keeps the job's SLO, to within `precision` or a time."""
     assert job.slo is not None
     controller = search.RateSearch(
         job.slo, start, highest=max_rate, precision=precision, budget_s=budget_s
     )
-    return await _search(job, folder, "search", controller, lambda rate: f"poisson:rate={rate!r}")
+    output: search.RateResult = await _search(
+        job, folder, controller, lambda rate: f"poisson:rate={rate!r}"
+    )
+    return output
 
 
 async def _search(
     job: Job,
     folder: Path,
-    benchmark: str,
     controller: search.Controller[Any],
     load_of: Callable[[float], str],
-) -> dict[str, Any]:
+) -> Any:
     """Probe until the controller knows enough, or until it is interrupted."""
     await check(job.target)
-    head = result.header(benchmark, job.name or f"{benchmark} {job.workload}")
+    benchmark = controller.result.benchmark
+    head = result.header(job.name or f"{benchmark} {job.workload}")
     journal = Journal(result.prepare(folder))
     load.connect()
     await run.warm_up(job)
@@ -79,15 +89,14 @@ async def _search(
     except asyncio.CancelledError:
         doubts.append("interrupted: the search was not over")
         end = controller.result
-    doubts.extend(end.doubts)
     if journal.problem:
         doubts.append(journal.problem)
     if not end.resolved:
         doubts.append(f"not resolved: {end.reason}")
-    output = head | run.settings_of(job) | search.as_json(end)
-    output |= {"valid": not doubts, "doubts": doubts, "events": []}
-    result.write(folder, output)
-    return output
+    search.summarise(end)
+    doubts = [*end.doubts, *doubts]
+    end = msgspec.structs.replace(end, **head, **run.asked(job), valid=not doubts, doubts=doubts)
+    return result.write(folder, end)
 
 
 def _show(end: search.RateResult | search.SweepResult) -> None:

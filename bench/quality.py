@@ -25,6 +25,7 @@ import msgspec
 from bench import interval, result
 from bench.errors import ResultError, TargetFailed
 from bench.records import Record
+from bench.result import Asked, TargetName
 from bench.traffic import textfile
 from bench.traffic.client import Client, Target
 from bench.traffic.request import Request
@@ -64,6 +65,40 @@ class Reference(msgspec.Struct, kw_only=True):
 
     prompt: str
     answer: str
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt, its reference and the answer that was judged."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+
+class Quality(Asked, frozen=True, kw_only=True):
+    """The result of `bench quality`; figures are None that were not asked for.
+
+    Attributes:
+        tokens: at most, of an answer.
+        asked: how many prompts.
+        equal, ...: how far answers agree with references, as in `Agreement`.
+        correct, correct_share, correct_low, correct_high: how many are right, with a 95 % interval.
+    """
+
+    benchmark: str = "quality"
+    tokens: int
+    asked: int
+    equal: int | None = None
+    equal_share: float | None = None
+    equal_low: float | None = None
+    equal_high: float | None = None
+    common_share: float | None = None
+    first_words: int | None = None
+    correct: int | None = None
+    correct_share: float | None = None
+    correct_low: float | None = None
+    correct_high: float | None = None
+    answers: list[Answered] = []
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,27 +209,27 @@ def write(path: Path, prompts: Sequence[str], answers: Sequence[str]) -> None:
 
 async def judge(
     target: Target, references: Sequence[Reference], tokens: int, scored: bool, folder: Path
-) -> dict[str, Any]:
+) -> Quality:
     """Ask what the references were asked, and say how far the answers agree or are right."""
-    head = result.header("quality", f"{target.model} at {target.url}")
+    head = result.header(f"{target.model} at {target.url}")
     answers = await ask(target, [each.prompt for each in references], tokens)
     wanted = [each.answer for each in references]
-    output = head | {"target": {"url": target.url, "model": target.model}, "tokens": tokens}
+    figures: dict[str, Any]
     if scored:
-        right = correct(answers, wanted)
-        low, high = interval.of_share_exact(sum(right), len(right))
-        output |= {"asked": len(right), "correct": sum(right), "correct_low": low}
-        output |= {"correct_high": high, "correct_share": sum(right) / len(right)}
+        right = sum(correct(answers, wanted))
+        low, high = interval.of_share_exact(right, len(answers))
+        figures = {"asked": len(answers), "correct": right, "correct_share": right / len(answers)}
+        figures |= {"correct_low": low, "correct_high": high}
     else:
-        output |= msgspec.to_builtins(agreement(wanted, answers))
-    output |= {
-        "valid": True,
-        "doubts": [],
-        "events": [],
-        "answers": [
-            {"prompt": each.prompt, "reference": each.answer, "answer": answer}
+        figures = msgspec.structs.asdict(agreement(wanted, answers))
+    output = Quality(
+        **head,
+        **figures,
+        target=TargetName(url=target.url, model=target.model, endpoint=target.endpoint),
+        tokens=tokens,
+        answers=[
+            Answered(prompt=each.prompt, reference=each.answer, answer=answer)
             for each, answer in zip(references, answers, strict=True)
         ],
-    }
-    result.write(folder, output)
-    return output
+    )
+    return result.write(folder, output)

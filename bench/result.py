@@ -1,33 +1,105 @@
-"""A result: what a run writes beside its records, and what reports and comparisons read.
+"""Results: what every command writes to DIR/result.json, and what reports and comparisons read.
 
-DIR/result.json is a superset of what `vllm bench serve --save-result` writes, so tools that read
-that read this. DIR/records.csv is records.jsonl for spreadsheets, without the time of each chunk.
+Each kind of result is a subclass of `Result`, beside the command that measures it. The fields have
+the names that the file has. `write` and `read` are the only way into a file and out of it:
+
+    result.write(folder, Run(**result.header("name"), ...))
+    result.read(folder, run=Run)
+
+Fields may be added to a kind if they have a default; `SCHEMA` goes up when one changes its meaning
+or its type. The result of a run also has what `vllm bench serve --save-result` writes, so tools
+that read that read this. DIR/records.csv is records.jsonl for spreadsheets, without the time of
+each chunk.
 """
 
 import csv
 import datetime
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from bench import machine, measure
 from bench.errors import ResultError
-from bench.figures import Figures
+from bench.machine import Machine
+from bench.measure import Slo
 from bench.records import Record
 
-# Goes up when a field of a result changes its meaning or its type, not when there are more of them.
 SCHEMA = 1
 RESULT, RECORDS, CSV, REPORT = "result.json", "records.jsonl", "records.csv", "report.html"
 
 
-def header(benchmark: str, name: str) -> dict[str, Any]:
-    """What every result begins with: what was measured, where, when and by which command."""
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What the results of all commands have.
+
+    Attributes:
+        benchmark: the kind of result, which is the name of the command.
+        schema: version of the fields; the first results did not state it.
+        name: of the result, in reports.
+        command: the command line, without keys.
+        started: in UTC, as ISO 8601.
+        commit: of bench; "+" after it where the tree differed.
+        machine: that bench ran on; None where the result does not say.
+        valid: whether the figures can be trusted.
+        doubts: why they cannot be, or what limits them, each a sentence.
+    """
+
+    benchmark: str = ""
+    schema: int = SCHEMA
+    name: str = ""
+    command: str = ""
+    started: str = ""
+    commit: str = ""
+    machine: Machine | None = None
+    valid: bool = True
+    doubts: list[str] = []
+
+
+class TargetName(msgspec.Struct, frozen=True, kw_only=True):
+    """The server that was measured: no key and no header of it."""
+
+    url: str = ""
+    model: str = ""
+    endpoint: str = ""
+
+
+class Asked(Result, frozen=True, kw_only=True):
+    """The result of a load, and what was asked for.
+
+    Attributes:
+        workload, load: what was sent and when, as specs.
+        count, duration_s: what ended a repeat; None for the workload's or the load's own end.
+        seed: of the first repeat.
+        salt: of all texts.
+        slo: what counted as good; None where nothing was said.
+    """
+
+    target: TargetName = TargetName()
+    workload: str = ""
+    load: str = ""
+    count: int | None = None
+    duration_s: float | None = None
+    seed: int | None = None
+    salt: str = ""
+    slo: Slo | None = None
+
+
+class EngineResult(Asked, frozen=True, kw_only=True):
+    """The result of engines that bench starts: the model, and vLLM's arguments."""
+
+    model: str = ""
+    engine: dict[str, Any] = {}
+
+
+R = TypeVar("R", bound=Result)
+Line = dict[str, Any]  # The last line of a command: its result in short, as JSON.
+
+
+def header(name: str) -> dict[str, Any]:
+    """The first fields of a result: what is measured, where, when and by which command."""
     return {
-        "benchmark": benchmark,
-        "schema": SCHEMA,
         "name": name,
         "command": machine.command(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -62,79 +134,110 @@ def _set_aside(folder: Path, names: Sequence[str]) -> None:
         each.rename(aside / each.name)
 
 
-def _is_of_another_run(folder: Path, result: dict[str, Any]) -> bool:
-    """Whether the folder has the result of a run that began at another time than this one."""
-    try:
-        return read(folder).get("started") != result.get("started")
-    except ResultError:
-        return (folder / RESULT).is_file()  # Of another schema, or damaged: not ours to replace.
+def doubted(result: R, *doubts: str) -> R:
+    """The result with more doubts, which make it invalid."""
+    if not doubts:
+        return result
+    return msgspec.structs.replace(result, doubts=[*result.doubts, *doubts], valid=False)
 
 
-def write(folder: Path, result: dict[str, Any], records: Sequence[Record] | None = None) -> None:
-    """Write DIR/result.json and, from `records`, DIR/records.csv.
+def write(
+    folder: Path,
+    result: R,
+    records: Sequence[Record] | None = None,
+    more: Mapping[str, object] | None = None,
+) -> R:
+    """Write DIR/result.json and, from `records`, DIR/records.csv; returns the result.
 
-    Where that is not possible, the disk being full, the figures are not lost: the result says so
-    in a doubt, and goes to standard error.
+    Where that is not possible, the disk being full, the figures are not lost: the result is
+    returned with a doubt that says so, and goes to standard error.
+
+    Args:
+        more: fields for tools that know other names.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if _is_of_another_run(folder, result):  # One that had no records, such as a matrix.
             _set_aside(folder, (RESULT, CSV, REPORT))
-        _replace(folder / RESULT, _text(result))
+        _replace(folder / RESULT, _text(result, more))
         if records is not None:
             _write_csv(folder / CSV, records)
     except OSError as error:
-        result["doubts"] = [
-            *result.get("doubts", []),
-            f"the result could not be written: {error.filename}: {error.strerror}",
-        ]
-        result["valid"] = False
-        sys.stderr.write(_text(result).decode())
-
-
-def _text(result: dict[str, Any]) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """The result of a folder.
-
-    Raises:
-        ResultError: there is none, or it is not one.
-    """
-    path = folder / RESULT if folder.is_dir() else folder
-    try:
-        result = msgspec.json.decode(path.read_bytes())
-    except OSError as error:
-        raise ResultError(f"{path}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
-        raise ResultError(f"{path}: not JSON: {error}") from None
-    if not isinstance(result, dict) or "benchmark" not in result:
-        raise ResultError(f"{path}: not a result of bench")
-    # The first results did not state their schema, which was this one.
-    schema = result.get("schema", SCHEMA)
-    if schema != SCHEMA:
-        age = "a newer" if isinstance(schema, int) and schema > SCHEMA else "an older"
-        raise ResultError(
-            f"{path}: schema {schema!r}, written by {age} version of bench; this one reads "
-            f"schema {SCHEMA}. Read it with the bench that wrote it, or measure again"
-        )
+        problem = f"the result could not be written: {error.filename}: {error.strerror}"
+        result = doubted(result, problem)
+        sys.stderr.write(_text(result, more).decode())
     return result
 
 
-def read_figures(folder: Path) -> Figures:
-    """The figures of a run's result.
+def line(result: Result, out: Path, *names: str, **more: object) -> Line:
+    """The last line of a command: these fields of its result; the whole is in the folder."""
+    fields = {name: getattr(result, name) for name in ("benchmark", "name", "valid", "doubts")}
+    fields |= {"out": str(out)} | {name: getattr(result, name) for name in names} | more
+    shown: Line = msgspec.json.decode(msgspec.json.encode(fields))
+    return shown
+
+
+def _is_of_another_run(folder: Path, result: Result) -> bool:
+    """Whether the folder has the result of a run that began at another time than this one."""
+    try:
+        return _stamp(folder / RESULT)[1].started != result.started
+    except ResultError:
+        return (folder / RESULT).is_file()  # Of another schema, or damaged: not ours to replace.
+
+
+def _text(result: Result, more: Mapping[str, object] | None) -> bytes:
+    fields = msgspec.to_builtins(result, str_keys=True) | (more or {})
+    return msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
+
+
+class _Stamp(msgspec.Struct):
+    benchmark: str
+    schema: object = SCHEMA
+    started: str = ""
+
+
+def read(path: Path, **kinds: type[R]) -> R:
+    """The result in a folder or a file.
+
+    Args:
+        kinds: those that are wanted, by the name of their command.
 
     Raises:
-        ResultError: there is none, it is not one, or it lacks figures that a run has.
+        ResultError: there is none, it is of another kind or schema, or a field has another type.
     """
+    path = path / RESULT if path.is_dir() else path
+    data, stamp = _stamp(path)
+    if stamp.benchmark not in kinds:
+        raise ResultError(
+            f"{path}: a result of `bench {stamp.benchmark}` (schema {stamp.schema}); wanted is "
+            f"one of {', '.join(f'`bench {kind}`' for kind in kinds)} (schema {SCHEMA})"
+        )
     try:
-        return msgspec.convert(read(folder), Figures, str_keys=True)
+        return msgspec.json.decode(data, type=kinds[stamp.benchmark])
     except msgspec.ValidationError as error:
         raise ResultError(
-            f"{folder}: the figures of a run cannot be read from it, as an older version of "
-            f"bench wrote it, or it is another kind of result: {error}"
+            f"{path}: not as this version of bench writes schema {SCHEMA}: {error}"
         ) from None
+
+
+def _stamp(path: Path) -> tuple[bytes, _Stamp]:
+    """The text of a result, and what tells whether it can be read."""
+    try:
+        data = path.read_bytes()
+        stamp = msgspec.json.decode(data, type=_Stamp)
+    except OSError as error:
+        raise ResultError(f"{path}: {error.strerror}") from None
+    except msgspec.ValidationError:
+        raise ResultError(f"{path}: not a result of bench") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ResultError(f"{path}: not JSON: {error}") from None
+    if stamp.schema != SCHEMA:
+        age = "a newer" if isinstance(stamp.schema, int) and stamp.schema > SCHEMA else "an older"
+        raise ResultError(
+            f"{path}: schema {stamp.schema!r}, written by {age} version of bench; this one reads "
+            f"schema {SCHEMA}. Read it with the bench that wrote it, or measure again"
+        )
+    return data, stamp
 
 
 def _replace(path: Path, data: bytes) -> None:

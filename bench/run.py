@@ -19,11 +19,12 @@ import msgspec
 
 from bench import measure, result
 from bench.errors import TargetError, TargetFailed
-from bench.figures import Repeat, cost, figures
+from bench.figures import Repeat, Run, figures
 from bench.hardware import gpu
 from bench.measure import Slo
 from bench.progress import Line, Progress
 from bench.records import Journal, Record
+from bench.result import TargetName
 from bench.scrape import Scraper, samples
 from bench.traffic import access, load, schedule
 from bench.traffic.client import Client, Target, check
@@ -76,7 +77,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
 
 
-async def run(job: Job, folder: Path) -> dict[str, Any]:
+async def run(job: Job, folder: Path) -> Run:
     """Do the job; what came back is in `folder`/records.jsonl as it comes, the rest at the end.
 
     Interrupted, it breaks off and still returns a result, which says so.
@@ -92,7 +93,7 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
     ]
     await check(job.target)
     await _scraper(job).check()
-    head = result.header("run", job.name or f"{job.workload} {job.load}")
+    head = result.header(job.name or f"{job.workload} {job.load}")
     journal = Journal(result.prepare(folder))
     load.connect()
     await warm_up(job)
@@ -104,16 +105,17 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
     users = when.users if isinstance(when, schedule.Closed) else None
     ramp_s = when.duration_s if isinstance(when, schedule.Ramp) else 0.0
     batch = users is not None and job.count == users
-    measured = figures(repeats, job.slo, users, ramp_s, batch)
+    doubts = [journal.problem] if journal.problem else []
     if len(repeats) < job.repeats:
-        measured.doubt(f"{len(repeats)} of {job.repeats} repeats were run")
-    if journal.problem:
-        measured.doubt(journal.problem)
-    costs = cost(measured.repeats, repeats, job.gpus, job.usd_per_gpu_hour)
-    output = head | settings_of(job) | {"workload_notes": list(workloads[job.seed].notes)}
-    output |= msgspec.to_builtins(measured) | msgspec.to_builtins(costs)
+        doubts.append(f"{len(repeats)} of {job.repeats} repeats were run")
+    output = msgspec.structs.replace(
+        figures(repeats, job.slo, users, ramp_s, batch, job.gpus, job.usd_per_gpu_hour),
+        **head,
+        **asked(job),
+        workload_notes=list(workloads[job.seed].notes),
+    )
     records = [record for repeat in repeats for record in repeat.outcome.records]
-    output |= measure.vllm_names(
+    vllm_names = measure.vllm_names(
         records,
         model=job.target.model,
         endpoint=job.target.endpoint,
@@ -123,8 +125,7 @@ async def run(job: Job, folder: Path) -> dict[str, Any]:
         burstiness=getattr(when, "cv", 1.0) ** -2,
         max_concurrency=users,
     )
-    result.write(folder, output, records)
-    return output
+    return result.write(folder, result.doubted(output, *doubts), records, vllm_names)
 
 
 async def _repeat(job: Job, plan: schedule.Plan, number: int, journal: Journal) -> Repeat:
@@ -205,22 +206,14 @@ async def warm_up(job: Job) -> None:
                 raise TargetFailed(f"url = {job.target.url!r}: the warm-up failed: {record.error}")
 
 
-def settings_of(job: Job) -> dict[str, Any]:
-    """The part of a result that says what was asked for; no key and no header of the target."""
-    return {
-        "target": {
-            "url": job.target.url,
-            "model": job.target.model,
-            "endpoint": job.target.endpoint,
-        },
-        "workload": job.workload,
-        "load": job.load,
-        "count": job.count,
-        "duration_s": job.duration_s,
-        "seed": job.seed,
-        "salt": job.salt,
-        "slo": msgspec.to_builtins(job.slo),
-    }
+def asked(job: Job) -> dict[str, Any]:
+    """The fields of a result that say what was asked for (`result.Asked`)."""
+    same = ("workload", "load", "count", "duration_s", "seed", "salt", "slo")
+    return {"target": named(job.target)} | {name: getattr(job, name) for name in same}
+
+
+def named(target: Target) -> TargetName:
+    return TargetName(url=target.url, model=target.model, endpoint=target.endpoint)
 
 
 def target_of(

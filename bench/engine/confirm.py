@@ -4,33 +4,52 @@ import argparse
 import time
 from typing import Any
 
-import msgspec
-
 from bench import result, run
 from bench.engine import served
-from bench.engine.gain import gain
-from bench.engine.score import Goal, Pace, named, rung_of, score
+from bench.engine.gain import Gain, gain
+from bench.engine.knobs import Settings
+from bench.engine.score import named, rung_of, score
 from bench.engine.trial import Answer, Engine
+from bench.engine.tuned import Tuned
 from bench.engine.tuning import Measured, Outcome
 from bench.errors import BenchError
+from bench.quality import Agreement
+from bench.result import EngineResult, Line
 
 
-def confirm(options: argparse.Namespace) -> dict[str, Any]:
+class Confirmed(EngineResult, frozen=True, kw_only=True):
+    """The result of `bench tune --against`.
+
+    Attributes:
+        system: that ran the engine.
+        settings: the best of the search.
+        scores: of each repeat of "default" and "best".
+        answers: as the search found them.
+    """
+
+    benchmark: str = "confirm"
+    system: str
+    settings: Settings = {}
+    scores: dict[str, list[float]]
+    answers: Agreement | None = None
+    gain: Gain | None = None
+
+
+def confirm(options: argparse.Namespace) -> Line:
     """The defaults and the best of a search, each on a fresh engine or server, in full."""
-    before = result.read(options.against)
-    if before.get("benchmark") != "tune" or not before.get("best"):
-        raise BenchError(f"against = {str(options.against)!r}: not a result of `bench tune`")
-    goal = msgspec.convert(before["goal"], Goal)  # The same question, asked again.
-    pace = msgspec.convert(before["pace"], Pace)
-    settings = before["best"]["settings"]
-    head = result.header("confirm", f"{options.model} as {options.system}, {named(goal)}")
+    before = result.read(options.against, tune=Tuned)
+    goal, pace = before.goal, before.pace  # The same question, asked again.
+    if not (goal and pace and before.best and before.default):
+        raise BenchError(f"against = {str(options.against)!r}: the search found no best setting")
+    settings = before.best.settings
+    head = result.header(f"{options.model} as {options.system}, {named(goal)}")
     scores: dict[str, list[float]] = {}
     doubts, late = [], Late()
     began_s, slower = time.monotonic(), 0
-    for share, name, given in ((0.5, "default", {}), (1.0, "best", settings)):
-        given = {**options.engine, **given}
+    for share, name, scored in ((0.5, "default", before.default), (1.0, "best", before.best)):
+        given = {**options.engine, **(settings if name == "best" else {})}
         # From where it was found; a server is slower by what the one before it was slower by.
-        start = rung_of(pace, before[name]["score"])
+        start = rung_of(pace, scored.score)
         rung, end_s = start + slower, began_s + share * options.budget_s
         with _fresh(options, given) as system:
             ready_s = time.monotonic()
@@ -59,24 +78,25 @@ def confirm(options: argparse.Namespace) -> dict[str, Any]:
         Measured(settings={}, outcomes={0: Outcome(scores=scores[name])})
         for name in ("best", "default")
     )
-    output = head | {
-        "valid": fewest > 1 and not late.doubt,
-        "doubts": [*doubts, *([late.doubt] if late.doubt else [])],
-        "system": options.system,
-        "engine": options.engine,
-        "settings": settings,
-        "slo": msgspec.to_builtins(goal.slo),
-        "workload": goal.what,
-        "scores": scores,
-        "answers": before.get("answers"),
-        "gain": gain(best, default, 0, goal.slo is not None),
-    }
-    result.write(options.out, output)
-    keys = ("name", "valid", "doubts", "settings", "scores", "gain")
-    return {"benchmark": "confirm", "out": str(options.out), **{key: output[key] for key in keys}}
+    output = Confirmed(
+        **head,
+        valid=fewest > 1 and not late.doubt,
+        doubts=[*doubts, *([late.doubt] if late.doubt else [])],
+        system=options.system,
+        model=options.model,
+        engine=options.engine,
+        settings=settings,
+        slo=goal.slo,
+        workload=goal.what,
+        scores=scores,
+        answers=before.answers,
+        gain=gain(best, default, 0, goal.slo is not None),
+    )
+    output = result.write(options.out, output)
+    return result.line(output, options.out, "settings", "scores", "gain")
 
 
-def _fresh(options: argparse.Namespace, given: dict[str, Any]) -> Any:
+def _fresh(options: argparse.Namespace, given: dict[str, Any]) -> Engine | served.Served:
     folder = options.out / "engine"
     if options.system == "engine":
         return Engine(options.model, given, folder)

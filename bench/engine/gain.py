@@ -2,16 +2,37 @@
 
 import math
 from statistics import fmean
-from typing import Any
+from typing import NotRequired, TypedDict
+
+import msgspec
 
 from bench import interval
 from bench.engine.score import STEP
 from bench.engine.tuning import Measured
 
 
-def gain(
-    best: Measured | None, default: Measured | None, last: int, ladder: bool
-) -> dict[str, Any] | None:
+class Gain(TypedDict):
+    """The score of a setting over that of the defaults.
+
+    Attributes:
+        low, high: its 95 % interval; None where there is none.
+        in_full: whether both were measured in full.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    in_full: NotRequired[bool]
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True):
+    """What a million output tokens take of the machine, and cost where its price is known."""
+
+    machine_seconds_a_million_tokens: float
+    cost_a_million_tokens: float | None = None
+
+
+def gain(best: Measured | None, default: Measured | None, last: int, ladder: bool) -> Gain | None:
     """What the best gains over the defaults, with its interval; 1 where the defaults are best.
 
     Of a search it is what the confirmation says: the scores that the best was chosen by are those
@@ -21,7 +42,7 @@ def gain(
     if best is None or default is None or not default.score():
         return None
     if best is default:
-        return {"ratio": 1.0, "low": None, "high": None, "in_full": last in default.outcomes}
+        return Gain(ratio=1.0, low=None, high=None, in_full=last in default.outcomes)
     rungs = sorted(set(best.outcomes) & set(default.outcomes))
     if not rungs:
         return None
@@ -33,18 +54,17 @@ def gain(
         return None
     bounds = interval.of_paired_ratio([a for a, _ in pairs], [b for _, b in pairs])
     wide = STEP if ladder else 1.0
-    return {
-        "ratio": math.exp(fmean(math.log(a / b) for a, b in pairs)),
-        "low": bounds[0] / wide if bounds else None,
-        "high": bounds[1] * wide if bounds else None,
-        "in_full": bool(best.held_out) or rungs[-1] == last,
-    }
+    return Gain(
+        ratio=math.exp(fmean(math.log(a / b) for a, b in pairs)),
+        low=bounds[0] / wide if bounds else None,
+        high=bounds[1] * wide if bounds else None,
+        in_full=bool(best.held_out) or rungs[-1] == last,
+    )
 
 
-def cost(tokens_per_s: float, price: float | None) -> dict[str, Any]:
-    """What a million output tokens take of the machine, and cost where its price is known."""
+def cost(tokens_per_s: float, price_per_hour: float | None) -> Cost:
     hours = 1e6 / tokens_per_s / 3600 if tokens_per_s else math.inf
-    costs: dict[str, Any] = {"machine_seconds_a_million_tokens": hours * 3600}
-    if price is not None:
-        costs["cost_a_million_tokens"] = hours * price
-    return costs
+    return Cost(
+        machine_seconds_a_million_tokens=hours * 3600,
+        cost_a_million_tokens=None if price_per_hour is None else hours * price_per_hour,
+    )

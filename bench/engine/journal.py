@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -24,10 +23,10 @@ class Journal:
         ResultError: the folder has the journal of another search.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / JOURNAL
-        self._about = json.loads(json.dumps(about))
+        self._about = msgspec.to_builtins(about)
         self.pace: Pace | None = None
         self.limits: dict[str, int] = {}
         self.starts = 0
@@ -36,8 +35,7 @@ class Journal:
             self._read()
 
     def begin(self, pace: Pace, limits: Mapping[str, int]) -> None:
-        head = {"about": self._about, "pace": msgspec.to_builtins(pace), "limits": dict(limits)}
-        self._append(head)
+        self._append({"about": self._about, "pace": pace, "limits": dict(limits)})
 
     def outcome(self, trial: Trial) -> Outcome | None:
         """What the journal has of a trial."""
@@ -47,12 +45,12 @@ class Journal:
         self.starts += stand.starts
         stand.starts = 0
         self._outcomes[_place(trial)] = outcome
-        row = {"trial": msgspec.to_builtins(trial), "outcome": msgspec.to_builtins(outcome)}
-        self._append(row | {"starts": self.starts, "at": time.time()})
+        row = {"trial": trial, "outcome": outcome, "starts": self.starts, "at": time.time()}
+        self._append(row)
 
-    def _append(self, row: dict[str, Any]) -> None:
-        with open(self._path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+    def _append(self, row: Mapping[str, object]) -> None:
+        with open(self._path, "ab") as file:
+            file.write(msgspec.json.encode(row) + b"\n")
 
     def _read(self) -> None:
         whole, newline, cut = self._path.read_text().rpartition("\n")

@@ -16,13 +16,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import msgspec
 
 from bench import result, run
 from bench.engine import trial
 from bench.engine.trial import Answer, Engine, Ready
+from bench.result import EngineResult, Line
 
 LENGTHS = (500, 1000, 2000, 4000, 8000, 16000, 32000)
 
@@ -111,9 +111,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the result")
 
 
-def command(options: argparse.Namespace) -> dict[str, Any]:
+class KvCache(EngineResult, frozen=True, kw_only=True):
+    """The result of `bench kv`; `samples` are over time, thinned for a plot."""
+
+    benchmark: str = "kv"
+    kv: View
+    samples: list[Mapping[str, float]] = []
+
+
+def command(options: argparse.Namespace) -> Line:
     """What `python -m bench kv` does with its options; returns its last line."""
-    head = result.header("kv", f"KV cache of {options.model}")
+    head = result.header(f"KV cache of {options.model}")
     with Engine(options.model, options.engine, options.out) as engine:
         assert engine.ready is not None
         answer = engine.load(
@@ -127,19 +135,18 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     for line in describe(cache):
         run.say(line)
     doubts = ["the load was broken off"] if answer.lost else []
-    output = head | {
-        "model": options.model,
-        "engine": options.engine,
-        "workload": options.workload,
-        "load": options.load,
-        "valid": not doubts,
-        "doubts": doubts,
-        "kv": msgspec.to_builtins(cache),
-        "samples": thinned(answer.kv),
-    }
-    result.write(options.out, output)
-    keys = ("benchmark", "name", "valid", "doubts", "kv")
-    return {key: output[key] for key in keys} | {"out": str(options.out)}
+    output = KvCache(
+        **head,
+        model=options.model,
+        engine=options.engine,
+        workload=options.workload,
+        load=options.load,
+        valid=not doubts,
+        doubts=doubts,
+        kv=cache,
+        samples=thinned(answer.kv),
+    )
+    return result.line(result.write(options.out, output), options.out, "kv")
 
 
 def thinned(

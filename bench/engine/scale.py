@@ -43,6 +43,7 @@ from bench.engine.served import Served, crowded
 from bench.engine.trial import Answer
 from bench.errors import BenchError
 from bench.hardware import gpu
+from bench.result import EngineResult, Line
 from bench.traffic import workload
 from bench.traffic.crowd import Crowd
 
@@ -115,22 +116,73 @@ def rows_of(
     return [row for row in rows if not only or row.name in only]
 
 
-def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """A layout beside one GPU: means over repeats; None where there are none.
+
+    Attributes:
+        load_s: of the start.
+        ttft_s, tpot_s: of one request alone.
+        tokens_per_s: output tokens with 100 prompts at once; `saturated`: at saturation.
+        *_times: the same over that of one GPU, with `*_bounds`, its 95 % interval.
+        *_efficiency: of the linear gain, so many times one GPU.
+        failure: why there are no figures, or no more.
+    """
+
+    name: str
+    gpus: int
+    tensor_parallel: int
+    replicas: int
+    load_s: float = 0.0
+    failure: str = ""
+    ttft_s: float | None = None
+    ttft_s_times: float | None = None
+    ttft_s_bounds: interval.Bounds | None = None
+    tpot_s: float | None = None
+    tpot_s_times: float | None = None
+    tpot_s_bounds: interval.Bounds | None = None
+    tokens_per_s: float | None = None
+    tokens_per_s_times: float | None = None
+    tokens_per_s_bounds: interval.Bounds | None = None
+    tokens_per_s_efficiency: float | None = None
+    saturated: float | None = None
+    saturated_times: float | None = None
+    saturated_bounds: interval.Bounds | None = None
+    saturated_efficiency: float | None = None
+
+
+class OfWorkload(msgspec.Struct, frozen=True, kw_only=True):
+    """The layouts under one workload, and which of them to take."""
+
+    workload: str = ""
+    table: list[Layout]
+    advice: list[str]
+
+
+class Scaled(EngineResult, frozen=True, kw_only=True):
+    """The result of `bench scale`.
+
+    Attributes:
+        together: whether all layouts stood at once and were measured in turn.
+        rows: every repeat; `table` and `advice` are those of the first workload.
+    """
+
+    benchmark: str = "scale"
+    together: bool = False
+    rows: list[Row] = []
+    workloads: list[OfWorkload] = []
+    table: list[Layout] = []
+    advice: list[str] = []
+
+
+def table(rows: Sequence[Row]) -> list[Layout]:
     """Each layout beside one GPU: shares and efficiency, with intervals over repeats."""
     plain = (row for row in rows if row.gpus == 1 and not row.variant and not row.failure)
     single = next(plain, None)
     return [_beside(row, single) for row in rows]
 
 
-def _beside(row: Row, single: Row | None) -> dict[str, Any]:
-    ratios: dict[str, Any] = {
-        "name": row.name,
-        "gpus": row.gpus,
-        "tensor_parallel": row.tensor_parallel,
-        "replicas": row.replicas,
-        "load_s": row.load_s,
-        "failure": row.failure,
-    }
+def _beside(row: Row, single: Row | None) -> Layout:
+    ratios: dict[str, Any] = {}
     for metric in ("ttft_s", "tpot_s", "tokens_per_s", "saturated"):
         values = getattr(row, metric)
         ratios[metric] = fmean(values) if values else None
@@ -140,26 +192,32 @@ def _beside(row: Row, single: Row | None) -> dict[str, Any]:
     for metric in ("tokens_per_s", "saturated"):
         times = ratios[f"{metric}_times"]
         ratios[f"{metric}_efficiency"] = times / row.gpus if times is not None else None
-    return ratios
+    return Layout(
+        name=row.name,
+        gpus=row.gpus,
+        tensor_parallel=row.tensor_parallel,
+        replicas=row.replicas,
+        load_s=row.load_s,
+        failure=row.failure,
+        **ratios,
+    )
 
 
-def advice(rows: Sequence[dict[str, Any]]) -> list[str]:
+def advice(rows: Sequence[Layout]) -> list[str]:
     """Which layout to take for which goal."""
     sentences = []
-    for gpus in sorted({row["gpus"] for row in rows if row["gpus"] > 1}):
-        same = [row for row in rows if row["gpus"] == gpus and not row["failure"]]
-        fast = min((r for r in same if r["tpot_s"]), key=lambda r: r["tpot_s"], default=None)
-        wide = max((r for r in same if r["saturated"]), key=lambda r: r["saturated"], default=None)
+    for gpus in sorted({row.gpus for row in rows if row.gpus > 1}):
+        same = [row for row in rows if row.gpus == gpus and not row.failure]
+        fast = min((r for r in same if r.tpot_s), key=lambda r: r.tpot_s or 0.0, default=None)
+        wide = max((r for r in same if r.saturated), key=lambda r: r.saturated or 0.0, default=None)
         if fast is None:
             sentences.append(f"{gpus} GPUs: not measured")
             continue
-        single = _of(fast["tpot_s_times"])
-        goals = (
-            f"for the latency of one request {fast['name']} ({single} of one GPU's time per token)"
-        )
+        single = _of(fast.tpot_s_times)
+        goals = f"for the latency of one request {fast.name} ({single} of one GPU's time per token)"
         if wide is not None:
-            many, linear = _of(wide["saturated_times"]), _of(wide["saturated_efficiency"])
-            goals += f"; for throughput {wide['name']} ({many} times one GPU, {linear} of linear)"
+            many, linear = _of(wide.saturated_times), _of(wide.saturated_efficiency)
+            goals += f"; for throughput {wide.name} ({many} times one GPU, {linear} of linear)"
         sentences.append(f"{gpus} GPUs: {goals}")
     return sentences
 
@@ -194,7 +252,7 @@ def _variant(text: str) -> tuple[str, dict[str, Any]]:
     return name, msgspec.json.decode(arguments, type=dict[str, Any])
 
 
-def command(options: argparse.Namespace) -> dict[str, Any]:
+def command(options: argparse.Namespace) -> Line:
     """What `python -m bench scale` does with its options; returns its last line."""
     if options.together and "kv_cache_memory_bytes" not in options.engine:
         raise BenchError.of(
@@ -204,35 +262,34 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     options.end_s = time.monotonic() + options.budget_s
     gpus = options.gpus or (len(machine.gpus()) if gpu.present() else 2)
     where = "GPUs" if gpu.present() else "engines on a CPU"
-    head = result.header("scale", f"{options.model} on {gpus} {where}")
+    head = result.header(f"{options.model} on {gpus} {where}")
     rows = rows_of(gpus, options.workload, dict(options.variant), options.only)
-    output: dict[str, Any] = {}
     with Crowd(options.clients or max(1, min(16, (os.cpu_count() or 1) // 4))) as crowd:
         for measured in _rounds(rows, gpus, crowd, options):
             run.say(json.dumps(msgspec.to_builtins(measured)))
-            output = head | _summary(rows, options)
-            result.write(options.out, output)  # What there is so far, in case there is no more.
-    keys = ("benchmark", "name", "valid", "doubts", "table", "advice", "workloads")
-    return {key: output[key] for key in keys} | {"out": str(options.out)}
+            # What there is so far, in case there is no more.
+            output = result.write(options.out, _summary(head, rows, options))
+    return result.line(output, options.out, "table", "advice", "workloads")
 
 
-def _summary(rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
+def _summary(head: Line, rows: Sequence[Row], options: argparse.Namespace) -> Scaled:
     doubts = [f"{row.name}, {row.workload}: {row.failure}" for row in rows if row.failure]
     workloads = []
     for what in options.workload:
         shown = table([row for row in rows if row.workload == what])
-        workloads.append({"workload": what, "table": shown, "advice": advice(shown)})
-    return {
-        "model": options.model,
-        "engine": options.engine,
-        "together": options.together,
-        "valid": not doubts,
-        "doubts": doubts,
-        "rows": msgspec.to_builtins(rows),
-        "workloads": workloads,
-        "table": workloads[0]["table"],
-        "advice": workloads[0]["advice"],
-    }
+        workloads.append(OfWorkload(workload=what, table=shown, advice=advice(shown)))
+    return Scaled(
+        **head,
+        model=options.model,
+        engine=options.engine,
+        together=options.together,
+        valid=not doubts,
+        doubts=doubts,
+        rows=list(rows),
+        workloads=workloads,
+        table=workloads[0].table,
+        advice=workloads[0].advice,
+    )
 
 
 def _rounds(rows: list[Row], gpus: int, crowd: Crowd, options: argparse.Namespace) -> Iterator[Row]:

@@ -15,7 +15,6 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from bench import measure, result, run
 from bench.engine.trial import Engine
 from bench.records import Record
+from bench.result import EngineResult, Line
 
 _KINDS = ("short", "long")
 
@@ -32,7 +32,6 @@ class Case(msgspec.Struct, kw_only=True):
 
     Attributes:
         ttft_p50_s, ttft_max_s: of each kind.
-        gap_s: the longest time in which no short one was given its first token, from the first.
         jumped: share of the short ones, planned while a long one waited, that were answered first.
         overtaken: share of the long ones that some later short one passed.
         tokens_per_s: of all together.
@@ -138,9 +137,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the result")
 
 
-def command(options: argparse.Namespace) -> dict[str, Any]:
+class Schedules(EngineResult, frozen=True, kw_only=True):
+    """The result of `bench scheduler`: every case, and what they say in sentences."""
+
+    benchmark: str = "scheduler"
+    cases: list[Case]
+    advice: list[str]
+
+
+def command(options: argparse.Namespace) -> Line:
     """What `python -m bench scheduler` does with its options; returns its last line."""
-    head = result.header("scheduler", f"who waits for whom, {options.model}")
+    head = result.header(f"who waits for whom, {options.model}")
     what = f"mixed:long={options.long},longs=2,short=50,shorts=30,output=64"
     # Without chunks vLLM wants room for the longest prompt there may be.
     whole_prompt_tokens = int(options.engine.get("max_model_len", 2 * options.long))
@@ -174,15 +181,15 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
                     doubts.append(f"{policy}, chunks {chunked}: the load was broken off")
                 cases.append(case(policy, chunked, answer.records, answer.elapsed_s))
                 run.say(f"{policy}, chunks {'on' if chunked else 'off'}: {cases[-1]}")
-                output = head | {
-                    "model": options.model,
-                    "engine": options.engine,
-                    "workload": what,
-                    "valid": not doubts,
-                    "doubts": doubts,
-                    "cases": msgspec.to_builtins(cases),
-                    "advice": advice(cases),
-                }
-                result.write(options.out, output)
-    keys = ("benchmark", "name", "valid", "doubts", "cases", "advice")
-    return {key: output[key] for key in keys} | {"out": str(options.out)}
+                output = Schedules(
+                    **head,
+                    model=options.model,
+                    engine=options.engine,
+                    workload=what,
+                    valid=not doubts,
+                    doubts=doubts,
+                    cases=cases,
+                    advice=advice(cases),
+                )
+                output = result.write(options.out, output)
+    return result.line(output, options.out, "cases", "advice")

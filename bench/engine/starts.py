@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,15 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
-from bench import result
+from bench import result, run
 from bench.engine import systems
 from bench.engine.systems import NAME, System
 from bench.errors import BenchError
 from bench.faults.victims import Cluster
 from bench.options import json_object, whole
 from bench.pages import waterfall
+from bench.result import Line, Result
 from serve_app.observe.phases import Span, durations, segments
 from serve_app.replica.startup import FILE_VARIABLE, read
 
@@ -62,14 +63,54 @@ class Start:
     took_s: float
     pieces: list[Span] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "scenario": self.scenario,
-            "system": self.system,
-            "round": self.round,
-            "took_s": round(self.took_s, 3),
-            "phases": {k: round(v, 3) for k, v in _by_phase(self.pieces).items()},
-        }
+    def written(self) -> "Phases":
+        return Phases(
+            scenario=self.scenario,
+            system=self.system,
+            round=self.round,
+            took_s=round(self.took_s, 3),
+            phases={k: round(v, 3) for k, v in _by_phase(self.pieces).items()},
+        )
+
+
+class Phases(msgspec.Struct, frozen=True, kw_only=True):
+    """A start as it is written: seconds of the whole, and of each phase."""
+
+    scenario: str
+    system: str
+    round: int
+    took_s: float
+    phases: dict[str, float]
+
+
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
+    """The starts of a system in one scenario, in seconds.
+
+    Attributes:
+        to_reference: median of the ratios to the reference, round by round; None without any.
+    """
+
+    median_s: float
+    least_s: float
+    most_s: float
+    starts: int
+    to_reference: float | None = None
+
+
+class Starts(Result, frozen=True, kw_only=True):
+    """The result of `bench starts`.
+
+    Attributes:
+        reference: the system that ratios are to.
+        scenarios: by "scenario system".
+        picture: path of the waterfalls.
+    """
+
+    benchmark: str = "starts"
+    starts: list[Phases]
+    reference: str
+    scenarios: dict[str, Compared]
+    picture: str
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,9 +125,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the result and its picture")
 
 
-def command(options: argparse.Namespace) -> dict[str, Any]:
+def command(options: argparse.Namespace) -> Line:
     """What `python -m bench starts` does with its options; returns its last line."""
-    head = result.header("starts", f"starts of {options.model}")
+    head = result.header(f"starts of {options.model}")
     scenarios = _known(options.scenarios.split(","), SCENARIOS)
     doubts = []
     if "page" in scenarios and not os.access(_DROP, os.W_OK):
@@ -101,41 +142,39 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
                 for name in options.systems.split(","):
                     start = _measured(scenario, name, round_, options, Path(scratch) / name)
                     starts.append(start)
-                    print(json.dumps(start.as_json()), file=sys.stderr, flush=True)
+                    run.say(msgspec.json.encode(start.written()).decode())
     picture = options.out / "starts.svg"
     picture.write_text(waterfall.svg(_rows(starts)))
-    output = {
+    reference = options.systems.split(",")[-1]
+    output = Starts(
         **head,
-        "valid": True,
-        "doubts": doubts,
-        "starts": [start.as_json() for start in starts],
-        "scenarios": compared(starts, options.systems.split(",")[-1]),
-        "picture": str(picture),
-    }
-    result.write(options.out, output)
-    shown = {key: value for key, value in output.items() if key not in ("starts", "machine")}
-    return {**shown, "out": str(options.out)}
+        doubts=doubts,
+        starts=[start.written() for start in starts],
+        reference=reference,
+        scenarios=compared(starts, reference),
+        picture=str(picture),
+    )
+    output = result.write(options.out, output)
+    return result.line(output, options.out, "scenarios", "reference", "picture")
 
 
-def compared(starts: Sequence[Start], reference: str) -> dict[str, dict[str, Any]]:
+def compared(starts: Sequence[Start], reference: str) -> dict[str, Compared]:
     """By scenario and system: median and range, and the ratio to the reference, round by round."""
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, Compared] = {}
     for scenario in dict.fromkeys(start.scenario for start in starts):
         of_it = [start for start in starts if start.scenario == scenario]
         theirs = {start.round: start.took_s for start in of_it if start.system == reference}
         for name in dict.fromkeys(start.system for start in of_it):
             mine = [start for start in of_it if start.system == name]
             took_s = [start.took_s for start in mine]
-            row: dict[str, Any] = {
-                "median_s": round(statistics.median(took_s), 2),
-                "least_s": round(min(took_s), 2),
-                "most_s": round(max(took_s), 2),
-                "starts": len(took_s),
-            }
             ratios = [s.took_s / theirs[s.round] for s in mine if theirs.get(s.round)]
-            if ratios:
-                row[f"to_{reference}"] = round(statistics.median(ratios), 3)
-            table[f"{scenario} {name}"] = row
+            table[f"{scenario} {name}"] = Compared(
+                median_s=round(statistics.median(took_s), 2),
+                least_s=round(min(took_s), 2),
+                most_s=round(max(took_s), 2),
+                starts=len(took_s),
+                to_reference=round(statistics.median(ratios), 3) if ratios else None,
+            )
     return table
 
 

@@ -31,16 +31,18 @@ import msgspec
 
 from bench import measure, result, run
 from bench.engine import confirm, deployment, knobs, tuning
-from bench.engine.gain import cost, gain
+from bench.engine.gain import Gain, cost, gain
 from bench.engine.journal import Journal
 from bench.engine.knobs import Knob
 from bench.engine.score import LONGEST, STEP, Goal, Pace, Probes, named, pace, score
 from bench.engine.stand import Stand
 from bench.engine.trial import EngineError
+from bench.engine.tuned import Space, Tuned, scored
 from bench.engine.tuning import Floor, Lengths, Measured, Outcome, Search, Trial
 from bench.errors import BenchError
 from bench.hardware import ceilings, gpu
 from bench.quality import PROMPTS, Agreement, agreement
+from bench.result import Line
 
 CONFIG = "serve_config.yaml"
 _OVER_S = 2.0
@@ -51,7 +53,7 @@ _COMPARED = 48  # Tokens of each answer that is compared with one of the default
 # --- the command ----------------------------------------------------------------------------
 
 
-def command(options: argparse.Namespace) -> dict[str, Any]:
+def command(options: argparse.Namespace) -> Line:
     """What `python -m bench tune` does with its options; returns its last line."""
     slo = measure.parse_slo(options.slo) if options.goal == "goodput" else None
     goal = Goal(slo=slo, what=options.workload, seconds=options.seconds, by_cpu=options.by_cpu)
@@ -110,7 +112,7 @@ class Tuning:
         )
         if not self._space:
             raise BenchError("there is no knob to turn: name one with --knob")
-        self._head = result.header("tune", f"{options.model}, {named(goal)}")
+        self._head = result.header(f"{options.model}, {named(goal)}")
         self._journal = Journal(options.out, self._about())
         self._stand = Stand(options.model, options.engine, self._space, options.out)
         self._roof = ceilings.shape_and_ceilings(options.roofline, options.model, options.engine)
@@ -120,7 +122,7 @@ class Tuning:
         self._pace: Pace | None = self._journal.pace
         self._limits: dict[str, int] = self._journal.limits
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Line:
         """Search until it is over or the time is; returns the last line."""
         doubts: list[str] = []
         search: Search | None = None
@@ -294,19 +296,20 @@ class Tuning:
 
     # --- what is written ---
 
-    def _about(self) -> dict[str, Any]:
-        """What a journal must be of, to be gone on from."""
-        return {
-            "model": self._options.model,
-            "engine": self._options.engine,
-            "goal": msgspec.to_builtins(self._goal),
-            "knobs": {knob.name: list(knob.values) for knob in self._space},
-            "rungs": self._options.rungs,
-            "repeats": self._options.repeats,
-            "grid": self._options.grid,
-        }
+    def _searched(self) -> Space:
+        return Space(
+            knobs={knob.name: list(knob.values) for knob in self._space},
+            rungs=self._options.rungs,
+            repeats=self._options.repeats,
+            grid=self._options.grid,
+        )
 
-    def _write(self, search: Search | None, doubts: list[str]) -> dict[str, Any]:
+    def _about(self) -> Mapping[str, object]:
+        """What a journal must be of, to be gone on from."""
+        options, space = self._options, msgspec.structs.asdict(self._searched())
+        return {"model": options.model, "engine": options.engine, "goal": self._goal, **space}
+
+    def _write(self, search: Search | None, doubts: list[str]) -> Line:
         measured = list(search.measured.values()) if search else []
         winner, default = (search.best, search.default) if search else (None, None)
         lossy = {knob.name for knob in self._space if knob.lossy}
@@ -336,52 +339,43 @@ class Tuning:
             doubts.append("the answers were not compared with those of the defaults")
         if search and search.hurried:
             doubts.append(f"the time of {self._options.budget_s:g} s ended the search early")
-        about = self._about()
-        output: dict[str, Any] = self._head | {
-            **{name: about.pop(name) for name in ("model", "engine", "goal")},
-            "search": about,
-            "valid": best is not None and last in best.outcomes,
-            "doubts": doubts,
-            "score": "requests/s within the SLO" if self._goal.slo else "output tokens/s",
-            "slo": msgspec.to_builtins(self._goal.slo),
-            "workload": self._goal.what,
-            "pace": msgspec.to_builtins(self._pace),
-            "limits": self._limits,
-            "default": _row(default),
-            "best": _row(best),
-            "candidate": _row(found_best),
-            "confirmation": msgspec.to_builtins(confirmation),
-            "gain": gain(best, default, last, self._goal.slo is not None),
-            "answers": msgspec.to_builtins(self._agreement),
-            "best_lossless": _row(_lossless(measured, self._space, last)),
-            "effects": msgspec.to_builtins(
-                tuning.effects(measured, STEP if self._goal.slo else 1.0)
-            ),
-            "trials": [_row(each) for each in measured],
-            "pruned": search.pruned if search else {},
-            "failed": [_row(each) for each in measured if each.outcomes[each.rung].failure],
-            "engine_starts": self._journal.starts,
-            "wall_s": self._options.budget_s - (self._end_s - time.monotonic()),
-            "config": None,
-        }
-        if best is not None:
-            output["config"] = str(self._configuration(best, output["gain"]))
-            if self._goal.slo is None:
-                output["cost"] = cost(best.score(), self._options.price)
-        result.write(self._options.out, output)
-        keys = ("best", "default", "gain", "answers", "effects", "config", "engine_starts")
-        return {
-            "benchmark": "tune",
-            "name": output["name"],
-            "valid": output["valid"],
-            "doubts": doubts,
-            "out": str(self._options.out),
-            "trials": len(measured),
-            **{key: output[key] for key in keys},
-            "wall_s": output["wall_s"],
-        }
+        throughput = self._goal.slo is None
+        gained = gain(best, default, last, ladder=not throughput)
+        trials = [each for each in map(scored, measured) if each is not None]
+        output = Tuned(
+            **self._head,
+            valid=best is not None and last in best.outcomes,
+            doubts=doubts,
+            model=self._options.model,
+            engine=self._options.engine,
+            goal=self._goal,
+            search=self._searched(),
+            score="output tokens/s" if throughput else "requests/s within the SLO",
+            slo=self._goal.slo,
+            workload=self._goal.what,
+            pace=self._pace,
+            limits=self._limits,
+            default=scored(default),
+            best=scored(best),
+            candidate=scored(found_best),
+            confirmation=confirmation,
+            gain=gained,
+            cost=cost(best.score(), self._options.price) if best and throughput else None,
+            answers=self._agreement,
+            best_lossless=scored(_lossless(measured, self._space, last)),
+            effects=tuning.effects(measured, 1.0 if throughput else STEP),
+            trials=trials,
+            pruned=search.pruned if search else {},
+            failed=[each for each in trials if each.failure],
+            engine_starts=self._journal.starts,
+            wall_s=self._options.budget_s - (self._end_s - time.monotonic()),
+            config=str(self._configuration(best, gained)) if best else None,
+        )
+        output = result.write(self._options.out, output)
+        names = ("best", "default", "gain", "answers", "effects", "config", "engine_starts")
+        return result.line(output, self._options.out, *names, "wall_s", trials=len(output.trials))
 
-    def _configuration(self, best: Measured, gained: dict[str, Any] | None) -> Path:
+    def _configuration(self, best: Measured, gained: Gain | None) -> Path:
         times = f", {gained['ratio']:.2f} times the defaults" if gained else ""
         if (same := self._agreement) is not None and best.settings:
             times += (
@@ -405,22 +399,6 @@ def _full_grid(space: Sequence[Knob], options: argparse.Namespace) -> Iterator[T
     )
     for point in points:
         yield Trial(settings=point, rung=last, share=1.0, repeats=options.repeats, why="the grid")
-
-
-def _row(each: Measured | None) -> dict[str, Any] | None:
-    if each is None:
-        return None
-    return {
-        "settings": each.settings,
-        "described": knobs.describe(each.settings),
-        "rung": each.rung,
-        "score": each.score(),
-        "score_interval": each.outcomes[each.rung].bounds,
-        "scores": {str(rung): outcome.scores for rung, outcome in each.outcomes.items()},
-        "held_out": each.held_out,
-        "failure": each.outcomes[each.rung].failure,
-        "oom": each.outcomes[each.rung].oom,
-    }
 
 
 def _lossless(measured: Sequence[Measured], space: Sequence[Knob], last: int) -> Measured | None:

@@ -54,7 +54,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
             seeds no other trial has.
     """
 
-    settings: dict[str, Any]
+    settings: Settings
     rung: int
     share: float
     repeats: int
@@ -94,7 +94,7 @@ class Measured(msgspec.Struct, kw_only=True):
             candidate and of the defaults belong together pair by pair.
     """
 
-    settings: dict[str, Any]
+    settings: Settings
     outcomes: dict[int, Outcome]
     held_out: list[float] = []
 
@@ -132,7 +132,7 @@ class Confirmation(msgspec.Struct, kw_only=True):
         parts: how many parts of pairs have been measured; each is a look at the whole.
     """
 
-    settings: dict[str, Any]
+    settings: Settings
     ratios: list[float] = []
     parts: int = 0
 
@@ -301,7 +301,7 @@ class Search:
         for each in (candidate, default):  # Held-out scores are full measurements too.
             each.outcomes.setdefault(last, Outcome(scores=each.held_out))
 
-    def _screen(self) -> Generator[Trial, Outcome, dict[str, Any]]:
+    def _screen(self) -> Generator[Trial, Outcome, Settings]:
         """One knob at a time around the best so far, the most promising first."""
         best: dict[str, Any] = {}
         knobs = list(self._knobs)
@@ -330,7 +330,7 @@ class Search:
         promise = highest / self._worth(best)
         return (round(promise, 1) if promise >= _PROMISING else 1.0), knob.live
 
-    def _promising(self, best: Settings) -> list[dict[str, Any]]:
+    def _promising(self, best: Settings) -> list[Settings]:
         """Combinations not yet measured, by what the knobs' worth says of them; the best first."""
         logs = self._logs()
         points: list[dict[str, Any]] = [{}]
@@ -352,7 +352,7 @@ class Search:
         fresh = [point for point in good if key(point) not in self.measured]
         return self._standing_first(fresh[:_COMBINED])
 
-    def _better_half(self, rung: int) -> list[dict[str, Any]]:
+    def _better_half(self, rung: int) -> list[Settings]:
         """The better half of those that reached the rung before, engines that stand first."""
         there = [
             each
@@ -368,7 +368,7 @@ class Search:
             better = better[:2]
         return self._standing_first([each.settings for each in better if rung not in each.outcomes])
 
-    def _standing_first(self, points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _standing_first(self, points: Sequence[Settings]) -> list[Settings]:
         """In the same order, but for those that the engine which stands can measure."""
         same = key(self._running)
         return sorted(points, key=lambda point: key(started_with(point, self._knobs)) != same)

@@ -25,14 +25,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import yaml
 
 from bench import result, tiny_model
 from bench.engine.systems import QUIET, apart
 from bench.errors import ResultError
-from bench.figures import Figures
+from bench.figures import Run
 from bench.traffic import words
 from serve_app import processes
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8870)
     options = parser.parse_args(argv)
     policies = options.policies.split(",")
-    results: dict[str, list[dict[str, Any]]] = {policy: [] for policy in policies}
+    results: dict[str, list[Round]] = {policy: [] for policy in policies}
     with tempfile.TemporaryDirectory(prefix="affinity.") as made:
         folder = Path(made)
         corpus = " " + " ".join(words.WORDS * 8)
@@ -70,14 +70,44 @@ def main(argv: list[str] | None = None) -> int:
             for policy in policies[turn % len(policies) :] + policies[: turn % len(policies)]:
                 row = measured(policy, model, folder, options, seed=turn)
                 results[policy].append(row)
-                print(json.dumps({"round": turn + 1, "policy": policy, **row}), flush=True)
-    print(json.dumps({"benchmark": "affinity", "results": compared(results, policies[0])}))
+                shown = {"round": turn + 1, "policy": policy, **msgspec.structs.asdict(row)}
+                print(json.dumps(shown), flush=True)
+    rows = msgspec.to_builtins(compared(results, policies[0]))
+    print(json.dumps({"benchmark": "affinity", "results": rows}))
     return 0
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """One policy in one round, or the medians of several."""
+
+    ttft_p50_s: float
+    ttft_p90_s: float
+    hit_ratio: float
+    busiest_over_mean: float
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """Ratios of rounds."""
+
+    median: float
+    min: float
+    max: float
+
+
+class Compared(Round, frozen=True, kw_only=True):
+    """The medians of a policy's rounds.
+
+    Attributes:
+        first_ttft_p50_ratio: TTFT of the first policy over this one's, in the same round.
+    """
+
+    policy: str
+    first_ttft_p50_ratio: Spread
 
 
 def measured(
     policy: str, model: Path, folder: Path, options: argparse.Namespace, seed: int
-) -> dict[str, Any]:
+) -> Round:
     """One policy, once."""
     with serving(policy, model, folder, options) as url:
         load(url, folder / "warm", options, _WARM * GROUPS, seed + 1000)
@@ -92,30 +122,29 @@ def measured(
     hits = sum(of["prefix_cache_hits"] for of in grown.values())
     work = [of["prompt_tokens"] for of in grown.values()]
     (measures,) = measured.whole
-    return {
-        "ttft_p50_s": measures.ttft_p50_s,
-        "ttft_p90_s": measures.ttft_p90_s,
-        "hit_ratio": hits / sum(of["prefix_cache_queries"] for of in grown.values()),
-        "busiest_over_mean": max(work) / statistics.fmean(work),
-    }
+    if measures.ttft_p50_s is None or measures.ttft_p90_s is None:
+        raise SystemExit(f"{measures.ok} answers are too few for percentiles: give more --requests")
+    return Round(
+        ttft_p50_s=measures.ttft_p50_s,
+        ttft_p90_s=measures.ttft_p90_s,
+        hit_ratio=hits / sum(of["prefix_cache_queries"] for of in grown.values()),
+        busiest_over_mean=max(work) / statistics.fmean(work),
+    )
 
 
-def compared(results: dict[str, list[dict[str, Any]]], first: str) -> list[dict[str, Any]]:
-    """Medians of the rounds, and TTFT beside that of the first policy in the same round."""
+def compared(results: dict[str, list[Round]], first: str) -> list[Compared]:
     rows = []
     for policy, rounds in results.items():
         ratios = [
-            ours["ttft_p50_s"] / other["ttft_p50_s"]
+            ours.ttft_p50_s / other.ttft_p50_s
             for ours, other in zip(results[first], rounds, strict=True)
         ]
-        row: dict[str, Any] = {"policy": policy}
-        row |= {name: statistics.median(other[name] for other in rounds) for name in rounds[0]}
-        row[f"{first}_ttft_p50_ratio"] = {
-            "median": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
+        medians = {
+            name: statistics.median(getattr(each, name) for each in rounds)
+            for name in Round.__struct_fields__
         }
-        rows.append(row)
+        spread = Spread(median=statistics.median(ratios), min=min(ratios), max=max(ratios))
+        rows.append(Compared(**medians, policy=policy, first_ttft_p50_ratio=spread))
     return rows
 
 
@@ -160,7 +189,7 @@ def serving(policy: str, model: Path, folder: Path, options: argparse.Namespace)
             processes.end(process, _END_S)
 
 
-def load(url: str, out: Path, options: argparse.Namespace, requests: int, seed: int) -> Figures:
+def load(url: str, out: Path, options: argparse.Namespace, requests: int, seed: int) -> Run:
     """A closed loop by `bench run`; its figures."""
     what = f"prefix:groups={GROUPS},depth=1,shared={SHARED},unique={UNIQUE},output={OUTPUT}"
     command = [sys.executable, "-m", "bench", "run", "--url", url, "--workload", what]
@@ -168,7 +197,7 @@ def load(url: str, out: Path, options: argparse.Namespace, requests: int, seed: 
     command += ["--repeats", "1", "--seed", str(seed), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        return result.read_figures(out)
+        return result.read(out, run=Run)
     except ResultError as error:
         raise SystemExit(f"{error}\n{done.stdout}{done.stderr}") from error
 

@@ -34,10 +34,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
-from bench import result, scrape
+from bench import records, result, scrape
 from bench.engine.systems import QUIET, apart
+from bench.faults.damage import Chaos
+from bench.result import Line
 from serve_app import processes
 
 STEPS = ("limits", "key", "engine", "down", "up", "version", "controller")
@@ -159,51 +162,49 @@ def _serving(options: argparse.Namespace) -> Iterator[None]:
             processes.end(process, _END_S)
 
 
-def _result(options: argparse.Namespace) -> dict[str, Any]:
+def _result(options: argparse.Namespace) -> Line:
     """What both loops saw, together."""
-    loads = {name: result.read(options.out / name) for name in ("short", "long")}
+    loads = {name: result.read(options.out / name, chaos=Chaos) for name in ("short", "long")}
+    in_order = sorted(loads["short"].done, key=lambda done: done.number)
     steps = [
         {
             "step": step,
-            "took_s": done["until_s"] - done["at_s"],
-            "at_s": done["at_s"],
-            "error": done["error"],
+            "took_s": done.until_s - done.at_s,
+            "at_s": done.at_s,
+            "error": done.error,
         }
-        for step, done in zip(options.only, _in_order(loads["short"]["done"]), strict=False)
+        for step, done in zip(options.only, in_order, strict=False)
     ]
-    longest = [
-        json.loads(line)
-        for line in (options.out / "long" / "records.jsonl").read_text().splitlines()
+    streams_s = [
+        record.end_s - record.sent_s
+        for record in records.read(options.out / "long" / result.RECORDS)
+        if record.end_s and record.sent_s is not None
     ]
-    return {
-        "benchmark": "changes",
-        "valid": all(load["valid"] for load in loads.values())
-        and len(steps) == len(options.only)
-        and not any(step["error"] for step in steps),
-        "doubts": [doubt for load in loads.values() for doubt in load["doubts"]],
-        "requests": sum(load["answers"]["asked"] for load in loads.values()),
-        "loads": {
-            name: {
-                key: load[key]
-                for key in ("answers", "faults", "doubled", "missing", "silences", "duration_s")
-            }
-            for name, load in loads.items()
-        },
-        "longest_stream_s": max(
-            (record["end_s"] - record["sent_s"] for record in longest if record.get("end_s")),
-            default=None,
-        ),
-        "steps": steps,
-        "replicas": options.replicas,
-        "gateway": options.gateway,
-        "keep_alive": options.keep_alive,
-        "machine": loads["short"]["machine"],
-        "out": str(options.out),
-    }
-
-
-def _in_order(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(done, key=lambda answer: int(answer["number"]))
+    shown: Line = msgspec.to_builtins(
+        {
+            "benchmark": "changes",
+            "valid": all(load.valid for load in loads.values())
+            and len(steps) == len(options.only)
+            and not any(step["error"] for step in steps),
+            "doubts": [doubt for load in loads.values() for doubt in load.doubts],
+            "requests": sum(load.answers.asked for load in loads.values()),
+            "loads": {
+                name: {
+                    key: getattr(load, key)
+                    for key in ("answers", "faults", "doubled", "missing", "silences", "duration_s")
+                }
+                for name, load in loads.items()
+            },
+            "longest_stream_s": max(streams_s, default=None),
+            "steps": steps,
+            "replicas": options.replicas,
+            "gateway": options.gateway,
+            "keep_alive": options.keep_alive,
+            "machine": loads["short"].machine,
+            "out": str(options.out),
+        }
+    )
+    return shown
 
 
 # --- one change -----------------------------------------------------------------------------

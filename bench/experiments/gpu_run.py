@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 # Of a GPU host: 7B in bfloat16 with all the memory there is, and lengths for every workload here.
@@ -117,8 +118,25 @@ def _first_model_only(
 # --- running it -----------------------------------------------------------------------------
 
 
-def run(step: Step, work: Path, limit_s: float) -> dict[str, Any]:
-    """One step, ended with all it started when its time is over. Returns its line."""
+class Done(msgspec.Struct, frozen=True, kw_only=True):
+    """A step that was run.
+
+    Attributes:
+        status: its exit status, or why there is none.
+        last: the last line of its output, decoded where it is JSON.
+        log: the last lines of its log, where it failed.
+    """
+
+    step: str
+    status: int | str
+    wall_s: float = 0.0
+    command: str = ""
+    last: Any = None
+    log: list[str] = []
+
+
+def run(step: Step, work: Path, limit_s: float) -> Done:
+    """One step, ended with all it started when its time is over."""
     log = work / f"{step.name}.log"
     command = [sys.executable, "-m", "bench", *step.words]
     began_s = time.monotonic()
@@ -147,14 +165,14 @@ def run(step: Step, work: Path, limit_s: float) -> dict[str, Any]:
         except json.JSONDecodeError:
             last = lines[-1][:400]
     log_lines = log.read_text(errors="replace").splitlines()
-    return {
-        "step": step.name,
-        "status": status,
-        "wall_s": round(time.monotonic() - began_s, 1),
-        "command": "python -m bench " + " ".join(_quoted(word) for word in step.words),
-        "last": last,
-        "said": log_lines[-6:] if status != 0 else [],
-    }
+    return Done(
+        step=step.name,
+        status=status,
+        wall_s=round(time.monotonic() - began_s, 1),
+        command="python -m bench " + " ".join(_quoted(word) for word in step.words),
+        last=last,
+        log=log_lines[-6:] if status != 0 else [],
+    )
 
 
 def _ended(process: "subprocess.Popen[bytes]") -> bytes:
@@ -222,21 +240,21 @@ def main() -> int:
     end_s = time.monotonic() + options.limit_s
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    done: list[dict[str, Any]] = []
+    done: list[Done] = []
     for step in steps(options, lambda: end_s - time.monotonic() - _END_S):
         left_s = end_s - time.monotonic() - _END_S
         if left_s < step.least_s:
-            row: dict[str, Any] = {"step": step.name, "status": f"not begun: {left_s:.0f} s left"}
+            row = Done(step=step.name, status=f"not begun: {left_s:.0f} s left")
         else:
             print(f"{step.name}: {left_s:.0f} s left", file=sys.stderr, flush=True)
             row = run(step, options.work, left_s)
         done.append(row)
         with open(options.out / "steps.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), file=sys.stderr, flush=True)
+            file.write(msgspec.json.encode(row).decode() + "\n")
+        print(msgspec.json.encode(row).decode(), file=sys.stderr, flush=True)
         keep(options.work, options.out)
-    good = all(row["status"] == 0 for row in done)
-    short = {row["step"]: row["status"] for row in done}
+    good = all(row.status == 0 for row in done)
+    short = {row.step: row.status for row in done}
     print(json.dumps({"benchmark": "gpu_run", "valid": good, "steps": short}))
     return 0 if good else 1
 

@@ -22,9 +22,13 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import msgspec
+
+from bench import result
 from bench.engine import systems
+from bench.errors import ResultError
+from bench.figures import Run
 from serve_app import processes
 
 _PORT, _PROMETHEUS_PORT, _STATUS_PORT = 8880, 8888, 8889
@@ -61,14 +65,16 @@ def main(argv: list[str] | None = None) -> int:
                 load(folder / "first", requests=options.users, users=options.users)
                 time.sleep(_SEEN_S)
                 before = seen()
-                result = load(folder / "load", options.requests, options.users, options.screenshot)
+                run = load(folder / "load", options.requests, options.users, options.screenshot)
                 time.sleep(_SEEN_S)
                 after = seen()
-    rows = compared(result, before, after)
+    rows = compared(run, before, after)
     print(
-        json.dumps({"benchmark": "observed", "agree": all(r["agree"] for r in rows), "rows": rows})
+        msgspec.json.encode(
+            {"benchmark": "observed", "agree": all(row.agree for row in rows), "rows": rows}
+        ).decode()
     )
-    return 0 if all(row["agree"] for row in rows) else 1
+    return 0 if all(row.agree for row in rows) else 1
 
 
 @contextlib.contextmanager
@@ -98,7 +104,7 @@ def _answers(url: str) -> bool:
     return False
 
 
-def load(out: Path, requests: int, users: int, picture: Path | None = None) -> dict[str, Any]:
+def load(out: Path, requests: int, users: int, picture: Path | None = None) -> Run:
     """A closed loop by `bench run`; its result."""
     command = [sys.executable, "-m", "bench", "run", "--url", f"http://127.0.0.1:{_PORT}"]
     command += ["--model", systems.NAME, "--load", f"users={users}", "--requests", str(requests)]
@@ -112,10 +118,9 @@ def load(out: Path, requests: int, users: int, picture: Path | None = None) -> d
             screenshot(picture)
         stdout, _ = process.communicate()
     try:
-        result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SystemExit(stdout) from error
-    return result
+        return result.read(out, run=Run)
+    except ResultError as error:
+        raise SystemExit(f"{error}\n{stdout}") from error
 
 
 def screenshot(picture: Path) -> None:
@@ -151,21 +156,30 @@ def _query(expression: str) -> list[tuple[dict[str, str], float]]:
     return [(each["metric"], float(each["value"][1])) for each in series]
 
 
-def compared(result: dict[str, Any], before: Seen, after: Seen) -> list[dict[str, Any]]:
-    """What each of the two says of the load."""
-    (whole,) = result["whole"]
-    rows: list[dict[str, Any]] = []
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A figure by bench and by Prometheus; counts agree if they are equal."""
+
+    what: str
+    bench: float | None
+    prometheus: float
+    agree: bool
+
+
+def compared(run: Run, before: Seen, after: Seen) -> list[Row]:
+    (whole,) = run.whole
+    rows: list[Row] = []
     for name in COUNTS:
-        ours = whole[name]
+        ours = getattr(whole, name)
         grown = after[name][0.0] - before[name][0.0]
-        rows.append({"what": name, "bench": ours, "prometheus": grown, "agree": ours == grown})
+        rows.append(Row(what=name, bench=ours, prometheus=grown, agree=ours == grown))
     for name in MEDIANS:
         grown_by = {
             bound: value - before[name].get(bound, 0) for bound, value in after[name].items()
         }
         value = quantile(0.5, sorted(grown_by.items()))
-        agree = abs(value / whole[name] - 1) <= _WITHIN
-        rows.append({"what": name, "bench": whole[name], "prometheus": value, "agree": agree})
+        ours = getattr(whole, name)
+        agree = bool(ours) and abs(value / ours - 1) <= _WITHIN
+        rows.append(Row(what=name, bench=ours, prometheus=value, agree=agree))
     return rows
 
 

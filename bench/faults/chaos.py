@@ -34,16 +34,18 @@ from typing import Any
 
 import msgspec
 
-from bench import records, result, run
+from bench import progress, records, result, run
 from bench.errors import LoadError, TargetError
 from bench.faults import answers, chaos_page, damage, disturb, gaps, stalls, victims
 from bench.faults.answers import Right
-from bench.faults.damage import Judged
+from bench.faults.damage import Chaos, Judged
 from bench.faults.disturber import Disturber
 from bench.faults.gaps import Span
 from bench.faults.heard import Heard
 from bench.faults.victims import Cluster
-from bench.progress import Line, Progress
+from bench.options import json_object
+from bench.progress import Progress
+from bench.result import Line
 from bench.traffic import access, users, workload
 from bench.traffic.client import Answer, Client, Target, check
 from bench.traffic.request import Request
@@ -86,7 +88,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
 
 
-async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> dict[str, Any]:
+async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> Chaos:
     """Do the job; the records are in `folder`/records.jsonl as they come, the rest at the end.
 
     Interrupted, it ends the load and still returns a result, which says so.
@@ -97,7 +99,7 @@ async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> dict[str, An
     disturbances = [disturb.parse(text) for text in job.disturb]
     requests = workload.parse(job.workload, job.seed, salt="").take(job.distinct)
     await check(job.target)
-    head = result.header("chaos", job.name or f"{job.workload} users={job.users}")
+    head = result.header(job.name or f"{job.workload} users={job.users}")
     path = result.prepare(folder)
     start_s = time.perf_counter()
 
@@ -114,15 +116,19 @@ async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> dict[str, An
     stalled = watched.since(start_s)
     judged = await judge(job, heard, rights, stalled)
     _rewrite(path, judged)
-    output = head | _settings(job) | {"duration_s": duration_s}
-    output["machine_stalled_s"] = sum(span.lasted_s for span in stalled)
-    output |= damage.figures(judged, rights, disturber.done, job.disturb, job.gap_s)
+    figures = damage.figures(judged, rights, disturber.done, job.disturb, job.gap_s)
     if len(judged) < job.count:
-        output["doubts"].append(f"only {len(judged)} of {job.count} requests came to an end")
+        figures.doubts.append(f"only {len(judged)} of {job.count} requests came to an end")
+    output = msgspec.structs.replace(
+        figures,
+        **head,
+        **_asked(job),
+        duration_s=duration_s,
+        machine_stalled_s=sum(span.lasted_s for span in stalled),
+    )
     if interrupted:
-        output["doubts"].append("interrupted: the rest of the load was not sent")
-        output["valid"] = False
-    result.write(folder, output)
+        output = result.doubted(output, "interrupted: the rest of the load was not sent")
+    output = result.write(folder, output)
     page = chaos_page.page(output, judged)
     (folder / result.REPORT).write_text(page, encoding="utf-8", errors="replace")
     return output
@@ -134,7 +140,7 @@ async def in_peace(job: Job, requests: Sequence[Request]) -> list[Right]:
     Raises:
         TargetError: one has no whole answer.
     """
-    rights, line = [], Line(label="in peace ")
+    rights, line = [], progress.Line(label="in peace ")
     start_s = time.perf_counter()
     with contextlib.closing(users.client(job.target, time.perf_counter)) as client:
         for number, request in enumerate(requests):
@@ -246,28 +252,11 @@ def _rewrite(path: Path, judged: Sequence[Judged]) -> None:
     new.replace(path)
 
 
-def _settings(job: Job) -> dict[str, Any]:
-    """The part of a result that says what was asked for; no key and no header of the target."""
-    target = job.target
-    return {
-        "target": {"url": target.url, "model": target.model, "endpoint": target.endpoint},
-        "load": f"users={job.users}",
-        **{
-            key: getattr(job, key)
-            for key in (
-                "workload",
-                "count",
-                "distinct",
-                "whole",
-                "think_s",
-                "most_think_s",
-                "keep_alive",
-                "disturb",
-                "tie_margin",
-                "seed",
-            )
-        },
-    }
+def _asked(job: Job) -> dict[str, Any]:
+    """The fields of a result that say what was asked for."""
+    same = set(Job.__struct_fields__) & set(Chaos.__struct_fields__) - {"target", "name"}
+    fields = {name: getattr(job, name) for name in same}
+    return {"target": run.named(job.target), "load": f"users={job.users}", **fields}
 
 
 # --- the command line -----------------------------------------------------------------------
@@ -301,11 +290,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the result")
 
 
-def json_object(text: str) -> dict[str, Any]:
-    return msgspec.json.decode(text, type=dict[str, Any])
-
-
-def command(options: argparse.Namespace) -> dict[str, Any]:
+def command(options: argparse.Namespace) -> Line:
     """Do what the command line says; the last line is the result without what is long."""
     if options.requests < 1 or options.users < 1 or options.distinct < 1:
         raise LoadError("requests, users, distinct: each must be at least 1")
@@ -329,12 +314,11 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         name=options.name,
     )
     output = asyncio.run(chaos(job, _cluster(job, options), options.out))
-    for doubt in output["doubts"]:
+    for doubt in output.doubts:
         run.say(f"doubtful: {doubt}")
-    # The whole is in the folder.
-    long = ("machine", "events", "done", "faulty", "measures")
-    short = {key: value for key, value in output.items() if key not in long}
-    return short | {"out": str(options.out), "report": str(options.out / result.REPORT)}
+    long = {"machine", "events", "done", "faulty", "measures"}  # The folder has all of it.
+    names = [name for name in output.__struct_fields__ if name not in long]
+    return result.line(output, options.out, *names, report=str(options.out / result.REPORT))
 
 
 def _cluster(job: Job, options: argparse.Namespace) -> Cluster | None:

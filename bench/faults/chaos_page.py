@@ -7,9 +7,9 @@ one stood still for long there is a gap in its line, which should begin at a dis
 import html
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from bench.faults.damage import Judged
+from bench.faults.damage import Chaos, Judged
+from bench.faults.gaps import Lengths
 from serve_app.document import document
 
 _WIDTH, _LANE, _HEAD = 1100, 9, 16  # In the SVG's own units.
@@ -40,48 +40,47 @@ lines are disturbances: $legend.</p>
 """)
 
 
-def page(result: Mapping[str, Any], judged: Sequence[Judged]) -> str:
+def page(result: Chaos, judged: Sequence[Judged]) -> str:
     """The result as an HTML page.
 
     Args:
-        result: what is in result.json.
-        judged: its records.
+        judged: the records of the result.
     """
-    answered, kinds = result["answers"], list(result["disturbances"])
+    answered, kinds = result.answers, list(result.disturbances)
     about = (
-        f"{answered['asked']} answers ({answered['streamed']} of them streams) to "
-        f"{result['workload']}, {result['load']}: {answered['equal']} equal the undisturbed one, "
-        f"{answered['ties']} differ by a tie within {result['tie_margin']:g} nats."
+        f"{answered.asked} answers ({answered.streamed} of them streams) to "
+        f"{result.workload}, {result.load}: {answered.equal} equal the undisturbed one, "
+        f"{answered.ties} differ by a tie within {result.tie_margin:g} nats."
     )
-    wrong = {kind: count for kind, count in result["faults"].items() if count}
+    wrong = {kind: count for kind, count in result.faults.items() if count}
     legend = [f'<span style="color:{_colour(n)}">{_text(k)}</span>' for n, k in enumerate(kinds)]
     body = _BODY.substitute(
-        state="good" if result["valid"] else "bad",
+        state="good" if result.valid else "bad",
         verdict=_text(_verdict(result, wrong)),
-        command=_text(result["command"]),
+        command=_text(result.command),
         about=_text(about),
-        doubts="".join(f"<p>{_text(doubt)}</p>" for doubt in result["doubts"]),
+        doubts="".join(f"<p>{_text(doubt)}</p>" for doubt in result.doubts),
         faults=_faults(result),
         kinds=_kinds(result),
-        gap=f"{result['silences']['from_s']:g}",
+        gap=f"{result.silences.from_s:g}",
         legend=", ".join(legend) or "none",
         lanes=_lanes(result, judged, kinds),
         faulty=_examples(result),
     )
-    return document(str(result["name"]), body, _STYLE)
+    return document(result.name, body, _STYLE)
 
 
-def _verdict(result: Mapping[str, Any], wrong: Mapping[str, int]) -> str:
+def _verdict(result: Chaos, wrong: Mapping[str, int]) -> str:
     if wrong:
         return "Wrong answers: " + ", ".join(f"{count} {kind}" for kind, count in wrong.items())
-    return "Nothing was lost, doubled, missing or different." if result["valid"] else "Not valid."
+    return "Nothing was lost, doubled, missing or different." if result.valid else "Not valid."
 
 
-def _faults(result: Mapping[str, Any]) -> str:
-    rows = [(kind, str(count)) for kind, count in result["faults"].items()]
-    for what in ("doubled", "missing"):
-        rows += [(f"{unit} {what}", str(n)) for unit, n in result[what].items() if n]
-    errors = result["answers"]["errors"].items()
+def _faults(result: Chaos) -> str:
+    rows = [(kind, str(count)) for kind, count in result.faults.items()]
+    for what, counts in (("doubled", result.doubled), ("missing", result.missing)):
+        rows += [(f"{unit} {what}", str(n)) for unit, n in counts.items() if n]
+    errors = result.answers.errors.items()
     return _table(("fault", "answers"), rows) + (
         _table(("error", "answers"), [(error, str(count)) for error, count in errors])
         if errors
@@ -89,46 +88,43 @@ def _faults(result: Mapping[str, Any]) -> str:
     )
 
 
-def _kinds(result: Mapping[str, Any]) -> str:
+def _kinds(result: Chaos) -> str:
     heads = ["disturbance", "done", "not done", "waited, most", "answers met", "lost"]
     heads += ["pauses", "p50 s", "p99 s", "longest s", "longest without the machine's stalls"]
     rows = []
-    for kind, row in result["disturbances"].items():
-        not_done = "; ".join(f"{count}: {why}" for why, count in row["not_done"].items())
-        cells = [kind, str(row["done"]), not_done, _number(row["waited_s"])]
-        cells += [str(row["met"]), str(row["lost"])]
-        own = _number(row["pauses_without_stalls"]["max_s"])
-        rows.append([*cells, *_statistics(row["pauses"]), own])
-    for name, key in (("all streams", "all"), ("streams that paused", "paused")):
-        rows.append([name, "", "", "", "", "", *_statistics(result["silences"][key]), ""])
+    for kind, effect in result.disturbances.items():
+        not_done = "; ".join(f"{count}: {why}" for why, count in effect.not_done.items())
+        cells = [kind, str(effect.done), not_done, _number(effect.waited_s)]
+        cells += [str(effect.met), str(effect.lost)]
+        own = _number(effect.pauses_without_stalls.max_s)
+        rows.append([*cells, *_lengths(effect.pauses), own])
+    silences = result.silences
+    for name, each in (("all streams", silences.all), ("streams that paused", silences.paused)):
+        rows.append([name, "", "", "", "", "", *_lengths(each), ""])
     return _table(heads, rows)
 
 
-def _statistics(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (str(row["count"]), *(_number(row[key]) for key in ("p50_s", "p99_s", "max_s")))
+def _lengths(each: Lengths) -> tuple[str, ...]:
+    return (str(each.count), *(_number(value) for value in (each.p50_s, each.p99_s, each.max_s)))
 
 
-def _examples(result: Mapping[str, Any]) -> str:
-    if not result["faulty"]:
+def _examples(result: Chaos) -> str:
+    if not result.faulty:
         return "<p>None.</p>"
     rows = []
-    for example in result["faulty"]:
-        verdict = example["verdict"]
-        reasons = [
-            example["error"],
-            *(verdict.get(key, "") for key in ("finish", "usage", "identity")),
-        ]
-        at = verdict.get("parted_at")
-        place = "" if at is None else f"{verdict.get('unit', 'tokens')} from {at}"
+    for example in result.faulty:
+        verdict = example.verdict
+        reasons = [example.error, verdict.finish, verdict.usage, verdict.identity]
+        at = verdict.parted_at
         rows.append(
             (
-                str(example["index"]),
-                ", ".join(example["faults"]),
+                str(example.index),
+                ", ".join(example.faults),
                 "; ".join(each for each in reasons if each),
-                place,
-                "" if example["received"] is None else str(example["received"]),
-                "" if example["expected"] is None else str(example["expected"]),
-                _number(verdict.get("margin")),
+                "" if at is None else f"{verdict.unit} from {at}",
+                "" if example.received is None else str(example.received),
+                "" if example.expected is None else str(example.expected),
+                _number(verdict.margin),
             )
         )
     heads = ("answer", "faults", "what", "parts", "received", "expected", "margin")
@@ -146,22 +142,22 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # --- the lanes ------------------------------------------------------------------------------
 
 
-def _lanes(result: Mapping[str, Any], judged: Sequence[Judged], kinds: Sequence[str]) -> str:
-    until_s = max([result["duration_s"], *(record.end_s or 0.0 for record in judged), 1e-3])
+def _lanes(result: Chaos, judged: Sequence[Judged], kinds: Sequence[str]) -> str:
+    until_s = max([result.duration_s or 0.0, *(record.end_s or 0.0 for record in judged), 1e-3])
     users = 1 + max((record.user or 0 for record in judged), default=0)
     height = _HEAD + users * _LANE + _HEAD
     scale = _WIDTH / until_s
     parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Answers of each user">']
-    for event in result["done"]:
-        if not event["error"]:
-            x, colour = event["at_s"] * scale, _colour(kinds.index(event["kind"]))
-            what = _text(f"{event['at_s']:.1f} s: {event['kind']}, {event['what']}")
+    for event in result.done:
+        if not event.error:
+            x, colour = event.at_s * scale, _colour(kinds.index(event.kind))
+            what = _text(f"{event.at_s:.1f} s: {event.kind}, {event.what}")
             parts.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_HEAD - 6}" y2="{height - _HEAD}" '
                 f'stroke="{colour}" stroke-dasharray="2 2"><title>{what}</title></line>'
             )
     for record in judged:
-        parts.append(_line(record, scale, result["silences"]["from_s"]))
+        parts.append(_line(record, scale, result.silences.from_s))
     for tenth in range(11):
         x, anchor = _WIDTH * tenth / 10, ("start", "middle", "end")[(tenth > 0) + (tenth > 9)]
         label = f"{until_s * tenth / 10:.0f} s"

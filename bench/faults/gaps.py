@@ -7,7 +7,6 @@ stream does so only by chance, and is short.
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -68,12 +67,22 @@ def cause(silence: Span, disturbances: Sequence[Span]) -> int | None:
     return min(over)[1] if over else None
 
 
-def statistics(lengths_s: Iterable[float]) -> dict[str, Any]:
-    """Count, percentiles where there are enough to place them, and the longest; in seconds."""
+class Lengths(msgspec.Struct, frozen=True, kw_only=True):
+    """How many silences there are, and how long; percentiles are None where there are too few."""
+
+    count: int
+    p50_s: float | None
+    p99_s: float | None
+    max_s: float | None
+
+
+def statistics(lengths_s: Iterable[float]) -> Lengths:
     values = np.asarray(list(lengths_s), dtype=float)
-    figures: dict[str, Any] = {"count": len(values)}
-    for percent in (50, 99):
-        enough = len(values) >= interval.samples_needed(percent / 100)
-        figures[f"p{percent}_s"] = float(np.percentile(values, percent)) if enough else None
-    figures["max_s"] = float(values.max()) if len(values) else None
-    return figures
+    percentiles = {
+        f"p{percent}_s": float(np.percentile(values, percent))
+        if len(values) >= interval.samples_needed(percent / 100)
+        else None
+        for percent in (50, 99)
+    }
+    longest_s = float(values.max()) if len(values) else None
+    return Lengths(count=len(values), max_s=longest_s, **percentiles)

@@ -26,7 +26,8 @@ import msgspec
 from bench import machine, result
 from bench.errors import BenchError
 from bench.hardware import roofline
-from bench.hardware.roofline import Ceilings, Shape
+from bench.hardware.roofline import Ceilings, Roofline, Shape
+from bench.result import Line
 
 _GPU_COPY_BYTES, _CPU_COPY_BYTES = 2 * 2**30, 2**28
 _GPU_SIDE, _CPU_SIDE = 8192, 1024
@@ -37,7 +38,7 @@ _WARM_UP_S, _MEASURE_S = 0.3, 1.5
 # --- the command ----------------------------------------------------------------------------
 
 
-def command(options: argparse.Namespace) -> dict[str, Any]:
+def command(options: argparse.Namespace) -> Line:
     """What `python -m bench roofline` does with its options; returns its last line."""
     shape = roofline.shape(options.model, **roofline.storage(options.engine))
     if options.measure:
@@ -46,25 +47,18 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         ceilings = roofline.of_gpu(options.gpu)
     else:
         raise BenchError("say --measure, or --gpu with the name of a GPU")
-    output = result.header("roofline", f"{shape.name}, {ceilings.source}") | {
-        "valid": True,
-        "doubts": [],
-        "shape": msgspec.to_builtins(shape),
-        "ceilings": msgspec.to_builtins(ceilings),
-        "least": roofline.table(shape, ceilings),
-        "weights_bytes": shape.stored_bytes,
-        "kv_bytes_a_token": shape.token_bytes,
-    }
-    result.write(options.out, output)
-    return {
-        "benchmark": "roofline",
-        "name": output["name"],
-        "valid": True,
-        "out": str(options.out),
-        "ceilings": output["ceilings"],
-        "decode_1": output["least"]["decode"][0],
-        "weights_bytes": shape.stored_bytes,
-    }
+    least = roofline.least(shape, ceilings)
+    output = Roofline(
+        **result.header(f"{shape.name}, {ceilings.source}"),
+        shape=shape,
+        ceilings=ceilings,
+        least=least,
+        weights_bytes=shape.stored_bytes,
+        kv_bytes_a_token=shape.token_bytes,
+    )
+    output = result.write(options.out, output)
+    names = ("ceilings", "weights_bytes")
+    return result.line(output, options.out, *names, decode_1=least.decode[0])
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,18 +82,16 @@ def shape_and_ceilings(
         BenchError: the folder holds another kind of result.
     """
     if folder is not None:
-        output = result.read(folder)
-        if "least" not in output:
-            raise BenchError(f"roofline = {str(folder)!r}: not a result of `bench roofline`")
-        shape = msgspec.convert(output["shape"], Shape)
+        measured = result.read(folder, roofline=Roofline)
+        shape = measured.shape
         if engine:
             shape = msgspec.structs.replace(shape, **roofline.storage(engine))
-        return shape, msgspec.convert(output["ceilings"], Ceilings)
+        return shape, measured.ceilings
     gpus = machine.gpus()
     if not gpus or not Path(model).is_dir():
         return None
     with contextlib.suppress(BenchError):
-        sheet = roofline.of_gpu(str(gpus[0]["name"]))
+        sheet = roofline.of_gpu(gpus[0].name)
         return roofline.shape(model, **roofline.storage(engine)), sheet
     return None
 

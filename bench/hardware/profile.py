@@ -26,17 +26,20 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from bench import machine, result, run
+from bench import result, run
 from bench.engine.baseline import Engine
 from bench.errors import BenchError, TargetError
 from bench.hardware import ceilings, kernels, roofline
 from bench.hardware.roofline import Ceilings, Shape
 from bench.records import Record
+from bench.result import EngineResult, Line
 from bench.traffic import workload
 from bench.traffic.client import Client, Target
 from bench.traffic.request import Request
@@ -49,22 +52,90 @@ _STOP_S = 300.0  # Writing a large trace takes long.
 _FRONT_END, _FRONT_END_S = ".async_llm.", 10
 
 
-def command(options: argparse.Namespace) -> dict[str, Any]:
+class InShort(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A case for the last line: times in milliseconds, shares of the time."""
+
+    took_ms: float
+    gpu_busy: float | None
+    families: dict[str, float]
+    launch_bound: bool
+    bound: str = ""
+    mbu: float | None = None
+    mfu: float | None = None
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """Steps of one kind, timed without the profiler and traced with it.
+
+    Attributes:
+        seqs, context: of decode: sequences at once, and the mean tokens of each.
+        prompt: of prefill: tokens of the prompt.
+        took_s: of a step; step_busy_s: of it, while the GPU ran a kernel by the trace.
+        busy_share: of the step's time without the profiler; None without a GPU.
+        trace: path of the trace file.
+        verdict: what bounds the step; None where the ceilings are not known.
+    """
+
+    name: str
+    seqs: int = 0
+    context: float = 0.0
+    prompt: int = 0
+    took_s: float
+    trace: str = ""
+    step_busy_s: float = 0.0
+    busy_share: float | None = None
+    kernels_a_step: float = 0.0
+    summary: kernels.Summary
+    verdict: roofline.Verdict | None = None
+    in_short: InShort | None = None
+
+
+class Hot(msgspec.Struct, frozen=True, kw_only=True):
+    """A function, and the share of samples that ended in it."""
+
+    function: str
+    share: float
+
+
+class FrontEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a process spends its CPU, by py-spy; `absent` says why that is not known."""
+
+    command: str
+    absent: str = ""
+    samples: str = ""
+    top: list[Hot] = []
+
+
+class Profile(EngineResult, frozen=True, kw_only=True):
+    """The result of `bench profile`.
+
+    Attributes:
+        nsys: how to see the same with Nsight Systems.
+        load_s: how long the engine in process took to load.
+        requests: of the load on a served engine.
+        front_end, front_end_traces: of that engine's front end.
+    """
+
+    benchmark: str = "profile"
+    nsys: str = ""
+    load_s: float | None = None
+    ceilings: Ceilings | None = None
+    cases: list[Case]
+    requests: int | None = None
+    front_end: FrontEnd | None = None
+    front_end_traces: list[str] = []
+
+
+def command(options: argparse.Namespace) -> Line:
     """What `python -m bench profile` does with its options; returns its last line."""
     # vLLM prints tables of its own when a profile ends.
     with contextlib.redirect_stdout(sys.stderr):
         profiled = asyncio.run(served(options)) if options.url else in_process(options)
-    result.write(options.out, profiled)
-    for case in profiled["cases"]:
+    profiled = result.write(options.out, profiled)
+    for case in profiled.cases:
         run.say(describe(case))
-    return {
-        "benchmark": "profile",
-        "name": profiled["name"],
-        "valid": profiled["valid"],
-        "doubts": profiled["doubts"],
-        "out": str(options.out),
-        "cases": {case["name"]: case["in_short"] for case in profiled["cases"]},
-    }
+    cases = {case.name: case.in_short for case in profiled.cases}
+    return result.line(profiled, options.out, cases=cases)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,34 +191,39 @@ class Profiled(Engine):
         return traces[0]
 
 
-def in_process(options: argparse.Namespace) -> dict[str, Any]:
+def in_process(options: argparse.Namespace) -> Profile:
     """Decode at each batch, prefill of each length."""
     if not options.model:
         raise BenchError("say --model FOLDER, or --url URL")
-    head = result.header("profile", f"{options.model} in process") | {
-        "model": options.model,
-        "engine": options.engine,
-        "nsys": nsys(machine.command()),
-    }
+    head = result.header(f"{options.model} in process")
     ceiling = ceilings.shape_and_ceilings(options.roofline, options.model, options.engine)
     began_s = time.time()
     engine = Profiled(options.model, options.engine, options.out / TRACES)
-    head["load_s"] = time.time() - began_s
-    cases = []
-    written = {"ceilings": msgspec.to_builtins(ceiling[1]) if ceiling else None}
-    for seqs in _numbers(options.batches):
-        cases.append(_decode(engine, seqs, options.context, ceiling))
-        # What is there stays, should the next case not end.
-        result.write(options.out, head | written | _ended(cases))
-    for tokens in _numbers(options.prefill):
-        cases.append(_prefill(engine, tokens, ceiling))
-        result.write(options.out, head | written | _ended(cases))
-    return head | written | _ended(cases)
+    profiled = Profile(
+        **head,
+        model=options.model,
+        engine=options.engine,
+        nsys=nsys(head["command"]),
+        load_s=time.time() - began_s,
+        ceilings=ceiling[1] if ceiling else None,
+        cases=[],
+    )
+    steps: list[Callable[[], Case]] = [
+        *(partial(_decode, engine, n, options.context, ceiling) for n in _numbers(options.batches)),
+        *(partial(_prefill, engine, n, ceiling) for n in _numbers(options.prefill)),
+    ]
+    for step in steps:
+        cases = [*profiled.cases, step()]
+        doubts = _empty(cases)
+        profiled = msgspec.structs.replace(profiled, valid=not doubts, doubts=doubts, cases=cases)
+        # Each case is written, should the next one not end.
+        profiled = result.write(options.out, profiled)
+    return profiled if steps else result.doubted(profiled, "no case was asked for")
 
 
 def _decode(
     engine: Profiled, seqs: int, context: int, ceiling: tuple[Shape, Ceilings] | None
-) -> dict[str, Any]:
+) -> Case:
     output = _SKIPPED + 2 * _STEPS
     records = _timed(engine, seqs, context, output)
     took_s = _mean_tpot(records)
@@ -155,21 +231,19 @@ def _decode(
     trace = engine.traced(name, _batch(3, seqs, context, output), _SKIPPED, _STEPS)
     summary = kernels.summarise(kernels.read(trace))
     length = (records[0].input_tokens or context) + output / 2
-    case = {"name": name, "seqs": seqs, "context": length, "took_s": took_s}
-    return _case_result(case, trace, summary, ceiling, roofline_work=(seqs, length, 0))
+    case = Case(name=name, seqs=seqs, context=length, took_s=took_s, summary=summary)
+    return _judged(case, trace, ceiling)
 
 
-def _prefill(
-    engine: Profiled, tokens: int, ceiling: tuple[Shape, Ceilings] | None
-) -> dict[str, Any]:
+def _prefill(engine: Profiled, tokens: int, ceiling: tuple[Shape, Ceilings] | None) -> Case:
     records = _timed(engine, 1, tokens, 1)
     took_s = records[0].chunk_s[0] - records[0].planned_s
     name = f"prefill-{tokens}"
     trace = engine.traced(name, _batch(3, 1, tokens, 1), 0, _STEPS)
     summary = kernels.summarise(kernels.read(trace))
     length = records[0].input_tokens or tokens
-    case = {"name": name, "prompt": length, "took_s": took_s}
-    return _case_result(case, trace, summary, ceiling, roofline_work=(0, 0, length))
+    case = Case(name=name, prompt=length, took_s=took_s, summary=summary)
+    return _judged(case, trace, ceiling)
 
 
 def _timed(engine: Profiled, seqs: int, tokens: int, output: int) -> list[Record]:
@@ -192,61 +266,54 @@ def _mean_tpot(records: list[Record]) -> float:
     return sum(span for span, _ in spans) / max(1, sum(count for _, count in spans))
 
 
-def _case_result(
-    case: dict[str, Any],
-    trace: Path,
-    summary: kernels.Summary,
-    ceiling: tuple[Shape, Ceilings] | None,
-    roofline_work: tuple[float, float, float],
-) -> dict[str, Any]:
-    """A case for result.json: its times, its trace, and what bounds it."""
-    seqs, context, prompt = roofline_work
+def _judged(case: Case, trace: Path, ceiling: tuple[Shape, Ceilings] | None) -> Case:
+    """The case with its trace, and what bounds it."""
+    summary = case.summary
     # A prefill that is cut in chunks is one case of several steps.
-    steps = max(1, summary.steps if seqs else 1)
-    busy_s = summary.busy_s / steps
-    busy = min(1.0, busy_s / case["took_s"]) if summary.device == "gpu" else None
-    case |= {
-        "trace": str(trace),
-        "step_busy_s": busy_s,
-        "busy_share": busy,
-        "kernels_a_step": summary.kernels / steps,
-        "summary": msgspec.to_builtins(summary),
-        "verdict": None,
-    }
+    steps = max(1, 1 if case.prompt else summary.steps)
+    busy_s, busy = summary.busy_s / steps, case.busy_share
+    if busy is None and summary.device == "gpu":
+        busy = min(1.0, busy_s / case.took_s)
+    verdict = None
     if ceiling is not None:
         shape, roofs = ceiling
-        work = roofline.decode(shape, seqs, context) if seqs else roofline.prefill(shape, prompt)
-        case["verdict"] = msgspec.to_builtins(roofline.judge(work, case["took_s"], roofs, busy))
-    case["in_short"] = {
-        "took_ms": case["took_s"] * 1e3,
-        "gpu_busy": busy,
-        "families": {each.family: round(each.share, 4) for each in summary.families},
-        "launch_bound": summary.launch_bound,
-        **({k: case["verdict"][k] for k in ("bound", "mbu", "mfu")} if case["verdict"] else {}),
-    }
-    return case
-
-
-def _ended(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    doubts = [f"{case['name']}: its trace is empty" for case in cases if not _kernels(case)]
-    return {"valid": bool(cases) and not doubts, "doubts": doubts, "cases": cases}
-
-
-def _kernels(case: dict[str, Any]) -> int:
-    return int(case["summary"]["kernels"])
-
-
-def describe(case: dict[str, Any]) -> str:
-    """A case in some lines of text."""
-    shares = ", ".join(
-        f"{each['family']} {each['share']:.0%}" for each in case["summary"]["families"]
+        work = (
+            roofline.prefill(shape, case.prompt)
+            if case.prompt
+            else roofline.decode(shape, case.seqs, case.context)
+        )
+        verdict = roofline.judge(work, case.took_s, roofs, busy)
+    in_short = InShort(
+        took_ms=case.took_s * 1e3,
+        gpu_busy=busy,
+        families={each.family: round(each.share, 4) for each in summary.families},
+        launch_bound=summary.launch_bound,
+        **({n: getattr(verdict, n) for n in ("bound", "mbu", "mfu")} if verdict else {}),
     )
-    lines = [f"{case['name']}: {case['took_s'] * 1e3:.2f} ms a step; {shares}"]
-    if case.get("busy_share") is not None:
-        lines.append(f"  the GPU is busy {case['busy_share']:.0%} of a step without the profiler")
-    lines.append(f"  {case['summary']['text']}")
-    if case["verdict"]:
-        lines.append(f"  {case['verdict']['text']}")
+    return msgspec.structs.replace(
+        case,
+        trace=str(trace),
+        step_busy_s=busy_s,
+        busy_share=busy,
+        kernels_a_step=summary.kernels / steps,
+        verdict=verdict,
+        in_short=in_short,
+    )
+
+
+def _empty(cases: Sequence[Case]) -> list[str]:
+    return [f"{case.name}: its trace is empty" for case in cases if not case.summary.kernels]
+
+
+def describe(case: Case) -> str:
+    """A case in a few lines of text."""
+    shares = ", ".join(f"{each.family} {each.share:.0%}" for each in case.summary.families)
+    lines = [f"{case.name}: {case.took_s * 1e3:.2f} ms a step; {shares}"]
+    if case.busy_share is not None:
+        lines.append(f"  the GPU is busy {case.busy_share:.0%} of a step without the profiler")
+    lines.append(f"  {case.summary.text}")
+    if case.verdict:
+        lines.append(f"  {case.verdict.text}")
     return "\n".join(lines)
 
 
@@ -269,18 +336,18 @@ def nsys(command: str) -> str:
 # --- served ---------------------------------------------------------------------------------
 
 
-async def served(options: argparse.Namespace) -> dict[str, Any]:
+async def served(options: argparse.Namespace) -> Profile:
     """Start and stop the profiler of a served engine while it has load."""
     base = options.url.rstrip("/").removesuffix("/v1")
     target = Target(url=options.url, model=options.model or "", extra={"ignore_eos": True})
     if not target.model:
         served_models = await run.models(target)
         target = msgspec.structs.replace(target, model=served_models[0])
-    head = result.header("profile", f"{target.model} at {base}") | {"nsys": nsys("SERVER")}
+    head = result.header(f"{target.model} at {base}")
     started_s = time.time()
     stop = asyncio.Event()
     load = asyncio.create_task(_load(target, options.workload, options.users, stop))
-    front: dict[str, Any] | None = None
+    front: FrontEnd | None = None
     try:
         await asyncio.sleep(options.seconds)
         # What a step is called with: so many iterations, and no more than a browser opens.
@@ -300,16 +367,23 @@ async def served(options: argparse.Namespace) -> dict[str, Any]:
     # vLLM's front end writes a trace of its own, of a CPU, beside those of its engines.
     engines = [path for path in traces if _FRONT_END not in path.name]
     cases = [_served_case(path) for path in engines]
-    ended = _ended(cases)
+    doubts = _empty(cases)
     if not cases:
         where = options.traces or "the folder that torch_profiler_dir names, where the engine is"
-        ended["doubts"].append(f"no trace was found: look in {where}")
+        doubts.append(f"no trace was found: look in {where}")
     if failed:
-        ended["doubts"].append(f"{len(failed)} of {len(records)} requests failed: {failed[0]}")
-    ended["valid"] = not ended["doubts"]
-    front_traces = [str(path) for path in traces if path not in engines]
-    more = {"requests": len(records), "front_end": front, "front_end_traces": front_traces}
-    return head | ended | more
+        doubts.append(f"{len(failed)} of {len(records)} requests failed: {failed[0]}")
+    return Profile(
+        **head,
+        target=run.named(target),
+        nsys=nsys("SERVER"),
+        valid=not doubts,
+        doubts=doubts,
+        cases=cases,
+        requests=len(records),
+        front_end=front,
+        front_end_traces=[str(path) for path in traces if path not in engines],
+    )
 
 
 async def _load(target: Target, spec: str, users: int, stop: asyncio.Event) -> list[Record]:
@@ -362,33 +436,34 @@ def _new_traces(folder: Path | None, since_s: float) -> list[Path]:
     return sorted(path for path in traces if path.stat().st_mtime >= since_s)
 
 
-def _served_case(trace: Path) -> dict[str, Any]:
+def _served_case(trace: Path) -> Case:
     summary = kernels.summarise(kernels.read(trace))
-    steps = max(1, summary.steps)
-    case = {
-        "name": trace.name.split(".")[0],
-        "took_s": summary.wall_s / steps,
-        "busy_share": 1 - summary.idle_share if summary.device == "gpu" else None,
-    }
-    return _case_result(case | {"seqs": 0}, trace, summary, None, roofline_work=(1, 0, 0))
+    case = Case(
+        name=trace.name.split(".")[0],
+        took_s=summary.wall_s / max(1, summary.steps),
+        busy_share=1 - summary.idle_share if summary.device == "gpu" else None,
+        summary=summary,
+    )
+    return _judged(case, trace, None)
 
 
-def front_end(pid: int, out: Path) -> dict[str, Any]:
+def front_end(pid: int, out: Path) -> FrontEnd:
     """Where a process spends its CPU: samples by py-spy, and the functions they hit most."""
     tool = shutil.which("py-spy")
     path = out / "front-end.txt"
     command = ["py-spy", "record", "--pid", str(pid), "--duration", str(_FRONT_END_S)]
     command += ["--format", "raw", "--nonblocking", "--output", str(path)]
+    shown = " ".join(command)
     if tool is None:
-        return {"command": " ".join(command), "absent": "py-spy is not installed"}
+        return FrontEnd(command=shown, absent="py-spy is not installed")
     out.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([tool, *command[1:]], capture_output=True, text=True, timeout=120)
     if done.returncode or not path.is_file():
-        return {"command": " ".join(command), "absent": done.stderr.strip()[-300:]}
-    return {"command": " ".join(command), "samples": str(path), "top": hottest(path.read_text())}
+        return FrontEnd(command=shown, absent=done.stderr.strip()[-300:])
+    return FrontEnd(command=shown, samples=str(path), top=hottest(path.read_text()))
 
 
-def hottest(stacks: str, count: int = 10) -> list[dict[str, Any]]:
+def hottest(stacks: str, count: int = 10) -> list[Hot]:
     """The functions in which most samples ended, of lines `frame;frame;.. samples`."""
     own: Counter[str] = Counter()
     for line in stacks.splitlines():
@@ -396,4 +471,4 @@ def hottest(stacks: str, count: int = 10) -> list[dict[str, Any]]:
         if frames and samples.isdigit():
             own[frames.rsplit(";", 1)[-1]] += int(samples)
     total = sum(own.values()) or 1
-    return [{"function": name, "share": hits / total} for name, hits in own.most_common(count)]
+    return [Hot(function=name, share=hits / total) for name, hits in own.most_common(count)]

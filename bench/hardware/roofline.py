@@ -26,7 +26,10 @@ from typing import Any, Literal
 import msgspec
 
 from bench.errors import BenchError, nearest
+from bench.measure import Measures
+from bench.result import Result
 from bench.simulation.enginemodel import GPUS
+from bench.traffic.workload import Cell
 
 Bound = Literal["memory-bound", "compute-bound", "host-bound"]
 _CONFIG = "config.json"
@@ -129,6 +132,55 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     bound: Bound
     times: float
     text: str
+
+
+class Allowed(msgspec.Struct, frozen=True, kw_only=True):
+    """A load beside what the hardware allows; what is not known of it is None.
+
+    Attributes:
+        decode, prefill: of a batch; `step`: the average one of a load.
+    """
+
+    shape: Shape | None = None
+    ceilings: Ceilings | None = None
+    decode: Verdict | None = None
+    prefill: Verdict | None = None
+    step: Verdict | None = None
+
+
+class Least(msgspec.Struct, frozen=True, kw_only=True):
+    """The least time of a step.
+
+    Attributes:
+        seqs, context: of decode: sequences at once, and tokens of each in the cache.
+        prompt: of prefill: tokens of the prompt.
+        bound: what takes the time, memory or compute.
+    """
+
+    seqs: int = 0
+    context: int = 0
+    prompt: int = 0
+    least_s: float
+    tokens_per_s: float
+    bound: Bound
+
+
+class LeastTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """The least times of steps that decode, and of steps that read prompts."""
+
+    decode: list[Least]
+    prefill: list[Least]
+
+
+class Roofline(Result, frozen=True, kw_only=True):
+    """The result of `bench roofline`; sizes are those on one GPU."""
+
+    benchmark: str = "roofline"
+    shape: Shape
+    ceilings: Ceilings
+    least: LeastTimes
+    weights_bytes: float
+    kv_bytes_a_token: float
 
 
 # --- the sizes ------------------------------------------------------------------------------
@@ -261,75 +313,52 @@ def _words(bound: Bound, times: float, took_s: float, least_s: float, busy: floa
 # --- results --------------------------------------------------------------------------------
 
 
-def of_cell(
-    shape: Shape, ceilings: Ceilings, cell: Mapping[str, Any], repeats: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def of_batch(shape: Shape, ceilings: Ceilings, cell: Cell, repeats: Sequence[Measures]) -> Allowed:
     """A cell of the matrix whose users sent together, as a batch in process does."""
-    users, context = int(cell["users"]), cell["input_tokens"] + cell["output_tokens"] / 2
-    prompt = _mean(_per_request(each, "input_tokens") for each in repeats)
-    prompt = (prompt or 0.0) - (_mean(_per_request(e, "cached_tokens") for e in repeats) or 0.0)
-    verdicts: dict[str, Any] = {}
-    if tpot_s := _mean(each.get("tpot_mean_s") for each in repeats):
-        verdicts["decode"] = judge(decode(shape, users, context), tpot_s, ceilings)
-    if prompt > 0 and (ttft_s := _mean(each.get("ttft_mean_s") for each in repeats)):
-        verdicts["prefill"] = judge(prefill(shape, prompt, users), ttft_s, ceilings)
-    return verdicts
+    context = cell.input_tokens + cell.output_tokens / 2
+    prompt = _mean(_per_request(each, each.input_tokens) for each in repeats) or 0.0
+    prompt -= _mean(_per_request(each, each.cached_tokens) for each in repeats) or 0.0
+    decoded = read = None
+    if tpot_s := _mean(each.tpot_mean_s for each in repeats):
+        decoded = judge(decode(shape, cell.users, context), tpot_s, ceilings)
+    if prompt > 0 and (ttft_s := _mean(each.ttft_mean_s for each in repeats)):
+        read = judge(prefill(shape, prompt, cell.users), ttft_s, ceilings)
+    return Allowed(shape=shape, ceilings=ceilings, decode=decoded, prefill=read)
 
 
-def of_run(
-    shape: Shape, ceilings: Ceilings, repeats: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def of_run(shape: Shape, ceilings: Ceilings, repeats: Sequence[Measures]) -> Allowed:
     """A run under load, from its rates: what an average step wrote and read beside it."""
-    tpot_s = _mean(each.get("tpot_mean_s") for each in repeats)
-    written = _mean(each.get("output_tokens_per_s") for each in repeats)
-    requests = _mean(each.get("requests_per_s") for each in repeats)
-    prompt = _mean(_per_request(each, "input_tokens") for each in repeats)
-    answer = _mean(_per_request(each, "output_tokens") for each in repeats)
-    cached = _mean(_per_request(each, "cached_tokens") for each in repeats) or 0.0
+    tpot_s = _mean(each.tpot_mean_s for each in repeats)
+    written = _mean(each.output_tokens_per_s for each in repeats)
+    requests = _mean(each.requests_per_s for each in repeats)
+    prompt = _mean(_per_request(each, each.input_tokens) for each in repeats)
+    answer = _mean(_per_request(each, each.output_tokens) for each in repeats)
+    cached = _mean(_per_request(each, each.cached_tokens) for each in repeats) or 0.0
     if not (tpot_s and written and requests and prompt and answer):
-        return {}
+        return Allowed(shape=shape, ceilings=ceilings)
     # The first token of an answer is of its prompt's step.
     seqs = written * tpot_s * max(0.0, 1 - 1 / answer)
     read = max(0.0, prompt - cached) * requests * tpot_s
     work = mixed(shape, seqs=seqs, context=prompt + answer / 2, read=read, prompt=prompt)
-    return {"step": judge(work, tpot_s, ceilings)}
+    return Allowed(shape=shape, ceilings=ceilings, step=judge(work, tpot_s, ceilings))
 
 
-def attach(output: dict[str, Any], shape: Shape, ceilings: Ceilings) -> dict[str, Any]:
-    """The result of a run, a matrix or a baseline, with what the hardware would allow beside it."""
-    about = {"shape": msgspec.to_builtins(shape), "ceilings": msgspec.to_builtins(ceilings)}
-    if "cells" in output:
-        for each in output["cells"]:
-            repeats = each.get("repeats") or []
-            verdicts = (
-                of_cell(shape, ceilings, each["cell"], repeats)
-                if output["benchmark"] == "baseline"
-                else of_run(shape, ceilings, repeats)
-            )
-            each["roofline"] = msgspec.to_builtins(verdicts)
-    else:
-        about |= msgspec.to_builtins(of_run(shape, ceilings, output.get("repeats") or []))
-    output["roofline"] = about
-    return output
-
-
-def table(shape: Shape, ceilings: Ceilings) -> dict[str, list[dict[str, Any]]]:
+def least(shape: Shape, ceilings: Ceilings) -> LeastTimes:
     """The least times of decode at each batch and length, and of prefill at each length."""
-    rows: dict[str, list[dict[str, Any]]] = {"decode": [], "prefill": []}
-    for seqs in BATCHES:
-        for context in CONTEXTS:
-            work = decode(shape, seqs, context)
-            least_s = work.least_s(ceilings)
-            row = {"seqs": seqs, "context": context, "least_s": least_s}
-            rows["decode"].append(
-                row | {"tokens_per_s": seqs / least_s, "bound": _by_least(work, ceilings)}
-            )
-    for prompt in PROMPTS:
-        work = prefill(shape, prompt)
+
+    def of(work: Work, tokens: int, **about: int) -> Least:
         least_s = work.least_s(ceilings)
-        row = {"prompt": prompt, "least_s": least_s, "tokens_per_s": prompt / least_s}
-        rows["prefill"].append(row | {"bound": _by_least(work, ceilings)})
-    return rows
+        bound = _by_least(work, ceilings)
+        return Least(least_s=least_s, tokens_per_s=tokens / least_s, bound=bound, **about)
+
+    return LeastTimes(
+        decode=[
+            of(decode(shape, seqs, context), seqs, seqs=seqs, context=context)
+            for seqs in BATCHES
+            for context in CONTEXTS
+        ],
+        prefill=[of(prefill(shape, prompt), prompt, prompt=prompt) for prompt in PROMPTS],
+    )
 
 
 def _by_least(work: Work, ceilings: Ceilings) -> Bound:
@@ -337,9 +366,8 @@ def _by_least(work: Work, ceilings: Ceilings) -> Bound:
     return "memory-bound" if memory_s >= work.flops / ceilings.flops_per_s else "compute-bound"
 
 
-def _per_request(measures: Mapping[str, Any], what: str) -> float | None:
-    count, amount = measures.get("ok"), measures.get(what)
-    return amount / count if count and amount is not None else None
+def _per_request(measures: Measures, amount: int | None) -> float | None:
+    return amount / measures.ok if measures.ok and amount is not None else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -23,11 +23,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from bench import measure
 from bench.itself import known_server, tools
 from bench.itself.peer import Peer
 from bench.itself.tools import Environment, Tool, ToolError
 from bench.options import whole
+from bench.result import Line
 from bench.traffic import load, schedule, workload
 from bench.traffic.client import Target
 
@@ -43,7 +46,27 @@ OURS, VLLM = "ours", "vllm"
 # How far a ratio may be from 1.
 TOLERANCE = 0.03
 
-Measure = Callable[[int], dict[str, Any]]
+# What one tool measured: numbers under the names of FIGURES, beside whatever else it reports.
+Measured = Mapping[str, Any]
+Measure = Callable[[int], Measured]
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A figure by bench and by another tool: medians over rounds, in the figure's own unit.
+
+    Attributes:
+        ratio, min, max: ours over theirs, round by round; `agrees` if the median is within
+            `TOLERANCE` of 1.
+    """
+
+    tool: str
+    figure: str
+    ours: float
+    theirs: float
+    ratio: float
+    min: float
+    max: float
+    agrees: bool
 
 
 def ours(options: argparse.Namespace) -> Measure:
@@ -51,7 +74,7 @@ def ours(options: argparse.Namespace) -> Measure:
         url=options.url, model=options.model, extra={"temperature": 0.0, "ignore_eos": True}
     )
 
-    def once(seed: int) -> dict[str, Any]:
+    def once(seed: int) -> Measured:
         plan = schedule.plan(
             workload.parse(options.workload, seed),
             schedule.Closed(options.users),
@@ -70,17 +93,17 @@ def theirs(options: argparse.Namespace, peer: Peer) -> Measure:
     arguments += ["--max-concurrency", str(options.users), "--ready-check-timeout-sec", "0"]
     arguments += ["--temperature", "0", "--ignore-eos"]
 
-    def once(seed: int) -> dict[str, Any]:
+    def once(seed: int) -> Measured:
         requests = workload.parse(options.workload, seed).take(options.requests)
         return medians(peer.run(arguments, [(str(r.prompt), r.output_tokens) for r in requests]))
 
     return once
 
 
-def medians(result: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's own medians, from its own values for each request and by its own formulas.
+def medians(result: Measured) -> Measured:
+    """vLLM's medians, from its own values for each request and by its own formulas.
 
-    Without a tokenizer, which would count tokens that the server has counted, it prints them not.
+    It prints none without a tokenizer, which would count tokens that the server has counted.
     """
     each = zip(result["ttfts"], result["latencies"], result["output_lens"], strict=True)
     tpots_s = [(latency - ttft) / (tokens - 1) for ttft, latency, tokens in each if tokens > 1]
@@ -91,12 +114,12 @@ def medians(result: dict[str, Any]) -> dict[str, Any]:
         "e2el": result["latencies"],
     }
     figures = {f"median_{name}_ms": statistics.median(v) * 1e3 for name, v in values_s.items()}
-    return figures | result
+    return {**figures, **result}
 
 
 def play(
     measures: Mapping[str, Measure], rounds: int
-) -> tuple[list[dict[str, dict[str, Any]]], dict[str, str]]:
+) -> tuple[list[dict[str, Measured]], dict[str, str]]:
     """Interleaved rounds: the figures of each, by name, and why some are not there.
 
     The order is turned round each time. Who fails once takes no further part.
@@ -105,7 +128,7 @@ def play(
     results = []
     for number in range(rounds):
         names = [name for name in measures if name not in absent]
-        figures = {}
+        figures: dict[str, Measured] = {}
         for name in names if number % 2 == 0 else names[::-1]:
             # Other prompts for each: the second would find those of the first in a cache.
             seed = number * len(measures) + list(measures).index(name)
@@ -118,8 +141,7 @@ def play(
     return results, absent
 
 
-def compare(rounds: Sequence[Mapping[str, dict[str, Any]]], other: str) -> list[dict[str, Any]]:
-    """For each figure: the medians of ours and the other's, and the ratio of each round."""
+def compare(rounds: Sequence[Mapping[str, Measured]], other: str) -> list[Row]:
     rows = []
     for figure in FIGURES:
         pairs = [
@@ -131,16 +153,16 @@ def compare(rounds: Sequence[Mapping[str, dict[str, Any]]], other: str) -> list[
             continue
         ratios = [mine / its for mine, its in pairs]
         rows.append(
-            {
-                "tool": other,
-                "figure": figure,
-                "ours": round(statistics.median(mine for mine, _ in pairs), 3),
-                "theirs": round(statistics.median(its for _, its in pairs), 3),
-                "ratio": round(statistics.median(ratios), 4),
-                "min": round(min(ratios), 4),
-                "max": round(max(ratios), 4),
-                "agrees": abs(statistics.median(ratios) - 1) <= TOLERANCE,
-            }
+            Row(
+                tool=other,
+                figure=figure,
+                ours=round(statistics.median(mine for mine, _ in pairs), 3),
+                theirs=round(statistics.median(its for _, its in pairs), 3),
+                ratio=round(statistics.median(ratios), 4),
+                min=round(min(ratios), 4),
+                max=round(max(ratios), 4),
+                agrees=abs(statistics.median(ratios) - 1) <= TOLERANCE,
+            )
         )
     return rows
 
@@ -165,7 +187,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def command(options: argparse.Namespace) -> dict[str, Any]:
+def command(options: argparse.Namespace) -> Line:
     """What `python -m bench agreement` does with its options; returns its last line."""
     others = _tools(options)
     with ExitStack() as stack:
@@ -187,7 +209,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         if name != OURS and name not in absent
         for row in compare(rounds, name)
     ]
-    differ = [row["figure"] for row in rows if row["tool"] == VLLM and not row["agrees"]]
+    differ = [row.figure for row in rows if row.tool == VLLM and not row.agrees]
     doubts = [f"{figure} differs by more than {TOLERANCE:.0%}" for figure in differ]
     beside = ", ".join([VLLM, *(tool.name for tool in others)])
     return {
@@ -195,7 +217,7 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
         "name": f"ours beside {beside}",
         "valid": not doubts,
         "doubts": doubts,
-        "results": rows,
+        "results": msgspec.to_builtins(rows),
         "how_others_differ": [{"tool": tool.name, "differs": tool.differs} for tool in others],
         "absent": [{"tool": name, "reason": reason} for name, reason in absent.items()],
     }
@@ -220,7 +242,7 @@ def _tools(options: argparse.Namespace) -> list[Tool]:
 def _measure(tool: Tool, options: argparse.Namespace) -> Measure:
     environment = Environment(Path(options.environments).resolve())
 
-    def once(seed: int) -> dict[str, Any]:
+    def once(seed: int) -> Measured:
         requests = workload.parse(options.workload, seed).take(options.requests)
         with tempfile.TemporaryDirectory(prefix=f"{tool.name}.") as folder:
             ask = tools.Ask(

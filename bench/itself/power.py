@@ -11,33 +11,34 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from bench.engine import gain, tuning
 from bench.engine.knobs import Knob
 from bench.engine.tuning import Outcome, Search
-from bench.measure import METRICS, Slo
+from bench.figures import Run
+from bench.measure import METRICS, Measures, Slo
 from bench.pages import compare
 from bench.search.rate import RateResult, RateSearch, Seen
 
 # --- comparisons ----------------------------------------------------------------------------
 
 
-def served(draw: random.Random, slower: float = 1.0, own: float = 0.03) -> dict[str, Any]:
+def served(draw: random.Random, slower: float = 1.0, own: float = 0.03) -> Run:
     """Three repeats with every metric: all share the noise of their repeat, and have their own."""
     repeats = []
     for _ in range(3):
         shared = draw.gauss(1, 0.02)
-        repeats.append(
-            {
-                metric: 100
-                * shared
-                * draw.gauss(1, own)
-                * (slower if better == "lower" else 1 / slower)
-                for metric, better in METRICS.items()
-            }
-        )
-    return {"benchmark": "run", "workload": "w", "load": "users=4", "repeats": repeats}
+        figures = {
+            metric: 100
+            * shared
+            * draw.gauss(1, own)
+            * (slower if better == "lower" else 1 / slower)
+            for metric, better in METRICS.items()
+        }
+        repeats.append(msgspec.convert(figures, Measures))
+    return Run(workload="w", load="users=4", repeats=repeats)
 
 
 def comparisons(pairs: int) -> str:

@@ -34,7 +34,13 @@ that is every request as a whole, from the first planned time to the last end.
 """
 
 from bench.measure.answers import Answers, may_be_cached_share
-from bench.measure.efficiency import Efficiency, efficiency, efficiency_summary, on_front
+from bench.measure.efficiency import (
+    CurvePoint,
+    Efficiency,
+    efficiency,
+    efficiency_summary,
+    on_front,
+)
 from bench.measure.figures import METRICS, Kind, Mean, Measures, measure, summary
 from bench.measure.flow import Timeline, Window, output_tokens_by_slice, timeline
 from bench.measure.latency import e2e_s, gaps, itl_s, lag_s, present, reason, tpot_s, ttft_s
@@ -48,6 +54,7 @@ __all__ = [
     "METRICS",
     "SLOS",
     "Answers",
+    "CurvePoint",
     "Efficiency",
     "Kind",
     "Mean",

@@ -39,6 +39,21 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True):
     usd_per_million_tokens: float | None = None
 
 
+class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A load of a curve of users against GPUs: a run of one number of users.
+
+    Attributes:
+        efficiency: what the tokens cost; summary: the usual figures. By the name of the metric.
+        front: whether no other point beats it on both axes; None where it lacks one of them.
+    """
+
+    users: int
+    efficiency: dict[str, Mean]
+    summary: dict[str, Mean] = {}
+    doubts: list[str] = []
+    front: bool | None = None
+
+
 def efficiency(
     measures: Measures,
     energy: Energy = (),

@@ -70,14 +70,16 @@ class Kind(msgspec.Struct, kw_only=True):
 
     requests: int
     failed: int
-    ttft_p50_s: float | None
-    ttft_p95_s: float | None
-    e2e_p50_s: float | None
-    user_tokens_per_s: float | None
+    ttft_p50_s: float | None = None
+    ttft_p95_s: float | None = None
+    e2e_p50_s: float | None = None
+    user_tokens_per_s: float | None = None
 
 
 class Measures(msgspec.Struct, kw_only=True):
-    """The figures of one repeat. What each means is said at the top of this module.
+    """The figures of one repeat; the package's docstring defines each.
+
+    An older result may lack some of them: these are then None, or empty.
 
     Attributes:
         steady: whether this is a steady-state window; else it is the whole, with start and end.
@@ -101,64 +103,64 @@ class Measures(msgspec.Struct, kw_only=True):
             itl, where one request has many.
     """
 
-    steady: bool
-    from_s: float
-    to_s: float
-    duration_s: float
-    requests: int
-    sent: int
-    ok: int
-    failed: int
-    planned_per_s: float | None
-    backlog: int
-    failures: dict[str, int]
-    failure_texts: dict[str, str]
-    statuses: dict[str, int]
-    finish_reasons: dict[str, int]
-    without_usage: int
-    input_tokens: int | None
-    output_tokens: int | None
-    cached_tokens: int | None
-    requests_per_s: float | None
-    output_tokens_per_s: float | None
-    total_tokens_per_s: float | None
-    user_tokens_per_s: float | None
-    goodput_per_s: float | None
-    good_share: float | None
-    failed_share: float | None
-    max_running: int
-    mean_running: float | None
-    kinds: dict[str, Kind]
-    fairness: float | None
-    ttft_mean_s: float | None
-    ttft_std_s: float | None
-    ttft_p50_s: float | None
-    ttft_p90_s: float | None
-    ttft_p95_s: float | None
-    ttft_p99_s: float | None
-    tpot_mean_s: float | None
-    tpot_std_s: float | None
-    tpot_p50_s: float | None
-    tpot_p90_s: float | None
-    tpot_p95_s: float | None
-    tpot_p99_s: float | None
-    itl_mean_s: float | None
-    itl_std_s: float | None
-    itl_p50_s: float | None
-    itl_p90_s: float | None
-    itl_p95_s: float | None
-    itl_p99_s: float | None
-    e2e_mean_s: float | None
-    e2e_std_s: float | None
-    e2e_p50_s: float | None
-    e2e_p90_s: float | None
-    e2e_p95_s: float | None
-    e2e_p99_s: float | None
-    lag_p50_s: float | None
-    lag_p99_s: float | None
-    lag_max_s: float | None
-    settling: dict[str, Settling]
-    intervals: dict[str, interval.Bounds]
+    steady: bool = False
+    from_s: float = 0.0
+    to_s: float = 0.0
+    duration_s: float = 0.0
+    requests: int = 0
+    sent: int = 0
+    ok: int = 0
+    failed: int = 0
+    planned_per_s: float | None = None
+    backlog: int = 0
+    failures: dict[str, int] = {}
+    failure_texts: dict[str, str] = {}
+    statuses: dict[str, int] = {}
+    finish_reasons: dict[str, int] = {}
+    without_usage: int = 0
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    requests_per_s: float | None = None
+    output_tokens_per_s: float | None = None
+    total_tokens_per_s: float | None = None
+    user_tokens_per_s: float | None = None
+    goodput_per_s: float | None = None
+    good_share: float | None = None
+    failed_share: float | None = None
+    max_running: int = 0
+    mean_running: float | None = None
+    kinds: dict[str, Kind] = {}
+    fairness: float | None = None
+    ttft_mean_s: float | None = None
+    ttft_std_s: float | None = None
+    ttft_p50_s: float | None = None
+    ttft_p90_s: float | None = None
+    ttft_p95_s: float | None = None
+    ttft_p99_s: float | None = None
+    tpot_mean_s: float | None = None
+    tpot_std_s: float | None = None
+    tpot_p50_s: float | None = None
+    tpot_p90_s: float | None = None
+    tpot_p95_s: float | None = None
+    tpot_p99_s: float | None = None
+    itl_mean_s: float | None = None
+    itl_std_s: float | None = None
+    itl_p50_s: float | None = None
+    itl_p90_s: float | None = None
+    itl_p95_s: float | None = None
+    itl_p99_s: float | None = None
+    e2e_mean_s: float | None = None
+    e2e_std_s: float | None = None
+    e2e_p50_s: float | None = None
+    e2e_p90_s: float | None = None
+    e2e_p95_s: float | None = None
+    e2e_p99_s: float | None = None
+    lag_p50_s: float | None = None
+    lag_p99_s: float | None = None
+    lag_max_s: float | None = None
+    settling: dict[str, Settling] = {}
+    intervals: dict[str, interval.Bounds] = {}
     answers: Answers = Answers()
 
 

@@ -31,8 +31,8 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     input_tokens: float | None
     output_tokens: float | None
-    cached_share: float | None
-    reusable_share: float | None
+    cached_share: float | None = None
+    reusable_share: float | None = None
     ttft_mean_s: float | None
     ttft_p50_s: float | None
     ttft_p95_s: float | None
@@ -84,11 +84,11 @@ class Sessions(msgspec.Struct, frozen=True, kw_only=True):
     task_p50_s: float | None
     task_p95_s: float | None
     served_share: float | None
-    cached_share: float | None
-    cached_share_low: float | None
-    cached_share_high: float | None
-    turns: list[Turn]
-    each: list[Session]
+    cached_share: float | None = None
+    cached_share_low: float | None = None
+    cached_share_high: float | None = None
+    turns: list[Turn] = []
+    each: list[Session] = []
 
 
 def sessions(records: Sequence[Record], sizes: Mapping[int, int]) -> Sessions | None:

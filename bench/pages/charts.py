@@ -1,27 +1,52 @@
 """Plots of a report: latencies of single requests, and throughput against latency."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import msgspec
 from markupsafe import Markup
 
-from bench import measure
+from bench import measure, pareto
+from bench.matrix import Matrix
+from bench.measure import Mean
 from bench.pages import figures, plots
-from bench.pages.loaded import CELLS, Loaded
+from bench.pages.loaded import Loaded
 from bench.pages.plots import Curve
-from bench.pages.tables import cell, fewest
+from bench.pages.tables import Cell, cell, fewest
+from bench.search import RatePoint, RateResult, SweepResult, UsersPoint
 
-_Points = Sequence[tuple[str, Mapping[str, Any]]]  # (what the load was, summary)
+_Points = Sequence[tuple[str, Mapping[str, Mean]]]  # (what the load was, summary)
+
+
+class Chart(msgspec.Struct, kw_only=True):
+    """A plot; `absent`: what is not in it, and why.
+
+    Attributes:
+        repeats, step_s, steady: of a plot over time: repeats of the result, the length of a step,
+            and whether a steady state is shaded.
+    """
+
+    name: str = ""
+    svg: str = ""
+    absent: list[str] = []
+    repeats: int = 0
+    step_s: float = 0.0
+    steady: bool = False
+
+
+class Charts(msgspec.Struct, kw_only=True):
+    """Several plots of one kind."""
+
+    figures: list[Chart]
+    absent: list[str]
 
 
 def served(loaded: Sequence[Loaded]) -> list[Loaded]:
     """Results with one load, which have latencies to plot."""
-    several = ("points", "curve")
-    single = [result for result in loaded if result.kind not in CELLS]
-    return [result for result in single if not any(key in result.data for key in several)]
+    several = (Matrix, SweepResult, RateResult, pareto.Curve)
+    return [result for result in loaded if not isinstance(result.data, several)]
 
 
-def cdfs(loaded: Sequence[Loaded]) -> dict[str, Any]:
+def cdfs(loaded: Sequence[Loaded]) -> Chart:
     """Latencies of single requests, one curve a result."""
     absent, curves = [], []
     for result in served(loaded):
@@ -46,32 +71,31 @@ def cdfs(loaded: Sequence[Loaded]) -> dict[str, Any]:
     if curves:
         absent += [f"{panel[0]}: no request has it" for panel in panels if panel not in drawn]
     svg = plots.cdfs(drawn, "cdf") if drawn else ""
-    return {
-        "svg": Markup(svg),
-        "absent": absent if curves or absent else ["no single run is in this report"],
-    }
+    return Chart(
+        svg=Markup(svg), absent=absent or ([] if curves else ["no single run is in this report"])
+    )
 
 
-def pareto(loaded: Sequence[Loaded]) -> dict[str, Any]:
+def users_and_gpus(loaded: Sequence[Loaded]) -> Chart:
     """What users get against what GPUs give, of the results that measured it."""
-    lines = [(result.name, result.data["curve"]) for result in loaded if result.data.get("curve")]
-    judged = [line for line in lines if any(p.get("front") is not None for p in line[1])]
+    lines = [(each.name, each.data.curve) for each in loaded if isinstance(each.data, pareto.Curve)]
+    judged = [line for line in lines if any(point.front is not None for point in line[1])]
     svg = plots.pareto(judged, "pareto") if judged else ""
     why = "nothing was measured for it: that takes `bench pareto` with --gpus"
-    return {"svg": Markup(svg), "absent": [] if judged else [why]}
+    return Chart(svg=Markup(svg), absent=[] if judged else [why])
 
 
-def throughput(loaded: Sequence[Loaded]) -> dict[str, Any]:
+def throughput(loaded: Sequence[Loaded]) -> Charts:
     """Throughput against latency, of whatever was measured at several loads."""
     panels = [("", [line for result in loaded for line in _of_search(result)])]
     panels += [(result.name, _of_cells(result)) for result in loaded]
     drawn = [
-        {"name": name, "svg": Markup(svg)}
+        Chart(name=name, svg=Markup(svg))
         for place, (name, lines) in enumerate(panels)
         if (svg := _curves(lines, f"throughput{place}"))
     ]
     why = "nothing was measured at more than one load: that takes a sweep, a search or a matrix"
-    return {"figures": drawn, "absent": [] if drawn else [why]}
+    return Charts(figures=drawn, absent=[] if drawn else [why])
 
 
 def _curves(lines: Sequence[tuple[str, "_Points"]], prefix: str) -> str:
@@ -88,19 +112,18 @@ def _curves(lines: Sequence[tuple[str, "_Points"]], prefix: str) -> str:
 
 
 def _of_search(result: Loaded) -> list[tuple[str, _Points]]:
-    points = result.data.get("points") or []
-    return (
-        [(result.name, [(_load_of(p), p.get("summary") or {}) for p in points])] if points else []
-    )
+    if not isinstance(result.data, SweepResult | RateResult) or not result.data.points:
+        return []
+    points: Sequence[UsersPoint | RatePoint] = result.data.points
+    return [(result.name, [(_load_of(point), point.summary) for point in points])]
 
 
 def _of_cells(result: Loaded) -> list[tuple[str, _Points]]:
     """A curve for each pair of lengths, over users."""
-    by_label: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    for each in result.data.get("cells") or []:
-        cell = each["cell"]
-        name = f"{cell['input_tokens']} tokens in, {cell['output_tokens']} out"
-        by_label.setdefault(name, []).append((f"{cell['users']}", each.get("summary") or {}))
+    by_label: dict[str, list[tuple[str, Mapping[str, Mean]]]] = {}
+    for each in result.data.cells if isinstance(result.data, Matrix) else []:
+        name = f"{each.cell.input_tokens} tokens in, {each.cell.output_tokens} out"
+        by_label.setdefault(name, []).append((f"{each.cell.users}", each.summary))
     return list(by_label.items())
 
 
@@ -118,50 +141,70 @@ def _curve(name: str, points: _Points, metric: str) -> Curve:
     )
 
 
-def _load_of(point: Mapping[str, Any]) -> str:
-    return f"{point['users']}" if "users" in point else f"{point.get('rate', 0):.3g}/s"
+def _load_of(point: UsersPoint | RatePoint) -> str:
+    return f"{point.users}" if isinstance(point, UsersPoint) else f"{point.rate:.3g}/s"
 
 
-def search(result: Loaded) -> dict[str, Any]:
+class Probed(msgspec.Struct, kw_only=True):
+    """A point of a search; `good`: how many requests met the objective."""
+
+    load: str
+    verdict: str
+    looks: int
+    good: str
+    cells: list[Cell]
+
+
+class Searched(msgspec.Struct, kw_only=True):
+    """A search: its points, and what it found in words."""
+
+    name: str
+    by_rate: bool
+    text: str
+    resolved: bool
+    reason: str
+    rows: list[Probed]
+
+
+def search(name: str, found: SweepResult | RateResult) -> Searched:
     """The points of a search, and what it found."""
-    data = result.data
-    rows = []
-    for point in data["points"]:
-        summary, ok = point.get("summary") or {}, fewest(point.get("measures"))
-        share = point.get("share") or {}
-        verdict = point.get("verdict") or ("resolved" if point.get("resolved") else "unresolved")
-        rows.append(
-            {
-                "load": _load_of(point),
-                "verdict": verdict,
-                "looks": point.get("looks"),
-                "good": f"{share['good']} of {share['counted']}" if share.get("counted") else "",
-                "cells": [
-                    cell(summary, metric, ok)
-                    for metric in (
-                        "output_tokens_per_s",
-                        "requests_per_s",
-                        "ttft_p50_s",
-                        "ttft_p99_s",
-                        "tpot_p50_s",
-                        "tpot_p99_s",
-                    )
-                ],
-            }
-        )
-    return {"name": result.name, "rows": rows, "by_rate": "rate" in data, **_verdict(data)}
+    points: Sequence[UsersPoint | RatePoint] = found.points
+    return Searched(
+        name=name,
+        by_rate=isinstance(found, RateResult),
+        text=_found(found),
+        resolved=found.resolved,
+        reason=found.reason,
+        rows=[_probed(point) for point in points],
+    )
 
 
-def _verdict(data: Mapping[str, Any]) -> dict[str, Any]:
-    resolved, reason = bool(data.get("resolved")), str(data.get("reason") or "")
-    if "rate" in data:
-        rate, fails = data["rate"], data.get("fails_at")
-        text = "no rate passed" if rate is None else f"{rate:.3g} requests/s kept the objective"
-        text += f"; {fails:.3g} did not" if fails is not None else ""
+def _probed(point: UsersPoint | RatePoint) -> Probed:
+    ok, good = fewest(point.measures), ""
+    if isinstance(point, RatePoint):
+        verdict: str = point.verdict
+        if point.share.counted:
+            good = f"{point.share.good} of {point.share.counted}"
     else:
-        users, tokens = data.get("users"), data.get("tokens_per_s")
-        text = "nothing was answered"
-        if users is not None and tokens:
-            rate = f"{figures.number(tokens)} output tokens/s"
-            text = f"throughput levels off at {users} users, at {rate}"
-    return {"text": text, "resolved": resolved, "reason": reason}
+        verdict = "resolved" if point.resolved else "unresolved"
+    shown = ["output_tokens_per_s", "requests_per_s", "ttft_p50_s", "ttft_p99_s"]
+    shown += ["tpot_p50_s", "tpot_p99_s"]
+    return Probed(
+        load=_load_of(point),
+        verdict=verdict,
+        looks=point.looks,
+        good=good,
+        cells=[cell(point.summary, metric, ok) for metric in shown],
+    )
+
+
+def _found(found: SweepResult | RateResult) -> str:
+    if isinstance(found, RateResult):
+        text = f"; {found.fails_at:.3g} did not" if found.fails_at is not None else ""
+        if found.rate is None:
+            return f"no rate passed{text}"
+        return f"{found.rate:.3g} requests/s kept the objective{text}"
+    if found.users is None or not found.tokens_per_s:
+        return "nothing was answered"
+    rate = f"{figures.number(found.tokens_per_s)} output tokens/s"
+    return f"throughput levels off at {found.users} users, at {rate}"

@@ -1,7 +1,7 @@
 """Two results side by side: what differs, by how much, and whether that is more than noise.
 
-Pure; `compare` takes two results as `result.json` holds them, and refuses two that were not asked
-the same: a difference would be that of the loads.
+Pure; `compare` refuses two results of which different things were asked: a difference would be that
+of the loads.
 
 There are thirty metrics, and as many for each cell of a matrix. If each were tested by itself, two
 equal servers would differ in some of them nearly always. So the rows are tested together by
@@ -10,17 +10,19 @@ rows that are said to differ one in twenty is wrong on average. All intervals ar
 takes (Benjamini and Yekutieli), so a row differs exactly where its interval excludes 1.
 """
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import msgspec
 
 from bench import interval
 from bench.errors import ResultError
-from bench.measure import METRICS
+from bench.figures import Load, Run
+from bench.matrix import Matrix
+from bench.measure import METRICS, Measures
+from bench.result import Result
 
 # Where nothing can be said, as of a single repeat, the verdict is "unknown".
 Verdict = Literal["better", "worse", "noise", "unknown"]
@@ -59,8 +61,8 @@ class Row(msgspec.Struct, kw_only=True, frozen=True):
 
 
 def compare(
-    a: Mapping[str, Any],
-    b: Mapping[str, Any],
+    a: Result,
+    b: Result,
     interleaved: bool | None = None,
     confidence: float = interval.CONFIDENCE,
     anyway: bool = False,
@@ -91,7 +93,8 @@ def compare(
         )
     if not anyway and (other := _asked_otherwise(a, b)):
         raise ResultError(f"the results cannot be compared: {'; '.join(other)}")
-    metrics = [name for name in METRICS if name not in _BY_SLO or a.get("slo") == b.get("slo")]
+    same_slo = _value(a, "slo") == _value(b, "slo")
+    metrics = [name for name in METRICS if same_slo or name not in _BY_SLO]
     pairs = [
         pair
         for cell in cells
@@ -102,15 +105,23 @@ def compare(
     return [pair.row(1 - level) for pair in pairs]
 
 
-def _asked_otherwise(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+def _asked_otherwise(a: Result, b: Result) -> list[str]:
     """What was asked of one only. Cells of a matrix are told apart by their names."""
-    if a.get("cells") and b.get("cells"):
+    if isinstance(a, Matrix) and isinstance(b, Matrix):
         return []
-    return [_differs(key, a, b) for key in _ASKED if a.get(key) != b.get(key)]
+    return _differences(_ASKED, a, b)
 
 
-def _differs(key: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    return f"{key} differs: {_short(a.get(key))} against {_short(b.get(key))}"
+def _differences(names: Iterable[str], a: Result, b: Result) -> list[str]:
+    pairs = ((name, _value(a, name), _value(b, name)) for name in names)
+    return [f"{name} differs: {_short(x)} against {_short(y)}" for name, x, y in pairs if x != y]
+
+
+def _value(result: Result, name: str) -> object:
+    """None where this kind of result has no such field. Of load actors, how many there were."""
+    if name == "actors" and isinstance(result, Run):
+        return max((len(each.where) for each in result.actors), default=None)
+    return getattr(result, name, None)
 
 
 def _level(p_values: Sequence[float], error: float) -> float:
@@ -122,14 +133,14 @@ def _level(p_values: Sequence[float], error: float) -> float:
     return max(passing, default=error / max(1, count))
 
 
-def notes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+def notes(a: Result, b: Result) -> list[str]:
     """What a reader should know before the ratios: doubts, other settings, failures."""
     lines = [
         f"{name} is doubtful: {doubt}"
         for name, result in (("A", a), ("B", b))
-        for doubt in result.get("doubts") or []
+        for doubt in result.doubts
     ]
-    lines += [_differs(key, a, b) for key in (*_ASKED, *_SETTING) if a.get(key) != b.get(key)]
+    lines += _differences((*_ASKED, *_SETTING), a, b)
     ours, theirs = _wholes(a), _wholes(b)
     lines += [
         note
@@ -164,36 +175,24 @@ def table(rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
     )
 
 
-def as_json(rows: Sequence[Row], notes: Sequence[str] = ()) -> dict[str, Any]:
-    """The same for a program."""
-    return {"benchmark": "compare", "rows": msgspec.to_builtins(rows), "notes": list(notes)}
+def _loads(result: Result) -> dict[str, Load]:
+    """The loads of a matrix by the name of their cell; a single one is under ""."""
+    if isinstance(result, Matrix):
+        return {each.cell.name: each for each in result.cells}
+    return {"": result} if isinstance(result, Load) else {}
 
 
-def _repeats(result: Mapping[str, Any], which: str) -> dict[str, list[Mapping[str, Any]]]:
-    """The measures of the repeats of each cell; those of a run are under ""."""
-    repeats = _by_cell(result, "repeats")
+def _repeats(result: Result, which: str) -> dict[str, list[Measures]]:
+    """The measures of the repeats of each cell."""
+    repeats = {name: load.repeats for name, load in _loads(result).items() if load.repeats}
     if not repeats:
-        kind = result.get("benchmark")
+        kind = result.benchmark
         raise ResultError(f"the {which} result has neither repeats nor cells: benchmark = {kind!r}")
     return repeats
 
 
-def _wholes(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    return _by_cell(result, "whole") or _by_cell(result, "repeats")
-
-
-def _by_cell(result: Mapping[str, Any], key: str) -> dict[str, list[Mapping[str, Any]]]:
-    if result.get("cells"):
-        return {_cell(cell): list(cell[key]) for cell in result["cells"] if cell.get(key)}
-    return {"": list(result[key])} if result.get(key) else {}
-
-
-def _cell(cell: Mapping[str, Any]) -> str:
-    """What tells cells apart, the same for served and for offline ones."""
-    about = cell.get("cell")
-    if isinstance(about, Mapping):
-        return str(about.get("name") or json.dumps(about, sort_keys=True))
-    return str(about or cell.get("name") or "")
+def _wholes(result: Result) -> dict[str, list[Measures]]:
+    return {name: load.whole or load.repeats for name, load in _loads(result).items()}
 
 
 def _named(cell: str) -> str:
@@ -236,12 +235,12 @@ class _Pair(msgspec.Struct, frozen=True, kw_only=True):
 def _pair(
     cell: str,
     metric: str,
-    a: Sequence[Mapping[str, Any]],
-    b: Sequence[Mapping[str, Any]],
+    a: Sequence[Measures],
+    b: Sequence[Measures],
     interleaved: bool | None,
 ) -> _Pair | None:
     """None where one side has no value, or a mean of 0, which has no ratio."""
-    ours, theirs = [each.get(metric) for each in a], [each.get(metric) for each in b]
+    ours, theirs = [getattr(each, metric) for each in a], [getattr(each, metric) for each in b]
     paired = interleaved is not False and len(ours) == len(theirs)
     if paired:  # A repeat without a value takes its partner with it.
         pairs = [(x, y) for x, y in zip(ours, theirs, strict=True) if None not in (x, y)]
@@ -261,9 +260,7 @@ def _verdict(bounds: interval.Bounds | None, better: str) -> Verdict:
     return "better" if (bounds[0] > 1) == (better == "higher") else "worse"
 
 
-def _failures(
-    cell: str, a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]
-) -> str | None:
+def _failures(cell: str, a: Sequence[Measures], b: Sequence[Measures]) -> str | None:
     """Said apart, as 0 failures have no ratio; None where the difference may be chance."""
     ours, theirs = _failed(a), _failed(b)
     bounds = interval.of_share_difference(*theirs, *ours)
@@ -277,11 +274,10 @@ def _failures(
     )
 
 
-def _failed(repeats: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
-    each = [(int(r.get("failed") or 0), int(r.get("requests") or 0)) for r in repeats]
-    return sum(failed for failed, _ in each), sum(requests for _, requests in each)
+def _failed(repeats: Sequence[Measures]) -> tuple[int, int]:
+    return sum(each.failed for each in repeats), sum(each.requests for each in repeats)
 
 
 def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,53 +1,83 @@
 """What a report reads: result folders, and what can be made of those that were cut off."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from bench import measure, records, result
+from bench import measure, pareto, records, result, search
+from bench.engine import confirm, kvcache, scale, scheduler, tuned
 from bench.errors import ResultError
+from bench.figures import Load, Run
+from bench.hardware import profile, roofline
+from bench.matrix import Matrix
+from bench.measure import Measures
+from bench.pages import locust_report
 from bench.records import Record
+from bench.result import Asked, Result
 
-CELLS = ("matrix", "baseline")  # Kinds of results that have a cell for each load.
+# Of the last five a report shows only what was asked for.
+KINDS: Mapping[str, type[Result]] = {
+    "run": Run,
+    "locust": locust_report.Locust,
+    "matrix": Matrix,
+    "baseline": Matrix,
+    "sweep": search.SweepResult,
+    "search": search.RateResult,
+    "pareto": pareto.Curve,
+    "roofline": roofline.Roofline,
+    "profile": profile.Profile,
+    "kv": kvcache.KvCache,
+    "scheduler": scheduler.Schedules,
+    "tune": tuned.Tuned,
+    "confirm": confirm.Confirmed,
+    "scale": scale.Scaled,
+    "simulate": Asked,
+    "chaos": Asked,
+    "quality": Asked,
+    "starts": Result,
+    "changes": Result,
+}
 
 
 class Loaded(msgspec.Struct, kw_only=True):
     """A result folder.
 
     Attributes:
-        data: result.json; made up from the records where there is none.
+        data: its result; made up from the records where there is none.
         records: all that can be read; `records_absent` says why there are no more.
         namesake: whether another result of the report has the same name.
     """
 
     folder: Path
-    data: dict[str, Any]
+    data: Result
     records: list[Record] = []
     records_absent: str = ""
     namesake: bool = False
 
     @property
     def kind(self) -> str:
-        return str(self.data["benchmark"])
+        return self.data.benchmark
 
     @property
     def name(self) -> str:
         """Its own name, and its folder's where another result of the report has the same."""
-        own = str(self.data.get("name") or self.folder.name)
+        own = self.data.name or self.folder.name
         return f"{own} ({self.folder.name})" if self.namesake else own
+
+    @property
+    def repeats(self) -> list[Measures]:
+        return self.data.repeats if isinstance(self.data, Load) else []
 
     def of_repeat(self, repeat: int) -> list[Record]:
         return [record for record in self.records if record.repeat == repeat]
 
     def window(self, repeat: int) -> tuple[float, float] | None:
         """The steady state of a repeat; None where there was none."""
-        repeats = self.data.get("repeats") or []
-        if repeat >= len(repeats) or not repeats[repeat].get("steady"):
+        if repeat >= len(self.repeats) or not self.repeats[repeat].steady:
             return None
-        return repeats[repeat]["from_s"], repeats[repeat]["to_s"]
+        return self.repeats[repeat].from_s, self.repeats[repeat].to_s
 
     def measured(self) -> list[Record]:
         """The successes that the figures are of: in the steady state, where there was one."""
@@ -66,7 +96,7 @@ def load(folder: Path) -> Loaded:
     """
     readable, absent = _records(folder)
     try:
-        data = result.read(folder)
+        data = result.read(folder, **KINDS)
     except ResultError as error:
         if not readable:
             raise
@@ -87,22 +117,20 @@ def _records(folder: Path) -> tuple[list[Record], str]:
     return readable, "" if readable else f"{path.name} is empty"
 
 
-def _from_records(folder: Path, readable: Sequence[Record], why: str) -> dict[str, Any]:
+def _from_records(folder: Path, readable: Sequence[Record], why: str) -> Run:
     """A run that left records and no result: its figures are of the whole."""
     whole = [
         measure.measure(record for record in readable if record.repeat == repeat)
         for repeat in sorted({record.repeat for record in readable})
     ]
-    return {
-        "benchmark": "run",
-        "name": folder.name,
-        "valid": False,
-        "doubts": [f"the run left no result, so figures are of all its records: {why}"],
-        "events": [],
-        "repeats": msgspec.to_builtins(whole),
-        "whole": msgspec.to_builtins(whole),
-        "summary": measure.summary(whole),
-    }
+    return Run(
+        name=folder.name,
+        valid=False,
+        doubts=[f"the run left no result, so figures are of all its records: {why}"],
+        repeats=whole,
+        whole=whole,
+        summary=measure.summary(whole),
+    )
 
 
 def tell_apart(results: Sequence[Loaded]) -> None:

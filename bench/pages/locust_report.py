@@ -9,12 +9,68 @@ from typing import Any
 
 import msgspec
 
+from bench.figures import Load
 from bench.measure import Measures, doubts, e2e_s, measure, summary, ttft_s, window
 from bench.records import Record
 
-_SHOWN = ("requests_per_s", "output_tokens_per_s", "user_tokens_per_s", "max_running")
-_LATENCIES = [f"{of}_{what}_s" for of in ("e2e", "ttft") for what in ("mean", "p50", "p95", "p99")]
+_FIGURES = ["requests_per_s", "output_tokens_per_s", "user_tokens_per_s", "max_running"]
+_FIGURES += [f"{of}_{what}_s" for of in ("e2e", "ttft") for what in ("mean", "p50", "p95", "p99")]
 _UNASKED = "no example was asked: the run ended before all users were there"
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why requests failed, how many, and the text of one of them."""
+
+    reason: str
+    count: int
+    text: str
+
+
+class Example(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked during the load, what was answered and how fast; an error is no answer."""
+
+    prompt: str
+    answer: str
+    error: str = ""
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    output_tokens: int | None = None
+
+
+class Locust(Load, frozen=True, kw_only=True):
+    """The result of a run of Locust: at the top what a demo shows, and the figures of a run.
+
+    Attributes:
+        users: how many were meant to be there at a time.
+        steady: whether rates and latencies are of a steady state.
+        requests, failed: of the whole run, as are `errors`, the most frequent first.
+        examples_absent: why there are no examples; empty where there are.
+        cpu: CPU time over time of each process of Locust.
+        actors: processes that sent.
+    """
+
+    benchmark: str = "locust"
+    users: int | None = None
+    actors: int = 1
+    steady: bool = False
+    requests: int | None = None
+    failed: int | None = None
+    requests_per_s: float | None = None
+    output_tokens_per_s: float | None = None
+    user_tokens_per_s: float | None = None
+    max_running: int | None = None
+    e2e_mean_s: float | None = None
+    e2e_p50_s: float | None = None
+    e2e_p95_s: float | None = None
+    e2e_p99_s: float | None = None
+    ttft_mean_s: float | None = None
+    ttft_p50_s: float | None = None
+    ttft_p95_s: float | None = None
+    ttft_p99_s: float | None = None
+    errors: list[Failure] = []
+    examples: list[Example] = []
+    examples_absent: str = "none were asked"
+    cpu: dict[str, float] = {}
 
 
 def result(
@@ -24,68 +80,58 @@ def result(
     cpu: Mapping[str, float],
     about: Mapping[str, Any],
     cut_short: str = "",
-) -> dict[str, Any]:
-    """The result.json of a run.
+) -> Locust:
+    """The result of a run.
 
     Args:
         heard: every record, on one clock.
-        asked: the prompt of each example, by the index of its record.
+        prompts: the prompt of each example, by the index of its record.
         users: how many were meant to be there at a time.
         cpu: CPU time over time of each process of Locust.
-        about: what was run: command, machine, target, workload.
+        about: fields that say what was run: the header, target, workload, actors.
         cut_short: why it is not the run that was asked for.
-
-    Returns:
-        `about`; at the top what a demo shows, of the steady state where there was one;
-        `errors`, of the whole run; `examples`; and `repeats`, `whole` and `summary` of a run.
     """
     whole = measure(heard)
     steady = measure(heard, window=window(heard, users))
     shown = steady if steady.steady else whole
     doubts_of_run = doubts(shown, cpu, whole) + ([cut_short] if cut_short else [])
-    return {
-        "benchmark": "locust",
-        "schema": 1,
+    return Locust(
         **about,
-        "users": users,
-        "valid": not doubts_of_run,
-        "doubts": doubts_of_run,
-        "steady": shown.steady,
-        "requests": whole.requests,
-        "failed": whole.failed,
-        **{name: getattr(shown, name) for name in (*_SHOWN, *_LATENCIES)},
-        "errors": errors(whole),
-        "examples": examples(heard, prompts),
-        "examples_absent": "" if prompts else _UNASKED,
-        "cpu": dict(cpu),
-        "slo": None,
-        "events": [],
-        "repeats": [msgspec.to_builtins(shown)],
-        "whole": [msgspec.to_builtins(whole)],
-        "summary": summary([shown]),
-        "server": [],
-    }
+        **{name: getattr(shown, name) for name in _FIGURES},
+        valid=not doubts_of_run,
+        doubts=doubts_of_run,
+        users=users,
+        steady=shown.steady,
+        requests=whole.requests,
+        failed=whole.failed,
+        errors=errors(whole),
+        examples=examples(heard, prompts),
+        examples_absent="" if prompts else _UNASKED,
+        cpu=dict(cpu),
+        repeats=[shown],
+        whole=[whole],
+        summary=summary([shown]),
+    )
 
 
-def errors(measures: Measures) -> list[dict[str, Any]]:
-    """Failures by reason, the most frequent first, each with the text of one of them."""
+def errors(measures: Measures) -> list[Failure]:
+    """Failures by reason, the most frequent first."""
     return [
-        {"reason": reason, "count": count, "text": measures.failure_texts.get(reason, "")}
+        Failure(reason=reason, count=count, text=measures.failure_texts.get(reason, ""))
         for reason, count in measures.failures.items()
     ]
 
 
-def examples(heard: Sequence[Record], prompts: Mapping[int, str]) -> list[dict[str, Any]]:
-    """What was asked during the load, what was answered and how fast; an error is no answer."""
+def examples(heard: Sequence[Record], prompts: Mapping[int, str]) -> list[Example]:
     return [
-        {
-            "prompt": prompts[record.index],
-            "answer": record.text,
-            "error": record.error,
-            "ttft_s": ttft_s(record),
-            "e2e_s": e2e_s(record),
-            "output_tokens": record.output_tokens,
-        }
+        Example(
+            prompt=prompts[record.index],
+            answer=record.text,
+            error=record.error,
+            ttft_s=ttft_s(record),
+            e2e_s=e2e_s(record),
+            output_tokens=record.output_tokens,
+        )
         for record in sorted(heard, key=lambda record: record.planned_s)
         if record.kind == "example" and record.index in prompts
     ]

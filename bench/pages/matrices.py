@@ -1,11 +1,12 @@
 """The baseline matrix of a report: small tables, shaded."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Sequence
 
-from bench.pages.loaded import Loaded
-from bench.pages.tables import cell, fewest, plain
+import msgspec
+
+from bench.matrix import Matrix, Measured
+from bench.pages.tables import Cell, cell, fewest, plain
 
 # What a matrix shows, a table each: metric, title, whether more is better.
 SHOWN = (
@@ -15,45 +16,73 @@ SHOWN = (
 )
 
 
-def matrix(result: Loaded) -> dict[str, Any]:
+class Row(msgspec.Struct, kw_only=True):
+    """Prompts and answers of one length, in tokens: a cell for each number of users."""
+
+    input: int
+    output: int
+    cells: list[Cell]
+
+
+class Heat(msgspec.Struct, kw_only=True):
+    """One metric of a matrix; `good`: whether more is better."""
+
+    title: str
+    rows: list[Row]
+    good: bool
+
+
+class Matrices(msgspec.Struct, kw_only=True):
+    """A matrix in heat tables, whose columns are numbers of users."""
+
+    name: str
+    kind: str
+    users: list[int]
+    tables: list[Heat]
+    absent: list[str]
+
+
+def matrix(name: str, result: Matrix) -> Matrices:
     """Small heat tables: a row for each pair of lengths, a column for each number of users."""
-    cells = result.data.get("cells") or []
-    keys = [each["cell"] for each in cells]
-    users = sorted({key["users"] for key in keys})
-    lengths = sorted({(key["input_tokens"], key["output_tokens"]) for key in keys})
+    cells = result.cells
+    users = sorted({each.cell.users for each in cells})
+    lengths = sorted({(each.cell.input_tokens, each.cell.output_tokens) for each in cells})
     by_place = {
-        (each["cell"]["input_tokens"], each["cell"]["output_tokens"], each["cell"]["users"]): each
-        for each in cells
+        (each.cell.input_tokens, each.cell.output_tokens, each.cell.users): each for each in cells
     }
     tables = []
     for metric, title, more_is_better in SHOWN:
         rows = [
-            {
-                "input": read,
-                "output": written,
-                "cells": [_matrix_cell(by_place.get((read, written, n)), metric) for n in users],
-            }
+            Row(
+                input=read,
+                output=written,
+                cells=[_matrix_cell(by_place.get((read, written, n)), metric) for n in users],
+            )
             for read, written in lengths
         ]
-        _shade([cell for row in rows for cell in row["cells"]])
-        tables.append({"title": title, "rows": rows, "good": more_is_better})
-    absent = [] if cells else [f"{result.name}: no cell was measured"]
-    shown = {"name": result.name, "kind": result.kind, "users": users}
-    return shown | {"tables": tables if cells else [], "absent": absent}
+        _shade([cell for row in rows for cell in row.cells])
+        tables.append(Heat(title=title, rows=rows, good=more_is_better))
+    return Matrices(
+        name=name,
+        kind=result.benchmark,
+        users=users,
+        tables=tables if cells else [],
+        absent=[] if cells else [f"{name}: no cell was measured"],
+    )
 
 
-def _matrix_cell(each: Mapping[str, Any] | None, metric: str) -> dict[str, Any]:
+def _matrix_cell(each: Measured | None, metric: str) -> Cell:
     if each is None:
         absent = plain(None, metric, 0)
-        return absent | {"why": "this cell was not measured"}
-    return cell(each.get("summary") or {}, metric, fewest(each.get("repeats")))
+        absent.why = "this cell was not measured"
+        return absent
+    return cell(each.summary, metric, fewest(each.repeats))
 
 
-def _shade(cells: Iterable[dict[str, Any]]) -> None:
+def _shade(cells: Sequence[Cell]) -> None:
     """How dark each cell is, 0 to 100, evenly in the logarithm: cells differ by factors."""
-    every = list(cells)
-    logs = [math.log(each["value"]) for each in every if each["value"]]
+    logs = [math.log(each.value) for each in cells if each.value]
     low, high = min(logs, default=0.0), max(logs, default=0.0)
-    for each in every:
-        share = (math.log(each["value"]) - low) / (high - low or 1.0) if each["value"] else 0.0
-        each["shade"] = round(8 + 47 * share) if each["value"] else 0
+    for each in cells:
+        if each.value:
+            each.shade = round(8 + 47 * (math.log(each.value) - low) / (high - low or 1.0))

@@ -1,28 +1,32 @@
 """How a run went over time: the load, the server, and the gaps between tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 from markupsafe import Markup
 
 from bench import measure
+from bench.figures import Load, Run
+from bench.hardware.gpu import GpuSample
 from bench.pages import plots
+from bench.pages.charts import Chart
 from bench.pages.loaded import Loaded
 from bench.pages.plots import Curve, Panel
+from bench.scrape import Sample
 
 _STEPS = 150  # Of a timeline.
 
 
-def timeline(result: Loaded, place: int) -> dict[str, Any]:
+def timeline(result: Loaded, place: int) -> Chart:
     """The first repeat, with what the server said of itself meanwhile."""
-    shown: dict[str, Any] = {"name": result.name, "repeats": len(result.data.get("repeats") or [])}
+    shown = Chart(name=result.name, repeats=len(result.repeats))
     mine = result.of_repeat(0)
     if not mine:
-        return shown | {"svg": "", "absent": [result.records_absent or "it has no first repeat"]}
+        shown.absent = [result.records_absent or "it has no first repeat"]
+        return shown
     end_s = max(record.end_s or record.planned_s for record in mine)
-    step_s = _step_s(end_s)
-    line = measure.timeline(mine, step_s)
+    shown.step_s = _step_s(end_s)
+    line = measure.timeline(mine, shown.step_s)
     panels = [
         Panel(
             title="Requests under way",
@@ -46,16 +50,17 @@ def timeline(result: Loaded, place: int) -> dict[str, Any]:
             filled=(1,),
         ),
     ]
-    server, absent = _server_panels(result)
+    server, shown.absent = _server_panels(result)
     window = result.window(0)
     events = [
-        (float(event["at_s"]), str(event["what"]))
-        for event in result.data.get("events") or []
-        if event.get("repeat", 0) == 0
+        (event.at_s, event.what)
+        for event in (result.data.events if isinstance(result.data, Load) else [])
+        if event.repeat == 0
     ]
     shaded = [window] if window else []
     svg = plots.timeline([*panels, *server, *_gpu_panels(result)], f"time{place}", shaded, events)
-    return shown | {"svg": Markup(svg), "absent": absent, "step_s": step_s, "steady": bool(window)}
+    shown.svg, shown.steady = Markup(svg), bool(window)
+    return shown
 
 
 def _step_s(duration_s: float) -> float:
@@ -68,8 +73,8 @@ def _step_s(duration_s: float) -> float:
 
 def _server_panels(result: Loaded) -> tuple[list[Panel], list[str]]:
     """What was scraped in the first repeat; what was not is named."""
-    server = result.data.get("server") or []
-    samples = server[0] if server and isinstance(server[0], list) else server
+    server = result.data.server if isinstance(result.data, Load) else []
+    samples = server[0] if server else []
     if not samples:
         return [], ["the server's own metrics: none were scraped"]
     wanted = (
@@ -112,12 +117,10 @@ def _server_panels(result: Loaded) -> tuple[list[Panel], list[str]]:
 
 def _gpu_panels(result: Loaded) -> list[Panel]:
     """What the GPUs did in the first repeat, a line each; none where they were not sampled."""
-    samples = (result.data.get("gpu") or [[]])[0]
-    if not isinstance(samples, list) or not samples:
-        return []
-    each: dict[int, list[Mapping[str, Any]]] = {}
-    for sample in samples:
-        each.setdefault(sample["gpu"], []).append(sample)
+    repeats = result.data.gpu if isinstance(result.data, Run) else []
+    each: dict[int, list[GpuSample]] = {}
+    for sample in repeats[0] if repeats and isinstance(repeats[0], list) else []:
+        each.setdefault(sample.gpu, []).append(sample)
     panels = []
     for title, unit, of, top in (
         ("GPU: share of time with a kernel", "%", _utilisation, 100.0),
@@ -137,29 +140,30 @@ def _points(label: str, points: _Points) -> Curve:
     return Curve(label=label, x=[x for x, _ in points], y=[y for _, y in points])
 
 
-def _utilisation(samples: Sequence[Mapping[str, Any]]) -> _Points:
-    return [(sample["t_s"], 100 * sample["utilisation"]) for sample in samples]
+def _utilisation(samples: Sequence[GpuSample]) -> _Points:
+    return [(sample.t_s, 100 * sample.utilisation) for sample in samples]
 
 
-def _memory(samples: Sequence[Mapping[str, Any]]) -> _Points:
-    return [(sample["t_s"], sample["memory_gib"]) for sample in samples]
+def _memory(samples: Sequence[GpuSample]) -> _Points:
+    return [(sample.t_s, sample.memory_gib) for sample in samples]
 
 
-def _watts(samples: Sequence[Mapping[str, Any]]) -> _Points:
+def _watts(samples: Sequence[GpuSample]) -> _Points:
     """The mean power between one sample and the next; empty where no energy was sampled."""
     return [
-        (b["t_s"], (b["joules"] - a["joules"]) / (b["t_s"] - a["t_s"]))
+        (b.t_s, (b.joules - a.joules) / (b.t_s - a.t_s))
         for a, b in pairwise(samples)
-        if a.get("joules") is not None and b["t_s"] > a["t_s"]
+        if a.joules is not None and b.joules is not None and b.t_s > a.t_s
     ]
 
 
-def _sampled(samples: Sequence[Mapping[str, Any]], name: str, scale: float) -> Curve:
-    present = [(s["t_s"], s[name] * scale) for s in samples if s.get(name) is not None]
+def _sampled(samples: Sequence[Sample], name: str, scale: float) -> Curve:
+    values = [(sample.t_s, getattr(sample, name)) for sample in samples]
+    present = [(t_s, value * scale) for t_s, value in values if value is not None]
     return Curve(label=name.replace("_", " "), x=[t for t, _ in present], y=[y for _, y in present])
 
 
-def heat(result: Loaded, place: int) -> dict[str, Any]:
+def heat(result: Loaded, place: int) -> Chart:
     """Gaps between the tokens of the first repeat, over time."""
     at_s: list[float] = []
     gaps_s: list[float] = []
@@ -170,7 +174,7 @@ def heat(result: Loaded, place: int) -> dict[str, Any]:
             at_s += record.chunk_s[1:] if gaps else []
     if not gaps_s:
         why = result.records_absent or "no answer came in more than one piece"
-        return {"name": result.name, "svg": "", "absent": [why]}
+        return Chart(name=result.name, absent=[why])
     gaps_ms = [gap_s * 1e3 for gap_s in gaps_s]
     svg = plots.heat(at_s, gaps_ms, "ms since the token before (log)", f"heat{place}")
-    return {"name": result.name, "svg": Markup(svg), "absent": []}
+    return Chart(name=result.name, svg=Markup(svg))

@@ -11,7 +11,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from bench.measure import CurvePoint
 
 SERIES_COLOURS = 6
 _INK, _MUTED, _GRID = "#0a0b10", "#0a0b11", "#0a0b12"
@@ -189,19 +191,19 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, pre
         return _svg(figure, prefix, "Latency over throughput")
 
 
-def pareto(lines: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], prefix: str) -> str:
+def pareto(lines: Sequence[tuple[str, Sequence[CurvePoint]]], prefix: str) -> str:
     """What users get against what GPUs give, with intervals; the front is a step function.
 
     Args:
-        lines: (legend, points of a curve as `bench.pareto` writes them).
+        lines: (legend, points of a curve).
     """
     with _figure(_WIDTH_IN * 0.7, 3.8) as figure:
         axis = figure.subplots()
         for index, (label, points) in enumerate(lines):
-            judged = [point for point in points if point.get("front") is not None]
+            judged = [point for point in points if point.front is not None]
             for point in judged:
                 _pareto_point(axis, point, index)
-            best = sorted(_both(point) for point in judged if point["front"])
+            best = sorted(_both(point) for point in judged if point.front)
             axis.plot(
                 [x for x, _ in best],
                 [y for _, y in best],
@@ -218,19 +220,22 @@ def pareto(lines: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], prefix: str
         return _svg(figure, prefix, "Throughput of a GPU against that of a user")
 
 
-def _pareto_point(axis: Any, point: Mapping[str, Any], index: int) -> None:
+def _pareto_point(axis: Any, point: CurvePoint, index: int) -> None:
     x, y = _both(point)
-    figures = point["efficiency"]
-    errors = []
+    figures = point.efficiency
+    errors: list[list[list[float]] | None] = []
     for name, value in (("user_tokens_per_s", x), ("gpu_tokens_per_s", y)):
-        low, high = figures[name].get("low"), figures[name].get("high")
-        errors.append([[value - low], [high - value]] if low is not None else None)
+        low, high = figures[name]["low"], figures[name]["high"]
+        if low is None or high is None:
+            errors.append(None)
+        else:
+            errors.append([[value - low], [high - value]])
     colour = _SERIES[index % SERIES_COLOURS]
     axis.errorbar([x], [y], xerr=errors[0], yerr=errors[1], color=colour, linewidth=1, fmt="none")
     marker = _MARKERS[index % len(_MARKERS)]
-    face = colour if point["front"] else "none"
+    face = colour if point.front else "none"
     axis.plot([x], [y], marker, color=colour, markerfacecolor=face, markersize=5)
-    words = [f"{point['users']} users: {x:.3g} tokens/s a user, {y:.4g} a GPU"]
+    words = [f"{point.users} users: {x:.3g} tokens/s a user, {y:.4g} a GPU"]
     for name, unit in (
         ("joules_per_output_token", "J an output token"),
         ("usd_per_million_output_tokens", "$ a million output tokens"),
@@ -239,7 +244,7 @@ def _pareto_point(axis: Any, point: Mapping[str, Any], index: int) -> None:
             words.append(f"{figures[name]['mean']:.3g} {unit}")
     _tip(axis, x, y, ", ".join(words))
     axis.annotate(
-        f"{point['users']}",
+        f"{point.users}",
         (x, y),
         xytext=(5, 4),
         textcoords="offset points",
@@ -248,8 +253,8 @@ def _pareto_point(axis: Any, point: Mapping[str, Any], index: int) -> None:
     )
 
 
-def _both(point: Mapping[str, Any]) -> tuple[float, float]:
-    figures = point["efficiency"]
+def _both(point: CurvePoint) -> tuple[float, float]:
+    figures = point.efficiency
     return figures["user_tokens_per_s"]["mean"], figures["gpu_tokens_per_s"]["mean"]
 
 

@@ -10,7 +10,7 @@ with its reason, and never drawn as zero. Model output and error texts are escap
 template, which loads nothing from anywhere: the file can be mailed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,15 @@ import msgspec
 
 from bench import interval
 from bench.errors import ResultError
+from bench.figures import Run
+from bench.machine import Machine
+from bench.matrix import Matrix
 from bench.pages import against as beside
 from bench.pages import charts, figures, matrices, overtime, story, tables
-from bench.pages.loaded import CELLS, Loaded, load, tell_apart
+from bench.pages.loaded import Loaded, load, tell_apart
+from bench.pages.locust_report import Example, Locust
+from bench.result import Asked, EngineResult, Result
+from bench.search import RateResult, SweepResult
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -67,7 +73,7 @@ def tell_story(folders: Sequence[Path], out: Path) -> None:
     results = [result.data for result in loaded]
     if not story.chapters(results):
         raise ResultError("none of these results has a chapter in a story")
-    story.page(results, out, [each["text"] for each in _machines(loaded)])
+    story.page(results, out, [each.text for each in _machines(loaded)])
 
 
 def _page(
@@ -76,11 +82,10 @@ def _page(
     """Everything the template shows, section by section."""
     everything = loaded
     loaded = [result for result in loaded if result.kind not in story.ONLY_CHAPTERS]
-    locusts = [result for result in loaded if result.kind == "locust"]
     return {
         "title": _title(everything),
-        "started": _span([str(result.data.get("started") or "") for result in everything]),
-        "not_valid": [result.name for result in everything if not result.data.get("valid", True)],
+        "started": _span([result.data.started for result in everything]),
+        "not_valid": [result.name for result in everything if not result.data.valid],
         "unreadable": len(unreadable),
         "ran": [_ran(result) for result in everything],
         "machines": _machines(everything),
@@ -90,9 +95,13 @@ def _page(
         "kinds": tables.kinds(loaded),
         "cdfs": charts.cdfs(loaded),
         "throughput": charts.throughput(loaded),
-        "pareto": charts.pareto(loaded),
+        "pareto": charts.users_and_gpus(loaded),
         "sessions": [table for result in loaded if (table := tables.sessions(result))],
-        "searches": [charts.search(result) for result in loaded if "points" in result.data],
+        "searches": [
+            charts.search(result.name, result.data)
+            for result in loaded
+            if isinstance(result.data, SweepResult | RateResult)
+        ],
         "timelines": [
             overtime.timeline(result, place) for place, result in enumerate(charts.served(loaded))
         ],
@@ -100,8 +109,14 @@ def _page(
             overtime.heat(result, place) for place, result in enumerate(charts.served(loaded))
         ],
         "comparison": beside.comparison(loaded, against),
-        "matrices": [matrices.matrix(result) for result in loaded if result.kind in CELLS],
-        "locusts": [locust(result) for result in locusts],
+        "matrices": [
+            matrices.matrix(result.name, result.data)
+            for result in loaded
+            if isinstance(result.data, Matrix)
+        ],
+        "locusts": [
+            demo(result.name, result.data) for result in loaded if isinstance(result.data, Locust)
+        ],
         "needed": {p: interval.samples_needed(p / 100) for p in (50, 90, 95, 99)},
     }
 
@@ -110,11 +125,7 @@ def _title(loaded: Sequence[Loaded]) -> str:
     """The name of a single result; else the model, where it was the same in all."""
     if len(loaded) == 1:
         return loaded[0].name
-    of = (
-        (result.data.get("target") or {}).get("model") or result.data.get("model")
-        for result in loaded
-    )
-    models = {model for model in of if model}
+    models = {model for result in loaded if (model := _model(result.data))}
     return (
         f"{models.pop()}, {len(loaded)} results" if len(models) == 1 else f"{len(loaded)} results"
     )
@@ -126,111 +137,135 @@ def _span(started: Iterable[str]) -> str:
     return " to ".join(dict.fromkeys([times[0], times[-1]])) if times else ""
 
 
-def _ran(result: Loaded) -> dict[str, Any]:
-    """What was run, in pairs of a term and what stands for it; what is not known is left out."""
-    data, target = result.data, result.data.get("target") or {}
-    repeats = len(data.get("repeats") or [])
-    slo = data.get("slo") or {}
-    pairs = {
-        "target": target.get("url"),
-        "model": target.get("model") or data.get("model"),
-        "endpoint": target.get("endpoint"),
-        "workload": data.get("workload"),
-        "about the workload": "; ".join(data.get("workload_notes") or []),
-        "load": data.get("load"),
+def _model(data: Result) -> str:
+    """The model that was measured; empty where the result does not say."""
+    served = data.target.model if isinstance(data, Asked) else ""
+    return served or (data.model if isinstance(data, EngineResult) else "")
+
+
+class Ran(msgspec.Struct, kw_only=True):
+    """What was run, in pairs of a term and its value; what is not known is left out."""
+
+    name: str
+    kind: str
+    command: str
+    pairs: dict[str, object]
+
+
+def _ran(result: Loaded) -> Ran:
+    data = result.data
+    asked = data if isinstance(data, Asked) else Asked()
+    slo = msgspec.structs.asdict(asked.slo) if asked.slo else {}
+    repeats = len(result.repeats)
+    pairs: dict[str, object] = {
+        "target": asked.target.url,
+        "model": _model(data),
+        "endpoint": asked.target.endpoint,
+        "workload": asked.workload,
+        "about the workload": "; ".join(data.workload_notes) if isinstance(data, Run) else "",
+        "load": asked.load,
         "SLO": ", ".join(f"{key} {value}" for key, value in slo.items() if value is not None),
         "repeats": repeats if repeats > 1 else None,
-        "seed": data.get("seed"),
-        "started": _span([str(data.get("started") or "")]),
-        "commit": data.get("commit"),
+        "seed": asked.seed,
+        "started": _span([data.started]),
+        "commit": data.commit,
     }
-    return {
-        "name": result.name,
-        "kind": result.kind,
-        "command": str(data.get("command") or ""),
-        "pairs": {key: value for key, value in pairs.items() if value not in (None, "")},
-    }
+    shown = {key: value for key, value in pairs.items() if value not in (None, "")}
+    return Ran(name=result.name, kind=result.kind, command=data.command, pairs=shown)
 
 
-def _machines(loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
-    """Each machine once, with the results that were measured from it."""
-    machines: dict[bytes, dict[str, Any]] = {}
+class MachineOf(msgspec.Struct, kw_only=True):
+    """A machine in words, and the results that were measured from it."""
+
+    text: str
+    names: list[str]
+
+
+def _machines(loaded: Sequence[Loaded]) -> list[MachineOf]:
+    """Each machine once."""
+    machines: dict[str, MachineOf] = {}
     for result in loaded:
-        machine = result.data.get("machine") or {}
-        key = msgspec.json.encode(machine)
-        machines.setdefault(key, {"text": _machine(machine), "names": []})["names"].append(
-            result.name
-        )
+        text = _machine(result.data.machine)
+        machines.setdefault(text, MachineOf(text=text, names=[])).names.append(result.name)
     return list(machines.values())
 
 
-def _machine(machine: Mapping[str, Any]) -> str:
-    if not machine:
+def _machine(machine: Machine | None) -> str:
+    if machine is None:
         return "not known: the result does not say"
-    gpus = [f"{gpu['name']} ({gpu['memory_gib']:g} GiB)" for gpu in machine.get("gpus") or []]
-    versions = (machine.get("versions") or {}).items()
     parts = [
-        f"{machine.get('processor', 'unknown processor')}, {machine.get('cores', '?')} cores",
-        f"{machine.get('memory_gib', '?')} GiB",
-        ", ".join(gpus) or "no GPU",
-        str(machine.get("system", "")),
-        ", ".join(f"{name} {version}" for name, version in versions),
+        f"{machine.processor}, {machine.cores or '?'} cores",
+        f"{machine.memory_gib or '?'} GiB",
+        ", ".join(f"{gpu.name} ({gpu.memory_gib:g} GiB)" for gpu in machine.gpus) or "no GPU",
+        machine.system,
+        ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
     ]
     return "; ".join(part for part in parts if part)
 
 
-def _doubts(loaded: Sequence[Loaded], unreadable: Sequence[str]) -> list[dict[str, Any]]:
+class Doubts(msgspec.Struct, kw_only=True):
+    """The doubts about one result."""
+
+    name: str
+    doubts: list[str]
+
+
+def _doubts(loaded: Sequence[Loaded], unreadable: Sequence[str]) -> list[Doubts]:
     doubts = [
-        {"name": result.name, "doubts": result.data.get("doubts") or []}
+        Doubts(name=result.name, doubts=result.data.doubts)
         for result in loaded
-        if result.data.get("doubts") or not result.data.get("valid", True)
+        if result.data.doubts or not result.data.valid
     ]
     if unreadable:
-        doubts.append({"name": "not in this report", "doubts": list(unreadable)})
+        doubts.append(Doubts(name="not in this report", doubts=list(unreadable)))
     return doubts
 
 
 # --- Locust --------------------------------------------------------------------------------
 
 
-def _took(example: Mapping[str, Any]) -> str:
-    """How long an example took, as far as it is known."""
-    whole = "failed after" if example.get("error") else "whole answer"
-    texts = []
-    for label, metric in (("first token", "ttft_s"), (whole, "e2e_s")):
-        unit, scale = figures.scale(metric)
-        if example.get(metric) is not None:
-            texts.append(f"{label} {figures.number(example[metric] * scale)} {unit}")
-    if example.get("output_tokens") is not None:
-        texts.append(f"{example['output_tokens']} tokens")
-    return ", ".join(texts)
+class Demo(msgspec.Struct, kw_only=True):
+    """The demo-day summary: tiles of a label and a figure, and examples with what they took."""
+
+    name: str
+    result: Locust
+    failed: str
+    tiles: list[tuple[str, tables.Cell]]
+    examples: list[tuple[Example, str]]
 
 
-def _failed(data: Mapping[str, Any]) -> str:
-    failed, requests = data.get("failed"), data.get("requests")
-    return "—" if failed is None or requests is None else f"{failed:,} of {requests:,}"
-
-
-def locust(result: Loaded) -> dict[str, Any]:
-    """The demo-day summary."""
-    data = result.data
-    ok = tables.fewest(data.get("repeats"))
+def demo(name: str, result: Locust) -> Demo:
+    ok = tables.fewest(result.repeats)
     tiles = [("requests/s", "requests_per_s"), ("output tokens/s", "output_tokens_per_s")]
     latencies = [
         (f"{title} {statistic}, {unit}", f"{latency}_{statistic}_s")
         for latency, title, unit in (("e2e", "whole answer", "s"), ("ttft", "first token", "ms"))
         for statistic in ("mean", "p50", "p95", "p99")
     ]
-    return {
-        "name": result.name,
-        "users": data.get("users"),
-        "failed": _failed(data),
-        "steady": bool(data.get("steady")),
-        "tiles": [
-            {"label": label, **tables.plain(data.get(metric), metric, ok)}
+    known = result.failed is not None and result.requests is not None
+    return Demo(
+        name=name,
+        result=result,
+        failed=f"{result.failed:,} of {result.requests:,}" if known else "—",
+        tiles=[
+            (label, tables.plain(getattr(result, metric), metric, ok))
             for label, metric in (*tiles, *latencies)
         ],
-        "errors": data.get("errors") or [],
-        "examples": [{**example, "took": _took(example)} for example in data.get("examples") or []],
-        "examples_absent": data.get("examples_absent") or "none were asked",
-    }
+        examples=[(example, _took(example)) for example in result.examples],
+    )
+
+
+def _took(example: Example) -> str:
+    """How long an example took, as far as it is known."""
+    whole = "failed after" if example.error else "whole answer"
+    texts = []
+    for label, metric, took_s in (
+        ("first token", "ttft_s", example.ttft_s),
+        (whole, "e2e_s", example.e2e_s),
+    ):
+        unit, scale = figures.scale(metric)
+        if took_s is not None:
+            texts.append(f"{label} {figures.number(took_s * scale)} {unit}")
+    if example.output_tokens is not None:
+        texts.append(f"{example.output_tokens} tokens")
+    return ", ".join(texts)

@@ -1,7 +1,7 @@
 """The chapters of a report that are not about one load: hardware, profile, tuning, scaling.
 
-    chapters([report.load(folder), ..])      one for each result of such a kind
-    steps(chapters)                          the story in short: each step, its gain, its command
+    chapters([loaded.load(folder).data, ..])   one for each result of such a kind
+    steps(chapters)                            the story in short: each step, gain and command
 
 `bench report` puts them behind its own sections; `bench report --story` is a page of them alone, in
 the order in which the work was done: what the hardware allows, where it began, where the time went,
@@ -18,8 +18,20 @@ import msgspec
 from markupsafe import Markup
 
 from bench.engine import knobs
+from bench.engine.confirm import Confirmed
+from bench.engine.gain import Gain
+from bench.engine.kvcache import KvCache, View
+from bench.engine.scale import Layout, OfWorkload, Scaled
+from bench.engine.scheduler import Schedules
+from bench.engine.tuned import Tuned
+from bench.engine.tuning import Effect
+from bench.figures import Run
+from bench.hardware.profile import Profile
+from bench.hardware.roofline import Roofline, Verdict
+from bench.matrix import Matrix
 from bench.pages import plots
 from bench.pages.plots import Curve, Panel, Ratio
+from bench.result import Result
 
 _FOLDER = Path(__file__).parent
 # In the order of the story.
@@ -40,7 +52,7 @@ class Chapter(msgspec.Struct, kw_only=True):
     """One result, laid out.
 
     Attributes:
-        read: what to look at; `said`: what follows, in sentences.
+        read: what to look at; sentences: what follows.
         gain: what this step brought, for the story in short; empty where it brought none.
     """
 
@@ -56,25 +68,35 @@ class Chapter(msgspec.Struct, kw_only=True):
     doubts: list[str] = []
 
 
-def chapters(results: Sequence[Mapping[str, Any]]) -> list[Chapter]:
+def chapters(results: Sequence[Result]) -> list[Chapter]:
     """A chapter for each result that has one, in the order of the story."""
-    made = []
-    for place, data in enumerate(results):
-        kind = str(data.get("benchmark"))
-        if kind in _MAKERS:
-            chapter = _MAKERS[kind](data, place)
-        elif data.get("roofline"):
-            chapter = _against_hardware(data, place)
-        else:
-            continue
-        if chapter is not None:
-            chapter.doubts = [str(doubt) for doubt in data.get("doubts") or []]
-            made.append(chapter)
+    made = [chapter for place, data in enumerate(results) if (chapter := _made(data, place))]
     order = {kind: index for index, kind in enumerate(KINDS)}
     return sorted(made, key=lambda each: order.get(each.kind, order["profile"]))
 
 
-def page(results: Sequence[Mapping[str, Any]], out: Path, machines: Sequence[str]) -> None:
+def _made(data: Result, place: int) -> Chapter | None:
+    match data:
+        case Roofline():
+            return _roofline(data)
+        case Profile():
+            return _profile(data)
+        case KvCache():
+            return _kv(data, place)
+        case Schedules():
+            return _scheduler(data)
+        case Tuned():
+            return _tune(data, place)
+        case Confirmed():
+            return _confirm(data)
+        case Scaled():
+            return _scale(data, place)
+        case Run() | Matrix():
+            return _against_hardware(data)
+    return None
+
+
+def page(results: Sequence[Result], out: Path, machines: Sequence[str]) -> None:
     """Write the story: one page that loads nothing from anywhere."""
     story = chapters(results)
     environment = jinja2.Environment(
@@ -105,49 +127,39 @@ def steps(story: Sequence[Chapter]) -> list[dict[str, str]]:
 # --- the kinds ------------------------------------------------------------------------------
 
 
-def _chapter(data: Mapping[str, Any], title: str, read: str) -> Chapter:
+def _chapter(data: Result, title: str, read: str) -> Chapter:
     return Chapter(
-        kind=str(data["benchmark"]),
-        name=str(data.get("name") or ""),
+        kind=data.benchmark,
+        name=data.name,
         title=title,
         read=read,
-        command=str(data.get("command") or ""),
+        command=data.command,
+        doubts=data.doubts,
     )
 
 
-def _roofline(data: Mapping[str, Any], place: int) -> Chapter:
+def _roofline(data: Roofline) -> Chapter:
     chapter = _chapter(
         data,
         "What the hardware allows",
         "No step can take less. Decode reads all weights once a step, whoever is in it, so a "
         "larger batch is nearly free until the KV cache weighs as much as the weights.",
     )
-    limits = data["ceilings"]
+    limits = data.ceilings
     chapter.sentences = [
-        f"{limits['bytes_per_s'] / 1e9:,.0f} GB/s and {limits['flops_per_s'] / 1e12:,.3g} TFLOP/s, "
-        f"{limits['source']}.",
-        f"Weights of {data['weights_bytes'] / 1e9:.1f} GB, and "
-        f"{data['kv_bytes_a_token'] / 1024:.0f} KiB of KV cache a token.",
+        f"{limits.bytes_per_s / 1e9:,.0f} GB/s and {limits.flops_per_s / 1e12:,.3g} TFLOP/s, "
+        f"{limits.source}.",
+        f"Weights of {data.weights_bytes / 1e9:.1f} GB, and "
+        f"{data.kv_bytes_a_token / 1024:.0f} KiB of KV cache a token.",
     ]
     rows = [
-        [
-            row["seqs"],
-            f"{row['context']:,}",
-            _ms(row["least_s"]),
-            f"{row['tokens_per_s']:,.0f}",
-            row["bound"],
-        ]
-        for row in data["least"]["decode"]
+        [row.seqs, f"{row.context:,}", _ms(row.least_s), f"{row.tokens_per_s:,.0f}", row.bound]
+        for row in data.least.decode
     ]
     head = ["sequences", "tokens of each", "least, ms", "tokens/s", "bound"]
     prompts = [
-        [
-            f"{row['prompt']:,}",
-            _ms(row["least_s"]),
-            f"{row['tokens_per_s']:,.0f}",
-            row["bound"],
-        ]
-        for row in data["least"]["prefill"]
+        [f"{row.prompt:,}", _ms(row.least_s), f"{row.tokens_per_s:,.0f}", row.bound]
+        for row in data.least.prefill
     ]
     chapter.tables = [
         Table(caption="A step of decode", head=head, rows=rows),
@@ -157,116 +169,102 @@ def _roofline(data: Mapping[str, Any], place: int) -> Chapter:
             rows=prompts,
         ),
     ]
-    first = data["least"]["decode"][0]
-    chapter.gain = f"at most {first['tokens_per_s']:,.0f} tokens/s for one stream"
+    first = data.least.decode[0]
+    chapter.gain = f"at most {first.tokens_per_s:,.0f} tokens/s for one stream"
     return chapter
 
 
-def _against_hardware(data: Mapping[str, Any], place: int) -> Chapter | None:
-    """A run, a matrix or a baseline beside what the hardware allows."""
+def _against_hardware(data: Run | Matrix) -> Chapter | None:
+    """A run, a matrix or a baseline beside what the hardware allows; None if that is not known."""
+    loads: Sequence[Run] = data.cells if isinstance(data, Matrix) else [data]
+    allowed = [(each.name, each.roofline) for each in loads if each.roofline is not None]
+    rows = [
+        [name, of, *_verdict(verdict)]
+        for name, each in allowed
+        for of, verdict in (("decode", each.decode), ("prefill", each.prefill), ("step", each.step))
+        if verdict is not None
+    ]
+    if not rows:
+        return None
     chapter = _chapter(
         data,
         "Measured against the hardware",
         "MBU is the share of the memory bandwidth that decode used, MFU the share of the compute "
         "that prefill used. Host-bound means that neither explains the time.",
     )
-    cells = data.get("cells")
-    source_of = (
-        [(str(each["name"]), each.get("roofline") or {}) for each in cells]
-        if cells
-        else [(str(data.get("name") or ""), data.get("roofline") or {})]
-    )
-    rows = []
-    for name, verdicts in source_of:
-        for what in ("decode", "prefill", "step"):
-            if verdict := verdicts.get(what):
-                rows.append([name, what, *_verdict(verdict)])
-    if not rows:
-        return None
     head = ["load", "of", "took, ms", "least, ms", "MBU", "MFU", "bound"]
     chapter.tables = [Table(head=head, rows=rows)]
-    source = (data.get("roofline") or {}).get("ceilings", {}).get("source")
-    chapter.sentences = [f"Ceilings: {source}."] if source else []
-    best = max((v["decode"]["mbu"] for _, v in source_of if v.get("decode")), default=None)
+    if data.roofline and data.roofline.ceilings:
+        chapter.sentences = [f"Ceilings: {data.roofline.ceilings.source}."]
+    best = max((each.decode.mbu for _, each in allowed if each.decode), default=None)
     if best is not None:
         chapter.gain = f"decode MBU {best:.2f} at best"
-        full = max((v["prefill"]["mfu"] for _, v in source_of if v.get("prefill")), default=None)
+        full = max((each.prefill.mfu for _, each in allowed if each.prefill), default=None)
         chapter.gain += f", prefill MFU {full:.2f}" if full is not None else ""
     return chapter
 
 
-def _verdict(verdict: Mapping[str, Any]) -> list[Any]:
+def _verdict(verdict: Verdict) -> list[Any]:
     return [
-        _ms(verdict["took_s"]),
-        _ms(verdict["least_s"]),
-        _share(verdict["mbu"]),
-        _share(verdict["mfu"]),
-        f"{verdict['bound']}, {min(verdict['times'], 999):.1f}x",
+        _ms(verdict.took_s),
+        _ms(verdict.least_s),
+        _share(verdict.mbu),
+        _share(verdict.mfu),
+        f"{verdict.bound}, {min(verdict.times, 999):.1f}x",
     ]
 
 
-def _profile(data: Mapping[str, Any], place: int) -> Chapter:
+def _profile(data: Profile) -> Chapter:
     chapter = _chapter(
         data,
         "Where the time goes",
         "Shares of all time in which the GPU ran something. What it did not run is the host's: "
         "a step is launch-bound where the GPU waits for what to do next.",
     )
-    families = sorted({each["family"] for case in data["cases"] for each in _families(case)})
-    rows = []
-    for case in data["cases"]:
-        shares = {each["family"]: each["share"] for each in _families(case)}
-        busy = case.get("busy_share")
-        rows.append(
-            [
-                case["name"],
-                _ms(case["took_s"]),
-                "—" if busy is None else f"{busy:.0%}",
-                *(_share(shares.get(family, 0.0)) for family in families),
-            ]
-        )
-        chapter.sentences.append(f"{case['name']}: {case['summary']['text']}.")
-        if case.get("verdict"):
-            chapter.sentences.append(f"{case['name']}: {case['verdict']['text']}.")
+    families = sorted({each.family for case in data.cases for each in case.summary.families})
+    rows, bounds = [], []
+    for case in data.cases:
+        shares = {each.family: each.share for each in case.summary.families}
+        busy = "—" if case.busy_share is None else f"{case.busy_share:.0%}"
+        cells = [_share(shares.get(family, 0.0)) for family in families]
+        rows.append([case.name, _ms(case.took_s), busy, *cells])
+        chapter.sentences.append(f"{case.name}: {case.summary.text}.")
+        if case.verdict:
+            chapter.sentences.append(f"{case.name}: {case.verdict.text}.")
+            bounds.append(f"{case.name} is {case.verdict.bound}")
     chapter.tables = [Table(head=["case", "step, ms", "GPU busy", *families], rows=rows)]
-    bounds = {case["name"]: case["verdict"]["bound"] for case in data["cases"] if case["verdict"]}
-    chapter.gain = ", ".join(f"{name} is {bound}" for name, bound in bounds.items())
+    chapter.gain = ", ".join(bounds)
     return chapter
 
 
-def _families(case: Mapping[str, Any]) -> list[dict[str, Any]]:
-    families: list[dict[str, Any]] = case["summary"]["families"]
-    return families
-
-
-def _kv(data: Mapping[str, Any], place: int) -> Chapter:
+def _kv(data: KvCache, place: int) -> Chapter:
     chapter = _chapter(
         data,
         "The KV cache",
         "A cache that is full before the engine is busy limits throughput; preemptions say that "
         "more was let in than fits.",
     )
-    view, samples = data["kv"], data.get("samples") or []
+    view = data.kv
     chapter.sentences = [
-        f"{view['blocks']:,} blocks of {view['block_tokens']} tokens hold {view['tokens']:,} "
-        f"tokens; {view['used_peak']:.0%} were in use at most.",
-        f"{view['waste_share']:.1%} of the blocks in use was empty; "
-        f"{view['preempted']} sequences were preempted.",
+        f"{view.blocks:,} blocks of {view.block_tokens} tokens hold {view.tokens:,} "
+        f"tokens; {view.used_peak:.0%} were in use at most.",
+        f"{view.waste_share:.1%} of the blocks in use was empty; "
+        f"{view.preempted} sequences were preempted.",
     ]
-    rows = [[f"{int(length):,}", f"{count:,}"] for length, count in view["fits"].items()]
+    rows = [[f"{length:,}", f"{count:,}"] for length, count in view.fits.items()]
     chapter.tables = [Table(caption="How many fit", head=["tokens", "sequences"], rows=rows)]
-    if samples:
-        chapter.figures = [Markup(plots.timeline(_kv_panels(view, samples), f"kv{place}"))]
+    if data.samples:
+        chapter.figures = [Markup(plots.timeline(_kv_panels(view, data.samples), f"kv{place}"))]
     return chapter
 
 
-def _kv_panels(view: Mapping[str, Any], samples: Sequence[Mapping[str, float]]) -> list[Panel]:
+def _kv_panels(view: View, samples: Sequence[Mapping[str, float]]) -> list[Panel]:
     at_s = [sample["t_s"] for sample in samples]
 
     def curve(label: str, values: Sequence[float]) -> Curve:
         return Curve(label=label, x=at_s, y=values)
 
-    size = view["block_tokens"]
+    size = view.block_tokens
     allocated = curve("allocated", [sample["blocks"] * size for sample in samples])
     filled = curve("written", [sample["tokens"] for sample in samples])
     running = curve("running", [sample["running"] for sample in samples])
@@ -277,157 +275,144 @@ def _kv_panels(view: Mapping[str, Any], samples: Sequence[Mapping[str, float]]) 
     ]
 
 
-def _scheduler(data: Mapping[str, Any], place: int) -> Chapter:
+def _scheduler(data: Schedules) -> Chapter:
     chapter = _chapter(
         data,
         "Who waits for whom",
         "Short prompts behind long ones: how long each waits for its first token, and how often a "
         "short one that came later was answered first.",
     )
-    chapter.sentences = [f"{text}." for text in data.get("advice") or []]
-    rows = []
-    for case in data["cases"]:
-        rows.append(
-            [
-                case["policy"],
-                "on" if case["chunked"] else "off",
-                *(_ms(case["ttft_p50_s"].get(kind)) for kind in ("short", "long")),
-                *(_ms(case["ttft_max_s"].get(kind)) for kind in ("short", "long")),
-                _share(case["jumped"]),
-                _share(case["overtaken"]),
-                f"{case['tokens_per_s']:,.0f}",
-            ]
-        )
+    chapter.sentences = [f"{text}." for text in data.advice]
+    rows = [
+        [
+            case.policy,
+            "on" if case.chunked else "off",
+            *(_ms(case.ttft_p50_s.get(kind)) for kind in ("short", "long")),
+            *(_ms(case.ttft_max_s.get(kind)) for kind in ("short", "long")),
+            _share(case.jumped),
+            _share(case.overtaken),
+            f"{case.tokens_per_s:,.0f}",
+        ]
+        for case in data.cases
+    ]
     head = ["policy", "chunks", "short p50, ms", "long p50, ms", "short max, ms", "long max, ms"]
     head += ["short answered first", "long overtaken", "tokens/s"]
     chapter.tables = [Table(head=head, rows=rows)]
     return chapter
 
 
-def _tune(data: Mapping[str, Any], place: int) -> Chapter:
+def _tune(data: Tuned, place: int) -> Chapter:
     chapter = _chapter(
         data,
         "Tuned",
         "What each value multiplies the score by, beside vLLM's default; an interval that crosses "
         "1 is no difference.",
     )
-    best, default, gain = data.get("best"), data.get("default"), data.get("gain")
+    best = data.best
     if best:
         chapter.sentences.append(
-            f"Best of {len(data['trials'])} settings: {best['described']}, "
-            f"{best['score']:,.4g} {data['score']}."
+            f"Best of {len(data.trials)} settings: {best.described}, "
+            f"{best.score:,.4g} {data.score}."
         )
-    if gain and gain.get("ratio") and best and default:
-        chapter.gain = _gained(gain, f"{data['score']} by {best['described']}")
+    if data.gain and best and data.default:
+        chapter.gain = _gained(data.gain, f"{data.score} by {best.described}")
         chapter.sentences.append(f"{chapter.gain}.")
-    effects = data.get("effects") or []
-    if effects:
+    if data.effects:
         rows = [
             Ratio(
-                label=f"{each['knob']} {knobs.describe({'': each['value']}).strip()}",
-                ratio=each["ratio"],
-                low=each["low"],
-                high=each["high"],
+                label=f"{each.knob} {knobs.describe({'': each.value}).strip()}",
+                ratio=each.ratio,
+                low=each.low,
+                high=each.high,
                 verdict=_better(each),
             )
-            for each in effects
+            for each in data.effects
         ]
         svg = plots.ratios([("", rows)], "times the default (log)", f"effects{place}")
         chapter.figures = [Markup(svg)]
     trials = [
-        [
-            each["described"],
-            each["rung"],
-            each["failure"][:120] if each["failure"] else f"{each['score']:,.4g}",
-        ]
-        for each in sorted(
-            data.get("trials") or [], key=lambda each: (-each["rung"], -each["score"])
-        )
+        [each.described, each.rung, each.failure[:120] or f"{each.score:,.4g}"]
+        for each in sorted(data.trials, key=lambda each: (-each.rung, -each.score))
     ]
-    chapter.tables = [Table(head=["setting", "rung", str(data["score"])], rows=trials)]
-    pruned = [[name, why] for name, why in (data.get("pruned") or {}).items()]
+    chapter.tables = [Table(head=["setting", "rung", data.score], rows=trials)]
+    pruned = [[name, why] for name, why in data.pruned.items()]
     if pruned:
         caption = "Not measured"
         chapter.tables.append(Table(caption=caption, head=["setting", "because"], rows=pruned))
     return chapter
 
 
-def _better(effect: Mapping[str, Any]) -> str:
-    low, high = effect.get("low"), effect.get("high")
+def _better(effect: Effect) -> str:
+    low, high = effect.low, effect.high
     if low is None or high is None or low <= 1 <= high:
         return "noise"
     return "better" if low > 1 else "worse"
 
 
-def _gained(gain: Mapping[str, Any], what: str) -> str:
-    text = f"{gain['ratio']:.2f} times the {what}"
-    low, high = gain.get("low"), gain.get("high")
-    return text + (f" ({low:.2f} to {high:.2f})" if low is not None and high is not None else "")
+def _gained(gain: Gain, what: str) -> str:
+    text, low, high = f"{gain['ratio']:.2f} times the {what}", gain["low"], gain["high"]
+    return text if low is None or high is None else f"{text} ({low:.2f} to {high:.2f})"
 
 
-def _confirm(data: Mapping[str, Any], place: int) -> Chapter:
+def _confirm(data: Confirmed) -> Chapter:
     chapter = _chapter(
         data,
-        f"Confirmed ({data['system']})",
+        f"Confirmed ({data.system})",
         "The defaults and the tuned setting once more, each started afresh with its arguments.",
     )
-    gain = data.get("gain")
-    if gain and gain.get("ratio"):
-        chapter.gain = _gained(gain, f"defaults' score, as {data['system']}")
+    if data.gain:
+        chapter.gain = _gained(data.gain, f"defaults' score, as {data.system}")
         chapter.sentences = [f"{chapter.gain}."]
     rows = [
         [name, ", ".join(f"{value:,.4g}" for value in values)]
-        for name, values in data["scores"].items()
+        for name, values in data.scores.items()
     ]
     chapter.tables = [Table(head=["setting", "scores"], rows=rows)]
     return chapter
 
 
-def _scale(data: Mapping[str, Any], place: int) -> Chapter:
+def _scale(data: Scaled, place: int) -> Chapter:
     chapter = _chapter(
         data,
         "More GPUs",
         "Tensor parallelism shortens a step, replicas add up: compare the time per token of one "
         "request and the tokens/s of all.",
     )
-    chapter.gain = "; ".join(data.get("advice") or [])
-    chapter.tables, chapter.sentences, chapter.figures = [], [], []
-    for each in data.get("workloads") or [{"workload": "", **data}]:
-        what = each["workload"]
-        chapter.sentences += [f"{what}, {text}." if what else f"{text}." for text in each["advice"]]
-        chapter.tables.append(_scale_table(what, each["table"]))
-        panels = _scale_panels([row for row in each["table"] if not row["failure"]])
+    chapter.gain = "; ".join(data.advice)
+    for each in data.workloads or [OfWorkload(table=data.table, advice=data.advice)]:
+        what = each.workload
+        chapter.sentences += [f"{what}, {text}." if what else f"{text}." for text in each.advice]
+        chapter.tables.append(_scale_table(what, each.table))
+        panels = _scale_panels([row for row in each.table if not row.failure])
         if panels:
             name = f"scale{place}-{len(chapter.figures)}"
             chapter.figures.append(Markup(plots.curves(panels, "GPUs", name)))
     return chapter
 
 
-def _scale_table(what: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _scale_table(what: str, rows: Sequence[Layout]) -> Table:
     head = ["layout", "GPUs", "TTFT alone, ms", "TPOT alone, ms", "tokens/s at 100"]
     head += ["tokens/s saturated", "of linear"]
     table = Table(caption=what, head=head, rows=[])
     for each in rows:
-        if each["failure"] and not each["saturated"]:
-            table.rows.append([each["name"], each["gpus"], each["failure"][:160], "", "", "", ""])
+        if each.failure and not each.saturated:
+            table.rows.append([each.name, each.gpus, each.failure[:160], "", "", "", ""])
             continue
         table.rows.append(
             [
-                each["name"],
-                each["gpus"],
-                _ms(each["ttft_s"]),
-                _ms(each["tpot_s"]),
-                _number(each["tokens_per_s"]),
-                _number(each["saturated"]),
-                _share(each["saturated_efficiency"]),
+                each.name,
+                each.gpus,
+                _ms(each.ttft_s),
+                _ms(each.tpot_s),
+                _number(each.tokens_per_s),
+                _number(each.saturated),
+                _share(each.saturated_efficiency),
             ]
         )
     return table
 
 
-def _scale_panels(
-    table: Sequence[Mapping[str, Any]],
-) -> list[tuple[str, str, Sequence[Curve]]]:
+def _scale_panels(table: Sequence[Layout]) -> list[tuple[str, str, Sequence[Curve]]]:
     panels: list[tuple[str, str, Sequence[Curve]]] = []
     for metric, title, unit, times in (
         ("tpot_s", "Time per token of one request", "ms", 1e3),
@@ -436,10 +421,13 @@ def _scale_panels(
         lines = []
         # One GPU is where both lines begin.
         for label, other in (("tensor parallelism", "replicas"), ("replicas", "tensor_parallel")):
-            mine = [each for each in table if each[other] == 1 and each[metric]]
+            mine = [
+                (float(each.gpus), value * times)
+                for each in table
+                if getattr(each, other) == 1 and (value := getattr(each, metric))
+            ]
             if len(mine) > 1:
-                x = [float(each["gpus"]) for each in mine]
-                lines.append(Curve(label=label, x=x, y=[each[metric] * times for each in mine]))
+                lines.append(Curve(label=label, x=[x for x, _ in mine], y=[y for _, y in mine]))
         if lines:
             panels.append((title, unit, lines))
     return panels
@@ -459,14 +447,3 @@ def _number(value: float | None) -> str:
 def _share(value: float | None) -> Any:
     """A share with its shade; a dash where it is not known."""
     return "—" if value is None else (f"{value:.1%}", min(60, round(55 * min(value, 1.0))))
-
-
-_MAKERS: Mapping[str, Any] = {
-    "roofline": _roofline,
-    "profile": _profile,
-    "kv": _kv,
-    "scheduler": _scheduler,
-    "tune": _tune,
-    "confirm": _confirm,
-    "scale": _scale,
-}

@@ -5,7 +5,7 @@ is known. `run` joins one to an `async probe(x, count) -> records`, x being user
 second.
 """
 
-from bench.search.control import Controller, Probe, as_json, run
+from bench.search.control import Controller, Probe, run, summarise
 from bench.search.rate import Forecast, RatePoint, RateResult, RateSearch, Share
 from bench.search.sweep import Sweep, SweepResult, UsersPoint
 
@@ -20,6 +20,6 @@ __all__ = [
     "Sweep",
     "SweepResult",
     "UsersPoint",
-    "as_json",
     "run",
+    "summarise",
 ]

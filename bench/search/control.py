@@ -1,9 +1,7 @@
 """What joins a search to its probes: `ask`, `tell`, `result`, and a loop around them."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, TypeVar
-
-import msgspec
+from typing import Protocol, TypeVar
 
 from bench import measure
 from bench.records import Record
@@ -46,12 +44,8 @@ async def run(
     return controller.result
 
 
-def as_json(result: RateResult | SweepResult) -> dict[str, Any]:
-    """A search for result.json: what was found and, of each point, the summary of its probes."""
-    data: dict[str, Any] = msgspec.to_builtins(result)
+def summarise(result: RateResult | SweepResult) -> None:
+    """Give each point the summary of its probes, once they are over."""
     points: Sequence[RatePoint | UsersPoint] = result.points
-    for point, raw in zip(points, data["points"], strict=True):
-        raw["summary"] = measure.summary(point.measures)
-        if isinstance(point, RatePoint):
-            raw["resolved"] = point.verdict != "unresolved"
-    return data
+    for point in points:
+        point.summary = measure.summary(point.measures)

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import correlation, interval, measure
-from bench.measure import Measures, Slo, validity
+from bench.measure import Mean, Measures, Slo, validity
 from bench.records import Record
+from bench.result import Asked
 from bench.search.knee import Block, Knee, expected_slope, fit, forgets
 
 Verdict = Literal["pass", "fail", "unresolved"]
@@ -78,14 +79,16 @@ class RatePoint(msgspec.Struct, kw_only=True):
 
     Attributes:
         verdict: by the interval of the whole search, where there is one.
+        summary: of `measures`, once the search is over.
     """
 
     rate: float
     verdict: Verdict = "unresolved"
     looks: int = 0
     share: Share = msgspec.field(default_factory=Share)
-    measures: list[Measures] = msgspec.field(default_factory=list)
-    doubts: list[str] = msgspec.field(default_factory=list)
+    measures: list[Measures] = []
+    summary: dict[str, Mean] = {}
+    doubts: list[str] = []
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,7 +98,7 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-class RateResult(msgspec.Struct, kw_only=True):
+class RateResult(Asked, frozen=True, kw_only=True):
     """The highest rate under the objective lies from `rate` to `fails_at`.
 
     Attributes:
@@ -112,16 +115,16 @@ class RateResult(msgspec.Struct, kw_only=True):
         points: in the order of their rates.
     """
 
-    estimate: float | None
+    benchmark: str = "search"
+    estimate: float | None = None
     rate: float | None
     fails_at: float | None
-    confidence: float
+    confidence: float = 0.0
     resolved: bool
     reason: str
-    goodput_per_s: float | None
-    elapsed_s: float
-    forecast: Forecast | None
-    doubts: list[str]
+    goodput_per_s: float | None = None
+    elapsed_s: float = 0.0
+    forecast: Forecast | None = None
     points: list[RatePoint]
 
 

@@ -13,8 +13,9 @@ from statistics import fmean
 import msgspec
 
 from bench import interval, measure
-from bench.measure import Measures, validity
+from bench.measure import Mean, Measures, validity
 from bench.records import Record
+from bench.result import Asked
 
 _LOOKS = 4
 _SLICES = 10
@@ -30,6 +31,7 @@ class UsersPoint(msgspec.Struct, kw_only=True):
         gain: throughput over that of the point before; gain_low and gain_high are its interval,
             at the confidence of one look.
         resolved: whether that interval tells growth from none.
+        summary: of `measures`, once the sweep is over.
     """
 
     users: int
@@ -41,11 +43,12 @@ class UsersPoint(msgspec.Struct, kw_only=True):
     gain: float | None = None
     gain_low: float | None = None
     gain_high: float | None = None
-    measures: list[Measures] = msgspec.field(default_factory=list)
-    doubts: list[str] = msgspec.field(default_factory=list)
+    measures: list[Measures] = []
+    summary: dict[str, Mean] = {}
+    doubts: list[str] = []
 
 
-class SweepResult(msgspec.Struct, kw_only=True):
+class SweepResult(Asked, frozen=True, kw_only=True):
     """Where more users bring no more throughput.
 
     Attributes:
@@ -56,11 +59,11 @@ class SweepResult(msgspec.Struct, kw_only=True):
         doubts: of every point.
     """
 
+    benchmark: str = "sweep"
     users: int | None
     tokens_per_s: float | None
     resolved: bool
     reason: str
-    doubts: list[str]
     points: list[UsersPoint]
 
 

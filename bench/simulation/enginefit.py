@@ -27,7 +27,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -36,6 +35,7 @@ from numpy.typing import NDArray
 from bench import measure, result
 from bench.errors import BenchError, ResultError
 from bench.records import Record, read
+from bench.result import Asked
 from bench.simulation.enginemodel import Costs, Engine, Job, serve, serve_closed
 from bench.traffic import schedule
 
@@ -132,7 +132,7 @@ def _load(path: Path, top: Path) -> Load:
 def _think_s(folder: Path) -> float:
     """Of the load that the folder's result names; 0 where it names none."""
     try:
-        load = schedule.parse(str(result.read(folder).get("load", "")))
+        load = schedule.parse(result.read(folder, run=Asked, sweep=Asked, search=Asked).load)
     except BenchError:
         return 0.0
     return load.think_s if isinstance(load, schedule.Closed) else 0.0
@@ -392,11 +392,6 @@ def summary(foretold: Sequence[Foretold]) -> dict[str, dict[str, float]]:
 
 
 # --- keeping it -----------------------------------------------------------------------------
-
-
-def to_json(engine: Engine) -> dict[str, Any]:
-    built: dict[str, Any] = msgspec.to_builtins(engine)
-    return built
 
 
 def from_json(path: Path) -> Engine:

@@ -16,6 +16,7 @@ import numpy as np
 
 from bench import result
 from bench.errors import ResultError
+from bench.figures import Run
 from bench.records import Record, read
 from bench.simulation.enginemodel import Job
 from bench.simulation.fleet import Timeline
@@ -40,9 +41,9 @@ class Measured:
     @classmethod
     def read(cls, folder: Path) -> "Measured":
         """Raises ResultError where replicas were not counted, or nothing was answered."""
-        data = result.read(folder)
-        samples: list[dict[str, Any]] = next(iter(data.get("server") or []), [])
-        present = [each for each in samples if each.get("wanted") is not None]
+        run = result.read(folder, run=Run)
+        samples = run.server[0] if run.server else []
+        present = [sample for sample in samples if sample.wanted is not None]
         if not present:
             problem = "replicas were not counted; run it with --dashboard http://host:port"
             raise ResultError(f"{folder}: {problem}")
@@ -50,10 +51,10 @@ class Measured:
         if not any(record.ok for record in records):
             raise ResultError(f"{folder}: no request was answered")
         columns = ("t_s", "wanted", "replicas", "starting", "stopping")
-        t_s, *counted = ([each[name] for each in present] for name in columns)
-        wanted, serving, starting, draining = ([int(record) for record in each] for each in counted)
+        t_s, *counted = ([getattr(each, name) for each in present] for name in columns)
+        wanted, serving, starting, draining = ([int(count) for count in each] for each in counted)
         return cls(
-            name=str(data["name"]),
+            name=run.name,
             records=tuple(sorted(records, key=lambda record: record.planned_s)),
             timeline=Timeline(
                 t_s=t_s, wanted=wanted, serving=serving, starting=starting, draining=draining

@@ -22,9 +22,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -34,11 +33,20 @@ from bench.errors import BenchError
 from bench.measure import Measures, Slo
 from bench.options import whole
 from bench.records import Record
-from bench.simulation import enginefit, enginemodel, fleet, policies, reality
+from bench.result import Line
+from bench.simulation import (
+    enginefit,
+    enginemodel,
+    fleet,
+    policies,
+    reality,
+    simulation_page,
+)
 from bench.simulation.case import Case, Draw
 from bench.simulation.enginemodel import Engine, Job
 from bench.simulation.fleet import Fleet, Outcome
 from bench.simulation.reality import Measured
+from bench.simulation.simulated import Beside, Error, Simulated, Simulation, Tried, Validated
 from bench.simulation.trials import Strain, Trial, over_seeds
 
 MEASURED = "measured"
@@ -51,7 +59,7 @@ _MINUTE_S = 60.0
 
 def simulate(
     case: Case, texts: Sequence[str], folder: Path | None = None, keep: bool = False
-) -> dict[str, Any]:
+) -> Simulated:
     """Every policy's best trial; written to `folder`, with a page, if given.
 
     With `keep` also the records of it, each policy a repeat: a gigabyte for an hour of traffic.
@@ -77,10 +85,8 @@ def simulate(
     if case.beside is not None:
         simulated.insert(0, _measured(case, case.beside))
     data = _result(case, jobs, simulated)
-    from bench.simulation import simulation_page
-
     if folder is not None:
-        result.write(folder, data)
+        data = result.write(folder, data)
         page = simulation_page.page(data)
         (folder / result.REPORT).write_text(page, encoding="utf-8")
     _say(simulation_page.table(data))
@@ -116,13 +122,13 @@ def _search(
         trials.append(over_seeds([trial for trial, _ in runs], strains))
         if _best(trials, slo) is trials[-1]:
             first = [runs[0][1]]
-        if stops and trials[-1].holds(slo):
+        if stops and trials[-1].verdict(slo):
             break
     return trials, first[0].records()
 
 
 def _best(trials: Sequence[Trial], slo: Slo) -> Trial:
-    holding = [trial for trial in trials if trial.holds(slo)]
+    holding = [trial for trial in trials if trial.verdict(slo)]
     if holding:
         return min(holding, key=lambda trial: trial.gpu_hours)
     return max(trials, key=lambda trial: trial.kept)
@@ -225,43 +231,42 @@ def _by_minute(at_s: Sequence[float], met: Sequence[bool]) -> list[tuple[float, 
 
 def _result(
     case: Case, jobs: Sequence[Job], simulated: Sequence[tuple[str, Trial, Measures, list[Trial]]]
-) -> dict[str, Any]:
-    settings = {
-        "workload": case.workload,
-        "load": case.load,
-        "copies": case.copies,
-        "seed": case.seed,
-        "seeds": case.seeds,
-        "requests": len(jobs),
-        "duration_s": jobs[-1].at_s if jobs else 0.0,
-        "judged_from_s": case.judged_from_s,
-        "slo": msgspec.to_builtins(case.slo),
-        "fleet": asdict(case.fleet),
-        "requests_per_s": _per_minute(jobs),
-    }
-    rows = [
-        {
-            "policy": text,
-            **_plain(best),
-            "measures": msgspec.to_builtins(measures),
-            "holds": best.holds(case.slo),
-            "tried": [
-                {
-                    "spec": trial.spec,
-                    "kept": trial.kept,
-                    "kept_interval": _plain(trial)["kept_interval"],
-                    "gpu_hours": trial.gpu_hours,
-                    "holds": trial.holds(case.slo),
-                }
-                for trial in trials
-            ],
-        }
-        for text, best, measures, trials in simulated
-    ]
-    if case.beside is not None:
-        settings["beside"] = _beside(case.beside, [best for _, best, _, _ in simulated])
-    head = result.header("simulate", f"{case.workload} {case.load}")
-    return head | settings | {"valid": True, "doubts": [], "notes": _notes(case), "policies": rows}
+) -> Simulated:
+    return Simulated(
+        **result.header(f"{case.workload} {case.load}"),
+        workload=case.workload,
+        load=case.load,
+        copies=case.copies,
+        seed=case.seed,
+        seeds=case.seeds,
+        requests=len(jobs),
+        duration_s=jobs[-1].at_s if jobs else 0.0,
+        judged_from_s=case.judged_from_s,
+        slo=case.slo,
+        fleet=case.fleet,
+        requests_per_s=_per_minute(jobs),
+        beside=_beside(case.beside, [best for _, best, _, _ in simulated]) if case.beside else None,
+        notes=_notes(case),
+        policies=[
+            Simulation(
+                **vars(best),
+                policy=text,
+                measures=measures,
+                holds=best.verdict(case.slo),
+                tried=[
+                    Tried(
+                        spec=trial.spec,
+                        kept=trial.kept,
+                        kept_interval=trial.kept_interval,
+                        gpu_hours=trial.gpu_hours,
+                        holds=trial.verdict(case.slo),
+                    )
+                    for trial in trials
+                ],
+            )
+            for text, best, measures, trials in simulated
+        ],
+    )
 
 
 def _notes(case: Case) -> list[str]:
@@ -272,30 +277,23 @@ def _notes(case: Case) -> list[str]:
     return []
 
 
-def _beside(beside: Measured, trials: Sequence[Trial]) -> dict[str, Any]:
+def _beside(beside: Measured, trials: Sequence[Trial]) -> Beside:
     """How far the simulated fleets are from the measured one, the first of the trials."""
     measured, *simulated = trials
-    return {
-        "run": beside.name,
-        "start_s": beside.start_s,
-        "policies": [
-            {
-                "spec": trial.spec,
-                "gpu_hours_error": trial.gpu_hours / measured.gpu_hours - 1,
-                "kept_minus_measured": trial.kept - measured.kept,
-                "replicas_most_minus_measured": trial.replicas_most - measured.replicas_most,
-                "serving_apart_mean": reality.apart(trial.timeline, beside),
-            }
+    return Beside(
+        run=beside.name,
+        start_s=beside.start_s,
+        policies=[
+            Error(
+                spec=trial.spec,
+                gpu_hours_error=trial.gpu_hours / measured.gpu_hours - 1,
+                kept_minus_measured=trial.kept - measured.kept,
+                replicas_most_minus_measured=trial.replicas_most - measured.replicas_most,
+                serving_apart_mean=reality.apart(trial.timeline, beside),
+            )
             for trial in simulated
         ],
-    }
-
-
-def _plain(trial: Trial) -> dict[str, Any]:
-    built: dict[str, Any] = msgspec.to_builtins(trial)
-    for name in ("kept_interval", "gpu_hours_interval"):
-        built[name] = None if built[name] is None else list(built[name])
-    return built
+    )
 
 
 def _per_minute(jobs: Sequence[Job]) -> list[tuple[float, float]]:
@@ -353,7 +351,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name.replace('_', '-')}", type=int, help="of the engine")
 
 
-def command(options: argparse.Namespace) -> dict[str, Any]:
+def command(options: argparse.Namespace) -> Line:
     """What `python -m bench simulate` does; the last line of its output."""
     engine = _engine(options)
     if options.validate:
@@ -394,14 +392,9 @@ def command(options: argparse.Namespace) -> dict[str, Any]:
     data = simulate(case, options.policy or DEFAULT_POLICIES, options.out, options.records)
     keys = ["spec", "kept", "kept_interval", "holds", "gpu_hours", "gpu_hours_interval"]
     keys += ["changes", "replicas_mean"]
-    return {
-        "benchmark": "simulate",
-        "name": data["name"],
-        "valid": True,
-        "out": str(options.out),
-        "report": str(options.out / result.REPORT),
-        "policies": [{key: row[key] for key in keys} for row in data["policies"]],
-    } | ({"beside": data["beside"]} if beside else {})
+    rows = [{key: getattr(row, key) for key in keys} for row in data.policies]
+    page, names = str(options.out / result.REPORT), ["beside"] if beside else []
+    return result.line(data, options.out, *names, report=page, policies=rows)
 
 
 def first(case: Case) -> int:
@@ -423,31 +416,23 @@ def _engine(options: argparse.Namespace) -> Engine:
     return replace(engine, **given) if given else engine
 
 
-def _validated(options: argparse.Namespace, engine: Engine) -> dict[str, Any]:
+def _validated(options: argparse.Namespace, engine: Engine) -> Line:
     """The engine fitted to measured runs, and how well such a fit foretells one it has not seen."""
     measured = enginefit.loads(options.validate)
     whole = enginefit.fit(measured, engine)
     foretold = enginefit.validate(measured, engine)
     errors = enginefit.summary(foretold)
     fitted = replace(engine, costs=whole.costs, name=f"fitted to {len(measured)} measured loads")
-    data = result.header("simulate", "validation") | {
-        "valid": True,
-        "doubts": [],
-        "engine": enginefit.to_json(fitted),
-        "fit": msgspec.to_builtins(whole),
-        "loads": msgspec.to_builtins(foretold),
-        "errors": errors,
-    }
-    result.write(options.out, data)
+    validated = Validated(
+        **result.header("validation"),
+        engine=fitted,
+        fit=whole,
+        loads=foretold,
+        errors=errors,
+    )
+    validated = result.write(options.out, validated)
     _say(enginefit.table(whole, foretold))
-    return {
-        "benchmark": "simulate",
-        "name": "validation",
-        "valid": True,
-        "out": str(options.out),
-        "costs": asdict(whole.costs),
-        "errors": errors,
-    }
+    return result.line(validated, options.out, "errors", costs=whole.costs)
 
 
 def _say(text: str) -> None:

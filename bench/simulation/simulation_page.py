@@ -13,7 +13,7 @@ import numpy as np
 from bench.measure import Slo
 from bench.pages import plots
 from bench.simulation import reality
-from bench.simulation.fleet import Timeline
+from bench.simulation.simulated import Simulated, Simulation, Tried
 from serve_app.document import document
 
 _POINTS = 400  # Of a curve in a plot.
@@ -29,32 +29,34 @@ _COLUMNS = (
 )
 
 
-def table(data: dict[str, Any]) -> str:
+def table(data: Simulated) -> str:
     """The result as text: one line a policy, and its replicas over time."""
     rows = [list(_COLUMNS)]
-    for row in data["policies"]:
-        rows.append([row["spec"], *cells(row)])
+    for row in data.policies:
+        rows.append([row.spec, *cells(row)])
     widths = [max(len(row[place]) for row in rows) for place in range(len(_COLUMNS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    highest = max((row["replicas_most"] for row in data["policies"]), default=1)
+    highest = max((row.replicas_most for row in data.policies), default=1)
     lines += ["", f"replicas over time, of {highest}"]
-    lines += [f"{bar(row, highest)}  {row['spec']}" for row in data["policies"]]
-    return "\n".join([*lines, *data["notes"]])
+    lines += [f"{bar(row, highest)}  {row.spec}" for row in data.policies]
+    return "\n".join([*lines, *data.notes])
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def cells(row: Simulation) -> list[str]:
     """The figures of one policy, as text; without its name."""
-    measures = row["measures"]
+    measures = row.measures
     return [
-        _with_interval(row["kept"], row["kept_interval"], 100) + _VERDICTS[row["holds"]],
-        _with_interval(row["gpu_hours"], row["gpu_hours_interval"]),
-        "/".join(_number(measures[f"ttft_p{percent}_s"], 2) for percent in (50, 95, 99)),
-        "/".join(_number(measures[f"tpot_p{percent}_s"], 0, 1e3) for percent in (50, 95, 99)),
-        f"{row['changes']} ({row['reversals']} back)",
-        f"{row['replicas_mean']:.2f}, at most {row['replicas_most']}",
+        _with_interval(row.kept, row.kept_interval, 100) + _VERDICTS[row.holds],
+        _with_interval(row.gpu_hours, row.gpu_hours_interval),
+        "/".join(_number(getattr(measures, f"ttft_p{percent}_s"), 2) for percent in (50, 95, 99)),
+        "/".join(
+            _number(getattr(measures, f"tpot_p{percent}_s"), 0, 1e3) for percent in (50, 95, 99)
+        ),
+        f"{row.changes} ({row.reversals} back)",
+        f"{row.replicas_mean:.2f}, at most {row.replicas_most}",
     ]
 
 
@@ -72,7 +74,7 @@ def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
     return "-" if value is None else f"{value * scale:.{digits}f}"
 
 
-def bar(row: dict[str, Any], highest: int, width: int = 80) -> str:
+def bar(row: Simulation, highest: int, width: int = 80) -> str:
     """Replicas that are paid for, over time."""
     paid = _paid(row)
     if not len(paid):
@@ -84,8 +86,8 @@ def bar(row: dict[str, Any], highest: int, width: int = 80) -> str:
     )
 
 
-def _paid(row: dict[str, Any]) -> Any:
-    return reality.paid(Timeline(**row["timeline"]))
+def _paid(row: Simulation) -> Any:
+    return reality.paid(row.timeline)
 
 
 # --- the page -------------------------------------------------------------------------------
@@ -104,27 +106,27 @@ $price
 """)
 
 
-def page(data: dict[str, Any]) -> str:
+def page(data: Simulated) -> str:
     """The result as an HTML page that needs nothing else."""
-    slo, size = Slo(**data["slo"]), data["fleet"]
+    slo, size = data.slo or Slo(), data.fleet
     limits = [
         f"{name} {value * 1e3:g} ms"
         for name, value in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s), ("whole", slo.e2e_s))
         if value is not None
     ]
     about = (
-        f"{data['requests']} requests of {data['workload']}, {data['load']}, {data['copies']} of "
-        f"each; {size['engine']['name']}; a replica starts in {size['start_s']:g} s, "
-        f"{size['min_replicas']} to {size['max_replicas']} of them. Objective: "
+        f"{data.requests} requests of {data.workload}, {data.load}, {data.copies} of "
+        f"each; {size.engine.name}; a replica starts in {size.start_s:g} s, "
+        f"{size.min_replicas} to {size.max_replicas} of them. Objective: "
         f"{slo.percentile:g} % of requests with {', '.join(limits)}"
-        + (f", judged from {data['judged_from_s']:g} s on." if data["judged_from_s"] else ".")
+        + (f", judged from {data.judged_from_s:g} s on." if data.judged_from_s else ".")
         + _about_seeds(data)
     )
     rows = "".join(
         "<tr>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in (row["spec"], *cells(row)))
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in (row.spec, *cells(row)))
         + "</tr>\n"
-        for row in data["policies"]
+        for row in data.policies
     )
     body = _BODY.substitute(
         about=html.escape(about),
@@ -136,26 +138,26 @@ def page(data: dict[str, Any]) -> str:
     return document("Policies under one load, simulated", body)
 
 
-def _about_seeds(data: dict[str, Any]) -> str:
-    if data["seeds"] == 1:
-        return "".join(f" {note[0].upper()}{note[1:]}." for note in data["notes"])
+def _about_seeds(data: Simulated) -> str:
+    if data.seeds == 1:
+        return "".join(f" {note[0].upper()}{note[1:]}." for note in data.notes)
     return (
-        f" Shares and GPU-hours are means over {data['seeds']} seeds with 95 % intervals; "
+        f" Shares and GPU-hours are means over {data.seeds} seeds with 95 % intervals; "
         "latencies, changes and plots are of the first seed."
     )
 
 
-def _timeline(data: dict[str, Any]) -> str:
-    t_s, per_s = zip(*data["requests_per_s"], strict=True) if data["requests_per_s"] else ((), ())
-    rows = data["policies"]
+def _timeline(data: Simulated) -> str:
+    t_s, per_s = zip(*data.requests_per_s, strict=True) if data.requests_per_s else ((), ())
+    rows = data.policies
     replicas = [_curve(row, _paid(row)) for row in rows]
-    queued = [row for row in rows if row["timeline"]["waiting"]]
-    waiting = [_curve(row, row["timeline"]["waiting"]) for row in queued]
+    queued = [row for row in rows if row.timeline.waiting]
+    waiting = [_curve(row, row.timeline.waiting) for row in queued]
     shown = [
         plots.Curve(
-            label=row["spec"],
-            x=[at_s for at_s, _ in row["kept_by_minute"]],
-            y=[100 * share for _, share in row["kept_by_minute"]],
+            label=row.spec,
+            x=[at_s for at_s, _ in row.kept_by_minute],
+            y=[100 * share for _, share in row.kept_by_minute],
         )
         for row in rows
     ]
@@ -169,28 +171,28 @@ def _timeline(data: dict[str, Any]) -> str:
     return plots.timeline(panels, "simulate")
 
 
-def _curve(row: dict[str, Any], values: Any) -> plots.Curve:
+def _curve(row: Simulation, values: Any) -> plots.Curve:
     """Thinned to the greatest value of each stretch."""
-    t_s = np.asarray(row["timeline"]["t_s"])
+    t_s = np.asarray(row.timeline.t_s)
     values = np.asarray(values, dtype=float)
     if len(t_s) > _POINTS:
         starts = np.linspace(0, len(t_s), _POINTS, endpoint=False).astype(int)
         t_s, values = t_s[starts], np.maximum.reduceat(values, starts)
-    return plots.Curve(label=row["spec"], x=t_s.tolist(), y=values.tolist())
+    return plots.Curve(label=row.spec, x=t_s.tolist(), y=values.tolist())
 
 
-def _price(data: dict[str, Any]) -> str:
-    least = 50 / max(1, data["requests"])  # Half a request: a log axis has no 0.
+def _price(data: Simulated) -> str:
+    least = 50 / max(1, data.requests)  # Half a request: a log axis has no 0.
     curves = []
-    for row in data["policies"]:
-        front = _front(row["tried"])
+    for row in data.policies:
+        front = _front(row.tried)
         curves.append(
             plots.Curve(
-                label=row["policy"],
-                x=[trial["gpu_hours"] for trial in front],
-                y=[max(least, 100 * (1 - trial["kept"])) for trial in front],
+                label=row.policy,
+                x=[trial.gpu_hours for trial in front],
+                y=[max(least, 100 * (1 - trial.kept)) for trial in front],
                 notes=[
-                    trial["spec"].partition(":")[2] if trial["spec"] == row["spec"] else ""
+                    trial.spec.partition(":")[2] if trial.spec == row.spec else ""
                     for trial in front
                 ],
             )
@@ -199,10 +201,10 @@ def _price(data: dict[str, Any]) -> str:
     return plots.curves([panel], "GPU-hours", "price")
 
 
-def _front(tried: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _front(tried: Sequence[Tried]) -> list[Tried]:
     """Of the settings of a policy those that no other beats in both price and share kept."""
-    front: list[dict[str, Any]] = []
-    for trial in sorted(tried, key=lambda trial: (trial["gpu_hours"], -trial["kept"])):
-        if not front or trial["kept"] > front[-1]["kept"]:
+    front: list[Tried] = []
+    for trial in sorted(tried, key=lambda trial: (trial.gpu_hours, -trial.kept)):
+        if not front or trial.kept > front[-1].kept:
             front.append(trial)
     return front

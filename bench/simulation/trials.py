@@ -72,7 +72,7 @@ class Trial:
     kept_interval: Bounds | None = None
     gpu_hours_interval: Bounds | None = None
 
-    def holds(self, slo: Slo) -> bool | None:
+    def verdict(self, slo: Slo) -> bool | None:
         """Whether the objective is held; None where the seeds do not decide it."""
         target = slo.percentile / 100
         if self.kept_interval is None:

@@ -4,7 +4,7 @@ import datetime
 import ipaddress
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from cryptography import x509
@@ -13,14 +13,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from bench import measure, result
-from bench.figures import Repeat, figures
+from bench.figures import Repeat, Run, figures
+from bench.matrix import Matrix
 from bench.measure import Slo
 from bench.pages import locust_report
+from bench.pages.locust_report import Locust
 from bench.records import Record, append
+from bench.result import Result
 from bench.scrape import Sample
+from bench.search import RateResult, SweepResult, UsersPoint
 from bench.traffic import workload
 from bench.traffic.load import Happening, Outcome
 
+R = TypeVar("R", bound=Result)
 MACHINE = {
     "processor": "A processor",
     "cores": 8,
@@ -85,7 +90,6 @@ def records(
 def header(benchmark: str, name: str, **more: Any) -> dict[str, Any]:
     return {
         "benchmark": benchmark,
-        "schema": 1,
         "name": name,
         "command": f"python -m bench {benchmark} --url http://127.0.0.1:8000 --out results/x",
         "started": "2026-01-02T03:04:05+00:00",
@@ -94,6 +98,11 @@ def header(benchmark: str, name: str, **more: Any) -> dict[str, Any]:
         "target": {"url": "http://127.0.0.1:8000", "model": "m", "endpoint": "completions"},
         **more,
     }
+
+
+def typed(kind: type[R], fields: Any) -> R:
+    """A result of fields that are plain or typed."""
+    return msgspec.convert(msgspec.to_builtins(fields, str_keys=True), kind, str_keys=True)
 
 
 def run(
@@ -107,7 +116,7 @@ def run(
     events: list[Happening] | None = None,
     interrupted: bool = False,
     **more: Any,
-) -> dict[str, Any]:
+) -> Run:
     """A run's folder. Returns its result."""
     outcomes = [
         Repeat(
@@ -117,17 +126,13 @@ def run(
         for each in repeats
     ]
     about = {"workload": "synthetic:input=100,output=40", "load": "poisson:rate=8", "seed": 0}
-    outcome = header("run", name, **about, slo=msgspec.to_builtins(slo))
-    outcome |= msgspec.to_builtins(figures(outcomes, slo, users)) | more
+    measured = msgspec.structs.asdict(figures(outcomes, slo, users))
     path = result.prepare(folder)
     append(path, [record for each in repeats for record in each])
-    result.write(folder, outcome)
-    return outcome
+    return result.write(folder, typed(Run, measured | header("run", name, **about) | more))
 
 
-def cells(
-    folder: Path, benchmark: str, name: str, speed: float = 1.0, per_user: int = 8
-) -> dict[str, Any]:
+def cells(folder: Path, benchmark: str, name: str, speed: float = 1.0, per_user: int = 8) -> Matrix:
     """A matrix or a baseline: every cell under load by its users."""
     done = []
     for place, cell in enumerate(workload.matrix()):
@@ -144,26 +149,22 @@ def cells(
             )
             for repeat in range(3)
         ]
-        outcome = figures([Repeat(outcome=Outcome(records=item)) for item in each], None, None)
-        about = {"cell": msgspec.to_builtins(cell), "name": cell.name}
-        done.append(about | msgspec.to_builtins(outcome))
-    outcome = header(benchmark, name) | {"valid": True, "doubts": [], "cells": done}
-    result.write(folder, outcome)
-    return outcome
+        measured = figures([Repeat(outcome=Outcome(records=item)) for item in each], None, None)
+        done.append(msgspec.structs.asdict(measured) | {"cell": cell, "name": cell.name})
+    return result.write(folder, typed(Matrix, header(benchmark, name) | {"cells": done}))
 
 
 def locust(
     folder: Path, heard: list[Record], request: dict[int, str], users: int, **more: Any
-) -> dict[str, Any]:
+) -> Locust:
     about = header("locust", "locust", workload="synthetic:input=100,output=40", load="users=100")
-    outcome = locust_report.result(heard, request, users, {"locust": 0.4}, about) | more
+    outcome = locust_report.result(heard, request, users, {"locust": 0.4}, about)
     path = result.prepare(folder)
     append(path, heard)
-    result.write(folder, outcome)
-    return outcome
+    return result.write(folder, typed(Locust, msgspec.structs.asdict(outcome) | more))
 
 
-def sweep(folder: Path, name: str) -> dict[str, Any]:
+def sweep(folder: Path, name: str) -> SweepResult:
     """Throughput that saturates as users double."""
     points = []
     for users in (1, 2, 4, 8, 16, 32, 64):
@@ -173,30 +174,21 @@ def sweep(folder: Path, name: str) -> dict[str, Any]:
         )
         measures = measure.measure(each, window=measure.window(each, users))
         points.append(
-            {
-                "users": users,
-                "looks": 1,
-                "resolved": True,
-                "tokens_per_s": measures.output_tokens_per_s,
-                "measures": [msgspec.to_builtins(measures)],
-                "summary": measure.summary([measures]),
-                "doubts": [],
-            }
+            UsersPoint(
+                users=users,
+                looks=1,
+                resolved=True,
+                tokens_per_s=measures.output_tokens_per_s or 0.0,
+                measures=[measures],
+                summary=measure.summary([measures]),
+            )
         )
-    outcome = header("sweep", name) | {
-        "users": 16,
-        "tokens_per_s": points[4]["tokens_per_s"],
-        "resolved": True,
-        "reason": "",
-        "points": points,
-        "valid": True,
-        "doubts": [],
-    }
-    result.write(folder, outcome)
-    return outcome
+    found = {"users": 16, "tokens_per_s": points[4].tokens_per_s, "resolved": True, "reason": ""}
+    fields = header("sweep", name) | found | {"points": points}
+    return result.write(folder, typed(SweepResult, fields))
 
 
-def search(folder: Path, name: str) -> dict[str, Any]:
+def search(folder: Path, name: str) -> RateResult:
     """A search for the highest rate, which ended without a clear answer."""
     points = []
     for rate, verdict, good in ((4.0, "pass", 400), (6.0, "unresolved", 396), (8.0, "fail", 200)):
@@ -207,23 +199,19 @@ def search(folder: Path, name: str) -> dict[str, Any]:
                 "verdict": verdict,
                 "looks": 2,
                 "share": {"good": good, "counted": 400, "independent": 400, "low": 0, "high": 1},
-                "measures": [msgspec.to_builtins(measures)],
+                "measures": [measures],
                 "summary": measure.summary([measures]),
-                "resolved": verdict != "unresolved",
             }
         )
-    outcome = header("search", name) | {
+    fields = header("search", name) | {
         "rate": 4.0,
         "fails_at": 8.0,
         "resolved": False,
         "reason": "the rates in between are too near the objective to tell with 4 probes each",
         "goodput_per_s": 3.9,
         "points": points,
-        "valid": True,
-        "doubts": [],
     }
-    result.write(folder, outcome)
-    return outcome
+    return result.write(folder, typed(RateResult, fields))
 
 
 def certificate_of_localhost(folder: Path) -> Path:

@@ -186,11 +186,11 @@ def test_rounds_are_interleaved_and_one_that_fails_leaves_the_others() -> None:
     assert " ".join(order[8:]) == "ours vllm other other vllm ours"
     assert len({seed for _, seed in calls}) == len(calls), "two would send the same prompts"
     assert absent == {"ill": "ill is not well"}
-    rows = {row["figure"]: row for row in agreement.compare(rounds, "vllm")}
+    rows = {row.figure: row for row in agreement.compare(rounds, "vllm")}
     assert set(rows) == set(FIGURES)  # What the other does not have is left out.
-    assert all(row["agrees"] for row in rows.values())
-    assert rows["median_ttft_ms"]["ratio"] == pytest.approx(1 / 1.01, abs=1e-4)
-    assert not any(row["agrees"] for row in agreement.compare(rounds, "other"))
+    assert all(row.agrees for row in rows.values())
+    assert rows["median_ttft_ms"].ratio == pytest.approx(1 / 1.01, abs=1e-4)
+    assert not any(row.agrees for row in agreement.compare(rounds, "other"))
 
 
 @pytest.mark.parametrize(

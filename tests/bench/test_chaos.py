@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from bench import result
-from bench.faults.damage import Judged
+from bench.faults.damage import Chaos, Judged
 from tests.server import wait
 from tests.services import fleet
 
@@ -105,9 +105,9 @@ def test_what_is_right_is_valid_and_others_are_killed_meanwhile(tmp_path: Path) 
         "command": 1,
     }
     assert (tmp_path / "commands.log").read_text() == "hello\n"
-    saved = result.read(tmp_path)
-    assert saved["benchmark"] == "chaos"
-    assert len(saved["done"]) == 5
+    saved = result.read(tmp_path, chaos=Chaos)
+    assert saved.benchmark == "chaos"
+    assert len(saved.done) == 5
     heard = records(tmp_path)
     assert [record.index for record in heard] == list(range(request))
     assert {record.prompt for record in heard} == set(range(DISTINCT))
@@ -139,9 +139,9 @@ def test_each_fault_is_found_and_counted(tmp_path: Path) -> None:
     assert last["answers"]["ties"] == 0
     assert last["doubled"] == {"tokens": 4 * 3, "characters": 0}
     assert last["missing"] == {"tokens": 4 * 3 + 4 * (TOKENS - 9), "characters": 0}
-    faulty = result.read(tmp_path)["faulty"]
+    faulty = result.read(tmp_path, chaos=Chaos).faulty
     assert len(faulty) == 40
-    assert all(len(each["faults"]) == 1 for each in faulty)
+    assert all(len(each.faults) == 1 for each in faulty)
     assert "Wrong answers: 12 lost, 4 doubled" in (tmp_path / "report.html").read_text()
 
 
@@ -188,7 +188,7 @@ def test_a_killed_server_costs_its_streams_and_the_cluster_is_found_by_its_url(
     assert cut
     assert all(record.verdict and record.verdict.parted_at is None for record in cut)
     # It came back, and the load went on.
-    first_s = result.read(tmp_path)["done"][0]["at_s"]
+    first_s = result.read(tmp_path, chaos=Chaos).done[0].at_s
     assert any(record.ok and (record.sent_s or 0) > first_s for record in records(tmp_path))
 
 

@@ -1,30 +1,28 @@
 """Comparisons: a difference is told where there is one, and noise is called noise."""
 
-import json
 import random
 from typing import Any
 
-import msgspec
 import pytest
 
 from bench.errors import ResultError
+from bench.figures import Run
 from bench.itself.power import served
-from bench.measure import measure
+from bench.matrix import Matrix
+from bench.measure import Measures, measure
 from bench.pages import compare
 from bench.pages.compare import Row
 from bench.records import Record
+from bench.search import SweepResult
+from tests.bench import made
 
 
-def result(*repeats: dict[str, Any], **about: Any) -> dict[str, Any]:
-    return {
-        "benchmark": "run",
-        "workload": "w",
-        "load": "users=4",
-        "repeats": list(repeats),
-    } | about
+def result(*repeats: dict[str, Any], **about: Any) -> Run:
+    fields = {"workload": "w", "load": "users=4", "repeats": list(repeats)} | about
+    return made.typed(Run, fields)
 
 
-def throughputs(*values: float | None, **about: Any) -> dict[str, Any]:
+def throughputs(*values: float | None, **about: Any) -> Run:
     return result(*({"output_tokens_per_s": value} for value in values), **about)
 
 
@@ -158,16 +156,15 @@ def test_goodput_by_another_objective_is_no_row() -> None:
 
 
 def test_what_measure_gives_can_be_compared() -> None:
-    def repeat(took_s: float) -> dict[str, Any]:
+    def repeat(took_s: float) -> Measures:
         records = [
             Record(index=n, planned_s=n, sent_s=n, chunk_s=[n + took_s], end_s=n + 2 * took_s)
             for n in range(40)
         ]
-        outcome: dict[str, Any] = msgspec.to_builtins(measure(records))
-        return outcome
+        return measure(records)
 
-    a = result(*(repeat(took_s) for took_s in (0.10, 0.11, 0.10)))
-    b = result(*(repeat(took_s) for took_s in (0.05, 0.05, 0.051)))
+    a = Run(repeats=[repeat(took_s) for took_s in (0.10, 0.11, 0.10)])
+    b = Run(repeats=[repeat(took_s) for took_s in (0.05, 0.05, 0.051)])
     rows = {row.metric: row for row in compare.compare(a, b)}
     assert rows["ttft_p50_s"].verdict == "better"
     assert rows["ttft_p50_s"].ratio == pytest.approx(0.487, abs=0.002)
@@ -178,17 +175,15 @@ def test_what_measure_gives_can_be_compared() -> None:
 # --- matrices -------------------------------------------------------------------------------
 
 
-def matrix(**cells: list[float]) -> dict[str, Any]:
-    return {
-        "benchmark": "matrix",
-        "cells": [
-            {
-                "cell": {"name": name, "users": 1},
-                "repeats": [{"output_tokens_per_s": value} for value in values],
-            }
-            for name, values in cells.items()
-        ],
-    }
+def matrix(**cells: list[float]) -> Matrix:
+    fields = [
+        {
+            "cell": dict(name=name, workload="", input_tokens=1, users=1, output_tokens=1),
+            "repeats": [{"output_tokens_per_s": value} for value in values],
+        }
+        for name, values in cells.items()
+    ]
+    return made.typed(Matrix, {"cells": fields})
 
 
 def test_the_cells_that_both_have_are_compared() -> None:
@@ -207,8 +202,9 @@ def test_results_without_anything_in_common_are_refused() -> None:
 
 
 def test_a_result_of_another_kind_is_refused_by_name() -> None:
+    sweep = SweepResult(users=None, tokens_per_s=None, resolved=False, reason="", points=[])
     with pytest.raises(ResultError, match=r"second result has neither .* 'sweep'"):
-        compare.compare(throughputs(1.0), {"benchmark": "sweep", "points": []})
+        compare.compare(throughputs(1.0), sweep)
 
 
 # --- for people -----------------------------------------------------------------------------
@@ -250,8 +246,12 @@ def test_the_table_names_every_ratio_its_interval_and_verdict() -> None:
     assert lines[3:] == ["1 worse, 1 noise", "! workload differs"]
 
 
-def test_a_comparison_is_json() -> None:
-    rows = compare.compare(throughputs(1.0), throughputs(2.0))
-    body = json.loads(json.dumps(compare.as_json(rows, ["n"])))
-    assert body["rows"][0]["ratio"] == 2.0
-    assert (body["benchmark"], body["notes"]) == ("compare", ["n"])
+def test_the_number_of_load_actors_is_told_and_not_what_each_of_them_did() -> None:
+    def sent(*cpu: float) -> dict[str, Any]:
+        each = dict(enumerate(cpu))
+        names = ("cpu", "cpu_peak", "clock_offset_s", "clock_error_s")
+        return {"where": dict.fromkeys(each, "here")} | dict.fromkeys(names, each)
+
+    one, other, two = (throughputs(1.0, actors=[sent(*cpu)]) for cpu in ([0.1], [0.2], [0.1, 0.2]))
+    assert compare.notes(one, other) == []
+    assert compare.notes(one, two) == ["actors differs: 1 against 2"]

@@ -382,11 +382,12 @@ def test_met_is_what_was_under_way() -> None:
 
 
 def test_percentiles_are_left_out_where_there_are_too_few() -> None:
-    assert gaps.statistics([]) == {"count": 0, "p50_s": None, "p99_s": None, "max_s": None}
+    nothing = gaps.Lengths(count=0, p50_s=None, p99_s=None, max_s=None)
+    assert gaps.statistics([]) == nothing
     result = gaps.statistics(n / 100 for n in range(400))
-    assert (result["count"], result["max_s"]) == (400, 3.99)
-    assert result["p50_s"] == pytest.approx(1.995)
-    assert result["p99_s"] == pytest.approx(3.95, abs=0.01)
+    assert (result.count, result.max_s) == (400, 3.99)
+    assert result.p50_s == pytest.approx(1.995)
+    assert result.p99_s == pytest.approx(3.95, abs=0.01)
 
 
 def test_kinds_are_documented() -> None:

@@ -377,9 +377,9 @@ def test_what_cannot_be_fitted(tmp_path: Path) -> None:
 
 def test_an_engine_survives_the_way_to_a_file(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    path.write_bytes(msgspec.json.encode({"engine": enginefit.to_json(TRUTH)}))
+    path.write_bytes(msgspec.json.encode({"engine": TRUTH}))
     assert enginefit.from_json(tmp_path) == TRUTH
-    path.write_bytes(msgspec.json.encode(enginefit.to_json(TRUTH)))
+    path.write_bytes(msgspec.json.encode(TRUTH))
     assert enginefit.from_json(path) == TRUTH
     path.write_text("[1]")
     with pytest.raises(ResultError, match="holds no engine"):

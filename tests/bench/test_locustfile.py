@@ -316,34 +316,34 @@ def test_summary_is_of_the_time_when_all_users_were_there() -> None:
     result = locust_report.result(heard, {}, 10, {"locust": 0.1}, {})
     window = measure.window(heard, 10)
     assert window is not None
-    assert result["requests_per_s"] == measure.measure(heard, window=window).requests_per_s
-    assert result["requests"] == 200
-    assert result["valid"] is True
+    assert result.requests_per_s == measure.measure(heard, window=window).requests_per_s
+    assert result.requests == 200
+    assert result.valid is True
 
 
 def test_summary_doubts_a_client_that_was_busy() -> None:
     result = locust_report.result(made.records(200, users=10), {}, 10, {"locust": 0.97}, {})
-    assert result["valid"] is False
-    assert "locust used 97% of a CPU core" in result["doubts"][0]
+    assert result.valid is False
+    assert "locust used 97% of a CPU core" in result.doubts[0]
 
 
 def test_summary_says_why_there_are_no_examples() -> None:
     result = locust_report.result(made.records(20, users=2), {}, 2, {}, {})
-    assert result["examples"] == []
-    assert "ended before all users were there" in result["examples_absent"]
+    assert result.examples == []
+    assert "ended before all users were there" in result.examples_absent
 
 
 def test_example_that_failed_has_no_answer_and_no_latency() -> None:
     record = Record(index=3, planned_s=1.0, kind="example", error="http 503: full", status=503)
     result = locust_report.examples([record], {3: "Why?"})
-    assert result[0]["prompt"] == "Why?"
-    assert result[0]["error"] == "http 503: full"
-    assert result[0]["ttft_s"] is None
-    assert result[0]["answer"] == ""
+    assert result[0].prompt == "Why?"
+    assert result[0].error == "http 503: full"
+    assert result[0].ttft_s is None
+    assert result[0].answer == ""
 
 
 def test_other_workers_have_the_same_numbers_and_no_examples() -> None:
     other = Record(index=3, actor=1, planned_s=0.5, text="not asked as an example")
     request = Record(index=3, actor=0, planned_s=1.0, kind="example", text="Because.")
     result = locust_report.examples([other, request], {3: "Why?"})
-    assert [each["answer"] for each in result] == ["Because."]
+    assert [each.answer for each in result] == ["Because."]

@@ -11,6 +11,7 @@ import pytest
 
 from bench import __main__ as main
 from bench import records, result, run
+from bench.figures import Run
 from bench.itself.known_server import Options, launched
 from bench.progress import Progress
 from bench.records import Record
@@ -83,9 +84,9 @@ def test_a_run_is_shown_and_kept_and_can_be_sent_again(
     assert last["usd_per_million_output_tokens"] > 0
     assert "TTFT p50" in shown
     assert "output tokens/s" in shown
-    output = result.read(tmp_path / "a")
-    assert output["salt"] == last["salt"]
-    assert output["whole"][0]["answers"]["given_output_share"] == 1.0
+    output = result.read(tmp_path / "a", run=Run)
+    assert output.salt == last["salt"]
+    assert output.whole[0].answers.given_output_share == 1.0
     assert len(list(records.read(tmp_path / "a" / "records.jsonl"))) == 60
     page = (tmp_path / "a" / "report.html").read_text()
     assert "Tokens of a request" in page
@@ -124,8 +125,8 @@ def test_sessions_are_measured_by_turn_and_by_task(
     assert (last["sessions_planned"], last["sessions_done"]) == (8, 8)
     assert set(last["turns"]) >= {"turn 1", "turn 2", "turn 3", "sub-agent", "user"}
     assert "turn 3" in shown
-    output = result.read(tmp_path)
-    assert output["sessions"][0]["task_mean_s"] > 0
+    output = result.read(tmp_path, run=Run)
+    assert output.sessions[0].task_mean_s > 0
     assert "Sessions: " in (tmp_path / "report.html").read_text()
 
 
@@ -164,6 +165,6 @@ def test_an_interrupted_run_says_so(
         repeats=3,
     )
     actual = asyncio.run(run.run(job, tmp_path))
-    assert not actual["valid"]
-    assert "1 of 3 repeats were run" in actual["doubts"]
-    assert len(actual["repeats"]) == 1
+    assert not actual.valid
+    assert "1 of 3 repeats were run" in actual.doubts
+    assert len(actual.repeats) == 1

@@ -3,6 +3,8 @@
 import pytest
 
 from bench.experiments.observed import compared, quantile
+from bench.figures import Run
+from bench.measure import Measures
 
 
 def test_a_quantile_is_within_its_bucket() -> None:
@@ -19,8 +21,8 @@ def test_counts_agree_exactly_and_medians_within_a_tenth() -> None:
         return {name: {0.0: count} for name, count in counts.items()} | histograms
 
     whole = {"requests": 10, "input_tokens": 500, "output_tokens": 10}
-    result = {"whole": [whole | {"ttft_p50_s": 0.105, "itl_p50_s": 0.12}]}
-    rows = {row["what"]: row["agree"] for row in compared(result, seen(5, 0.1), seen(15, 0.1))}
+    run = Run(whole=[Measures(**whole, ttft_p50_s=0.105, itl_p50_s=0.12)])
+    rows = {row.what: row.agree for row in compared(run, seen(5, 0.1), seen(15, 0.1))}
     assert rows == {
         "requests": True,
         "input_tokens": True,
@@ -28,5 +30,5 @@ def test_counts_agree_exactly_and_medians_within_a_tenth() -> None:
         "ttft_p50_s": True,
         "itl_p50_s": False,
     }
-    one_lost = compared(result, seen(5, 0.1), seen(14, 0.1))
-    assert not any(row["agree"] for row in one_lost[:3])
+    one_lost = compared(run, seen(5, 0.1), seen(14, 0.1))
+    assert not any(row.agree for row in one_lost[:3])

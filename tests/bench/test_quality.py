@@ -78,11 +78,11 @@ async def test_a_target_is_asked_and_judged(tmp_path: Path) -> None:
     target = Target(url=f"http://127.0.0.1:{PORT}", model="m", endpoint="chat")
     references = [quality.Reference(prompt=p, answer=p) for p in ("a b", "c d!", "e f")]
     result = await quality.judge(target, references, 8, scored=False, folder=tmp_path)
-    assert (result["asked"], result["equal"]) == (3, 2)
-    assert result["answers"][1]["answer"] == "!d c"
-    assert [each["prompt"] for each in result["answers"]] == ["a b", "c d!", "e f"]
+    assert (result.asked, result.equal) == (3, 2)
+    assert result.answers[1].answer == "!d c"
+    assert [each.prompt for each in result.answers] == ["a b", "c d!", "e f"]
     result = await quality.judge(target, references, 8, scored=True, folder=tmp_path)
-    assert (result["correct"], result["asked"]) == (2, 3)
+    assert (result.correct, result.asked) == (2, 3)
     with pytest.raises(TargetFailed, match="empty"):
         await quality.ask(target, [""], 8)
     server.close()

@@ -4,15 +4,15 @@ import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from bench import interval, measure, pareto, result
 from bench.errors import ResultError
-from bench.measure import Slo
+from bench.measure import CurvePoint, Slo
 from bench.pages import compare, figures, plots, report, tables
+from bench.pages.locust_report import Locust
 from bench.records import Record, read
 from bench.scrape import Sample
 from bench.traffic.load import Happening
@@ -174,7 +174,7 @@ def test_matrix_shows_each_cell(tmp_path: Path) -> None:
 
     of = "output_tokens_per_s"
     values = sorted(float(f["data-value"]) for f in figures if f["data-metric"] == of)
-    assert values == pytest.approx(sorted(c["summary"][of]["mean"] for c in outcome["cells"]))
+    assert values == pytest.approx(sorted(c.summary[of]["mean"] for c in outcome.cells))
     # Two requests are too few for a median of their first tokens; a mean they have.
     assert all("data-value" in figure for figure in figures)
 
@@ -182,7 +182,7 @@ def test_matrix_shows_each_cell(tmp_path: Path) -> None:
 @without_plots
 def test_cell_that_was_not_measured_is_empty(tmp_path: Path) -> None:
     outcome = made.cells(tmp_path / "m", "matrix", "served", per_user=2)
-    del outcome["cells"][4]
+    del outcome.cells[4]
     result.write(tmp_path / "m", outcome)
 
     figures = [f for f in page(tmp_path, "m").figures if f["section"] == "matrix"]
@@ -349,7 +349,7 @@ def test_doubts_stand_before_the_figures_and_are_an_alert(tmp_path: Path) -> Non
 # --- the demo -------------------------------------------------------------------------------
 
 
-def demo(folder: Path, answer: str = "Black.", error: str = "") -> dict[str, Any]:
+def demo(folder: Path, answer: str = "Black.", error: str = "") -> Locust:
     heard = made.records(400, users=10, fails=0.02)
     heard[200] = msgspec.structs.replace(
         made.records(201, users=10)[200], kind="example", text=answer, error=error
@@ -364,19 +364,20 @@ def test_demo_shows_its_summary_and_examples(tmp_path: Path) -> None:
     html = page(tmp_path, "l")
     tiles = {f["data-metric"]: f for f in html.figures if f["section"] == "demo"}
 
-    assert outcome["requests"] == 400
+    assert outcome.requests == 400
     for metric, figure in tiles.items():
-        if outcome[metric] is None:
+        value = getattr(outcome, metric)
+        if value is None:
             assert "data-value" not in figure
             assert "needs 368 samples" in figure["title"]
         else:
-            assert float(figure["data-value"]) == pytest.approx(outcome[metric]), metric
+            assert float(figure["data-value"]) == pytest.approx(value), metric
     assert {"requests_per_s", "output_tokens_per_s"} < set(tiles)
     assert {f"e2e_{of}_s" for of in ("mean", "p50", "p95")} < set(tiles)
     section = html.sections["demo"]
     assert "What is a black hole?" in section
     assert "Black." in section
-    assert f"first token {figures.number(outcome['examples'][0]['ttft_s'] * 1e3)} ms" in section
+    assert f"first token {figures.number(outcome.examples[0].ttft_s * 1e3)} ms" in section
     assert "http 429: rate limit reached" in section
 
 
@@ -538,20 +539,18 @@ def test_heat_bears_a_single_gap(tmp_path: Path) -> None:
 # --- users against GPUs, sessions, GPUs ------------------------------------------------------
 
 
-def curve(*points: tuple[int, float, float]) -> list[dict[str, Any]]:
+def curve(*points: tuple[int, float, float]) -> list[CurvePoint]:
     """Points of a curve: users, tokens/s of a user, tokens/s of a GPU."""
     return pareto.front(
         [
-            {
-                "users": users,
-                "efficiency": {
+            CurvePoint(
+                users=users,
+                efficiency={
                     "user_tokens_per_s": {"mean": mine, "low": 0.9 * mine, "high": 1.1 * mine},
                     "gpu_tokens_per_s": {"mean": all_of_them, "low": None, "high": None},
                     "joules_per_output_token": {"mean": 0.5, "low": None, "high": None},
                 },
-                "summary": {},
-                "doubts": [],
-            }
+            )
             for users, mine, all_of_them in points
         ]
     )
@@ -559,9 +558,9 @@ def curve(*points: tuple[int, float, float]) -> list[dict[str, Any]]:
 
 def test_a_curve_of_users_against_gpus_says_its_values_when_pointed_at(tmp_path: Path) -> None:
     points = curve((1, 100.0, 100.0), (4, 80.0, 320.0), (8, 60.0, 300.0))
-    assert [point["front"] for point in points] == [True, True, False]
-    outcome = made.header("pareto", "mine") | {"valid": True, "doubts": [], "curve": points}
-    result.write(tmp_path / "a", outcome)
+    assert [point.front for point in points] == [True, True, False]
+    fields = made.header("pareto", "mine") | {"curve": points}
+    result.write(tmp_path / "a", made.typed(pareto.Curve, fields))
     html = page(tmp_path, "a")
     assert "pareto" in html.sections
     assert (
@@ -571,7 +570,7 @@ def test_a_curve_of_users_against_gpus_says_its_values_when_pointed_at(tmp_path:
 
 def test_a_point_without_gpus_is_on_no_front() -> None:
     points = curve((1, 100.0, 0.0), (4, 80.0, 320.0))
-    assert [point["front"] for point in points] == [None, True]
+    assert [point.front for point in points] == [None, True]
 
 
 @without_plots

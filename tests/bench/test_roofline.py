@@ -10,6 +10,9 @@ import pytest
 from bench.errors import BenchError
 from bench.hardware import roofline
 from bench.hardware.roofline import Ceilings
+from bench.matrix import Matrix, Measured, with_roofline
+from bench.measure import Measures
+from bench.traffic.workload import Cell
 
 QWEN_7B = {
     "num_hidden_layers": 28,
@@ -102,31 +105,32 @@ def test_what_bounds_a_step_is_what_takes_most_of_it(tmp_path: Path) -> None:
 def test_results_get_their_shares(tmp_path: Path) -> None:
     shape = of(tmp_path)
     step_s = 2 * roofline.decode(shape, 4, 225).least_s(CEILINGS)
-    repeat = {
-        "ok": 4,
-        "input_tokens": 800,
-        "output_tokens": 200,
-        "tpot_mean_s": step_s,
-        "ttft_mean_s": 0.05,
-        "output_tokens_per_s": 4 / step_s,
-        "requests_per_s": 4 / step_s / 50,
-        "cached_tokens": 0,
-    }
-    cell = {"users": 4, "input_tokens": 200, "output_tokens": 50}
-    values = {"benchmark": "baseline", "cells": [{"cell": cell, "repeats": [repeat]}]}
-    roofline.attach(values, shape, CEILINGS)
-    verdicts = values["cells"][0]["roofline"]
-    assert verdicts["decode"]["mbu"] == pytest.approx(0.5, rel=1e-3)
-    assert verdicts["prefill"]["mfu"] == pytest.approx(
+    repeat = Measures(
+        ok=4,
+        input_tokens=800,
+        output_tokens=200,
+        tpot_mean_s=step_s,
+        ttft_mean_s=0.05,
+        output_tokens_per_s=4 / step_s,
+        requests_per_s=4 / step_s / 50,
+        cached_tokens=0,
+    )
+    cell = Cell(name="", workload="", users=4, input_tokens=200, output_tokens=50)
+    alone = Matrix(benchmark="baseline", cells=[Measured(cell=cell, repeats=[repeat])])
+    alone = with_roofline(alone, shape, CEILINGS)
+    allowed = alone.cells[0].roofline
+    assert allowed is not None
+    assert allowed.decode.mbu == pytest.approx(0.5, rel=1e-3)
+    assert allowed.prefill.mfu == pytest.approx(
         roofline.prefill(shape, 200, 4).flops / 700e12 / 0.05
     )
-    run = {"benchmark": "run", "repeats": [repeat]}
-    roofline.attach(run, shape, CEILINGS)
+    assert allowed.step is None
     # Under load a step also reads its share of a prompt: it does more in the same time.
-    assert run["roofline"]["step"]["mfu"] > verdicts["decode"]["mfu"]
-    json.dumps([values, run])
-    nothing = roofline.attach({"benchmark": "run", "repeats": []}, shape, CEILINGS)
-    assert "step" not in nothing["roofline"]
+    served = with_roofline(Matrix(cells=alone.cells), shape, CEILINGS)
+    step = roofline.of_run(shape, CEILINGS, [repeat]).step
+    assert step.mfu > allowed.decode.mfu
+    assert served.cells[0].roofline.step == step
+    assert roofline.of_run(shape, CEILINGS, []).step is None
 
 
 def test_a_data_sheet_is_found_by_what_the_driver_calls_the_gpu() -> None:

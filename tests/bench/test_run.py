@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from bench import machine, matrix, measure, result, run, scrape
 from bench.errors import TargetError
-from bench.figures import Event, Repeat, figures
+from bench.figures import Event, Repeat, Run, figures
 from bench.itself.known_server import ROOT, Options, launched
 from bench.records import Record, read
 from bench.run import Job
+from bench.search import RateResult
 from bench.traffic import workload
 from bench.traffic.client import Target
 from bench.traffic.load import Happening, Outcome
@@ -83,7 +83,8 @@ def test_a_run_leaves_a_result_with_every_request(
     # A machine that is late makes a run doubtful, and so do few requests; nothing else may.
     allowed = ("late", "CPU", "independent")
     assert all(any(word in doubt for word in allowed) for doubt in last["doubts"]), last
-    saved = result.read(tmp_path)
+    saved = result.read(tmp_path, run=Run)
+    by_vllm = json.loads((tmp_path / result.RESULT).read_text())
     records = list(read(tmp_path / "records.jsonl"))
     assert sorted((record.repeat, record.index) for record in records) == [
         (repeat, index) for repeat in range(3) for index in range(60)
@@ -91,12 +92,12 @@ def test_a_run_leaves_a_result_with_every_request(
     assert {record.actor for record in records} == {0, 1}
     assert all(record.ok and record.output_tokens == 4 for record in records)
     # Each repeat asks for other texts: none is served from what another left in a cache.
-    assert [repeat["requests"] for repeat in saved["whole"]] == [60, 60, 60]
-    assert saved["total_output_tokens"] == 3 * 60 * 4
-    assert saved["max_concurrency"] == 4
-    assert saved["completed"] == 180
-    assert saved["repeats"][0]["good_share"] == 1.0
-    assert saved["command"].startswith("python -m bench run --url")
+    assert [repeat.requests for repeat in saved.whole] == [60, 60, 60]
+    assert by_vllm["total_output_tokens"] == 3 * 60 * 4
+    assert by_vllm["max_concurrency"] == 4
+    assert by_vllm["completed"] == 180
+    assert saved.repeats[0].good_share == 1.0
+    assert saved.command.startswith("python -m bench run --url")
     with open(tmp_path / "records.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 180
@@ -140,8 +141,8 @@ def test_half_of_the_streams_cut_is_counted_and_makes_the_run_invalid(
         status, last, _ = bench(environment, *load(tmp_path, *words))
     assert status == 1
     assert not last["valid"]
-    whole = result.read(tmp_path)["whole"][0]
-    assert (whole["ok"], whole["failed"], whole["failures"]) == (20, 20, {"cut": 20})
+    whole = result.read(tmp_path, run=Run).whole[0]
+    assert (whole.ok, whole.failed, whole.failures) == (20, 20, {"cut": 20})
     assert any("20 of 40 requests failed: 20 cut" in doubt for doubt in last["doubts"])
 
 
@@ -190,7 +191,7 @@ def test_ctrl_c_writes_what_came_so_far(environment: dict[str, str], tmp_path: P
     assert any("interrupted" in doubt for doubt in last["doubts"])
     assert "1 of 3 repeats were run" in last["doubts"]
     assert list(read(path))
-    assert result.read(tmp_path)["events"][0]["what"] == "the run was interrupted"
+    assert result.read(tmp_path, run=Run).events[0].what == "the run was interrupted"
 
 
 def test_a_search_that_finds_nothing_says_why(environment: dict[str, str], tmp_path: Path) -> None:
@@ -202,11 +203,11 @@ def test_a_search_that_finds_nothing_says_why(environment: dict[str, str], tmp_p
     assert not last["resolved"]
     assert last["rate"] is None
     assert "missed by a server that is idle" in last["doubts"][-1]
-    points = result.read(tmp_path)["points"]
-    assert {point["verdict"] for point in points} == {"fail"}
+    points = result.read(tmp_path, search=RateResult).points
+    assert {point.verdict for point in points} == {"fail"}
     probed = list(read(tmp_path / "records.jsonl"))
     # Of each probe the steady part counts.
-    assert len(probed) >= sum(point["share"]["counted"] for point in points) > 24
+    assert len(probed) >= sum(point.share.counted for point in points) > 24
 
 
 def test_a_comparison_reads_two_results(environment: dict[str, str], tmp_path: Path) -> None:
@@ -215,9 +216,7 @@ def test_a_comparison_reads_two_results(environment: dict[str, str], tmp_path: P
             Repeat(outcome=Outcome(records=[stream(i, gap_s + r * 1e-4) for i in range(50)]))
             for r in range(3)
         ]
-        outcome = result.header("run", name)
-        outcome |= msgspec.to_builtins(figures(repeats, None, None))
-        result.write(tmp_path / name, outcome)
+        result.write(tmp_path / name, figures(repeats, None, None))
     status, last, table = bench(environment, "compare", str(tmp_path / "a"), str(tmp_path / "b"))
     assert status == 0
     rows = {row["metric"]: row for row in last["rows"]}
@@ -232,20 +231,19 @@ async def test_no_cell_of_the_matrix_asks_what_another_asked(
 ) -> None:
     requested: list[str] = []
 
-    async def measured(job: Job, folder: Path) -> dict[str, Any]:
+    async def measured(job: Job, folder: Path) -> Run:
         requested.extend(
             str(request.prompt)
             for repeat in range(job.repeats)
             for request in workload.parse(job.workload, job.seed + repeat).take(job.count or 0)
         )
-        nothing = {"doubts": [], "events": [], "summary": {}, "interrupted": False}
-        return {"name": job.name, **nothing}
+        return Run(name=job.name)
 
     monkeypatch.setattr(run, "run", measured)
     cells = [cell for cell in workload.matrix() if cell.input_tokens == 200]
     job = Job(target=Target(url=URL, model="fake"), workload="", load="", repeats=3)
     outcome = await matrix.served(job, 2, tmp_path, cells)
-    assert outcome["valid"]
+    assert outcome.valid
     assert len(requested) == 2 * 3 * (1 + 4 + 8) * 2
     # A cache holds blocks of 16 tokens or more.
     beginnings = {" ".join(prompt.split()[:16]) for prompt in requested}
@@ -369,10 +367,10 @@ def test_replicas_are_watched_after_the_last_answer(
         _, last, output = bench(environment, *words)
         dashboard.shutdown()
     assert last, output
-    (samples,) = result.read(tmp_path)["server"]
+    (samples,) = result.read(tmp_path, run=Run).server
     ended_s = max(record.end_s or 0.0 for record in read(tmp_path / "records.jsonl"))
-    assert samples[-1]["t_s"] > ended_s + 1.0
-    assert samples[-1]["replicas"] == 1
+    assert samples[-1].t_s > ended_s + 1.0
+    assert samples[-1].replicas == 1
 
 
 def test_a_lost_actor_makes_a_result_invalid() -> None:
@@ -395,6 +393,6 @@ def test_a_target_with_one_model_needs_no_name() -> None:
 
 def test_a_result_says_where_it_was_measured() -> None:
     outcome = machine.machine()
-    assert outcome["cores"] == len(os.sched_getaffinity(0))
-    assert outcome["versions"]["ray"]
-    assert outcome["memory_gib"] > 0
+    assert outcome.cores == len(os.sched_getaffinity(0))
+    assert outcome.versions["ray"]
+    assert outcome.memory_gib > 0

@@ -15,7 +15,10 @@ from bench.errors import BenchError
 from bench.experiments import gpu_run
 from bench.hardware import profile
 from bench.pages import story
+from bench.pages.loaded import KINDS
 from bench.records import Record
+from bench.result import Result
+from tests.bench import made
 
 
 def test_layouts_are_powers_of_two_and_all_there_are() -> None:
@@ -42,7 +45,7 @@ def test_a_variant_is_compared_with_the_plain_single_gpu() -> None:
     plain = Row(tensor_parallel=1, replicas=1, tpot_s=[0.010])
     both = Row(tensor_parallel=2, replicas=1, variant="one", tpot_s=[0.005])
     table = scale.table([better, plain, both])
-    assert [row["tpot_s_times"] for row in table] == pytest.approx([0.9, 1.0, 0.5])
+    assert [row.tpot_s_times for row in table] == pytest.approx([0.9, 1.0, 0.5])
     goal = "2 GPUs: for the latency of one request TP=2 one (0.50 of one GPU's time per token)"
     assert scale.advice(table) == [goal]
 
@@ -98,17 +101,17 @@ ROWS = [
 
 def test_a_split_is_advised_for_each_goal() -> None:
     table = scale.table(ROWS)
-    assert table[1]["tpot_s_times"] == pytest.approx(0.6)
-    assert table[2]["saturated_efficiency"] == pytest.approx(0.98, abs=0.01)
-    low, high = table[2]["saturated_bounds"]
-    assert low < table[2]["saturated_times"] < high
+    assert table[1].tpot_s_times == pytest.approx(0.6)
+    assert table[2].saturated_efficiency == pytest.approx(0.98, abs=0.01)
+    low, high = table[2].saturated_bounds
+    assert low < table[2].saturated_times < high
     output = scale.advice(table)
     assert len(output) == 2
     assert "latency of one request TP=2 (0.60" in output[0]
     assert "throughput 2 replicas (1.96 times one GPU, 0.98 of linear)" in output[0]
     assert output[1] == "4 GPUs: not measured"
     # A single GPU that failed leaves nothing to compare with.
-    assert scale.table(ROWS[1:])[0]["tpot_s_times"] is None
+    assert scale.table(ROWS[1:])[0].tpot_s_times is None
 
 
 def record(index: int, kind: str, planned_s: float, first_s: float) -> Record:
@@ -164,8 +167,8 @@ def test_blocks_that_are_partly_empty_are_waste() -> None:
 def test_the_hottest_function_is_the_one_most_samples_ended_in() -> None:
     stacks = "main;a (x.py:1);b (x.py:2) 30\nmain;a (x.py:1) 10\nmain;c;b (x.py:2) 20\nnonsense\n"
     outcome = profile.hottest(stacks)
-    assert outcome[0] == {"function": "b (x.py:2)", "share": 0.5 / 0.5 * 50 / 60}
-    assert outcome[1]["share"] == pytest.approx(10 / 60)
+    assert outcome[0] == profile.Hot(function="b (x.py:2)", share=50 / 60)
+    assert outcome[1].share == pytest.approx(10 / 60)
     assert profile.hottest("") == []
 
 
@@ -255,45 +258,58 @@ def _small(init: Any) -> Any:
 # --- the story ------------------------------------------------------------------------------
 
 
-def outcome_of(benchmark: str, **more: Any) -> dict[str, Any]:
-    return {"benchmark": benchmark, "name": benchmark, "command": f"bench {benchmark}"} | more
+def outcome_of(benchmark: str, **more: Any) -> Result:
+    about = {"benchmark": benchmark, "name": benchmark, "command": f"bench {benchmark}"}
+    return made.typed(KINDS[benchmark], about | more)
 
 
+GAIN = {"ratio": 1.2, "low": 1.1, "high": 1.3}
 TUNE = outcome_of(
     "tune",
     score="output tokens/s",
     best={"described": "max_num_seqs <64>", "score": 120.0},
     default={"score": 100.0},
-    gain={"ratio": 1.2, "low": 1.1, "high": 1.3},
+    gain=GAIN,
     trials=[{"described": "a", "rung": 1, "score": 120.0, "failure": ""}],
     pruned={"b": "cannot exceed 3"},
     effects=[
-        {"knob": "k", "value": 64, "ratio": 1.2, "low": 1.1, "high": 1.3},
-        {"knob": "k", "value": {"a": 1}, "ratio": 1.0, "low": None, "high": None},
+        {"knob": "k", "value": 64, "trials": 2} | GAIN,
+        {"knob": "k", "value": {"a": 1}, "trials": 2, "ratio": 1.0, "low": None, "high": None},
     ],
 )
 
 
 def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> None:
     rows = scale.table(ROWS)
-    scaled = outcome_of("scale", table=rows, advice=scale.advice(rows))
-    short = {"workload": "short", "table": rows, "advice": scale.advice(rows)}
-    twice = scaled | {"workloads": [short, short | {"workload": "long ones"}]}
+    of_all = {"table": rows, "advice": scale.advice(rows)}
+    scaled = outcome_of("scale", **of_all)
+    workloads = [{"workload": what} | of_all for what in ("short", "long ones")]
+    twice = outcome_of("scale", workloads=workloads, **of_all)
     verdict = {
         "took_s": 0.006,
         "least_s": 0.005,
         "mbu": 0.83,
         "mfu": 0.01,
+        "memory_s": 0.005,
+        "compute_s": 0.0001,
+        "host_s": 0.001,
+        "text": "",
         "bound": "memory-bound",
         "times": 5.0,
     }
-    cell = {"name": "5-50-1", "roofline": {"decode": verdict}}
-    base = outcome_of("baseline", cells=[cell], roofline={"ceilings": {"source": "measured"}})
+    of_cell = dict(name="5-50-1", workload="", input_tokens=5, users=1, output_tokens=50)
+    cell = {"name": "5-50-1", "cell": of_cell, "roofline": {"decode": verdict}}
+    ceilings = {"flops_per_s": 1.0, "bytes_per_s": 1.0, "source": "measured"}
+    base = outcome_of("baseline", cells=[cell], roofline={"ceilings": ceilings})
     kv = {
         "blocks": 10,
         "block_tokens": 16,
         "tokens": 160,
         "used_peak": 0.5,
+        "used_mean": 0.2,
+        "hit_rate": None,
+        "running_peak": 1,
+        "waiting_peak": 0,
         "waste_share": 0.1,
         "preempted": 0,
         "fits": {"500": 3},
@@ -301,9 +317,9 @@ def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> 
     sample = {"t_s": 0.0, "blocks": 5.0, "tokens": 60.0, "running": 2.0, "waiting": 0.0}
     cached = outcome_of("kv", kv=kv, samples=[sample, sample | {"t_s": 1.0}])
     confirmed = outcome_of(
-        "confirm", system="bare", gain=TUNE["gain"], scores={"default": [1.0], "best": [1.2]}
+        "confirm", system="bare", gain=GAIN, scores={"default": [1.0], "best": [1.2]}
     )
-    compared = story.chapters([scaled, TUNE, base, cached, confirmed, outcome_of("compare")])
+    compared = story.chapters([scaled, TUNE, base, cached, confirmed, outcome_of("starts")])
     assert [each.kind for each in compared] == ["baseline", "kv", "tune", "confirm", "scale"]
     steps = story.steps(compared)
     assert steps[0]["gain"] == "decode MBU 0.83 at best"
@@ -326,10 +342,9 @@ def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> 
 
 def test_a_report_has_chapters_beside_its_own_sections(tmp_path: Path) -> None:
     from bench.pages import report
-    from tests.bench import made
 
     made.cells(tmp_path / "base", "baseline", "alone")
-    result.write(tmp_path / "tune", made.header("tune", "tuned") | TUNE | {"valid": True})
+    result.write(tmp_path / "tune", TUNE)
     report.report([tmp_path / "base", tmp_path / "tune"], tmp_path / "all.html")
     html = (tmp_path / "all.html").read_text()
     assert 'href="#chapter-1"' in html

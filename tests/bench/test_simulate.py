@@ -14,6 +14,7 @@ import pytest
 
 from bench import records, result
 from bench.errors import BenchError, LoadError
+from bench.figures import Run
 from bench.measure import Slo
 from bench.scrape import Sample
 from bench.simulation import demand, simulate, simulation_page
@@ -21,6 +22,7 @@ from bench.simulation.demand import Surge, Wave
 from bench.simulation.enginemodel import Costs, Engine, Job, serve, serve_closed
 from bench.simulation.fleet import Fleet
 from bench.simulation.simulate import Case
+from bench.simulation.simulated import Simulated
 
 ENGINE = Engine(
     Costs(0.02, 1e-4, 1e-3, 1e-7), max_num_seqs=16, token_budget=512, kv_blocks=2000, name="small"
@@ -108,38 +110,42 @@ POLICIES = ("static:n=1|2|6", "serve:target=8,up=0,down=30", "foresight")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("simulated")
-    return simulate.simulate(CASE, POLICIES, folder, keep=True) | {"folder": folder}
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("simulated")
 
 
-def test_the_best_is_the_cheapest_that_holds(data: dict[str, Any]) -> None:
-    static = data["policies"][0]
-    assert [trial["spec"] for trial in static["tried"]] == [
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Simulated:
+    return simulate.simulate(CASE, POLICIES, folder, keep=True)
+
+
+def test_the_best_is_the_cheapest_that_holds(data: Simulated) -> None:
+    static = data.policies[0]
+    assert [trial.spec for trial in static.tried] == [
         "static:n=1",
         "static:n=2",
         "static:n=6",
     ]
-    remaining = [trial["kept"] for trial in static["tried"]]
+    remaining = [trial.kept for trial in static.tried]
     assert remaining[0] < 0.95 <= remaining[2]
-    assert static["holds"]
-    assert static["spec"] == ("static:n=2" if remaining[1] >= 0.95 else "static:n=6")
+    assert static.holds
+    assert static.spec == ("static:n=2" if remaining[1] >= 0.95 else "static:n=6")
 
 
 def test_where_none_holds_the_nearest_is_told() -> None:
     data = simulate.simulate(CASE, ["static:n=1"])
-    assert not data["policies"][0]["holds"]
+    assert not data.policies[0].holds
     assert "(not held)" in simulation_page.table(data)
 
 
-def test_foresight_is_no_dearer_than_a_fleet_for_the_peak(data: dict[str, Any]) -> None:
-    static, _, foresight = data["policies"]
-    assert foresight["holds"]
-    assert foresight["gpu_hours"] < static["gpu_hours"]
-    assert len(foresight["tried"]) < len(simulate._SHARES)  # It ended with the first that holds.
+def test_foresight_is_no_dearer_than_a_fleet_for_the_peak(data: Simulated) -> None:
+    static, _, foresight = data.policies
+    assert foresight.holds
+    assert foresight.gpu_hours < static.gpu_hours
+    assert len(foresight.tried) < len(simulate._SHARES)  # It ended with the first that holds.
 
 
-def test_a_static_fleet_costs_its_size_times_the_time(data: dict[str, Any]) -> None:
+def test_a_static_fleet_costs_its_size_times_the_time(data: Simulated) -> None:
     trial, _ = simulate.trial_of(CASE, CASE.jobs(), "static:n=3")
     assert trial.changes == trial.reversals == 0
     assert trial.gpu_hours == pytest.approx(3 * trial.timeline.t_s[-1] / 3600)
@@ -160,12 +166,12 @@ def test_what_came_before_is_not_judged() -> None:
     assert trial.replicas_mean == pytest.approx(1.0)
 
 
-def test_the_same_seed_gives_the_same_result(data: dict[str, Any]) -> None:
+def test_the_same_seed_gives_the_same_result(data: Simulated) -> None:
     again = simulate.simulate(CASE, POLICIES)
-    for before, after in zip(data["policies"], again["policies"], strict=True):
-        assert before | {"took_s": 0} == after | {"took_s": 0}
+    for before, after in zip(data.policies, again.policies, strict=True):
+        assert replace(before, took_s=0) == replace(after, took_s=0)
     other = simulate.simulate(replace(CASE, seed=1), POLICIES[:1])
-    assert other["policies"][0]["measures"] != data["policies"][0]["measures"]
+    assert other.policies[0].measures != data.policies[0].measures
 
 
 def test_shares_by_limit_are_told_apart() -> None:
@@ -177,26 +183,25 @@ def test_shares_by_limit_are_told_apart() -> None:
 # --- what is written ------------------------------------------------------------------------
 
 
-def test_the_folder_holds_result_records_and_page(data: dict[str, Any]) -> None:
-    folder = data["folder"]
-    read = result.read(folder)
-    assert read["benchmark"] == "simulate"
-    assert [row["policy"] for row in read["policies"]] == list(POLICIES)
+def test_the_folder_holds_result_records_and_page(data: Simulated, folder: Path) -> None:
+    read = result.read(folder, simulate=Simulated)
+    assert read == data
+    assert [row.policy for row in read.policies] == list(POLICIES)
     remaining = list(records.read(folder / result.RECORDS))
-    assert len(remaining) == 3 * read["requests"]
+    assert len(remaining) == 3 * read.requests
     assert {record.repeat for record in remaining} == {0, 1, 2}
     page = (folder / result.REPORT).read_text()
     assert page.count("<svg") == 2
-    assert all(row["spec"] in page for row in read["policies"])
+    assert all(row.spec in page for row in read.policies)
     assert "src=" not in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_the_table_has_a_line_and_a_bar_for_each(data: dict[str, Any]) -> None:
+def test_the_table_has_a_line_and_a_bar_for_each(data: Simulated) -> None:
     lines = simulation_page.table(data).splitlines()
-    for row in data["policies"]:
-        assert sum(row["spec"] in line for line in lines) == 2
-    assert simulation_page.bar(data["policies"][0], 6).count("█") in (0, 41, 42, 43)
+    for row in data.policies:
+        assert sum(row.spec in line for line in lines) == 2
+    assert simulation_page.bar(data.policies[0], 6).count("█") in (0, 41, 42, 43)
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -257,9 +262,9 @@ def test_an_engine_is_fitted_and_then_used(tmp_path: Path) -> None:
     outcome = simulate.command(
         options(*SHORT, "--engine", str(fitted), "--policy", "static", "--out", str(tmp_path / "s"))
     )
-    size = result.read(tmp_path / "s")["fleet"]["engine"]
-    assert (size["max_num_seqs"], size["kv_blocks"]) == (16, 2000)
-    assert size["name"] == "fitted to 3 measured loads"
+    size = result.read(tmp_path / "s", simulate=Simulated).fleet.engine
+    assert (size.max_num_seqs, size.kv_blocks) == (16, 2000)
+    assert size.name == "fitted to 3 measured loads"
 
 
 # --- beside a measured run ------------------------------------------------------------------
@@ -280,9 +285,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     ]
     lost = [Sample(t_s=7.5, running=1.0)]  # The dashboard did not answer.
-    server = [msgspec.to_builtins([*samples[:2], *lost, *samples[2:]])]
     path = result.prepare(folder)
-    result.write(folder, result.header("run", "a burst") | {"server": server})
+    result.write(folder, Run(name="a burst", server=[[*samples[:2], *lost, *samples[2:]]]))
     records.append(path, outcome.records())
     return folder
 
@@ -323,7 +327,7 @@ def test_a_run_without_counted_replicas_says_what_is_missing(
     measured: Path, tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"
-    result.write(bare, result.read(measured) | {"server": [[{"t_s": 0.0, "wanted": None}]]})
+    result.write(bare, Run(server=[[Sample(t_s=0.0)]]))
     with pytest.raises(BenchError, match="--dashboard"):
         beside(bare, tmp_path=tmp_path)
     with pytest.raises(BenchError, match="give one of it and --beside"):
@@ -340,9 +344,9 @@ def test_a_minute_of_real_traffic(name: str) -> None:
         pytest.skip("the Azure traces are not here: shared/traces")
     case = replace(CASE, workload=f"azure:{path},start_s=600,duration_s=60", load="trace")
     data = simulate.simulate(replace(case, duration_s=None), ["static:n=6"])
-    (row,) = data["policies"]
-    assert row["unfinished"] == 0
-    assert row["measures"]["requests"] == data["requests"] > 20
+    (row,) = data.policies
+    assert row.unfinished == 0
+    assert row.measures.requests == data.requests > 20
 
 
 def test_an_open_load_on_one_engine_is_a_fleet_of_one() -> None:

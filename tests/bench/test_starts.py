@@ -4,7 +4,7 @@ import xml.etree.ElementTree as xml
 
 import pytest
 
-from bench.engine.starts import SCENARIOS, Start, _framed, _known, compared
+from bench.engine.starts import SCENARIOS, Compared, Start, _framed, _known, compared
 from bench.errors import BenchError
 from bench.pages.waterfall import Row, svg
 from serve_app.observe.phases import Span
@@ -24,15 +24,11 @@ def test_ratios_are_of_the_same_round() -> None:
         start("cold", "ours", 1, 30.0),
     ]
     found = compared(starts, "bare")
-    assert found["warm ours"] == {
-        "median_s": 16.0,
-        "least_s": 10.0,
-        "most_s": 22.0,
-        "starts": 2,
-        "to_bare": 0.525,
-    }
-    assert found["warm bare"]["to_bare"] == 1.0
-    assert "to_bare" not in found["cold ours"]
+    assert found["warm ours"] == Compared(
+        median_s=16.0, least_s=10.0, most_s=22.0, starts=2, to_reference=0.525
+    )
+    assert found["warm bare"].to_reference == 1.0
+    assert found["cold ours"].to_reference is None
 
 
 def test_what_is_before_and_after_a_replica_is_in_the_picture() -> None:

@@ -66,11 +66,11 @@ def test_other_seeds_never_turn_a_verdict() -> None:
     """At the limit of one replica single runs say yes and no; verdicts may only be open."""
     runs = [replace(CASE, seeds=1, seed=seed) for seed in range(12)]
     single = {
-        simulate.trial_of(case, case.jobs(), "static:n=1")[0].holds(CASE.slo) for case in runs
+        simulate.trial_of(case, case.jobs(), "static:n=1")[0].verdict(CASE.slo) for case in runs
     }
     assert single == {True, False}
     verdicts = {
-        simulate.simulate(replace(CASE, seed=seed), ["static:n=1"])["policies"][0]["holds"]
+        simulate.simulate(replace(CASE, seed=seed), ["static:n=1"]).policies[0].holds
         for seed in (0, 4, 8)
     }
     assert verdicts in ({None}, {None, True}, {None, False}, {True}, {False})
@@ -78,24 +78,24 @@ def test_other_seeds_never_turn_a_verdict() -> None:
 
 def test_a_clear_case_has_a_verdict_and_an_interval() -> None:
     data = simulate.simulate(replace(CASE, load="poisson:rate=6"), ["static:n=1|3"])
-    few, many = data["policies"][0]["tried"]
-    assert few["holds"] is many["holds"] is True
-    assert few["kept"] <= many["kept"]
-    low, high = data["policies"][0]["kept_interval"]
-    assert 0.95 <= low <= few["kept"] <= high <= 1.0
+    few, many = data.policies[0].tried
+    assert few.holds is many.holds is True
+    assert few.kept <= many.kept
+    low, high = data.policies[0].kept_interval
+    assert 0.95 <= low <= few.kept <= high <= 1.0
     assert f"({100 * low:.2f} to {100 * high:.2f})" in simulation_page.table(data)
-    assert data["seeds"] == 4
-    assert not data["notes"]
+    assert data.seeds == 4
+    assert not data.notes
 
 
 def test_all_policies_meet_the_same_loads() -> None:
     data = simulate.simulate(CASE, ["static:n=2", "static:n=2"])
-    first, second = ({**row, "took_s": 0} for row in data["policies"])
+    first, second = (replace(row, took_s=0) for row in data.policies)
     assert first == second
 
 
 def test_one_seed_has_no_interval_and_says_so() -> None:
     data = simulate.simulate(replace(CASE, seeds=1), ["static:n=2"])
-    assert data["policies"][0]["kept_interval"] is None
-    assert "--seeds" in data["notes"][0]
-    assert data["notes"][0] in simulation_page.table(data)
+    assert data.policies[0].kept_interval is None
+    assert "--seeds" in data.notes[0]
+    assert data.notes[0] in simulation_page.table(data)

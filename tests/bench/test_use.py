@@ -14,7 +14,9 @@ import pytest
 from bench import __main__ as main
 from bench import measure, records, result
 from bench.errors import BenchError, TargetFailed
+from bench.figures import Run
 from bench.itself.known_server import ROOT
+from bench.matrix import Matrix
 from bench.pages import console
 from bench.progress import Progress, describe, time_left_s
 from bench.records import Journal, Record
@@ -98,23 +100,27 @@ def answered(count: int) -> list[Record]:
     return [Record(index=index, planned_s=float(index)) for index in range(count)]
 
 
+def seed_in(folder: Path) -> int | None:
+    return result.read(folder, run=Run, matrix=Matrix).seed
+
+
 def test_a_second_run_into_the_same_folder_keeps_the_first(tmp_path: Path) -> None:
     for number in range(3):
         path = result.prepare(tmp_path)
         records.append(path, answered(number + 1))
-        result.write(tmp_path, {"benchmark": "run", "number": number})
-    assert result.read(tmp_path)["number"] == 2
+        result.write(tmp_path, Run(seed=number))
+    assert seed_in(tmp_path) == 2
     for number, folder in enumerate(("earlier-1", "earlier-2")):
-        assert result.read(tmp_path / folder)["number"] == number
+        assert seed_in(tmp_path / folder) == number
         assert len(list(records.read(tmp_path / folder / result.RECORDS))) == number + 1
 
 
 def test_a_result_without_records_is_kept_too(tmp_path: Path) -> None:
     """Such as a matrix, whose records are in the folders of its cells."""
     for number, started in enumerate(("10:00", "10:00", "11:00")):
-        result.write(tmp_path, {"benchmark": "matrix", "started": started, "number": number})
-    assert result.read(tmp_path)["number"] == 2
-    assert result.read(tmp_path / "earlier-1")["number"] == 1
+        result.write(tmp_path, Matrix(started=started, seed=number, cells=[]))
+    assert seed_in(tmp_path) == 2
+    assert seed_in(tmp_path / "earlier-1") == 1
     assert not (tmp_path / "earlier-2").exists()
 
 
@@ -154,14 +160,13 @@ def test_a_result_that_cannot_be_written_is_printed(
     def full(path: Path, data: bytes) -> int:
         raise OSError(28, os.strerror(28), str(path))
 
-    result.write(tmp_path, {"benchmark": "run", "valid": True, "number": 1})
+    result.write(tmp_path, Run(seed=1))
     monkeypatch.setattr(Path, "write_bytes", full)
-    values: dict[str, Any] = {"benchmark": "run", "valid": True, "number": 2}
-    result.write(tmp_path, values)
-    assert not values["valid"]
-    assert "No space left on device" in values["doubts"][0]
-    assert msgspec.json.decode(capsys.readouterr().err)["number"] == 2
-    assert result.read(tmp_path)["number"] == 1, "what was there is gone"
+    written = result.write(tmp_path, Run(seed=2))
+    assert not written.valid
+    assert "No space left on device" in written.doubts[0]
+    assert msgspec.json.decode(capsys.readouterr().err, type=Run) == written
+    assert seed_in(tmp_path) == 1, "what was there is gone"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -197,19 +202,21 @@ def shown(expected: dict[str, Any]) -> str:
 
 def test_the_table_of_a_run_has_its_figures_and_its_doubts(tmp_path: Path) -> None:
     outcome = made.run(tmp_path, "mine", [made.records(400, repeat=n) for n in range(3)])
-    text = shown({**outcome, "doubts": ["a sentence"], "valid": False, "out": "DIR"})
+    doubtful = result.doubted(outcome, "a sentence")
+    text = shown(result.line(doubtful, Path("DIR"), "summary"))
     assert "TTFT p50" in text
     assert "output tokens/s" in text
     assert "NOT VALID" in text
     assert "doubt: a sentence" in text
     assert "out: DIR" in text
-    assert "NOT VALID" not in shown({**outcome, "doubts": [], "valid": True})
+    assert "NOT VALID" not in shown(result.line(outcome, Path("DIR"), "summary"))
 
 
 def test_the_table_of_a_matrix_has_no_blank_cell(tmp_path: Path) -> None:
     outcome = made.cells(tmp_path, "matrix", "mine", per_user=1)
-    cells = {cell["name"]: cell["summary"] for cell in outcome["cells"]}
-    rows = [line for line in shown({**outcome, "cells": cells}).splitlines() if "in1000" in line]
+    cells = {cell.name: cell.summary for cell in outcome.cells}
+    text = shown(result.line(outcome, tmp_path, cells=cells))
+    rows = [line for line in text.splitlines() if "in1000" in line]
     assert len(rows) == 6
     assert not any(" - " in f"{row} " for row in rows), rows
 

@@ -3,6 +3,9 @@
 What moto has no service for (the price list, EC2's quotas) `Extras` answers, also over HTTP, in the
 form that botocore's service models give. The code under test is told of neither: it finds them
 through AWS_ENDPOINT_URL, which is how botocore is pointed elsewhere.
+
+A teardown makes hundreds of requests. Those of other processes arrive over HTTP. Those of this one
+are handed to the same application without a socket, after botocore has signed and serialized them.
 """
 
 import functools
@@ -19,14 +22,31 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import boto3
+import botocore.handlers
+import botocore.session
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 
 # Thousands of images that nobody asks for.
 os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
 
+import moto.backends
+import moto.core.responses
+from moto.core.botocore_stubber import MockRawResponse
+from moto.core.request import normalize_request
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
+from werkzeug.test import run_wsgi_app
 
 from tests.kuberay.eks_parts import EksParts
+
+# moto lists its own folder twice, and the methods of a class once, for every request. Each session
+# of botocore parses the service models anew: that of EC2 has six megabytes.
+_MODULES = frozenset(moto.backends.list_of_moto_modules())
+moto.backends.list_of_moto_modules = lambda: _MODULES
+moto.core.responses.method_names_from_class = functools.cache(  # type: ignore[assignment]
+    moto.core.responses.method_names_from_class
+)
+botocore.session.create_loader = functools.cache(botocore.session.create_loader)
 
 REGION = "us-west-2"
 ACCOUNT_ID = "123456789012"
@@ -153,6 +173,7 @@ class Cloud:
 
     def __init__(self) -> None:
         self.faults = Faults(DomainDispatcherApplication(create_backend_app))
+        botocore.handlers.BUILTIN_HANDLERS.append(("before-send", self._answered))
         self.server: BaseWSGIServer = make_server(
             "127.0.0.1", 0, self.faults, threaded=True, request_handler=_Silent
         )
@@ -174,6 +195,14 @@ class Cloud:
             "AWS_ENDPOINT_URL_PRICING": self.extras.url,
             "AWS_ENDPOINT_URL_SERVICE_QUOTAS": self.extras.url,
         }
+
+    def _answered(self, request: AWSPreparedRequest, **_: Any) -> AWSResponse | None:
+        """The answer to a request of this process; None sends it over HTTP."""
+        if not request.url.startswith(self.url):
+            return None
+        environ = normalize_request(request).environ
+        output, status, headers = run_wsgi_app(self.faults, environ)
+        return AWSResponse(request.url, int(status[:3]), headers, MockRawResponse(b"".join(output)))
 
     @functools.cache  # noqa: B019 - one cloud a session
     def client(self, service: str, region: str = REGION) -> Any:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ import pytest
 from tests.kuberay import programs
 from tests.kuberay.cloud import Cloud
 
-_TOOL = Path(__file__).with_name("fake_tool.py")
+# Without site-packages, which would double the time of a start; only PyYAML is taken from there,
+# and last. Bytecode is kept, also where the environment says that none is to be.
+_TOOL = """\
+#!{python} -SE
+import sys
+sys.pycache_prefix = {cache!r}
+sys.path[:] = [{here!r}, *sys.path[1:], {packages!r}]
+import fake_tool
+sys.exit(fake_tool.main({tool!r}))
+"""
 
 
 @pytest.fixture(scope="session")
@@ -69,14 +79,23 @@ class Commands:
 
 
 @pytest.fixture
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+def commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Commands:
     """eksctl, kubectl, helm and aws, first on PATH."""
     folder, programs = tmp_path / "fake", tmp_path / "bin"
     folder.mkdir()
     programs.mkdir()
     for tool in ("eksctl", "kubectl", "helm", "aws"):
         path = programs / tool
-        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{_TOOL}" {tool} "$@"\n')
+        text = _TOOL.format(
+            tool=tool,
+            python=sys.executable,
+            cache=str(tmp_path_factory.getbasetemp() / "bytecode"),
+            here=str(Path(__file__).parent),
+            packages=sysconfig.get_path("purelib"),
+        )
+        path.write_text(text)
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_TOOLS", str(folder))

@@ -3,9 +3,14 @@
 Most calls of a tool make no request: what one needs is loaded where it is used.
 """
 
+from __future__ import annotations
+
 import json
 import os
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _VERSIONS = {
     "cloudformation": "2010-05-15",

@@ -5,15 +5,20 @@ pkg/actions/nodegroup/create.go, pkg/actions/podidentityassociation/creator.go. 
 stopped after any number of steps, as a signal or a lost connection stops the real one.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import sys
-from pathlib import Path
-from typing import Any
 
 import fake_aws
 
-Config = dict[str, Any]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    Config = dict[str, Any]
+
 VERSION = "0.230.0"
 _ROLE = "arn:aws:iam::123456789012:role/made-by-eksctl"
 _TEMPLATE = json.dumps({"Resources": {"Topic": {"Type": "AWS::SNS::Topic"}}})
@@ -126,7 +131,8 @@ def _main(argv: list[str], stdin: str, left: int | None) -> int:
         _create(argv[1], config, Steps(config, left))
         return 0
     if argv[:2] == ["utils", "write-kubeconfig"]:
-        Path(_value(argv, "--kubeconfig")).write_text("kind: Config\n")
+        with open(_value(argv, "--kubeconfig"), "w") as file:
+            file.write("kind: Config\n")
         return 0
     if argv[:2] == ["delete", "nodegroup"]:
         name, group = _value(argv, "--cluster"), _value(argv, "--name")

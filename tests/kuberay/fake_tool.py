@@ -1,8 +1,8 @@
 """eksctl, kubectl and helm for the tests: real commands on PATH, with a small cluster in a folder.
 
-    python fake_tool.py eksctl delete cluster --name x ...
+    eksctl delete cluster --name x ...
 
-The folder is FAKE_TOOLS:
+Each is a script that calls `main` (conftest.py writes them). The folder is FAKE_TOOLS:
 
     calls.jsonl    one line a call: its arguments and its standard input
     objects.json   Kubernetes' objects by kind; releases of helm under `helm`
@@ -12,28 +12,28 @@ The folder is FAKE_TOOLS:
 What the real ones do to AWS, these do to the AWS of the tests: eksctl deletes the cluster, a
 Service takes its load balancer with it, a claim its volume, unless something still mounts it.
 
-A test calls it dozens of times: what is slow to load is loaded where it is used.
+A test calls them dozens of times, so that their start is most of their cost: no `pathlib`, no
+`typing`, and what only some calls need is imported where it is used.
 """
 
-import base64
+from __future__ import annotations
+
 import itertools
 import json
 import os
-import signal
 import sys
-import time
-from pathlib import Path
-from typing import Any
 
-import fake_aws
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-FOLDER = Path(os.environ["FAKE_TOOLS"])
+FOLDER = os.environ["FAKE_TOOLS"]
 
 
-def main() -> int:
-    tool, *argv = sys.argv[1:]
+def main(tool: str) -> int:
+    argv = sys.argv[1:]
     stdin = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
-    with (FOLDER / "calls.jsonl").open("a") as calls:
+    with open(f"{FOLDER}/calls.jsonl", "a") as calls:
         calls.write(json.dumps({"tool": tool, "argv": argv, "stdin": stdin}) + "\n")
     rule = _rule({tool, *argv})
     if rule is not None and "after" not in rule:
@@ -56,7 +56,7 @@ def _rule(words: set[str]) -> dict[str, Any] | None:
             for other in rules:
                 if other["words"] == rule["words"]:
                     other["times"] = other.get("times", 1) - 1
-            (FOLDER / "rules.json").write_text(json.dumps(rules))
+            _write("rules.json", rules)
             result: dict[str, Any] = rule
             return result
     return None
@@ -70,12 +70,23 @@ def _stop(rule: dict[str, Any]) -> int:
 
 
 def _read(name: str, default: Any) -> Any:
-    path = FOLDER / name
-    return json.loads(path.read_text()) if path.exists() else default
+    try:
+        with open(f"{FOLDER}/{name}") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return default
+
+
+def _write(name: str, value: Any) -> None:
+    with open(f"{FOLDER}/{name}", "w") as file:
+        json.dump(value, file)
 
 
 def _hang() -> None:
-    (FOLDER / "hanging").touch()
+    import signal
+    import time
+
+    _write("hanging", True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     while True:
         time.sleep(0.1)
@@ -101,18 +112,14 @@ def helm(argv: list[str], stdin: str) -> int:
         print(json.dumps(releases))
     elif argv[0] == "uninstall":
         objects["helm"] = [entry for entry in releases if entry["name"] != argv[1]]
-        _write(objects)
+        _write("objects.json", objects)
     elif argv[0] == "upgrade":
         name = next(word for word in argv[1:] if not word.startswith("-"))
         releases.append({"name": name, "namespace": _value(argv, "--namespace")})
-        _write(objects)
+        _write("objects.json", objects)
     elif argv[:2] == ["show", "crds"]:
         print("kind: CustomResourceDefinition\nmetadata: {name: rayservices.ray.io}")
     return 0
-
-
-def _write(objects: dict[str, Any]) -> None:
-    (FOLDER / "objects.json").write_text(json.dumps(objects))
 
 
 # --- kubectl --------------------------------------------------------------------------------
@@ -152,7 +159,7 @@ def kubectl(argv: list[str], stdin: str) -> int:
             item["metadata"].pop("finalizers", None)
             if item.get("deleting"):
                 objects[kind].remove(item)
-        _write(objects)
+        _write("objects.json", objects)
         return 0
     if verb == "delete":
         return _delete(objects, kind, chosen)
@@ -186,11 +193,15 @@ def _delete(objects: dict[str, Any], kind: str, chosen: list[dict[str, Any]]) ->
             late = True
             continue
         if balancer := where.get("annotations", {}).get("fake/balancer"):
+            import fake_aws
+
             fake_aws.query("elasticloadbalancing", "DeleteLoadBalancer", LoadBalancerArn=balancer)
         if volume := where.get("annotations", {}).get("fake/volume"):
+            import fake_aws
+
             fake_aws.query("ec2", "DeleteVolume", VolumeId=volume)
         objects[kind].remove(item)
-    _write(objects)
+    _write("objects.json", objects)
     if late:
         print("error: timed out waiting for the condition", file=sys.stderr)
     return 1 if late else 0
@@ -212,6 +223,8 @@ def _documents(text: str) -> list[dict[str, Any]]:
 
 
 def _apply(stdin: str) -> int:
+    import base64
+
     objects = _read("objects.json", {})
     for item in _documents(stdin):
         kind = _PLURALS.get(item["kind"])
@@ -231,7 +244,7 @@ def _apply(stdin: str) -> int:
         waiting[:] = [each for each in waiting if each["metadata"]["name"] != where["name"]] + [
             item
         ]
-    _write(objects)
+    _write("objects.json", objects)
     return 0
 
 
@@ -243,11 +256,12 @@ def _looked_at(objects: dict[str, Any]) -> None:
         state, why = ("True", "") if item["looks"] <= 0 else ("False", "waits for its workers")
         ready = {"type": "Ready", "status": state, "message": why}
         item["status"] = {"conditions": [ready]}
-    _write(objects)
+    _write("objects.json", objects)
 
 
 def _forward(argv: list[str]) -> int:
     """A service that asks for the key of the Secret, and answers."""
+    import base64
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     secrets = {each["metadata"]["name"]: each for each in _read("objects.json", {})["secrets"]}
@@ -282,7 +296,3 @@ def _forward(argv: list[str]) -> int:
     print(f"Forwarding from 127.0.0.1:{server.server_port} -> 8000", flush=True)
     server.serve_forever()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

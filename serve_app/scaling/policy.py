@@ -22,6 +22,7 @@ binding to Ray Serve (autoscaler.py) and the simulator of bench.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import sub
 
 from serve_app.scaling.tuning import DEFAULT, Tuning
 
@@ -430,14 +431,26 @@ def _costs(sums: Sequence[float], tuning: Tuning = DEFAULT) -> Costs:
     sb, db, pb = sb / of_s, db / of_d, pb / of_p
     ridge = tuning.ridge
     ss, dd, pp = ss / of_s**2 + ridge, dd / of_d**2 + ridge, pp / of_p**2 + ridge
+    sd, sp, sb, ds, dp, db, ps, pd, pb = (
+        sd / ss, sp / ss, sb / ss, sd / dd, dp / dd, db / dd, sp / pp, dp / pp, pb / pp,
+    )  # fmt: skip
     s = d = p = 0.0
     for _ in range(200):
-        before = s, d, p
-        s = max(0.0, (sb - sd * d - sp * p) / ss)
-        d = max(0.0, (db - sd * s - dp * p) / dd)
-        p = max(0.0, (pb - sp * s - dp * d) / pp)
-        change = max(abs(s - before[0]), abs(d - before[1]), abs(p - before[2]))
-        if change <= 1e-9 * max(s, d, p):
+        before_s, before_d, before_p = s, d, p
+        # Conditions in place of max() and abs(): calls would be most of a round.
+        s = sb - sd * d - sp * p
+        s = s if s > 0.0 else 0.0
+        d = db - ds * s - dp * p
+        d = d if d > 0.0 else 0.0
+        p = pb - ps * s - pd * d
+        p = p if p > 0.0 else 0.0
+        near = 1e-9 * (s if s > d else d)
+        near = near if near > 1e-9 * p else 1e-9 * p
+        if (
+            -near <= s - before_s <= near
+            and -near <= d - before_d <= near
+            and -near <= p - before_p <= near
+        ):
             break
     return Costs(s / of_s, d / of_d, p / of_p)
 
@@ -511,8 +524,8 @@ def _forecast(means: Sequence[float], parts: int, cover: float, tuning: Tuning) 
         for mean in means:
             guess += share * (mean - guess)
             guesses.append(guess)
-        above = [means[i] - guesses[i - parts] for i in range(parts, count)]
-        mean_above = sum(max(0.0, a) * w for a, w in zip(above, weights, strict=True)) / total
+        above = list(map(sub, means[parts:], guesses))
+        mean_above = sum(a * w for a, w in zip(above, weights, strict=True) if a > 0.0) / total
         mean_guess = sum(guesses) / count
         # Surprises as large as the load itself come in bursts, and the largest is still to come;
         # those of a tenth of it are noise, which has an end.
@@ -528,8 +541,8 @@ def _forecast(means: Sequence[float], parts: int, cover: float, tuning: Tuning) 
 
 def _quantile(values: Sequence[float], weights: Sequence[float], wanted: float) -> float:
     reached = 0.0
-    for value, weight in sorted(zip(values, weights, strict=True)):
-        reached += weight
+    for place in sorted(range(len(values)), key=values.__getitem__):
+        reached += weights[place]
         if reached >= wanted:
-            return value
+            return values[place]
     return max(values)

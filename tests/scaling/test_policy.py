@@ -340,7 +340,9 @@ def test_down_comes_with_patience(start_s: float) -> None:
     patience_s = int(max(60, start_s))
     fleet.run(patience_s - 5, rate_of(1))
     assert fleet.target >= 6  # What was asked for before is still there.
-    fleet.run(int(30 * start_s) + 600, rate_of(1))
+    for _ in range(int(30 * start_s) + 600):
+        if fleet.second(rate_of(1)) <= 3:
+            break
     assert fleet.target <= 3
 
 
@@ -422,9 +424,9 @@ _FAINT = Snapshot(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150)
 @example(goal=GOAL, seen=[_FAINT] * 3, gap_s=10.0)
-@given(goal=goals, seen=st.lists(snapshots, min_size=1, max_size=20), gap_s=st.floats(0, 100))
+@given(goal=goals, seen=st.lists(snapshots, min_size=1, max_size=10), gap_s=st.floats(0, 100))
 def test_whatever_is_reported_the_answer_is_within_the_bounds(
     goal: Goal, seen: list[Snapshot], gap_s: float
 ) -> None:
@@ -541,7 +543,7 @@ def test_it_is_pure() -> None:
 
 def test_what_it_remembers_is_bounded() -> None:
     fleet, rng = Fleet(serving=2, start_s=60), random.Random(3)
-    fleet.run(9000, rate_of(1), rng)
+    fleet.run(3300, rate_of(1), rng)  # A mean each 5 s: 660 of them.
     state = fleet.state
     assert len(state.means) <= 40 * 12
     assert len(state.queue) <= 12

@@ -36,7 +36,7 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from bench import records, result
 from bench.errors import BenchError, TargetError, WorkloadError
-from bench.pages import locust_report, report
+from bench.pages import locust_report
 from bench.pages.locust_report import Locust
 from bench.records import Record
 from bench.result import TargetName
@@ -259,6 +259,7 @@ class Run:
         self._complete: set[str] = set()  # Workers that have handed over their last records.
         self._incomplete = 0
         self._users, self._hatched = 0, 0
+        self._all_there_s: float | None = None
         self._stopped_s: float | None = None
         self._index, self._taken = -1, 0
         self._example_due_s, self._flushed_s = float("inf"), 0.0
@@ -288,7 +289,7 @@ class Run:
 
     def all_users_are_there(self, user_count: int) -> None:
         self._users = user_count
-        self._example_due_s = self.now_s()
+        self._all_there_s = self._example_due_s = self.now_s()
 
     @property
     def over(self) -> bool:
@@ -390,6 +391,8 @@ class Run:
             self._cpu or {"locust": self._busy()},
             self._about(),
             self._cut_short(),
+            self._all_there_s,
+            self._stopped_s or self.now_s(),
         )
         if self._out:
             if self._journal.problem:
@@ -400,6 +403,8 @@ class Run:
 
     def _write(self, output: Locust, folder: Path) -> None:
         """The same files as of any other run; a full disk costs them, and not the figures."""
+        from bench.pages import report  # Loads matplotlib, which takes a second.
+
         try:
             result.write(folder, output, self._heard)
             report.report([folder], folder / result.REPORT)

@@ -17,7 +17,6 @@ import msgspec
 from bench import measure, result, run
 from bench.errors import BenchError
 from bench.measure import CurvePoint
-from bench.pages import plots
 from bench.result import Asked
 from bench.run import Job
 
@@ -50,6 +49,8 @@ async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> 
 
     A load is left out once one was interrupted.
     """
+    from bench.pages import plots  # Loads matplotlib, which takes a second.
+
     head = result.header(job.name or f"{job.workload} on {job.gpus or '?'} GPUs")
     points: list[CurvePoint] = []
     for place, count in enumerate(users):

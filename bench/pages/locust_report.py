@@ -15,7 +15,6 @@ from bench.records import Record
 
 _FIGURES = ["requests_per_s", "output_tokens_per_s", "user_tokens_per_s", "max_running"]
 _FIGURES += [f"{of}_{what}_s" for of in ("e2e", "ttft") for what in ("mean", "p50", "p95", "p99")]
-_UNASKED = "no example was asked: the run ended before all users were there"
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +79,8 @@ def result(
     cpu: Mapping[str, float],
     about: Mapping[str, Any],
     cut_short: str = "",
+    all_there_s: float | None = None,
+    ended_s: float = 0.0,
 ) -> Locust:
     """The result of a run.
 
@@ -90,6 +91,8 @@ def result(
         cpu: CPU time over time of each process of Locust.
         about: fields that say what was run: the header, target, workload, actors.
         cut_short: why it is not the run that was asked for.
+        all_there_s: when the last user was there; None where that never was.
+        ended_s: when users were told to stop.
     """
     whole = measure(heard)
     steady = measure(heard, window=window(heard, users))
@@ -106,11 +109,21 @@ def result(
         failed=whole.failed,
         errors=errors(whole),
         examples=examples(heard, prompts),
-        examples_absent="" if prompts else _UNASKED,
+        examples_absent="" if prompts else _unasked(all_there_s, ended_s),
         cpu=dict(cpu),
         repeats=[shown],
         whole=[whole],
         summary=summary([shown]),
+    )
+
+
+def _unasked(all_there_s: float | None, ended_s: float) -> str:
+    """Why no example was asked. Users of the first worker ask them, once all users are there."""
+    if all_there_s is None:
+        return "no example was asked: the run ended before all users were there"
+    return (
+        f"no example was asked: all users were there after {all_there_s:.1f} s, and no user of the "
+        f"process that asks them began another request before the end after {ended_s:.1f} s"
     )
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import msgspec
 
 from bench import interval
@@ -23,13 +22,11 @@ from bench.figures import Run
 from bench.machine import Machine
 from bench.matrix import Matrix
 from bench.pages import against as beside
-from bench.pages import charts, figures, matrices, overtime, story, tables
+from bench.pages import charts, figures, matrices, overtime, story, tables, templates
 from bench.pages.loaded import Loaded, load, tell_apart
 from bench.pages.locust_report import Example, Locust
 from bench.result import Asked, EngineResult, Result
 from bench.search import RateResult, SweepResult
-
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def report(folders: Sequence[Path], out: Path, against: Path | None = None) -> None:
@@ -51,14 +48,7 @@ def report(folders: Sequence[Path], out: Path, against: Path | None = None) -> N
     base = load(against) if against else None
     tell_apart([*loaded, base] if base else loaded)
     page = _page(loaded, unreadable, base)
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=jinja2.FileSystemLoader(_TEMPLATE.parent),
-    )
-    html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(page)
+    html = templates.environment().get_template("report.html.j2").render(page)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8", errors="replace")
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import msgspec
 from markupsafe import Markup
 
@@ -29,11 +28,10 @@ from bench.figures import Run
 from bench.hardware.profile import Profile
 from bench.hardware.roofline import Roofline, Verdict
 from bench.matrix import Matrix
-from bench.pages import plots
+from bench.pages import plots, templates
 from bench.pages.plots import Curve, Panel, Ratio
 from bench.result import Result
 
-_FOLDER = Path(__file__).parent
 # In the order of the story.
 KINDS = ("roofline", "baseline", "profile", "kv", "scheduler", "tune", "confirm", "scale")
 # Those that `bench report` has no other section for.
@@ -99,17 +97,12 @@ def _made(data: Result, place: int) -> Chapter | None:
 def page(results: Sequence[Result], out: Path, machines: Sequence[str]) -> None:
     """Write the story: one page that loads nothing from anywhere."""
     story = chapters(results)
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=jinja2.FileSystemLoader(_FOLDER),
-    )
-    style = (_FOLDER / "report.html.j2").read_text(encoding="utf-8")
+    style = (templates.FOLDER / "report.html.j2").read_text(encoding="utf-8")
     style = style[style.index("<style>") : style.index("</style>") + len("</style>")]
-    html = environment.get_template("story.html.j2").render(
-        style=Markup(style), chapters=story, steps=steps(story), machines=machines
+    html = (
+        templates.environment()
+        .get_template("story.html.j2")
+        .render(style=Markup(style), chapters=story, steps=steps(story), machines=machines)
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8", errors="replace")

@@ -40,7 +40,6 @@ from bench.simulation import (
     fleet,
     policies,
     reality,
-    simulation_page,
 )
 from bench.simulation.case import Case, Draw
 from bench.simulation.enginemodel import Engine, Job
@@ -84,6 +83,8 @@ def simulate(
             records.append(path, (msgspec.structs.replace(r, repeat=number) for r in heard))
     if case.beside is not None:
         simulated.insert(0, _measured(case, case.beside))
+    from bench.simulation import simulation_page  # Loads matplotlib, which takes a second.
+
     data = _result(case, jobs, simulated)
     if folder is not None:
         data = result.write(folder, data)

@@ -6,6 +6,9 @@ from there on all times are seconds since the start.
 
 What came back is streamed to the driver a few times a second. An actor that dies takes with it
 what it had not handed over: those requests are recorded as lost, and the other actors go on.
+
+Ray takes a second to import. Every command of bench imports this module, and most send nothing, so
+Ray is imported by the functions that need it.
 """
 
 import asyncio
@@ -17,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-import ray
 
 from bench.errors import LoadError
 from bench.progress import Progress
@@ -96,6 +98,8 @@ def connect(address: str | None = None) -> None:
 
     The nodes of a cluster need this package and what it depends on.
     """
+    import ray
+
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -228,6 +232,8 @@ class _Crew:
 
     async def hire(self, target: Target) -> None:
         """Start the actors, wait until all answer, and compare clocks."""
+        import ray
+
         # Ray spreads only what asks for something, and what asks for more than is free never
         # starts: a hundredth of a core, or nothing where the cluster is full.
         free = ray.available_resources().get("CPU", 0.0) >= _CPU * len(self._shares)
@@ -268,6 +274,8 @@ class _Crew:
         await asyncio.wait(self._collecting, timeout=_STOP_S)
 
     def dismiss(self) -> None:
+        import ray
+
         for task in self._collecting:
             task.cancel()
         for member in self._members:
@@ -276,6 +284,8 @@ class _Crew:
 
     async def _collect(self, member: _Member) -> None:
         """Take an actor's batches until it is done or dead."""
+        import ray
+
         start_s = self._outcome.start_s + member.offset_s
         batches = member.handle.send.options(num_returns="streaming").remote(start_s)
         try:

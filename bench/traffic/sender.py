@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 import msgspec
-import ray
 
 from bench.records import Record
 from bench.traffic.alarm import Alarm, sleep_until
@@ -94,6 +93,8 @@ class Sender:
 
     async def where(self) -> str:
         """For people: node and process."""
+        import ray  # Slow to import: load.py says more.
+
         node = ray.get_runtime_context().get_node_id()[:8] if ray.is_initialized() else "here"
         nice = os.getpriority(os.PRIO_PROCESS, 0)
         return f"node {node}, process {os.getpid()}" + (f", niceness {nice}" if nice else "")

@@ -90,6 +90,16 @@ def unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
 without_plots = pytest.mark.usefixtures("unsaved")
 
 
+def draw_only(monkeypatch: pytest.MonkeyPatch, *labels: str) -> None:
+    """Lay out the plots of these labels, and no others."""
+    real = plots._svg
+
+    def svg(figure: plots.Plot, prefix: str, label: str) -> str:
+        return real(figure, prefix, label) if label in labels else "<svg></svg>"
+
+    monkeypatch.setattr(plots, "_svg", svg)
+
+
 def shown(text: str) -> float:
     """The number a reader sees, without what stands behind it."""
     return float(text.partition("±")[0].replace(",", "").replace("%", ""))
@@ -258,6 +268,7 @@ def test_missing_records_are_said(tmp_path: Path) -> None:
     assert any("data-value" in figure for figure in html.headline())
 
 
+@without_plots
 def test_records_cut_in_the_middle_are_said_and_the_others_shown(tmp_path: Path) -> None:
     made.run(tmp_path / "a", "a run", [made.records(40)])
     path = tmp_path / "a" / "records.jsonl"
@@ -278,7 +289,10 @@ def test_no_server_metrics_are_said(tmp_path: Path) -> None:
     assert "the server's own metrics: none were scraped" in page(tmp_path, "a").sections["time"]
 
 
-def test_server_metrics_are_drawn_and_gaps_in_them_said(tmp_path: Path) -> None:
+def test_server_metrics_are_drawn_and_gaps_in_them_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_only(monkeypatch, "Timeline of the run")
     server = [Sample(t_s=float(t), running=2.0, waiting=float(t), kv_usage=0.1) for t in range(5)]
     made.run(tmp_path / "a", "a run", [made.records(40)], server=server)
 
@@ -479,7 +493,10 @@ def test_plots_take_their_colours_and_font_from_the_page(together: Page) -> None
         assert "DejaVu" not in plot
 
 
-def test_results_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_results_of_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_only(monkeypatch, "Cumulative distributions of latency")
     for folder in ("first", "second"):
         made.run(tmp_path / folder, "a run", [made.records(40)])
     section = page(tmp_path, "first", "second").sections["latency"]
@@ -586,7 +603,8 @@ def test_sessions_are_shown_by_turn(tmp_path: Path) -> None:
     assert "Of the prompt tokens of a session 0.5 % (0.5 to 0.5) came" in section
 
 
-def test_gpus_are_drawn_over_time(tmp_path: Path) -> None:
+def test_gpus_are_drawn_over_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_only(monkeypatch, "Timeline of the run")
     samples = [
         {"t_s": t / 2, "gpu": 0, "utilisation": 0.5, "memory_gib": 10.0, "joules": 100.0 * t}
         for t in range(20)
@@ -597,6 +615,7 @@ def test_gpus_are_drawn_over_time(tmp_path: Path) -> None:
     assert "200 W at" in html
 
 
+@without_plots
 def test_sections_with_nothing_in_them_are_folded(tmp_path: Path) -> None:
     made.run(tmp_path / "a", "mine", [made.records(60)])
     html = page(tmp_path, "a").html

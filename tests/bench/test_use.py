@@ -70,6 +70,16 @@ def test_an_endpoint_that_is_not_there_is_status_3_and_one_sentence(tmp_path: Pa
     assert output.strip() == f"bench: url = '{NOBODY}': connection refused"
 
 
+def test_a_mistake_is_said_before_anything_large_is_loaded(tmp_path: Path) -> None:
+    program = (
+        "import sys; from bench.__main__ import main; status = main(); "
+        'sys.exit(f\'{status} {sorted({"ray", "matplotlib", "torch"} & set(sys.modules))}\')'
+    )
+    command = [sys.executable, "-c", program, *RUN, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "3 []"
+
+
 def test_a_mistake_is_status_2_and_a_failure_3() -> None:
     assert BenchError("x").status == 2
     assert TargetFailed("x").status == 3

@@ -14,6 +14,7 @@ import yaml
 
 from kuberay import prices
 from kuberay.errors import EksError
+from kuberay.lines import PARSER
 
 # The operator's own, where a RayService says nothing.
 DEFAULT_STRATEGY = "NewCluster"
@@ -193,7 +194,7 @@ def _service(item: Mapping[str, Any]) -> Service:
     options = upgrade.get("clusterUpgradeOptions") or {}
     head = cluster.get("headGroupSpec") or {}
     groups = cluster.get("workerGroupSpecs") or []
-    serve = yaml.safe_load(spec.get("serveConfigV2") or "") or {}
+    serve = yaml.load(str(spec.get("serveConfigV2") or ""), PARSER) or {}
     applications = serve.get("applications") or [{}]
     return Service(
         name=str(item["metadata"]["name"]),

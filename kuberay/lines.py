@@ -34,10 +34,10 @@ class Text(str):
 
 
 # Where PyYAML was built with libyaml its parser is ten times as fast.
-_Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Loader(_Parser):  # type: ignore[misc]
+class _Loader(PARSER):  # type: ignore[misc]
     def construct_lined_mapping(self, node: yaml.MappingNode) -> Any:
         mapping = Mapping()
         yield mapping

@@ -23,6 +23,7 @@ import yaml
 
 from kuberay import console, tools
 from kuberay.errors import EksError
+from kuberay.lines import PARSER
 from kuberay.owned import CLUSTER
 from serve_app.errors import ConfigError
 from serve_app.launch import launcher
@@ -139,7 +140,7 @@ def rendered_files(folder: Path = HERE) -> dict[Path, str]:
 
 def _service(path: Path, folder: Path) -> str:
     text = path.read_text(encoding="utf-8")
-    manifest = yaml.safe_load(text)
+    manifest = yaml.load(text, PARSER)
     (group,) = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     cpus = float(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     config = serve_config(folder=folder)
@@ -224,7 +225,7 @@ def documents(
     """
     _check_overlay(overlay, folder)
     built = tools.ask(["kubectl", "kustomize", str(folder / "overlays" / overlay)], {})
-    written = [document for document in yaml.safe_load_all(built) if document]
+    written = [document for document in yaml.load_all(built, PARSER) if document]
     haproxy = launcher.haproxy_settings(_settings(serve_config(overlay, bucket, folder)))
     for document in written:
         if document["kind"] == "RayService":
@@ -270,7 +271,8 @@ def monitoring(source: Path = MONITORING, folder: Path = HERE) -> Iterator[dict[
 
     Rules (`rules*.yaml`) and dashboards (`*.json`) are those of the local ones: one place for both.
     """
-    yield from yaml.safe_load_all((folder / "monitoring" / "monitors.yaml").read_text("utf-8"))
+    monitors = (folder / "monitoring" / "monitors.yaml").read_text("utf-8")
+    yield from yaml.load_all(monitors, PARSER)
     where = {"namespace": "monitoring"}
     for path in sorted(source.glob("*rules*.y*ml")):
         groups = _mapping(path).get("groups")

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from kuberay.lines import at
+from kuberay.lines import PARSER, at
 from kuberay.rayservice import Path, Service
 from kuberay.rules.finding import ERROR, WARNING, Finding, rule
 from serve_app.errors import nearest
@@ -76,7 +76,7 @@ def _error(line: int, problem: str, mend: str) -> Finding:
 
 def _text(service: Service, text: str, line: int) -> Iterator[Finding]:
     try:
-        parsed = yaml.safe_load(text)
+        parsed = yaml.load(str(text), PARSER)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = getattr(text, "first", line) + mark.line if mark is not None else line

@@ -127,7 +127,7 @@ def _main(argv: list[str], stdin: str, left: int | None) -> int:
     if argv[0] == "create":
         import yaml
 
-        config = yaml.safe_load(stdin)
+        config = yaml.load(stdin, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         _create(argv[1], config, Steps(config, left))
         return 0
     if argv[:2] == ["utils", "write-kubeconfig"]:

@@ -216,7 +216,7 @@ def _documents(text: str) -> list[dict[str, Any]]:
     else:
         import yaml
 
-        results = list(yaml.safe_load_all(text))
+        results = list(yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     return [
         item for each in results for item in (each["items"] if each["kind"] == "List" else [each])
     ]

@@ -69,9 +69,9 @@ def variable(group: Manifest, name: str, value: str = "x") -> None:
 
 def serve(m: Manifest, change: Callable[[Manifest], None]) -> None:
     """Change what is in the text of serveConfigV2."""
-    config = yaml.safe_load(m["spec"]["serveConfigV2"])
+    config = yaml.load(m["spec"]["serveConfigV2"], _LOADER)
     change(config)
-    m["spec"]["serveConfigV2"] = yaml.safe_dump(config, sort_keys=False)
+    m["spec"]["serveConfigV2"] = yaml.dump(config, Dumper=_DUMPER, sort_keys=False)
 
 
 def deployment(m: Manifest, place: int, **values: Any) -> None:
@@ -129,7 +129,7 @@ def llm(m: Manifest, **engine: int) -> None:
             }
         ]
     }  # fmt: skip
-    m["spec"]["serveConfigV2"] = yaml.safe_dump(config)
+    m["spec"]["serveConfigV2"] = yaml.dump(config, Dumper=_DUMPER)
 
 
 def balancer(m: Manifest, **annotations: str) -> None:
@@ -297,7 +297,7 @@ BROKEN = [
              "upgrade-options"),
     # What Ray Serve refuses, and what never serves.
     Mutation("a mapping", lambda m: m["spec"].update(
-        serveConfigV2=yaml.safe_load(m["spec"]["serveConfigV2"])), "serve-config"),
+        serveConfigV2=yaml.load(m["spec"]["serveConfigV2"], _LOADER)), "serve-config"),
     Mutation("no application", lambda m: m["spec"].update(serveConfigV2="applications: []\n"),
              "serve-config"),
     Mutation("two of one name", lambda m: serve(m, lambda c: c["applications"].append(

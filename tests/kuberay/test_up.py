@@ -14,6 +14,7 @@ import yaml
 
 from kuberay import images, up
 from kuberay.aws import Account
+from kuberay.lines import PARSER
 from kuberay.ttl import Ttl
 from tests.kuberay import planted
 from tests.kuberay.cli import ROOT, run, start
@@ -45,7 +46,7 @@ def tags(cloud: Cloud) -> dict[str, str]:
 
 def first(text: str) -> dict[str, Any]:
     """The first document of what kubectl was given."""
-    documents: dict[str, Any] = next(iter(yaml.safe_load_all(text)))
+    documents: dict[str, Any] = next(iter(yaml.load_all(text, PARSER)))
     return documents["items"][0] if documents["kind"] == "List" else documents
 
 

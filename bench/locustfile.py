@@ -399,7 +399,8 @@ class Run:
                 output = result.doubted(output, self._journal.problem)
             self._write(output, self._out)
         brief = {name: getattr(output, name) for name in output.__struct_fields__}
-        print(msgspec.json.encode({k: brief[k] for k in brief if k not in _LONG}).decode())
+        short = {name: value for name, value in brief.items() if name not in _LONG}
+        print(msgspec.json.encode(short).decode(), flush=True)
 
     def _write(self, output: Locust, folder: Path) -> None:
         """The same files as of any other run; a full disk costs them, and not the figures."""

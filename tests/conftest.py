@@ -32,7 +32,8 @@ SERVERS = (
 # One server for all that is in there, and one engine with both lanes.
 SERVED = "tests/served/"
 LANES = ("tests/lanes/test_contract.py", "tests/lanes/test_restart.py")
-# Each starts an engine, a Ray cluster or installs an environment: `make test-fast` leaves them out.
+# Each starts an engine, a Ray cluster or a process that imports vLLM, or installs an environment:
+# `make test-fast` leaves them out.
 ENGINES = (
     "tests/test_constraints.py",
     "tests/test_continuation.py",
@@ -40,6 +41,7 @@ ENGINES = (
     "tests/launch/test_doctor.py",
     "tests/launch/test_haproxy_reload.py",
     "tests/planning/test_placement.py",
+    "tests/replica/test_arguments.py::test_the_check_is_a_command",
     "tests/replica/test_bounds.py",
     "tests/bench/test_chaos.py",
     "tests/bench/test_load.py",
@@ -52,6 +54,7 @@ ENGINES = (
     "tests/kuberay/test_up.py",
     "tests/runpod/test_deploy.py",
     "tests/runpod/test_install.py",
+    "tests/runpod/test_overrides.py::test_the_list_is_that_of_the_installed_vllm",
 )
 # Fixtures that start a server, such as a simulated cloud, HAProxy or PostgreSQL.
 SERVER_FIXTURES = {

@@ -39,7 +39,8 @@ async def gateway(**engines: EngineServer | None) -> AsyncIterator["Gateway"]:
             there = [engine] if engine is not None else []
             fleets[name] = await stack.enter_async_context(fleet(*there, replica_timeout_s=0.3))
             fleets[name].relay.may_sleep = engine is None
-            fleets[name].relay.timeout_s = 0.5 if engine is None else 20.0
+            if engine is None:
+                fleets[name].relay.limits = Limits(request_timeout_s=0.5)
         relays = {name: each.relay for name, each in fleets.items()}
         app = Models(relays, SETTINGS, {"an-adapter": list(engines)[-1]})
         client = httpx.AsyncClient(

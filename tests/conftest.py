@@ -54,7 +54,11 @@ ENGINES = (
     "tests/kuberay/test_up.py",
     "tests/runpod/test_deploy.py",
     "tests/runpod/test_install.py",
-    "tests/runpod/test_overrides.py::test_the_list_is_that_of_the_installed_vllm",
+)
+# AWS is moto: loading it, and the clients of its services, takes 10 s of CPU time once a process.
+AWS = tuple(
+    f"tests/kuberay/test_{name}.py"
+    for name in ("down", "up", "sweep", "cluster", "preflight", "aws", "ttl", "weights")
 )
 # Fixtures that start a server, such as a simulated cloud, HAProxy or PostgreSQL.
 SERVER_FIXTURES = {
@@ -71,10 +75,9 @@ SERVER_FIXTURES = {
 FIRST = (
     *SERVERS,
     SERVED,
-    "tests/kuberay/test_down.py",
+    *AWS,
     "tests/test_continuation.py",
     *LANES,
-    "tests/kuberay/test_up.py",
     "tests/scaling/test_policy.py",
 )
 # Servers are waited for: a third worker uses the cores meanwhile, and leaves them to the others.
@@ -87,6 +90,8 @@ def _together(nodeid: str) -> str:
         return "servers"
     if nodeid.startswith(LANES):
         return "lanes"
+    if nodeid.startswith(AWS):
+        return "aws"
     return SERVED if nodeid.startswith(SERVED) else nodeid.split("::")[0]
 
 

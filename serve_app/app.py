@@ -24,7 +24,7 @@ from ray.serve.config import RequestRouterConfig
 
 from serve_app.errors import ConfigError
 from serve_app.gateway.deployment import Gateway
-from serve_app.launch import launcher
+from serve_app.launch import launcher, template
 from serve_app.planning.plan import Plan, decide
 from serve_app.progress import reported, say
 from serve_app.replica.deployment import GatewayReplica, Replica
@@ -49,7 +49,15 @@ def build(args: dict[str, Any]) -> Application:
         return _behind_gateway(settings, models)
     (_, plan) = models[0]
     engine = serve.deployment(serve.ingress()(Replica), name="engine")
-    return engine.options(**plan.deployment_options(settings)).bind(settings, plan)
+    return engine.options(**_options(settings, plan)).bind(settings, plan)
+
+
+def _options(settings: Settings, plan: Plan) -> dict[str, Any]:
+    """Options of a deployment of engines."""
+    options = plan.deployment_options(settings)
+    if env := template.runtime_env(plan):
+        options["ray_actor_options"]["runtime_env"] = env
+    return options
 
 
 def _behind_gateway(settings: Settings, models: list[tuple[Settings, Plan]]) -> Application:
@@ -61,7 +69,7 @@ def _behind_gateway(settings: Settings, models: list[tuple[Settings, Plan]]) -> 
             request_router_kwargs={"deployment": name},
         )
         engine = serve.deployment(GatewayReplica, name=name).options(
-            **plan.deployment_options(each), request_router_config=watch
+            **_options(each, plan), request_router_config=watch
         )
         engines[plan.served_model_name] = engine.bind(each, plan)
     gateway = serve.deployment(serve.ingress()(Gateway), name="gateway").options(

@@ -180,6 +180,31 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(server: Server) -> None
     assert server.output().splitlines()[-1] == "stopped"
 
 
+# --- forked from a template ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_replicas_come_from_the_template_and_leave_nothing(tiny: Path, tmp_path: Path) -> None:
+    config = configuration(PORT, model=str(tiny), hang_timeout_s=3.0)
+    with launched(config, tmp_path, SERVE_APP_TEMPLATE="1") as server:
+        assert server.ready(), server.output()
+        for _ in range(2):  # The second one replaces the first.
+            (replica,) = replicas(server)
+            parent = replica.parent()
+            assert parent is not None
+            assert "serve_app.replica.template" in parent.cmdline()
+            assert any("fork server" in child.cmdline()[0] for child in replica.children())
+            inside = engine(server)
+            replica.kill()
+            assert gone([replica, *inside])
+            assert server.answers(_BACK_S)
+        assert "imports vLLM itself" not in server.output()
+        family = server.family()
+        assert server.stop() == 0
+        assert gone(family)
+        assert of(PORT) == []
+
+
 # --- starts in vain -------------------------------------------------------------------------
 
 

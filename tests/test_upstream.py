@@ -393,3 +393,29 @@ def test_46_errors_of_reading_a_request_become_answers_in_two_places() -> None:
     assert error_response.create_error_response(IndexError("x")).error.code == 500
     for route in (anthropic.create_messages, anthropic.count_tokens):
         assert "create_error_response(e)" in inspect.getsource(route)
+
+
+def test_47_a_ray_worker_is_a_script_that_reads_its_environment_anew() -> None:
+    """tests/test_life.py runs one; here is what it would take to see why that fails."""
+    from ray._private.runtime_env.py_executable import PyExecutablePlugin
+    from ray._private.workers import default_worker
+    from ray._raylet import Config
+
+    assert PyExecutablePlugin.name == "py_executable"
+    assert '__name__ == "__main__"' in inspect.getsource(default_worker)
+    assert callable(Config.initialize)
+    import ray
+
+    library = (Path(ray.__file__).parent / "_raylet.so").read_bytes()
+    assert b"RAY_JOB_ID" in library
+    assert b"RAY_RAYLET_PID" in library
+
+
+def test_48_a_fork_server_is_started_by_this_function() -> None:
+    import multiprocessing.forkserver as module
+
+    source = inspect.getsource(module.ForkServer.ensure_running)  # type: ignore[attr-defined]
+    assert "util.spawnv_passfds(exe, args, fds_to_pass)" in source
+    assert "fds_to_pass = [listener.fileno(), alive_r]" in source
+    assert parameters(module.main)[:3] == ["listener_fd", "alive_r", "preload"]
+    assert parameters(module.ForkServer.__init__) == ["self"]  # type: ignore[attr-defined]

@@ -31,8 +31,9 @@ import yaml
 
 from serve_app import processes
 from serve_app.errors import ConfigError
-from serve_app.launch import orphans
+from serve_app.launch import orphans, template
 from serve_app.launch.haproxy_rules import BODY_TIMEOUT_VARIABLE, KEYS_VARIABLE, SECRET_VARIABLE
+from serve_app.launch.template import Template
 from serve_app.planning.plan import find
 from serve_app.progress import FAILED, MARK, READY
 from serve_app.settings import Settings
@@ -89,11 +90,12 @@ def serve(arguments: argparse.Namespace) -> int:
     if {**ENVIRONMENT, **os.environ}["RAY_SERVE_ENABLE_HA_PROXY"] == "1":
         for variable, number in haproxy_ports().items():
             _require_free(variable, "127.0.0.1", number)
+    forking = template.wanted(config["applications"][0])
     find(settings, ())  # A folder that is not there needs no cluster to be missed.
     orphans.adopt()
     with _effective(config, Path(arguments.config), arguments.model) as path, _signals() as stop:
         # Within _signals: a child inherits an ignored SIGINT, as a script's background job has it.
-        child = _Child(path, environment_for(settings))
+        child = _Child(path, environment_for(settings), settings if forking else None)
         try:
             return _attend(child, stop, f"http://127.0.0.1:{port}", settings)
         finally:
@@ -286,9 +288,26 @@ class _Child:
     """The `serve run` process, its output, and everything that it started.
 
     Its whole output goes to a file; the lines of this application are kept for `line`.
+
+    Args:
+        forked: the settings of replicas that are to be forked from a template; None: none are.
     """
 
-    def __init__(self, config: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, config: Path, environment: Mapping[str, str], forked: Settings | None
+    ) -> None:
+        environ = {
+            **ENVIRONMENT,
+            **haproxy(),
+            **environment,
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+        }
+        self._template = None
+        if forked is not None:
+            self._template = Template(environ, forked)
+            environ = self._template.environ
+            orphans.own.add(self._template.process.pid)
         descriptor, log = tempfile.mkstemp(prefix="serve_app.", suffix=".log")
         self.log = Path(log)
         self._lines: queue.Queue[str] = queue.Queue()
@@ -298,13 +317,7 @@ class _Child:
         # server in another then wait for seconds in turn.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "serve_app.launch.run", "run", str(config)],
-            env={
-                **ENVIRONMENT,
-                **haproxy(),
-                **environment,
-                **os.environ,
-                "PYTHONUNBUFFERED": "1",
-            },
+            env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -346,6 +359,8 @@ class _Child:
                 in_time = processes.end(self._process, timeout_s, signal.SIGINT)
             if not in_time:
                 _show("`serve run` did not finish in time and was killed")
+        if self._template is not None:
+            self._template.end()
         left = orphans.wait(5)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):

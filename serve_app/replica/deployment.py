@@ -37,6 +37,7 @@ from serve_app.replica.backend import FAST_LANE, Backend, Server
 from serve_app.replica.keeper import Keeper
 from serve_app.replica.startup import Startup
 from serve_app.replica.supervisor import Reaper, Supervisor
+from serve_app.replica.worker import REFUSAL_VARIABLE
 from serve_app.scaling import autoscaler
 from serve_app.scaling.signals import Signals
 from serve_app.scaling.starts import parts_of
@@ -73,6 +74,8 @@ class _Engine:
         if plan.cpu_threads is None:
             kernels.settle()
         forkserver.start()
+        if refusal := os.environ.pop(REFUSAL_VARIABLE, None):
+            say(f"this replica imports vLLM itself, its template could not be used: {refusal}")
         with reported("the replica"):
             with stage(f"fetching {plan.model}"), startup.phase("download"):
                 arguments = plan.engine_arguments(settings)

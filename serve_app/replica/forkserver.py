@@ -2,15 +2,18 @@
 
 Importing vllm takes longer than all the rest of a start, and both a replica and its engine need
 it. `vllm serve` imports once and forks. A Ray worker must not be forked, since its gRPC threads
-would be missing in the child, so vLLM spawns there and imports again, afterwards. The fork server
-imports at the same time as the replica, on another core, and an engine then starts at once.
+would be missing in the child, so vLLM spawns there and imports again, afterwards. A replica that
+comes from the template (template.py) forks this server before Ray has any threads in it. Elsewhere
+the server imports at the same time as the replica, on another core.
 """
 
 import contextlib
 import gc
 import multiprocessing.forkserver as stdlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 import psutil
@@ -23,6 +26,48 @@ def start() -> None:
     """Start the server, which then imports preload.py by itself; returns at once."""
     stdlib.set_forkserver_preload(["serve_app.replica.preload"])
     stdlib.ensure_running()
+
+
+def fork() -> None:
+    """Make a fork of this process the server, so that nothing is imported again.
+
+    Only while this process has one thread.
+    """
+    resource_tracker.ensure_running()  # It has a Python of its own.
+    spawn = util.spawnv_passfds
+    util.spawnv_passfds = _fork_server
+    try:
+        stdlib.ensure_running()
+    finally:
+        util.spawnv_passfds = spawn
+
+
+def _fork_server(path: object, args: object, passfds: Sequence[int]) -> int:
+    """In place of a new Python that runs `stdlib.main`. Returns the server's pid."""
+    if pid := os.fork():
+        return pid
+    kept = {0, 1, 2, *passfds}
+    try:
+        # Of the two libraries, the one that was used first can set a title.
+        set_title = getattr(sys.modules.get("ray._raylet"), "setproctitle", None)
+        (set_title or setproctitle.setproctitle)("serve_app fork server")
+        stdlib._forkserver.__init__()  # type: ignore[misc]  # Its lock is taken.
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor not in kept:
+                with contextlib.suppress(OSError):  # The one of this listing.
+                    os.close(descriptor)
+        listener, alive = passfds
+        stdlib.main(listener, alive, preload=[])
+    finally:
+        os._exit(1)
+
+
+def change_environment(environment: Mapping[str, str]) -> None:
+    """Give this process another environment, after its imports."""
+    # setproctitle finds the title's memory beside the environment's, which moves with a change.
+    setproctitle.getproctitle()
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @contextlib.contextmanager
@@ -68,11 +113,19 @@ class _Process(ForkServerProcess):
         super().start()
 
     def run(self) -> None:
-        # It finds the title's memory beside the environment's, which moves when that is changed.
-        setproctitle.getproctitle()
-        os.environ.update(self._environment | {"VLLM_WORKER_MULTIPROC_METHOD": "fork"})
+        change_environment(
+            {**os.environ, **self._environment, "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+        )
+        _set_threads()
         startup.record()
         super().run()
+
+
+def _set_threads() -> None:
+    """Have torch use OMP_NUM_THREADS, which a template's OpenMP read before Ray set it."""
+    threads, torch = os.environ.get("OMP_NUM_THREADS", ""), sys.modules.get("torch")
+    if torch is not None and threads.isdecimal() and torch.get_num_threads() != int(threads):
+        torch.set_num_threads(int(threads))
 
 
 class Context(ForkServerContext):

@@ -1,0 +1,254 @@
+"""The template: a process that has imported everything, from which replicas are forked.
+
+    python -m serve_app.replica.template NAME [MODULE ...]
+
+The imports of a replica take longer than all else in its start. The launcher starts this process
+before Ray, so that they are done while Ray starts, and once for all replicas of the machine. A
+replica's Ray worker is then forked from it (worker.py), and from that worker, before Ray has any
+threads there, the fork server of its engine (forkserver.py).
+
+It has one thread, opens no device and is in no Ray cluster; where that does not hold, it forks
+nothing. It forks only for its own user, and only workers whose environment is its own, since
+libraries read theirs when they are imported. It ends when its standard input does; workers that it
+forked are not touched.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve_app.replica import forkserver
+from serve_app.replica.worker import peer_uid
+
+MODULES = (
+    "ray._private.workers.default_worker",
+    "ray.serve._private.replica",
+    "serve_app.app",
+    "serve_app.replica.engine",
+    "vllm.v1.worker.gpu_worker",
+)
+# Given to each worker anew, and read after the imports.
+_OF_A_WORKER = frozenset(
+    [
+        *("RAY_RAYLET_PID", "RAY_AUTH_MODE", "RAY_LD_PRELOAD_ON_WORKERS", "CUDA_VISIBLE_DEVICES"),
+        *("SPT_NOENV", "PWD", "OLDPWD", "SHLVL", "_"),
+    ]
+)
+# Set by an import. The cache of compiled kernels would take it for the operator's choice.
+_NOT_INHERITED = frozenset(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "RAY_RAYLET_PID"))
+# The longest that a stand-in may take to say what it wants.
+_REQUEST_S = 5.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a worker is to run.
+
+    Attributes:
+        argv: a script of Python and its arguments.
+        descriptors: its standard input, output and error.
+    """
+
+    argv: list[str]
+    folder: str
+    environment: dict[str, str]
+    descriptors: list[int]
+
+    @classmethod
+    def read(cls, connection: socket.socket) -> "Request":
+        """What a stand-in asks for.
+
+        Raises:
+            OSError, ValueError: it did not ask in time, or not as worker.py does.
+        """
+        connection.settimeout(_REQUEST_S)
+        header, descriptors, *_ = socket.recv_fds(connection, 4, 3)
+        with connection.makefile("rb") as file:
+            payload = json.loads(file.read(struct.unpack("!I", header)[0]))
+        return cls(payload["argv"], payload["folder"], payload["environment"], descriptors)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A worker that was forked: `descriptor` is readable once it has ended."""
+
+    pid: int
+    descriptor: int
+    connection: socket.socket
+
+
+class Template:
+    """Forks workers, one at a time.
+
+    Args:
+        listener: where stand-ins ask.
+        owner: becomes readable when its owner ends.
+        given: the environment that this process started with.
+    """
+
+    def __init__(self, listener: socket.socket, owner: int, given: Mapping[str, str]) -> None:
+        self._listener, self._owner = listener, owner
+        self._given = given
+        self._workers: list[_Worker] = []
+
+    def serve(self) -> Request | None:
+        """Fork what is asked for. Returns a request in each worker; None here, at the end."""
+        while True:
+            watched = {worker.descriptor: worker for worker in self._workers}
+            left = {worker.connection.fileno(): worker for worker in self._workers}
+            asked = self._listener.fileno()
+            readable, _, _ = select.select([self._owner, asked, *watched, *left], [], [])
+            if self._owner in readable:
+                return None
+            for descriptor in readable:
+                if descriptor in watched:
+                    self._reap(watched[descriptor])
+                elif descriptor in left and left[descriptor] in self._workers:
+                    # Ray has killed the stand-in. It is reaped next.
+                    os.kill(left[descriptor].pid, signal.SIGKILL)
+            if asked in readable and (request := self._answer()) is not None:
+                return request
+
+    def _answer(self) -> Request | None:
+        """Fork for one stand-in. Returns its request in the worker, None in the template."""
+        connection, _ = self._listener.accept()
+        try:
+            request = Request.read(connection)
+        except (OSError, ValueError, KeyError, struct.error):
+            connection.close()
+            return None
+        if (why := self._obstacle(connection, request)) is not None:
+            _send(connection, {"refused": why})
+            connection.close()
+        else:
+            pid = os.fork()
+            if pid == 0:
+                self._leave(connection)
+                return request
+            self._workers.append(_Worker(pid, os.pidfd_open(pid), connection))
+            _send(connection, {"pid": pid})
+        for descriptor in request.descriptors:
+            os.close(descriptor)
+        return None
+
+    def _obstacle(self, connection: socket.socket, request: Request) -> str | None:
+        """Why no worker can be forked for this request; None: one can."""
+        if peer_uid(connection) != os.getuid():
+            return "it belongs to somebody else"
+        if (why := unforkable()) is not None:
+            return why
+        if names := differing(self._given, os.environ, request.environment):
+            return f"its environment differs in {', '.join(names)}"
+        return None
+
+    def _reap(self, worker: _Worker) -> None:
+        _, status = os.waitpid(worker.pid, 0)
+        self._workers.remove(worker)
+        _send(worker.connection, {"status": os.waitstatus_to_exitcode(status)})
+        worker.connection.close()
+        os.close(worker.descriptor)
+
+    def _leave(self, connection: socket.socket) -> None:
+        """In a worker: close what belongs to the template."""
+        self._listener.close()
+        connection.close()
+        for worker in self._workers:
+            worker.connection.close()
+            os.close(worker.descriptor)
+
+
+def differing(
+    given: Mapping[str, str], now: Mapping[str, str], wanted: Mapping[str, str]
+) -> list[str]:
+    """The variables for which libraries would have to be imported anew.
+
+    Args:
+        given: the template's environment before its imports.
+        now: the same, with what the imports have set.
+        wanted: the environment of a worker.
+    """
+    names = (given.keys() | wanted.keys()) - _OF_A_WORKER
+    return sorted(
+        name for name in names if wanted.get(name) not in (given.get(name), now.get(name))
+    )
+
+
+def environment(
+    given: Mapping[str, str], now: Mapping[str, str], wanted: Mapping[str, str]
+) -> dict[str, str]:
+    """The environment of a worker: what it was given, and what the imports have set."""
+    imported = {
+        name: value
+        for name, value in now.items()
+        if given.get(name) != value and name not in _NOT_INHERITED
+    }
+    return imported | dict(wanted)
+
+
+def unforkable() -> str | None:
+    """Why this process must not be forked; None: it may be."""
+    if threading.active_count() > 1:
+        return f"it has {threading.active_count()} threads"
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except OSError:
+            continue  # The descriptor of this listing.
+        if target.startswith("/dev/nvidia"):
+            return f"it has opened {target}"
+    return None
+
+
+def _send(connection: socket.socket, message: Mapping[str, object]) -> None:
+    try:
+        connection.sendall(json.dumps(message).encode())
+    except OSError:
+        return  # The stand-in is gone.
+
+
+def become(request: Request, given: Mapping[str, str]) -> None:
+    """Run the request's script in this process, as if Python had been started for it."""
+    for number, descriptor in enumerate(request.descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(request.folder)
+    variables = environment(given, os.environ, request.environment)
+    if (ray := sys.modules.get("ray")) is None:
+        forkserver.change_environment(variables)
+    else:
+        ray._raylet.setproctitle("ray::IDLE")  # Before: it has a setproctitle of its own.
+        forkserver.change_environment(variables)
+        ray._raylet.Config.initialize("")  # Ray has read the template's environment.
+    forkserver.fork()
+    sys.argv = request.argv
+    sys.path[0] = str(Path(request.argv[0]).parent)
+    runpy.run_path(request.argv[0], run_name="__main__")
+
+
+def main(argv: Sequence[str]) -> None:
+    name, *modules = argv
+    given = dict(os.environ)
+    with socket.socket(socket.AF_UNIX) as listener:
+        # Before the imports: a stand-in that comes early waits for them.
+        listener.bind("\0" + name)
+        listener.listen(64)
+        with forkserver.undisturbed():
+            for module in modules or MODULES:
+                importlib.import_module(module)
+        request = Template(listener, sys.stdin.fileno(), given).serve()
+    if request is not None:
+        become(request, given)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

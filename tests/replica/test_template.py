@@ -1,0 +1,274 @@
+"""The template forks what stand-ins ask for, or says why not; nothing is left of either."""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from serve_app.launch import template as launched
+from serve_app.planning.placement import Placement
+from serve_app.planning.plan import Plan
+from serve_app.replica import template, worker
+from serve_app.settings import Settings
+from tests.server import ROOT, wait
+
+# A module that nothing else imports, so that who has it was forked.
+_MODULE = "antigravity_of_tests"
+_TELLS = """
+import json, os, sys
+print(json.dumps({
+    "argv": sys.argv[1:], "folder": os.getcwd(), "pid": os.getpid(), "parent": os.getppid(),
+    "imported": "antigravity_of_tests" in sys.modules,
+    "environment": dict(os.environ), "name": __name__,
+}), flush=True)
+sys.exit(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+"""
+_WAITS = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("told", flush=True), os._exit(5)))
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+@dataclass
+class Running:
+    """A template with one cheap module, and the environment that its workers have."""
+
+    process: subprocess.Popen[bytes]
+    name: str
+    environment: dict[str, str]
+    folder: Path
+
+    def stand_in(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        path = self.folder / f"{secrets.token_hex(4)}.py"
+        path.write_text(script)
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", worker.__file__, str(path), *arguments],
+            env={**self.environment, **variables},
+            cwd=self.folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def told(self, *arguments: str, **variables: str) -> tuple[int, dict[str, Any], int]:
+        """The pid of a stand-in, what its worker printed, and its exit status."""
+        process = self.stand_in(_TELLS, *arguments, **variables)
+        output, _ = process.communicate(timeout=60)
+        return process.pid, json.loads(output), process.returncode
+
+    def waiting(self) -> tuple[subprocess.Popen[str], psutil.Process]:
+        """A stand-in, and its worker, which waits for the end of its input."""
+        process = self.stand_in(_WAITS)
+        assert process.stdout is not None
+        return process, psutil.Process(int(process.stdout.readline()))
+
+
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[Running]:
+    (folder / f"{_MODULE}.py").write_text("import os\nos.environ['SET_BY_IMPORT'] = '1'\n")
+    name = f"serve-app-test-{secrets.token_hex(8)}"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}:{ROOT}",
+        worker.NAME_VARIABLE: name,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serve_app.replica.template", name, _MODULE],
+        env=environment,
+        cwd=folder,
+        stdin=subprocess.PIPE,
+    )
+    running = Running(process, name, environment, folder)
+    try:
+        assert wait(lambda: name in Path("/proc/net/unix").read_text())
+        yield running
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with started(tmp_path_factory.mktemp("template")) as template:
+        yield template
+
+
+def gone(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+def test_a_worker_is_forked_with_what_is_its_own(running: Running) -> None:
+    pid, told, status = running.told("3", "x y", CUDA_VISIBLE_DEVICES="7")
+    assert told["imported"]
+    assert (told["parent"], told["name"]) == (running.process.pid, "__main__")
+    assert told["pid"] != pid
+    assert (told["argv"], told["folder"]) == (["3", "x y"], str(running.folder))
+    assert told["environment"]["CUDA_VISIBLE_DEVICES"] == "7"
+    assert told["environment"]["SET_BY_IMPORT"] == "1"
+    assert worker.REFUSAL_VARIABLE not in told["environment"]
+    assert status == 3
+
+
+def test_another_environment_imports_for_itself(running: Running) -> None:
+    pid, told, status = running.told("4", VLLM_SOMETHING="1")
+    assert (told["pid"], told["imported"], status) == (pid, False, 4)
+    assert "VLLM_SOMETHING" in told["environment"][worker.REFUSAL_VARIABLE]
+
+
+def test_without_a_template_it_imports_for_itself(running: Running) -> None:
+    pid, told, status = running.told("5", **{worker.NAME_VARIABLE: "serve-app-nobody"})
+    assert (told["pid"], told["imported"], status) == (pid, False, 5)
+    assert told["environment"][worker.REFUSAL_VARIABLE]
+
+
+def test_a_template_that_dies_while_it_imports_stops_no_start(tmp_path: Path) -> None:
+    with started(tmp_path) as running:
+        running.process.send_signal(signal.SIGSTOP)
+        stand_in = running.stand_in(_TELLS)
+        assert wait(lambda: len(psutil.Process(stand_in.pid).net_connections("unix")) == 1)
+        running.process.kill()
+        output, _ = stand_in.communicate(timeout=60)
+    assert json.loads(output)["pid"] == stand_in.pid
+
+
+def test_a_killed_stand_in_takes_its_worker_along(running: Running) -> None:
+    stand_in, forked = running.waiting()
+    stand_in.kill()
+    stand_in.wait()
+    assert wait(lambda: gone(forked.pid))
+
+
+def test_signals_reach_the_worker_and_its_status_the_caller(running: Running) -> None:
+    stand_in, _ = running.waiting()
+    stand_in.terminate()
+    assert stand_in.wait(60) == 5
+    assert stand_in.communicate()[0] == "told\n"
+
+
+def test_a_killed_worker_ends_its_stand_in(running: Running) -> None:
+    stand_in, forked = running.waiting()
+    forked.kill()
+    assert stand_in.wait(60) == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("ending", ["its owner ends", "it is killed"])
+def test_workers_outlive_the_template(tmp_path: Path, ending: str) -> None:
+    with started(tmp_path) as running:
+        stand_in, forked = running.waiting()
+        if ending == "it is killed":
+            running.process.kill()
+        else:
+            assert running.process.stdin is not None
+            running.process.stdin.close()
+        running.process.wait(60)
+        assert forked.is_running()
+        assert stand_in.poll() is None
+        stand_in.communicate(timeout=60)
+        assert wait(lambda: gone(forked.pid))
+
+
+def test_an_engine_process_comes_from_a_fork_of_the_worker(running: Running) -> None:
+    script = """
+import os, sys
+from multiprocessing import forkserver as stdlib
+from serve_app.replica import forkserver
+def tell():
+    print(os.getppid(), "antigravity_of_tests" in sys.modules, os.environ["LATER"], flush=True)
+if __name__ == "__main__":
+    forkserver.start()
+    os.environ["LATER"] = "1"
+    process = forkserver.Context().Process(target=tell)
+    process.start()
+    process.join()
+    print(stdlib._forkserver._forkserver_pid, flush=True)
+    forkserver.stop()
+"""
+    output, _ = running.stand_in(script).communicate(timeout=60)
+    told, server = output.splitlines()
+    assert told.split() == [server, "True", "1"]
+
+
+def test_nothing_is_forked_beside_a_thread() -> None:
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    try:
+        assert "threads" in (template.unforkable() or "")
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ({"A": "1", "B": "2"}, []),
+        ({"A": "1", "B": "2", "CUDA_VISIBLE_DEVICES": "1", "RAY_RAYLET_PID": "9"}, []),
+        ({"A": "1", "B": "2", "IMPORTED": "x"}, []),
+        ({"A": "1", "B": "2", "IMPORTED": "y"}, ["IMPORTED"]),
+        ({"A": "1"}, ["B"]),
+        ({"A": "2", "B": "2", "VLLM_X": ""}, ["A", "VLLM_X"]),
+        ({"A": "1", "B": "2", "RAY_JOB_ID": "02000000"}, ["RAY_JOB_ID"]),
+    ],
+)
+def test_what_differs_is_named(wanted: dict[str, str], names: list[str]) -> None:
+    given = {"A": "1", "B": "2"}
+    assert template.differing(given, {**given, "IMPORTED": "x"}, wanted) == names
+
+
+def test_what_an_import_set_is_kept_unless_a_cache_decides() -> None:
+    now = {"A": "1", "IMPORTED": "x", "TORCHINDUCTOR_CACHE_DIR": "/tmp/x"}
+    assert template.environment({"A": "1"}, now, {"A": "1", "C": "3"}) == {
+        "A": "1",
+        "IMPORTED": "x",
+        "C": "3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("application", "environ", "wanted"),
+    [
+        ({}, {}, False),
+        ({}, {launched.NAME_VARIABLE: ""}, False),
+        ({}, {launched.NAME_VARIABLE: "1"}, True),
+        ({"runtime_env": {}}, {launched.NAME_VARIABLE: "1"}, True),
+        ({"runtime_env": {"pip": ["x"]}}, {launched.NAME_VARIABLE: "1"}, False),
+        ({}, {launched.NAME_VARIABLE: "1", "RAY_ADDRESS": "auto"}, False),
+    ],
+)
+def test_where_there_is_a_template(
+    application: dict[str, Any], environ: dict[str, str], wanted: bool
+) -> None:
+    assert launched.wanted(application, environ) is wanted
+
+
+def test_ray_is_told_where_a_replica_comes_from() -> None:
+    plan = Plan("m", "m", Placement(1, 1), cpu_threads=3)
+    assert launched.runtime_env(plan, {}) == {}
+    assert launched.runtime_env(plan, {launched.NAME_VARIABLE: ""}) == {}
+    env = launched.runtime_env(plan, {launched.NAME_VARIABLE: "x"})
+    assert worker.__file__ in env["py_executable"]
+    assert env["env_vars"] == plan.environment
+
+
+def test_the_launchers_template_ends_with_it() -> None:
+    waits = (sys.executable, "-c", "import sys; sys.stdin.read()")
+    started = launched.Template({"PATH": os.environ["PATH"]}, Settings(), waits)
+    assert started.environ[launched.NAME_VARIABLE] in started.process.args  # type: ignore[operator]
+    started.end()
+    assert started.process.returncode is not None

@@ -19,6 +19,7 @@ from serve_app.settings import Settings
 
 # For the launcher: 1 to have a template. Ray's processes find its name there.
 NAME_VARIABLE = worker.NAME_VARIABLE
+_PREFIX = "serve-app-template-"
 _END_S = 5.0
 
 
@@ -38,7 +39,8 @@ def runtime_env(plan: Plan, environ: Mapping[str, str] = os.environ) -> dict[str
         environ: of the process that builds the application, which Ray started.
     """
     # The workers of an engine on several nodes would inherit it.
-    if not environ.get(NAME_VARIABLE) or plan.placement.executor is not None:
+    name = environ.get(NAME_VARIABLE, "")
+    if not name.startswith(_PREFIX) or plan.placement.executor is not None:
         return {}
     command = [sys.executable, "-I", "-S", worker.__file__]
     return {"py_executable": shlex.join(command), "env_vars": plan.environment}
@@ -66,7 +68,7 @@ class Template:
         settings: Settings,
         command: Sequence[str] = (sys.executable, "-m", "serve_app.replica.template"),
     ) -> None:
-        name = f"serve-app-template-{secrets.token_hex(8)}"
+        name = _PREFIX + secrets.token_hex(8)
         self.environ = {**environ, NAME_VARIABLE: name}
         self.process = subprocess.Popen(
             [*command, name],

@@ -260,8 +260,9 @@ def test_where_there_is_a_template(
 def test_ray_is_told_where_a_replica_comes_from() -> None:
     plan = Plan("m", "m", Placement(1, 1), cpu_threads=3)
     assert launched.runtime_env(plan, {}) == {}
-    assert launched.runtime_env(plan, {launched.NAME_VARIABLE: ""}) == {}
-    env = launched.runtime_env(plan, {launched.NAME_VARIABLE: "x"})
+    # It was wanted, and the launcher had a reason to start none.
+    assert launched.runtime_env(plan, {launched.NAME_VARIABLE: "1"}) == {}
+    env = launched.runtime_env(plan, {launched.NAME_VARIABLE: "serve-app-template-x"})
     assert worker.__file__ in env["py_executable"]
     assert env["env_vars"] == plan.environment
 

@@ -112,6 +112,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.server)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make test-fast` does not even import the modules that it leaves out."""
+    if "not server" not in config.option.markexpr:
+        return None
+    name = collection_path.relative_to(config.rootpath).as_posix()
+    left_out = name in (*SERVERS, *LANES, *ENGINES) or f"{name}/" == SERVED
+    return True if left_out else None
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `pytest --numprocesses 3`: whoever is free takes the next."""

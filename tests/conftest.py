@@ -44,6 +44,7 @@ ENGINES = (
     "tests/replica/test_arguments.py::test_the_check_is_a_command",
     "tests/replica/test_bounds.py",
     "tests/bench/test_chaos.py",
+    "tests/bench/test_disturb.py",
     "tests/bench/test_load.py",
     "tests/bench/test_locustfile.py",
     "tests/bench/test_main_path.py",

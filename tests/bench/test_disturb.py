@@ -146,7 +146,7 @@ def test_the_cluster_of_a_url_is_that_of_who_listens_there(ours: psutil.Process)
 
 
 def test_a_replica_is_ready_once_it_answers_and_not_while_it_is_stopped() -> None:
-    with fleet.running(1, start_s=1.5) as running:
+    with fleet.running(1, start_s=6.0) as running:
         cluster = Cluster(pids=[running.pid])
         assert wait(lambda: len(engines(cluster)) == 1)
         result = cluster.replicas("llm:engine")

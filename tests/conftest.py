@@ -81,8 +81,6 @@ FIRST = (
     *LANES,
     "tests/scaling/test_policy.py",
 )
-# Servers are waited for: a third worker uses the cores meanwhile, and leaves them to the others.
-_LEAVES_CORES = "gw2"
 
 
 def _together(nodeid: str) -> str:
@@ -96,9 +94,19 @@ def _together(nodeid: str) -> str:
     return SERVED if nodeid.startswith(SERVED) else nodeid.split("::")[0]
 
 
-def pytest_configure() -> None:
-    if os.environ.get("PYTEST_XDIST_WORKER") == _LEAVES_CORES:
+_begun = False
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Servers are waited for: a worker that has none uses the cores meanwhile, and yields them.
+
+    By what it begins with: which worker gets which tests, nobody decides.
+    """
+    global _begun
+    beside = "PYTEST_XDIST_WORKER" in os.environ
+    if beside and not _begun and _together(item.nodeid) not in ("servers", SERVED):
         os.nice(4)
+    _begun = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

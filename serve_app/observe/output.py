@@ -79,10 +79,8 @@ def usage(data: bytes) -> tuple[int, int, int] | None:
         counts = parsed.usage or (parsed.response.usage if parsed.response else None)
         if counts is None:
             continue
-        prompt = counts.prompt_tokens or counts.input_tokens
         made = counts.completion_tokens or counts.output_tokens
-        details = counts.prompt_tokens_details or counts.input_tokens_details
-        return prompt or 0, (details.cached_tokens if details else 0) or 0, made or 0
+        return counts.prompt, counts.cached, made or 0
     return None
 
 
@@ -91,14 +89,32 @@ class _Details(msgspec.Struct):
 
 
 class _Counts(msgspec.Struct):
-    """`usage` of OpenAI's and Anthropic's answers."""
+    """`usage` of OpenAI's and Anthropic's answers.
+
+    Anthropic's `input_tokens` are those that were neither read from the cache nor written to it.
+    """
 
     prompt_tokens: int | None = None
     input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
     completion_tokens: int | None = None
     output_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt, cached ones among them."""
+        if self.prompt_tokens:
+            return self.prompt_tokens
+        written = self.cache_creation_input_tokens or 0
+        return (self.input_tokens or 0) + (self.cache_read_input_tokens or 0) + written
+
+    @property
+    def cached(self) -> int:
+        details = self.prompt_tokens_details or self.input_tokens_details
+        return (details.cached_tokens if details else self.cache_read_input_tokens) or 0
 
 
 class _Response(msgspec.Struct):

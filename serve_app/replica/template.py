@@ -159,7 +159,11 @@ class Template:
         os.close(worker.descriptor)
 
     def _leave(self, connection: socket.socket) -> None:
-        """In a worker: close what belongs to the template."""
+        """In a worker: close what belongs to the template, and leave its process group.
+
+        Ray kills the group of a worker that has ended, to end what the worker has started.
+        """
+        os.setpgid(0, 0)
         self._listener.close()
         connection.close()
         for worker in self._workers:

@@ -160,6 +160,21 @@ def test_signals_reach_the_worker_and_its_status_the_caller(running: Running) ->
     assert stand_in.communicate()[0] == "told\n"
 
 
+def test_the_end_of_a_workers_process_group_ends_no_other(running: Running) -> None:
+    """Ray kills the process group of a worker that has ended."""
+    stand_in, forked = running.waiting()
+    other_stand_in, other = running.waiting()
+    assert os.getpgid(forked.pid) == forked.pid
+    os.killpg(forked.pid, signal.SIGKILL)
+    assert stand_in.wait(30) == 128 + signal.SIGKILL
+    assert running.process.poll() is None
+    assert not gone(other.pid)
+    other_stand_in.kill()
+    assert wait(lambda: gone(other.pid))
+    # It forks still.
+    assert running.told()[2] == 0
+
+
 def test_a_killed_worker_ends_its_stand_in(running: Running) -> None:
     stand_in, forked = running.waiting()
     forked.kill()

@@ -48,9 +48,11 @@ def _fork_server(path: object, args: object, passfds: Sequence[int]) -> int:
         return pid
     kept = {0, 1, 2, *passfds}
     try:
-        # Of the two libraries, the one that was used first can set a title.
-        set_title = getattr(sys.modules.get("ray._raylet"), "setproctitle", None)
-        (set_title or setproctitle.setproctitle)("serve_app fork server")
+        # Ray has a copy of setproctitle, and only the copy that was used first can set a title.
+        # vLLM titles the engine's processes with the other one.
+        if (ray := sys.modules.get("ray._raylet")) is not None:
+            setproctitle.setproctitle = ray.setproctitle
+        setproctitle.setproctitle("serve_app fork server")
         stdlib._forkserver.__init__()  # type: ignore[misc]  # Its lock is taken.
         for descriptor in map(int, os.listdir("/proc/self/fd")):
             if descriptor not in kept:

@@ -77,8 +77,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def started(folder: Path) -> Iterator[Running]:
-    (folder / f"{_MODULE}.py").write_text("import os\nos.environ['SET_BY_IMPORT'] = '1'\n")
+def started(folder: Path, *imports: str) -> Iterator[Running]:
+    lines = [f"import {name}" for name in ("os", *imports)]
+    (folder / f"{_MODULE}.py").write_text("\n".join([*lines, "os.environ['SET_BY_IMPORT'] = '1'"]))
     name = f"serve-app-test-{secrets.token_hex(8)}"
     environment = {
         **os.environ,
@@ -216,6 +217,25 @@ if __name__ == "__main__":
     output, _ = running.stand_in(script).communicate(timeout=60)
     told, server = output.splitlines()
     assert told.split() == [server, "True", "1"]
+
+
+def test_engine_processes_have_their_titles_although_ray_was_first(tmp_path: Path) -> None:
+    script = """
+import pathlib
+import setproctitle
+from serve_app.replica import forkserver
+def tell():
+    setproctitle.setproctitle("VLLM::EngineCore")
+    print(pathlib.Path("/proc/self/cmdline").read_text().strip(chr(0)), flush=True)
+if __name__ == "__main__":
+    process = forkserver.Context().Process(target=tell)
+    process.start()
+    process.join()
+    forkserver.stop()
+"""
+    with started(tmp_path, "ray") as with_ray:
+        output, _ = with_ray.stand_in(script).communicate(timeout=60)
+    assert output.strip() == "VLLM::EngineCore"
 
 
 def test_nothing_is_forked_beside_a_thread() -> None:

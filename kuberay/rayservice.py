@@ -6,8 +6,9 @@ unknown otherwise: a rule says nothing about what it cannot see.
 """
 
 import functools
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ Path = tuple[str | int, ...]
 DEFAULT_GRACE_S = 30
 UNBOUNDED = 2**31 - 1
 SERVE_PORT, METRICS_PORT = 8000, 8080
+# Where builders of ray.serve.llm take one model; build_openai_app takes a list, llm_configs.
+_LLM_CONFIGS = ("llm_config", "prefill_config", "decode_config")
 # Ray Serve's own, where a deployment says nothing.
 DEFAULT_SHUTDOWN_S = 20.0
 
@@ -73,28 +76,40 @@ class Group:
         return int(self.spec.get("numOfHosts") or 1)
 
     @property
-    def gpus(self) -> float:
-        """The GPUs that the operator tells Ray of: of any vendor."""
+    def gpus(self) -> float | None:
+        """The GPUs that the operator tells Ray of, of any vendor; None where Ray counts itself."""
         limits = _mapping(at(self.container, "resources", "limits"))
-        of_pod = sum(quantity(value) for key, value in limits.items() if key.endswith("gpu"))
-        return self._resource("num-gpus", "GPU", of_pod)
+        # Of several kinds the operator takes the first by name.
+        kinds = sorted(key for key in limits if _is_gpu(key) and quantity(limits[key]))
+        of_pod = math.ceil(quantity(limits[kinds[0]])) if kinds else None
+        gpus = self._resource("num-gpus", _is_gpu, of_pod)
+        return None if gpus is None and self._sees_all_gpus else gpus or 0.0
+
+    @property
+    def _sees_all_gpus(self) -> bool:
+        """Whether NVIDIA's runtime shows this pod the node's GPUs, though it asks for none."""
+        names = {str(at(each, "name")) for each in self.container.get("env") or []}
+        runtime = str(self.pod.get("runtimeClassName", ""))
+        return "nvidia" in runtime or "NVIDIA_VISIBLE_DEVICES" in names
 
     @property
     def cpus(self) -> float | None:
         """The cores that the operator tells Ray of; None where it says none."""
         resources = _mapping(self.container.get("resources"))
-        quantity_of = at(resources, "limits", "cpu") or at(resources, "requests", "cpu")
-        cpus = self._resource(
-            "num-cpus", "CPU", quantity(quantity_of) if quantity_of is not None else -1.0
-        )
-        return None if cpus < 0 else cpus
+        given = at(resources, "limits", "cpu") or at(resources, "requests", "cpu")
+        of_pod = math.ceil(quantity(given)) if given is not None else None
+        return self._resource("num-cpus", lambda key: key == "cpu", of_pod)
 
-    def _resource(self, parameter: str, resource: str, of_pod: float) -> float:
+    def _resource(
+        self, parameter: str, named: Callable[[str], bool], of_pod: float | None
+    ) -> float | None:
+        """A resource of Ray: the group's own, else the parameter's, else the pod's."""
+        for key, value in _mapping(self.spec.get("resources")).items():
+            if named(str(key).lower()):
+                return float(math.ceil(quantity(value)))
         if self.start.get(parameter) not in (None, ""):
             return quantity(self.start[parameter])
-        own = _mapping(self.spec.get("resources"))
-        given = {key.upper(): value for key, value in own.items()}.get(resource)
-        return of_pod if given is None else quantity(given)
+        return of_pod
 
     def ports(self) -> dict[str, int]:
         ports = self.container.get("ports") or []
@@ -199,9 +214,17 @@ class Service:
     def llms(self) -> Iterator[tuple[Path, Mapping[str, Any]]]:
         """Every model of applications that ray.serve.llm builds, with its path inside."""
         for place, application in enumerate(self.serve.get("applications") or []):
-            if str(at(application, "import_path")).startswith("ray.serve.llm"):
-                for index, config in enumerate(at(application, "args", "llm_configs") or []):
-                    yield ("applications", place, "args", "llm_configs", index), _mapping(config)
+            if not str(at(application, "import_path")).startswith("ray.serve.llm"):
+                continue
+            arguments = _mapping(at(application, "args"))
+            named: list[tuple[Path, Any]] = [
+                (("llm_configs", index), config)
+                for index, config in enumerate(arguments.get("llm_configs") or [])
+            ]
+            named += [((key,), arguments.get(key)) for key in _LLM_CONFIGS]
+            for path, config in named:
+                if isinstance(config, dict):  # A text is the path of a file.
+                    yield ("applications", place, "args", *path), config
 
     def llm_scaling(self) -> Iterator[tuple[Path, Any]]:
         """The autoscaling_config of each of these."""
@@ -250,6 +273,11 @@ class Service:
             ):
                 return _mapping(other.get("data"))
         return None
+
+
+def _is_gpu(key: str) -> bool:
+    """Whether a resource of Kubernetes is GPUs to the operator (IsGPUResourceKey)."""
+    return key.endswith("gpu") or bool(re.search(r"nvidia\.com/mig-\d+g\.\d+gb$", key))
 
 
 def quantity(value: object) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from kuberay.lines import at
 from kuberay.rayservice import DEFAULT_SHUTDOWN_S, Group, Service
-from kuberay.rules.finding import ERROR, WARNING, Finding, rule
+from kuberay.rules.finding import WARNING, Finding, rule
 from kuberay.rules.ours import ours
 from serve_app.planning.plan import Plan
 
@@ -28,14 +28,14 @@ def _drain_over_grace(service: Service) -> Iterator[Finding]:
         stop_s = _hook_s(group)
         if longest_s >= group.grace_s:
             yield Finding(
-                "drain-over-grace", ERROR, line,
+                "drain-over-grace", WARNING, line,
                 f"{what} is {longest_s:g} s, and a pod of {group.name} is killed after "
                 f"{group.grace_s:g} s: its requests are cut",
                 f"terminationGracePeriodSeconds above {longest_s:g}, or a shorter drain",
             )  # fmt: skip
         if stop_s is not None and stop_s >= group.grace_s:
             yield Finding(
-                "drain-over-grace", ERROR,
+                "drain-over-grace", WARNING,
                 service.line(*group.container_path, "lifecycle", "preStop"),
                 f"the preStop hook of {group.name} may take {stop_s:g} s of a grace period of "
                 f"{group.grace_s:g} s, which it is part of",

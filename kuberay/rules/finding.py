@@ -1,7 +1,9 @@
 """What a rule finds, and the list of all rules.
 
-An error is what breaks, loses requests or opens a door; a warning is a risk that some take on
-purpose. A rule that cannot see something (an image, a Secret) says nothing about it.
+An error is what the operator refuses, what never serves, a key that Ray Serve ignores though it
+means something, and a dashboard that is open to others. A warning is a manifest that serves, with
+a risk or without what it asks for. A rule that cannot see something (an image, a Secret) says
+nothing about it.
 """
 
 from collections.abc import Callable, Iterator

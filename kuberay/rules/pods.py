@@ -7,9 +7,10 @@ from kuberay.lines import at
 from kuberay.rayservice import Group, Service
 from kuberay.rules.finding import ERROR, WARNING, Finding, rule
 
-# Known to have no wget, by the part of the name before the tag; a tag may say so too.
+# Images without wget, by the part of the name before the tag; a tag may say so too. vLLM's had it
+# before version 0.11.
 _BARE_IMAGES = re.compile(
-    r"(^|/)(vllm-openai|vllm-openai-nightly|distroless[^:]*|cuda|ubuntu|debian|pytorch)(:|@|$)"
+    r"(^|/)(vllm-openai(?!:v0\.(\d|10)\.)|vllm-openai-nightly|distroless[^:]*|cuda|ubuntu|debian|pytorch)(:|@|$)"
     r"|(^|/)python:[^@]*slim|gcr\.io/distroless/|cgr\.dev/chainguard/"
 )
 
@@ -72,22 +73,35 @@ def _tolerates_gpus(group: Group) -> bool:
 def _versions(service: Service) -> Iterator[Finding]:
     stated = str(service.cluster.get("rayVersion", ""))
     for group in service.groups:
-        image = str(group.container.get("image", ""))
-        match = re.search(r"rayproject/ray(?:-ml|-llm)?:(\d+\.\d+\.\d+)", image)
-        if match and stated and match[1] != stated:
+        version = _ray_of(group)
+        if version and stated and version != stated:
+            yield Finding(
+                "version-differs", WARNING, service.line(*group.container_path, "image"),
+                f"{group.container['image']} on {group.name}, and rayVersion is {stated}: the "
+                "operator writes probes and options for the latter",
+                f"rayVersion: \"{version}\"",
+            )  # fmt: skip
+    head, of_head = service.head.container.get("image"), _ray_of(service.head)
+    for group in service.workers:
+        if of_head and _ray_of(group) and _ray_of(group) != of_head:
             yield Finding(
                 "version-differs", ERROR, service.line(*group.container_path, "image"),
-                f"{image} on {group.name}, and rayVersion is {stated}",
-                f"rayVersion: \"{match[1]}\"",
+                f"{group.name} has Ray {_ray_of(group)} and the head {of_head}: no worker joins",
+                "one version on both",
             )  # fmt: skip
-    head = service.head.container.get("image")
-    for group in service.workers:
-        if head and group.container.get("image") != head:
+        elif head and group.container.get("image") != head:
             yield Finding(
                 "version-differs", WARNING, service.line(*group.container_path, "image"),
                 f"{group.name} has another image than the head: Ray and Python must be the same",
                 "one image for both, or one build of both",
             )  # fmt: skip
+
+
+def _ray_of(group: Group) -> str | None:
+    """The version of Ray in an image of the Ray project; None of another image."""
+    image = str(group.container.get("image", ""))
+    match = re.search(r"rayproject/ray(?:-ml|-llm)?:(\d+\.\d+\.\d+)", image)
+    return match[1] if match else None
 
 
 @rule("head-serves")

@@ -18,7 +18,7 @@ def _metrics_ports(service: Service) -> Iterator[Finding]:
         declared = ports.get("metrics", METRICS_PORT)  # The operator adds 8080 where none is.
         if listens != declared:
             yield Finding(
-                "metrics-port", ERROR,
+                "metrics-port", WARNING,
                 service.line(*group.path, "rayStartParams", "metrics-export-port"),
                 f"Ray of {group.name} offers its metrics on {listens}, and the port named metrics "
                 f"is {declared}: nothing is scraped",
@@ -50,7 +50,7 @@ def _monitored(service: Service, monitor: Mapping[str, Any]) -> Iterator[Finding
             name = at(endpoint, "port")
             if name and name not in declared:
                 yield Finding(
-                    "metrics-port", ERROR, service.line(*group.container_path, "ports"),
+                    "metrics-port", WARNING, service.line(*group.container_path, "ports"),
                     f"PodMonitor {at(monitor, 'metadata', 'name')} scrapes the port {name} of "
                     f"{group.name}, which is not declared",
                     f"declare it in {group.name}'s ports",

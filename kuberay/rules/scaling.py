@@ -1,6 +1,5 @@
 """Replicas that may grow where nobody adds a worker, or where there is no GPU for them."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,9 @@ from kuberay.lines import at
 from kuberay.rayservice import UNBOUNDED, Group, Path, Service
 from kuberay.rules.finding import ERROR, WARNING, Finding, rule
 from kuberay.rules.ours import ours
+
+# More GPUs than any pod has.
+_MANY = 1e9
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def _of_deployment(service: Service, path: Path, deployment: Mapping[str, Any]) 
     minimum, maximum, key = _bounds(deployment, 1)
     bundles = deployment.get("placement_group_bundles") or []
     options = deployment.get("ray_actor_options") or {}
-    gpus = sum(float(at(each, "GPU") or 0) for each in bundles) or options.get("num_gpus") or 0
+    gpus = sum(map(_gpus_of_bundle, bundles)) or options.get("num_gpus") or 0
     return _Growth(
         name=str(deployment.get("name", "?")),
         line=service.serve_line(*path, key),
@@ -59,17 +61,36 @@ def _of_deployment(service: Service, path: Path, deployment: Mapping[str, Any]) 
 
 
 def _of_llm(service: Service, path: Path, config: Mapping[str, Any]) -> _Growth:
-    """A model of ray.serve.llm: TP x PP GPUs a replica, and DP replicas that stand together."""
-    deployment, engine = config.get("deployment_config") or {}, config.get("engine_kwargs") or {}
-    sizes = [
-        int(engine.get(f"{word}_parallel_size") or 1) for word in ("tensor", "pipeline", "data")
-    ]
+    """A model of ray.serve.llm, with its replicas of data parallelism, which stand together."""
+    deployment = config.get("deployment_config") or {}
     minimum, maximum, key = _bounds(deployment, 1)
     name = str(at(config, "model_loading_config", "model_id") or "the model")
     line = service.serve_line(*path, "deployment_config", key)
     if not deployment:
         line = service.serve_line(*path)
-    return _Growth(name, line, minimum, maximum, float(math.prod(sizes)), spread=True)
+    return _Growth(name, line, minimum, maximum, _llm_gpus(config), spread=True)
+
+
+def _llm_gpus(config: Mapping[str, Any]) -> float:
+    """GPUs of a replica: TP x PP x DP, or what its placement group asks for; 0 on TPUs and CPUs."""
+    kind = at(config, "accelerator_config", "kind")
+    if kind in ("cpu", "tpu") or str(config.get("accelerator_type")).startswith("TPU"):
+        return 0.0
+    engine = config.get("engine_kwargs") or {}
+    tensor, pipeline, data = (
+        int(engine.get(f"{word}_parallel_size") or 1) for word in ("tensor", "pipeline", "data")
+    )
+    gpus = float(tensor * pipeline)
+    placement = config.get("placement_group_config") or {}
+    if placement.get("bundle_per_worker") is not None:
+        gpus *= _gpus_of_bundle(placement["bundle_per_worker"])
+    elif placement.get("bundles") is not None:
+        gpus = sum(map(_gpus_of_bundle, placement["bundles"]))
+    return gpus * data
+
+
+def _gpus_of_bundle(bundle: Any) -> float:
+    return float(at(bundle, "GPU") or 0)
 
 
 def _bounds(deployment: Mapping[str, Any], default: int) -> tuple[float, float, str]:
@@ -116,22 +137,35 @@ def _autoscaler_off(service: Service) -> Iterator[Finding]:
 
 @rule("too-few-gpus")
 def _too_few_gpus(service: Service) -> Iterator[Finding]:
-    for growth in _growth(service):
-        room = _room(service, growth) if growth.gpus > 0 else growth.maximum
-        if growth.maximum <= room:
-            continue
-        each = f"{growth.gpus:g} GPU{'s' * (growth.gpus != 1)}"
-        if not any(group.gpus for group in service.groups):
-            yield _few(ERROR, growth, f"{growth.name} needs {each} a replica, and no pod has one",
-                       "resources.limits: {nvidia.com/gpu: ...} of a worker group")  # fmt: skip
-        elif growth.minimum > room:
-            yield _few(ERROR, growth, f"{growth.name} needs {growth.minimum:g} replicas of {each}, "
-                       f"and all pods at their maximum hold {room:g}: it never gets ready",
-                       "more GPUs a worker, a higher maxReplicas, or a smaller engine")  # fmt: skip
-        elif service.autoscaling:  # Without it, another rule says so.
-            yield _few(WARNING, growth, f"{growth.name} may grow to {growth.maximum:g} replicas of "
-                       f"{each}, and all pods at their maximum hold {room:g}: the rest waits for "
-                       "ever", "a higher maxReplicas, or fewer replicas")  # fmt: skip
+    growths = [growth for growth in _growth(service) if growth.gpus > 0]
+    found = [finding for growth in growths for finding in _too_few_for(service, growth)]
+    yield from found
+    asked = sum(growth.minimum * growth.gpus for growth in growths)
+    held = sum(_held_gpus(service))
+    if asked > held and not any(finding.severity == ERROR for finding in found):
+        names = ", ".join(growth.name for growth in growths)
+        yield _few(ERROR, growths[-1], f"{names} need {asked:g} GPUs together, and all pods at "
+                   f"their maximum have {held:g}: not all of them get ready",
+                   "more GPUs a worker, a higher maxReplicas, or fewer replicas")  # fmt: skip
+
+
+def _too_few_for(service: Service, growth: _Growth) -> Iterator[Finding]:
+    """Findings about one deployment, as if it were alone."""
+    room = _room(service, growth)
+    if growth.maximum <= room:
+        return
+    each = f"{growth.gpus:g} GPU{'s' * (growth.gpus != 1)}"
+    if not any(group.gpus for group in service.groups):
+        yield _few(ERROR, growth, f"{growth.name} needs {each} a replica, and no pod has one",
+                   "resources.limits: {nvidia.com/gpu: ...} of a worker group")  # fmt: skip
+    elif growth.minimum > room:
+        yield _few(ERROR, growth, f"{growth.name} needs {growth.minimum:g} replicas of {each}, "
+                   f"and all pods at their maximum hold {room:g}: it never gets ready",
+                   "more GPUs a worker, a higher maxReplicas, or a smaller engine")  # fmt: skip
+    elif service.autoscaling:  # Without it, another rule says so.
+        yield _few(WARNING, growth, f"{growth.name} may grow to {growth.maximum:g} replicas of "
+                   f"{each}, and all pods at their maximum hold {room:g}: the rest waits for "
+                   "ever", "a higher maxReplicas, or fewer replicas")  # fmt: skip
 
 
 def _few(severity: str, growth: _Growth, problem: str, mend: str) -> Finding:
@@ -140,10 +174,21 @@ def _few(severity: str, growth: _Growth, problem: str, mend: str) -> Finding:
 
 def _room(service: Service, growth: _Growth) -> float:
     """How many of these replicas the GPUs of all pods at their maximum hold."""
-    nodes = [(_most_nodes(service, group), group.gpus) for group in service.groups]
     if growth.spread:
-        return sum(most_nodes * gpus for most_nodes, gpus in nodes) // growth.gpus
-    return sum(most_nodes * (gpus // growth.gpus) for most_nodes, gpus in nodes)
+        return sum(_held_gpus(service)) // growth.gpus
+    return sum(
+        _most_nodes(service, group) * (_gpus(group) // growth.gpus) for group in service.groups
+    )
+
+
+def _held_gpus(service: Service) -> list[float]:
+    """The GPUs of each group with all its pods."""
+    return [_most_nodes(service, group) * _gpus(group) for group in service.groups]
+
+
+def _gpus(group: Group) -> float:
+    """As many as a pod may have: any number, where Ray counts them itself."""
+    return _MANY if group.gpus is None else group.gpus
 
 
 def _most_nodes(service: Service, group: Group) -> int:

@@ -49,6 +49,14 @@ _SCALING: Keys = (
     "downscale_smoothing_factor", "upscaling_factor", "downscaling_factor", "upscale_delay_s",
     "downscale_delay_s", "downscale_to_zero_delay_s", "aggregation_function", "policy",
 )  # fmt: skip
+# Where a key belongs that is written elsewhere.
+_PLACES: Mapping[str, Keys] = {
+    "a deployment": _DEPLOYMENT,
+    "ray_actor_options": _ACTOR,
+    "autoscaling_config": _SCALING,
+    "an application": _APPLICATION,
+    "http_options": _HTTP,
+}
 # Names of before, which Ray Serve no longer reads.
 _RENAMED = {
     "target_num_ongoing_requests_per_replica": "target_ongoing_requests",
@@ -162,22 +170,29 @@ def _unknown_keys(service: Service) -> Iterator[Finding]:
 def _unknown(service: Service, path: Path, mapping: Any, keys: Keys) -> Iterator[Finding]:
     if not isinstance(mapping, dict):
         return
+    refused = keys is _LOGGING
+    does = "refuses" if refused else "ignores"
     for key in mapping:
-        if key in keys:
-            continue
-        snake = "".join(f"_{c.lower()}" if c.isupper() else c for c in str(key)).replace("-", "_")
-        near = repr(snake) if snake in keys else nearest(snake, keys)
-        refused = keys is _LOGGING
-        renamed = _RENAMED.get(str(key))
-        severity = ERROR if near is not None or refused else WARNING
-        if renamed is not None:
-            near, severity = repr(renamed), WARNING
-        does = "refuses" if refused else "does not know, and leaves out,"
-        yield Finding(
-            "unknown-key", severity, service.serve_line(*path, str(key)),
-            f"Ray Serve {does} the key {key}" + (f" ({near} is meant?)" if near else ""),
-            f"{near.strip(chr(39))}: ..." if near else "remove it, or see that your Ray knows it",
-        )  # fmt: skip
+        if key not in keys:
+            severity, hint, mend = _meant(str(key), keys)
+            yield Finding(
+                "unknown-key", ERROR if refused else severity, service.serve_line(*path, str(key)),
+                f"Ray Serve {does} the key {key}{hint}", mend,
+            )  # fmt: skip
+
+
+def _meant(key: str, keys: Keys) -> tuple[str, str, str]:
+    """How severe an unknown key is, what it may mean, and the mend."""
+    if key in _RENAMED:
+        return WARNING, f", which is now called {_RENAMED[key]}", f"{_RENAMED[key]}: ..."
+    snake = "".join(f"_{c.lower()}" if c.isupper() else c for c in key).replace("-", "_")
+    place = next((place for place, own in _PLACES.items() if snake in own), None)
+    if snake not in keys and place is not None:
+        return ERROR, f": it belongs in {place}", f"move {snake} into {place}"
+    near = snake if snake in keys else (nearest(snake, keys) or "").strip("'")
+    if near:
+        return ERROR, f": did you mean '{near}'?", f"{near}: ..."
+    return WARNING, "", "remove it, or see that your Ray knows it"
 
 
 # --- replicas --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ def _no_op_fields(service: Service) -> Iterator[Finding]:
     for key in ("serviceUnhealthySecondThreshold", "deploymentUnhealthySecondThreshold"):
         if key in service.spec:
             yield Finding(
-                "no-op-field", ERROR, service.line("spec", key),
+                "no-op-field", WARNING, service.line("spec", key),
                 f"{key} is read by nobody: no cluster is replaced for being unhealthy so long",
                 "remove it; a livenessProbe on the workers, health_check_timeout_s in "
                 "serveConfigV2 and an alert on RayServiceReady do what it once did",
@@ -22,7 +22,8 @@ def _no_op_fields(service: Service) -> Iterator[Finding]:
     options = at(service.spec, "upgradeStrategy", "clusterUpgradeOptions")
     if options is not None and service.upgrade != "NewClusterWithIncrementalUpgrade":
         yield Finding(
-            "no-op-field", ERROR, service.line("spec", "upgradeStrategy", "clusterUpgradeOptions"),
+            "no-op-field", WARNING,
+            service.line("spec", "upgradeStrategy", "clusterUpgradeOptions"),
             f"clusterUpgradeOptions do nothing with the type {service.upgrade}",
             "set type: NewClusterWithIncrementalUpgrade, or remove them",
         )  # fmt: skip

@@ -6,6 +6,13 @@ from kuberay.lines import at
 from kuberay.rayservice import Service
 from kuberay.rules.finding import ERROR, WARNING, Finding, rule
 
+# Variables that choose who takes requests: where head and workers differ, none may be answered.
+_SWITCHES = (
+    "RAY_SERVE_ENABLE_HA_PROXY",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS",
+)
+
 
 @rule("one-sided-variable")
 def _one_sided(service: Service) -> Iterator[Finding]:
@@ -15,13 +22,14 @@ def _one_sided(service: Service) -> Iterator[Finding]:
         {name for _, variables, _ in environments for name in variables if _read_at_import(name)}
     )
     for name in names:
+        severity = ERROR if name in _SWITCHES else WARNING
         having = [group for group, variables, _ in environments if name in variables]
         lacking = [
             group for group, variables, whole in environments if name not in variables and whole
         ]
         for group in lacking:
             yield Finding(
-                "one-sided-variable", ERROR, service.environment_line(having[0], name),
+                "one-sided-variable", severity, service.environment_line(having[0], name),
                 f"{name} is set on {having[0].name} and not on {group.name}: Ray Serve reads it at "
                 "import in every process, and the two sides then disagree about who serves",
                 f"the same in the env of {group.name}",
@@ -29,7 +37,7 @@ def _one_sided(service: Service) -> Iterator[Finding]:
         values = {variables[name] for _, variables, _ in environments if variables.get(name)}
         if len(values) > 1 and not lacking:
             yield Finding(
-                "one-sided-variable", ERROR, service.environment_line(having[-1], name),
+                "one-sided-variable", severity, service.environment_line(having[-1], name),
                 f"{name} has different values: {', '.join(sorted(values))}",
                 "one value in every group",
             )  # fmt: skip
@@ -66,7 +74,7 @@ def _late_variable(service: Service) -> Iterator[Finding]:
         for name in at(application, "runtime_env", "env_vars") or {}:
             if _read_at_import(str(name)):
                 yield Finding(
-                    "late-variable", ERROR, service.serve_line(*path, str(name)),
+                    "late-variable", WARNING, service.serve_line(*path, str(name)),
                     f"{name} in runtime_env comes too late: HAProxy and the controller are "
                     "started without it",
                     "set it in the env of head and workers",

@@ -116,20 +116,39 @@ def no_autoscaler(m: Manifest) -> None:
     cluster(m).pop("autoscalerOptions", None)
 
 
-def llm(m: Manifest, **engine: int) -> None:
-    config = {
-        "applications": [
-            {
-                "name": "llms", "import_path": "ray.serve.llm:build_openai_app",
-                "args": {"llm_configs": [{
-                    "model_loading_config": {"model_id": "q"},
-                    "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 2}},
-                    "engine_kwargs": engine,
-                }]},
-            }
-        ]
-    }  # fmt: skip
-    m["spec"]["serveConfigV2"] = yaml.dump(config, Dumper=_DUMPER)
+def llm(
+    m: Manifest,
+    builder: str = "build_openai_app",
+    key: str = "",
+    more: Manifest | None = None,
+    **engine: int,
+) -> None:
+    """Serve a model of ray.serve.llm instead; `key` is where the builder takes one alone."""
+    config: Manifest = {
+        "model_loading_config": {"model_id": "q"},
+        "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 2}},
+        "engine_kwargs": engine,
+        **(more or {}),
+    }
+    args = {key: config} if key else {"llm_configs": [config]}
+    application = {"name": "llms", "import_path": f"ray.serve.llm:{builder}", "args": args}
+    m["spec"]["serveConfigV2"] = yaml.dump({"applications": [application]}, Dumper=_DUMPER)
+
+
+def pod(group: Manifest) -> Manifest:
+    result: Manifest = group["template"]["spec"]
+    return result
+
+
+def limits(group: Manifest, **values: Any) -> None:
+    """Set limits of the first container; `nvidia_gpu` is nvidia.com/gpu."""
+    names = {
+        "nvidia_gpu": "nvidia.com/gpu",
+        "mig": "nvidia.com/mig-1g.10gb",
+        "tpu": "google.com/tpu",
+    }
+    given = {names.get(key, key): value for key, value in values.items()}
+    container(group)["resources"]["limits"] = {"memory": "8Gi", **given}
 
 
 def balancer(m: Manifest, **annotations: str) -> None:
@@ -197,6 +216,38 @@ HARMLESS = [
     Mutation("dashboard for all", lambda m: head(m)["rayStartParams"].update(
         {"dashboard-host": "0.0.0.0"})),
     Mutation("an internal balancer", lambda m: balancer(m, internal="true")),
+    Mutation("a slice of a GPU", lambda m: limits(worker(m), cpu=4, mig=1)),
+    Mutation("GPUs by the group's resources", lambda m: (
+        limits(worker(m), cpu=4), worker(m).update(resources={"nvidia.com/gpu": "1"}))),
+    Mutation("GPUs by NVIDIA's runtime", lambda m: (
+        limits(worker(m), cpu=4), pod(worker(m)).update(runtimeClassName="nvidia"))),
+    Mutation("half a core, which the operator rounds up", lambda m: (
+        limits(worker(m), cpu="500m", nvidia_gpu=1), limits(head(m), cpu="500m"),
+        deployment(m, 0, ray_actor_options={"num_cpus": 1}))),
+    Mutation("a model on TPUs", lambda m: (
+        limits(worker(m), cpu=4, tpu=4), llm(m, more={"accelerator_type": "TPU-V6E"}))),
+    Mutation("a model on cores", lambda m: (
+        limits(worker(m), cpu=4), llm(m, more={"accelerator_config": {"kind": "cpu"}}))),
+    Mutation("a model with its own placement", lambda m: llm(
+        m, tensor_parallel_size=4, more={"placement_group_config": {"bundle_per_worker": {"GPU": 0.25}}})),
+    Mutation("a model in a file", lambda m: (limits(worker(m), cpu=4), application(
+        m, import_path="ray.serve.llm:build_openai_app", args={"llm_configs": ["./m.yaml"]}),
+        serve(m, lambda c: c["applications"][0].pop("deployments")))),
+    Mutation("seconds that nobody reads", lambda m: m["spec"].update(
+        serviceUnhealthySecondThreshold=900, deploymentUnhealthySecondThreshold=300)),
+    Mutation("options of another upgrade", lambda m: m["spec"].update(upgradeStrategy={
+        "type": "NewCluster", "clusterUpgradeOptions": {"gatewayClassName": "x"}})),
+    Mutation("another rayVersion than the image's", lambda m: cluster(m).update(rayVersion="2.59.0")),
+    Mutation("a drain longer than the grace period", lambda m: deployment(
+        m, 1, graceful_shutdown_timeout_s=600)),
+    Mutation("a variable of Serve that comes too late", lambda m: application(
+        m, runtime_env={"env_vars": {"RAY_SERVE_LOG_TO_STDERR": "1"}})),
+    Mutation("a variable of Serve on the head", lambda m: variable(
+        head(m), "RAY_SERVE_LOG_TO_STDERR", "1")),
+    Mutation("metrics elsewhere", lambda m: head(m)["rayStartParams"].update(
+        {"metrics-export-port": "9090"})),
+    Mutation("an older vLLM's image, which has wget", lambda m: [
+        container(each).update(image="vllm/vllm-openai:v0.8.5") for each in (head(m), worker(m))]),
     Mutation("GPUs of another vendor", lambda m: container(worker(m))["resources"].update(
         limits={"cpu": 4, "amd.com/gpu": 1})),
     Mutation("a selector", lambda m: worker(m)["template"]["spec"].update(
@@ -315,6 +366,12 @@ BROKEN = [
     _typo("proxyLocation", lambda m: top(m, proxyLocation="EveryNode")),
     _typo("httpOptions", lambda m: top(m, httpOptions={"port": 8000})),
     _typo("a slip of the pen", lambda m: deployment(m, 0, num_replica=2)),
+    _typo("num_gpus beside ray_actor_options", lambda m: deployment(
+        m, 1, ray_actor_options=None, num_gpus=1)),
+    _typo("min_replicas in the deployment", lambda m: deployment(m, 0, min_replicas=1)),
+    _typo("max_ongoing_requests in autoscaling_config", lambda m: deployment(
+        m, 1, autoscaling_config={"max_replicas": 2, "max_ongoing_requests": 8})),
+    _typo("a port of all in an application", lambda m: application(m, keep_alive_timeout_s=5)),
     _typo("an unknown key of logging_config", lambda m: top(m, logging_config={"colour": "red"})),
     _bad_bounds("num_replicas beside autoscaling_config", num_replicas=2),
     _bad_bounds("min above max", autoscaling_config={"min_replicas": 3, "max_replicas": 2}),
@@ -329,6 +386,20 @@ BROKEN = [
     Mutation("TP times DP above all GPUs", lambda m: llm(
         m, tensor_parallel_size=2, data_parallel_size=2), "too-few-gpus"),
     Mutation("PP above all GPUs", lambda m: llm(m, pipeline_parallel_size=4), "too-few-gpus"),
+    Mutation("TP of one model above all GPUs", lambda m: llm(
+        m, "build_dp_openai_app", "llm_config", tensor_parallel_size=4), "too-few-gpus"),
+    Mutation("prefill and decode, each above all GPUs", lambda m: llm(
+        m, "build_pd_openai_app", "decode_config", tensor_parallel_size=4), "too-few-gpus"),
+    Mutation("bundles above all GPUs", lambda m: llm(
+        m, more={"placement_group_config": {"bundles": [{"GPU": 1}] * 4}}), "too-few-gpus"),
+    Mutation("two deployments that fit only alone", lambda m: (
+        deployment(m, 0, ray_actor_options={"num_gpus": 1}, max_replicas_per_node=None),
+        deployment(m, 1, autoscaling_config={"min_replicas": 1, "max_replicas": 2})), "too-few-gpus"),
+    Mutation("a slice too few", lambda m: (
+        limits(worker(m), cpu=4, mig=1), deployment(m, 1, ray_actor_options={"num_gpus": 3})),
+        "too-few-gpus"),
+    Mutation("a worker of another Ray than the head", lambda m: container(worker(m)).update(
+        image="rayproject/ray:2.59.0"), "version-differs"),
     Mutation("cores that no pod has", lambda m: deployment(
         m, 0, ray_actor_options={"num_cpus": 64}), "too-few-cpus"),
     Mutation("the head alone, and left out", lambda m: (
@@ -355,6 +426,15 @@ _ALONE = (
     "the former way to fault tolerance",
     "no fault tolerance, and Redis' password",
     "another port, on both sides",
+    "resources of a group alone",
+    "an internal balancer",
+    "a suspended group without the autoscaler",
+    # Whether these are sound depends on the GPUs of the others.
+    "a model on TPUs",
+    "a model on cores",
+    "a model in a file",
+    "GPUs by NVIDIA's runtime",
+    "another rayVersion than the image's",
 )
 
 

@@ -99,6 +99,21 @@ class Replicas(_Frozen):
                 )
 
 
+class Sleep(_Frozen):
+    """Whether an idle engine gives its GPU's memory back, and how many models share one GPU."""
+
+    after_s: Seconds | None = None
+    models_per_gpu: Count = 1
+
+    @property
+    def enabled(self) -> bool:
+        return self.after_s is not None or self.shared
+
+    @property
+    def shared(self) -> bool:
+        return self.models_per_gpu > 1
+
+
 class Gateway(_Frozen):
     """Whether requests go through a gateway, which goes on elsewhere with what broke off."""
 
@@ -198,6 +213,7 @@ class Settings(_Frozen):
     pipeline_parallel_size: CountOrAuto = None
     replicas: Replicas = Field(default_factory=Replicas)
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1.0
+    sleep: Sleep = Field(default_factory=Sleep)
     lane: Literal["auto", "python"] = "auto"
     compiled: Annotated[str, Field(min_length=1)] | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
@@ -226,11 +242,26 @@ class Settings(_Frozen):
         for key in settings.engine:
             if key in _OWNED:
                 raise ConfigError(f"engine.{key}", settings.engine[key], _OWNED[key])
+        settings._check_sleep()
         if settings.models and not settings.gateway.enabled:
             raise ConfigError(
                 "models", settings.models, "more than one model needs gateway.enabled: true"
             )
         return settings
+
+    def _check_sleep(self) -> None:
+        sleep, replicas = self.sleep, self.replicas
+        if not sleep.enabled:
+            return
+        if replicas.min == 0 and (sleep.after_s or 0.0) >= replicas.idle_s:
+            problem = f"must be below replicas.idle_s ({replicas.idle_s:g}), as replicas.min is 0"
+            raise ConfigError("sleep.after_s", sleep.after_s, problem)
+        if self.engine.get("load_format") == "ipc_cache":
+            problem = "has its weights in another process, so it cannot sleep; leave out 'sleep'"
+            raise ConfigError("engine.load_format", "ipc_cache", problem)
+        if sleep.shared and replicas.max > 1:
+            problem = "replicas of one model would take turns on a GPU; set replicas.max to 1"
+            raise ConfigError("sleep.models_per_gpu", sleep.models_per_gpu, problem)
 
     def limits_with(self, user_config: Mapping[str, Any]) -> Limits:
         """The limits, with those that a deployment's `user_config` replaces.
@@ -279,6 +310,7 @@ _OWNED = {
     "tensor_parallel_size": "set the top-level key 'tensor_parallel_size' instead",
     "pipeline_parallel_size": "set the top-level key 'pipeline_parallel_size' instead",
     "distributed_executor_backend": "follows from tensor_parallel_size and pipeline_parallel_size",
+    "enable_sleep_mode": "set the top-level key 'sleep' instead, which also wakes the engine",
     "api_key": "set 'api_keys' instead, which guards every route and can be rotated",
     "host": "set http_options.host instead",
     "port": "set http_options.port instead",

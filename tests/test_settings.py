@@ -71,6 +71,20 @@ def test_settings_are_frozen() -> None:
         ({"limits": {"max_n": "3"}}, "limits.max_n = '3': must be a integer"),
         ({"drain_s": 0}, "drain_s = 0: must be greater than 0"),
         (
+            {"sleep": {"after_s": 300.0}, "replicas": {"min": 0}},
+            "sleep.after_s = 300.0: must be below replicas.idle_s (300), as replicas.min is 0",
+        ),
+        (
+            {"sleep": {"models_per_gpu": 2}, "replicas": 2},
+            "sleep.models_per_gpu = 2: replicas of one model would take turns on a GPU; "
+            "set replicas.max to 1",
+        ),
+        (
+            {"sleep": {"after_s": 1.0}, "engine": {"load_format": "ipc_cache"}},
+            "engine.load_format = 'ipc_cache': has its weights in another process, so it cannot "
+            "sleep; leave out 'sleep'",
+        ),
+        (
             {"engine": {"model": "m"}},
             "engine.model = 'm': set the top-level key 'model' instead",
         ),

@@ -419,3 +419,15 @@ def test_48_a_fork_server_is_started_by_this_function() -> None:
     assert "fds_to_pass = [listener.fileno(), alive_r]" in source
     assert parameters(module.main)[:3] == ["listener_fd", "alive_r", "preload"]
     assert parameters(module.ForkServer.__init__) == ["self"]  # type: ignore[attr-defined]
+
+
+def test_49_an_engine_sleeps_and_wakes_by_these_calls() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.executor.abstract import SLEEP_TAGS
+
+    assert parameters(AsyncLLM.sleep)[:2] == ["self", "level"]
+    assert parameters(AsyncLLM.wake_up) == ["self", "tags"]
+    # It is awake, and schedules again, once each of them is back.
+    assert {"weights", "kv_cache"} == SLEEP_TAGS
+    assert AsyncEngineArgs.enable_sleep_mode is False

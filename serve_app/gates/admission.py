@@ -63,6 +63,11 @@ class Admission:
         max_running: sequences that may run at once.
         max_queued: requests that may wait; one more is `TooManyRequests`.
         gpus: of the engine.
+
+    Attributes:
+        running: sequences that were let in.
+        admitted: requests that were ever let in.
+        closed: nobody is let in, and requests wait, as while the engine sleeps.
     """
 
     def __init__(
@@ -71,7 +76,9 @@ class Admission:
         self.max_running = max_running
         self.max_queued = max_queued
         self.retry_after_s = retry_after_s
-        self.running = 0
+        self.running = self.admitted = 0
+        self.closed = False
+        self._changed = asyncio.Event()
         self._queue: FairQueue[_Request] = FairQueue()
         # Of the bodies of the requests that wait.
         self.queued_bytes = 0
@@ -86,6 +93,24 @@ class Admission:
         self.max_running, self.max_queued = max_running, max_queued
         self.retry_after_s = retry_after_s
         self._wake()
+
+    def close(self) -> None:
+        """Let nobody in until `open`; the requests that are in go on.
+
+        Those that would be running may wait as well, so that `max_queued` refuses no more of them.
+        """
+        self.closed = True
+
+    def open(self) -> None:
+        """Let requests in again, those that wait first."""
+        self.closed = False
+        self._wake()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Return once the condition holds; it is asked when a request begins to wait or ends."""
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
 
     def read(self, sequences: int) -> None:
         """The engine made the first tokens of so many sequences, which have their prompts read."""
@@ -143,6 +168,8 @@ class Admission:
 
         One that is larger than the whole engine still runs, alone.
         """
+        if self.closed:
+            return None
         room = min(max(request.sequences, 1), self.max_running)
         if not self.running:
             return room
@@ -152,13 +179,14 @@ class Admission:
     async def _wait(
         self, request: _Request, share: Share, expected_work: float, timeout_s: float
     ) -> None:
-        if len(self._queue) >= self.max_queued:
+        if len(self._queue) >= self.max_queued + (self.max_running if self.closed else 0):
             self._make_place(share)
         turn = request.turn = asyncio.get_running_loop().create_future()
         request.entry = self._queue.push(
             share, max(1, request.sequences), expected_work, request, request.prompt_tokens
         )
         self.queued_bytes += request.body_bytes
+        self._changed.set()
         try:
             async with asyncio.timeout(timeout_s):
                 await turn
@@ -207,6 +235,7 @@ class Admission:
     def _count(self, request: _Request, room: int) -> None:
         request.room, request.began_s = room, self._clock.advance(self.running)
         self.running += room
+        self.admitted += 1
 
     def _give_back(self, request: _Request, done: Work) -> None:
         assert request.room is not None
@@ -217,6 +246,7 @@ class Admission:
         # What the engine says nothing of was as much work as expected.
         spent = work_of(read, done.output_tokens) if done.known else request.entry.work
         self._queue.end(request.entry, spent)
+        self._changed.set()
         self._wake()
 
     def _wake(self) -> None:

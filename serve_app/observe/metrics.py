@@ -175,7 +175,7 @@ replicas_known = Gauge(
 
 start_phases = Histogram(
     "serve_app_start_phase_seconds",
-    "What a start of a replica, or the restart of its engine, took, by its phases (phases.py).",
+    "What the start of a replica, or restart or waking of its engine, took, by phases (phases.py).",
     ("model", "kind", "phase"),
     buckets=_steps(0.1, 600.0, 2.0),
 )
@@ -194,6 +194,11 @@ price = Gauge(
 healthy = Gauge("serve_app_engine_healthy", "1 while the engine answers its probe.", ("model",))
 restarting = Gauge(
     "serve_app_engine_restarting", "1 while a failed engine is started anew.", ("model",)
+)
+asleep = Gauge(
+    "serve_app_engine_asleep",
+    "1 while the engine's weights are not on its GPU; absent where it never sleeps.",
+    ("model",),
 )
 engine_restarts = Counter(
     "serve_app_engine_restarts",

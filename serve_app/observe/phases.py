@@ -21,6 +21,7 @@ PHASES: Mapping[str, str] = {
     "configuration": "reading the engine's arguments and the model's configuration",
     "inspection": "finding out what the model's class can do",
     "engine process": "starting the engine's processes",
+    "turn": "waiting for a GPU on which another model is awake",
     "device": "initialising the device and its communication",
     "weights": "loading the weights",
     "profile": "measuring how much memory is left for the KV cache",

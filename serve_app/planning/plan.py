@@ -17,6 +17,8 @@ from serve_app.planning import embedded, kernels
 from serve_app.planning.hardware import Gpu, Node, cluster_nodes, has_bfloat16
 from serve_app.planning.placement import Placement, place
 from serve_app.planning.sizing import (
+    DEFAULT_UTILIZATION,
+    GIB,
     QWEN25,
     EngineMemory,
     ModelShape,
@@ -30,6 +32,10 @@ from serve_app.settings import CORS_ARGUMENTS, Settings
 # cache is bounded because vLLM would otherwise take half of the machine for each replica.
 CPU_DEFAULTS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 
+
+# What an engine that sleeps keeps of a GPU: its CUDA context, its CUDA graphs, its libraries'
+# buffers.
+_ASLEEP_BYTES = 3 * GIB
 
 # A request that is late hears of it within this time.
 _FAREWELL_S = 10.0
@@ -47,6 +53,7 @@ class Plan:
         compute_capability: of the GPUs.
         accelerator: Ray's name of the kind of GPU that a replica must get; empty where all GPUs of
             the cluster are of one kind, or Ray has no name for them.
+        gpu_memory_utilization: where other models sleep on the same GPU; None: vLLM's own.
     """
 
     model: str
@@ -55,6 +62,7 @@ class Plan:
     cpu_threads: int | None
     compute_capability: tuple[int, int] | None = None
     accelerator: str = ""
+    gpu_memory_utilization: float | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -87,7 +95,7 @@ class Plan:
             "health_check_timeout_s": 10.0,
             "ray_actor_options": {
                 "num_cpus": settings.cpus_per_replica,
-                "num_gpus": self.placement.num_gpus,
+                "num_gpus": self._num_gpus(settings),
             },
         }
         if self.placement.bundles is not None:
@@ -102,6 +110,13 @@ class Plan:
             options["autoscaling_config"] = self._autoscaling(settings)
         return options
 
+    def _num_gpus(self, settings: Settings) -> float:
+        """What Ray reserves for a replica on one node: a share of a GPU where models share it."""
+        if not settings.sleep.shared:
+            return self.placement.num_gpus
+        # Ray counts ten-thousandths, and rounds: six sixths would not fit.
+        return 10_000 // settings.sleep.models_per_gpu / 10_000
+
     @property
     def _kind(self) -> dict[str, float]:
         """The resource that only nodes with the right kind of GPU have. Ray takes a thousandth of
@@ -110,7 +125,7 @@ class Plan:
 
     def _bundles(self, settings: Settings) -> list[dict[str, float]]:
         """Resources of one replica, one mapping for each part that must be on one node."""
-        whole = {"CPU": settings.cpus_per_replica, "GPU": float(self.placement.num_gpus)}
+        whole = {"CPU": settings.cpus_per_replica, "GPU": float(self._num_gpus(settings))}
         return [{**bundle, **self._kind} for bundle in self.placement.bundles or (whole,)]
 
     def _autoscaling(self, settings: Settings) -> dict[str, Any]:
@@ -175,6 +190,10 @@ class Plan:
                 arguments["dtype"] = "float32"
         else:
             arguments |= kernels.engine_defaults(kernels.tools(), self.compute_capability)
+        if settings.sleep.enabled:
+            arguments["enable_sleep_mode"] = True
+        if self.gpu_memory_utilization is not None:
+            arguments["gpu_memory_utilization"] = self.gpu_memory_utilization
         if self.placement.executor is not None:
             arguments["distributed_executor_backend"] = self.placement.executor
         if self.model.startswith("s3://"):
@@ -242,6 +261,7 @@ def decide_on(settings: Settings, nodes: Sequence[Node]) -> Plan:
     """
     kinds = _kinds(nodes)
     kind, gpus, model, placement = _fitting(settings, kinds or [("", ())])
+    _check_sleep(settings, placement)
     return Plan(
         model=model,
         served_model_name=settings.served_model_name or _short_name(model),
@@ -249,7 +269,38 @@ def decide_on(settings: Settings, nodes: Sequence[Node]) -> Plan:
         cpu_threads=None if gpus else cpu_threads(settings),
         compute_capability=gpus[0].compute_capability if gpus else None,
         accelerator=kind if len(kinds) > 1 else "",
+        gpu_memory_utilization=_beside_sleepers(settings, gpus),
     )
+
+
+def _check_sleep(settings: Settings, placement: Placement) -> None:
+    """Refuse engines that cannot sleep.
+
+    Raises:
+        ConfigError: there is no GPU, or an engine has several where models share one.
+    """
+    sleep = settings.sleep
+    if not sleep.enabled:
+        return
+    if placement.bundles is not None:
+        problem = "an engine on several nodes cannot sleep; leave it out, or use fewer GPUs"
+        raise ConfigError("sleep", sleep.model_dump(), problem)
+    if not placement.num_gpus:
+        problem = "vLLM has no sleep mode without a GPU; leave it out"
+        raise ConfigError("sleep", sleep.model_dump(), problem)
+    if sleep.shared and placement.num_gpus > 1:
+        problem = f"models share one GPU, and an engine of this model takes {placement.num_gpus}"
+        raise ConfigError("sleep.models_per_gpu", sleep.models_per_gpu, problem)
+
+
+def _beside_sleepers(settings: Settings, gpus: Sequence[Gpu]) -> float | None:
+    """The share of a GPU's memory for the model that is awake; None: no other model sleeps there,
+    or the memory is not known."""
+    sizes = [gpu.memory_bytes for gpu in gpus if gpu.memory_bytes]
+    if not settings.sleep.shared or not sizes:
+        return None
+    others_bytes = (settings.sleep.models_per_gpu - 1) * _ASLEEP_BYTES
+    return round(max(0.0, min(DEFAULT_UTILIZATION, 1 - others_bytes / min(sizes))), 3)
 
 
 def _fitting(
@@ -263,8 +314,11 @@ def _fitting(
     failures = []
     for kind, gpus in kinds:
         try:
-            model = find(settings, gpus)
-            return kind, gpus, model, parallelism(settings, model, gpus)
+            share = _beside_sleepers(settings, gpus)
+            engine = {"gpu_memory_utilization": share, **settings.engine}
+            beside = settings.model_copy(update={"engine": engine} if share is not None else {})
+            model = find(beside, gpus)
+            return kind, gpus, model, parallelism(beside, model, gpus)
         except ConfigError as error:
             failures.append(error)
     raise failures[0]

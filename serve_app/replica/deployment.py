@@ -5,6 +5,7 @@ gateway (gateway.py), with a server of its own (backend.py).
 """
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +36,8 @@ from serve_app.progress import READY, reported, say, stage
 from serve_app.replica import forkserver
 from serve_app.replica.backend import FAST_LANE, Backend, Server
 from serve_app.replica.keeper import Keeper
+from serve_app.replica.sharing import SharedGpu
+from serve_app.replica.sleep import Gpu, Sleeper, State
 from serve_app.replica.startup import Startup
 from serve_app.replica.supervisor import Reaper, Supervisor
 from serve_app.replica.worker import REFUSAL_VARIABLE
@@ -55,6 +58,8 @@ class _Engine:
     _continuing = False
     _fast_lane: FastLane | None = None
     _cache: Cache | None = None
+    _sleeper: Sleeper | None = None
+    _gpu = Gpu()
     _started_s: Mapping[str, float] = {}
 
     def _load(self, settings: Settings, plan: Plan) -> None:
@@ -87,6 +92,7 @@ class _Engine:
                 with startup.phase("imports"), forkserver.undisturbed():
                     # Imported here: `build` runs on a head node that may hold no engine.
                     from serve_app.replica.engine import Engine
+                self._share_gpu()
                 began_s = time.monotonic()
                 self._engine = Engine.start(
                     arguments,
@@ -97,6 +103,14 @@ class _Engine:
                     fast_host=self._fast_host(),
                 )
                 self._loaded_s = time.monotonic() - began_s
+
+    def _share_gpu(self) -> None:
+        """Wait until no other model is awake on a GPU that models share: a start needs memory."""
+        if not self._settings.sleep.shared:
+            return
+        self._gpu = gpu = SharedGpu(os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+        with self._startup.phase("turn"):
+            gpu.wait()
 
     def _secret(self) -> str | None:
         """What is said at the door of the fast lane; None: nobody could ask there."""
@@ -164,6 +178,10 @@ class _Engine:
         if engine.fast is not None:
             self._watches.append(asyncio.create_task(self._keeper.watch()))
         self._full_gates = self._gates(answer)
+        if (sleep := self._settings.sleep).enabled:
+            after_s = math.inf if sleep.after_s is None else sleep.after_s
+            self._sleeper = Sleeper(engine, self._wake, self._admission, after_s, self._gpu)
+            self._sleeper.start()
         self._tell()
         if self._cache is not None:
             self._sealing = asyncio.create_task(asyncio.to_thread(self._cache.seal))
@@ -212,8 +230,21 @@ class _Engine:
         """Whether answers have a part that is reasoning."""
         return bool(self._settings.engine.keys() & {"reasoning_parser", "reasoning_config"})
 
+    async def _wake(self) -> None:
+        """Wake the engine, and report how long that took."""
+        startup = Startup(dedicated=False)
+        await self._engine.wake(startup)
+        self._observation.started(self._model, "wake", startup.segments())
+
     async def _restart(self) -> None:
         """Another engine, and its application in the place of the old one's."""
+        if self._sleeper is None:
+            await self._start_anew()
+            return
+        async with self._sleeper.replacing():
+            await self._start_anew()
+
+    async def _start_anew(self) -> None:
         startup = Startup(dedicated=False)
         with self._reaper.following():
             await self._engine.restart(startup)
@@ -242,6 +273,10 @@ class _Engine:
         metrics.healthy.labels(self._model).set_function(lambda: supervisor.healthy)
         metrics.restarting.labels(self._model).set_function(lambda: supervisor.restarting)
         metrics.engine_restarts.labels(self._model)
+        if (sleeper := self._sleeper) is not None:
+            metrics.asleep.labels(self._model).set_function(
+                lambda: sleeper.state is not State.AWAKE
+            )
         engine, keeper = self._engine, self._keeper
         metrics.fast_lane.labels(self._model).set_function(
             lambda: engine.fast is not None and keeper.failure is None
@@ -301,6 +336,8 @@ class _Engine:
         """Leave no process behind."""
         for watch in getattr(self, "_watches", []):
             watch.cancel()
+        if self._sleeper is not None:
+            self._sleeper.stop()
         if (engine := getattr(self, "_engine", None)) is not None:
             engine.stop()
         if self._cache is not None:

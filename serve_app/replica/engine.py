@@ -231,6 +231,22 @@ class Engine:
                 used_s += times.user + times.system
         return used_s
 
+    async def sleep(self) -> None:
+        """Move the weights to this machine's memory, and drop the KV cache. No request may run."""
+        await self._llm.sleep(level=1)
+
+    async def wake(self, startup: Startup) -> None:
+        """Bring the weights back, with an empty KV cache.
+
+        Args:
+            startup: is told what the engine is doing.
+        """
+        with startup.phase("weights"):
+            await self._llm.wake_up(["weights"])
+        with startup.phase("KV cache"):
+            await self._llm.wake_up(["kv_cache"])
+        self.last_sign_s = time.monotonic()
+
     async def probe(self) -> None:
         """Return once every process of the engine has answered; a hung one never does."""
         await self._llm.collective_rpc("check_health")

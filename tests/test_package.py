@@ -1,9 +1,11 @@
-"""The package declares what it imports."""
+"""The packages declare what they import, and no modules import each other."""
 
 import ast
+import graphlib
 import re
 import sys
 import tomllib
+from collections.abc import Collection
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -44,3 +46,34 @@ def test_every_direct_import_is_declared() -> None:
             if not provided_by & declared():
                 missing[name] = folder
     assert missing == {}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of this repository's packages, by its name."""
+    files = (path for folder in OWN - {"tests"} for path in (ROOT / folder).rglob("*.py"))
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files
+    }
+
+
+def imports(path: Path, names: Collection[str]) -> set[str]:
+    """Which of the modules a file imports, within functions too."""
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from package import module`, or a name of a module.
+            imported |= whole & set(names) or {node.module}
+    return imported & set(names)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    files = modules()
+    # A package's __init__ only passes names on.
+    parts = {name: path for name, path in files.items() if path.name != "__init__.py"}
+    graph = {name: imports(path, parts) - {name} for name, path in parts.items()}
+    assert "serve_app.errors" in graph["serve_app.settings"]
+    graphlib.TopologicalSorter(graph).prepare()  # It raises CycleError, which shows the cycle.

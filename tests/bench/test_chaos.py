@@ -16,6 +16,7 @@ import pytest
 
 from bench import result
 from bench.faults.damage import Chaos, Judged
+from tests.bench import commands
 from tests.server import wait
 from tests.services import fleet
 
@@ -58,12 +59,15 @@ def answers() -> bool:
         connection.close()
 
 
+def options(folder: Path, *words: str, requests: int = 60) -> list[str]:
+    command = ["chaos", "--url", URL, "--workload", WORKLOAD, "--requests", str(requests)]
+    return [*command, "--users", "4", "--distinct", str(DISTINCT), "--out", str(folder), *words]
+
+
 def chaos(folder: Path, *words: str, requests: int = 60) -> tuple[int, dict[str, Any], str]:
     """Exit status, the last line and what was said on the way."""
-    command = [sys.executable, "-m", "bench", "chaos", "--url", URL, "--workload", WORKLOAD]
-    command += ["--requests", str(requests), "--users", "4", "--distinct", str(DISTINCT)]
     done = subprocess.run(
-        [*command, "--out", str(folder), *words],
+        [sys.executable, "-m", "bench", *options(folder, *words, requests=requests)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -206,10 +210,9 @@ def test_a_mistake_in_the_command_is_one_sentence_and_status_2(
     tmp_path: Path, words: list[str], names: str
 ) -> None:
     with serving():
-        status, _, output = chaos(tmp_path, *words)
-    assert status == 2, output
-    assert names in output
-    assert "Traceback" not in output
+        ran = commands.run(*options(tmp_path, *words))
+    assert ran.status == 2, ran.shown
+    assert names in ran.shown
 
 
 def test_what_never_happened_makes_a_run_invalid(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""`bench run` from its options to its page, with the load actor in this process and not in Ray."""
+"""`bench` from its options to its page, with the load actor in this process and not in Ray."""
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from bench import __main__ as main
 from bench import records, result, run
 from bench.figures import Run
 from bench.itself.known_server import Options, launched
@@ -20,6 +18,7 @@ from bench.traffic.client import Target
 from bench.traffic.load import Outcome
 from bench.traffic.schedule import Plan
 from bench.traffic.sender import Sender, decoder
+from tests.bench import commands
 
 PORT = 8844
 URL = f"http://127.0.0.1:{PORT}"
@@ -57,35 +56,24 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "connect", lambda: None)
 
 
-def bench(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
-) -> tuple[int, dict[str, Any], str]:
-    """Exit status, last line, and what a person sees."""
-    monkeypatch.setattr("sys.argv", ["bench", *words])
-    status = main.main()
-    shown = capsys.readouterr()
-    return status, json.loads(shown.out.splitlines()[-1]) if shown.out else {}, shown.err
-
-
 RUN = ["run", "--url", URL, "--no-metrics", "--repeats", "2", "--warm-up", "1"]
 
 
 def test_a_run_is_shown_and_kept_and_can_be_sent_again(
     server: None,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = [*RUN, "--workload", "synthetic:input=8,output=6", "--load", "users=3"]
     words += ["--requests", "30", "--gpus", "1", "--gpu-hour", "2", "--slo", "ttft_ms=9000"]
-    status, last, shown = bench(capsys, monkeypatch, *words, "--out", str(tmp_path / "a"))
-    assert status in (0, 1), shown
-    assert last["answer_tokens"] == 6
-    assert last["usd_per_million_output_tokens"] > 0
-    assert "TTFT p50" in shown
-    assert "output tokens/s" in shown
+    ran = commands.run(*words, "--out", str(tmp_path / "a"))
+    assert ran.status in (0, 1), ran.shown
+    assert ran.last["answer_tokens"] == 6
+    assert ran.last["usd_per_million_output_tokens"] > 0
+    assert "TTFT p50" in ran.shown
+    assert "output tokens/s" in ran.shown
     output = result.read(tmp_path / "a", run=Run)
-    assert output.salt == last["salt"]
+    assert output.salt == ran.last["salt"]
     assert output.whole[0].answers.given_output_share == 1.0
     assert len(list(records.read(tmp_path / "a" / "records.jsonl"))) == 60
     page = (tmp_path / "a" / "report.html").read_text()
@@ -98,9 +86,9 @@ def test_a_run_is_shown_and_kept_and_can_be_sent_again(
         return await in_this_process(plan, *rest, **more)
 
     monkeypatch.setattr(load, "run", listen)
-    for more in ([], ["--salt", last["salt"]], ["--salt", last["salt"]]):
+    for more in ([], ["--salt", ran.last["salt"]], ["--salt", ran.last["salt"]]):
         prompts.append(set())
-        bench(capsys, monkeypatch, *words, *more, "--out", str(tmp_path / "b"))
+        commands.run(*words, *more, "--out", str(tmp_path / "b"))
     fresh, again, once_more = prompts
     assert not fresh & again
     assert again == once_more
@@ -110,40 +98,57 @@ def test_a_run_is_shown_and_kept_and_can_be_sent_again(
     ]
 
 
-def test_sessions_are_measured_by_turn_and_by_task(
-    server: None,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--load", "users=4", "--requests", "9", "--model", "fale"], "did you mean 'fake'"),
+        (["--load", "poison:rate=3"], "did you mean 'poisson'"),
+        (["--load", "users=4", "--requests", "0"], "count = '0'"),
+        (["--load", "poisson:rate=3"], "give a count or a duration"),
+        (["--load", "users=4", "--slo", "mlperf-sever"], "mlperf-server"),
+        (["--load", "trace"], "has no times of its own"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_sentence_and_status_2(
+    server: None, tmp_path: Path, words: list[str], names: str
 ) -> None:
+    load = ["--workload", "synthetic:input=8,output=4", "--out", str(tmp_path / "out")]
+    ran = commands.run(*RUN, *load, *words)
+    assert ran.status == 2
+    assert names in ran.shown
+    assert ran.shown.startswith("bench: ")
+    assert ran.shown.count("\n") == 1
+
+
+def test_no_server_is_status_3(tmp_path: Path) -> None:
+    words = ["--workload", "synthetic:input=8,output=4", "--load", "users=1", "--requests", "3"]
+    nobody = ["run", "--url", "http://127.0.0.1:8845", "--no-metrics"]
+    ran = commands.run(*nobody, *words, "--out", str(tmp_path))
+    assert ran.status == 3
+    assert "connection refused" in ran.shown
+
+
+def test_sessions_are_measured_by_turn_and_by_task(server: None, tmp_path: Path) -> None:
     workload = "sessions:turns=3,system=6,input=4,output=3,think=0.01,agents=1,exact=yes"
     words = [*RUN, "--endpoint", "chat", "--workload", workload, "--load", "users=2"]
-    status, last, shown = bench(
-        capsys, monkeypatch, *words, "--requests", "8", "--out", str(tmp_path)
-    )
-    assert status in (0, 1), shown
-    assert (last["sessions_planned"], last["sessions_done"]) == (8, 8)
-    assert set(last["turns"]) >= {"turn 1", "turn 2", "turn 3", "sub-agent", "user"}
-    assert "turn 3" in shown
+    ran = commands.run(*words, "--requests", "8", "--out", str(tmp_path))
+    assert ran.status in (0, 1), ran.shown
+    assert (ran.last["sessions_planned"], ran.last["sessions_done"]) == (8, 8)
+    assert set(ran.last["turns"]) >= {"turn 1", "turn 2", "turn 3", "sub-agent", "user"}
+    assert "turn 3" in ran.shown
     output = result.read(tmp_path, run=Run)
     assert output.sessions[0].task_mean_s > 0
     assert "Sessions: " in (tmp_path / "report.html").read_text()
 
 
-def test_a_curve_is_measured_load_by_load(
-    server: None,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_curve_is_measured_load_by_load(server: None, tmp_path: Path) -> None:
     words = ["pareto", *RUN[1:], "--workload", "synthetic:input=4,output=8,exact=yes"]
     words += ["--users", "1,4", "--per-user", "8", "--gpus", "2", "--out", str(tmp_path)]
-    status, last, shown = bench(capsys, monkeypatch, *words)
-    assert status in (0, 1), shown
-    assert set(last["curve"]) == {"1 users", "4 users"}
-    assert (
-        last["curve"]["4 users"]["gpu_tokens_per_s"] > last["curve"]["1 users"]["gpu_tokens_per_s"]
-    )
+    ran = commands.run(*words)
+    assert ran.status in (0, 1), ran.shown
+    assert set(ran.last["curve"]) == {"1 users", "4 users"}
+    one, four = ran.last["curve"]["1 users"], ran.last["curve"]["4 users"]
+    assert four["gpu_tokens_per_s"] > one["gpu_tokens_per_s"]
     assert (tmp_path / "pareto.svg").read_text().startswith("<svg")
     assert 'id="pareto"' in (tmp_path / "report.html").read_text()
 

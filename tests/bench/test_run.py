@@ -25,6 +25,7 @@ from bench.search import RateResult
 from bench.traffic import workload
 from bench.traffic.client import Target
 from bench.traffic.load import Happening, Outcome
+from tests.bench import commands
 
 PORT = 8880
 URL = f"http://127.0.0.1:{PORT}"
@@ -106,33 +107,6 @@ def test_a_run_leaves_a_result_with_every_request(
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize(
-    ("words", "names"),
-    [
-        (["--load", "users=4", "--requests", "9", "--model", "fale"], "did you mean 'fake'"),
-        (["--load", "poison:rate=3"], "did you mean 'poisson'"),
-        (["--load", "users=4", "--requests", "0"], "count = '0'"),
-        (["--load", "poisson:rate=3"], "give a count or a duration"),
-        (["--load", "users=4", "--slo", "mlperf-sever"], "mlperf-server"),
-        (["--load", "trace"], "has no times of its own"),
-    ],
-)
-def test_a_mistake_in_the_command_is_one_sentence_and_status_2(
-    environment: dict[str, str], tmp_path: Path, words: list[str], names: str
-) -> None:
-    with launched(PORT, Options()):
-        status, _, output = bench(environment, *load(tmp_path / "out", *words))
-    assert status == 2
-    assert names in output
-    assert "Traceback" not in output
-
-
-def test_no_server_is_status_3(environment: dict[str, str], tmp_path: Path) -> None:
-    status, _, output = bench(environment, *load(tmp_path, "--load", "users=1", "--requests", "3"))
-    assert status == 3
-    assert "connection refused" in output
-
-
 def test_half_of_the_streams_cut_is_counted_and_makes_the_run_invalid(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -210,20 +184,20 @@ def test_a_search_that_finds_nothing_says_why(environment: dict[str, str], tmp_p
     assert len(probed) >= sum(point.share.counted for point in points) > 24
 
 
-def test_a_comparison_reads_two_results(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_comparison_reads_two_results(tmp_path: Path) -> None:
     for name, gap_s in (("a", 0.01), ("b", 0.02)):
         repeats = [
             Repeat(outcome=Outcome(records=[stream(i, gap_s + r * 1e-4) for i in range(50)]))
             for r in range(3)
         ]
         result.write(tmp_path / name, figures(repeats, None, None))
-    status, last, table = bench(environment, "compare", str(tmp_path / "a"), str(tmp_path / "b"))
-    assert status == 0
-    rows = {row["metric"]: row for row in last["rows"]}
+    ran = commands.run("compare", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert ran.status == 0
+    rows = {row["metric"]: row for row in ran.last["rows"]}
     assert rows["tpot_p50_s"]["verdict"] == "worse"
     assert rows["tpot_p50_s"]["ratio"] == pytest.approx(2.0, abs=0.02)
     assert rows["ttft_p50_s"]["verdict"] == "noise"
-    assert "tpot_p50_s" in table
+    assert "tpot_p50_s" in ran.shown
 
 
 async def test_no_cell_of_the_matrix_asks_what_another_asked(

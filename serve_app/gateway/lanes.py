@@ -77,7 +77,7 @@ class Lanes:
             path, request.given, request.body, served, self._limits()
         ):
             return False
-        return not request.stream or _MORE_THAN_TEXT.isdisjoint(_fields(request.body))
+        return not request.stream or _text_alone(request.body)
 
     @contextlib.asynccontextmanager
     async def _ask_fast(
@@ -154,6 +154,14 @@ def known_of(stream: Stream) -> bytes:
     stream.again()
     repeat = None if isinstance(stream, FastStream) else stream.method is Method.REPEAT
     return msgspec.json.encode(msgspec.structs.replace(stream.progress, repeat=repeat))
+
+
+def _text_alone(body: bytes) -> bool:
+    """Whether no field asks for more than text. Many clients send `"logprobs": null`."""
+    asked = {
+        name for name, value in _fields(body).items() if bytes(value) not in (b"null", b"false")
+    }
+    return asked.isdisjoint(_MORE_THAN_TEXT)
 
 
 def _fields(body: bytes) -> dict[str, msgspec.Raw]:

@@ -664,6 +664,14 @@ async def test_a_stream_of_more_than_text_takes_the_full_lane(
     assert client.headers[b"x-serve-lane"] == b"fast"
 
 
+@pytest.mark.parametrize("more", [{"logprobs": None}, {"echo": False}, {"logprobs": None, "n": 1}])
+async def test_a_field_that_asks_for_nothing_stays_in_the_fast_lane(more: dict[str, Any]) -> None:
+    """vLLM's own load generators send `"logprobs": null` with each request."""
+    async with fleet(EngineServer("a", fast=True)) as there:
+        client = await there.ask(**more)
+    assert client.headers[b"x-serve-lane"] == b"fast"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_what_the_fast_lane_refuses_the_full_lane_answers(stream: bool) -> None:
     engine = EngineServer("a", fast=True, fast_status=400)

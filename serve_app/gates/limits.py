@@ -14,6 +14,11 @@ from serve_app.gates import reading, routes
 from serve_app.gates.reading import Reading
 from serve_app.settings import Limits
 
+# Content parts, tool calls and tools that a request may have for each message that it may have.
+_PARTS_A_MESSAGE = 4
+# vLLM takes bad words of 1,024 tokens in all, and counts them after it has tokenized each word.
+_MAX_BAD_WORDS_LENGTH = 2**16
+
 
 class LimitGate:
     """ASGI middleware: reads the body within its bounds, then checks the request's.
@@ -79,6 +84,12 @@ def check(parsed: Reading, limits: Limits) -> None:
         ("n", parsed.choices, limits.max_n),
         ("best_of", parsed.best_of, limits.max_n),
         ("the number of messages", parsed.messages, limits.max_messages),
+        (
+            "the number of content parts, tools and messages",
+            parsed.parts,
+            limits.max_messages * _PARTS_A_MESSAGE,
+        ),
+        ("the length of bad_words", parsed.bad_words_length, _MAX_BAD_WORDS_LENGTH),
         *((name, value, limits.max_tokens) for name, value in parsed.token_bounds),
         # Of other prompts vLLM counts the tokens (replica/bounds.py).
         ("the number of token_ids", parsed.token_ids, limits.max_prompt_tokens),

@@ -30,6 +30,9 @@ _TEMPLATE_TOKENS = 256
 # tokens of an answer that names no bound, and of one that names any.
 _BYTES_A_TOKEN, _TOKENS_EXPECTED, _MOST_TOKENS_EXPECTED = 4, 256, 4096
 
+# Nothing deeper is counted where there are more parts already: it is refused for these.
+_COUNTED_PARTS = 2**15
+
 # Bodies up to this size are remembered for a moment.
 _RECENT_BYTES = 2**16
 
@@ -68,6 +71,7 @@ class _Body(msgspec.Struct):
     data_2: msgspec.Raw = _EMPTY
     queries: msgspec.Raw = _EMPTY
     documents: msgspec.Raw = _EMPTY
+    bad_words: Any = None
     # Grammars.
     structured_outputs: Any = None
     response_format: Any = None
@@ -83,7 +87,17 @@ class _Body(msgspec.Struct):
     sampling_params: Any = None
 
 
+class _Part(msgspec.Struct):
+    """The fields of a message, or of a part of one, that may hold more parts."""
+
+    content: msgspec.Raw = _EMPTY
+    tool_calls: msgspec.Raw = _EMPTY
+    output: msgspec.Raw = _EMPTY
+    summary: msgspec.Raw = _EMPTY
+
+
 _decoder = msgspec.json.Decoder(_Body)
+_part = msgspec.json.Decoder(_Part)
 _elements = msgspec.json.Decoder(list[msgspec.Raw])
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _int = TypeAdapter(int | None)
@@ -107,7 +121,11 @@ class Reading:
             from the body's length: a token has at least a byte. Holds for text, not for images.
         token_ids: length of `token_ids`, the prompt of /inference/v1/generate, or 0.
         prompt_head: the first bytes of the prompt, in the order in which the model reads it.
-        messages: of a conversation, or items of its input, each of which takes time to render.
+        messages: of all conversations, or items of input, each of which takes time to render.
+        parts: messages, their content parts and tool calls, parts of a system prompt, and tools:
+            each takes time to validate and to render.
+        bad_words_length: characters of the words that an answer may not contain. vLLM tokenizes
+            them on the event loop.
         grammar_bytes: size of the grammars that it must be compiled to (grammar.py).
         session: what the body calls its conversation.
         priority: whether it asks vLLM's scheduler for another priority than 0.
@@ -125,6 +143,8 @@ class Reading:
     token_ids: int = 0
     prompt_head: bytes = b""
     messages: int = 0
+    parts: int = 0
+    bad_words_length: int = 0
     grammar_bytes: int = 0
     session: str | None = None
     priority: bool = False
@@ -186,7 +206,9 @@ def _read(route: Route, body: bytes) -> Reading:
         prompt_tokens=_prompt_tokens(fields, len(body)),
         token_ids=_token_ids(fields.token_ids),
         prompt_head=_prompt_head(fields),
-        messages=max(len(_list(fields.messages)), _items(fields.input)),
+        messages=max(_messages(route.counts, fields), _items(fields.input)),
+        parts=sum(_parts(each) for each in _conversation(fields)),
+        bad_words_length=_length(fields.bad_words) + _length(sampling.get("bad_words")),
         grammar_bytes=_grammar_bytes(fields, sampling),
         session=fields.session_id if isinstance(fields.session_id, str) else None,
         priority=bool(_whole(fields.priority)),
@@ -265,6 +287,42 @@ def _prompt_tokens(fields: _Body, body_bytes: int) -> int:
     return body_bytes + len(bytes(fields.tools)) + _TEMPLATE_TOKENS
 
 
+def _messages(counts: Counts, fields: _Body) -> int:
+    messages = _list(fields.messages)
+    if counts is Counts.CONVERSATIONS:
+        return sum(len(_list(each)) for each in messages)
+    return len(messages)
+
+
+def _conversation(fields: _Body) -> tuple[msgspec.Raw, ...]:
+    return fields.messages, fields.input, fields.system, fields.tools
+
+
+def _parts(value: msgspec.Raw) -> int:
+    """The elements of a list and of all lists in it that hold parts; token ids are none."""
+    count, waiting = 0, [value]
+    while waiting:
+        elements = _list(waiting.pop())
+        if elements and _first_byte(elements[0]).isdigit():
+            continue
+        count += len(elements)
+        if count > _COUNTED_PARTS:
+            break
+        for element in elements:
+            first = _first_byte(element)
+            if first == b"[":
+                waiting.append(element)
+            elif first == b"{":
+                waiting += _lists_in(element)
+    return count
+
+
+def _lists_in(element: msgspec.Raw) -> list[msgspec.Raw]:
+    part = _part.decode(element)
+    lists = (part.content, part.tool_calls, part.output, part.summary)
+    return [each for each in lists if _first_byte(each) == b"["]
+
+
 def _items(value: msgspec.Raw) -> int:
     """Items of the input of /v1/responses; token ids are none."""
     return len(_list(value)) if _first_byte(value, after=b"[") == b"{" else 0
@@ -308,6 +366,13 @@ def _grammar_bytes(fields: _Body, sampling: dict[str, Any]) -> int:
     if bytes(fields.tools) and grammar.of_tools(fields.tool_choice, tools := _any(fields.tools)):
         size += grammar.size(tools)
     return size
+
+
+def _length(words: Any) -> int:
+    """The characters of a list of texts."""
+    if not isinstance(words, list):
+        return 0
+    return sum(len(word) for word in words if isinstance(word, str))
 
 
 def _whole(value: Any) -> int | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -177,3 +177,70 @@ async def test_the_number_of_messages_is_bounded(
     refused = await post(json.dumps({field: [item] * 10}).encode(), path, max_messages=9)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "messages"
+
+
+TEXT = {"type": "text", "text": "x"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+
+
+@pytest.mark.parametrize(
+    ("path", "of"),
+    [
+        (CHAT, lambda n: {"messages": [{"role": "user", "content": [TEXT] * n}]}),
+        (CHAT, lambda n: {"messages": [{"role": "user", "content": ["x"] * n}]}),
+        (CHAT, lambda n: {"messages": [{"role": "assistant", "tool_calls": [CALL] * n}]}),
+        (CHAT, lambda n: {"messages": [], "tools": [TOOL] * (n + 1)}),
+        (f"{CHAT}/batch", lambda n: {"messages": [[{"role": "user", "content": [TEXT] * n}]]}),
+        (f"{CHAT}/render", lambda n: {"messages": [{"role": "user", "content": [TEXT] * n}]}),
+        (MESSAGES, lambda n: {"messages": [], "system": [TEXT] * (n + 1)}),
+        (
+            f"{MESSAGES}/count_tokens",
+            lambda n: {
+                "messages": [{"content": [{"type": "tool_result", "content": [TEXT] * n}]}],
+            },
+        ),
+        (RESPONSES, lambda n: {"input": [{"role": "user", "content": [TEXT] * n}]}),
+        (RESPONSES, lambda n: {"input": [{"type": "function_call_output", "output": [TEXT] * n}]}),
+        (RESPONSES, lambda n: {"input": [{"type": "reasoning", "summary": [TEXT] * n}]}),
+    ],
+)
+async def test_the_parts_of_messages_are_bounded(
+    path: str, of: Callable[[int], dict[str, Any]]
+) -> None:
+    nested = path.endswith(("batch", "count_tokens"))
+    most = 4 * 9 - 1 - nested
+    assert (await post(json.dumps(of(most)).encode(), path, max_messages=9)).is_success
+    refused = await post(json.dumps(of(most + 1)).encode(), path, max_messages=9)
+    assert refused.status_code == 400
+    assert "content parts" in refused.json()["error"]["message"]
+
+
+async def test_the_messages_of_a_batch_are_bounded() -> None:
+    message = {"role": "user", "content": "x"}
+    for conversations in ([[message] * 10], [[message] * 5] * 2):
+        body = json.dumps({"messages": conversations}).encode()
+        assert (await post(body, f"{CHAT}/batch", max_messages=10)).is_success
+        assert (await post(body, f"{CHAT}/batch", max_messages=9)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "of"),
+    [
+        (CHAT, lambda words: {"messages": [], "bad_words": words}),
+        ("/v1/completions", lambda words: {"prompt": "x", "bad_words": words}),
+        (
+            "/inference/v1/generate",
+            lambda words: {"token_ids": [1], "sampling_params": {"bad_words": words}},
+        ),
+    ],
+)
+async def test_bad_words_are_bounded(path: str, of: Callable[[Any], dict[str, Any]]) -> None:
+    """vLLM tokenizes each on the event loop, a text of 4 MiB for seconds."""
+    for words in (["x" * 65_536], ["x" * 32_768] * 2, ["word"] * 100, None, 5, "x" * 99_999, [1]):
+        assert (await post(json.dumps(of(words)).encode(), path)).is_success, words
+    for words in (["x" * 65_537], ["x" * 32_768, "x" * 32_769], ["word"] * 20_000):
+        refused = await post(json.dumps(of(words)).encode(), path)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "bad_words"

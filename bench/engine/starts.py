@@ -5,10 +5,11 @@
     page      warm, with the machine's page cache dropped, where that is permitted
     restart   the engine is killed behind the gateway; how long no request is answered
     wake      an application that was scaled to zero is asked; until it answers
+    sleep     an engine that sleeps on its GPU is asked; until it answers
 
 Rounds are interleaved: each scenario of a round is done by every system before the next. A bare
-vLLM ends with its engine and never sleeps, so for it `restart` and `wake` are a warm start, which
-is what somebody who watches over it could do at best.
+vLLM ends with its engine and never sleeps, so for it `restart`, `wake` and `sleep` are a warm
+start, which is what somebody who watches over it could do at best.
 """
 
 import argparse
@@ -33,15 +34,18 @@ from bench.engine import systems
 from bench.engine.systems import NAME, System
 from bench.errors import BenchError
 from bench.faults.victims import Cluster
+from bench.hardware import gpu
 from bench.options import json_object, whole
 from bench.pages import waterfall
 from bench.result import Line, Result
 from serve_app.observe.phases import Span, durations, segments
+from serve_app.replica.sleep import ASLEEP
 from serve_app.replica.startup import FILE_VARIABLE, read
 
-SCENARIOS = ("cold", "warm", "page", "restart", "wake")
-# Which of our configurations a scenario needs.
-_OURS = {"restart": "ours-gateway-fast", "wake": "ours-asleep"}
+SCENARIOS = ("cold", "warm", "page", "restart", "wake", "sleep")
+# Which of our configurations a scenario needs, and the event with its phases in a replica's log.
+_OURS = {"restart": "ours-gateway-fast", "wake": "ours-asleep", "sleep": "ours-dozing"}
+_EVENTS = {"restart": "restart", "sleep": "wake"}
 _DROP = Path("/proc/sys/vm/drop_caches")
 _POLL_S = 0.02
 _ASK_S = 5.0
@@ -133,6 +137,9 @@ def command(options: argparse.Namespace) -> Line:
     if "page" in scenarios and not os.access(_DROP, os.W_OK):
         scenarios.remove("page")
         doubts.append("the page cache could not be dropped: it takes the rights of root")
+    if "sleep" in scenarios and not gpu.present():
+        scenarios.remove("sleep")
+        doubts.append("engines sleep on GPUs only, and this machine has none")
     options.out.mkdir(parents=True, exist_ok=True)
     starts: list[Start] = []
     # Caches of a round stay for its later scenarios.
@@ -210,9 +217,9 @@ def _measured(
         _answer(running, _LIMIT_S)
         ended_s = time.time()
         if ours and scenario in _OURS:
-            took_s = _restarted(running) if scenario == "restart" else _woken(running)
+            took_s = _MEASURES[scenario](running)
             return Start(scenario, name, round_, took_s, _of_ours(options.port, scenario))
-        pieces = _of_ours(options.port, "start") if ours else segments(read(spans))
+        pieces = _of_ours(options.port, "warm") if ours else segments(read(spans))
     return Start(scenario, name, round_, ended_s - began_s, _framed(pieces, began_s, ended_s, ours))
 
 
@@ -239,15 +246,16 @@ def _framed(pieces: list[Span], began_s: float, ended_s: float, ours: bool) -> l
     return segments([*whole, *pieces])
 
 
-def _of_ours(port: int, event: str) -> list[Span]:
+def _of_ours(port: int, scenario: str) -> list[Span]:
     """The phases that the newest replica logged."""
+    event = _EVENTS.get(scenario, "start")
     folder = Path(f"/tmp/ray-{port}/ray/session_latest/logs/serve_app")
     starts_of: list[dict[str, Any]] = []
     for path in folder.glob("engine*.log"):
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
-                if entry.get("event") in (event, "start" if event == "wake" else event):
+                if entry.get("event") == event:
                     starts_of.append(entry)
     if not starts_of:
         return []
@@ -288,6 +296,19 @@ def _woken(system: System) -> float:
             raise BenchError("the application does not scale to zero")
         time.sleep(0.5)
     return _answer(system, _LIMIT_S)
+
+
+def _roused(system: System) -> float:
+    """Wait until the engine sleeps, and ask."""
+    deadline_s = time.monotonic() + _LIMIT_S
+    while ASLEEP not in system.log.read_text(errors="replace"):
+        if time.monotonic() > deadline_s:
+            raise BenchError("the engine does not fall asleep")
+        time.sleep(0.1)
+    return _answer(system, _LIMIT_S)
+
+
+_MEASURES = {"restart": _restarted, "wake": _woken, "sleep": _roused}
 
 
 def _answer(system: System, within_s: float) -> float:

@@ -57,6 +57,7 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
         "stream_gap_ms": 0.0,
     },
     "ours-asleep": {"replicas": {"min": 0, "max": 1, "idle_s": 5.0}},
+    "ours-dozing": {"sleep": {"after_s": 2.0}},
     "ours-unmeasured": {"observe": {"metrics": False}},
     "ours-every-token": {"stream_gap_ms": 0.0},
 }

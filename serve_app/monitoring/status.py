@@ -82,6 +82,7 @@ FIGURES = (
 _BY_REPLICA = "sum by (deployment, replica)"
 COLUMNS = {
     "healthy": "ray_serve_app_engine_healthy",
+    "asleep": "ray_serve_app_engine_asleep",
     "sequences": f"{_BY_REPLICA} (ray_serve_app_sequences_running)",
     "queued": f"{_BY_REPLICA} (ray_serve_app_requests_queued)",
     "tokens/s": f"{_BY_REPLICA} (rate(ray_vllm_generation_tokens_total[1m]))",

@@ -197,7 +197,7 @@ restarting = Gauge(
 )
 asleep = Gauge(
     "serve_app_engine_asleep",
-    "1 while the engine's weights are not on its GPU; absent where it never sleeps.",
+    "1 while the engine falls asleep, sleeps or wakes.",
     ("model",),
 )
 engine_restarts = Counter(

@@ -273,10 +273,10 @@ class _Engine:
         metrics.healthy.labels(self._model).set_function(lambda: supervisor.healthy)
         metrics.restarting.labels(self._model).set_function(lambda: supervisor.restarting)
         metrics.engine_restarts.labels(self._model)
-        if (sleeper := self._sleeper) is not None:
-            metrics.asleep.labels(self._model).set_function(
-                lambda: sleeper.state is not State.AWAKE
-            )
+        sleeper = self._sleeper
+        metrics.asleep.labels(self._model).set_function(
+            lambda: sleeper is not None and sleeper.state is not State.AWAKE
+        )
         engine, keeper = self._engine, self._keeper
         metrics.fast_lane.labels(self._model).set_function(
             lambda: engine.fast is not None and keeper.failure is None

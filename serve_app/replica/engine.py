@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,6 +42,9 @@ from serve_app.replica.llm import ContinuingLLM, CountingLLM
 from serve_app.replica.reports import GONE, LATE, Report
 from serve_app.replica.startup import Startup
 from serve_app.scaling.signals import Signals
+
+# How often an engine that moves its memory is looked at.
+_MOVE_LOOK_S = 1.0
 
 # A Python front end, and the Rust one where there is one.
 _Launched = tuple[async_llm.AsyncLLM, frontends.RustFrontend | None]
@@ -233,7 +236,7 @@ class Engine:
 
     async def sleep(self) -> None:
         """Move the weights to this machine's memory, and drop the KV cache. No request may run."""
-        await self._llm.sleep(level=1)
+        await self._moving(self._llm.sleep(level=1))
 
     async def wake(self, startup: Startup) -> None:
         """Bring the weights back, with an empty KV cache.
@@ -242,9 +245,21 @@ class Engine:
             startup: is told what the engine is doing.
         """
         with startup.phase("weights"):
-            await self._llm.wake_up(["weights"])
+            await self._moving(self._llm.wake_up(["weights"]))
         with startup.phase("KV cache"):
-            await self._llm.wake_up(["kv_cache"])
+            await self._moving(self._llm.wake_up(["kv_cache"]))
+
+    async def _moving(self, change: Coroutine[Any, Any, Any]) -> None:
+        """Await a change of the engine's memory, in which it answers no probe.
+
+        Large weights take longer than an engine may be silent. As long as its processes work, that
+        is a sign of life.
+        """
+        moving, used_s = asyncio.ensure_future(change), self.cpu_s
+        while not (await asyncio.wait({moving}, timeout=_MOVE_LOOK_S))[0]:
+            if self.cpu_s > used_s:
+                self.last_sign_s, used_s = time.monotonic(), self.cpu_s
+        await moving
         self.last_sign_s = time.monotonic()
 
     async def probe(self) -> None:

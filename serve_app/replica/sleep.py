@@ -26,6 +26,9 @@ from serve_app.progress import say
 
 logger = logging.getLogger("serve_app")
 
+# Begins the line that says so.
+ASLEEP = "asleep:"
+
 # How often an engine that is awake is looked at, and a GPU that another model holds.
 _LOOK_S = 0.25
 _POLL_S = 0.02
@@ -181,7 +184,7 @@ class Sleeper:
         self._sleep_s = asyncio.get_running_loop().time() - began_s
         self.state = State.ASLEEP
         self._gpu.give_back()
-        say(f"asleep: falling asleep took {self._sleep_s:.1f} s; the next request wakes the model")
+        say(f"{ASLEEP} it took {self._sleep_s:.1f} s; the next request wakes the engine")
 
     async def _until_wanted(self) -> None:
         """Return once a request waits and this replica holds the GPU."""

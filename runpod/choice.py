@@ -147,16 +147,13 @@ def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gp
     key = _keys(mode, args, environ, lines)
 
     settings = Settings.parse(args)
+    _require_gpus(settings, gpus)
     name = find(settings, gpus)
     model = _weights(name, settings, gpus, environ, lines)
     args["model"] = model
     args["served_model_name"] = settings.served_model_name or _spoken(name)
     settings = Settings.parse(args)
     placement = parallelism(settings, model, gpus)
-    if placement.bundles is not None:
-        world = placement.tensor_parallel_size * placement.pipeline_parallel_size
-        problem = f"a replica of {world} GPUs does not fit one machine with {len(gpus)}"
-        raise ConfigError("PIPELINE_PARALLEL_SIZE", placement.pipeline_parallel_size, problem)
     args["tensor_parallel_size"] = placement.tensor_parallel_size
     explicit = "REPLICAS" in environ or shipped.get("replicas") != args.get("replicas")
     # How several models share the GPUs is not for us to guess.
@@ -186,6 +183,20 @@ def choose(config: Mapping[str, Any], environ: Mapping[str, str], gpus: tuple[Gp
         offline=offline or model == embedded.NAME,
         lines=tuple(lines),
     )
+
+
+def _require_gpus(settings: Settings, gpus: tuple[Gpu, ...]) -> None:
+    """Refuse a replica of more GPUs than this machine has.
+
+    Raises:
+        ConfigError: says how many it has.
+    """
+    tp, pp = settings.tensor_parallel_size or 1, settings.pipeline_parallel_size or 1
+    if gpus and tp * pp > len(gpus):
+        problem = f"a replica of {tp * pp} GPUs does not fit one machine with {len(gpus)}"
+        if pp > 1:
+            raise ConfigError("PIPELINE_PARALLEL_SIZE", pp, problem)
+        raise ConfigError("TENSOR_PARALLEL_SIZE", tp, problem)
 
 
 def _defaults_of(
@@ -290,6 +301,9 @@ def _require_memory(
     if tp is None:
         choose_tensor_parallel_size(name, shape, gpus, memory, pp)
         return
+    if shape.num_attention_heads % tp:
+        problem = f"does not divide the {shape.num_attention_heads} attention heads of {name}"
+        raise ConfigError("TENSOR_PARALLEL_SIZE", tp, problem)
     usable = usable_bytes(gpus, memory)
     if usable is not None and needed_bytes(shape, memory, tp, pp, MIN_OVERHEAD_BYTES) > usable:
         needed = needed_bytes(shape, memory, tp, pp)

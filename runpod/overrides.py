@@ -54,7 +54,7 @@ _ALIAS_KINDS: Mapping[str, str] = {
     "TENSOR_PARALLEL_SIZE": "count",
     "PIPELINE_PARALLEL_SIZE": "count",
     "REPLICAS": "count",
-    "REQUEST_TIMEOUT": "count",
+    "REQUEST_TIMEOUT": "seconds",
 }
 # Any other key of `args`, as a YAML or JSON mapping.
 ARGS = "SERVE_ARGS"
@@ -190,8 +190,8 @@ def engine_arguments() -> dict[str, str]:
     """The arguments of `vllm serve` and their kinds.
 
     flag: true or false. switch: true, or unset. text: as it is, whatever it looks like. number.
-    count: a positive number. json: an object or a list, or a text that is none. list: texts or
-    objects.
+    count: a positive number. json: an object or a list. either: an object, or a text that is none.
+    list: texts or objects.
     """
     lines = _LIST.read_text(encoding="utf-8").splitlines()
     pairs = (line.split() for line in lines if line and not line.startswith("#"))
@@ -213,7 +213,10 @@ def apply(args: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[dict[str
         _from_file(result, path, types)
     if text := environ.get(ARGS, "").strip():
         _merge(result, _mapping(ARGS, text))
-    for name in sorted(environ):
+    # Names of worker-vllm's own come after vLLM's for the same argument, and win as they do there.
+    for name in sorted(
+        environ, key=lambda name: (name in ALIASES and name.lower() not in types, name)
+    ):
         text = environ[name].strip()
         if not text or name in (ARGS, EXTRA, FILE):
             continue  # Templates leave variables empty that nobody filled in.
@@ -341,17 +344,26 @@ def _value(name: str, text: str, kind: str) -> Any:
             raise ConfigError(name, text, "must be true or false")
         return word in _TRUE or (None if kind == "switch" else False)
     if kind == "list":
-        return _list(name, text)
+        return _lora_modules(text) if name == "LORA_MODULES" else _list(name, text)
     if kind == "name":
         if len(values := _list(name, text)) != 1:
             raise ConfigError(name, text, "must be one name: a model is served under one")
         return values[0]
     if kind == "json":
-        return _json(name, text) if text[0] in "[{" else text
-    if kind in ("number", "count"):
-        number = _number(text)
-        return None if number == 0 and kind == "count" else number
+        value = _pairs(text) or _json(name, text)
+        return value if isinstance(value, dict | list) else text
+    if kind == "either":
+        return _json(name, text) if text.startswith("{") else text
+    if kind in ("number", "count", "seconds"):
+        number = _number(name, text, suffixed=kind != "seconds")
+        return None if number == 0 and kind != "number" else number
     return text
+
+
+def _pairs(text: str) -> dict[str, int] | None:
+    """`image=1,video=0`, as templates of worker-vllm 1 and 2 have it; None of any other text."""
+    pairs = [re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", each) for each in text.split(",")]
+    return {pair[1]: int(pair[2]) for pair in pairs if pair} if all(pairs) else None
 
 
 def _json(name: str, text: str) -> Any:
@@ -385,15 +397,40 @@ def _list(name: str, text: str) -> list[Any]:
     return values
 
 
-def _number(text: str) -> Any:
-    """A number, also as 32k or 32K; another text, such as auto, is for vLLM to read."""
-    if match := _WHOLE.fullmatch(text) or _SUFFIXED.fullmatch(text):
+def _number(name: str, text: str, suffixed: bool) -> Any:
+    """A number, also as 32k or 32K; `auto` is for whoever reads the argument."""
+    if match := _WHOLE.fullmatch(text) or (_SUFFIXED.fullmatch(text) if suffixed else None):
         return int(Decimal(match[1]) * _SUFFIXES[match[2]])
+    if text.lower() == "auto":
+        return "auto"
     try:
         value = float(text)
     except ValueError:
-        return text
-    return value if math.isfinite(value) else text
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(name, text, "must be a number")
+    return int(value) if value.is_integer() else value
+
+
+def _lora_modules(text: str) -> list[Any]:
+    """Adapters, as vLLM reads them.
+
+    Raises:
+        ConfigError: one without a name or a path.
+    """
+    modules = _list("LORA_MODULES", text)
+    for module in modules:
+        if not _is_adapter(module):
+            problem = 'must be name=path, or {"name": ..., "path": ...}'
+            raise ConfigError("LORA_MODULES", module, problem)
+    return modules
+
+
+def _is_adapter(module: Any) -> bool:
+    if isinstance(module, dict):
+        return bool(module.get("name") and module.get("path"))
+    name, _, path = str(module).partition("=")
+    return bool(name and path)
 
 
 def _mapping(name: str, text: str) -> dict[str, Any]:
@@ -463,7 +500,7 @@ def _kind(action: Any, positive: Iterable[str]) -> str:
     if action.type is None:
         return "text"
     if any(_parsed(action.type, text) not in (None, text) for text in ("{}", "[]", '{"a": 1}')):
-        return "json"
+        return "either" if _parsed(action.type, "text") == "text" else "json"
     if isinstance(_parsed(action.type, "7"), int | float):
         return "count" if action.dest in positive else "number"
     return "text"

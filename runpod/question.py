@@ -9,6 +9,7 @@ These are the inputs of Runpod's worker-vllm. Every field of an input is used or
 name: one that is dropped would give another answer than the one that was asked for.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class Question:
         if "route" in given:
             _only(given, "route", "body", "method")
             return _at(given["route"], given.get("body"), given.get("method"))
-        if "messages" in given or "prompt" in given:
+        if given.get("messages") is not None or given.get("prompt") is not None:
             return _shorthand(given)
         raise BadJob("input needs openai_route with openai_input, or route, or messages, or prompt")
 
@@ -72,7 +73,7 @@ def _only(given: Mapping[str, Any], *allowed: str) -> None:
 
 
 def _at(route: Any, body: Any, method: Any = None) -> Question:
-    if not isinstance(route, str) or not route.startswith("/") or route.startswith("//"):
+    if not isinstance(route, str) or not re.fullmatch(r"/(?!/)[!-~]*", route):
         raise BadJob(f"{route!r} is not a route, such as {CHAT}")
     if body is not None and not isinstance(body, dict):
         raise BadJob("the body must be an object")
@@ -88,7 +89,8 @@ def _at(route: Any, body: Any, method: Any = None) -> Question:
 
 def _shorthand(given: Mapping[str, Any]) -> Question:
     """Messages or a prompt, with what else was asked for beside them or in sampling_params."""
-    fields = dict(given)
+    # A null messages or prompt is one that is not given, as for worker-vllm.
+    fields = {k: v for k, v in given.items() if v is not None or k not in ("messages", "prompt")}
     sampling = fields.pop("sampling_params", None)
     if sampling is not None and not isinstance(sampling, dict):
         raise BadJob("sampling_params must be an object")

@@ -66,12 +66,14 @@ class EngineMemory:
         """Read as vLLM reads them.
 
         Raises:
-            ConfigError: a value that is no number.
+            ConfigError: a value that is no number, or a share of the memory above 1.
         """
         length = engine.get("max_model_len")
         fitted = str(length).strip().lower() in ("auto", "-1")
         kv_bytes = _number("kv_cache_memory_bytes", engine, None)
         utilization = _number("gpu_memory_utilization", engine, DEFAULT_UTILIZATION)
+        if utilization is not None and not 0 < utilization <= 1:
+            raise ConfigError("engine.gpu_memory_utilization", utilization, "must be 1 or less")
         tokens = None if fitted else _number("max_model_len", engine, None)
         return cls(
             max_model_len=None if tokens is None else int(tokens),

@@ -168,6 +168,22 @@ def test_a_replica_that_needs_two_machines_is_refused(hub: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("environ", "problem"),
+    [
+        ({"TENSOR_PARALLEL_SIZE": "4"}, "4 GPUs does not fit one machine with 3"),
+        ({"TENSOR_PARALLEL_SIZE": "3"}, "does not divide the 28 attention heads"),
+        ({"GPU_MEMORY_UTILIZATION": "95"}, "gpu_memory_utilization = 95.*must be 1 or less"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_before_a_download(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], problem: str
+) -> None:
+    monkeypatch.setattr(choice.cache, "fetch", lambda *words: pytest.fail("it was fetched"))
+    with pytest.raises(ConfigError, match=problem):
+        chosen(hub, (H100,) * 3, MODEL_NAME="Qwen/Qwen2.5-7B-Instruct", **environ)
+
+
 # --- keys -----------------------------------------------------------------------------------
 
 

@@ -86,6 +86,10 @@ ADAPTERS = [{"name": "a", "path": "o/a"}, {"name": "b", "path": "o/b"}]
         ("MAX_MODEL_LEN", "-1", -1),
         ("HF_OVERRIDES", '{"rope_theta": 1e6}', {"rope_theta": 1e6}),
         ("COMPILATION_CONFIG", "3", "3"),
+        ("MAX_MODEL_LEN", "8192.0", 8192),
+        ("LIMIT_MM_PER_PROMPT", "image=1,video=0", {"image": 1, "video": 0}),
+        ("LIMIT_MM_PER_PROMPT", '{"image": 1}', {"image": 1}),
+        ("HF_OVERRIDES", "package.module", "package.module"),
         ("MAX_NUM_BATCHED_TOKENS", "8k", 8000),
         # A 0 that says something.
         ("SEED", "0", 0),
@@ -248,11 +252,27 @@ def test_a_configuration_file_of_vllm_comes_first(tmp_path: Path) -> None:
         ("VLLM_CONFIG_FILE", "/nowhere.yaml", "cannot be read"),
         ("OPENAI_SERVED_MODEL_NAME_OVERRIDE", "a,b", "must be one name"),
         ("LORA_MODULES", '{"name": "a"', "is not JSON"),
+        ("LORA_MODULES", "adapter", "must be name=path"),
+        ("LORA_MODULES", '{"name": "a"}', "must be name=path"),
+        ("SPECULATIVE_CONFIG", "ngram", "is not JSON"),
+        ("LIMIT_MM_PER_PROMPT", "one image", "is not JSON"),
+        ("MAX_MODEL_LEN", "8,192", "must be a number"),
+        ("MAX_NUM_SEQS", "many", "must be a number"),
+        ("GPU_MEMORY_UTILIZATION", "95%", "must be a number"),
+        ("REPLICAS", "two", "must be a number"),
+        # Five minutes, and not five million seconds.
+        ("REQUEST_TIMEOUT", "5m", "must be a number"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_by_its_name(name: str, text: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}.*{problem}"):
         overrides.apply(ARGS, {name: text})
+
+
+def test_names_of_worker_vllm_win_over_those_of_vllm() -> None:
+    names = applied(OPENAI_SERVED_MODEL_NAME_OVERRIDE="theirs", SERVED_MODEL_NAME="vllms")
+    assert names["served_model_name"] == "theirs"
+    assert applied(MODEL_REVISION="theirs", REVISION="vllms")["engine"]["revision"] == "theirs"
 
 
 def test_the_rest_of_the_configuration_as_one_mapping() -> None:

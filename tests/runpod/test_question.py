@@ -88,6 +88,9 @@ def test_a_chat_template_is_applied_where_it_is_asked_for() -> None:
         ({"route": "/v1/models", "stream": True}, "stream beside route"),
         ({"route": CHAT, "body": {"prompt": "x"}, "method": "ASK"}, "method 'ASK'"),
         ({"route": CHAT, "method": 1}, "method 1"),
+        ({"route": "/v1/models HTTP/1.1\r\nx-api-key: k"}, "is not a route"),
+        ({"route": "//elsewhere/v1/models"}, "is not a route"),
+        ({"messages": None, "prompt": None}, "input needs openai_route"),
         ({"sampling_params": {"max_tokens": 3}}, "input needs openai_route"),
         (None, "input must be an object"),
         ("Say hi", "input must be an object"),
@@ -96,6 +99,11 @@ def test_a_chat_template_is_applied_where_it_is_asked_for() -> None:
 def test_what_cannot_be_used_is_refused_by_its_name(job: Any, problem: str) -> None:
     with pytest.raises(BadJob, match=problem):
         Question.of(job)
+
+
+def test_a_null_prompt_or_null_messages_are_not_given() -> None:
+    assert body(prompt=None, messages=[USER]) == {"messages": [USER], "stream": False}
+    assert body(prompt="x", messages=None) == {"prompt": "x", "stream": False}
 
 
 @pytest.mark.parametrize("empty", [{}, None])

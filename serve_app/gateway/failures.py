@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-FAILURES = ("connection", "died", "malformed", "silent")
+FAILURES = ("connection", "died", "malformed", "restarting", "silent")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class ReplicaFailed(Exception):
     """A replica did not answer to the end.
 
     Attributes:
-        kind: how, one of FAILURES; "connection": it takes none; "silent": it was given up.
+        kind: how, one of FAILURES; "connection": it takes none; "restarting": its engine is being
+            started anew; "silent": it was given up.
     """
 
     def __init__(self, why: str, kind: str = "died") -> None:

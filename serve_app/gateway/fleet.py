@@ -3,7 +3,8 @@
 Ray Serve reports which replicas run, through the router of a deployment handle (`ReplicaWatch`),
 with the address and the token of each. When one dies, that report comes seconds late. So a gateway
 believes its own requests first: it avoids a replica that failed for a time that doubles with each
-failure, and then tries it again.
+failure, and then tries it again. A replica whose engine is being started anew is avoided until it
+says that the engine is there (visit.py).
 """
 
 import asyncio
@@ -52,6 +53,7 @@ class Upstream:
         running: requests that it works on for this gateway.
         failures: in a row.
         avoid_until_s: monotonic.
+        restarting: its engine is being started anew.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Upstream:
     running: int = 0
     failures: int = 0
     avoid_until_s: float = 0.0
+    restarting: bool = False
 
 
 @dataclass
@@ -94,6 +97,9 @@ class Fleet:
     def __len__(self) -> int:
         return len(self._all)
 
+    def __contains__(self, replica: Upstream) -> bool:
+        return self._all.get(replica.name) is replica
+
     def ready(self, without: Iterable[str] = ()) -> list[Upstream]:
         """The replicas that can be asked now; those in `without` only if there is no other."""
         usable = self._usable()
@@ -105,7 +111,7 @@ class Fleet:
 
     def _usable(self) -> list[Upstream]:
         now_s = self.clock()
-        return [r for r in self._all.values() if r.avoid_until_s <= now_s]
+        return [r for r in self._all.values() if not r.restarting and r.avoid_until_s <= now_s]
 
     async def wait_until_ready(
         self, timeout_s: float, without: Iterable[str] = ()
@@ -129,6 +135,11 @@ class Fleet:
 
     def answered(self, replica: Upstream) -> None:
         replica.failures = 0
+
+    def restarted(self, replica: Upstream) -> None:
+        """Its engine is there again."""
+        replica.restarting = False
+        self._changed.set()
 
 
 # (name, metadata) of every replica that runs.

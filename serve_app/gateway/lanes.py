@@ -133,7 +133,7 @@ def fail_as_told(how: str | None) -> None:
         ReplicaFailed: the response is no answer.
     """
     if how == ABSENT:
-        raise ReplicaFailed("its engine is being started anew", "connection")
+        raise ReplicaFailed("its engine is being started anew", "restarting")
     if how is not None:
         raise ReplicaFailed("its engine failed")
 

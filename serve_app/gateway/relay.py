@@ -89,7 +89,7 @@ class Relay:
         for how in ("again", "handover", Method.RESUME, Method.REPEAT):
             metrics.continuations.labels(model, how)
         self._lanes = Lanes(lambda: self.limits)
-        self._visits = Visits(self._lanes.full, settings.stall_timeout_s)
+        self._visits = Visits(self._lanes.full, settings.stall_timeout_s, self.replicas)
 
     async def close(self) -> None:
         self._visits.close()
@@ -144,7 +144,10 @@ class Relay:
                 await asyncio.sleep(_AGAIN_S)
             except ReplicaFailed as failure:
                 request.tried.append(replica.name)
-                self.replicas.failed(replica)
+                if failure.kind == "restarting":
+                    self._visits.await_restart(replica)
+                else:
+                    self.replicas.failed(replica)
                 self._router.forget(replica.name)
                 went_on = len(answer.stream.progress.groups) - sent_before >= _INNOCENT
                 metrics.failed_attempts.labels(self._model, failure.kind).inc()

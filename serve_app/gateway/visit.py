@@ -5,6 +5,9 @@ engine takes long. So silence of a stream says nothing. Replicas are pinged, and
 a failure: a replica that does not answer, and one that answers that its engine is asked for
 something and neither responds nor works (`Supervisor.stalled_s`). An engine that works and never
 responds is its supervisor's to kill, after `hang_timeout_s`.
+
+A replica that starts its engine anew is pinged until the engine is there, so that the first request
+after it waits no longer than that.
 """
 
 import asyncio
@@ -14,8 +17,11 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from serve_app.gateway.fleet import Upstream
-from serve_app.replica.backend import STALLED_HEADER, TOKEN_HEADER
+from serve_app.gateway.fleet import Fleet, Upstream
+from serve_app.replica.backend import ABSENT, FAILED_HEADER, STALLED_HEADER, TOKEN_HEADER
+
+# How often a replica is asked whether its engine is there again.
+_RESTART_PING_S = 0.1
 
 
 @dataclass(eq=False)
@@ -47,16 +53,22 @@ class Visits:
 
     Args:
         stall_timeout_s: how long a replica may be silent, or its engine stalled.
+        replicas: those of the model.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, stall_timeout_s: float) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, stall_timeout_s: float, replicas: Fleet
+    ) -> None:
         self._session = session
         self._stall_timeout_s = stall_timeout_s
+        self._replicas = replicas
         self._all: set[Visit] = set()
+        self._restarts: set[asyncio.Task[None]] = set()
         self._watch = asyncio.create_task(self._give_up_what_stalls())
 
     def close(self) -> None:
-        self._watch.cancel()
+        for task in (self._watch, *self._restarts):
+            task.cancel()
 
     @contextlib.contextmanager
     def visit(self, replica: Upstream) -> Iterator[Visit]:
@@ -95,3 +107,31 @@ class Visits:
             return False
         except (aiohttp.ClientError, OSError, ValueError):
             return True  # Refused or cut: its requests notice that themselves.
+
+    def await_restart(self, replica: Upstream) -> None:
+        """Have no request sent to a replica until its engine, which is started anew, is there."""
+        if not replica.restarting:
+            replica.restarting = True
+            task = asyncio.create_task(self._ping_until_restarted(replica))
+            self._restarts.add(task)
+            task.add_done_callback(self._restarts.discard)
+
+    async def _ping_until_restarted(self, replica: Upstream) -> None:
+        restarting = True
+        while restarting and replica in self._replicas:
+            await asyncio.sleep(_RESTART_PING_S)
+            restarting = await self._restarting(replica)
+        self._replicas.restarted(replica)
+
+    async def _restarting(self, replica: Upstream) -> bool:
+        url, headers = f"http://{replica.address}/ping", {TOKEN_HEADER: replica.token}
+        try:
+            async with (
+                asyncio.timeout(self._stall_timeout_s),
+                self._session.get(url, headers=headers) as response,
+            ):
+                return response.headers.get(FAILED_HEADER) == ABSENT
+        except TimeoutError:
+            return True
+        except (aiohttp.ClientError, OSError):
+            return False  # It has gone, which the next request notices.

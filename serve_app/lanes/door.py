@@ -105,6 +105,7 @@ class Grant:
         frontend: of the engine that runs now.
         abort: ends a request in the engine, by its id.
         timeout_s: how long the Rust front end may be silent.
+        alive: whether there is an engine, which will report what ended.
     """
 
     def __init__(
@@ -114,9 +115,10 @@ class Grant:
         model: str,
         abort: Callable[[str], Coroutine[Any, Any, None]],
         timeout_s: Callable[[], float],
+        alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self._frontend, self._ends, self._model, self._abort = frontend, ends, model, abort
-        self._timeout_s = timeout_s
+        self._timeout_s, self._alive = timeout_s, alive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
@@ -163,6 +165,8 @@ class Grant:
     async def _ended(self, end: "asyncio.Future[Ended]") -> Ended | None:
         if end.done():  # As a rule: the engine knows first.
             return end.result()
+        if not self._alive():
+            return None
         with contextlib.suppress(TimeoutError):
             return await asyncio.wait_for(asyncio.shield(end), _REPORT_S)
         return None

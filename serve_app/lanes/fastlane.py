@@ -40,7 +40,8 @@ class FastLane:
             assert engine.fast is not None
             return engine.fast
 
-        return Grant(frontend, self._ends, self._model, engine.abort, timeout_s)
+        abort, alive = engine.abort, lambda: not engine.dead
+        return Grant(frontend, self._ends, self._model, abort, timeout_s, alive)
 
     async def open(
         self,

@@ -23,6 +23,7 @@ from serve_app.lanes import capability
 from serve_app.pacing import Pacer, watch
 from serve_app.replica.backend import Server, exchange
 from serve_app.settings import Gateway, Limits
+from tests.lanes.test_door import until
 from tests.services.engine import EngineServer, Fault
 
 WHOLE = "".join(f"{token} " for token in range(10))
@@ -518,6 +519,45 @@ async def test_a_replica_that_is_gone_is_avoided_and_tried_again() -> None:
         assert [replica.name for replica in there.replicas.ready()] == ["b"]
         there.replicas.clock = lambda: asyncio.get_running_loop().time() + 3600
         assert {replica.name for replica in there.replicas.ready()} == {"a", "b"}
+
+
+async def test_a_request_waits_for_an_engine_that_is_started_anew() -> None:
+    engine = EngineServer("a", restarting=True)
+    async with fleet(engine) as there:
+        [replica] = there.replicas.ready()
+        asking = asyncio.create_task(there.ask())
+        await until(lambda: replica.restarting)
+        assert not there.replicas.ready()
+        there.replicas.clock = lambda: asyncio.get_running_loop().time() - 3600  # Time is no help.
+        engine.restarting = False
+        assert (await asking).text == WHOLE
+        assert there.replicas.ready() == [replica]
+    assert len(engine.requests) == 1
+
+
+async def test_a_replica_that_ends_instead_of_its_restart_is_avoided_as_any_other() -> None:
+    engine, other = EngineServer("a", restarting=True), EngineServer("b")
+    async with fleet(engine, other) as there:
+        assert (await _first_to(there, engine)).text == WHOLE
+        replica = next(r for r in there.replicas._all.values() if r.name == "a")
+        await engine.stop()
+        await until(lambda: not replica.restarting)
+        assert (await _first_to(there, engine)).text == WHOLE
+        assert [each.name for each in there.replicas.ready()] == ["b"]
+
+
+async def test_a_replica_that_left_is_not_asked_for_its_engine() -> None:
+    engine = EngineServer("a", restarting=True)
+    async with fleet(engine) as there:
+        [replica] = there.replicas.ready()
+        asking = asyncio.create_task(there.ask())
+        await until(lambda: replica.restarting)
+        there.replicas.update([])
+        await until(lambda: not replica.restarting)
+        successor = await EngineServer("b").start()
+        there.replicas.update([successor.replica])
+        assert (await asking).text == WHOLE
+        await successor.stop()
 
 
 async def test_a_client_that_leaves_stops_the_engine() -> None:

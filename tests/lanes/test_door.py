@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_app.gates.admission import Admission, AdmissionGate
 from serve_app.gates.keys import KeyGate, KeyRing
 from serve_app.gates.limits import LimitGate
-from serve_app.lanes import capability
+from serve_app.lanes import capability, door
 from serve_app.lanes.door import Door, Ends, Grant, Locator, Request, parse
 from serve_app.launch import launcher
 from serve_app.launch.haproxy_rules import BODY_TIMEOUT_VARIABLE, KEYS_VARIABLE, SECRET_VARIABLE
@@ -528,3 +528,28 @@ def test_a_request_is_parsed_once_it_is_complete() -> None:
     assert (request.method, request.path, request.body) == ("POST", "/v1/completions", b"{}")
     with pytest.raises(ValueError, match="unpack"):
         parse(b"nonsense\r\n\r\n")
+
+
+async def test_a_dead_engine_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reports no end; the supervisor starts another once nobody is in flight."""
+    monkeypatch.setattr(door, "_REPORT_S", 3600.0)
+    ends = Ends()
+    frontend = RustFrontend(ends)
+    frontend.port = 1
+
+    async def abort(_: str) -> None:
+        return
+
+    grant = Grant(lambda: frontend, ends, "tiny", abort, lambda: 60.0, alive=lambda: False)
+    incoming = iter([{"type": "http.request", "body": b"{}"}, {"status": 200}])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return next(incoming)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await asyncio.wait_for(grant({"type": "http", "headers": []}, receive, send), 30)
+    assert sent[-1]["timeline"].broken
+    assert len(ends) == 0

@@ -20,7 +20,9 @@ import msgspec
 
 from serve_app.continuation import Progress
 from serve_app.replica.backend import (
+    ABSENT,
     CONTINUE_HEADER,
+    FAILED_HEADER,
     FAST_LANE,
     STALLED_HEADER,
     TENANT_HEADER,
@@ -65,6 +67,7 @@ class EngineServer:
         places, left_places: connections to the door that were granted, and how many of them ended.
         door: what the door says instead of a grant, for each coming request.
         status, whole: what is answered where no stream is asked for; no body: the tokens' text.
+        restarting: its engine is being started anew.
     """
 
     name: str
@@ -87,6 +90,7 @@ class EngineServer:
     left_places: int = 0
     door: list[bytes] = field(default_factory=list)
     fast_deaf: bool = False
+    restarting: bool = False
 
     async def start(self) -> "EngineServer":
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
@@ -127,6 +131,9 @@ class EngineServer:
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         if self.deaf:
             await asyncio.sleep(3600)
+        if self.restarting:
+            writer.write(_whole(502, b"", f"{FAILED_HEADER}: {ABSENT}\r\n".encode()))
+            return True
         if first.startswith("GET /ping"):
             assert headers[TOKEN_HEADER] == self.token
             writer.write(_whole(200, b"", f"{STALLED_HEADER}: {self.stalled_s:g}\r\n".encode()))

@@ -1,4 +1,5 @@
-"""A real vllm-rs that dies or hangs is started anew beside its engine, which goes on.
+"""A real vllm-rs that dies or hangs is started anew beside its engine, which goes on; and a real
+engine sleeps and wakes (without a GPU vLLM's engine keeps its memory, and pauses all the same).
 
 The engine is that of test_contract.py.
 """
@@ -11,7 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.gates.admission import Admission
 from serve_app.replica.keeper import Keeper
+from serve_app.replica.sleep import Gpu, Sleeper, State
+from serve_app.replica.startup import Startup
 from tests.lanes.conftest import Lanes
 from tests.server import wait
 
@@ -91,3 +95,32 @@ def test_a_request_that_takes_too_long_ends_with_an_error_event(lanes: Lanes) ->
     assert wait(lambda: any("late-1" in each.request_id for each in lanes.ended))
     (late,) = [each for each in lanes.ended if "late-1" in each.request_id]
     assert late.generated_tokens < 1900
+
+
+def test_an_engine_that_sleeps_is_awake_for_the_requests_of_both_lanes(lanes: Lanes) -> None:
+    admission, engine = Admission(64, 64, 1.0), lanes.engine
+    startup = Startup(dedicated=False)
+
+    async def begin() -> Sleeper:
+        sleeper = Sleeper(engine, lambda: engine.wake(startup), admission, 0.2, Gpu())
+        sleeper.start()
+        return sleeper
+
+    async def ask(client: httpx.Client) -> Any:
+        async with admission.slot(1, 60.0):
+            assert not await engine._llm.is_sleeping()
+            return await asyncio.to_thread(text, client)
+
+    expected = text(lanes.full)
+    sleeper = lanes.run(begin())
+    for client in (lanes.fast, lanes.full, lanes.fast):
+        assert wait(lambda: sleeper.state is State.ASLEEP)
+        assert lanes.run(engine._llm.is_sleeping())
+        assert lanes.run(ask(client)) == expected
+    assert {span.phase for span in startup.segments()} >= {"weights", "KV cache"}
+    # The other tests find it awake.
+    assert wait(lambda: sleeper.state is State.ASLEEP)
+    lanes.run(engine.wake(startup))
+    lanes.loop.call_soon_threadsafe(sleeper.stop)
+    assert wait(lambda: not admission.closed)
+    assert text(lanes.fast) == expected

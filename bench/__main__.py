@@ -21,11 +21,11 @@ from typing import Any
 import msgspec
 
 from bench import matrix, measure, pareto, probe, quality, result, run
-from bench.engine import kvcache, scale, scheduler, starts, tune
+from bench.engine import kvcache, profile, scale, scheduler, starts, tune
 from bench.errors import BenchError
 from bench.faults import chaos
 from bench.figures import Run
-from bench.hardware import ceilings, profile, roofline
+from bench.hardware import ceilings, roofline
 from bench.hardware.roofline import Ceilings, Shape
 from bench.itself import agreement
 from bench.matrix import Matrix

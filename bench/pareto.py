@@ -49,7 +49,7 @@ async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> 
 
     A load is left out once one was interrupted.
     """
-    from bench.pages import plots  # Loads matplotlib, which takes a second.
+    from bench import plots  # Loads matplotlib, which takes a second.
 
     head = result.header(job.name or f"{job.workload} on {job.gpus or '?'} GPUs")
     points: list[CurvePoint] = []

@@ -77,3 +77,15 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = {name: imports(path, parts) - {name} for name, path in parts.items()}
     assert "serve_app.errors" in graph["serve_app.settings"]
     graphlib.TopologicalSorter(graph).prepare()  # It raises CycleError, which shows the cycle.
+
+
+def test_no_packages_of_bench_import_each_other() -> None:
+    files = modules()
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        for other in imports(path, files):
+            packages = [part.split(".")[1] for part in (name, other) if part.count(".") == 2]
+            if name.startswith("bench.") and other.startswith("bench.") and len(packages) == 2:
+                graph.setdefault(packages[0], set()).add(packages[1])
+    assert "traffic" in graph["faults"]
+    graphlib.TopologicalSorter({name: to - {name} for name, to in graph.items()}).prepare()

@@ -30,13 +30,12 @@ import msgspec
 import psutil
 
 from bench import result, run
-from bench.engine import systems
+from bench.engine import systems, waterfall
 from bench.engine.systems import NAME, System
 from bench.errors import BenchError
 from bench.faults.victims import Cluster
 from bench.hardware import gpu
 from bench.options import json_object, whole
-from bench.pages import waterfall
 from bench.result import Line, Result
 from serve_app.observe.phases import Span, durations, segments
 from serve_app.replica.sleep import ASLEEP

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from bench.faults.heard import Heard
+from bench.traffic.heard import Heard
 
 # What must agree after a jump for it to be one: fewer only where the answer ends before.
 _SURE = {"tokens": 8, "characters": 24}

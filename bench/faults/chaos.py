@@ -41,13 +41,13 @@ from bench.faults.answers import Right
 from bench.faults.damage import Chaos, Judged
 from bench.faults.disturber import Disturber
 from bench.faults.gaps import Span
-from bench.faults.heard import Heard
 from bench.faults.victims import Cluster
 from bench.options import json_object
 from bench.progress import Progress
 from bench.result import Line
 from bench.traffic import access, users, workload
 from bench.traffic.client import Answer, Client, Target, check
+from bench.traffic.heard import Heard
 from bench.traffic.request import Request
 from bench.traffic.users import Users
 

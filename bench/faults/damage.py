@@ -13,10 +13,10 @@ from bench.faults import answers, gaps
 from bench.faults.answers import Right, Verdict
 from bench.faults.disturber import Done
 from bench.faults.gaps import Lengths
-from bench.faults.heard import Heard
 from bench.figures import Event
 from bench.measure import Measures
 from bench.result import Asked
+from bench.traffic.heard import Heard
 
 _EXAMPLES = 50
 _BEFORE, _AFTER = 4, 12  # What of an answer is shown around the place of a fault.

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from bench import interval
-from bench.faults.heard import Heard
+from bench.traffic.heard import Heard
 
 # What was on its way, and what notices a death, takes so long at most: a silence that begins later
 # has another cause.

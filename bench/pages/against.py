@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import msgspec
 from markupsafe import Markup
 
+from bench import plots
 from bench.errors import ResultError
 from bench.matrix import Matrix
-from bench.pages import compare, figures, plots
+from bench.pages import compare, figures
 from bench.pages.loaded import Loaded
 from bench.pages.matrices import SHOWN
-from bench.pages.plots import Ratio
+from bench.plots import Ratio
 
 
 class Row(msgspec.Struct, kw_only=True):

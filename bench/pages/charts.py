@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from markupsafe import Markup
 
-from bench import measure, pareto
+from bench import measure, pareto, plots
 from bench.matrix import Matrix
 from bench.measure import Mean
-from bench.pages import figures, plots
+from bench.pages import figures
 from bench.pages.loaded import Loaded
-from bench.pages.plots import Curve
 from bench.pages.tables import Cell, cell, fewest
+from bench.plots import Curve
 from bench.search import RatePoint, RateResult, SweepResult, UsersPoint
 
 _Points = Sequence[tuple[str, Mapping[str, Mean]]]  # (what the load was, summary)

@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 
 from bench import measure, pareto, records, result, search
-from bench.engine import confirm, kvcache, scale, scheduler, tuned
+from bench.engine import confirm, kvcache, profile, scale, scheduler, tuned
 from bench.errors import ResultError
 from bench.figures import Load, Run
-from bench.hardware import profile, roofline
+from bench.hardware import roofline
 from bench.matrix import Matrix
 from bench.measure import Measures
 from bench.pages import locust_report

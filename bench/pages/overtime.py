@@ -5,13 +5,12 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from bench import measure
+from bench import measure, plots
 from bench.figures import Load, Run
 from bench.hardware.gpu import GpuSample
-from bench.pages import plots
 from bench.pages.charts import Chart
 from bench.pages.loaded import Loaded
-from bench.pages.plots import Curve, Panel
+from bench.plots import Curve, Panel
 from bench.scrape import Sample
 
 _STEPS = 150  # Of a timeline.

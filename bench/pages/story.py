@@ -16,20 +16,21 @@ from typing import Any
 import msgspec
 from markupsafe import Markup
 
+from bench import plots
 from bench.engine import knobs
 from bench.engine.confirm import Confirmed
 from bench.engine.gain import Gain
 from bench.engine.kvcache import KvCache, View
+from bench.engine.profile import Profile
 from bench.engine.scale import Layout, OfWorkload, Scaled
 from bench.engine.scheduler import Schedules
 from bench.engine.tuned import Tuned
 from bench.engine.tuning import Effect
 from bench.figures import Run
-from bench.hardware.profile import Profile
 from bench.hardware.roofline import Roofline, Verdict
 from bench.matrix import Matrix
-from bench.pages import plots, templates
-from bench.pages.plots import Curve, Panel, Ratio
+from bench.pages import templates
+from bench.plots import Curve, Panel, Ratio
 from bench.result import Result
 
 # In the order of the story.

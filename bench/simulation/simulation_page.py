@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from bench import plots
 from bench.measure import Slo
-from bench.pages import plots
 from bench.simulation import reality
 from bench.simulation.simulated import Simulated, Simulation, Tried
 from serve_app.document import document

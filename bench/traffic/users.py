@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 
 from bench import records
-from bench.faults.heard import Heard, hear
 from bench.progress import Line, Progress
 from bench.traffic.client import Answer, Client, Target
+from bench.traffic.heard import Heard, hear
 from bench.traffic.request import Request
 
 # A user whose request failed asks again only then: a server that refuses all would otherwise use

@@ -7,8 +7,8 @@ import pytest
 
 from bench.faults import answers
 from bench.faults.answers import Alignment, Right, align, compare, ends, margins, may_tie
-from bench.faults.heard import Heard, events, hear
 from bench.traffic.client import Answer
+from bench.traffic.heard import Heard, events, hear
 
 TOKENS = [17, 4, 99, 23, 8, 61, 5, 42, 77, 31, 12, 64, 3, 88, 29, 50, 71, 9, 36, 15]
 

@@ -14,8 +14,8 @@ from bench.faults import disturb, gaps
 from bench.faults.disturb import Due, parse, planned
 from bench.faults.disturber import Disturber
 from bench.faults.gaps import Span
-from bench.faults.heard import Heard
 from bench.faults.victims import Cluster, ClusterError, of_url, title
+from bench.traffic.heard import Heard
 from tests.server import wait
 from tests.services import fleet
 

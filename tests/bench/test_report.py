@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench import interval, measure, pareto, result
+from bench import interval, measure, pareto, plots, result
 from bench.errors import ResultError
 from bench.measure import CurvePoint, Slo
-from bench.pages import compare, figures, plots, report, tables
+from bench.pages import compare, figures, report, tables
 from bench.pages.locust_report import Locust
 from bench.records import Record, read
 from bench.scrape import Sample

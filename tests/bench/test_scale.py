@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from bench import result
-from bench.engine import kvcache, scale, scheduler
+from bench.engine import kvcache, profile, scale, scheduler
 from bench.engine.scale import Row
 from bench.engine.trial import Answer, Ready
 from bench.errors import BenchError
 from bench.experiments import gpu_run
-from bench.hardware import profile
 from bench.pages import story
 from bench.pages.loaded import KINDS
 from bench.records import Record

@@ -5,8 +5,8 @@ import xml.etree.ElementTree as xml
 import pytest
 
 from bench.engine.starts import SCENARIOS, Compared, Start, _framed, _known, compared
+from bench.engine.waterfall import Row, svg
 from bench.errors import BenchError
-from bench.pages.waterfall import Row, svg
 from serve_app.observe.phases import Span
 
 

@@ -32,17 +32,23 @@ SERVERS = (
 # One server for all that is in there, and one engine with both lanes.
 SERVED = "tests/served/"
 LANES = ("tests/lanes/test_contract.py", "tests/lanes/test_restart.py")
-# Each starts an engine, a Ray cluster or a process that imports vLLM, or installs an environment:
-# `make test-fast` leaves them out.
+# Each starts an engine or a Ray cluster, imports vLLM or installs an environment: `make test-fast`
+# leaves them out.
 ENGINES = (
     "tests/test_constraints.py",
     "tests/test_continuation.py",
     "tests/test_makefile.py",
+    "tests/gates/test_reading.py",
+    "tests/lanes/test_fastlane.py",
+    "tests/lanes/test_scheduler.py",
     "tests/launch/test_doctor.py",
     "tests/launch/test_haproxy_reload.py",
     "tests/planning/test_placement.py",
-    "tests/replica/test_arguments.py::test_the_check_is_a_command",
+    "tests/replica/test_arguments.py",
     "tests/replica/test_bounds.py",
+    "tests/replica/test_frontends.py",
+    "tests/replica/test_hermes.py",
+    "tests/replica/test_unreadable.py",
     "tests/bench/test_chaos.py",
     "tests/bench/test_disturb.py",
     "tests/bench/test_load.py",
@@ -51,12 +57,11 @@ ENGINES = (
     "tests/bench/test_run.py",
     "tests/bench/test_scale.py",
     "tests/bench/test_tune.py",
-    "tests/kuberay/test_down.py",
-    "tests/kuberay/test_up.py",
     "tests/runpod/test_deploy.py",
     "tests/runpod/test_install.py",
 )
-# AWS is moto: loading it, and the clients of its services, takes 10 s of CPU time once a process.
+# AWS is moto, a server within the process: loading it, and the clients of its services, takes 10 s
+# of CPU time once a process.
 AWS = tuple(
     f"tests/kuberay/test_{name}.py"
     for name in ("down", "up", "sweep", "cluster", "preflight", "aws", "ttl", "weights")
@@ -72,6 +77,8 @@ SERVER_FIXTURES = {
     "running",
     "server",
 }
+# What `make test-fast` leaves out, beside tests with one of the fixtures above.
+NOT_FAST = (*SERVERS, SERVED, *LANES, *ENGINES, *AWS)
 # The longest first, so that no worker has to wait for another in the end.
 FIRST = (
     *SERVERS,
@@ -117,7 +124,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
     for item in items:
         fixtures = SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ()))
-        if fixtures or item.nodeid.startswith((*SERVERS, SERVED, *LANES, *ENGINES)):
+        if fixtures or item.nodeid.startswith(NOT_FAST):
             item.add_marker(pytest.mark.server)
 
 
@@ -126,8 +133,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if "not server" not in config.option.markexpr:
         return None
     name = collection_path.relative_to(config.rootpath).as_posix()
-    left_out = name in (*SERVERS, *LANES, *ENGINES) or f"{name}/" == SERVED
-    return True if left_out else None
+    return True if name in NOT_FAST or f"{name}/" in NOT_FAST else None
 
 
 @pytest.hookimpl(optionalhook=True)

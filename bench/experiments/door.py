@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import cProfile
 import json
-import logging
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from serve_app.gates.limits import LimitGate
 from serve_app.lanes import capability
 from serve_app.lanes.door import Door, Ends, Grant, Request
 from serve_app.observe.exposition import Exposition
-from serve_app.observe.logs import Log
+from serve_app.observe.logs import Log, RotatedFile
 from serve_app.observe.meter import Meter
 from serve_app.replica.reports import Ended
 from serve_app.scaling.signals import Signals
@@ -80,10 +79,12 @@ async def _hold(folder: Path, profile: str | None) -> None:
         """Nothing: only those are aborted that are under way as this process ends."""
 
     grant = Grant(lambda: _Frontend, _EndedAtOnce(), MODEL, abort, lambda: 600.0)
-    admitted = AdmissionGate(grant, Admission(4096, 256, 1.0), limits, lambda: True, signals)
+    admitted = AdmissionGate(
+        grant, Admission(4096, 256, 1.0), limits, lambda: True, signals, cancellable=True
+    )
     limited = LimitGate(Exposition(admitted, by_tenant=True), limits)
     keyed = KeyGate(limited, KeyRing(ApiKeys(file=str(keys))))
-    app = Meter(keyed, MODEL, Replicas(), Log(logging.FileHandler(folder / "requests.log")))
+    app = Meter(keyed, MODEL, Replicas(), Log(RotatedFile(folder / "requests.log").write))
     served = capability.Served(frozenset({MODEL}), 32768, 150_000)
 
     def obstacle(request: Request) -> str | None:

@@ -24,7 +24,7 @@ from serve_app.gates.reading import Reading
 from serve_app.gates.work import BatchClock, Work, work
 from serve_app.scaling.signals import Signals
 from serve_app.settings import Limits
-from serve_app.tenants.fair import EVERYBODY, Entry, FairQueue, Share, work_of
+from serve_app.tenants.fair import EVERYBODY, UNREAD_TOKENS, Entry, FairQueue, Share, work_of
 
 logger = logging.getLogger("serve_app")
 
@@ -63,6 +63,7 @@ class Admission:
         max_running: sequences that may run at once.
         max_queued: requests that may wait; one more is `TooManyRequests`.
         gpus: of the engine.
+        max_unread_tokens: as in `FairQueue`.
 
     Attributes:
         running: sequences that were let in.
@@ -71,7 +72,12 @@ class Admission:
     """
 
     def __init__(
-        self, max_running: int, max_queued: int, retry_after_s: float, gpus: int = 1
+        self,
+        max_running: int,
+        max_queued: int,
+        retry_after_s: float,
+        gpus: int = 1,
+        max_unread_tokens: int = UNREAD_TOKENS,
     ) -> None:
         self.max_running = max_running
         self.max_queued = max_queued
@@ -79,7 +85,7 @@ class Admission:
         self.running = self.admitted = 0
         self.closed = False
         self._changed = asyncio.Event()
-        self._queue: FairQueue[_Request] = FairQueue()
+        self._queue: FairQueue[_Request] = FairQueue(max_unread_tokens)
         # Of the bodies of the requests that wait.
         self.queued_bytes = 0
         self._clock = BatchClock(gpus)
@@ -289,6 +295,7 @@ class AdmissionGate:
         healthy: whether the engine can answer; while it cannot, 503 with Retry-After.
         signals: is told who came, and how long each had to wait for room.
         waited: is told that wait, in seconds.
+        cancellable: whether `app` ends the engine's work itself when it is cancelled.
     """
 
     def __init__(
@@ -299,6 +306,7 @@ class AdmissionGate:
         healthy: Callable[[], bool],
         signals: Signals,
         waited: Callable[[float], None] = lambda wait_s: None,
+        cancellable: bool = False,
     ) -> None:
         self.app = app
         self.admission = admission
@@ -306,6 +314,7 @@ class AdmissionGate:
         self.healthy = healthy
         self.signals = signals
         self.waited = waited
+        self._cancellable = cancellable
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not _generates(scope):
@@ -360,6 +369,9 @@ class AdmissionGate:
         client leaves, and what a timeout does. So a cancellation is told as a client that left.
         Returns, or raises, once the engine is done with the request: only then is its room free.
         """
+        if self._cancellable:
+            await self.app(scope, receive, response.send)
+            return
         inbox = _Inbox(receive)
         answer = asyncio.ensure_future(self.app(scope, inbox.receive, response.send))
         try:

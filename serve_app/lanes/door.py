@@ -155,12 +155,9 @@ class Grant:
             done.prompt_tokens += timeline.prompt_tokens
             done.cached_tokens += timeline.cached_tokens
             done.output_tokens += timeline.generated_tokens
-        metrics.prompt_tokens.labels(self._model, metrics.tenant_label(tenant.get())).inc(
-            timeline.prompt_tokens
-        )
-        metrics.generated_tokens.labels(self._model, metrics.tenant_label(tenant.get())).inc(
-            timeline.generated_tokens
-        )
+        labels = self._model, metrics.tenant_label(tenant.get())
+        metrics.series(metrics.prompt_tokens, *labels).inc(timeline.prompt_tokens)
+        metrics.series(metrics.generated_tokens, *labels).inc(timeline.generated_tokens)
 
     async def _ended(self, end: "asyncio.Future[Ended]") -> Ended | None:
         if end.done():  # As a rule: the engine knows first.

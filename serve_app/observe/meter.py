@@ -20,6 +20,7 @@ from serve_app.gates.keys import OPEN_PATHS, tenant
 from serve_app.gates.reading import Reading
 from serve_app.observe import metrics, output
 from serve_app.observe.logs import Log
+from serve_app.observe.metrics import series
 from serve_app.observe.timeline import Timeline
 from serve_app.observe.tracing import Tracer
 from serve_app.settings import Replicas
@@ -63,7 +64,7 @@ class Meter:
             return
         request_id = _identify(scope)
         answer = _Answer(send, self._counted and (lambda: metrics.gaps.of(self._model_of(scope))))
-        under_way = metrics.under_way.labels(self._model)
+        under_way = series(metrics.under_way, self._model)
         with self._tracer.span(scope, request_id) if self._tracer else nullcontext() as span:
             under_way.inc(self._counted)
             try:
@@ -108,15 +109,16 @@ class Meter:
 
     def _count(self, scope: Scope, model: str, status: int, who: str, answer: "_Answer") -> None:
         route = routes.find(scope["path"]) or routes.OTHER
-        metrics.requests.labels(model, route.path, str(status), metrics.tenant_label(who)).inc()
+        label = metrics.tenant_label(who)
+        series(metrics.requests, model, route.path, str(status), label).inc()
         if answer.code:
-            metrics.rejections.labels(model, answer.code).inc()
+            series(metrics.rejections, model, answer.code).inc()
         if answer.first_s is not None:
-            metrics.first_tokens.labels(model).observe(answer.first_s)
+            series(metrics.first_tokens, model).observe(answer.first_s)
         if status < 400:
-            metrics.durations.labels(model).observe(answer.duration_s)
+            series(metrics.durations, model).observe(answer.duration_s)
         if route.generates and (met := answer.meets_slo(self._goal, _sequences(scope))) is not None:
-            metrics.objectives.labels(model, "yes" if met else "no").inc()
+            series(metrics.objectives, model, "yes" if met else "no").inc()
 
 
 class _Answer:

@@ -15,6 +15,8 @@ errors.py.
 
 import bisect
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import HistogramMetricFamily
@@ -105,6 +107,13 @@ tenants_stale = Gauge(
     "serve_app_tenants_stale",
     "1 while tenants cannot be read: those that were read last are in force.",
 )
+
+
+@lru_cache(4096)
+def series(metric: Any, *labels: str) -> Any:
+    """The series of a metric with these labels, without the search that `labels` is each time."""
+    return metric.labels(*labels)
+
 
 # Tenants that have series of their own; those that come later are one, "other".
 _MOST_TENANTS = 200

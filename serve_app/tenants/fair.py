@@ -30,7 +30,7 @@ MOST_PASSED = 8
 OUTPUT_WEIGHT = 2.0
 # The part of a batch that is kept for tenants below their share.
 _KEPT_PART = 16
-# A tenant above its share adds no prompt that would leave the engine more tokens to read than this.
+# By default: `max_unread_tokens` of a FairQueue.
 UNREAD_TOKENS = 2048
 # Until half of the batch is filled it adds prompts in any case, so that the engine is not idle.
 _BUSY_PART = 2
@@ -99,9 +99,16 @@ class _Account(Generic[Item]):
 
 
 class FairQueue(Generic[Item]):
-    """The requests that wait, and an account of each tenant that has any or had some lately."""
+    """The requests that wait, and an account of each tenant that has any or had some lately.
 
-    def __init__(self) -> None:
+    Args:
+        max_unread_tokens: a tenant above its share adds no prompt that would leave the engine more
+            prompt tokens to read than this. Fewer shorten the wait of other tenants, and cost
+            throughput.
+    """
+
+    def __init__(self, max_unread_tokens: int = UNREAD_TOKENS) -> None:
+        self._max_unread_tokens = max_unread_tokens
         self._accounts: dict[str, _Account[Item]] = {}
         # The accounts with requests that wait, by the rank of their class and by name.
         self._active: dict[int, dict[str, _Account[Item]]] = {}
@@ -155,7 +162,7 @@ class FairQueue(Generic[Item]):
         if wanted > batch - batch // _KEPT_PART:
             return False
         unread_tokens = self._unread_tokens + prompt_tokens
-        may_add = not self._unread or unread_tokens <= UNREAD_TOKENS
+        may_add = not self._unread or unread_tokens <= self._max_unread_tokens
         return may_add or running < batch // _BUSY_PART
 
     def is_above(self, share: Share) -> bool:

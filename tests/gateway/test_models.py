@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import io
 import json
-import logging
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import quote
@@ -236,7 +235,7 @@ async def test_a_client_that_left_is_told_by_its_channel_alone() -> None:
 
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
         log = io.StringIO()
-        meter = Meter(app, "m", SETTINGS.replicas, Log(logging.StreamHandler(log)))
+        meter = Meter(app, "m", SETTINGS.replicas, Log(log.write))
         await asyncio.wait_for(meter(scope, receive, send), 30)
         assert len(sent) < 100
         assert json.loads(log.getvalue())["status"] == 499

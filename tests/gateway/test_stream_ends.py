@@ -8,7 +8,6 @@ import asyncio
 import io
 import itertools
 import json
-import logging
 from typing import Any
 
 import pytest
@@ -96,7 +95,7 @@ def metered(there: Fleet, written: io.StringIO) -> Meter:
         body = json.dumps({"model": "m", "prompt": "p", "stream": True}).encode()
         await there.relay(Request.of(dict(scope), body, "x-session-id"), send)
 
-    return Meter(app, "m", Replicas(), Log(logging.StreamHandler(written), replica="r"))
+    return Meter(app, "m", Replicas(), Log(written.write, replica="r"))
 
 
 SLOW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])

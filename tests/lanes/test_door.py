@@ -131,7 +131,9 @@ class Replica:
         self.timelines: list[Any] = []
         grant = Grant(lambda: self.frontend, self.ends, "tiny", self._abort, lambda: 60.0)
         signals = Signals()
-        self.gate = AdmissionGate(grant, self.admission, self.limits, lambda: True, signals)
+        self.gate = AdmissionGate(
+            grant, self.admission, self.limits, lambda: True, signals, cancellable=True
+        )
         gated = KeyGate(LimitGate(self.gate, self.limits), KeyRing(ApiKeys(file=str(keys))))
         served = capability.Served(frozenset({"tiny"}), 2048, 1000)
 

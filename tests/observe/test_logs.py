@@ -1,5 +1,6 @@
 """Ray Serve's own log outlives the import of vllm."""
 
+import json
 import logging
 import logging.config
 import logging.handlers
@@ -62,10 +63,44 @@ def test_files_of_replicas_that_are_gone_do_not_pile_up(tmp_path: Path) -> None:
 
 def test_a_log_that_is_full_is_rotated(tmp_path: Path) -> None:
     path = tmp_path / "replica.log"
-    log = logs.Log(logging.handlers.RotatingFileHandler(path, maxBytes=2000, backupCount=2))
+    log = logs.Log(logs.RotatedFile(path, max_bytes=2000, files=3).write)
     for number in range(100):
         log.write("info", "request", number=number)
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["replica.log", "replica.log.1", "replica.log.2"]
     assert all(file.stat().st_size <= 2000 for file in files)
-    assert '"number": 99' in path.read_text()
+    lines = [json.loads(line) for file in reversed(files) for line in file.open()]
+    # None is lost at a turn, and they are in their order.
+    assert [line["number"] for line in lines] == list(range(100 - len(lines), 100))
+
+
+def test_a_log_that_goes_on_after_a_restart_is_as_full_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "replica.log"
+    for number in range(100):
+        logs.Log(logs.RotatedFile(path, max_bytes=2000, files=3).write).write("info", str(number))
+    assert all(file.stat().st_size <= 2000 for file in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_requests_go_on_where_the_log_cannot_be_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = logs.Log(logs.RotatedFile(Path("/dev/full"), max_bytes=10**9).write)
+    for _ in range(3):
+        log.write("info", "request")
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_a_line_is_json_whatever_is_in_it() -> None:
+    lines: list[str] = []
+    log = logs.Log(lines.append, replica="r")
+    log.write("info", "request", tenant='a"\n\u20ac', first_s=float("nan"), reason=None)
+    log.write("info", "request", tenant="half \ud800", reason={1: object()})
+    assert json.loads(lines.pop())["tenant"] == "half \ud800"
+    (line,) = lines
+    assert line.endswith("\n")
+    assert line.count("\n") == 1
+    parsed = json.loads(line)
+    assert parsed["tenant"] == 'a"\n\u20ac'
+    assert parsed["time"].endswith("Z")
+    assert "reason" not in parsed

@@ -3,7 +3,6 @@
 import asyncio
 import io
 import json
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import copy_context
@@ -42,7 +41,7 @@ class Watched:
         self.before = self._all()
 
     async def ask(self, app: ASGIApp, path: str = "/v1/completions", **headers: str) -> None:
-        log = Log(logging.StreamHandler(self.written), replica="r")
+        log = Log(self.written.write, replica="r")
         meter = Meter(app, self.model, GOAL, log)
         self.scope: Scope = {
             "type": "http",
@@ -373,7 +372,7 @@ async def test_the_id_in_the_log_is_the_one_in_the_answer(
         seen.extend(value for name, value in scope["headers"] if name == b"x-request-id")
         await PlainTextResponse("x")(scope, receive, send)
 
-    log = Log(logging.StreamHandler(watched.written), replica="r")
+    log = Log(watched.written.write, replica="r")
     stack = RequestIdMiddleware(Meter(app, watched.model, Replicas(), log))
     transport = httpx.ASGITransport(stack)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -191,6 +191,15 @@ def test_prompts_above_the_share_wait_for_those_that_the_engine_reads() -> None:
         queue.end(entry, 1)
 
 
+@pytest.mark.parametrize("bound", [1, 300, 5000])
+def test_how_many_prompt_tokens_may_be_unread_is_a_setting(bound: int) -> None:
+    queue: FairQueue[int] = FairQueue(bound)
+    queue.begin_at_once(A, 1, 10, 0, 1)
+    queue.begin_at_once(B, 1, 1, 0, 0)
+    assert queue.fits(A, 1, bound - 1, 40, 64)
+    assert not queue.fits(A, 1, bound, 40, 64)
+
+
 def test_a_tenant_whose_share_changes_while_it_waits() -> None:
     queue: FairQueue[int] = FairQueue()
     queue.push(A, 1, 1, 0)

@@ -163,14 +163,26 @@ def _ray_serve_llm(
     return str(path)
 
 
-def command(name: str, engine: Mapping[str, Any], model: str, port: int, folder: Path) -> list[str]:
-    """What starts a system; its configuration is written into `folder`."""
+def command(
+    name: str,
+    engine: Mapping[str, Any],
+    model: str,
+    port: int,
+    folder: Path,
+    changes: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """What starts a system; its configuration is written into `folder`.
+
+    Args:
+        changes: other settings of this application, beside those that its name stands for.
+    """
     serve = [sys.executable, "-m", "ray.serve.scripts", "run"]
     if name in _PEERS:
         return [*_bare(engine, model, port), *_PEERS[name]]
     if name in _OURS:
         ours = [sys.executable, "-m", "serve_app", "serve", "--config"]
-        return [*ours, _configuration(engine, model, port, folder, **_OURS[name])]
+        settings = {**_OURS[name], **(changes or {})}
+        return [*ours, _configuration(engine, model, port, folder, **settings)]
     if name == "classic":
         # Without the launcher nobody turns HAProxy on.
         return [*serve, _configuration(engine, model, port, folder)]
@@ -213,13 +225,15 @@ def running(
     port: int,
     folder: Path,
     environment: Mapping[str, str] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Iterator[System]:
     """Start a system, and stop it in the end, with all it started.
 
     Args:
         environment: besides what each system needs.
+        changes: as in `command`.
     """
-    words = command(name, engine, model, port, folder)
+    words = command(name, engine, model, port, folder, changes)
     log = open(folder / f"{name}.log", "wb")  # noqa: SIM115
     started_s = time.perf_counter()
     process = subprocess.Popen(
@@ -253,14 +267,21 @@ def key_header() -> dict[str, str]:
     return {"authorization": f"Bearer {keys[0]}"} if keys else {}
 
 
-def wait(system: System, timeout_s: float = 400.0) -> None:
+def wait(
+    system: System, timeout_s: float = 400.0, headers: Mapping[str, str] | None = None
+) -> None:
+    """Return once a system answers.
+
+    Args:
+        headers: that let a request in; by default `key_header()`.
+    """
     deadline_s = time.perf_counter() + timeout_s
     while time.perf_counter() < deadline_s:
         if system.process.poll() is not None:
             raise SystemExit(f"{system.name} ended: {system.log.read_text()[-2000:]}")
         with contextlib.suppress(OSError):
             request = urllib.request.Request(
-                f"http://127.0.0.1:{system.port}/v1/models", headers=key_header()
+                f"http://127.0.0.1:{system.port}/v1/models", headers=dict(headers or key_header())
             )
             urllib.request.urlopen(request, timeout=5).close()
             system.ready_s = time.perf_counter() - system.started_s

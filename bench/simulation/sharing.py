@@ -37,7 +37,7 @@ import numpy as np
 
 from bench.simulation.enginemodel import Batch, Engine, Job, clone, roofline
 from bench.simulation.oracle import Preferring
-from serve_app.tenants.fair import Entry, FairQueue, Share, work_of
+from serve_app.tenants.fair import UNREAD_TOKENS, Entry, FairQueue, Share, work_of
 
 GOOD, FLOOD = Share("good"), Share("flood")
 
@@ -96,7 +96,11 @@ class Ours(FairQueue[Job]):
 
 
 Policy = Fcfs | RoundRobin | Ours
-POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": Fcfs, "round_robin": RoundRobin, "ours": Ours}
+POLICIES: dict[str, Callable[[int], Policy]] = {
+    "fcfs": Fcfs,
+    "round_robin": RoundRobin,
+    "ours": Ours,
+}
 
 
 @dataclass
@@ -238,6 +242,7 @@ class Case:
     warm_s: float
     seconds: float
     oracle_tokens: tuple[int, ...] = ()
+    max_unread_tokens: int = UNREAD_TOKENS
 
 
 def compare(case: Case, seeds: Iterable[int]) -> dict[str, dict[str, float]]:
@@ -256,7 +261,7 @@ def compare(case: Case, seeds: Iterable[int]) -> dict[str, dict[str, float]]:
                 arrivals += poisson(FLOOD, flood_rate, case.seconds, case.flood_lengths, rng)
                 arrivals.sort(key=lambda each: each[1].at_s)
             batch = Preferring(case.engine, GOOD.name, int(other_tokens)) if other_tokens else None
-            queue = POLICIES.get(policy, Ours)()
+            queue = POLICIES.get(policy, Ours)(case.max_unread_tokens)
             outcome = run(case.engine, arrivals, queue, max_seqs, case.queued, case.seconds, batch)
             figures[name].add(case, outcome, figures["alone"])
     return {name: each.summary(figures) for name, each in figures.items()}
@@ -326,6 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warm", type=float, default=40.0)
     parser.add_argument("--seeds", type=int, default=3, help="how many: %(default)s")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--unread", type=int, default=UNREAD_TOKENS, help="max_unread_tokens")
     parser.add_argument("--oracle", default="", help="prompt tokens of others in a step: 700,1000")
     arguments = parser.parse_args(argv)
     gpu, _, model = arguments.engine.partition("/")
@@ -340,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.warm,
         arguments.seconds,
         tuple(int(each) for each in arguments.oracle.split(",") if each),
+        arguments.unread,
     )
     first = arguments.first_seed
     compared = compare(case, range(first, first + arguments.seeds))

@@ -5,6 +5,7 @@ context variable for the time of the answer; vLLM's client (replica/llm.py) and 
 lane add to it.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ class Work:
         gpu_s: seconds of GPUs (BatchClock).
         begun: whether the engine was asked for it.
         known: whether the engine said anything of it.
+        reported: done once the counts are complete, where the engine is that of another process.
     """
 
     prompt_tokens: int = 0
@@ -28,6 +30,7 @@ class Work:
     gpu_s: float = 0.0
     begun: bool = False
     known: bool = False
+    reported: "asyncio.Future[None] | None" = None
 
 
 work: ContextVar[Work | None] = ContextVar("work", default=None)

@@ -22,7 +22,7 @@ from serve_app.gateway.request import Request
 from serve_app.gateway.visit import Visit
 from serve_app.lanes import capability
 from serve_app.lanes.door import LARGEST_BYTES
-from serve_app.replica.backend import ABSENT, CONTINUE_HEADER, FAILED_HEADER, TOKEN_HEADER
+from serve_app.replica.backend import ABSENT, CONTINUE_HEADER, FAILED_HEADER
 from serve_app.settings import Limits
 
 Lane = Literal["fast", "python"]
@@ -86,12 +86,12 @@ class Lanes:
         """The response of vllm-rs; None: the full lane must answer."""
         replica = visit.replica
         assert replica.fast is not None
-        headers = [*request.headers, (TOKEN_HEADER, replica.token)]
-        path, body = request.path, request.body
+        headers, path, body = request.headers_for(replica), request.path, request.body
         async with taken(replica.fast.door, replica.token, path, headers, body) as place:
             if not isinstance(place, Place):
                 if place is not None:
                     _refuse(place)
+                request.unreported()
                 yield None
                 return
             visit.frontend = place.address
@@ -114,7 +114,7 @@ class Lanes:
     async def _ask_full(
         self, replica: Upstream, request: Request, answer: Answer
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        headers, body = [*request.headers, (TOKEN_HEADER, replica.token)], request.body
+        headers, body = request.headers_for(replica), request.body
         if answer.stream.sent:
             known = known_of(answer.stream)
             headers.append((CONTINUE_HEADER, str(len(known))))

@@ -27,6 +27,7 @@ from serve_app.errors import (
     RequestError,
     Unavailable,
 )
+from serve_app.gateway.accounts import Accounts, Attempts
 from serve_app.gateway.answer import Answer
 from serve_app.gateway.failures import FAILURES, Busy, ReplicaFailed, Whole
 from serve_app.gateway.fleet import Fleet, Upstream
@@ -90,8 +91,10 @@ class Relay:
             metrics.continuations.labels(model, how)
         self._lanes = Lanes(lambda: self.limits)
         self._visits = Visits(self._lanes.full, settings.stall_timeout_s, self.replicas)
+        self._accounts = Accounts(self._lanes.full, replicas)
 
     async def close(self) -> None:
+        await self._accounts.end()
         self._visits.close()
         await self._lanes.close()
 
@@ -103,6 +106,8 @@ class Relay:
     async def __call__(self, request: Request, send: Send) -> None:
         """Answer one request. Ray Serve cancels this when the client leaves."""
         answer, timeout_s = Answer(send), self.limits.request_timeout_s
+        if request.work is not None:
+            request.reports = Attempts(self._accounts, request.work)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._serve(request, answer)
@@ -115,6 +120,9 @@ class Relay:
             # A mistake of ours. Unanswered, it would be a stream that breaks off without a word.
             logger.exception("the gateway failed", extra={"request_id": request.id})
             await answer.fail(RequestError("The gateway failed."), request.path)
+        finally:
+            if request.reports is not None:
+                request.reports.end(len(answer.stream.progress.tokens))
 
     async def _serve(self, request: Request, answer: Answer) -> None:
         """Answer from one replica, or from one after the other."""
@@ -148,6 +156,7 @@ class Relay:
                     self._visits.await_restart(replica)
                 else:
                     self.replicas.failed(replica)
+                request.unreported()
                 self._router.forget(replica.name)
                 went_on = len(answer.stream.progress.groups) - sent_before >= _INNOCENT
                 metrics.failed_attempts.labels(self._model, failure.kind).inc()

@@ -11,7 +11,11 @@ from serve_app.errors import BadRequest
 from serve_app.gates import reading, routes
 from serve_app.gates.keys import tenant
 from serve_app.gates.reading import Reading
+from serve_app.gates.work import Work
+from serve_app.gateway.accounts import Attempts
+from serve_app.gateway.fleet import Upstream
 from serve_app.gateway.routing import prefix_keys
+from serve_app.replica.accounts import HEADER as ACCOUNT_HEADER
 from serve_app.replica.backend import CONTINUE_HEADER, SHARE_HEADER, TENANT_HEADER, TOKEN_HEADER
 
 # What concerns one connection, or is made anew on each.
@@ -24,6 +28,7 @@ _OWN_HEADERS = frozenset(
         CONTINUE_HEADER.encode(),
         TENANT_HEADER.encode(),
         SHARE_HEADER.encode(),
+        ACCOUNT_HEADER.encode(),
         b"x-request-id",
     )
 )
@@ -43,6 +48,8 @@ class Request:
         deaths: replicas that died under it, less those that it was innocent of.
         attempts: replicas that failed it.
         tried: their names, and those of replicas that were full.
+        work: what engines do for it; None: nobody counts it.
+        reports: that are to come of that.
     """
 
     id: str
@@ -59,6 +66,8 @@ class Request:
     deaths: int = 0
     attempts: int = 0
     tried: list[str] = field(default_factory=list)
+    work: Work | None = None
+    reports: Attempts | None = None
 
     @classmethod
     def of(cls, scope: Scope, body: bytes, session_header: str) -> "Request":
@@ -83,6 +92,7 @@ class Request:
         header = _text(given.get(session_header.encode(), b""))
         made = cls(request_id, scope["method"], path, headers, body, given, parsed.model)
         made.stream = parsed.stream
+        made.work = scope.get("state", {}).get("work")
         made.session = header or parsed.session
         if parsed.sequences:
             # The KV cache of an adapter is not the one of its model, or of another adapter.
@@ -90,9 +100,19 @@ class Request:
             made.tokens = parsed.prompt_tokens_expected + parsed.output_tokens_expected
         return made
 
+    def headers_for(self, replica: Upstream) -> list[tuple[str, str]]:
+        """The headers of an attempt."""
+        headers = [*self.headers, (TOKEN_HEADER, replica.token)]
+        return headers if self.reports is None else [*headers, self.reports.begin(replica)]
+
+    def unreported(self) -> None:
+        """No replica need report the attempts so far."""
+        if self.reports is not None:
+            self.reports.give_up()
+
     def listing(self, path: str) -> "Request":
         """A GET of `path` in the name of whoever sent this request."""
-        return replace(self, method="GET", path=path, body=b"", tried=[])
+        return replace(self, method="GET", path=path, body=b"", tried=[], work=None)
 
 
 def _text(value: bytes) -> str:

@@ -28,6 +28,8 @@ from serve_app import sse
 from serve_app.continuation import Marks, Progress
 from serve_app.errors import NotFound
 from serve_app.gates.keys import tenant
+from serve_app.replica import accounts
+from serve_app.replica.accounts import Accounts
 from serve_app.tenants.fair import Share
 
 TOKEN_HEADER, CONTINUE_HEADER = "x-engine-token", "x-continue"
@@ -81,6 +83,7 @@ class Backend:
     Args:
         there: whether there is an engine.
         stalled_s: for how long it has been asked and has neither answered nor worked.
+        accounts: get the work of each request.
     """
 
     def __init__(
@@ -89,10 +92,12 @@ class Backend:
         token: str,
         there: Callable[[], bool] = lambda: True,
         stalled_s: Callable[[], float] = lambda: 0.0,
+        accounts: Accounts | None = None,
     ) -> None:
         self.app = app
         self.token = token.encode()
         self._there, self._stalled_s = there, stalled_s
+        self._accounts = accounts or Accounts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -108,6 +113,18 @@ class Backend:
         if scope["path"] == "/ping":
             await _send_status(send, 200, STALLED_HEADER, f"{self._stalled_s():g}")
             return
+        account = headers.get(accounts.HEADER.encode())
+        if scope["path"] == accounts.PATH and account is not None:
+            await self._accounts.read(account.decode("latin-1"), receive, send)
+            return
+        with self._accounts.account(account) as done:
+            scope.setdefault("state", {})["work"] = done
+            await self._exchange(scope, headers, receive, send)
+
+    async def _exchange(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
+        """Answer one request of a gateway."""
         current = Exchange()
         if (length := headers.get(CONTINUE_HEADER.encode())) is not None:
             current.progress, receive = await _split(int(length), receive)
@@ -116,7 +133,7 @@ class Backend:
             tenant.set(unquote(holder.decode("latin-1")))
         if (words := headers.get(SHARE_HEADER.encode())) is not None:
             weight, rank = words.split()
-            scope.setdefault("state", {})["share"] = Share(tenant.get(), float(weight), int(rank))
+            scope["state"]["share"] = Share(tenant.get(), float(weight), int(rank))
         try:
             await self.app(scope, receive, _marking(current, send))
         except EngineFailed:
@@ -182,12 +199,14 @@ class Server:
     Attributes:
         address: host:port.
         token: what a request must bring.
+        accounts: what gateways are told of their requests.
     """
 
     def __init__(self, host: str) -> None:
         self._socket = socket.create_server((host, 0), family=_family(host), backlog=2048)
         self.address = "{}:{}".format(*self._socket.getsockname()[:2])
         self.token = secrets.token_urlsafe(32)
+        self.accounts = Accounts()
         self._server: _Quiet | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -198,7 +217,7 @@ class Server:
         stalled_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         config = uvicorn.Config(
-            Backend(app, self.token, there, stalled_s),
+            Backend(app, self.token, there, stalled_s, self.accounts),
             log_config=None,  # It would close the handlers of everybody else.
             log_level="critical",  # What broke is the gateway's to tell.
             access_log=False,
@@ -215,6 +234,7 @@ class Server:
         if self._server is None or self._task is None:
             return
         self._server.should_exit = True
+        self.accounts.close()
         _, late = await asyncio.wait({self._task}, timeout=timeout_s)
         if late:
             self._server.force_exit = True

@@ -137,7 +137,8 @@ class _Engine:
         if lane is None or self._engine.fast is None:
             return None
         gates = self._gates(
-            lane.grant(self._engine, lambda: self._settings.limits.request_timeout_s)
+            lane.grant(self._engine, lambda: self._settings.limits.request_timeout_s),
+            cancellable=True,
         )
         host = str(ray.util.get_node_ip_address())
         return await lane.open(
@@ -158,6 +159,7 @@ class _Engine:
             limits.max_queued_requests,
             limits.retry_after_s,
             self._plan.gpus,
+            self._settings.tenants.max_unread_tokens,
         )
         self._signals.first_tokens = self._admission.read
         self._supervisor = Supervisor(
@@ -190,8 +192,12 @@ class _Engine:
         say(f"{READY}: {sum(took_s.values()):.1f} s after the replica began")
         return self._full_gates
 
-    def _gates(self, answer: ASGIApp) -> LimitGate:
-        """What is in front of an answer, in either lane. Both share one queue."""
+    def _gates(self, answer: ASGIApp, cancellable: bool = False) -> LimitGate:
+        """What is in front of an answer, in either lane. Both share one queue.
+
+        Args:
+            cancellable: as in `AdmissionGate`.
+        """
         limits = self._settings.limits
         admitted = AdmissionGate(
             answer,
@@ -200,6 +206,7 @@ class _Engine:
             healthy=lambda: self._supervisor.healthy,
             signals=self._signals,
             waited=self._waited,
+            cancellable=cancellable,
         )
         self._admitted.append(admitted)
         settings = self._settings
@@ -210,11 +217,11 @@ class _Engine:
 
     def _waited(self, wait_s: float) -> None:
         """A request was let in after so long."""
-        metrics.waits.labels(self._model).observe(wait_s)
+        metrics.series(metrics.waits, self._model).observe(wait_s)
         if self._settings.tenants.configured:
             labels = self._model, metrics.tenant_label(tenant.get())
-            metrics.tenant_queue_seconds.labels(*labels).inc(wait_s)
-            metrics.tenant_queue_requests.labels(*labels).inc()
+            metrics.series(metrics.tenant_queue_seconds, *labels).inc(wait_s)
+            metrics.series(metrics.tenant_queue_requests, *labels).inc()
 
     def _of_tenants(self, app: ASGIApp) -> ASGIApp:
         """The application behind the gate of tenants, where clients reach this replica."""
@@ -403,10 +410,13 @@ class GatewayReplica(_Engine):
         self._load(settings, plan)
         # The gateway counts.
         app = self._gate(await self._stack(), counted=False)
-        supervisor, token = self._supervisor, self._server.token
+        supervisor, server = self._supervisor, self._server
         self._door = await self._open_door(
             lambda gates: Backend(
-                self._gate(gates, counted=False), token, lambda: supervisor.healthy
+                self._gate(gates, counted=False),
+                server.token,
+                lambda: supervisor.healthy,
+                accounts=server.accounts,
             )
         )
         self._server.start(app, lambda: supervisor.healthy, lambda: supervisor.stalled_s)

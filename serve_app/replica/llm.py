@@ -53,7 +53,7 @@ class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
             async with contextlib.aclosing(stream):
                 async for output in stream:
                     done.known = True
-                    if new and not read:
+                    if not read:
                         read = len(output.prompt_token_ids or ())
                         done.prompt_tokens += read
                         done.cached_tokens += output.num_cached_tokens or 0
@@ -66,10 +66,9 @@ class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
             if sampling_params.output_kind is not RequestOutputKind.CUMULATIVE:
                 names = self.model_config.served_model_name
                 model = names[0] if isinstance(names, list) else str(names)
-                metrics.prompt_tokens.labels(model, metrics.tenant_label(tenant.get())).inc(read)
-                metrics.generated_tokens.labels(model, metrics.tenant_label(tenant.get())).inc(
-                    generated
-                )
+                labels = model, metrics.tenant_label(tenant.get())
+                metrics.series(metrics.prompt_tokens, *labels).inc(read if new else 0)
+                metrics.series(metrics.generated_tokens, *labels).inc(generated)
 
 
 class ContinuingLLM(CountingLLM):

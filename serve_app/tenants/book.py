@@ -122,7 +122,8 @@ class Book:
             if self._away or self._is_empty(tenant.name, short, now_s) or asked == starts:
                 raise self._refusal(tenant.name, parts, short[0][0], now_s)
             asked = starts
-            await self._borrow(short)
+            # All of them: an exchange gives back what is not reserved of the limits that fit now.
+            await self._borrow(needs)
 
     def _reserved(
         self, needs: list[tuple[Allowance, float]], windows: dict[str, int]
@@ -133,15 +134,22 @@ class Book:
                 self._wake.set()
         return Reservation(needs, windows)
 
-    async def _borrow(self, short: list[tuple[Allowance, float]]) -> None:
+    async def _borrow(self, needs: list[tuple[Allowance, float]]) -> None:
         """Wait for an exchange in which these amounts are asked for."""
-        for part, amount in short:
+        for part, amount in needs:
             part.wanted += amount
         try:
             await self._exchange()
         finally:
-            for part, amount in short:
+            for part, amount in needs:
                 part.wanted = max(0.0, part.wanted - amount)
+
+    def release(self, reservation: Reservation) -> None:
+        """A request runs no more; what it used is not known yet."""
+        running = [each for each in reservation.parts if each[0].kind is Kind.RUNNING_REQUESTS]
+        for part, amount in running:
+            part.settle(amount, 0)
+        reservation.parts = [each for each in reservation.parts if each not in running]
 
     def settle(self, reservation: Reservation, row: Row) -> None:
         """A request is over. One that was refused used nothing, and is in no ledger."""

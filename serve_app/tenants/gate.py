@@ -6,12 +6,10 @@ makes the engine work is reserved in the book (book.py), and settled with what t
 
 import secrets
 import time
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import BadRequest, ModelNotFound, RequestError, Unavailable
@@ -21,6 +19,7 @@ from serve_app.gates.reading import Reading
 from serve_app.gates.routes import OTHER, Route
 from serve_app.gates.work import Work
 from serve_app.observe import metrics, output
+from serve_app.observe.meter import LANE_HEADER
 from serve_app.settings import Settings
 from serve_app.tenants import page
 from serve_app.tenants.book import Book, Reservation
@@ -107,8 +106,17 @@ class TenantGate:
         try:
             await self.app(scope, receive, answer.send)
         finally:
-            row = self._closed(opened, scope, done, answer)
-            self._book.settle(reservation, row)
+            ended_s = time.time()
+
+            def settle(_: object = None) -> None:
+                row = self._closed(opened, scope, done, answer, ended_s)
+                self._book.settle(reservation, row)
+
+            if done.reported is None:
+                settle()
+            else:
+                self._book.release(reservation)
+                done.reported.add_done_callback(settle)
 
     def _opened(
         self,
@@ -143,7 +151,9 @@ class TenantGate:
             windows=reservation.windows,
         )
 
-    def _closed(self, opened: Row, scope: Scope, done: Work, answer: "_Answer") -> Row:
+    def _closed(
+        self, opened: Row, scope: Scope, done: Work, answer: "_Answer", ended_s: float
+    ) -> Row:
         """The row of a request that is over."""
         answer.tell(done)
         outcome = answer.outcome
@@ -155,7 +165,7 @@ class TenantGate:
             "outcome": outcome,
             "status": answer.status,
             "first_s": answer.first_s,
-            "ended_s": time.time(),
+            "ended_s": ended_s,
             "gpu_s": done.gpu_s,
             "dollars": done.gpu_s * self._dollars_per_gpu_s,
         }
@@ -170,9 +180,9 @@ class TenantGate:
             changes["adapter"] = ""
         row = msgspec.structs.replace(opened, **changes)
         if outcome != REFUSED:
-            cached_tokens, gpu_s = _counters(row.model, metrics.tenant_label(row.tenant))
-            cached_tokens.inc(row.cached_tokens)
-            gpu_s.inc(row.gpu_s)
+            labels = row.model, metrics.tenant_label(row.tenant)
+            metrics.series(metrics.tenant_cached_tokens, *labels).inc(row.cached_tokens)
+            metrics.series(metrics.tenant_gpu_seconds, *labels).inc(row.gpu_s)
         return row
 
     def _check(self, tenant: Tenant, asked: Reading) -> None:
@@ -214,6 +224,7 @@ class _Answer:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.lane = dict(message["headers"]).get(LANE_HEADER, b"python").decode()
             message = {**message, "headers": [*message["headers"], *self._headers]}
         elif message["type"] == "http.response.body":
             self._over = not message.get("more_body", False)
@@ -229,13 +240,6 @@ class _Answer:
             if timeline.first_s is not None:
                 self.first_s = time.time() - (time.monotonic() - timeline.first_s)
         await self._send(message)
-
-
-@lru_cache(1024)
-def _counters(model: str, tenant: str) -> tuple[Counter, Counter]:
-    """The counters of cached tokens and of seconds of GPUs."""
-    labels = model, tenant
-    return metrics.tenant_cached_tokens.labels(*labels), metrics.tenant_gpu_seconds.labels(*labels)
 
 
 def gated(app: ASGIApp, keys: Keys, model: str, book: Book | None, settings: Settings) -> ASGIApp:

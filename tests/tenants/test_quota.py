@@ -188,6 +188,18 @@ async def test_running_requests(tmp_path: Path) -> None:
     await second.close()
 
 
+async def test_a_small_limit_is_free_again_while_more_of_another_is_borrowed(
+    tmp_path: Path,
+) -> None:
+    """One after the other: there is room for each, whatever else must be borrowed for it."""
+    book = Book(str(tmp_path / "t.sqlite3"), tmp_path / "journal", Clock())
+    quota = Quota(running_requests=1, requests_per_minute=100, tokens_per_day=100_000)
+    for number in range(20):
+        reservation = await book.reserve(Tenant("ann", quota=quota), 120.0)
+        book.settle(reservation, row(number, 13, reservation))
+    await book.close()
+
+
 async def test_what_a_limit_says(tmp_path: Path) -> None:
     clock = Clock()
     (book,) = books(str(tmp_path / "t.sqlite3"), tmp_path, 1, clock)

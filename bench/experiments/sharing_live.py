@@ -106,13 +106,13 @@ def summary(rounds: Sequence[Mapping[str, Phase]]) -> dict[str, dict[str, float]
     demand = mean("alone", "good_tokens_per_s")
     found = {}
     for name in of:
-        p50_s, p99_s = np.percentile(ttft_s[name], [50, 99])
+        p50_s, p99_s = _percentiles(ttft_s[name])
         every, good = mean(name, "tokens_per_s"), mean(name, "good_tokens_per_s")
         found[name] = {
             "requests": float(len(ttft_s[name])),
-            "ttft_p50_s": float(p50_s),
-            "ttft_p99_s": float(p99_s),
-            "ttft_p99_to_alone": float(p99_s / np.percentile(ttft_s["alone"], 99)),
+            "ttft_p50_s": p50_s,
+            "ttft_p99_s": p99_s,
+            "ttft_p99_to_alone": p99_s / _percentiles(ttft_s["alone"])[1],
             "served": mean(name, "served"),
             "refused": mean(name, "refused"),
             "tokens_per_s": every,
@@ -122,6 +122,12 @@ def summary(rounds: Sequence[Mapping[str, Phase]]) -> dict[str, dict[str, float]
             "lag_p99_s": mean(name, "lag_p99_s"),
         }
     return found
+
+
+def _percentiles(ttft_s: Sequence[float]) -> tuple[float, float]:
+    """p50 and p99; not a number where nothing was answered."""
+    p50_s, p99_s = np.percentile(ttft_s or [np.nan], [50, 99])
+    return float(p50_s), float(p99_s)
 
 
 # --- the server and its load ----------------------------------------------------------------
@@ -205,7 +211,7 @@ def one_round(loads: Loads, rate: float, seed: int) -> dict[str, Phase]:
     found = {}
     for name, (good, flood) in phases.items():
         found[name] = loads.phase(good, flood, rate, seed)
-        p99_s = np.percentile(found[name].ttft_s or [np.nan], 99)
+        _, p99_s = _percentiles(found[name].ttft_s)
         print(
             f"{name}: TTFT p99 {p99_s:.3f} s, {found[name].tokens_per_s:.0f} tokens/s",
             file=sys.stderr,
@@ -218,9 +224,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine = {**options.engine, "max_num_seqs": options.sequences}
     with tempfile.TemporaryDirectory(prefix="sharing.") as name, Crowd(1 + options.actors) as crowd:
         folder, loads = Path(name), Loads(options, crowd)
-        tenants = {"file": tenants_file(folder), "max_unread_tokens": options.unread}
+        changes = {
+            "tenants": {"file": tenants_file(folder), "max_unread_tokens": options.unread},
+            # In order of arrival a request then waits for about as long as one is served.
+            "limits": {"max_queued_requests": options.sequences},
+        }
         start = systems.running(
-            _SYSTEM, engine, options.model, options.port, folder, changes={"tenants": tenants}
+            _SYSTEM, engine, options.model, options.port, folder, changes=changes
         )
         with start as server:
             systems.wait(server, headers=header("one"))

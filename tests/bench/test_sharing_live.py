@@ -1,6 +1,7 @@
 """What a tenant gets beside one that floods, from the records of a load on a real server."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def test_what_a_tenant_gets_is_compared_with_what_it_has_alone() -> None:
     assert found["ours"]["jain"] == pytest.approx(1.0, abs=1e-3)
     assert found["fcfs"]["jain"] < 0.7
     assert "ours" in sharing_live.table(found)
+
+
+def test_a_tenant_that_gets_no_answer_has_no_time_to_first_token() -> None:
+    alone, starved = Phase([0.1], 1.0, 400.0, 400.0), Phase([], 0.0, 900.0, 0.0)
+    found = sharing_live.summary([{"alone": alone, "fcfs": starved, "ours": starved}])
+    assert math.isnan(found["fcfs"]["ttft_p99_s"])
+    assert found["fcfs"]["served"] == 0
+    assert "nan" in sharing_live.table(found)
 
 
 def test_each_tenant_has_the_key_that_its_load_sends(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def _behind_gateway(settings: Settings, models: list[tuple[Settings, Plan]]) -> 
         max_queued_requests=-1,
         # The new ones first: with one gateway there would be none for as long as its start takes.
         max_surge_percent=100,
-        graceful_shutdown_timeout_s=Plan.leave_s(settings),
+        graceful_shutdown_timeout_s=Plan.shutdown_s(settings),
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,

@@ -292,9 +292,9 @@ class Settings(_Frozen):
             if shared := _SHARED & other.keys():
                 key = min(shared)
                 raise ConfigError(f"models.{place}.{key}", other[key], "is the same for all models")
-            named = {"served_model_name": None, **other}
+            own = {"served_model_name": None, **other}
             try:
-                settings.append(Settings.parse({**base, **named}))
+                settings.append(Settings.parse({**base, **own}))
             except ConfigError as error:
                 key, value, problem, near = error.fields
                 raise ConfigError(f"models.{place}.{key}", value, problem, near) from None

@@ -83,8 +83,8 @@ def share_inside(record: Record, span: Window) -> float:
     """
     if record.end_s is None:
         return 0.0
-    came_s = record.chunk_s or [record.end_s]
-    return (bisect_right(came_s, span[1]) - bisect_right(came_s, span[0])) / len(came_s)
+    arrived_s = record.chunk_s or [record.end_s]
+    return (bisect_right(arrived_s, span[1]) - bisect_right(arrived_s, span[0])) / len(arrived_s)
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):

@@ -54,8 +54,8 @@ def remove_role(account: Account, name: str) -> None:
         account.call("iam", "detach_role_policy", PolicyArn=entry["PolicyArn"], **of)
     profiles = account.pages("iam", "list_instance_profiles_for_role", "InstanceProfiles", **of)
     for profile in list(profiles):
-        named = {"InstanceProfileName": profile["InstanceProfileName"]}
-        account.call("iam", "remove_role_from_instance_profile", **named, **of)
+        of_profile = {"InstanceProfileName": profile["InstanceProfileName"]}
+        account.call("iam", "remove_role_from_instance_profile", **of_profile, **of)
     account.call("iam", "delete_role", **of)
 
 
@@ -109,8 +109,8 @@ def remove_instance_profile(account: Account, name: str) -> None:
     of = {"InstanceProfileName": name}
     profile = account.call("iam", "get_instance_profile", **of)["InstanceProfile"]
     for role in profile["Roles"]:
-        named = role["RoleName"]
-        account.call("iam", "remove_role_from_instance_profile", RoleName=named, **of)
+        role_name = role["RoleName"]
+        account.call("iam", "remove_role_from_instance_profile", RoleName=role_name, **of)
     account.call("iam", "delete_instance_profile", **of)
 
 

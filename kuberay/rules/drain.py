@@ -20,8 +20,8 @@ def _drain_over_grace(service: Service) -> Iterator[Finding]:
             line = service.serve_line(*path, "graceful_shutdown_timeout_s")
             what = f"graceful_shutdown_timeout_s of {deployment.get('name', '?')}"
     for place, settings in ours(service):
-        if Plan.leave_s(settings) > longest_s:
-            longest_s = Plan.leave_s(settings)
+        if Plan.shutdown_s(settings) > longest_s:
+            longest_s = Plan.shutdown_s(settings)
             line = service.serve_line("applications", place, "args", "limits", "request_timeout_s")
             what = "what a replica that leaves may take (limits.request_timeout_s + 10 s)"
     for group in service.workers:

@@ -28,8 +28,8 @@ from serve_app.tenants.fair import EVERYBODY, UNREAD_TOKENS, Entry, FairQueue, S
 
 logger = logging.getLogger("serve_app")
 
-# How long the application may take to end what it was told to leave.
-_FAREWELL_S = 3.0
+# How long the application may take to end a request that was cancelled.
+_CANCELLED_S = 3.0
 
 
 @dataclass(eq=False, slots=True)
@@ -325,7 +325,7 @@ class AdmissionGate:
         parsed: Reading = state.get("reading") or Reading(sequences=1)
         share: Share = state.get("share", EVERYBODY)
         done: Work = state.get("work") or Work()
-        came_s = time.monotonic()
+        arrived_s = time.monotonic()
         self.signals.arrived()
         try:
             async with asyncio.timeout(self.limits.request_timeout_s):
@@ -341,7 +341,7 @@ class AdmissionGate:
                     parsed.prompt_tokens_expected,
                 ):
                     work.set(done)
-                    wait_s = time.monotonic() - came_s
+                    wait_s = time.monotonic() - arrived_s
                     self.signals.admitted(wait_s, parsed.body_bytes)
                     self.waited(wait_s)
                     await self._answer(scope, receive, response)
@@ -383,7 +383,7 @@ class AdmissionGate:
             else:
                 inbox.leave()
             with contextlib.suppress(Exception, asyncio.CancelledError):
-                await asyncio.wait_for(answer, _FAREWELL_S)
+                await asyncio.wait_for(answer, _CANCELLED_S)
             raise
 
     def _engine_error(self, status: int) -> RequestError | None:

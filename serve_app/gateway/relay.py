@@ -293,5 +293,5 @@ def _carrying(replica: Upstream, request: Request) -> Iterator[None]:
 
 def _forwarded_headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
     """A replica's headers, less those of its connection."""
-    named = ((name.lower(), value) for name, value in response.raw_headers)
-    return [(name, value) for name, value in named if name not in HOP_HEADERS]
+    headers = ((name.lower(), value) for name, value in response.raw_headers)
+    return [(name, value) for name, value in headers if name not in HOP_HEADERS]

@@ -169,15 +169,15 @@ def _response_format(value: Any) -> bool:
         return False
     if value.get("type") in ("text", "json_object"):
         return value.keys() == {"type"}
-    named = value.get("json_schema")
+    schema = value.get("json_schema")
     return (
         value.keys() == {"type", "json_schema"}
         and value["type"] == "json_schema"
-        and type(named) is dict
-        and named.keys() <= {"name", "description", "strict", "schema"}
-        and _text(named.get("name"))
-        and _flag(named.get("strict", True))
-        and _schema(named.get("schema"))
+        and type(schema) is dict
+        and schema.keys() <= {"name", "description", "strict", "schema"}
+        and _text(schema.get("name"))
+        and _flag(schema.get("strict", True))
+        and _schema(schema.get("schema"))
     )
 
 
@@ -302,18 +302,18 @@ def _combination_obstacle(values: Mapping[str, Any]) -> str | None:
 def _size_obstacle(
     path: str, values: Mapping[str, Any], body: bytes, served: Served, limits: Limits
 ) -> str | None:
-    """Whether it may be longer than the model or the limits allow; the full lane says so best."""
+    """Whether the prompt may exceed the model or the limits; the full lane's refusal is clearer."""
     if values.get("model", next(iter(served.models))) not in served.models:
         return "the model"
     if "prompt" not in values and "messages" not in values:
         return "the prompt"
     prompt = values.get("prompt")
-    named = [
+    token_ids = [
         *(prompt if type(prompt) is list else ()),
         *values.get("stop_token_ids", ()),
         *map(int, values.get("logit_bias") or ()),
     ]
-    if max(named, default=0) >= served.vocabulary:
+    if max(token_ids, default=0) >= served.vocabulary:
         return "a token id"
     route = routes.find(path)
     assert route is not None

@@ -99,7 +99,7 @@ class FastLane:
             report.first_s,
             [gap_s] * report.gaps,
             [
-                (each.first_s - each.came_s, each.gap_s)
+                (each.first_s - each.arrived_s, each.gap_s)
                 for each in report.ended
                 if each.first_s is not None
             ],

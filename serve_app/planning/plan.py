@@ -37,8 +37,8 @@ CPU_DEFAULTS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
 # buffers.
 _ASLEEP_BYTES = 3 * GIB
 
-# A request that is late hears of it within this time.
-_FAREWELL_S = 10.0
+# How long the answer to a request takes that exceeded its time limit.
+_ANSWER_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Plan:
         return self.placement.tensor_parallel_size * self.placement.pipeline_parallel_size
 
     @staticmethod
-    def leave_s(settings: Settings) -> float:
-        """How long a replica that leaves may take."""
-        return max(settings.drain_s, settings.limits.request_timeout_s + _FAREWELL_S)
+    def shutdown_s(settings: Settings) -> float:
+        """How long a removed replica may take to finish its requests."""
+        return max(settings.drain_s, settings.limits.request_timeout_s + _ANSWER_S)
 
     def deployment_options(self, settings: Settings) -> dict[str, Any]:
         """Options of the Ray Serve deployment."""
@@ -89,7 +89,7 @@ class Plan:
             # A replica that is not needed any more, or is replaced by one of a new version, ends
             # what it has: that is as long as its longest request. When everything stops, run.py
             # waits `drain_s`.
-            "graceful_shutdown_timeout_s": self.leave_s(settings),
+            "graceful_shutdown_timeout_s": self.shutdown_s(settings),
             "graceful_shutdown_wait_loop_s": 0.5,
             "health_check_period_s": 2.0,
             "health_check_timeout_s": 10.0,

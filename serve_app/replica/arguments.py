@@ -244,14 +244,14 @@ def _plain(problem: str) -> str:
 
 
 def _refused(arguments: Mapping[str, Any], names: Iterable[str], error: Exception) -> ConfigError:
-    """An error of vLLM about the whole, at the argument that it names, if it names one."""
+    """An error of vLLM as a ConfigError of the argument that its text mentions, if any."""
     problem = first_sentence(error)
     text = problem.replace("-", "_")
-    named = [key for key in arguments if key in names and key in text]
-    named += [key for key in ("chat_template",) if key in arguments and "template" in text]
-    if not named:
+    mentioned = [key for key in arguments if key in names and key in text]
+    mentioned += [key for key in ("chat_template",) if key in arguments and "template" in text]
+    if not mentioned:
         return ConfigError("engine", dict(arguments), problem)
-    key = max(named, key=len)
+    key = max(mentioned, key=len)
     return ConfigError(f"engine.{key}", arguments[key], problem)
 
 

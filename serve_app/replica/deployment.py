@@ -52,8 +52,8 @@ from serve_app.tenants.registry import keys_of
 _LEAST_RESTART_S = 30.0
 
 
-class _Engine:
-    """What both kinds of replicas are."""
+class ReplicaBase:
+    """What both kinds of replicas share."""
 
     _continuing = False
     _fast_lane: FastLane | None = None
@@ -337,7 +337,7 @@ class _Engine:
     async def _leave_fast_lane(self) -> None:
         """Let nobody else in, and return once those who were let in are answered."""
         if self._fast_lane is not None:
-            await self._fast_lane.drain(self._plan.leave_s(self._settings))
+            await self._fast_lane.drain(self._plan.shutdown_s(self._settings))
 
     def _end(self) -> None:
         """Leave no process behind."""
@@ -357,7 +357,7 @@ class _Engine:
             observation.close()
 
 
-class Replica(_Engine):
+class Replica(ReplicaBase):
     """A replica that clients reach through HAProxy, or Serve's proxy."""
 
     def __init__(self, settings: Settings, plan: Plan) -> None:
@@ -399,13 +399,13 @@ class Replica(_Engine):
         self._end()
 
 
-class GatewayReplica(_Engine):
+class GatewayReplica(ReplicaBase):
     """A replica that only gateways reach."""
 
     _continuing = True
 
     async def __init__(self, settings: Settings, plan: Plan) -> None:  # type: ignore[misc]
-        self._leave_s = plan.leave_s(settings)
+        self._shutdown_s = plan.shutdown_s(settings)
         self._server = Server(ray.util.get_node_ip_address())
         self._load(settings, plan)
         # The gateway counts.
@@ -448,5 +448,5 @@ class GatewayReplica(_Engine):
         Serve does not know of the requests that are still here.
         """
         if (server := getattr(self, "_server", None)) is not None:
-            await asyncio.gather(server.drain(self._leave_s), self._leave_fast_lane())
+            await asyncio.gather(server.drain(self._shutdown_s), self._leave_fast_lane())
         self._end()

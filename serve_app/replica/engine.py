@@ -44,7 +44,7 @@ from serve_app.replica.startup import Startup
 from serve_app.scaling.signals import Signals
 
 # How often an engine that moves its memory is looked at.
-_MOVE_LOOK_S = 1.0
+_MOVE_CHECK_S = 1.0
 
 # A Python front end, and the Rust one where there is one.
 _Launched = tuple[async_llm.AsyncLLM, frontends.RustFrontend | None]
@@ -256,7 +256,7 @@ class Engine:
         is a sign of life.
         """
         moving, used_s = asyncio.ensure_future(change), self.cpu_s
-        while not (await asyncio.wait({moving}, timeout=_MOVE_LOOK_S))[0]:
+        while not (await asyncio.wait({moving}, timeout=_MOVE_CHECK_S))[0]:
             if self.cpu_s > used_s:
                 self.last_sign_s, used_s = time.monotonic(), self.cpu_s
         await moving
@@ -296,12 +296,12 @@ class Engine:
         compare = llm.compared if isinstance(llm, ContinuingLLM) else None
         process, update = processor.process_outputs, processor.update_scheduler_stats
 
-        def process_outputs(outputs: Any, timestamp: float, *rest: Any, **named: Any) -> Any:
+        def process_outputs(outputs: Any, timestamp: float, *rest: Any, **kwargs: Any) -> Any:
             # Both clocks are this machine's monotonic one: the engine core is a local process.
             pacer.observe(time.monotonic() - timestamp)
             if compare is not None:
                 outputs = compare(outputs)
-            return process(outputs, timestamp, *rest, **named)
+            return process(outputs, timestamp, *rest, **kwargs)
 
         def update_scheduler_stats(stats: Any) -> None:
             # Called for every message, also for a step that gave no output, as in a long prefill.
@@ -359,7 +359,7 @@ def _recorder(
             """Nothing to say."""
 
         def record(
-            self, scheduler_stats: Any, iteration_stats: Any, *rest: Any, **named: Any
+            self, scheduler_stats: Any, iteration_stats: Any, *rest: Any, **kwargs: Any
         ) -> None:
             if scheduler_stats is not None and state is not None:
                 state(

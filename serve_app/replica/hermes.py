@@ -30,8 +30,8 @@ class HermesToolParser(Hermes2ProToolParser):  # type: ignore[misc]
     # Has vLLM call `finish_streaming` at the end of a stream.
     engine_based_streaming = True
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._reader: Reader | None = None
 
     def get_structural_tag(

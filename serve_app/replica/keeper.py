@@ -14,7 +14,7 @@ from typing import Protocol
 logger = logging.getLogger("serve_app")
 
 # How often it is asked, and the longest that it may take to answer for the first time.
-_LOOK_S = 0.5
+_CHECK_S = 0.5
 _START_S = 60.0
 
 
@@ -57,14 +57,14 @@ class Keeper:
         while True:
             kept = self._frontend()
             if kept is None:
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(_CHECK_S)
                 continue
             failure = await self._look(kept)
             if self._frontend() is not kept:
                 continue  # It was replaced together with its engine.
             if failure is None:
                 self.failure = None
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(_CHECK_S)
                 continue
             self.failure = failure
             kept.kill()
@@ -85,13 +85,13 @@ class Keeper:
                 if not kept.alive:
                     return "vllm-rs died"
                 probe = probe or asyncio.ensure_future(kept.probe())
-                await asyncio.wait({probe}, timeout=_LOOK_S)
+                await asyncio.wait({probe}, timeout=_CHECK_S)
                 if probe.done():
                     if probe.exception() is None:
                         return None
                     probe = None  # This process may have no room for another connection.
-                    await asyncio.sleep(_LOOK_S)
-                silent_s += _LOOK_S
+                    await asyncio.sleep(_CHECK_S)
+                silent_s += _CHECK_S
             return f"vllm-rs has been silent for {silent_s:.0f} s"
         finally:
             if probe is not None and not probe.done():

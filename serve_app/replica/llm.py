@@ -39,7 +39,7 @@ class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
     bounds = Bounds()
 
     async def generate(
-        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **named: Any
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         self.bounds.check(prompt)
         current = exchange.get()
@@ -48,7 +48,7 @@ class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
         read = generated = 0
         done = work.get() or Work()
         done.begun = True
-        stream = super().generate(prompt, sampling_params, request_id, **named)
+        stream = super().generate(prompt, sampling_params, request_id, **kwargs)
         try:
             async with contextlib.aclosing(stream):
                 async for output in stream:
@@ -79,15 +79,15 @@ class ContinuingLLM(CountingLLM):
     (resume), or makes them again, and they are compared (repeat).
     """
 
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # By internal request id: tokens that must come again.
         self._due: dict[str, deque[int]] = {}
 
     async def generate(
-        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **named: Any
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        stream = super().generate(prompt, sampling_params, request_id, **named)
+        stream = super().generate(prompt, sampling_params, request_id, **kwargs)
         current = exchange.get()
         if current is None:
             async with contextlib.aclosing(stream):

@@ -42,7 +42,7 @@ class Ended(msgspec.Struct, array_like=True, frozen=True):
 
     Attributes:
         request_id: the engine's, which begins with vllm-rs's prefix and has the client's in it.
-        came_s: when the scheduler got it, on the machine's monotonic clock.
+        arrived_s: when the scheduler got it, on the machine's monotonic clock.
         first_s: when its first token was made, on the same clock; None: never.
         last_s: when it ended.
         reason: vLLM's name of how it ended: stop, length, abort, error, repetition.
@@ -52,7 +52,7 @@ class Ended(msgspec.Struct, array_like=True, frozen=True):
     request_id: str
     prompt_tokens: int
     generated_tokens: int
-    came_s: float
+    arrived_s: float
     first_s: float | None
     last_s: float
     reason: str

@@ -29,8 +29,8 @@ _EVERY_S = 0.05
 
 
 class _Reporting(Scheduler):  # type: ignore[misc]
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._sender: Sender | None = Sender(os.environ[VARIABLE])
         # Requests of the fast lane without a token, and when they came; when each of the others
         # came, and when it got its first.
@@ -58,22 +58,22 @@ class _Reporting(Scheduler):  # type: ignore[misc]
             self._unread[request.request_id] = request, now_s
         super().add_request(request)
 
-    def make_stats(self, *args: Any, **named: Any) -> Any:
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         now_s = time.monotonic()
         soon = now_s - self._stats_s < _EVERY_S and (self.running or self.waiting)
-        if soon and not any((*args, *named.values())):
+        if soon and not any((*args, *kwargs.values())):
             return None  # Counts go on until the next time. An idle engine is reported at once.
         self._stats_s = now_s
-        return super().make_stats(*args, **named)
+        return super().make_stats(*args, **kwargs)
 
-    def update_from_output(self, *args: Any, **named: Any) -> dict[int, EngineCoreOutputs]:
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         for request_id, (request, _) in self._unread.items():
             if request.prefill_stats is not None:  # vLLM takes it with the first token.
                 self._cached[request_id] = request.prefill_stats.num_cached_tokens
-        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **named)
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **kwargs)
         if self._late:
-            farewells = outputs.setdefault(FAST, EngineCoreOutputs()).outputs
-            farewells += [
+            errors = outputs.setdefault(FAST, EngineCoreOutputs()).outputs
+            errors += [
                 EngineCoreOutput(name, [], finish_reason=FinishReason.ERROR) for name in self._late
             ]
             self._late.clear()
@@ -113,14 +113,14 @@ class _Reporting(Scheduler):  # type: ignore[misc]
         self._late += matching
         return [name for name in request_ids if not name.startswith(LATE)] + matching
 
-    def _free_request(self, request: Request, *args: Any, **named: Any) -> Any:
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if request.client_index == FAST:
             now_s = time.monotonic()
             _, unread_s = self._unread.pop(request.request_id, (request, now_s))
-            came_s, first_s = self._first.pop(request.request_id, (unread_s, None))
+            arrived_s, first_s = self._first.pop(request.request_id, (unread_s, None))
             if first_s is None and request.num_output_tokens:
                 first_s = now_s  # Its first step was its last.
-                self._began(request, now_s - came_s)
+                self._began(request, now_s - arrived_s)
             self._preempted += request.num_preemptions
             reason = request.get_finished_reason()
             self._ended.append(
@@ -128,14 +128,14 @@ class _Reporting(Scheduler):  # type: ignore[misc]
                     request.request_id,
                     request.num_prompt_tokens,
                     request.num_output_tokens,
-                    came_s,
+                    arrived_s,
                     first_s,
                     now_s,
                     str(reason) if reason is not None else "error",
                     self._cached.pop(request.request_id, 0),
                 )
             )
-        return super()._free_request(request, *args, **named)
+        return super()._free_request(request, *args, **kwargs)
 
     def _redirect_stats(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Give the step's statistics to the Python front end, whoever vLLM gave them to."""
@@ -153,11 +153,11 @@ class _Reporting(Scheduler):  # type: ignore[misc]
         step_s, self._step_s = now_s - self._step_s, now_s
         self._steps += 1
         self._busy_s += step_s
-        for request_id, (request, came_s) in list(self._unread.items()):
+        for request_id, (request, arrived_s) in list(self._unread.items()):
             if request.num_output_tokens:
                 del self._unread[request_id]
-                self._first[request_id] = came_s, now_s
-                self._began(request, now_s - came_s)
+                self._first[request_id] = arrived_s, now_s
+                self._began(request, now_s - arrived_s)
         if fast is not None:
             made = len(fast.outputs)
             gaps = max(0, made - self._begun)

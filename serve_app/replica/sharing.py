@@ -16,7 +16,7 @@ from serve_app.planning import embedded
 from serve_app.replica.sleep import Gpu
 
 # How often a start looks whether the GPU is free.
-_LOOK_S = 0.1
+_CHECK_S = 0.1
 
 
 class SharedGpu(Gpu):
@@ -50,7 +50,7 @@ class SharedGpu(Gpu):
     def wait(self) -> None:
         """Block until it is taken."""
         while not self.take():
-            time.sleep(_LOOK_S)
+            time.sleep(_CHECK_S)
 
     def leave_line(self) -> None:
         self._next.give_back()

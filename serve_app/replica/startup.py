@@ -56,9 +56,9 @@ class Startup:
 
         inspect = ModelRegistry.inspect_model_cls
 
-        def inspect_model_cls(*args: Any, **named: Any) -> Any:
+        def inspect_model_cls(*args: Any, **kwargs: Any) -> Any:
             with self.phase("inspection"):
-                return inspect(*args, **named)
+                return inspect(*args, **kwargs)
 
         ModelRegistry.inspect_model_cls = inspect_model_cls
         try:

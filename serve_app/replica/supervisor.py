@@ -24,10 +24,10 @@ import psutil
 
 logger = logging.getLogger("serve_app")
 
-# How often the engine is looked at, and the longest that its requests may take to hear of its end.
-_LOOK_S = 0.5
-_FAREWELL_S = 3.0
-# An engine that dies again so soon after it was started anew is not mended by starting it.
+# How often the engine is checked, and how long its requests may take to end with an error.
+_CHECK_S = 0.5
+_ERRORS_S = 3.0
+# An engine that dies again so soon after a restart is not restarted again.
 _LASTING_S = 10.0
 # How often it is asked while nobody waits for it. vLLM's workers spin for a second after each
 # message, so a probe a second would keep a core of each busy for ever.
@@ -102,7 +102,7 @@ class Supervisor:
             logger.error("%s; %s", failure, what)
             # A hung engine's requests wait for ever; a dead one's fail, each with its own error.
             self._engine.kill()
-            deadline_s = time.monotonic() + _FAREWELL_S
+            deadline_s = time.monotonic() + _ERRORS_S
             while self._in_flight() and time.monotonic() < deadline_s:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             if not (self.restarting and await self._restarted()):
@@ -132,8 +132,8 @@ class Supervisor:
         """Until the next look: soon while requests are in flight, later while none are."""
         rested_s = 0.0
         while rested_s < _IDLE_PROBE_S and not self._engine.dead:
-            await asyncio.sleep(_LOOK_S)
-            rested_s += _LOOK_S
+            await asyncio.sleep(_CHECK_S)
+            rested_s += _CHECK_S
             if self._in_flight():
                 return
 
@@ -150,13 +150,13 @@ class Supervisor:
         sign_s, used_s = self._engine.last_sign_s, self._engine.cpu_s
         try:
             # A long step answers late, so each round waits for the probe and for outputs alike.
-            while not (await asyncio.wait({probe}, timeout=_LOOK_S))[0]:
+            while not (await asyncio.wait({probe}, timeout=_CHECK_S))[0]:
                 if self._engine.dead:
                     return "the engine died"
                 # Counted in rounds and not by the clock: when this process was itself stopped, or
                 # the machine was, the engine had no time to answer either.
                 if sign_s == self._engine.last_sign_s:
-                    self.silent_s += _LOOK_S
+                    self.silent_s += _CHECK_S
                     works = self._engine.cpu_s - used_s >= _AT_WORK * self.silent_s
                     self.stalled_s = 0.0 if works else self.silent_s
                 else:

@@ -30,11 +30,11 @@ def answer_400(app: fastapi.FastAPI) -> None:
     anthropic.create_error_response = error_of
 
 
-def error_of(error: str | Exception, **named: Any) -> Any:
+def error_of(error: str | Exception, **kwargs: Any) -> Any:
     """vLLM's ErrorResponse for an error, with status 400 where the request is to blame for it."""
     current = work.get()
     if not isinstance(error, SHAPE_ERRORS) or (current is not None and current.begun):
-        return create_error_response(error, **named)
+        return create_error_response(error, **kwargs)
     logger.warning("vLLM could not read a request", exc_info=error)
     message = f"The request could not be read: {type(error).__name__}: {error}"
     return create_error_response(message, status_code=HTTPStatus.BAD_REQUEST)

@@ -192,14 +192,14 @@ def test_the_model_fits_every_gpu_that_it_may_get(documents: list[dict[str, Any]
 def test_nothing_outlives_the_grace_of_its_pod(documents: list[dict[str, Any]]) -> None:
     parsed = service(documents)
     config = yaml.safe_load(parsed["spec"]["serveConfigV2"])
-    leave_s = Plan.leave_s(Settings.parse(config["applications"][0]["args"]))
+    shutdown_s = Plan.shutdown_s(Settings.parse(config["applications"][0]["args"]))
     (group,) = parsed["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     pod = group["template"]["spec"]
     hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     hook_s = float(hook[-1])
-    assert leave_s <= hook_s < pod["terminationGracePeriodSeconds"]
+    assert shutdown_s <= hook_s < pod["terminationGracePeriodSeconds"]
     # The old cluster of an upgrade serves what it has to its end.
-    assert parsed["spec"]["rayClusterDeletionDelaySeconds"] > leave_s
+    assert parsed["spec"]["rayClusterDeletionDelaySeconds"] > shutdown_s
     autoscaler = of(documents, "Deployment", "cluster-autoscaler")
     words = autoscaler["spec"]["template"]["spec"]["containers"][0]["command"]
     (given,) = [w for w in words if w.startswith("--max-graceful-termination-sec=")]

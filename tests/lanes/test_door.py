@@ -86,7 +86,7 @@ class RustFrontend:
         request_id = next(
             line.split(": ")[1] for line in head.split("\r\n") if line.startswith("x-request-id")
         )
-        came_s = time.monotonic()
+        arrived_s = time.monotonic()
         made, reason, first_s = 0, "length", None
         self.running += 1
         try:
@@ -110,7 +110,7 @@ class RustFrontend:
         finally:
             self.running -= 1
             name = f"cmpl-{request_id}-0123abcd"
-            ended = Ended(name, 1, made, came_s, first_s, time.monotonic(), reason)
+            ended = Ended(name, 1, made, arrived_s, first_s, time.monotonic(), reason)
             self._ends.tell(ended)
         writer.write(b"0\r\n\r\n")
 
@@ -235,9 +235,9 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def ask(url: str, body: Any = None, **named: Any) -> tuple[int, dict[str, str], bytes]:
-    headers = {**KEY, **named.pop("headers", {})}
-    path = named.pop("path", "/v1/completions")
+async def ask(url: str, body: Any = None, **kwargs: Any) -> tuple[int, dict[str, str], bytes]:
+    headers = {**KEY, **kwargs.pop("headers", {})}
+    path = kwargs.pop("path", "/v1/completions")
     async with (
         aiohttp.ClientSession() as session,
         session.post(url + path, json=body or ASK, headers=headers) as answer,

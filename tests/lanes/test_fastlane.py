@@ -16,7 +16,7 @@ from serve_app.scaling.signals import Signals
 
 
 def ended(request_id: str, reason: str = "length") -> Ended:
-    return Ended(request_id, 4, 11, came_s=1.0, first_s=2.0, last_s=4.0, reason=reason)
+    return Ended(request_id, 4, 11, arrived_s=1.0, first_s=2.0, last_s=4.0, reason=reason)
 
 
 def report(*over: Ended, steps: int = 5) -> Report:

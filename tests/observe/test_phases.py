@@ -127,6 +127,9 @@ def test_traces_of_an_engine_go_to_the_collector_that_was_asked_for(tmp_path: Pa
 
     path = tmp_path / "spans"
     path.touch()
-    named = {FILE_VARIABLE: str(path), "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:9"}
-    _engine(**named)
+    variables = {
+        FILE_VARIABLE: str(path),
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:9",
+    }
+    _engine(**variables)
     assert path.read_text() == ""

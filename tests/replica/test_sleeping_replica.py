@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_app.observe import metrics
 from serve_app.planning.placement import place
 from serve_app.planning.plan import Plan
-from serve_app.replica.deployment import _Engine
+from serve_app.replica.deployment import ReplicaBase
 from serve_app.replica.sleep import State
 from serve_app.replica.startup import Startup
 from serve_app.scaling.signals import Signals
@@ -68,7 +68,7 @@ class Engine:
         self.dead = True
 
 
-class Replica(_Engine):
+class Replica(ReplicaBase):
     """A replica with its engine already there."""
 
     _continuing = True

@@ -39,8 +39,8 @@ def file(folder: Path, text: str = SEARCH) -> Path:
     return path
 
 
-def registry(path: Path, **named: object) -> Registry:
-    return Registry(Tenants(file=str(path)), ApiKeys(), **named)  # type: ignore[arg-type]
+def registry(path: Path, **kwargs: object) -> Registry:
+    return Registry(Tenants(file=str(path)), ApiKeys(), **kwargs)  # type: ignore[arg-type]
 
 
 def at(*date: int) -> float:

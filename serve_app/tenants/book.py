@@ -301,7 +301,7 @@ class Book:
                     await self._inherit()
                 await self._exchange_once()
                 self._note_away(None)
-            except DatabaseError as error:
+            except Exception as error:  # Also of another type: budgets must not be open then.
                 self._note_away(error)
             finally:
                 if exchanged is not None and not exchanged.done():
@@ -337,7 +337,7 @@ class Book:
             if held or wanted or touched:  # Also to hear what is left.
                 claims.append(Claim(key[0], part.kind.value, part.start, part.limit, held, wanted))
                 parts.append((key[0], part))
-        if not rows and not claims:
+        if not rows and not claims and not self._away:
             return
         loop = asyncio.get_running_loop()
         grants: list[Grant] = await loop.run_in_executor(
@@ -377,7 +377,7 @@ class Book:
 
         await asyncio.get_running_loop().run_in_executor(self._thread, inherit)
 
-    def _note_away(self, error: DatabaseError | None) -> None:
+    def _note_away(self, error: Exception | None) -> None:
         away = error is not None
         metrics.ledger_away.set(away)
         if away and not self._away:

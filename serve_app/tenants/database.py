@@ -7,6 +7,7 @@ they have to write.
 """
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ class Database:
         self.address = address
         self.shared = address.startswith(_SCHEMES)
         self._connection: Any = None
+        self._file: int | None = None  # The inode of a SQLite file.
 
     @contextlib.contextmanager
     def transaction(self, writes: bool = True) -> Iterator["Transaction"]:
@@ -62,6 +64,8 @@ class Database:
             self._connection = None
 
     def _begin(self, writes: bool) -> Any:
+        if self._file is not None and os.stat(self.address).st_ino != self._file:
+            self.close()  # It was replaced: what is written to the old file is lost.
         if self._connection is None:
             self._connection = self._connected()
         self._execute("BEGIN IMMEDIATE" if writes and not self.shared else "BEGIN")
@@ -79,6 +83,7 @@ class Database:
         # Readers do not wait for writers, and a killed process loses nothing that it confirmed.
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
+        self._file = os.stat(self.address).st_ino
         return connection
 
     def _execute(self, statement: str) -> None:

@@ -131,10 +131,10 @@ class TenantGate:
         now_s = time.time()
         return Row(
             id=secrets.token_hex(16),
-            request_id=request_id.decode("latin-1")[:256],
+            request_id=_plain(request_id.decode("latin-1")),
             tenant=tenant.name,
             model=self._model,
-            adapter=asked.model if asked.model and asked.model != self._model else "",
+            adapter=_plain(asked.model) if asked.model and asked.model != self._model else "",
             lane="python",
             route=scope["state"]["route"].path,
             outcome=OPEN,
@@ -240,6 +240,11 @@ class _Answer:
             if timeline.first_s is not None:
                 self.first_s = time.time() - (time.monotonic() - timeline.first_s)
         await self._send(message)
+
+
+def _plain(text: str) -> str:
+    """What a client wrote, as far as a row of the ledger holds it: no database takes all of it."""
+    return text[:256].replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
 def gated(app: ASGIApp, keys: Keys, model: str, book: Book | None, settings: Settings) -> ASGIApp:

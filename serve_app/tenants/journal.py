@@ -7,6 +7,7 @@ heir of a process that ended, and hands over what it left.
 """
 
 import fcntl
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 import msgspec
 
 from serve_app.tenants.ledger import Row
+
+logger = logging.getLogger("serve_app")
 
 # After so much, what is still under way is written to a new file.
 _LARGEST_BYTES = 4 * 2**20
@@ -37,6 +40,7 @@ class Journal:
         self._open: dict[str, Row] = {}
         self._file = _create(folder)
         self._bytes = 0
+        self._failing = False
 
     def begin(self, row: Row) -> None:
         """A request begins; `row` is what to charge for it if it is lost."""
@@ -69,7 +73,19 @@ class Journal:
     def _write(self, row: Row) -> None:
         line = _encoder.encode(row) + b"\n"
         self._bytes += len(line)
-        os.write(self._file[1], line)
+        try:
+            # After half of a line, which a full disk leaves, the next one begins anew.
+            whole = os.write(self._file[1], b"\n" * self._failing + line) >= len(line)
+            problem = None if whole else "the disk is full"
+        except OSError as error:
+            problem = str(error)
+        if problem is not None and not self._failing:
+            logger.error(
+                "requests are not in the journal %s, and lost if this process is killed: %s",
+                self._folder,
+                problem,
+            )
+        self._failing = problem is not None
 
 
 class Rolled:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from stat import S_ISREG
 
 from serve_app.errors import ConfigError
 from serve_app.gates.keys import KeyRing, Keys, sent_digests
@@ -153,5 +154,7 @@ def _signature(path: Path) -> tuple[int, int, int]:
         stat = path.stat()
     except OSError as error:
         raise ConfigError("tenants.file", str(path), str(error)) from None
+    if not S_ISREG(stat.st_mode):  # A pipe would never end.
+        raise ConfigError("tenants.file", str(path), "is not a file")
     # A mounted file is replaced by renaming a link: the inode tells where mtime may not.
     return (stat.st_mtime_ns, stat.st_size, stat.st_ino)

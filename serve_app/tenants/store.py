@@ -41,13 +41,17 @@ class Store:
             raise ConfigError("tenants.database", self.database.address, problem)
 
     def read(self, known: int = -1) -> tuple[int, dict[str, Tenant]] | None:
-        """All tenants and their version; None: the version is still the `known` one."""
+        """All tenants and their version; None: the version is still the `known` one.
+
+        Raises:
+            ConfigError: a tenant cannot be read, such as one of a later version of this program.
+        """
         with self.database.transaction(writes=False) as transaction:
             version = _number(transaction, "tenants")
             if version == known:
                 return None
-            rows = transaction.ask("SELECT data FROM tenant ORDER BY name")
-        return version, by_name(_decoder.decode(data) for (data,) in rows)
+            rows = transaction.ask("SELECT name, data FROM tenant ORDER BY name")
+        return version, by_name(self._decoded(*row) for row in rows)
 
     def add(self, tenant: Tenant) -> None:
         """A new tenant.
@@ -79,8 +83,8 @@ class Store:
 
     def _change(self, make: Callable[[dict[str, Tenant]], Tenant]) -> Tenant:
         with self.database.transaction() as transaction:
-            rows = transaction.ask("SELECT data FROM tenant")
-            tenants = {each.name: each for (data,) in rows for each in [_decoder.decode(data)]}
+            rows = transaction.ask("SELECT name, data FROM tenant")
+            tenants = {row[0]: self._decoded(*row) for row in rows}
             tenant = make(tenants)
             by_name((tenants | {tenant.name: tenant}).values())
             transaction.do(
@@ -90,6 +94,13 @@ class Store:
             )
             transaction.do("UPDATE meta SET value = value + 1 WHERE name = 'tenants'")
         return tenant
+
+    def _decoded(self, name: str, data: str) -> Tenant:
+        try:
+            return _decoder.decode(data)
+        except msgspec.MsgspecError as error:
+            problem = f"its tenant {name!r} cannot be read: {error}"
+            raise ConfigError("tenants.database", self.database.address, problem) from None
 
 
 def _number(transaction: Transaction, name: str) -> int:

@@ -19,6 +19,7 @@ from serve_app.gates.keys import KeyGate
 from serve_app.gates.limits import LimitGate
 from serve_app.observe.timeline import Timeline
 from serve_app.settings import ApiKeys, Limits, Observe, Settings, Tenants
+from serve_app.tenants import gate as gate_module
 from serve_app.tenants.book import Book
 from serve_app.tenants.fair import Share
 from serve_app.tenants.gate import book_of, gated
@@ -102,6 +103,15 @@ async def test_models_are_listed_that_a_tenant_may_use(client: httpx.AsyncClient
         assert (await client.head("/v1/models", headers=headers)).status_code == 200
     assert (await client.get("/v1/models/large", headers=BOB)).status_code == 404
     assert (await client.get("/v1/models/small", headers=BOB)).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["an\0adapter", "x" * 10**5, "half \ud800"])
+def test_a_row_of_the_ledger_holds_any_name(name: str) -> None:
+    """PostgreSQL takes no NUL, and a row that no database takes would hold up all others."""
+    plain = gate_module._plain(name)
+    assert len(plain) <= 256
+    assert "\0" not in plain
+    plain.encode()
 
 
 async def test_health_asks_for_no_key(client: httpx.AsyncClient) -> None:

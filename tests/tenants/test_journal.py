@@ -117,6 +117,36 @@ def test_every_request_is_in_the_ledger_once(
         ledger.database.close()
 
 
+def test_a_full_disk_loses_no_request_that_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of a line may be on the disk when it is full."""
+    journal = Journal(tmp_path)
+    reservation = Reservation([])
+    write, room = os.write, [10**6]
+
+    def bounded(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        written = write(descriptor, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(journal_module.os, "write", bounded)
+    journal.begin(made("before", 7, reservation, OPEN))
+    room[0] = 20
+    for name in ("half", "none", "none either"):
+        journal.begin(made(name, 7, reservation, OPEN))  # The request goes on.
+    room[0] = 10**6
+    journal.begin(made("after", 7, reservation, OPEN))
+    monkeypatch.undo()
+    assert sum("not in the journal" in record.message for record in caplog.records) == 1
+    die(journal)
+    (legacy,) = legacies(tmp_path)
+    assert {each.id for each in legacy.rows()} == {"before", "after"}
+    legacy.remove()
+
+
 def serve_until_killed(folder: Path, life: int, acknowledgements: int) -> None:
     """The child: requests begin and end, and each is acknowledged once the book has it."""
 

@@ -308,6 +308,65 @@ async def test_without_a_database_rates_are_open_and_budgets_closed(
     assert len(list(book._ledger.rows(0, 1e12))) == 5
 
 
+def move(source: Path, destination: Path) -> None:
+    """Move a SQLite database: what was written last is in a file beside it."""
+    for each in source.glob("t.sqlite3*"):
+        each.rename(destination / each.name)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_database_file_that_is_taken_away_is_a_database_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """Rows that went to a file without a name would be lost, and so would what is spent."""
+    monkeypatch.setattr(module, "_RETRY_S", 0.01)
+    path, moved = tmp_path / "t.sqlite3", tmp_path / "moved"
+    moved.mkdir()
+    (book,) = books(str(path), tmp_path, 1, Clock())
+    budget = Tenant("ann", quota=Quota(tokens_per_day=1000))
+    reservation = await book.reserve(budget, 900)
+    book.settle(reservation, row("before", 900, reservation))
+    await book._exchange()
+    move(tmp_path, moved)
+    if replaced:
+        path.touch()
+    await book._exchange()
+    with pytest.raises(BudgetUnknown):
+        await book.reserve(budget, 90)
+    assert book.away
+    # Nobody asks, and it is away all the same.
+    await book._exchange()
+    assert book.away
+    path.unlink(missing_ok=True)
+    move(moved, tmp_path)
+    while book.away:
+        await book._exchange()
+    with pytest.raises(BudgetUsedUp):
+        await book.reserve(budget, 500)
+    await book.close()
+    assert {each[0] for each in book._ledger.rows(0, 1e12)} >= {"before"}
+
+
+async def test_an_exchange_that_fails_in_any_way_closes_budgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RETRY_S", 0.01)
+    (book,) = books(str(tmp_path / "t.sqlite3"), tmp_path, 1, Clock())
+    budget = Tenant("ann", quota=Quota(tokens_per_day=1000))
+
+    def fails(*_: Any) -> None:
+        raise OverflowError("int too large to convert to float")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(book._ledger, "exchange", fails)
+        with pytest.raises(BudgetUnknown):
+            await book.reserve(budget, 1)
+    while book.away:
+        await book._exchange()
+    await book.reserve(budget, 1)
+    await book.close()
+
+
 async def test_ten_thousand_tenants_that_come_and_go_take_no_memory(tmp_path: Path) -> None:
     clock = Clock()
     (book,) = books(str(tmp_path / "t.sqlite3"), tmp_path, 1, clock)

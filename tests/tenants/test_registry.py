@@ -1,6 +1,7 @@
 """Tenants as data: files and databases, keys that rotate and expire, and what is not accepted."""
 
 import logging
+import os
 import re
 import threading
 import time
@@ -147,6 +148,77 @@ def test_a_file_that_becomes_malformed_keeps_the_old_state_and_says_so_once(
     assert [record.levelname for record in said] == ["ERROR", "ERROR", "ERROR", "WARNING"]
 
 
+SHA = digest(b"sk-else")
+
+
+def expiring(date: str) -> str:
+    return f"tenants: [{{name: a, keys: [{{sha256: {SHA}, expires: {date}}}]}}]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("", id="emptied, before it is written"),
+        "# tenants: []",
+        "false",
+        "0",
+        "[]",
+        "{}",
+        "tenants:",
+        "tenants: {a: {weight: 1}}",
+        pytest.param("tenants: [{name: a}]\ntenants: [{name: b}]", id="two lists"),
+        pytest.param("tenants: [{name: a, weight: 1, weight: 5}]", id="two weights"),
+        pytest.param("tenants: [{name: a}]\n---\ntenants: [{name: b}]", id="two documents"),
+        "tenants: [{name: a, weight: .nan}]",
+        "tenants: [{name: a, weight: 1.0e-300}]",
+        "tenants: [{name: a, weight: 1.0e+300}]",
+        pytest.param(f"tenants: [{{name: a, quota: {{tokens_per_day: {10**400}}}}}]", id="10**400"),
+        "tenants: [{name: a, quota: {requests_per_minute: 1.5}}]",
+        expiring("2027-02-30T00:00:00Z"),
+        expiring("2027-02-20T00:00:00+99:00"),
+        expiring("2027-02-20"),
+        expiring("2027-02-20T00:00:00"),
+        "tenants: !!timestamp soon",
+        "tenants: !!int ''",
+        "tenants: !!python/object/apply:os.getpid []",
+        pytest.param("tenants: " + "[" * 5000 + "]" * 5000, id="deep"),
+        "tenants: &a [*a]",
+        "tenants:\n\t- name: a",
+        'tenants: [{name: "a\\0"}]',
+        "tenants: [{name: yes}]",
+        f"tenants: [{{name: a, keys: [{{sha256: {SHA.upper()}}}]}}]",
+        pytest.param(SEARCH[: SEARCH.index("expires") + 3], id="cut within a word"),
+    ],
+)
+def test_whatever_a_file_becomes_the_old_state_is_in_force(tmp_path: Path, text: str) -> None:
+    path = file(tmp_path)
+    found = registry(path)
+    path.write_text(text)
+    found.refresh()
+    assert found.holder("sk-search") == "search"
+    assert found.tenant("search").weight == 2
+    assert metrics.tenants_stale._value.get() == 1
+    with pytest.raises(ConfigError) as error:  # At a start it is one sentence.
+        registry(path)
+    assert "\n" not in str(error.value)
+    path.write_text("tenants: []")
+    found.refresh()
+    assert found.holder("sk-search") is None
+    assert metrics.tenants_stale._value.get() == 0
+
+
+def test_what_is_no_file_changes_nothing(tmp_path: Path) -> None:
+    path = file(tmp_path)
+    found = registry(path)
+    for make in (os.mkfifo, os.mkdir, lambda name: os.symlink(name, name)):
+        path.unlink() if path.is_file() else None
+        make(path)  # type: ignore[operator]
+        found.refresh()  # It does not wait for a writer of the pipe.
+        assert found.holder("sk-search") == "search"
+        assert metrics.tenants_stale._value.get() == 1
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
 async def test_a_request_does_not_wait_for_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +308,26 @@ def test_a_later_version_of_the_tables_is_refused(address: str) -> None:
     store.database.close()
 
 
+@pytest.mark.parametrize("data", ['{"name":"search","colour":"red"}', "{", '{"name":"search"'])
+def test_a_tenant_in_the_database_that_cannot_be_read_changes_nothing(
+    address: str, data: str
+) -> None:
+    """As one of a later version of this program, which a part of the fleet has already."""
+    store = Store(Database(address))
+    store.prepare()
+    store.add(Tenant("search", keys=(Key(digest(b"sk-search")),)))
+    found = Registry(Tenants(database=address), ApiKeys())
+    with store.database.transaction() as transaction:
+        transaction.do("UPDATE tenant SET data = ?", [data])
+        transaction.do("UPDATE meta SET value = value + 1 WHERE name = 'tenants'")
+    found.refresh()
+    assert found.holder("sk-search") == "search"
+    assert metrics.tenants_stale._value.get() == 1
+    with pytest.raises(ConfigError, match="'search' cannot be read"):
+        Registry(Tenants(database=address), ApiKeys())
+    store.database.close()
+
+
 def test_a_database_that_is_away_stops_a_start_and_not_a_server(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tenants\.database"):
         Registry(Tenants(database="postgresql://nobody@127.0.0.1:1/none"), ApiKeys())
@@ -309,6 +401,23 @@ def test_rotation_never_makes_a_key_valid_for_longer(tmp_path: Path) -> None:
     assert kept[0] == keys[0]
     assert len(kept) == 2  # The one that had expired is gone, the new one is there.
     store.database.close()
+
+
+def test_overlaps_of_several_rotations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each key ends with the overlap of the first rotation after it, or of a shorter later one."""
+    database = str(tmp_path / "t.sqlite3")
+
+    def run(*words: str) -> str:
+        assert main([*words, "--database", database]) == 0
+        return capsys.readouterr().out.strip()
+
+    keys = [run("add", "search")]
+    keys += [run("rotate", "search", "--overlap", overlap) for overlap in ("24h", "1h", "2h")]
+    valid = {0: "1111", 0.9: "1111", 1.1: "0011", 2.1: "0001", 25: "0001"}
+    for hours, expected in valid.items():
+        at_s = time.time() + hours * 3600
+        found = Registry(Tenants(database=database), ApiKeys(), clock=lambda at_s=at_s: at_s)  # type: ignore[misc]
+        assert "".join(str(int(found.holder(key) == "search")) for key in keys) == expected
 
 
 def test_a_key_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -323,7 +323,7 @@ def _pareto_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workload", required=True, help="the requests: see docs/benchmarking.md")
     add("--users", default="1,2,4,8,16,32,64", help="numbers of users to measure: %(default)s")
-    add("--per-user", type=whole(1), default=4, help="requests of each user and repeat")
+    add("--per-user", type=whole(1), default=8, help="requests of each user and repeat")
 
 
 def _quality_arguments(parser: argparse.ArgumentParser) -> None:

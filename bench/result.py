@@ -265,3 +265,12 @@ def _write_csv(path: Path, records: Sequence[Record]) -> None:
         for record in records:
             row = [getattr(record, name) for name in names]
             writer.writerow([*row, len(record.chunk_s), *(of(record) for of in latencies.values())])
+
+
+def __getattr__(name: str) -> Any:
+    """What `bench.figures` has now: programs outside of the project ask for it here."""
+    if name not in ("Repeat", "figures"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bench import figures
+
+    return getattr(figures, name)

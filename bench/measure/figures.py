@@ -220,7 +220,11 @@ def measure(
         lag_p50_s=percentile(lags, 50),
         lag_p99_s=float(np.percentile(lags, 99)) if len(lags) else None,
         lag_max_s=float(lags.max()) if len(lags) else None,
-        settling={name: settled for name, of in latencies.items() if (settled := settling(of))},
+        settling={
+            name: settled
+            for name, of in latencies.items()
+            if (settled := settling(of, _users(counted)))
+        },
         intervals=_intervals(latencies),
         answers=answers(ok),
         **_statistics("ttft", latencies["ttft"]),
@@ -304,6 +308,11 @@ def _intervals(latencies: Mapping[str, Values]) -> dict[str, interval.Bounds]:
         for percent in (None, *PERCENTS)
     }
     return {_figure(*key): bounds for key, bounds in intervals.items() if bounds is not None}
+
+
+def _users(counted: Sequence[Record]) -> int | None:
+    """Of a closed loop; None for an open one."""
+    return len({record.user for record in counted} - {None}) or None
 
 
 def _user_tokens_per_s(ok: Sequence[Record]) -> float | None:

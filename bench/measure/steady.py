@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import numpy as np
 
-from bench import correlation
+from bench import correlation, interval
 from bench.measure.flow import Window, sent_and_ended
 from bench.measure.latency import Values, e2e_s, last_known_s, present, ttft_s
 from bench.records import Record
@@ -28,16 +28,21 @@ _Z = 1.96
 _ENOUGH, _UNCORRELATED = 100.0, 3.0
 _FEWEST = 20
 _FILLED = 0.9
-_TURNS = 2  # Of each user in a window: the first and the last of a few are no sample of all.
+_TURNS = 1.5  # Of each user in a window: fewer are no sample.
+# What is counted may have been answered faster by that share because users had run out of work.
+_EMPTYING = 0.02
+_FEWEST_TURNS = 3
 _SMALL_SHARE, _SMALL_S = 0.05, 0.005
 
 
 def window(records: Iterable[Record], users: int | None, ramp_s: float = 0.0) -> Window | None:
     """The span in which the load was steady: neither filling up nor running dry.
 
-    Closed loop (`users` of them): from the moment every user has received a first token, until the
-    first user finds no more work, which is the earliest last end of a user. In between each user
-    has a request under way, or is thinking.
+    Closed loop (`users` of them): from the moment every user has received a first token and as many
+    requests have ended as there are users. All users begin together, so until then no new prompt
+    holds up the answers. Until the first user finds no more work, which is the earliest last end of
+    a user; or earlier, if requests would be counted that ended on an emptying server, which is
+    faster than the full one (`_until_emptying_s`).
 
     Open loop (`users` None): from the first end at which at least as many requests have ended as
     are under way, so that those which met an empty server are half gone; but not before nine in ten
@@ -71,9 +76,58 @@ def _closed_loop(records: Sequence[Record], users: int) -> tuple[float, float, i
         if record.chunk_s:
             begun_s = record.chunk_s[0]
             first[record.user] = min(first.get(record.user, begun_s), begun_s)
-    if len(first) < users:
+    ends_s = sorted(record.end_s for record in records if record.end_s is not None)
+    if len(first) < users or len(ends_s) < users:
         return math.inf, -math.inf, users
-    return max(first.values()), min(last.values()), _TURNS * users
+    from_s, idle_s = max(*first.values(), ends_s[users - 1]), min(last.values())
+    return from_s, _until_emptying_s(records, from_s, idle_s), math.ceil(_TURNS * users)
+
+
+def _until_emptying_s(records: Sequence[Record], from_s: float, idle_s: float) -> float:
+    """The latest end of a window whose requests gain little from running on beside idle users.
+
+    Requests of one length end together, and none is cut. Where lengths vary, the last requests of a
+    loop are answered by a server with ever fewer of them, which may be faster. How long one runs on
+    is what is expected of any request that was sent when it was: with its own time the window would
+    end before a long one, and hold too many short ones.
+    """
+    counted = sorted(
+        (r for r in records if r.end_s is not None and from_s <= r.planned_s <= idle_s),
+        key=lambda r: r.planned_s,
+    )
+    if not counted:
+        return idle_s
+    planned_s = np.array([r.planned_s for r in counted])
+    ended_s = np.array([r.end_s or 0.0 for r in counted])
+    took_s = np.sort(ended_s - planned_s)
+    left_s = idle_s - planned_s
+    # The mean of what requests take beyond the time that was left to each.
+    longer = np.searchsorted(took_s, left_s, side="right")
+    beyond_s = np.append(np.cumsum(took_s[::-1])[::-1], 0.0)[longer]
+    gained_s = _gain(counted, idle_s) * np.cumsum(beyond_s - left_s * (len(took_s) - longer))
+    full = np.flatnonzero(gained_s <= _EMPTYING * took_s.mean() * np.arange(1, len(took_s) + 1))
+    if len(full) == len(counted):
+        return idle_s
+    return float(planned_s[full[-1]]) if len(full) else -math.inf
+
+
+def _gain(records: Sequence[Record], idle_s: float) -> float:
+    """By which share requests need less time for a token once users are idle; 1 if not known."""
+    late = [r for r in records if r.end_s is not None and r.end_s > idle_s]
+    late_s = sum((r.end_s or 0.0) - idle_s for r in late)
+    paces_s = _pace_s(late), _pace_s([r for r in records if r.end_s and r.end_s <= idle_s])
+    if not late_s or None in paces_s:
+        return 1.0
+    share = late_s / sum((r.end_s or 0.0) - r.planned_s for r in late)
+    ratio = (paces_s[0] or 0.0) / (paces_s[1] or 1.0)
+    return min(1.0, max(0.0, (1 - ratio) / share))
+
+
+def _pace_s(records: Sequence[Record]) -> float | None:
+    """Seconds a token after the first, over all requests; None where no tokens are known."""
+    several = [r for r in records if (r.output_tokens or 0) > 1 and len(r.chunk_s) > 1]
+    tokens = sum((r.output_tokens or 0) - 1 for r in several)
+    return sum(r.chunk_s[-1] - r.chunk_s[0] for r in several) / tokens if tokens else None
 
 
 def _open_loop(records: Sequence[Record], ramp_s: float) -> tuple[float, float, int]:
@@ -107,7 +161,7 @@ def _settled_from_s(records: Sequence[Record], from_s: float, to_s: float) -> fl
     counted = sorted(
         (r for r in records if r.ok and from_s <= r.planned_s <= to_s), key=lambda r: r.planned_s
     )
-    if not counted:
+    if not len(counted):
         return from_s
     series = [present(map(of, counted)) for of in (ttft_s, e2e_s)]
     cut = max(mser(values) for values in series if len(values) == len(counted) or not len(values))
@@ -168,8 +222,14 @@ class Settling(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def settling(values: Values) -> Settling | None:
-    """Of latencies in the order of their planned times; None where there are too few to say."""
+def settling(values: Values, users: int | None = None) -> Settling | None:
+    """Of latencies in the order of their planned times; None where there are too few to say.
+
+    Args:
+        users: of a closed loop. Requests of equal length stay in step there: all users wait for
+            the same prefill, turn after turn, and such waves say more about the mean than their
+            correlation admits. So the error is also that of the means of turns, if it is smaller.
+    """
     count = len(values)
     if count < _FEWEST:
         return None
@@ -177,9 +237,25 @@ def settling(values: Values) -> Settling | None:
     independent = count / max(ranked, correlation.autocorrelation_time(values))
     mean = float(values.mean())
     error_s = _Z * float(values.std()) / math.sqrt(independent)
+    if users is not None:
+        error_s = min(error_s, _error_of_turns_s(values, users))
     return Settling(
         requests=count,
         independent=independent,
         error_s=error_s,
         error_share=error_s / mean if mean > 0 else 0.0,
     )
+
+
+def _error_of_turns_s(values: Values, users: int) -> float:
+    """Half of a 95% interval for the mean, from the means of as many requests as there are users.
+
+    Infinite where there are too few turns.
+    """
+    turns = len(values) // users
+    if turns < _FEWEST_TURNS:
+        return math.inf
+    means = values[-turns * users :].reshape(turns, users).mean(axis=1)
+    independent = max(2.0, turns / correlation.autocorrelation_time(means))
+    spread_s = float(means.std(ddof=1))
+    return interval.t_quantile(0.975, independent - 1) * spread_s / math.sqrt(independent)

@@ -14,7 +14,10 @@ _CPU, _FAILED_SHARE = 0.9, 0.01
 # Odd answers among the successes; output tokens, of those that were asked for; prompt tokens from
 # the prefix cache that the workload does not explain.
 _ODD_SHARE, _SHORT, _UNEXPLAINED = 0.01, 0.9, 0.01
-_NOT_STEADY = "no steady state: the run was too short, so its start and its end are measured too"
+_NOT_STEADY = (
+    "no steady state: the run was too short, so its start and its end are measured too; send more "
+    "requests (in a closed loop, six or more for each user)"
+)
 
 
 class Doubt(msgspec.Struct, frozen=True, kw_only=True):

@@ -88,15 +88,15 @@ class Sweep:
         self,
         start: int = 1,
         *,
-        max_users: int = 1024,
+        most: int = 1024,
         gain: float = 0.05,
         looks: int = _LOOKS,
         least_count: int = 48,
     ) -> None:
-        if not 1 <= start <= max_users:
-            raise ValueError(f"users must be 1 <= {start} <= {max_users}")
+        if not 1 <= start <= most:
+            raise ValueError(f"users must be 1 <= {start} <= {most}")
         self._max_users, self._grown, self._looks, self._least = (
-            max_users,
+            most,
             1 + gain,
             looks,
             least_count,

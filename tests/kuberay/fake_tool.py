@@ -296,3 +296,7 @@ def _forward(argv: list[str]) -> int:
     print(f"Forwarding from 127.0.0.1:{server.server_port} -> 8000", flush=True)
     server.serve_forever()
     return 0
+
+
+if __name__ == "__main__":  # fake_tool.py TOOL ARGUMENT...
+    sys.exit(main(sys.argv.pop(1)))

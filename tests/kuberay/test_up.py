@@ -25,6 +25,7 @@ from tests.kuberay.test_weights import weigh
 from tests.server import wait
 
 WHERE = ("--name", "ours", "--region", REGION)
+CASES = ROOT.parent / "shared" / "cases" / "eks"
 
 
 @pytest.fixture
@@ -278,6 +279,30 @@ def test_an_interrupted_way_up_is_gone_on_with(
     assert len(commands.calls("eksctl", "create", "cluster")) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eksctl", "create", "cluster"),
+        ("eksctl", "utils", "write-kubeconfig"),
+        ("helm", "upgrade", "nvidia-device-plugin"),
+        ("helm", "show", "crds"),
+        ("helm", "upgrade", "kuberay-operator"),
+        ("kubectl", "apply"),
+        ("kubectl", "get"),
+    ],
+)
+def test_a_step_that_fails_is_gone_on_with(
+    account: Cloud, commands: Commands, words: tuple[str, ...]
+) -> None:
+    commands.rule(*words, says="Error: i/o timeout")
+    failed = run("up", *WHERE, "--yes")
+    assert (failed.returncode, "i/o timeout" in failed.stderr) == (2, True), failed.stderr
+    assert "Traceback" not in failed.stderr
+    again = run("up", *WHERE, "--yes")
+    assert (again.returncode, again.stdout) == (0, "Hello from Qwen2.5-7B-Instruct\n"), again.stderr
+
+
 def test_what_eksctl_says_last_is_told(account: Cloud, commands: Commands) -> None:
     commands.rule("eksctl", "create", says="Error: no capacity for m7i.xlarge")
     result = run("up", *WHERE, "--yes")
@@ -317,3 +342,19 @@ def test_status_of_a_cluster_that_does_not_answer_still_has_its_bill(
     assert "could not be asked" in result.stdout
     assert "g6.xlarge, running" in result.stdout
     assert "$/hour now" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is absent")
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("up.py", ["eksctl create podidentityassociation", "tags now {'qwen-ray-serve/cluster': "]),
+        ("down.py", ["instance running", "volume there snapshot there"]),
+    ],
+)
+def test_a_reproduction_case_is_right(case: str, said: list[str]) -> None:
+    command = [sys.executable, str(CASES / case)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert [text for text in said if text not in process.stdout] == [], process.stdout
+    assert "qwen-ray-serve/expires" not in process.stdout

@@ -20,12 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from serve_app.errors import ConfigError
 from serve_app.launch.launcher import haproxy_ports, load
 from serve_app.planning import embedded, hardware, kernels
 from serve_app.planning.hardware import Gpu, HardwareError
 from serve_app.planning.kernels import Tools
-from serve_app.planning.plan import shape_of
+from serve_app.planning.plan import find, shape_of
 from serve_app.planning.sizing import (
     GIB,
     MIN_OVERHEAD_BYTES,
@@ -100,6 +102,7 @@ def diagnose(config: Path, model: str | None = None) -> list[Check]:
         *checks,
         memory(settings, gpus),
         weights(settings, gpus),
+        *sleep(settings, gpus, psutil.virtual_memory().available),
         shared_memory(shutil.disk_usage("/dev/shm").total),
         open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         scheduler(os.cpu_count() or 1, _AUTOGROUP),
@@ -241,6 +244,29 @@ def memory(settings: Settings, gpus: tuple[Gpu, ...]) -> Check:
     ok = least <= min(usable, free) and share <= free
     mend = "" if ok else "end what uses the GPU (nvidia-smi shows it), or take a smaller model"
     return Check("GPU memory", ok, summary, mend)
+
+
+def sleep(settings: Settings, gpus: tuple[Gpu, ...], available_bytes: int) -> list[Check]:
+    """Whether engines that sleep have a GPU, and the machine memory for their weights; no check
+    where none sleeps."""
+    sleeping = [each for each in settings.of_each_model() if each.sleep.enabled]
+    if not sleeping:
+        return []
+    if not gpus:
+        return [Check("sleep", False, "engines sleep on GPUs only", "leave out 'sleep'")]
+    needed_bytes = 0
+    for each in sleeping:
+        try:
+            shape = shape_of(find(each, gpus), each.engine)
+        except ConfigError:
+            continue  # The checks of memory and weights say so.
+        needed_bytes += each.replicas.max * (shape.weights_bytes if shape is not None else 0)
+    summary = (
+        f"weights of up to {needed_bytes / GIB:.1f} GiB while engines sleep, "
+        f"{available_bytes / GIB:.1f} GiB of this machine's memory available"
+    )
+    ok = needed_bytes <= available_bytes
+    return [Check("sleep", ok, summary, "" if ok else "more memory, or fewer models that sleep")]
 
 
 def weights(settings: Settings, gpus: Sequence[Gpu]) -> Check:

@@ -246,6 +246,17 @@ def test_a_gpu_that_is_too_small_is_bad_with_needed_and_found() -> None:
     assert "Qwen2.5-3B" in check.found
 
 
+def test_engines_that_sleep_need_a_gpu_and_the_machines_memory() -> None:
+    asleep = settings(model="Qwen/Qwen2.5-7B-Instruct", sleep={"after_s": 60.0})
+    (check,) = doctor.sleep(asleep, (card(80),), 64 * GIB)
+    assert check.ok
+    assert "14.2 GiB" in check.found
+    (check,) = doctor.sleep(asleep, (card(80),), 8 * GIB)
+    assert not check.ok
+    assert not doctor.sleep(asleep, (), 64 * GIB)[0].ok
+    assert doctor.sleep(settings(), (card(80),), 64 * GIB) == []
+
+
 def test_a_model_that_is_split_needs_less_of_each_gpu() -> None:
     check = doctor.memory(settings(model="Qwen/Qwen2.5-7B-Instruct"), (card(16),) * 2)
     assert check.ok

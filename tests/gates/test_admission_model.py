@@ -66,6 +66,7 @@ class World:
         self.entered: list[int] = []
         self.highest_bound = bound
         self.bounds = {bound}
+        self.admitted = 0  # When it was closed.
 
     def inside(self) -> list[Client]:
         return [client for client in self.clients if client.state == "inside"]
@@ -126,6 +127,14 @@ class World:
         self.bounds.add(bound)
         self.admission.change(bound, self.admission.max_queued, 1.0)
 
+    def close(self) -> None:
+        if not self.admission.closed:
+            self.admission.close()
+            self.admitted = self.admission.admitted
+
+    def open(self) -> None:
+        self.admission.open()
+
     def pass_time(self, seconds: float) -> None:
         self.loop.now_s += seconds
 
@@ -141,7 +150,9 @@ class World:
         for head in self.heads():
             mine = [n for n in self.entered if self.clients[n].share == head.share]
             assert max(mine, default=-1) < head.number, "not in order of arrival"
-        if waiting := self.waiting():
+        if admission.closed:
+            assert admission.admitted == self.admitted
+        elif waiting := self.waiting():
             assert admission.running
             # The part of a batch that may be kept for others is nothing of a batch this small.
             least = min(min(each.sequences, admission.max_running) for each in self.heads())
@@ -168,6 +179,7 @@ happenings: st.SearchStrategy[tuple[str, tuple[Any, ...]]] = st.one_of(
     st.tuples(st.just("leave"), st.tuples(st.integers(0, 9))),
     st.tuples(st.just("read"), st.tuples(st.integers(1, 9))),
     st.tuples(st.just("resize"), st.tuples(st.integers(1, 6))),
+    st.tuples(st.sampled_from(["close", "open"]), st.just(())),
     st.tuples(st.just("pass_time"), st.tuples(st.sampled_from([0.5, 1.0]))),
 )
 
@@ -211,6 +223,7 @@ def _play(
             world.check()
         for client in world.clients:
             client.release.set()
+        world.open()
         loop.turns(40)
         loop.now_s += 2000.0
         loop.turns(40)

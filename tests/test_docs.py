@@ -81,7 +81,9 @@ def test_commands_name_options_that_exist() -> None:
             assert option in help_of(*command), f"{option} of `{' '.join(command)}` in {page}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarking.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/benchmarking.md", "kuberay/README.md", "runpod/README.md"]
+)
 def test_commands_of_bench_have_all_that_they_need(page: str) -> None:
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()

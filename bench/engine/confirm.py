@@ -8,10 +8,10 @@ from bench import result, run
 from bench.engine import served
 from bench.engine.gain import Gain, gain
 from bench.engine.knobs import Settings
+from bench.engine.measured import Measured, Outcome
 from bench.engine.score import named, rung_of, score
 from bench.engine.trial import Answer, Engine
 from bench.engine.tuned import Tuned
-from bench.engine.tuning import Measured, Outcome
 from bench.errors import BenchError
 from bench.quality import Agreement
 from bench.result import EngineResult, Line

@@ -7,8 +7,8 @@ from typing import NotRequired, TypedDict
 import msgspec
 
 from bench import interval
+from bench.engine.measured import Measured
 from bench.engine.score import STEP
-from bench.engine.tuning import Measured
 
 
 class Gain(TypedDict):

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 
 from bench.engine import knobs
+from bench.engine.measured import Outcome, Trial
 from bench.engine.score import Pace
 from bench.engine.stand import Stand
-from bench.engine.tuning import Outcome, Trial
 from bench.errors import ResultError
 
 JOURNAL = "journal.jsonl"

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from bench.engine import trial
+from bench.engine.climb import Climb
 from bench.engine.trial import Answer, Engine
-from bench.engine.tuning import Climb
 from bench.interval import Bounds
 from bench.measure import Slo
 from bench.search import rate as rate_search

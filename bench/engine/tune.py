@@ -31,14 +31,17 @@ import msgspec
 
 from bench import measure, result, run
 from bench.engine import confirm, deployment, knobs, tuning
+from bench.engine.effects import effects
+from bench.engine.floor import Floor, Lengths
 from bench.engine.gain import Gain, cost, gain
 from bench.engine.journal import Journal
 from bench.engine.knobs import Knob
+from bench.engine.measured import Measured, Outcome, Trial
 from bench.engine.score import LONGEST, STEP, Goal, Pace, Probes, named, pace, score
 from bench.engine.stand import Stand
 from bench.engine.trial import EngineError
 from bench.engine.tuned import Space, Tuned, scored
-from bench.engine.tuning import Floor, Lengths, Measured, Outcome, Search, Trial
+from bench.engine.tuning import Search
 from bench.errors import BenchError
 from bench.hardware import ceilings, gpu
 from bench.quality import PROMPTS, Agreement, agreement
@@ -163,8 +166,8 @@ class Tuning:
             rungs=self._options.rungs,
             repeats=self._options.repeats,
             max_trials=self._options.most,
-            worth=lambda settings: tuning.worth(floor, lengths, settings),
-            ceiling=lambda settings: unit * tuning.requests_per_s(floor, lengths, settings),
+            worth=lambda settings: floor.worth(lengths, settings),
+            ceiling=lambda settings: unit * floor.requests_per_s(lengths, settings),
             refused=self._refused,
         )
 
@@ -363,7 +366,7 @@ class Tuning:
             cost=cost(best.score(), self._options.price) if best and throughput else None,
             answers=self._agreement,
             best_lossless=scored(_lossless(measured, self._space, last)),
-            effects=tuning.effects(measured, 1.0 if throughput else STEP),
+            effects=effects(measured, 1.0 if throughput else STEP),
             trials=trials,
             pruned=search.pruned if search else {},
             failed=[each for each in trials if each.failure],

@@ -5,10 +5,12 @@ from typing import Any
 import msgspec
 
 from bench.engine import knobs
+from bench.engine.effects import Effect
 from bench.engine.gain import Cost, Gain
 from bench.engine.knobs import Settings
+from bench.engine.measured import Measured
 from bench.engine.score import Goal, Pace
-from bench.engine.tuning import Confirmation, Effect, Measured
+from bench.engine.tuning import Confirmation
 from bench.quality import Agreement
 from bench.result import EngineResult
 

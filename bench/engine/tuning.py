@@ -12,99 +12,29 @@ else the defaults stay. What it gains is what those pairs say.
 Nothing is measured that cannot win. A setting is pruned where its upper bound (`ceiling`: from the
 hardware, and from the shortest step that was seen) is below what another has reached. Whatever is
 left out is kept with its reason. The knobs' worth comes from all scores together, by least squares
-on their logs: what a value multiplies the score by, with its interval.
-
-`Climb` finds the highest rate that keeps an objective on a ladder of rates, from where it is
-thought to be, in few probes.
+on their logs: what a value multiplies the score by, with its interval (effects.py).
 """
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from bench import interval
+from bench.engine.effects import effects
 from bench.engine.knobs import Knob, Settings, key, started_with
-from bench.hardware import roofline
-from bench.hardware.roofline import Ceilings, Shape
+from bench.engine.measured import Measured, Outcome, Trial
 from bench.quality import Agreement
 
 # A difference below this is noise at the first rung: the simpler setting stays.
 _TIE = 0.02
 # Of a confirmation: how likely each look at it is to err, 5% together.
 _LOOK_ERRORS = (0.01, 0.04)
-_SEEDS = 1000  # Between those of one part of a confirmation and of the next.
 _COMBINED = 6
 _PROMISING = 1.15
 _HOPEFUL = 0.85  # Of the best at a rung: what is below that is not the best by bad luck.
-
-
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure.
-
-    Attributes:
-        rung: from 0; the last is the full measurement.
-        share: of the full measurement's requests.
-        repeats: with as many seeds.
-        why: for the one who watches.
-        held_out: 0 for a trial of the search; else which part of the confirmation this is, whose
-            seeds no other trial has.
-    """
-
-    settings: Settings
-    rung: int
-    share: float
-    repeats: int
-    why: str
-    held_out: int = 0
-
-    @property
-    def seeds(self) -> range:
-        first = self.held_out * _SEEDS
-        return range(first, first + self.repeats)
-
-
-class Outcome(msgspec.Struct, kw_only=True):
-    """What a trial showed: a score for each repeat, the higher the better; 0 where nothing passed.
-
-    Attributes:
-        bounds: 95 % interval for the highest rate within the SLO, by all probes of all repeats;
-            None for another goal, and where the probes do not bear one.
-        failure: why there is none: the engine did not start, or ended.
-    """
-
-    scores: list[float] = []
-    bounds: tuple[float, float] | None = None
-    failure: str = ""
-    oom: bool = False
-
-    @property
-    def score(self) -> float:
-        return fmean(self.scores) if self.scores else 0.0
-
-
-class Measured(msgspec.Struct, kw_only=True):
-    """A setting and its outcomes, by rung.
-
-    Attributes:
-        held_out: scores of the confirmation, which took no part in choosing it; those of the
-            candidate and of the defaults belong together pair by pair.
-    """
-
-    settings: Settings
-    outcomes: dict[int, Outcome]
-    held_out: list[float] = []
-
-    @property
-    def rung(self) -> int:
-        return max(self.outcomes)
-
-    def score(self, rung: int | None = None) -> float:
-        outcome = self.outcomes.get(self.rung if rung is None else rung)
-        return outcome.score if outcome else 0.0
 
 
 def recommended(
@@ -149,22 +79,6 @@ class Confirmation(msgspec.Struct, kw_only=True):
         """Whether more pairs could not change the verdict, or none are left."""
         behind = self.parts > 0 and fmean(map(math.log, self.ratios)) <= 0
         return self.wins or behind or self.parts >= len(_LOOK_ERRORS)
-
-
-class Effect(msgspec.Struct, kw_only=True):
-    """What a value of a knob multiplies the score by, beside the default.
-
-    Attributes:
-        low, high: its 95% interval; None where there are too few scores to have one.
-        trials: settings with this value.
-    """
-
-    knob: str
-    value: Any
-    ratio: float
-    low: float | None
-    high: float | None
-    trials: int
 
 
 Plan = Generator[Trial, Outcome, None]
@@ -318,7 +232,7 @@ class Search:
             # Only when all its values are known: they are compared with one another too.
             tried = [best, *({**best, knob.name: value} for value in knob.values[1:])]
             scores = [self._score(point, 0) for point in tried]
-            place = int(np.argmax(scores))
+            place = scores.index(max(scores))
             if scores[place] > scores[0] * (1 + _TIE):
                 best = dict(tried[place])
         return best
@@ -428,227 +342,3 @@ def _name(knob: Knob, value: Any) -> tuple[str, str]:
 
 def _log_of(logs: Mapping[tuple[str, str], float], name: str, value: Any) -> float:
     return 0.0 if value is None else logs.get((name, key({"v": value})), 0.0)
-
-
-# --- what each knob is worth ----------------------------------------------------------------
-
-
-def effects(measured: Iterable[Measured], resolution: float = 1.0) -> list[Effect]:
-    """What every value that was tried multiplies the score by, as if knobs did not depend on each
-    other; by least squares on the logs of all scores, each rung with a level of its own.
-
-    A score of a rung twice as long has half the variance. All intervals together hold their truths
-    with 95% (Bonferroni), as whoever reads twelve of them looks for the one that stands out. A
-    value that only came together with another cannot be told from it and is left out.
-
-    Args:
-        resolution: how far apart two scores must be to be told apart, as a ratio: scores of a
-            ladder are equal where they are not the same, so intervals are that much wider.
-    """
-    rows = [
-        (each.settings, rung, score)
-        for each in measured
-        for rung, outcome in each.outcomes.items()
-        # What a setting was chosen by to go on is the score of a lucky one.
-        if rung == each.rung or not each.settings
-        for score in outcome.scores
-        if score > 0
-    ]
-    values = {
-        (name, key({"v": value})): value
-        for settings, _, _ in rows
-        for name, value in settings.items()
-    }
-    rungs = sorted({rung for _, rung, _ in rows})
-    columns = list(values)
-    if not rows or not columns:
-        return []
-    matrix = np.zeros((len(rows), len(rungs) + len(columns)))
-    for place, (settings, rung, _) in enumerate(rows):
-        matrix[place, rungs.index(rung)] = 1.0
-        for name, value in settings.items():
-            matrix[place, len(rungs) + columns.index((name, key({"v": value})))] = 1.0
-    weights = np.array([math.sqrt(2.0**rung) for _, rung, _ in rows])
-    logs = np.array([math.log(score) for _, _, score in rows])
-    fit = _fit(matrix * weights[:, None], logs * weights, len(columns), math.log(resolution))
-    listed = []
-    for place, (name, text) in enumerate(columns, len(rungs)):
-        if not fit.told_apart[place]:
-            continue
-        centre, half = float(fit.centres[place]), fit.halves
-        width = None if half is None else float(half[place])
-        listed.append(
-            Effect(
-                knob=name,
-                value=values[name, text],
-                ratio=math.exp(centre),
-                low=None if width is None else math.exp(centre - width) / resolution,
-                high=None if width is None else math.exp(centre + width) * resolution,
-                trials=len({key(s) for s, _, _ in rows if key({"v": s.get(name)}) == text}),
-            )
-        )
-    return sorted(listed, key=lambda each: -abs(math.log(each.ratio)))
-
-
-class _Fit(msgspec.Struct, frozen=True):
-    """Of least squares; `halves` of the intervals are None where there are too few scores."""
-
-    centres: Any
-    halves: Any
-    told_apart: Any
-
-
-def _fit(matrix: Any, logs: Any, together: int, step: float) -> _Fit:
-    """Least squares, with intervals that hold for `together` columns at once."""
-    inverse = np.linalg.pinv(matrix)
-    coefficients = inverse @ logs
-    told_apart = np.isclose(np.diag(inverse @ matrix), 1.0, atol=1e-6)
-    freedom = len(logs) - int(np.linalg.matrix_rank(matrix))
-    if freedom <= 0:
-        return _Fit(coefficients, None, told_apart)
-    rest = logs - matrix @ coefficients
-    # Scores of a ladder vary by what lies between two rungs of it, also where they are the same.
-    spread = max(float(rest @ rest) / freedom, step**2 / 12)
-    error = (1 - interval.CONFIDENCE) / max(1, together)
-    quantile = interval.t_quantile(1 - error / 2, freedom)
-    return _Fit(coefficients, quantile * np.sqrt(spread * np.diag(inverse @ inverse.T)), told_apart)
-
-
-# --- the hardware ---------------------------------------------------------------------------
-
-
-class Lengths(msgspec.Struct, frozen=True, kw_only=True):
-    """Of an average request of the load, in tokens; `cached` of the prompt need not be read."""
-
-    read: float
-    written: float
-
-
-class Floor(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of an engine before a trial of it.
-
-    Attributes:
-        shape, ceilings: None where nobody measured the machine.
-        step_s: the shortest step that was seen, a batch of one: none is shorter.
-        seqs, tokens: vLLM's own limits of a batch.
-    """
-
-    shape: Shape | None = None
-    ceilings: Ceilings | None = None
-    step_s: float = 0.0
-    seqs: int = 256
-    tokens: int = 2048
-
-
-def requests_per_s(floor: Floor, lengths: Lengths, settings: Settings) -> float:
-    """The rate that a setting cannot exceed, whatever the load."""
-    tokens = int(settings.get("max_num_batched_tokens") or floor.tokens)
-    seqs = min(int(settings.get("max_num_seqs") or floor.seqs), tokens)
-    least_s = max(floor.step_s, _read_s(floor, lengths, settings, seqs))
-    bounds = [math.inf]
-    if least_s > 0:
-        # A sequence gets a token a step; and a step has room for so many tokens.
-        bounds.append(seqs / (lengths.written * least_s))
-        bounds.append(tokens / ((lengths.read + lengths.written) * least_s))
-    if hardware_s := _hardware_s(floor, lengths, settings, seqs):
-        bounds.append(1 / max(hardware_s))
-    return min(bounds)
-
-
-def worth(floor: Floor, lengths: Lengths, settings: Settings) -> float:
-    """About how many times faster than the defaults the hardware lets a setting be."""
-    seqs = min(floor.seqs, 128)  # A batch that is neither small nor beyond what fits.
-    mine = _hardware_s(floor, lengths, settings, seqs)
-    default = _hardware_s(floor, lengths, {}, seqs)
-    return sum(default) / sum(mine) if mine and default else 1.0
-
-
-def _shape_and_ceilings(floor: Floor, settings: Settings) -> tuple[Shape, Ceilings] | None:
-    if floor.shape is None or floor.ceilings is None:
-        return None
-    shape, ceilings = floor.shape, floor.ceilings
-    if settings.get("quantization") == "fp8":
-        shape = msgspec.structs.replace(shape, weight_bytes=1.0)
-        ceilings = msgspec.structs.replace(ceilings, flops_per_s=2 * ceilings.flops_per_s)
-    if str(settings.get("kv_cache_dtype", "")).startswith("fp8"):
-        shape = msgspec.structs.replace(shape, kv_bytes=1.0)
-    return shape, ceilings
-
-
-def _read_s(floor: Floor, lengths: Lengths, settings: Settings, seqs: int) -> float:
-    """The least time of a step that writes a token to so many sequences."""
-    hardware = _shape_and_ceilings(floor, settings)
-    if hardware is None:
-        return 0.0
-    shape, ceilings = hardware
-    return roofline.decode(shape, seqs, lengths.read).least_s(ceilings)
-
-
-def _hardware_s(
-    floor: Floor, lengths: Lengths, settings: Settings, seqs: int
-) -> tuple[float, float] | None:
-    """Of one request in a batch of `seqs`: the least time to compute, and to read memory."""
-    hardware = _shape_and_ceilings(floor, settings)
-    if hardware is None:
-        return None
-    shape, ceilings = hardware
-    prompt = roofline.prefill(shape, lengths.read)
-    step = roofline.decode(shape, seqs, lengths.read)
-    flops = prompt.flops + lengths.written * step.flops / seqs
-    memory = lengths.written * step.bytes / seqs
-    return flops / ceilings.flops_per_s, memory / ceilings.bytes_per_s
-
-
-# --- the highest rate -----------------------------------------------------------------------
-
-
-class Climb:
-    """The highest rung of a ladder that passes, from a start, in strides that halve.
-
-    Args:
-        start, stride: rungs, any whole number.
-        gap: how far apart the highest that passed and the lowest that failed may be.
-        lowest: nothing below is tried.
-        probes: how many rungs are tried at most.
-    """
-
-    def __init__(
-        self, start: int, *, stride: int = 4, gap: int = 1, lowest: int = -60, probes: int = 12
-    ) -> None:
-        self._at, self._stride, self._gap = start, max(stride, gap), gap
-        self._least, self._left = lowest, probes
-        self.passed: int | None = None
-        self.failed: int | None = None
-
-    @property
-    def result(self) -> int | None:
-        """The highest that passed; where the probes did not narrow it down, the middle of what is
-        left; a stride below what failed, where nothing passed. None where that is off the ladder.
-        """
-        if self.passed is None:
-            below = None if self.failed is None else self.failed - self._gap
-            return below if below is not None and below >= self._least else None
-        wide = self.failed is not None and self.failed - self.passed > self._gap
-        return (self.passed + (self.failed or 0)) // 2 if wide else self.passed
-
-    def ask(self) -> int | None:
-        """The rung to probe next; None: it is known."""
-        if self._left <= 0 or self._at < self._least:
-            return None
-        if self.passed is not None and self.failed is not None:
-            return None if self.failed - self.passed <= self._gap else self._at
-        return self._at
-
-    def tell(self, passed: bool) -> None:
-        self._left -= 1
-        at = self._at
-        if passed:
-            self.passed = at if self.passed is None else max(self.passed, at)
-        else:
-            self.failed = at if self.failed is None else min(self.failed, at)
-        if self.passed is not None and self.failed is not None:
-            self._at = (self.passed + self.failed) // 2
-            return
-        # Further each time: what is thought may be far off.
-        self._at = at + self._stride if passed else at - self._stride
-        self._stride = min(2 * self._stride, 8)

@@ -14,9 +14,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench.engine import gain, tuning
+from bench.engine import gain
+from bench.engine.effects import effects
 from bench.engine.knobs import Knob
-from bench.engine.tuning import Outcome, Search
+from bench.engine.measured import Outcome
+from bench.engine.tuning import Search
 from bench.figures import Run
 from bench.measure import METRICS, Measures, Slo
 from bench.pages import compare
@@ -95,7 +97,7 @@ def tunings(count: int) -> str:
                 ratios.append(gained["ratio"] if gained else 1.0)
                 false += any(
                     effect.low is not None and not effect.low <= 1 <= (effect.high or 0)
-                    for effect in tuning.effects(search.measured.values())
+                    for effect in effects(search.measured.values())
                     if effect.knob != "a" or effect.value != 3
                 )
             truth = "nothing is better" if better == 1 else f"a = 3 gains {better - 1:.0%}"

@@ -19,13 +19,13 @@ from markupsafe import Markup
 from bench import plots
 from bench.engine import knobs
 from bench.engine.confirm import Confirmed
+from bench.engine.effects import Effect
 from bench.engine.gain import Gain
 from bench.engine.kvcache import KvCache, View
 from bench.engine.profile import Profile
 from bench.engine.scale import Layout, OfWorkload, Scaled
 from bench.engine.scheduler import Schedules
 from bench.engine.tuned import Tuned
-from bench.engine.tuning import Effect
 from bench.figures import Run
 from bench.hardware.roofline import Roofline, Verdict
 from bench.matrix import Matrix

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from bench.measure import Slo
 from bench.simulation import demand
-from bench.simulation.enginemodel import Job
 from bench.simulation.fleet import Fleet
+from bench.simulation.job import Job
 from bench.simulation.reality import Measured
 from serve_app.scaling.policy import Goal
 

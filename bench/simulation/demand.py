@@ -19,7 +19,8 @@ from itertools import islice
 
 from bench import spec
 from bench.errors import LoadError
-from bench.simulation.enginemodel import Engine, Job
+from bench.simulation.enginemodel import Engine
+from bench.simulation.job import Job
 from bench.traffic import schedule, workload
 from bench.traffic.request import Request
 

@@ -36,7 +36,9 @@ from bench import measure, result
 from bench.errors import BenchError, ResultError
 from bench.records import Record, read
 from bench.result import Asked
-from bench.simulation.enginemodel import Costs, Engine, Job, serve, serve_closed
+from bench.simulation.batch import serve, serve_closed
+from bench.simulation.enginemodel import Costs, Engine
+from bench.simulation.job import Job
 from bench.traffic import schedule
 
 _NAMES = tuple(field.name for field in fields(Costs))

@@ -1,6 +1,6 @@
 """Replicas that come and go under a load: engines, a balancer, and a loop that asks a policy.
 
-    arrival -> balancer: the replica with the fewest open requests -> its engine (enginemodel.Batch)
+    arrival -> balancer: the replica with the fewest open requests -> its engine (batch.Batch)
     every period_s: what the replicas report -> the policy -> replicas asked for, or let go
 
 A replica that is asked for serves `start_s` later, and costs from when it is asked for. One that is
@@ -24,7 +24,9 @@ import numpy as np
 
 from bench.errors import BenchError
 from bench.records import Record
-from bench.simulation.enginemodel import Batch, Engine, Job, clone
+from bench.simulation.batch import Batch
+from bench.simulation.enginemodel import Engine
+from bench.simulation.job import Job, clone
 from serve_app.scaling.policy import Decision, ReplicaLoad, Snapshot
 
 

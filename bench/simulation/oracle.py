@@ -9,7 +9,9 @@ sequences that write.
 
 from collections import deque
 
-from bench.simulation.enginemodel import Batch, Engine, Job
+from bench.simulation.batch import Batch
+from bench.simulation.enginemodel import Engine
+from bench.simulation.job import Job
 
 
 class Preferring(Batch):

@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from bench import spec
 from bench.errors import BenchError
-from bench.simulation.enginemodel import Engine, Job
+from bench.simulation.enginemodel import Engine
 from bench.simulation.fleet import Fleet, Policy, View
+from bench.simulation.job import Job
 from serve_app.scaling.policy import Decision, Goal, State, decide
 
 KINDS = {

@@ -18,8 +18,8 @@ from bench import result
 from bench.errors import ResultError
 from bench.figures import Run
 from bench.records import Record, read
-from bench.simulation.enginemodel import Job
 from bench.simulation.fleet import Timeline
+from bench.simulation.job import Job
 
 
 @dataclass(frozen=True)

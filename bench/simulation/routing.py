@@ -39,7 +39,9 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
-from bench.simulation.enginemodel import Batch, Engine, Job, roofline
+from bench.simulation.batch import Batch
+from bench.simulation.enginemodel import Engine, roofline
+from bench.simulation.job import Job
 from serve_app.gateway import routing
 from serve_app.gateway.routing import Candidate, PrefixRouter, Router
 

@@ -35,7 +35,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from bench.simulation.enginemodel import Batch, Engine, Job, clone, roofline
+from bench.simulation.batch import Batch
+from bench.simulation.enginemodel import Engine, roofline
+from bench.simulation.job import Job, clone
 from bench.simulation.oracle import Preferring
 from serve_app.tenants.fair import UNREAD_TOKENS, Entry, FairQueue, Share, work_of
 

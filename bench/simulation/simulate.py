@@ -42,8 +42,9 @@ from bench.simulation import (
     reality,
 )
 from bench.simulation.case import Case, Draw
-from bench.simulation.enginemodel import Engine, Job
+from bench.simulation.enginemodel import Engine
 from bench.simulation.fleet import Fleet, Outcome
+from bench.simulation.job import Job
 from bench.simulation.reality import Measured
 from bench.simulation.simulated import Beside, Error, Simulated, Simulation, Tried, Validated
 from bench.simulation.trials import Strain, Trial, over_seeds

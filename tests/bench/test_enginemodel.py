@@ -14,17 +14,10 @@ from bench import measure, records
 from bench.errors import BenchError, ResultError
 from bench.records import Record
 from bench.simulation import enginefit, enginemodel
+from bench.simulation.batch import Batch, serve, serve_closed
 from bench.simulation.enginefit import Load
-from bench.simulation.enginemodel import (
-    Batch,
-    Costs,
-    Engine,
-    Job,
-    clone,
-    roofline,
-    serve,
-    serve_closed,
-)
+from bench.simulation.enginemodel import Costs, Engine, roofline
+from bench.simulation.job import Job, clone
 
 COSTS = Costs(step_s=0.01, prefill_token_s=1e-4, decode_seq_s=1e-3, kv_token_s=1e-6)
 ENGINE = Engine(COSTS, max_num_seqs=8, token_budget=100, kv_blocks=1000, block_tokens=16)

@@ -10,8 +10,9 @@ import pytest
 from bench import measure
 from bench.errors import BenchError
 from bench.simulation import fleet
-from bench.simulation.enginemodel import Costs, Engine, Job
+from bench.simulation.enginemodel import Costs, Engine
 from bench.simulation.fleet import Fleet, View
+from bench.simulation.job import Job
 from serve_app.scaling.policy import Decision
 
 # A request of 10 tokens in and 1 out takes a second, alone or not.

@@ -6,8 +6,9 @@ import pytest
 
 from bench.errors import BenchError
 from bench.simulation import fleet, policies
-from bench.simulation.enginemodel import Costs, Engine, Job, roofline
+from bench.simulation.enginemodel import Costs, Engine, roofline
 from bench.simulation.fleet import Fleet, Policy, View
+from bench.simulation.job import Job
 from serve_app.scaling import policy as scaling
 from serve_app.scaling.policy import Goal, ReplicaLoad, Snapshot
 

@@ -18,9 +18,11 @@ from bench.figures import Run
 from bench.measure import Slo
 from bench.scrape import Sample
 from bench.simulation import demand, simulate, simulation_page
+from bench.simulation.batch import serve, serve_closed
 from bench.simulation.demand import Surge, Wave
-from bench.simulation.enginemodel import Costs, Engine, Job, serve, serve_closed
+from bench.simulation.enginemodel import Costs, Engine
 from bench.simulation.fleet import Fleet
+from bench.simulation.job import Job
 from bench.simulation.simulate import Case
 from bench.simulation.simulated import Simulated
 

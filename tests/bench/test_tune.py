@@ -14,9 +14,9 @@ import yaml
 
 from bench.engine import gain, kvcache, score, served, stand, trial
 from bench.engine.journal import JOURNAL, Journal
+from bench.engine.measured import Measured, Outcome, Trial
 from bench.engine.stand import Stand
 from bench.engine.trial import Answer, Engine, EngineError, failure
-from bench.engine.tuning import Measured, Outcome, Trial
 from bench.errors import BenchError, ResultError
 from bench.measure import Slo
 from bench.records import Record

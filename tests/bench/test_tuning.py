@@ -10,8 +10,12 @@ import pytest
 
 from bench import quality
 from bench.engine import gain, knobs, tuning
+from bench.engine.climb import Climb
+from bench.engine.effects import effects
+from bench.engine.floor import Floor, Lengths
 from bench.engine.knobs import Knob
-from bench.engine.tuning import Climb, Floor, Lengths, Measured, Outcome, Search, Trial
+from bench.engine.measured import Measured, Outcome, Trial
+from bench.engine.tuning import Search
 from bench.hardware.roofline import Ceilings, Shape
 from bench.itself.power import KNOBS, tuned
 
@@ -144,8 +148,8 @@ def test_where_no_setting_is_better_the_defaults_stay(spread: float, ladder: boo
         result = gain.gain(search.best, search.default, 2, ladder)
         assert result is not None
         ratios.append(result["ratio"])
-        effects = tuning.effects(search.measured.values(), 1.04 if ladder else 1.0)
-        false += any(e.low is not None and not e.low <= 1 <= (e.high or 0) for e in effects)
+        worths = effects(search.measured.values(), 1.04 if ladder else 1.0)
+        false += any(e.low is not None and not e.low <= 1 <= (e.high or 0) for e in worths)
     assert changed <= 4
     assert fmean(ratios) == pytest.approx(1.0, abs=0.003)
     assert false <= 6
@@ -185,7 +189,7 @@ def test_effects_are_what_each_value_multiplies_the_score_by() -> None:
         # Two help each other, which no single factor says.
         if not ("dtype" in point and point.get("max_num_seqs") == 64)
     ]
-    values = {(each.knob, each.value): each for each in tuning.effects(measured)}
+    values = {(each.knob, each.value): each for each in effects(measured)}
     for (name, value), ratio in {
         ("max_num_seqs", 4): 0.3,
         ("max_num_seqs", 64): 1.3,
@@ -198,7 +202,7 @@ def test_effects_are_what_each_value_multiplies_the_score_by() -> None:
         assert effect.high is not None
         assert effect.low < ratio < effect.high
         assert effect.high / effect.low < 1.1
-    assert tuning.effects(measured)[0].knob == "max_num_seqs"
+    assert effects(measured)[0].knob == "max_num_seqs"
 
 
 def test_values_that_only_came_together_are_not_told_apart() -> None:
@@ -208,14 +212,14 @@ def test_values_that_only_came_together_are_not_told_apart() -> None:
         Measured(settings=both, outcomes={0: Outcome(scores=[2.0, 2.1])}),
         Measured(settings={"max_num_batched_tokens": 32}, outcomes={0: Outcome(scores=[0.5])}),
     ]
-    assert [each.knob for each in tuning.effects(measured)] == ["max_num_batched_tokens"]
+    assert [each.knob for each in effects(measured)] == ["max_num_batched_tokens"]
     # One score is no interval.
-    assert tuning.effects(measured[:1]) == []
+    assert effects(measured[:1]) == []
     single = [
         Measured(settings={}, outcomes={0: Outcome(scores=[1.0])}),
         Measured(settings={"dtype": "b"}, outcomes={0: Outcome(scores=[2.0])}),
     ]
-    effect = tuning.effects(single)[0]
+    effect = effects(single)[0]
     assert (effect.ratio, effect.low) == (pytest.approx(2.0), None)
 
 
@@ -236,25 +240,23 @@ def test_a_small_batch_bounds_the_rate() -> None:
     lengths = Lengths(read=200, written=50)
     floor = Floor(step_s=0.01, seqs=256, tokens=2048)
     # Four sequences of 50 tokens each, a token in 10 ms: eight requests/s.
-    assert tuning.requests_per_s(floor, lengths, {"max_num_seqs": 4}) == pytest.approx(8)
+    assert floor.requests_per_s(lengths, {"max_num_seqs": 4}) == pytest.approx(8)
     # 64 tokens a step of 10 ms, 250 tokens a request.
-    few = tuning.requests_per_s(floor, lengths, {"max_num_batched_tokens": 64})
+    few = floor.requests_per_s(lengths, {"max_num_batched_tokens": 64})
     assert few == pytest.approx(25.6)
-    assert tuning.requests_per_s(Floor(), lengths, {"max_num_seqs": 4}) == math.inf
+    assert Floor().requests_per_s(lengths, {"max_num_seqs": 4}) == math.inf
     expected = Floor(shape=SHAPE, ceilings=CEILINGS, step_s=1e-4, seqs=1024, tokens=8192)
     # 2 * 6.5e9 operations for each of 250 tokens at 700 TFLOP/s.
-    assert tuning.requests_per_s(expected, lengths, {}) == pytest.approx(
-        700e12 / 250 / 13.2e9, rel=0.1
-    )
+    assert expected.requests_per_s(lengths, {}) == pytest.approx(700e12 / 250 / 13.2e9, rel=0.1)
 
 
 def test_half_the_bytes_are_worth_something_on_paper() -> None:
     floor = Floor(shape=SHAPE, ceilings=CEILINGS)
     lengths = Lengths(read=800, written=100)
-    assert tuning.worth(floor, lengths, {}) == 1.0
-    assert 1.5 < tuning.worth(floor, lengths, {"quantization": "fp8"}) < 2.0
-    assert 1.0 < tuning.worth(floor, lengths, {"kv_cache_dtype": "fp8"}) < 1.5
-    assert tuning.worth(Floor(), lengths, {"quantization": "fp8"}) == 1.0
+    assert floor.worth(lengths, {}) == 1.0
+    assert 1.5 < floor.worth(lengths, {"quantization": "fp8"}) < 2.0
+    assert 1.0 < floor.worth(lengths, {"kv_cache_dtype": "fp8"}) < 1.5
+    assert Floor().worth(lengths, {"quantization": "fp8"}) == 1.0
 
 
 @pytest.mark.parametrize("highest", [-30, -3, 0, 1, 7, 25])

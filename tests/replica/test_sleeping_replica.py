@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.observe import metrics
+from serve_app.planning import embedded
 from serve_app.planning.placement import place
 from serve_app.planning.plan import Plan
 from serve_app.replica.deployment import ReplicaBase
@@ -145,6 +147,30 @@ async def test_a_request_that_meets_a_failing_wake_is_refused_and_the_next_one_a
     await replica.asleep()
     assert (await app.post("/v1/completions", json=ASK)).status_code == 200
     replica.end()
+
+
+async def test_replicas_on_one_gpu_start_and_answer_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "cache_dir", lambda: tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    replicas = [Replica({"sleep": {"models_per_gpu": 2}}) for _ in range(2)]
+    engines = [cast(Engine, replica._engine) for replica in replicas]
+    for engine in engines:
+        engine.awake = False
+    clients = []
+    for replica, engine in zip(replicas, engines, strict=True):
+        # The second start waits until the first engine has given way.
+        await asyncio.to_thread(replica._share_gpu)
+        assert not any(other.awake for other in engines if other is not engine)
+        engine.awake = True
+        clients.append(client(await replica._stack()))
+    for turn in (0, 1, 1, 0, 1):
+        answer = await clients[turn].post("/v1/completions", json=ASK)
+        assert (answer.status_code, answer.json()) == (200, {"text": "y"})
+        assert [engine.awake for engine in engines] == [turn == 0, turn == 1]
+    for replica in replicas:
+        replica.end()
 
 
 async def test_without_the_setting_nothing_sleeps() -> None:

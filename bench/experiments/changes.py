@@ -135,7 +135,11 @@ def _serving(options: argparse.Namespace) -> Iterator[None]:
         "cpus_per_replica": 0.3,
         "api_keys": {"env": None, "file": str((folder / _KEYS).resolve())},
         "gateway": {**application["args"].get("gateway", {}), "enabled": options.gateway},
-        "engine": {**application["args"].get("engine", {}), **options.engine},
+        "engine": {
+            "max_model_len": 2048,
+            **application["args"].get("engine", {}),
+            **options.engine,
+        },
     }
     (folder / _CONFIG).write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [sys.executable, "-m", "serve_app", "serve", "--config", str(folder / _CONFIG)]

@@ -7,8 +7,8 @@ before Ray, so that they are done while Ray starts, and once for all replicas of
 replica's Ray worker is then forked from it (worker.py), and from that worker, before Ray has any
 threads there, the fork server of its engine (forkserver.py).
 
-It has one thread, opens no device and is in no Ray cluster; where that does not hold, it forks
-nothing. It forks only for its own user, and only workers whose environment is its own, since
+It has one thread, has not initialised CUDA and is in no Ray cluster; where that does not hold, it
+forks nothing. It forks only for its own user, and only workers whose environment is its own, since
 libraries read theirs when they are imported. It ends when its standard input does; workers that it
 forked are not touched.
 """
@@ -46,6 +46,9 @@ _OF_A_WORKER = frozenset(
 )
 # Set by an import. The cache of compiled kernels would take it for the operator's choice.
 _NOT_INHERITED = frozenset(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "RAY_RAYLET_PID"))
+# Open in a process that CUDA was initialised in, which a fork of it could not use. NVML, by which
+# vLLM finds out what GPUs there are as it is imported, opens others.
+_OPEN_WITH_CUDA = frozenset(("/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"))
 # The longest that a stand-in may take to say what it wants.
 _REQUEST_S = 5.0
 
@@ -199,16 +202,17 @@ def environment(
     return imported | dict(wanted)
 
 
-def unforkable() -> str | None:
+def unforkable(descriptors: Path = Path("/proc/self/fd")) -> str | None:
     """Why this process must not be forked; None: it may be."""
     if threading.active_count() > 1:
         return f"it has {threading.active_count()} threads"
-    for entry in Path("/proc/self/fd").iterdir():
+    for entry in descriptors.iterdir():
         try:
             target = str(entry.readlink())
         except OSError:
             continue  # The descriptor of this listing.
-        if target.startswith("/dev/nvidia"):
+        # vLLM forks after NVML as well (VLLM_WORKER_MULTIPROC_METHOD).
+        if target in _OPEN_WITH_CUDA:
             return f"it has opened {target}"
     return None
 

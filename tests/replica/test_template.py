@@ -249,6 +249,15 @@ def test_nothing_is_forked_beside_a_thread() -> None:
         thread.join()
 
 
+def test_nvml_may_be_forked_and_cuda_may_not(tmp_path: Path) -> None:
+    """vLLM asks NVML for the GPUs as it is imported."""
+    (tmp_path / "3").symlink_to("/dev/nvidiactl")
+    (tmp_path / "4").symlink_to("/dev/nvidia0")
+    assert template.unforkable(tmp_path) is None
+    (tmp_path / "5").symlink_to("/dev/nvidia-uvm")
+    assert "/dev/nvidia-uvm" in (template.unforkable(tmp_path) or "")
+
+
 @pytest.mark.parametrize(
     ("wanted", "names"),
     [

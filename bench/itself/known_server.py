@@ -277,6 +277,8 @@ class Server:
             connection.send(_json("200 OK", {"object": "list", "data": [{"id": MODEL}]}))
         elif url == "/stats":
             connection.send(_json("200 OK", self._stats()))
+        elif url == "/health":
+            connection.send(_json("200 OK", {}))
         elif method == "POST" and url in ("/v1/completions", "/v1/chat/completions"):
             self._generate(connection, json.loads(body), chat="chat" in url)
         else:

@@ -10,11 +10,13 @@ as far as it lets itself be told; `differs` says where it does not.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bench.errors import BenchError
@@ -22,6 +24,8 @@ from bench.errors import BenchError
 PYTHON = sys.version_info[:2]
 INSTALL_S, RUN_S = 900.0, 900.0
 _LAST_LINES = 400
+_NEWER = 3  # How many releases of Python are tried, from the oldest on that a tool runs on.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 # The figures that all of them have, by the names of `vllm bench serve`.
 Figures = dict[str, float]
 
@@ -66,6 +70,8 @@ class Tool:
         command: writes what the tool reads into the folder, and returns the arguments.
         read: its figures, from the folder.
         differs: how its load or its definitions are not ours.
+        offline: whether it is told that there is no model hub. aiperf then looks for tokenizers in
+            the hub's cache only, and finds none in a folder.
     """
 
     name: str
@@ -74,6 +80,7 @@ class Tool:
     command: Callable[[Ask], list[str]]
     read: Callable[[Path], Figures]
     differs: str
+    offline: bool = True
 
 
 # --- environments ---------------------------------------------------------------------------
@@ -95,15 +102,32 @@ class Environment:
         program = home / "bin" / tool.name
         if program.exists():
             return program
-        if tool.python > PYTHON:
-            wanted = ".".join(map(str, tool.python))
-            raise ToolError(f"{tool.requirement} needs Python {wanted}")
-        _run([sys.executable, "-m", "venv", str(home)], INSTALL_S, None)
+        _run([_python(tool), "-m", "venv", str(home)], INSTALL_S)
         pip = [str(home / "bin" / "pip"), "install", "--quiet", "--no-input", tool.requirement]
-        _run(pip, INSTALL_S, None)
+        _run(pip, INSTALL_S)
         if not program.exists():
             raise ToolError(f"{tool.requirement} has no program {tool.name}")
         return program
+
+
+def _python(tool: Tool) -> str:
+    """A Python that is new enough for the tool: this one, or one of the path.
+
+    Raises:
+        ToolError: there is none.
+    """
+    if tool.python <= PYTHON:
+        return sys.executable
+    major, oldest = tool.python
+    for minor in range(oldest, oldest + _NEWER):
+        python = shutil.which(f"python{major}.{minor}")
+        # A version manager may have the name without the program.
+        if (
+            python
+            and not subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode
+        ):
+            return python
+    raise ToolError(f"{tool.requirement} needs Python {major}.{oldest}")
 
 
 def measure(tool: Tool, environment: Environment, ask: Ask) -> Figures:
@@ -113,27 +137,33 @@ def measure(tool: Tool, environment: Environment, ask: Ask) -> Figures:
         ToolError: it cannot be installed or run, or does not write what it should.
     """
     program = environment.program(tool)
-    _run([str(program), *tool.command(ask)], RUN_S, ask.folder)
+    offline = _OFFLINE if tool.offline else {}
+    _run([str(program), *tool.command(ask)], RUN_S, ask.folder, offline)
     try:
         return tool.read(ask.folder)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ToolError(f"{tool.name} left no result that can be read: {error!r}") from error
 
 
-def _run(command: list[str], timeout_s: float, folder: Path | None) -> None:
-    """Run to the end, away from the terminal and from model hubs.
+def _run(
+    command: list[str],
+    timeout_s: float,
+    folder: Path | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Run to the end, away from the terminal.
 
     Raises:
         ToolError: it took too long, could not start or failed; with the end of what it wrote.
     """
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "NO_COLOR": "1"}
     # What this process imports from must not be found by the other's Python.
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    own = {"PYTHONPATH", "PYTHONHOME", *_OFFLINE}
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
     try:
         done = subprocess.run(
             command,
             cwd=folder,
-            env={**inherited, **quiet},
+            env={**inherited, "NO_COLOR": "1", **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -332,6 +362,7 @@ TOOLS = {
             _aiperf,
             _of_aiperf,
             "its first token is the first event with text",
+            offline=False,
         ),
         Tool(
             "inference-perf",

@@ -121,7 +121,8 @@ out.write_text({json.dumps(result)!r})
     for value in ("http://127.0.0.1:1", "/tokenizer", "8", "ignore_eos"):
         assert value in told
     variables = json.loads((tmp_path / "out/environment.json").read_text())
-    assert variables["HF_HUB_OFFLINE"] == "1"
+    # Offline, aiperf finds no tokenizer in a folder.
+    assert variables.get("HF_HUB_OFFLINE") == (None if name == "aiperf" else "1")
     assert "PYTHONPATH" not in variables
 
 
@@ -141,8 +142,28 @@ def test_a_tool_that_needs_a_newer_python_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tools, "PYTHON", (3, 11))
+    broken = tmp_path / "python3.12"  # As a version manager leaves it.
+    broken.write_text("#!/bin/sh\nexit 127\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ToolError, match=r"inference-perf==0.7.0 needs Python 3\.12"):
         Environment(tmp_path).program(TOOLS["inference-perf"])
+
+
+def test_a_tool_that_needs_a_newer_python_gets_one_of_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools, "PYTHON", (3, 11))
+    newer = tmp_path / "bin/python3.13"
+    newer.parent.mkdir()
+    newer.write_text(
+        '#!/bin/sh\n[ "$1" = -m ] || exit 0\n'
+        'mkdir -p "$3/bin" && cp "$0" "$3/bin/pip" && cp "$0" "$3/bin/inference-perf"\n'
+    )
+    newer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{newer.parent}:/usr/bin:/bin")
+    program = Environment(tmp_path / "env").program(TOOLS["inference-perf"])
+    assert program == tmp_path / "env/inference-perf/bin/inference-perf"
 
 
 @pytest.mark.parametrize(

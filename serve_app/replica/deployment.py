@@ -59,7 +59,7 @@ class ReplicaBase:
     _fast_lane: FastLane | None = None
     _cache: Cache | None = None
     _sleeper: Sleeper | None = None
-    _gpu = Gpu()
+    _gpu: Gpu = Gpu()
     _started_s: Mapping[str, float] = {}
 
     def _load(self, settings: Settings, plan: Plan) -> None:
@@ -74,7 +74,9 @@ class ReplicaBase:
         self._pacer = Pacer(settings.stream_gap_ms / 1000)
         goal = settings.replicas
         self._signals = Signals(goal.percentile, ttft_s=goal.ttft_s, itl_s=goal.itl_s)
-        self._reaper = Reaper()
+        if settings.sleep.shared:
+            self._gpu = SharedGpu(os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+        self._reaper = Reaper(self._gpu.descriptors)
         os.environ.update({**plan.environment, **tracing.ENVIRONMENT})
         if plan.cpu_threads is None:
             kernels.settle()
@@ -92,7 +94,8 @@ class ReplicaBase:
                 with startup.phase("imports"), forkserver.undisturbed():
                     # Imported here: `build` runs on a head node that may hold no engine.
                     from serve_app.replica.engine import Engine
-                self._share_gpu()
+                with startup.phase("turn"):
+                    self._gpu.wait()  # A start needs the GPU's memory.
                 began_s = time.monotonic()
                 self._engine = Engine.start(
                     arguments,
@@ -103,14 +106,6 @@ class ReplicaBase:
                     fast_host=self._fast_host(),
                 )
                 self._loaded_s = time.monotonic() - began_s
-
-    def _share_gpu(self) -> None:
-        """Wait until no other model is awake on a GPU that models share: a start needs memory."""
-        if not self._settings.sleep.shared:
-            return
-        self._gpu = gpu = SharedGpu(os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
-        with self._startup.phase("turn"):
-            gpu.wait()
 
     def _secret(self) -> str | None:
         """What is said at the door of the fast lane; None: nobody could ask there."""

@@ -1,7 +1,8 @@
 """A GPU that several models share: one of them is awake or starts, the others sleep.
 
 The replicas of a GPU need no common process for it, only two files that they lock (flock), so that
-a replica which ends, in whatever way, holds nothing. `GPU.awake` is locked by the model that has
+a replica which has ended, in whatever way, holds nothing once its engine has ended too: until then
+its guard has the lock (supervisor.py). `GPU.awake` is locked by the model that has
 the memory. `GPU.next` is locked by the one that waits for it, and others wait behind that: whoever
 gives the GPU back cannot take it again before the one that waited.
 """
@@ -39,6 +40,10 @@ class SharedGpu(Gpu):
         self._next.give_back()
         return False
 
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return (self._awake.descriptor,)
+
     def take(self) -> bool:
         if self._awake.held:
             return True
@@ -48,7 +53,6 @@ class SharedGpu(Gpu):
         return True
 
     def wait(self) -> None:
-        """Block until it is taken."""
         while not self.take():
             time.sleep(_CHECK_S)
 
@@ -65,26 +69,25 @@ class SharedGpu(Gpu):
 
 
 class _Lock:
-    """An exclusive lock on a file, as long as this process lives at most."""
+    """An exclusive lock on a file, at most for as long as a process has its descriptor."""
 
     def __init__(self, path: Path) -> None:
-        # Not inherited: an engine process must not hold it for its replica.
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.held = False
 
     def take(self) -> bool:
         """Whether it is held now."""
         if not self.held:
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.held = True
         return self.held
 
     def give_back(self) -> None:
         if self.held:
             self.held = False
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
         self.held = False
-        os.close(self._descriptor)
+        os.close(self.descriptor)

@@ -90,6 +90,14 @@ class Gpu:
         """Whether another model waits for it."""
         return False
 
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Of files that hold it for as long as any process has them open."""
+        return ()
+
+    def wait(self) -> None:
+        """Block until it is taken."""
+
     def take(self) -> bool:
         """Take it, or stand in line for it; returns whether this replica holds it."""
         return True

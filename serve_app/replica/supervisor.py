@@ -10,6 +10,7 @@ process has a part in a step, so an engine that writes is not asked.
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import math
 import os
@@ -188,15 +189,23 @@ class Reaper:
 
     It is nobody's child: where its raylet fails, Ray's worker kills its own children before it ends
     itself, and what those had started, as an engine's processes, would stay for ever.
+
+    Args:
+        kept: descriptors that it keeps open until what it kills has ended: what they lock is locked
+            for as long.
     """
 
     _SCRIPT = (
+        "lives() { read -r s </proc/${1%:*}/stat && set -- $1 ${s##*) } "
+        '&& [ "${21}" = "${1#*:}" ] && [ $2 != Z ]; }; '
         'exec 3<&0; { while read -r l; do [ "$l" = done ] && exit 0; p="$p $l"; done; '
-        "for l in $p; do read -r s </proc/${l%:*}/stat && set -- ${s##*) } "
-        '&& [ "${20}" = "${l#*:}" ] && kill -9 "${l%:*}"; done 2>/dev/null; } <&3 & echo $!'
+        'for l in $p; do lives $l && kill -9 "${l%:*}"; done; '
+        "for l in $p; do while lives $l; do sleep 0.1; done; done; } <&3 2>/dev/null & echo $!"
     )
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Iterable[int] = ()) -> None:
+        # The script has numbers below 10 for itself.
+        copies = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 10) for each in kept]
         # In a process group of its own: a Ctrl-C in the terminal must not end it before its time.
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", self._SCRIPT],
@@ -204,7 +213,10 @@ class Reaper:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             process_group=0,
+            pass_fds=copies,
         )
+        for copy in copies:
+            os.close(copy)
         assert self._process.stdout is not None
         self.pid = int(self._process.stdout.readline())
         self._process.wait()

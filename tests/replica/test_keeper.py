@@ -53,7 +53,7 @@ class Frontend:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper, "_LOOK_S", 0.01)
+    monkeypatch.setattr(keeper, "_CHECK_S", 0.01)
 
 
 def watched(frontend: Frontend) -> tuple[Keeper, "asyncio.Task[None]"]:

@@ -13,10 +13,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.observe import metrics
-from serve_app.planning import embedded
 from serve_app.planning.placement import place
 from serve_app.planning.plan import Plan
 from serve_app.replica.deployment import ReplicaBase
+from serve_app.replica.sharing import SharedGpu
 from serve_app.replica.sleep import State
 from serve_app.replica.startup import Startup
 from serve_app.scaling.signals import Signals
@@ -150,10 +150,8 @@ async def test_a_request_that_meets_a_failing_wake_is_refused_and_the_next_one_a
 
 
 async def test_replicas_on_one_gpu_start_and_answer_in_turn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(embedded, "cache_dir", lambda: tmp_path)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     replicas = [Replica({"sleep": {"models_per_gpu": 2}}) for _ in range(2)]
     engines = [cast(Engine, replica._engine) for replica in replicas]
     for engine in engines:
@@ -161,7 +159,8 @@ async def test_replicas_on_one_gpu_start_and_answer_in_turn(
     clients = []
     for replica, engine in zip(replicas, engines, strict=True):
         # The second start waits until the first engine has given way.
-        await asyncio.to_thread(replica._share_gpu)
+        replica._gpu = SharedGpu("0", tmp_path)
+        await asyncio.to_thread(replica._gpu.wait)
         assert not any(other.awake for other in engines if other is not engine)
         engine.awake = True
         clients.append(client(await replica._stack()))

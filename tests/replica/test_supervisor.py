@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from serve_app.replica import supervisor
+from serve_app.replica.sharing import SharedGpu
 from serve_app.replica.supervisor import Reaper, Supervisor
 
 
@@ -34,7 +36,7 @@ class FakeEngine:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    monkeypatch.setattr(supervisor, "_LOOK_S", 0.01)
+    monkeypatch.setattr(supervisor, "_CHECK_S", 0.01)
     return FakeEngine()
 
 
@@ -294,6 +296,25 @@ def test_a_reaper_spares_a_process_that_has_the_pid_of_one_it_guarded(
         assert sleeper.poll() is None
         sleeper.kill()
     assert sleeper.wait(60) == -9
+
+
+def test_what_a_reaper_keeps_is_kept_until_what_it_kills_has_ended(tmp_path: Path) -> None:
+    """A GPU that a killed replica shared is another model's once the engine's memory is free."""
+    gpu = SharedGpu("0", tmp_path)
+    gpu.wait()
+    reaper = Reaper(gpu.descriptors)
+    engines = [subprocess.Popen(["sleep", "300"]) for _ in range(20)]
+    reaper.guard([engine.pid for engine in engines])
+    other = SharedGpu("0", tmp_path)
+    gpu.close()  # As when the replica is gone.
+    assert not other.take()
+    assert reaper._process.stdin is not None
+    reaper._process.stdin.close()
+    other.wait()
+    # Nobody has asked yet how they ended.
+    assert all(psutil.Process(each.pid).status() == psutil.STATUS_ZOMBIE for each in engines)
+    assert [engine.wait(60) for engine in engines] == [-9] * 20
+    other.close()
 
 
 def test_a_reaper_without_anything_to_guard_just_ends() -> None:

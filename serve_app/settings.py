@@ -10,9 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from serve_app.errors import ConfigError, nearest
+from serve_app.gateway import routing
 
 # Arguments of `engine` that are the CORS gate's (gates/cors.py). vLLM must not add the headers a
 # second time: a browser refuses an answer that has them twice.
@@ -34,6 +43,14 @@ def _count_or_auto(value: object) -> object:
 
 # A number, or None for 'auto': decided from the hardware when the application is built.
 CountOrAuto = Annotated[Count | None, BeforeValidator(_count_or_auto)]
+
+
+def _routing_policy(name: str) -> str:
+    routing.find(name)
+    return name
+
+
+RoutingPolicy = Annotated[str, AfterValidator(_routing_policy)]
 
 
 class _Frozen(BaseModel):
@@ -120,14 +137,7 @@ class Gateway(_Frozen):
     enabled: bool = False
     replicas: Count = 1
     cpus: Annotated[float, Field(ge=0)] = 0.5
-    routing: Literal[
-        "prefix",
-        "power_of_two",
-        "least_outstanding",
-        "least_connections",
-        "round_robin",
-        "random",
-    ] = "prefix"
+    routing: RoutingPolicy = "prefix"
     session_header: Annotated[str, Field(min_length=1)] = "x-session-id"
     stall_timeout_s: Seconds = 10.0
     replica_timeout_s: Seconds = 30.0

@@ -411,11 +411,20 @@ def make(name: str, rng: random.Random) -> Router:
     Raises:
         ValueError: there is none; names the nearest.
     """
+    return find(name)(rng)
+
+
+def find(name: str) -> Callable[[random.Random], Router]:
+    """The factory of the router of that name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
     if name not in ROUTERS:
         near = nearest(name, ROUTERS)
         hint = f"; did you mean {near}?" if near is not None else ""
-        raise ValueError(f"{name!r}: no such router{hint} (there are {', '.join(ROUTERS)})")
-    return ROUTERS[name](rng)
+        raise ValueError(f"no such routing policy{hint} (there are {', '.join(ROUTERS)})")
+    return ROUTERS[name]
 
 
 def _refuse_none(candidates: Sequence[Candidate]) -> None:

@@ -98,14 +98,15 @@ def python_of_the_image() -> str:
     """A Python of the version that the image's base has, on this machine."""
     (version,) = re.findall(r"^FROM \S+-ubuntu(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
     wanted = {"24.04": "3.12"}[version]
-    uv = shutil.which("uv", path=sysconfig.get_paths()["scripts"])
-    if uv is None:
-        pytest.skip("uv, which finds Python, is not installed")
-    command = [uv, "python", "find", "--no-python-downloads", "--system", wanted]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        pytest.skip(f"Python {wanted} is not on this machine: {process.stderr.strip()}")
-    return process.stdout.strip()
+    # pyenv's own command of that name runs only where that version is chosen.
+    paths = [
+        shutil.which(f"python{wanted}"),
+        *Path.home().glob(f".pyenv/versions/{wanted}.*/bin/python"),
+    ]
+    for path in filter(None, paths):
+        if not subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode:
+            return str(path)
+    pytest.skip(f"Python {wanted} is not on this machine")
 
 
 @pytest.mark.slow

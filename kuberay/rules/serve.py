@@ -1,7 +1,8 @@
 """serveConfigV2: a text to Kubernetes, which does not look inside, and what Ray Serve reads in it.
 
-The keys are those of ray.serve.schema (Ray 2.60); a test holds them against the installed Ray. Ray
-Serve ignores a key that it does not know, but for `logging_config`, and goes on with its default.
+The keys and their values are in fields.py. Ray Serve ignores a key that it does not know, but for
+`logging_config`, and goes on with its default. A value that it refuses keeps the application from
+being deployed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,51 +12,18 @@ import yaml
 
 from kuberay.lines import PARSER, at
 from kuberay.rayservice import Path, Service
+from kuberay.rules import fields
+from kuberay.rules.fields import Fields
 from kuberay.rules.finding import ERROR, WARNING, Finding, rule
 from serve_app.errors import nearest
 
-Keys = tuple[str, ...]
-_CONFIG: Keys = (
-    "proxy_location", "http_options", "grpc_options", "logging_config", "applications",
-    "controller_options", "target_capacity", "tracing_config",
-)  # fmt: skip
-_HTTP: Keys = (
-    "host", "port", "root_path", "request_timeout_s", "keep_alive_timeout_s", "ssl_keyfile",
-    "ssl_certfile", "ssl_ca_certs", "ssl_keyfile_password",
-)  # fmt: skip
-_LOGGING: Keys = (
-    "encoding", "log_level", "logs_dir", "enable_access_log", "additional_log_standard_attrs",
-)  # fmt: skip
-_APPLICATION: Keys = (
-    "name", "route_prefix", "import_path", "runtime_env", "args", "deployments", "logging_config",
-    "autoscaling_policy", "external_scaler_enabled", "host", "port",
-)  # fmt: skip
-_DEPLOYMENT: Keys = (
-    "name", "num_replicas", "max_ongoing_requests", "max_queued_requests", "user_config",
-    "autoscaling_config", "graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s",
-    "health_check_period_s", "health_check_timeout_s", "ray_actor_options",
-    "placement_group_bundles", "placement_group_strategy", "placement_group_bundle_label_selector",
-    "max_replicas_per_node", "logging_config", "request_router_config", "backpressure_config",
-    "deployment_actors", "gang_scheduling_config", "max_surge_percent",
-    "rolling_update_percentage",
-)  # fmt: skip
-_ACTOR: Keys = (
-    "num_cpus", "num_gpus", "memory", "resources", "accelerator_type", "runtime_env",
-    "label_selector", "fallback_strategy",
-)  # fmt: skip
-_SCALING: Keys = (
-    "min_replicas", "initial_replicas", "max_replicas", "target_ongoing_requests",
-    "metrics_interval_s", "look_back_period_s", "smoothing_factor", "upscale_smoothing_factor",
-    "downscale_smoothing_factor", "upscaling_factor", "downscaling_factor", "upscale_delay_s",
-    "downscale_delay_s", "downscale_to_zero_delay_s", "aggregation_function", "policy",
-)  # fmt: skip
 # Where a key belongs that is written elsewhere.
-_PLACES: Mapping[str, Keys] = {
-    "a deployment": _DEPLOYMENT,
-    "ray_actor_options": _ACTOR,
-    "autoscaling_config": _SCALING,
-    "an application": _APPLICATION,
-    "http_options": _HTTP,
+_PLACES: Mapping[str, Fields] = {
+    "a deployment": fields.DEPLOYMENT,
+    "ray_actor_options": fields.ACTOR,
+    "autoscaling_config": fields.SCALING,
+    "an application": fields.APPLICATION,
+    "http_options": fields.HTTP,
 }
 # Names of before, which Ray Serve no longer reads.
 _RENAMED = {
@@ -143,34 +111,96 @@ def _unique(service: Service, applications: list[Any]) -> Iterator[Finding]:
             seen.add(given)
 
 
-# --- keys ------------------------------------------------------------------------------------
+# --- keys and values -------------------------------------------------------------------------
+
+
+def _mappings(service: Service) -> Iterator[tuple[Path, Any, Fields]]:
+    """Every mapping that Ray Serve reads, with its path and its keys."""
+    serve = service.serve
+    yield (), serve, fields.CONFIG
+    yield ("http_options",), serve.get("http_options"), fields.HTTP
+    yield ("grpc_options",), serve.get("grpc_options"), fields.GRPC
+    yield ("logging_config",), serve.get("logging_config"), fields.LOGGING
+    for place, application in enumerate(serve.get("applications") or []):
+        path: Path = ("applications", place)
+        yield path, application, fields.APPLICATION
+        yield (*path, "logging_config"), at(application, "logging_config"), fields.LOGGING
+    for path, deployment in service.deployments():
+        yield path, deployment, fields.DEPLOYMENT
+        for key, keys in (
+            ("ray_actor_options", fields.ACTOR),
+            ("autoscaling_config", fields.SCALING),
+            ("logging_config", fields.LOGGING),
+        ):
+            yield (*path, key), deployment.get(key), keys
+
+
+@rule("serve-value")
+def _values(service: Service) -> Iterator[Finding]:
+    """What Ray Serve refuses when the operator submits the configuration."""
+    for path, mapping, keys in _mappings(service):
+        if not isinstance(mapping, dict):
+            continue
+        for key, value in mapping.items():
+            if wanted := fields.wanted(keys.get(key, "any"), value):
+                yield _refused(service, (*path, key), f"{key} {value!r}", wanted)
+        if keys is fields.LOGGING:
+            yield from _words(service, path, mapping, _LOG_WORDS)
+        if keys is fields.CONFIG:
+            yield from _words(service, path, mapping, _PROXY_WORDS)
+        if keys is fields.DEPLOYMENT and not mapping.get("name"):
+            yield _refused(service, path, "a deployment without a name", "needs a name")
+        if keys is fields.APPLICATION and mapping.get("name", "default") in ("", None):
+            yield _refused(service, (*path, "name"), "an empty name", "needs a name, or none")
+        yield from _addresses(service, (*path, "runtime_env"), mapping.get("runtime_env"))
+
+
+_PROXY_WORDS = {"proxy_location": ("EveryNode", "HeadOnly", "Disabled")}
+_LOG_WORDS = {
+    "encoding": ("TEXT", "JSON"),
+    "log_level": ("CRITICAL", "FATAL", "ERROR", "WARN", "WARNING", "INFO", "DEBUG", "NOTSET"),
+}
+
+
+def _words(
+    service: Service, path: Path, mapping: Mapping[str, Any], words: Mapping[str, tuple[str, ...]]
+) -> Iterator[Finding]:
+    """Texts that are none of those that Ray Serve knows."""
+    for key, known in words.items():
+        value = mapping.get(key)
+        names = known if key == "proxy_location" else (*known, *map(str.lower, known))
+        if isinstance(value, str) and value not in names:
+            problem = f"{key} {value!r}"
+            yield _refused(service, (*path, key), problem, f"must be one of {', '.join(known)}")
+
+
+def _addresses(service: Service, path: Path, environment: Any) -> Iterator[Finding]:
+    """Folders of whoever wrote the manifest: the cluster fetches code by an address."""
+    if not isinstance(environment, dict):
+        return
+    for key in ("working_dir", "py_modules"):
+        given = environment.get(key)
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str) and "://" not in value:
+                yield _refused(service, (*path, key), f"{key} {value!r}", "must be an address, "
+                               "such as https://... or s3://... of a zip file")  # fmt: skip
+
+
+def _refused(service: Service, path: Path, problem: str, wanted: str) -> Finding:
+    return Finding("serve-value", ERROR, service.serve_line(*path),
+                   f"Ray Serve refuses {problem}", wanted)  # fmt: skip
 
 
 @rule("unknown-key")
 def _unknown_keys(service: Service) -> Iterator[Finding]:
-    serve = service.serve
-    yield from _unknown(service, (), serve, _CONFIG)
-    for key, keys in (("http_options", _HTTP), ("logging_config", _LOGGING)):
-        yield from _unknown(service, (key,), serve.get(key), keys)
-    for place, application in enumerate(serve.get("applications") or []):
-        path: Path = ("applications", place)
-        yield from _unknown(service, path, application, _APPLICATION)
-        logging = at(application, "logging_config")
-        yield from _unknown(service, (*path, "logging_config"), logging, _LOGGING)
-    for path, deployment in service.deployments():
-        yield from _unknown(service, path, deployment, _DEPLOYMENT)
-        for key, keys in (
-            ("ray_actor_options", _ACTOR),
-            ("autoscaling_config", _SCALING),
-            ("logging_config", _LOGGING),
-        ):
-            yield from _unknown(service, (*path, key), deployment.get(key), keys)
+    for path, mapping, keys in _mappings(service):
+        yield from _unknown(service, path, mapping, keys)
 
 
-def _unknown(service: Service, path: Path, mapping: Any, keys: Keys) -> Iterator[Finding]:
+def _unknown(service: Service, path: Path, mapping: Any, keys: Fields) -> Iterator[Finding]:
     if not isinstance(mapping, dict):
         return
-    refused = keys is _LOGGING
+    refused = keys is fields.LOGGING
     does = "refuses" if refused else "ignores"
     for key in mapping:
         if key not in keys:
@@ -181,7 +211,7 @@ def _unknown(service: Service, path: Path, mapping: Any, keys: Keys) -> Iterator
             )  # fmt: skip
 
 
-def _meant(key: str, keys: Keys) -> tuple[str, str, str]:
+def _meant(key: str, keys: Fields) -> tuple[str, str, str]:
     """How severe an unknown key is, what it may mean, and the mend."""
     if key in _RENAMED:
         return WARNING, f", which is now called {_RENAMED[key]}", f"{_RENAMED[key]}: ..."
@@ -215,8 +245,9 @@ def _bounds(service: Service, path: Path, deployment: Mapping[str, Any]) -> Iter
     if isinstance(fixed, str) and fixed != "auto":
         problem = f"num_replicas {fixed!r}: Ray Serve takes a number or auto"
         yield _bad(service, (*path, "num_replicas"), problem, "a number")
-    if isinstance(fixed, int) and fixed < 0:
-        yield _bad(service, (*path, "num_replicas"), f"num_replicas {fixed}", "0 or more")
+    if isinstance(fixed, int | float) and (fixed < 1 or fixed != int(fixed)):
+        problem = f"num_replicas {fixed}: Ray Serve refuses it"
+        yield _bad(service, (*path, "num_replicas"), problem, "1 or more")
     queued = deployment.get("max_queued_requests")
     if isinstance(queued, int) and queued < 1 and queued != -1:
         problem = f"max_queued_requests {queued}: Ray Serve refuses it"

@@ -202,6 +202,9 @@ HARMLESS = [
         m, 1, num_replicas="auto")),
     Mutation("initial replicas between", lambda m: deployment(
         m, 1, autoscaling_config={"min_replicas": 0, "initial_replicas": 1, "max_replicas": 2})),
+    Mutation("numbers as text", lambda m: (
+        deployment(m, 0, max_ongoing_requests="8"), deployment(m, 1, ray_actor_options={"num_gpus": "1"}))),
+    Mutation("a level of logs in lower case", lambda m: top(m, logging_config={"log_level": "info"})),
     Mutation("a key of a newer Ray", lambda m: deployment(m, 0, brand_new_and_unlike=1)),
     Mutation("user_config of any keys", lambda m: deployment(m, 0, user_config={"someKey": {"aB": 1}})),
     Mutation("a placement group", lambda m: deployment(
@@ -267,6 +270,10 @@ def _refused(name: str, change: Change) -> Mutation:
 
 def _bad_bounds(name: str, place: int = 1, **values: Any) -> Mutation:
     return Mutation(name, lambda m: deployment(m, place, **values), "replica-bounds")
+
+
+def _bad_value(name: str, change: Change) -> Mutation:
+    return Mutation(name, change, "serve-value")
 
 
 def _typo(name: str, change: Change) -> Mutation:
@@ -373,6 +380,19 @@ BROKEN = [
         m, 1, autoscaling_config={"max_replicas": 2, "max_ongoing_requests": 8})),
     _typo("a port of all in an application", lambda m: application(m, keep_alive_timeout_s=5)),
     _typo("an unknown key of logging_config", lambda m: top(m, logging_config={"colour": "red"})),
+    _bad_value("no request at a time", lambda m: deployment(m, 0, max_ongoing_requests=0)),
+    _bad_value("less than no core", lambda m: deployment(m, 0, ray_actor_options={"num_cpus": -1})),
+    _bad_value("a duration in words", lambda m: deployment(m, 0, health_check_timeout_s="30s")),
+    _bad_value("no load at all", lambda m: deployment(
+        m, 1, autoscaling_config={"target_ongoing_requests": 0, "max_replicas": 2})),
+    _bad_value("user_config as text", lambda m: deployment(m, 0, user_config="price: 3")),
+    _bad_value("arguments as a list", lambda m: application(m, args=["a"])),
+    _bad_value("a folder of this machine", lambda m: application(
+        m, runtime_env={"working_dir": "./app"})),
+    _bad_value("an unknown place of proxies", lambda m: top(m, proxy_location="Everywhere")),
+    _bad_value("an unknown level of logs", lambda m: top(m, logging_config={"log_level": "LOUD"})),
+    _bad_value("a deployment without a name", lambda m: deployment(m, 0, name=None)),
+    _bad_bounds("no replica", place=0, num_replicas=0),
     _bad_bounds("num_replicas beside autoscaling_config", num_replicas=2),
     _bad_bounds("min above max", autoscaling_config={"min_replicas": 3, "max_replicas": 2}),
     _bad_bounds("no replica at most", autoscaling_config={"min_replicas": 0, "max_replicas": 0}),
@@ -426,6 +446,7 @@ _ALONE = (
     "the former way to fault tolerance",
     "no fault tolerance, and Redis' password",
     "another port, on both sides",
+    "a placement group",
     "resources of a group alone",
     "an internal balancer",
     "a suspended group without the autoscaler",

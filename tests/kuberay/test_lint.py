@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -257,20 +258,53 @@ def test_precision_and_recall_over_manifests_made_by_mutation(
 def test_the_keys_of_serve_are_those_of_the_installed_ray() -> None:
     config = pytest.importorskip("ray.serve.config")
     schema = pytest.importorskip("ray.serve.schema")
-    from kuberay.rules import serve
+    from kuberay.rules import fields
 
     for expected, model in (
-        (serve._CONFIG, schema.ServeDeploySchema),
-        (serve._HTTP, schema.HTTPOptionsSchema),
-        (serve._LOGGING, schema.LoggingConfig),
-        (serve._APPLICATION, schema.ServeApplicationSchema),
-        (serve._DEPLOYMENT, schema.DeploymentSchema),
-        (serve._ACTOR, schema.RayActorOptionsSchema),
-        (serve._SCALING, config.AutoscalingConfig),
+        (fields.CONFIG, schema.ServeDeploySchema),
+        (fields.HTTP, schema.HTTPOptionsSchema),
+        (fields.GRPC, schema.gRPCOptionsSchema),
+        (fields.LOGGING, schema.LoggingConfig),
+        (fields.APPLICATION, schema.ServeApplicationSchema),
+        (fields.DEPLOYMENT, schema.DeploymentSchema),
+        (fields.ACTOR, schema.RayActorOptionsSchema),
+        (fields.SCALING, config.AutoscalingConfig),
     ):
         assert set(expected) == set(model.model_fields), model.__name__
     assert schema.LoggingConfig.model_config["extra"] == "forbid"
     assert "extra" not in schema.DeploymentSchema.model_config
+
+
+def test_values_are_refused_as_the_installed_ray_refuses_them() -> None:
+    config = pytest.importorskip("ray.serve.config")
+    schema = pytest.importorskip("ray.serve.schema")
+    pydantic = pytest.importorskip("pydantic")
+    from kuberay.rules import fields
+
+    def refused(model: Any, key: str, value: Any) -> bool:
+        try:
+            model.model_validate({key: value})
+        except pydantic.ValidationError as error:
+            return any(key in each["loc"] for each in error.errors())
+        return False
+
+    for known, model in (
+        (fields.HTTP, schema.HTTPOptionsSchema),
+        (fields.GRPC, schema.gRPCOptionsSchema),
+        (fields.APPLICATION, schema.ServeApplicationSchema),
+        (fields.DEPLOYMENT, schema.DeploymentSchema),
+        (fields.ACTOR, schema.RayActorOptionsSchema),
+        (fields.SCALING, config.AutoscalingConfig),
+    ):
+        for key, field in known.items():
+            # Ray checks it where it starts replicas, and not in the schema.
+            if key == "max_replicas_per_node":
+                continue
+            for value in (-1, 0, 1, 1.5, "1", "text", [], {}):
+                wanted = fields.wanted(field, value)
+                assert refused(model, key, value) or not wanted, (key, value, wanted)
+                if field.startswith(("number", "integer")) and value in (-1, 0, "text", [], {}):
+                    assert bool(wanted) == refused(model, key, value), (key, value, wanted)
 
 
 @pytest.mark.parametrize("side", ["head", "worker"])

@@ -122,7 +122,8 @@ def test_an_answer_of_tokens_that_are_not_shown_is_odd_and_not_good() -> None:
 
 
 def test_what_comes_at_once_has_no_time_between_tokens() -> None:
-    for chunk_s in ([0.2], [0.2] * ASKED, [0.2 + 1e-6 * place for place in range(ASKED)]):
+    buffered = [[0.2 + gap_s * place for place in range(ASKED)] for gap_s in (0.0, 1e-6, 6e-5)]
+    for chunk_s in ([0.2], *buffered):
         record = judged(chunk_s=chunk_s)
         assert record.odd.startswith("one piece: ")
         assert measure.tpot_s(record) is None

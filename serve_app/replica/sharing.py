@@ -1,10 +1,13 @@
 """A GPU that several models share: one of them is awake or starts, the others sleep.
 
-The replicas of a GPU need no common process for it, only two files that they lock (flock), so that
-a replica which has ended, in whatever way, holds nothing once its engine has ended too: until then
-its guard has the lock (supervisor.py). `GPU.awake` is locked by the model that has
-the memory. `GPU.next` is locked by the one that waits for it, and others wait behind that: whoever
-gives the GPU back cannot take it again before the one that waited.
+The replicas need no common process for it, only two files that they lock (flock), so a replica that
+has ended, in whatever way, holds nothing. Its guard keeps the lock until the engine has ended as
+well (supervisor.py).
+
+    GPU.awake   locked by the model that has the memory
+    GPU.next    locked by the model that waits for it; others wait behind that one
+
+A model that gives the GPU back cannot take it again before the one that waited.
 """
 
 import contextlib

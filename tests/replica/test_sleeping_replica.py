@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_app.observe import metrics
 from serve_app.planning.placement import place
 from serve_app.planning.plan import Plan
+from serve_app.replica import sleep
 from serve_app.replica.deployment import ReplicaBase
 from serve_app.replica.sharing import SharedGpu
 from serve_app.replica.sleep import State
@@ -150,8 +151,10 @@ async def test_a_request_that_meets_a_failing_wake_is_refused_and_the_next_one_a
 
 
 async def test_replicas_on_one_gpu_start_and_answer_in_turn(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sleep, "_FIRST_SLEEP_S", 0.0)
+    monkeypatch.setattr(sleep, "_FIRST_WAKE_S", 0.1)
     replicas = [Replica({"sleep": {"models_per_gpu": 2}}) for _ in range(2)]
     engines = [cast(Engine, replica._engine) for replica in replicas]
     for engine in engines:

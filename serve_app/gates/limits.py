@@ -35,17 +35,21 @@ class LimitGate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        state = scope.setdefault("state", {})
+        # The door has read the body, which is in its channel all the same.
+        body: bytes | None = state.get("body")
         try:
             route = _route(scope["path"])
-            body = await self._body(scope, receive)
+            if body is None or len(body) > self.limits.max_body_bytes:
+                body = await self._body(scope, receive)
+                receive = _replay(body, receive)
             parsed = reading.read(route, body) if scope["method"] == "POST" else Reading()
             check(parsed, self.limits)
         except RequestError as error:
             await error(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
         state["route"], state["reading"] = route, parsed
-        await self.app(scope, _replay(body, receive), send)
+        await self.app(scope, receive, send)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body, or the error that says why it is not taken."""

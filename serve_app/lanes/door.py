@@ -191,7 +191,7 @@ class Request:
             "query_string": b"",
             "root_path": "",
             "headers": list(self.headers),
-            "state": {},
+            "state": {"body": self.body},
         }
 
 
@@ -270,7 +270,8 @@ class _Connection(asyncio.Protocol):
         self._received = False
         self._passed_status = 200
         self._timer: asyncio.TimerHandle | None = None
-        self._gone = asyncio.get_running_loop().create_future()
+        self._gone = False
+        self._leaving: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -298,8 +299,9 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        if not self._gone.done():
-            self._gone.set_result(None)
+        self._gone = True
+        if self._leaving is not None and not self._leaving.done():
+            self._leaving.set_result(None)
 
     def _decide(self, request: Request) -> None:
         headers = dict(reversed(request.headers))  # The first of each name.
@@ -332,7 +334,9 @@ class _Connection(asyncio.Protocol):
         if not self._received:
             self._received = True
             return {"type": "http.request", "body": self._request.body, "more_body": False}
-        await asyncio.shield(self._gone)
+        if not self._gone:
+            self._leaving = asyncio.get_running_loop().create_future()
+            await self._leaving
         return {"type": "http.disconnect", "status": self._passed_status}
 
     async def _send(self, message: Message) -> None:

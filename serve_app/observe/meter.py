@@ -6,8 +6,8 @@ at.
 """
 
 import asyncio
+import os
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -273,7 +273,7 @@ def _identify(scope: Scope) -> str:
     Whoever comes after this sees one id. Ray Serve has given one to a request that had none.
     """
     given = [value for name, value in scope["headers"] if name == ID_HEADER]
-    request_id = given[0] if given else uuid.uuid4().hex.encode()
+    request_id = given[0] if given else os.urandom(16).hex().encode()
     if len(given) != 1:
         others = [(name, value) for name, value in scope["headers"] if name != ID_HEADER]
         scope["headers"] = [*others, (ID_HEADER, request_id)]

@@ -8,17 +8,19 @@ from typing import Any
 import httpx
 import pytest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import Request as Asked
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.gates.limits import LimitGate
 from serve_app.gates.reading import Reading
+from serve_app.lanes.door import Request
 from serve_app.settings import Limits
 
 
 def client(**limits: Any) -> httpx.AsyncClient:
-    async def echo(request: Request) -> JSONResponse:
+    async def echo(request: Asked) -> JSONResponse:
         requested: Reading = request.scope["state"]["reading"]
         return JSONResponse(
             {"body": (await request.body()).decode(), "sequences": requested.sequences}
@@ -44,6 +46,27 @@ async def test_the_body_reaches_the_application_whole() -> None:
     body = json.dumps({"prompt": "x" * 100_000, "n": 2}).encode()
     answer = (await post(body)).json()
     assert answer == {"body": body.decode(), "sequences": 2}
+
+
+@pytest.mark.parametrize(("bound", "status"), [(21, 200), (20, 413)])
+async def test_a_body_that_the_door_has_read_is_bounded_as_well(bound: int, status: int) -> None:
+    body = b'{"prompt": "0123456"}'
+    seen: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append((scope["state"]["reading"].body_bytes, (await receive())["body"]))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            seen.append(message["status"])
+
+    request = Request("POST", "/v1/completions", (), body)
+    await LimitGate(app, Limits(max_body_bytes=bound))(request.scope, receive, send)
+    assert seen == ([(len(body), body), 200] if status == 200 else [413])
 
 
 @pytest.mark.parametrize(

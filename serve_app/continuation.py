@@ -29,6 +29,7 @@ from serve_app import events
 
 _COMMENT = b":"
 _HOW, _TOKENS, _LOGPROBS, _END = b": how ", b": t ", b": l ", b": end "
+_MARKS = (_HOW, _TOKENS, _LOGPROBS, _END)
 # What the Responses API sends before there is a token to mark.
 _PREAMBLE = (b"event: response.created", b"event: response.in_progress")
 
@@ -143,6 +144,9 @@ class Stream:
     def events(self, data: bytes) -> list[bytes]:
         """The events that are complete now and not given out before, without their marks.
 
+        A comment between two events is passed on, and counts as none: `sse_keep_alive_interval` has
+        vLLM write one into a silent stream, so that no proxy closes its connection.
+
         Raises:
             Malformed: what comes is no event.
         """
@@ -150,20 +154,25 @@ class Stream:
             data = self._rest + data
         *whole, self._rest = data.split(b"\n\n")
         complete: list[bytes] = []
+        comments = 0
         try:
             for event in whole:
                 if event.startswith(_COMMENT):
                     event = self._without_marks(event)
                     if not event:
                         continue
-                if (new := self._new(event)) is not None:
+                if event.startswith(_COMMENT):
+                    if not self.ended:
+                        complete.append(event)
+                        comments += 1
+                elif (new := self._new(event)) is not None:
                     complete.append(new)
         except Malformed:
             # It is met again with the next data; what came before it is not lost.
             if not complete:
                 raise
             self._rest = event + b"\n\n" + self._rest
-        self.sent += len(complete)
+        self.sent += len(complete) - comments
         return complete
 
     def _new(self, event: bytes) -> bytes | None:
@@ -219,13 +228,19 @@ class Stream:
             raise Malformed("it stops within an event" if self._rest else "it stops before its end")
 
     def _without_marks(self, event: bytes) -> bytes:
+        """The event without the comments before it, which are noted where they are marks; of
+        comments alone, one that is none."""
+        comment = b""
         while event.startswith(_COMMENT):
             line, _, event = event.partition(b"\n")
+            if not line.startswith(_MARKS):
+                comment = line
+                continue
             try:
                 self._note(line)
             except (ValueError, msgspec.MsgspecError):
                 self._unmarked = True
-        return event
+        return event or comment
 
     def _note(self, line: bytes) -> None:
         fresh = self._fresh

@@ -53,6 +53,7 @@ UNREAD_ARGUMENTS = (
     "middleware",
     "root_path",
     "enable_force_include_usage",
+    "enable_server_load_tracking",
     "exclude_tools_when_tool_choice_none",
     "structured_outputs_config",
 )

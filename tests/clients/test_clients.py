@@ -2,21 +2,27 @@
 
 Each library has an environment of its own and runs one program of checks against both servers,
 which serve the same model with the same engine arguments. A check that fails only here fails.
+
+vLLM's own tests of its entrypoints run in the same way where VLLM_TESTS names the folder `tests` of
+vLLM's source (its sdist, or its repository at the tag of the version that is installed here).
 """
 
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench.engine import systems
-from tests.clients.environments import CLIENTS, Client
+from tests.clients.environments import CLIENTS, PROGRAMS, Client
 
-pytestmark = pytest.mark.slow
+# A suite asks for hundreds of answers, one after the other: minutes on a quiet machine.
+_SUITE_S = 1800
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * _SUITE_S)]
 
 ENGINE = {
     **systems.ENGINE,
@@ -24,6 +30,8 @@ ENGINE = {
     "tool_call_parser": "hermes",
     "max_num_seqs": 32,
 }
+# Routes and fields that vLLM's own tests ask for.
+ENGINE |= dict.fromkeys(("enable_prompt_tokens_details", "enable_tokenizer_info_endpoint"), True)
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +51,19 @@ def _serving(name: str, port: int, model: Path, folders: pytest.TempPathFactory)
         yield f"http://127.0.0.1:{port}"
 
 
-def results(client: Client, url: str) -> dict[str, str | None]:
+def results(command: list[str], url: str, model: Path) -> dict[str, str | None]:
     """By check: its error, or None where it passed."""
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": os.environ.get("HOME", "/"),
         "SERVER_URL": url,
         "SERVER_MODEL": systems.NAME,
+        "SERVER_MODEL_FOLDER": str(model),
         "NO_PROXY": "127.0.0.1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_TESTS": os.environ.get("VLLM_TESTS", ""),
     }
-    ran = subprocess.run(
-        client.command(), env=environment, capture_output=True, text=True, timeout=900
-    )
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SUITE_S)
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"check"')]
     assert lines, ran.stdout + ran.stderr
     return {line["check"]: line["error"] for line in lines}
@@ -62,15 +71,37 @@ def results(client: Client, url: str) -> dict[str, str | None]:
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: Path(client.program).stem)
 def test_a_client_finds_here_what_it_finds_at_a_bare_vllm(
-    client: Client, ours: str, bare: str
+    client: Client, ours: str, bare: str, smollm: Path
 ) -> None:
     if client.program.endswith(".mjs") and shutil.which("npm") is None:
         pytest.skip("no Node.js here")
-    here, there = results(client, ours), results(client, bare)
-    failing = {check: error for check, error in here.items() if error is not None}
-    only_here = {check: error for check, error in failing.items() if there.get(check) is None}
-    passing = len(here) - len(failing)
-    print(f"{client.program}: {passing} of {len(here)} pass here, only here fail {only_here}")
-    assert not only_here
+    command = client.command()
+    here, there = results(command, ours, smollm), results(command, bare, smollm)
+    assert not only_here(client.program, here, there)
     assert here.keys() == there.keys()
-    assert passing > len(here) / 2, failing
+    passing = sum(error is None for error in here.values())
+    assert passing > len(here) / 2, here
+
+
+@pytest.mark.skipif("VLLM_TESTS" not in os.environ, reason="VLLM_TESTS names no folder")
+def test_vllms_own_tests_pass_here_where_they_pass_at_a_bare_vllm(
+    ours: str, bare: str, smollm: Path
+) -> None:
+    program = PROGRAMS / "vllm_entrypoints.py"
+    command = [sys.executable, str(program)]
+    here, there = results(command, ours, smollm), results(command, bare, smollm)
+    assert not only_here(program.name, here, there)
+
+
+def only_here(
+    program: str, here: dict[str, str | None], there: dict[str, str | None]
+) -> dict[str, str | None]:
+    """The checks that fail here and pass at a bare vLLM, with their errors."""
+    failing = {check: error for check, error in here.items() if error is not None}
+    found = {check: failing[check] for check in failing if there.get(check, "absent") is None}
+    both = len(failing) - len(found)
+    print(
+        f"{program}: {len(here) - len(failing)} of {len(here)} pass here, {both} fail on both, "
+        f"only here fail {found}"
+    )
+    return found

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from serve_app.continuation import Malformed, Marks, Method, Stream
+from serve_app.gateway.handover import FastStream
 from serve_app.gateway.request import Request
 from serve_app.observe.logs import Log
 from serve_app.observe.meter import Meter
@@ -25,6 +26,8 @@ from tests.services.engine import EngineServer, Fault
 
 LENGTH = 10
 PLACES = st.integers(0, LENGTH)
+
+KEEP_ALIVE = b": keep-alive"
 
 # What an engine never writes, or writes only when it fails.
 GARBAGE = st.sampled_from(
@@ -40,6 +43,7 @@ GARBAGE = st.sampled_from(
         b": end\ndata: {}\n\n",
         b"\xff\xfe\n\n",
         b"data: [DONE]\n\n",
+        b": keep-alive\n\n",
     ]
 )
 FAULTS = st.one_of(
@@ -113,7 +117,7 @@ def test_a_stream_ends_with_its_last_event_or_an_error(
     assert b"token_ids" not in client.body
     if client.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
         assert client.body.endswith(b"\n\n")
-        events = client.body.split(b"\n\n")[:-1]
+        events = [event for event in client.body.split(b"\n\n")[:-1] if event != KEEP_ALIVE]
         failed = [event for event in events if b'"error"' in event]
         assert failed or events[-1] == b"data: [DONE]"
         assert events[-1] == b"data: [DONE]" or events[-1] == failed[-1]
@@ -161,12 +165,34 @@ def test_events_are_the_same_however_their_bytes_are_cut(length: int, data: st.D
     stream.finish()
 
 
+@pytest.mark.parametrize("stream", [Stream, FastStream])
+@given(where=st.sets(st.integers(0, 4)), broken=st.none() | st.integers(0, 4))
+def test_keep_alive_comments_are_passed_on_and_count_as_no_events(
+    stream: type[Stream], where: set[int], broken: int | None
+) -> None:
+    """`sse_keep_alive_interval`: they keep proxies from closing a silent connection."""
+    engine = EngineServer("a", length=3, fast=True)
+    events = list(engine._fast_events() if stream is FastStream else engine._events(None))
+    reader, got = stream(), b""
+    for place, event in enumerate(events):
+        if place in where:
+            assert reader.events(b": keep-alive\n\n") == [KEEP_ALIVE]
+        if place == broken:
+            break
+        got += b"".join(each + b"\n\n" for each in reader.events(event))
+    assert KEEP_ALIVE not in got
+    assert reader.sent == got.count(b"data: ")
+    if broken is None or broken >= len(events):
+        assert reader.ended
+        assert reader.events(b": keep-alive\n\n") == []
+
+
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_reading_of_a_stream(raw: bytes) -> None:
     stream = Stream()
     try:
         for event in stream.events(raw + b"\n\n"):
-            assert event.startswith((b"data: ", b"event: "))
+            assert event.startswith((b"data: ", b"event: ", b":"))
         stream.finish()
     except Malformed:
         assert not stream.ended

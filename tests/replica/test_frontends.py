@@ -25,6 +25,8 @@ def test_usual_arguments_are_no_obstacle() -> None:
         # vllm-rs ends at its start with this one, and would take the replica's start with it.
         ({"otlp_traces_endpoint": "http://127.0.0.1:1/v1/traces"}, "otlp_traces_endpoint"),
         ({"response_role": "robot"}, "response_role"),
+        # It takes this one and ignores it: /load would leave out the requests of the fast lane.
+        ({"enable_server_load_tracking": True}, "enable_server_load_tracking"),
         ({"data_parallel_size": 2}, "data_parallel_size"),
     ],
 )

@@ -1,4 +1,6 @@
-"""LangChain's own standard tests of a chat model."""
+"""LangChain's own standard tests of a chat model. Arguments are pytest's: which of them to run."""
+
+import sys
 
 import pytest
 from checks import MODEL, URL, report
@@ -47,4 +49,4 @@ if __name__ == "__main__":
     one_loop = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_test_loop_scope=session"]
     # The conftest.py of this repository needs more than this environment has.
     quiet = ["-p", "no:terminal", "-p", "no:cacheprovider", "--noconftest"]
-    pytest.main([__file__, *quiet, *one_loop], plugins=[Reports()])
+    pytest.main([__file__, *quiet, *one_loop, *sys.argv[1:]], plugins=[Reports()])

@@ -446,6 +446,7 @@ _ALONE = (
     "the former way to fault tolerance",
     "no fault tolerance, and Redis' password",
     "another port, on both sides",
+    "initial replicas between",
     "a placement group",
     "resources of a group alone",
     "an internal balancer",

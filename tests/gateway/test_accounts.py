@@ -46,6 +46,7 @@ class Engine:
 
     def __init__(self, name: str, fails_after: int | None = None, pause_s: float = 0.0) -> None:
         self.name, self._fails_after, self._pause_s = name, fails_after, pause_s
+        self.asked = asyncio.Event()
         self.server = Server("127.0.0.1")
         self.admission = Admission(8, 8, 1.0, gpus=2)
         self.server.start(self._gate(self._answer))
@@ -81,6 +82,7 @@ class Engine:
         current = exchange.get()
         assert current is not None
         asked = json.loads((await receive())["body"])
+        self.asked.set()
         done.known, done.prompt_tokens, done.cached_tokens = True, PROMPT, CACHED
         kind = b"text/event-stream" if asked.get("stream") else b"application/json"
         start = {"type": "http.response.start", "status": 200}
@@ -249,6 +251,21 @@ async def test_the_fast_lane_reports_as_well(tmp_path: Path, stream: bool) -> No
     assert tokens(row) == (PROMPT, CACHED, LENGTH)
     assert row["gpu_s"] > 0
     assert (row["lane"], row["outcome"], row["estimated"]) == ("fast", "ok", 0)
+
+
+async def test_a_replica_that_leaves_reports_its_last_request(tmp_path: Path) -> None:
+    """Its readers do not keep it, and it does not leave them before that."""
+    engine = Engine("a", pause_s=0.1)
+    front = Front(tmp_path, (engine.name, engine.metadata))
+    asking = asyncio.create_task(front.ask(stream=True))
+    await engine.asked.wait()
+    front.replicas.update([])  # Ray Serve names it no more.
+    await engine.server.drain(60.0)
+    assert engine.server._server is not None
+    assert not engine.server._server.force_exit
+    assert await asking == 200
+    (row,) = await front.rows()
+    assert (tokens(row), row["outcome"]) == ((PROMPT, CACHED, LENGTH), "ok")
 
 
 async def test_who_has_no_token_reads_no_accounts() -> None:

@@ -1,4 +1,4 @@
-"""The Ray Serve application: `build` decides what it is made of.
+"""The Ray Serve application: `build` chooses its deployments.
 
 Without a gateway, a request reaches a replica's own HTTP server, from HAProxy (or, in classic mode,
 through Serve's proxy), and goes through one stack, outermost first:

@@ -1,4 +1,4 @@
-"""How an answer that broke off goes on elsewhere: what is noted on the way, and what is sent again.
+"""How a broken answer continues at another replica: what is recorded of it, and what is sent again.
 
 An engine's replica marks each event of a stream with the tokens that it was made of, in comment
 lines before it, which the gateway takes out and keeps:
@@ -39,7 +39,7 @@ Logprobs = list[tuple[list[tuple[int, float | None]], int]]
 
 
 class Method(enum.StrEnum):
-    """How an answer goes on, decided by the engine from what was asked.
+    """How an answer continues. The engine decides it from the request.
 
     RESUME: from prompt and tokens so far. REPEAT: from the start, where the same tokens must come
     again, each compared. NEVER: neither would be exact.
@@ -51,7 +51,7 @@ class Method(enum.StrEnum):
 
 
 class Progress(msgspec.Struct):
-    """What an engine must know to go on with an answer.
+    """What an engine needs to continue an answer.
 
     Attributes:
         groups: token ids, as they were given out.
@@ -107,7 +107,7 @@ class Malformed(Exception):
 
 
 class EngineReportedDead(Malformed):
-    """A replica's stream says itself that its engine failed."""
+    """The stream of a replica reports that its engine failed."""
 
 
 class Stream:
@@ -209,7 +209,7 @@ class Stream:
 
     @property
     def continuable(self) -> bool:
-        """Whether another replica can go on exactly where this stream is.
+        """Whether another replica can continue exactly where this stream is.
 
         Not where tokens came without marks, or with marks that cannot be read: the client can have
         such an answer, but nobody else can continue it.
@@ -260,7 +260,7 @@ class Stream:
 
 
 class Names:
-    """Ids and times that each replica makes anew: the client goes on seeing the first ones.
+    """Ids and times that each replica creates for itself. The client keeps seeing the first ones.
 
     They come in the first events of a stream, and with each part of an answer that has an id of its
     own. The same event is met again when another replica repeats it; what differs in it is renamed

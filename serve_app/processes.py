@@ -10,7 +10,8 @@ from typing import Any
 
 
 def end(process: "subprocess.Popen[Any]", timeout_s: float, number: int = signal.SIGTERM) -> bool:
-    """Send the signal, wait, and kill what is left; whether it ended without being killed.
+    """Send the signal, wait, and kill the process if it has not ended. Returns whether it ended by
+    itself.
 
     It has ended afterwards, whatever interrupts the wait.
     """
@@ -31,7 +32,7 @@ def end(process: "subprocess.Popen[Any]", timeout_s: float, number: int = signal
 def end_family(
     process: "subprocess.Popen[Any]", timeout_s: float, number: int = signal.SIGINT
 ) -> None:
-    """Send the signal to the process; kill what is left of it and of all that it has started."""
+    """Send the signal to the process, then kill it and its descendants that have not ended."""
     import psutil
 
     if process.poll() is not None:

@@ -59,7 +59,7 @@ class _Frozen(BaseModel):
 
 
 class Replicas(_Frozen):
-    """Bounds of the number of replicas, and what it follows between them.
+    """Bounds of the number of replicas, and the policy that chooses it between them.
 
     `min == max` is a fixed number; `min: 0` lets an idle application go.
     """
@@ -97,7 +97,7 @@ class Replicas(_Frozen):
         return not self.fixed and self.policy == "slo"
 
     def check(self, ttft_s: float, itl_s: float) -> None:
-        """Whether an engine that takes so long for one request alone can hold the limits.
+        """Check that an engine with these latencies for a single request can meet the objectives.
 
         Raises:
             ConfigError: it cannot, however many replicas there are.
@@ -132,7 +132,7 @@ class Sleep(_Frozen):
 
 
 class Gateway(_Frozen):
-    """Whether requests go through a gateway, which goes on elsewhere with what broke off."""
+    """Whether requests go through a gateway, which continues broken streams at another replica."""
 
     enabled: bool = False
     replicas: Count = 1
@@ -208,7 +208,7 @@ class Limits(_Frozen):
 
 
 class Observe(_Frozen):
-    """What is told of the work; serve_app/monitoring has what to do with it."""
+    """Metrics, logs and traces; serve_app/monitoring has rules and dashboards for them."""
 
     metrics: bool = True
     traces_endpoint: Annotated[str, Field(pattern=r"^https?://.")] | None = None
@@ -291,7 +291,7 @@ class Settings(_Frozen):
             raise _sentence(user_config, invalid) from None
 
     def of_each_model(self) -> "list[Settings]":
-        """These settings for the model above, and for each of `models` with what it replaces.
+        """These settings for the first model, and for each of `models` with its own values.
 
         Raises:
             ConfigError: for the first value that is unknown or impossible.

@@ -1,1 +1,1 @@
-"""What a start compiles and measures, kept for the next one, and carried to other machines."""
+"""Caches of what a start compiles and measures, for the next start and for other machines."""

@@ -22,7 +22,7 @@ _SCHEMA = 1
 
 
 class ForeignArchive(Exception):
-    """An archive that is not what its description says, or is for another engine."""
+    """An archive that does not match its description, or belongs to another engine."""
 
 
 def publish(folder: Path, key: str, description: Mapping[str, Any], to: Source) -> int:

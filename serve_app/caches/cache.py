@@ -144,7 +144,7 @@ def _make_ready(folder: Path, key: str, source: Source | None) -> str:
 
 
 def check(folder: Path) -> None:
-    """Remove what the seal does not list, as nobody vouches for it.
+    """Remove files that the seal does not list, because nothing vouches for them.
 
     Raises:
         Broken: there is no seal, or a file is not the one that it lists.

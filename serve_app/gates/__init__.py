@@ -1,1 +1,1 @@
-"""What a request passes before the engine: who asks, how much, and is there room."""
+"""The gates that a request passes before the engine: keys, limits, admission."""

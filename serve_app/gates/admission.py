@@ -1,4 +1,4 @@
-"""Who runs, who waits and who is turned away: the bounded queue in front of the engine.
+"""Which requests run, wait or are refused: the bounded queue in front of the engine.
 
 As many sequences run as the engine batches, so that it is always full and its own queue always
 short; a bounded number of requests wait; the rest are turned away at once, which costs a header and
@@ -95,13 +95,13 @@ class Admission:
         return len(self._queue)
 
     def change(self, max_running: int, max_queued: int, retry_after_s: float) -> None:
-        """Other bounds from now on; who is in stays in."""
+        """Change the bounds. Requests that were admitted stay admitted."""
         self.max_running, self.max_queued = max_running, max_queued
         self.retry_after_s = retry_after_s
         self._wake()
 
     def close(self) -> None:
-        """Let nobody in until `open`; the requests that are in go on.
+        """Admit no request until `open`. Admitted requests continue.
 
         Those that would be running may wait as well, so that `max_queued` refuses no more of them.
         """
@@ -119,7 +119,9 @@ class Admission:
             await self._changed.wait()
 
     def read(self, sequences: int) -> None:
-        """The engine made the first tokens of so many sequences, which have their prompts read."""
+        """The engine produced the first tokens of this many sequences: their prompts have been
+        read.
+        """
         self._queue.read(sequences)
         self._wake()
 
@@ -405,7 +407,7 @@ def _generates(scope: Scope) -> bool:
 
 
 class _Inbox:
-    """The request's channel, which may be told to say that the client left."""
+    """The request's channel, which can report that the client has left."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -429,7 +431,7 @@ class _Inbox:
             self._waiting.discard(task)
 
     def leave(self) -> None:
-        """The client left: whoever waits for a message, or asks for one later, hears that."""
+        """Report to present and later readers that the client has left."""
         self._left = True
         for task in self._waiting:
             task.cancel()
@@ -464,7 +466,7 @@ class _Response:
             await self._send(message)
 
     async def end(self, scope: Scope) -> None:
-        """Send what was put in the place of the application's own answer, if anything was."""
+        """Send the replacement of the application's answer, if there is one."""
         if self._replaced is not None:
             await self._replaced(scope, _no_message, self._send)
 

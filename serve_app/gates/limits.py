@@ -52,7 +52,7 @@ class LimitGate:
         await self.app(scope, receive, send)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, or the error that says why it is not taken."""
+        """The whole body, or the error with which it is refused."""
         bound = self.limits.max_body_bytes
         too_large = PayloadTooLarge(f"The body is larger than {bound} bytes.")
         for name, value in scope["headers"]:

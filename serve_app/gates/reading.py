@@ -156,7 +156,7 @@ class Reading:
 
     @property
     def output_tokens_expected(self) -> int:
-        """What the answers are taken to be; a huge bound says nothing of an answer."""
+        """The expected length of the answers. A huge bound does not predict a long answer."""
         answer = self.max_tokens or _TOKENS_EXPECTED
         return min(max(answer, 1), _MOST_TOKENS_EXPECTED) * self.sequences
 
@@ -164,7 +164,7 @@ class Reading:
 def read(route: Route, body: bytes) -> Reading:
     """The reading of a POST's body.
 
-    In the fast lane two ask for it: the capability table, and the limits right after it.
+    In the fast lane it is used twice: by the capability table, then by the limits.
 
     Raises:
         BadRequest: it is not a JSON object.
@@ -376,7 +376,7 @@ def _length(words: Any) -> int:
 
 
 def _whole(value: Any) -> int | None:
-    """A whole number as pydantic takes it; None for what it refuses."""
+    """A whole number as pydantic parses it; None for values that it refuses."""
     if value is None or type(value) is int:
         return value
     try:

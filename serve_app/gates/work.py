@@ -1,4 +1,4 @@
-"""What the engine did for one request, filled in by whoever sees it.
+"""The work of the engine for one request, filled in by the layers that observe it.
 
 The first gate that needs it leaves one in `scope["state"]["work"]`, and AdmissionGate sets the
 context variable for the time of the answer; vLLM's client (replica/llm.py) and the door of the fast
@@ -52,7 +52,7 @@ class BatchClock:
         self.sequence_s = 0.0
 
     def advance(self, running: int) -> float:
-        """`sequence_s` now, if so many sequences ran since the last call."""
+        """`sequence_s` now, given the number of sequences that ran since the last call."""
         now_s = self._now_s()
         if running:
             self.sequence_s += self._gpus * (now_s - self._changed_s) / running

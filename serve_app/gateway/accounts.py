@@ -26,7 +26,7 @@ _RETRY_S = 1.0
 
 
 class Attempts:
-    """The attempts at one request, and what was reported of each.
+    """The attempts at one request, with the report of each.
 
     Args:
         work: to be filled in.
@@ -124,7 +124,7 @@ class Accounts:
         return task
 
     async def end(self) -> None:
-        """Settle what is open, and read no more."""
+        """Settle open accounts and stop reading."""
         if self._settling:
             await asyncio.wait(self._settling)
             await asyncio.sleep(0)  # For who is called back by them.

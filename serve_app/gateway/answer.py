@@ -28,7 +28,7 @@ class Answer:
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def data(self, data: bytes) -> None:
-        """Pass on what is new in a piece of a replica's stream.
+        """Pass on the new part of a piece of a replica's stream.
 
         Raises:
             Malformed: the piece is no part of a stream.

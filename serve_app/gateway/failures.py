@@ -25,7 +25,7 @@ class Whole:
 
 
 class Busy(Exception):
-    """A replica takes nothing now: what it said, for when all say so."""
+    """A replica is full. Its answer is kept for the case that all replicas are full."""
 
     def __init__(self, refusal: Whole) -> None:
         super().__init__(f"status {refusal.status}")
@@ -36,8 +36,8 @@ class ReplicaFailed(Exception):
     """A replica did not answer to the end.
 
     Attributes:
-        kind: how, one of FAILURES; "connection": it takes none; "restarting": its engine is being
-            started anew; "silent": it was given up.
+        kind: one of FAILURES. "connection": it refuses connections; "restarting": its engine is being
+            restarted; "silent": it did not answer in time.
     """
 
     def __init__(self, why: str, kind: str = "died") -> None:

@@ -1,4 +1,4 @@
-"""A stream that begins in the fast lane, and goes on in the full lane where its replica fails.
+"""A stream that begins in the fast lane and continues in the full lane if its replica fails.
 
 vllm-rs writes the ids of an event's tokens into the event (`return_token_ids`), where vLLM's Python
 application writes marks before it (continuation.py), and the two cut an answer into events in

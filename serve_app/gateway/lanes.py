@@ -127,7 +127,7 @@ class Lanes:
 
 
 def fail_as_told(how: str | None) -> None:
-    """Raise what the header FAILED_HEADER of a response says, if it is there.
+    """Raise the failure that the header FAILED_HEADER of a response names, if any.
 
     Raises:
         ReplicaFailed: the response is no answer.
@@ -150,7 +150,7 @@ def _refuse(refusal: Whole) -> None:
 
 
 def known_of(stream: Stream) -> bytes:
-    """What is known of an answer, for the engine that goes on with it."""
+    """The state of an answer, for the engine that continues it."""
     stream.again()
     repeat = None if isinstance(stream, FastStream) else stream.method is Method.REPEAT
     return msgspec.json.encode(msgspec.structs.replace(stream.progress, repeat=repeat))

@@ -1,4 +1,4 @@
-"""Which model a request is for, and what is known of the models without asking their engines.
+"""Which model a request is for, and the list of models without a request to their engines.
 
 A request goes to the model that its body names: by the model's name, or by the name of one of its
 LoRA adapters. One that names none goes to the first model. A model that is scaled to zero is listed
@@ -109,7 +109,7 @@ class Models:
         await NotFound(f"There is no model {name!r}.", param="model")(scope, receive, send)
 
     async def _cards(self, request: Request) -> list[dict[str, Any]]:
-        """What `/v1/models` lists. Wakes nobody."""
+        """The list for `/v1/models`. It starts no model."""
         await asyncio.gather(
             *(self._relist(model, request) for model in self._relays if self._up(model))
         )

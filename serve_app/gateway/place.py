@@ -18,7 +18,7 @@ CONNECT_S = 2.0
 
 @dataclass
 class Place:
-    """What the door grants: where vllm-rs of that replica listens, and what it asks for.
+    """What the door grants: the address of that replica's vllm-rs, and its token.
 
     Attributes:
         address: host:port.

@@ -274,7 +274,7 @@ async def _received(
 
 
 def _how(stream: Stream) -> str:
-    """How an answer goes on, for metrics. Of one from the fast lane only the next engine knows."""
+    """How an answer continues, for metrics. For the fast lane only the next engine knows."""
     if not stream.sent:
         return "again"
     return str(stream.method) if stream.method else "handover"

@@ -71,7 +71,7 @@ class Request:
 
     @classmethod
     def of(cls, scope: Scope, body: bytes, session_header: str) -> "Request":
-        """The request of an ASGI scope; its reading is the one that LimitGate left there."""
+        """The request of an ASGI scope, with the reading that LimitGate stored in it."""
         given = {name: value for name, value in scope["headers"]}
         request_id = _text(given.get(b"x-request-id", b"")) or uuid.uuid4().hex
         headers = [
@@ -111,7 +111,7 @@ class Request:
             self.reports.give_up()
 
     def listing(self, path: str) -> "Request":
-        """A GET of `path` in the name of whoever sent this request."""
+        """A GET of `path` with the credentials of this request."""
         return replace(self, method="GET", path=path, body=b"", tried=[], work=None)
 
 

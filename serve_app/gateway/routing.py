@@ -213,7 +213,7 @@ class PrefixRouter(Router):
     def _affine(
         self, candidates: Sequence[Candidate], keys: Sequence[int], session: str | None
     ) -> tuple[Candidate | None, Reason]:
-        """Whom to follow, or None with the reason why nobody."""
+        """The replica that affinity selects, or None with the reason."""
         home = self._sessions.get(hash(session)) if session is not None else None
         if home is not None:
             for candidate in candidates:

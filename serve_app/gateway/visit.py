@@ -109,7 +109,7 @@ class Visits:
             return True  # Refused or cut: its requests notice that themselves.
 
     def await_restart(self, replica: Upstream) -> None:
-        """Have no request sent to a replica until its engine, which is started anew, is there."""
+        """Send no request to a replica until its engine has restarted."""
         if not replica.restarting:
             replica.restarting = True
             task = asyncio.create_task(self._ping_until_restarted(replica))

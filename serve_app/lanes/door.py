@@ -49,7 +49,7 @@ _REPORT_S = 2.0
 
 
 class Frontend(Protocol):
-    """Where the Rust front end of this replica listens, and what it asks for."""
+    """The address of this replica's Rust front end, and its token."""
 
     @property
     def host(self) -> str: ...
@@ -377,7 +377,7 @@ def _lines(headers: list[tuple[bytes, bytes]]) -> bytes:
 
 
 class Locator:
-    """ASGI middleware: tells HAProxy where the door of this replica is, and nobody else."""
+    """ASGI middleware that tells only HAProxy the address of this replica's door."""
 
     def __init__(self, app: ASGIApp, door: Door) -> None:
         self.app, self._door = app, door

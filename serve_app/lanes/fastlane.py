@@ -74,7 +74,7 @@ class FastLane:
         return self._door
 
     async def drain(self, timeout_s: float) -> None:
-        """Let nobody else in, and return once every request that was let in is over."""
+        """Admit no further request, and return when all admitted requests have ended."""
         if self._door is not None:
             await self._door.drain(timeout_s)
 

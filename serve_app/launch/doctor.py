@@ -177,7 +177,7 @@ def gpu_checks(gpus: Sequence[Gpu]) -> list[Check]:
 
 
 def compilers(tools: Tools, environ: Mapping[str, str]) -> Check:
-    """Whether what an engine compiles when it starts can be compiled, and what it does without."""
+    """Whether the compilers for an engine's start are there, and what it does without them."""
 
     def bad(what: str, mend: str) -> Check:
         return Check("compilers", False, what, mend)
@@ -212,7 +212,7 @@ def cuda(driver: str) -> Check:
 
 
 def memory(settings: Settings, gpus: tuple[Gpu, ...]) -> Check:
-    """Whether the model fits, in total memory and in what is free now."""
+    """Whether the model fits into the total memory and into the free memory."""
     if not gpus:
         return Check("GPU memory", True, "no GPU")
     try:

@@ -251,7 +251,7 @@ backend {name}-fast
 
 
 def rewritten(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The configuration with every rule applied; one that was rewritten before is left alone.
+    """The configuration with every rule applied. A rewritten one is returned as it is.
 
     Raises:
         UnknownTemplate: a rule finds nothing to change.

@@ -81,7 +81,7 @@ _STOP_S = 30.0
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Run the application until it is told to stop. Returns the exit status."""
+    """Run the application until a signal stops it. Returns the exit status."""
     config = load(Path(arguments.config), arguments.model)
     settings = Settings.parse(config["applications"][0].get("args") or {})
     http = config.get("http_options") or {}
@@ -140,7 +140,7 @@ def haproxy() -> dict[str, str]:
 
 
 def environment_for(settings: Settings) -> dict[str, str]:
-    """Environment that Ray's processes need for these settings, whoever starts Ray."""
+    """Environment that Ray's processes need for these settings, however Ray is started."""
     return {**haproxy_settings(settings), **lane_secret(settings)}
 
 
@@ -201,7 +201,7 @@ def _effective(config: Mapping[str, Any], path: Path, model: str | None) -> Iter
 
 
 def haproxy_ports() -> dict[str, int]:
-    """The ports on which HAProxy tells of itself, by the variable that sets each."""
+    """The ports of HAProxy's metrics and statistics, by the variable that sets each."""
     return {name: int(os.environ.get(name, port)) for name, port in _HAPROXY_PORTS.items()}
 
 
@@ -242,7 +242,7 @@ def _signals() -> Iterator[threading.Event]:
 
 
 def _attend(child: "_Child", stop: threading.Event, url: str, settings: Settings) -> int:
-    """Show what the child says until it fails or is told to stop. Returns the exit status."""
+    """Show the child's lines until it fails or a signal arrives. Returns the exit status."""
     started_s, ready, ingress_deadline_s = time.monotonic(), False, float("inf")
     _show("starting Ray")
     while not stop.is_set():
@@ -351,7 +351,7 @@ class _Child:
             return None
 
     def end(self, timeout_s: float) -> None:
-        """Stop in order, within `timeout_s`; what is left then is killed, and said."""
+        """Stop in order within `timeout_s`, then kill and report the remaining processes."""
         if not self.ended:
             # `serve run` drains and shuts down on SIGINT; SIGTERM would kill the cluster.
             in_time = False

@@ -1,4 +1,4 @@
-"""`serve run`, stopped in order: what is in flight finishes before the proxies are gone.
+"""`serve run`, stopped in order: requests in flight finish before the proxies end.
 
 `serve.shutdown()` tells the replicas to finish and, in the same moment, kills the HTTP proxies that
 their streams pass through. Deleting the applications first leaves the proxies up until the last

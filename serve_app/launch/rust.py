@@ -58,7 +58,7 @@ def fetch(into: Path) -> None:
 
 
 def main() -> None:
-    """Fetch the program, unless it is there; one line says what was done."""
+    """Fetch the program unless it is there, and print one line about it."""
     into = destination()
     if into is None or os.access(into, os.X_OK):
         return

@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def warm(settings: Settings, plan: Plan, address: str) -> dict[str, Any]:
-    """Start one engine, end it, and publish what it left. Returns what was done."""
+    """Start one engine, end it, and publish its caches. Returns a sentence about the result."""
     os.environ.update(plan.environment)
     if plan.cpu_threads is None:
         kernels.settle()

@@ -84,7 +84,7 @@ def _ratio(part: str, whole: str) -> str:
 
 
 def _mean(metric: str, by: str, where: str = _VLLM) -> str:
-    """Of what a histogram was told in the span."""
+    """The mean of a histogram's observations in the interval."""
     return _ratio(_rate(f"{metric}_sum", by, where), _rate(f"{metric}_count", by, where))
 
 

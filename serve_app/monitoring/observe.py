@@ -66,7 +66,7 @@ def say(text: str) -> None:
 
 
 def discovery() -> Path:
-    """The file in which Ray names what is to be scraped, of the cluster on this machine.
+    """The file in which Ray lists the scrape targets of the cluster on this machine.
 
     Raises:
         ConfigError: Ray does not run here.

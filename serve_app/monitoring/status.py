@@ -98,7 +98,7 @@ STARTS = (
 
 
 def app(prometheus: Prometheus) -> Starlette:
-    """The page and what it draws."""
+    """The page and its data."""
     status = Status(prometheus)
 
     async def page(request: Request) -> FileResponse:
@@ -111,7 +111,7 @@ def app(prometheus: Prometheus) -> Starlette:
 
 
 class Status:
-    """What is shown, asked for once for all who look."""
+    """The data of the page, queried once for all viewers."""
 
     def __init__(self, prometheus: Prometheus) -> None:
         self._prometheus = prometheus

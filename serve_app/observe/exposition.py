@@ -1,4 +1,4 @@
-"""/metrics of one replica: all of its figures, but of tenants only those of the one who asks.
+"""/metrics of one replica: all of its series, but those of tenants only for the key's own tenant.
 
 Prometheus does not come here: it scrapes Ray's agent of each node, which asks for no key
 (export.py). Behind a load balancer this route shows one replica of several.

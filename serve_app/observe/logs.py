@@ -27,7 +27,7 @@ _FILE_BYTES, _FILES, _FOLDER_FILES = 64 * 2**20, 4, 100
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """Start an engine within this: Ray Serve's own log goes on.
+    """Start an engine inside this block: Ray Serve's own log keeps working.
 
     vllm configures logging when it is imported and when an engine is made, and Python then closes
     every handler there is: that of Serve loses the file that it writes to. Besides the lines, a
@@ -94,7 +94,7 @@ class Log:
         return log
 
     def write(self, level: str, event: str, **fields: Any) -> None:
-        """One line. A field that is None is left out."""
+        """Write one line, without the fields that are None."""
         if self._write is None:
             return
         line = {"time": datetime.now(UTC), "level": level, "event": event, **self._fields}
@@ -107,7 +107,7 @@ class Log:
 
 
 class RotatedFile:
-    """A file that makes way for a new one once it is full. A few full ones are kept.
+    """A log file that is rotated when it is full. A few full files are kept.
 
     One write of the system for each line: logging's handler formats a line three times and asks
     twice for the file's state, which took a sixth of the door's time.
@@ -120,7 +120,7 @@ class RotatedFile:
         self._open()
 
     def write(self, line: str) -> None:
-        """Append a line. Where that is impossible, requests go on, and stderr says so once."""
+        """Append a line. If that fails, requests continue, and stderr reports it once."""
         data = line.encode()
         try:
             with self._lock:

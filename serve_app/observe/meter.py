@@ -83,7 +83,7 @@ class Meter:
                     span.set_attributes(_attributes(answer))
 
     def _model_of(self, scope: Scope) -> str:
-        """The gateway says which of its models was asked, once it knows."""
+        """The model of the request, which the gateway sets once it knows it."""
         return str(scope.get("state", {}).get("model", self._model))
 
     def _note(self, scope: Scope, request_id: str, answer: "_Answer") -> None:
@@ -154,7 +154,7 @@ class _Answer:
         self.left = False
 
     def receiving(self, receive: Receive) -> Receive:
-        """The request's channel; the client may say there that it leaves."""
+        """The request's channel, which also reports that the client has left."""
 
         async def received() -> Message:
             message = await receive()
@@ -238,7 +238,7 @@ class _Answer:
         return output.whole_failure(self._body) or "error"
 
     def meets_slo(self, goal: Replicas, sequences: int) -> bool | None:
-        """Whether the objective was kept; None for what says nothing of it."""
+        """Whether the request met the objective; None if it does not count."""
         status = self.final_status
         if status >= 500 or status == 429:
             return False

@@ -252,7 +252,7 @@ SCALING_PREFIX = "serve_app_scaling_"
 
 
 class Gaps(Collector):
-    """A histogram for what comes thousands of times a second: an observation is a bisection."""
+    """A histogram for thousands of observations a second: each is one bisection."""
 
     def __init__(self, name: str, text: str, bounds: Sequence[float] = _LATENCY_S) -> None:
         self._name, self._text = name, text

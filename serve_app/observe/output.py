@@ -56,7 +56,7 @@ def whole_failure(body: bytes) -> str | None:
 
 
 def output_tokens(body: bytes) -> int | None:
-    """The tokens that an answer in one piece says it has."""
+    """The number of tokens that a non-streamed answer states."""
     answer = _whole(body)
     if answer is None or answer.usage is None:
         return None

@@ -34,7 +34,7 @@ class Tracer:
 
     @contextmanager
     def span(self, scope: Scope, request_id: str) -> Iterator[Span]:
-        """A span around a request; what is behind this process joins its trace."""
+        """A span around a request. Later processes join its trace."""
         given = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }

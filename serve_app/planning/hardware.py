@@ -35,7 +35,7 @@ _MIG = re.compile(r"^\s+MIG \S*?(\d+)gb\S*\s.*\(UUID: (MIG-[^)]+)\)", re.MULTILI
 
 
 class HardwareError(RuntimeError):
-    """The driver is there and does not answer, or what was asked for is not there."""
+    """The driver does not answer, or a requested GPU does not exist."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _nvidia_smi(*arguments: str) -> str:
 
 
 def _device(line: str) -> tuple[str, str, Gpu]:
-    """Index, UUID and GPU of one line; a value in brackets, as [N/A], is not known."""
+    """Index, UUID and GPU of one line. A value in brackets, such as [N/A], is unknown."""
     words = [word.strip() for word in line.split(",")]
     if len(words) != 7:
         raise HardwareError(f"nvidia-smi printed a line that cannot be parsed: {line!r}")
@@ -173,7 +173,7 @@ def cluster_nodes() -> tuple[Node, ...]:
 
 
 def _expected(text: str) -> tuple[Node, ...]:
-    """The node that is to come, as NAME:COUNT; none where nothing is said."""
+    """The expected node, given as NAME:COUNT; none without it."""
     if not text:
         return ()
     name, _, count = text.partition(":")

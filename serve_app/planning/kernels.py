@@ -1,4 +1,4 @@
-"""What a GPU engine compiles while it starts, and what it does without if it cannot compile it.
+"""What a GPU engine compiles while it starts, and what it does without a compiler.
 
 Triton compiles in every start: it needs a C compiler and Python's headers. FlashInfer and DeepGEMM
 compile with nvcc. vLLM 0.32 leaves most of their kernels alone where it finds no nvcc, but not all:

@@ -223,7 +223,7 @@ class Plan:
 
 
 def environment(cpu_threads: int | None) -> dict[str, str]:
-    """Environment of a replica with so many OpenMP threads; None: its engine runs on GPUs."""
+    """Environment of a replica with this many OpenMP threads; None if its engine runs on GPUs."""
     if cpu_threads is None:
         return {}
     return {

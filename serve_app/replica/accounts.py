@@ -57,7 +57,7 @@ class Accounts:
 
     @contextlib.contextmanager
     def account(self, header: bytes | None) -> Iterator[Work]:
-        """The work of a request, which is reported at the end; without the header to nobody."""
+        """The work of a request, reported at its end to the gateway that the header names."""
         done = Work()
         self._running += 1
         try:
@@ -74,7 +74,7 @@ class Accounts:
         self._end_readers()
 
     async def read(self, gateway: str, receive: Receive, send: Send) -> None:
-        """Answer a gateway: a line for each account, until it leaves or this replica does."""
+        """Send a gateway one line for each account, until it disconnects or this replica ends."""
         headers = [(b"content-type", b"application/x-ndjson")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         lines = self._lines(gateway)

@@ -159,7 +159,7 @@ def _check_texts(arguments: Mapping[str, Any], args: argparse.Namespace) -> None
 
 
 def _check_plugins(arguments: Mapping[str, Any], args: argparse.Namespace) -> None:
-    """Names of what is registered in vLLM or by a plugin: its parser takes any text for them.
+    """Check names that vLLM or a plugin registers, because vLLM's parser accepts any text.
 
     Raises:
         ConfigError: nothing of that name is registered, or a plugin's file cannot be imported.
@@ -184,7 +184,7 @@ def _check_plugins(arguments: Mapping[str, Any], args: argparse.Namespace) -> No
 
 
 def _import_plugin(path: str) -> None:
-    """A file or a module; vLLM's own way to it logs what that raises, and goes on."""
+    """Import a file or a module. vLLM's own import only logs what it raises."""
     if not path.endswith(".py"):
         importlib.import_module(path)
         return
@@ -256,7 +256,7 @@ def _refused(arguments: Mapping[str, Any], names: Iterable[str], error: Exceptio
 
 
 def first_sentence(error: Exception) -> str:
-    """The part of vLLM's often many-lined messages that says what is wrong."""
+    """The sentence of vLLM's often long messages that states the mistake."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # pydantic: "1 validation error for ModelConfig", then "  Value error, what is wrong [type=..."
     for line in lines:

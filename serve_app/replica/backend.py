@@ -74,7 +74,7 @@ exchange: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
 class EngineFailed(ConnectionAbortedError):
-    """Ends a connection without the end of its response, which is how the gateway hears of it."""
+    """Ends a connection before the end of its response, which tells the gateway."""
 
 
 class Backend:
@@ -144,7 +144,7 @@ class Backend:
 
 
 async def _send_status(send: Send, status: int, header: str, value: str) -> None:
-    """A response that is all said in one header."""
+    """A response that consists of one header."""
     headers = [(header.encode(), value.encode()), (b"content-length", b"0")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
@@ -242,7 +242,7 @@ class Server:
 
 
 class _Quiet(uvicorn.Server):
-    """A server beside others in this process, which leaves signals to their owner."""
+    """A server beside others in this process, which does not handle signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

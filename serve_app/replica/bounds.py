@@ -27,7 +27,7 @@ SERVING = (
 
 
 class Bounds:
-    """The limits in force, for one engine and all who serve from it.
+    """The limits in force for one engine and its front ends.
 
     Attributes:
         max_prompt_tokens: a longer prompt is refused; None: vLLM's own limit alone.

@@ -108,7 +108,7 @@ class ReplicaBase:
                 self._loaded_s = time.monotonic() - began_s
 
     def _secret(self) -> str | None:
-        """What is said at the door of the fast lane; None: nobody could ask there."""
+        """The secret of the fast lane's door; None if nothing can ask there."""
         raise NotImplementedError
 
     def _fast_host(self) -> str | None:
@@ -211,7 +211,7 @@ class ReplicaBase:
         return limited
 
     def _waited(self, wait_s: float) -> None:
-        """A request was let in after so long."""
+        """Record how long a request waited before it was admitted."""
         metrics.series(metrics.waits, self._model).observe(wait_s)
         if self._settings.tenants.configured:
             labels = self._model, metrics.tenant_label(tenant.get())
@@ -223,7 +223,7 @@ class ReplicaBase:
         return app
 
     async def _answer(self) -> ASGIApp:
-        """vLLM's application, and what it leaves to be said better."""
+        """vLLM's application, with clearer errors around it."""
         answer: ASGIApp = RefusalGate(await self._engine.app())
         return answer if self._thinks else WithoutThinking(answer)
 
@@ -330,7 +330,7 @@ class ReplicaBase:
         return autoscaler.report(load, self._started_s)
 
     async def _leave_fast_lane(self) -> None:
-        """Let nobody else in, and return once those who were let in are answered."""
+        """Admit no further request to the fast lane, and return when those admitted have ended."""
         if self._fast_lane is not None:
             await self._fast_lane.drain(self._plan.shutdown_s(self._settings))
 
@@ -423,7 +423,7 @@ class GatewayReplica(ReplicaBase):
         return self._server.token
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Called by Ray Serve once; the gateways are told."""
+        """Called once by Ray Serve, which passes the result to the gateways."""
         told: dict[str, Any] = {"address": self._server.address, "token": self._server.token}
         if self._door is not None:
             told[FAST_LANE] = {

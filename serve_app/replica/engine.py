@@ -134,7 +134,7 @@ class Engine:
         return cls(args, launch, pacer, startup)
 
     async def restart(self, startup: Startup) -> None:
-        """Start it anew after `kill()`; `app()` then gives the application that serves it.
+        """Restart the engine after `kill()`. `app()` then returns the application that serves it.
 
         Only its own processes are new: this one has imported everything already. The event loop
         turns meanwhile.

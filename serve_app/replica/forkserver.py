@@ -74,7 +74,8 @@ def change_environment(environment: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Import vllm within this: what that makes stays, and nobody looks for garbage among it.
+    """Import vllm inside this block: objects it creates are frozen, so the garbage collector never
+    scans them.
 
     A million objects are made, and the collector would go through them again and again, which takes
     a sixth of the import. Afterwards it never looks at them, also for the sake of those that are

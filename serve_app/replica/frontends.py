@@ -112,7 +112,7 @@ RESTARTS = 5
 
 
 class RustFrontend:
-    """`vllm-rs` beside one engine: a process that may be started anew while the engine runs on.
+    """`vllm-rs` beside one engine: a process that can be restarted while the engine runs.
 
     An engine core registers with a front end once, by the first message of its connection. So the
     core knows an address more for each restart: it tries to connect there until the next `vllm-rs`

@@ -1,4 +1,5 @@
-"""Notices that `vllm-rs` died or hangs, and starts it anew; the engine and the full lane go on.
+"""Notices that `vllm-rs` died or hangs, and restarts it; the engine and the full lane are not
+affected.
 
 The requests that it had are lost, as those of an engine that dies are. Until it answers again the
 door sends everybody to the full lane (lanes/fastlane.py). Where it cannot be started anew the
@@ -53,7 +54,7 @@ class Keeper:
         self.failure: str | None = None
 
     async def watch(self) -> None:
-        """Run until it cannot be started anew."""
+        """Run until a restart fails."""
         while True:
             kept = self._frontend()
             if kept is None:

@@ -30,7 +30,7 @@ from serve_app.replica.bounds import Bounds
 
 
 class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
-    """Counts the tokens of each tenant. vLLM's own counters do not know who asked.
+    """Counts the tokens of each tenant. vLLM's own counters do not know tenants.
 
     Attributes:
         bounds: that a prompt is held to; set by the engine.
@@ -72,7 +72,7 @@ class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
 
 
 class ContinuingLLM(CountingLLM):
-    """Marks the tokens that it gives out, and goes on with what another engine began.
+    """Marks its tokens, and continues answers that another engine began.
 
     To go on, the tokens so far go through the output processor as if they had just been made, so
     that everything in front of it is where it was. The engine core gets them as part of the prompt
@@ -195,7 +195,7 @@ class ContinuingLLM(CountingLLM):
         return [output for output in outputs if self._new(output)] if self._due else outputs
 
     def _new(self, output: EngineCoreOutput) -> bool:
-        """Whether there is anything new in it, once what was due is taken out."""
+        """Whether anything new is in it after the part that is due is removed."""
         due = self._due.get(output.request_id)
         if due is None:
             return True
@@ -222,7 +222,7 @@ class NotTheSame(Exception):
 
 
 def _method(params: SamplingParams) -> Method:
-    """How an answer with these parameters can go on exactly.
+    """How an answer with these parameters can be continued exactly.
 
     Prompt and tokens so far are all that the next token depends on, unless something counts the
     output tokens alone, has a state of its own (a grammar, a generator with a seed), or belongs to
@@ -260,7 +260,7 @@ def _marked(current: Exchange, output: RequestOutput) -> RequestOutput:
 
 
 def _after(request: EngineCoreRequest, tokens: list[int]) -> EngineCoreRequest:
-    """What is left of a request when these tokens have been made."""
+    """The rest of a request after these tokens."""
     params = request.sampling_params.clone()
     params.max_tokens = max(1, params.max_tokens - len(tokens))
     params.min_tokens = max(0, params.min_tokens - len(tokens))

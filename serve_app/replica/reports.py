@@ -38,7 +38,7 @@ def client_ids(request_id: str) -> tuple[str, ...]:
 
 
 class Ended(msgspec.Struct, array_like=True, frozen=True):
-    """A request of the fast lane that left the scheduler.
+    """A request of the fast lane that has ended.
 
     Attributes:
         request_id: the engine's, which begins with vllm-rs's prefix and has the client's in it.

@@ -138,7 +138,7 @@ class _Reporting(Scheduler):  # type: ignore[misc]
         return super()._free_request(request, *args, **kwargs)
 
     def _redirect_stats(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """Give the step's statistics to the Python front end, whoever vLLM gave them to."""
+        """Give the step's statistics to the Python front end, whichever front end vLLM chose."""
         for client, each in outputs.items():
             if each.scheduler_stats is not None and client != FULL:
                 stats, each.scheduler_stats = each.scheduler_stats, None

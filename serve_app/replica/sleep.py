@@ -1,4 +1,4 @@
-"""Puts the engine of a replica to sleep while nobody asks, and wakes it for the next request.
+"""Puts an idle engine to sleep, and wakes it for the next request.
 
 An engine that sleeps (level 1 of vLLM's sleep mode) has given the GPU's memory back: its weights
 are in the machine's memory, its KV cache is gone. The queue in front of the engine is closed from
@@ -147,7 +147,7 @@ class Sleeper:
 
     @contextlib.asynccontextmanager
     async def replacing(self) -> AsyncIterator[None]:
-        """Hold the GPU while the engine is started anew; it is awake afterwards."""
+        """Hold the GPU while the engine is restarted; it is awake afterwards."""
         self.stop()
         while not self._gpu.take():  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)

@@ -42,7 +42,7 @@ class Startup:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Note what happens within as this phase, except for what is noted more exactly."""
+        """Record this block as the phase, except for the phases recorded inside it."""
         began_s = time.time()
         try:
             yield
@@ -51,7 +51,9 @@ class Startup:
 
     @contextlib.contextmanager
     def configuration(self) -> Iterator[None]:
-        """Note what vLLM makes of its arguments, and within that what it asks the model's class."""
+        """Record the phase in which vLLM reads its arguments, and the inspection of the model's
+        class.
+        """
         from vllm.model_executor.models.registry import ModelRegistry
 
         inspect = ModelRegistry.inspect_model_cls
@@ -79,7 +81,7 @@ class Startup:
                 self._spans += read(Path(file.name))
 
     def write(self, path: Path) -> None:
-        """Write what was noted so far where `read` finds it."""
+        """Write the records so far to the file that `read` reads."""
         spans = [(span.phase, span.began_s * 1e9, span.ended_s * 1e9) for span in self._spans]
         _append(path, [json.dumps(span) for span in spans])
 
@@ -100,7 +102,7 @@ def record() -> None:
 
 
 def read(path: Path) -> list[Span]:
-    """What was written; lines that were cut off are left out."""
+    """The records that were written, without lines that were cut off."""
     events = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError, TypeError):

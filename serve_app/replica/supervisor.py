@@ -93,7 +93,7 @@ class Supervisor:
         return self.failure is None and not self._engine.dead
 
     async def watch(self) -> None:
-        """Run until the engine has failed for good; then leave."""
+        """Run until the engine has failed for good, then end the replica."""
         while True:
             while (failure := await self._look()) is None:
                 await self._rest()
@@ -117,7 +117,7 @@ class Supervisor:
         return self._restart is not None and lasted_s >= _LASTING_S
 
     async def _restarted(self) -> bool:
-        """Start the engine anew; whether that succeeded."""
+        """Restart the engine. Returns whether that succeeded."""
         assert self._restart is not None
         try:
             async with asyncio.timeout(self._restart_within_s):
@@ -252,7 +252,7 @@ class Reaper:
             follower.join()
 
     def dismiss(self) -> None:
-        """The guarded processes have ended: there is nothing left to kill."""
+        """The guarded processes have ended: nothing has to be killed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):

@@ -105,7 +105,9 @@ class Template:
         self._workers: list[_Worker] = []
 
     def serve(self) -> Request | None:
-        """Fork what is asked for. Returns a request in each worker; None here, at the end."""
+        """Fork a worker for each request. Returns the request in the worker, and None in the
+        template at its end.
+        """
         while True:
             watched = {worker.descriptor: worker for worker in self._workers}
             left = {worker.connection.fileno(): worker for worker in self._workers}
@@ -177,7 +179,7 @@ class Template:
 def differing(
     given: Mapping[str, str], now: Mapping[str, str], wanted: Mapping[str, str]
 ) -> list[str]:
-    """The variables for which libraries would have to be imported anew.
+    """The variables whose values would require a new import of the libraries.
 
     Args:
         given: the template's environment before its imports.
@@ -193,7 +195,7 @@ def differing(
 def environment(
     given: Mapping[str, str], now: Mapping[str, str], wanted: Mapping[str, str]
 ) -> dict[str, str]:
-    """The environment of a worker: what it was given, and what the imports have set."""
+    """The environment of a worker: its own variables and those that imports have set."""
     imported = {
         name: value
         for name, value in now.items()

@@ -111,7 +111,7 @@ class Reader:
     _arguments_end: int | None = None
 
     def feed(self, text: str) -> list[Event]:
-        """What the text so far tells with certainty, and was not told before."""
+        """The events that are certain from the text so far and that were not returned before."""
         self._rest += text
         events: list[Event] = []
         while self._step(events):
@@ -172,7 +172,7 @@ class Reader:
         return True
 
     def _pass_on(self, events: list[Event]) -> bool:
-        """Pass on what there is of the arguments; whether they go on."""
+        """Pass on the arguments so far. Returns whether more may follow."""
         if self._passed is None:
             head = _HEAD.match(self._rest)
             if head is None or (name := _text(head[1])) is None:

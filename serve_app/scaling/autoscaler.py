@@ -69,7 +69,7 @@ def report(load: ReplicaLoad, start_s: Mapping[str, float] | None = None) -> dic
 
 
 def load_of(numbers: Mapping[str, float]) -> ReplicaLoad:
-    """The load that `report` made numbers of; what is missing is taken for nothing."""
+    """The load from the numbers of `report`; a missing number counts as 0."""
     values: dict[str, Any] = {}
     for field in fields(ReplicaLoad):
         value = numbers.get(field.name, _NOTHING)
@@ -209,7 +209,7 @@ class Autoscaler:
         return self._wanted, {}
 
     def _resume(self, context: AutoscalingContext, now_s: float) -> int:
-        """Take over what was learned before; returns how many replicas must not be taken away.
+        """Restore what was learned before. Returns how many replicas must stay.
 
         Neither a deploy nor the controller's restart is a reason to stop a replica.
         """

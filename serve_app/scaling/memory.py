@@ -1,4 +1,4 @@
-"""What the policy has learned, kept outside the Serve controller.
+"""What the policy has learned, stored outside the Serve controller.
 
 Ray Serve makes a new policy object whenever the controller restarts or the deployment's
 configuration changes. Without this, each would start from nothing: an unknown start time, unknown
@@ -23,7 +23,7 @@ _NAMESPACE = b"serve_app"
 
 @dataclass(frozen=True)
 class Memory:
-    """What one policy object leaves to the next.
+    """The state that one policy object passes to the next.
 
     Attributes:
         release: which model on which hardware it was learned from (`Plan.release`).
@@ -45,7 +45,7 @@ class Memory:
 
 
 class Store(Protocol):
-    """Where memories are kept. `save` must return at once: the controller waits for it."""
+    """The store of memories. `save` must return at once, because the controller waits for it."""
 
     def load(self, key: str) -> Memory | None: ...
 

@@ -69,7 +69,7 @@ class ReplicaLoad:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is known at one moment.
+    """The state of the fleet at one moment.
 
     Attributes:
         now_s: monotonic.
@@ -383,7 +383,7 @@ def _late(snapshot: Snapshot, goal: Goal) -> bool:
 
 
 def _occupancy(load: ReplicaLoad, tuning: Tuning) -> float:
-    """How full a replica is by what it holds: places in its batch, KV blocks."""
+    """How full a replica is: the greater of its shares of batch places and KV blocks in use."""
     kv_usage = 1.0 if load.preemptions_per_s else load.kv_usage
     places = load.running / load.max_running
     return max(kv_usage / tuning.max_kv_ratio, places if places < 1 else tuning.full_batch_load)
@@ -461,7 +461,7 @@ def _costs(sums: Sequence[float], tuning: Tuning = DEFAULT) -> Costs:
 def _remember(
     snapshot: Snapshot, goal: Goal, state: State, load: _Load, passed_s: float, tuning: Tuning
 ) -> State:
-    """Note the load; at the end of a part, make the forecast anew."""
+    """Record the load; at the end of an interval, compute a new forecast."""
     now_s, start_s = snapshot.now_s, snapshot.start_s
     if not snapshot.replicas and (snapshot.starting or snapshot.pending):
         # Nobody is there to say what the load is.

@@ -86,7 +86,7 @@ class Starts:
         return self._distribution_s[int(quantile * last)]
 
     def report(self, parts_s: Mapping[str, float]) -> None:
-        """Note what a replica says of its own start, once it serves."""
+        """Record the report of a replica about its start, once it serves."""
         if self._unreported:
             self._unreported.popleft().update(parts_s)
             self._distribution_s = None
@@ -156,7 +156,7 @@ def distribution_s(took_s: Sequence[float], parts_s: Sequence[Mapping[str, float
 
 
 def _thinned(values: list[float]) -> list[float]:
-    """As many quantiles as are kept, the least and the greatest among them."""
+    """The quantiles to keep, including the least and the greatest."""
     if len(values) <= _QUANTILES:
         return values
     last = len(values) - 1

@@ -145,7 +145,7 @@ class Book:
                 part.wanted = max(0.0, part.wanted - amount)
 
     def release(self, reservation: Reservation) -> None:
-        """A request runs no more; what it used is not known yet."""
+        """A request has ended; its usage is not known yet."""
         running = [each for each in reservation.parts if each[0].kind is Kind.RUNNING_REQUESTS]
         for part, amount in running:
             part.settle(amount, 0)
@@ -185,7 +185,7 @@ class Book:
         return self._away
 
     async def close(self) -> None:
-        """Hand over what is left, and give everything back."""
+        """Write the remaining rows, and return all leases."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -365,7 +365,7 @@ class Book:
             metrics.quota_used.labels(tenant, kind).set(share)
 
     async def _inherit(self) -> None:
-        """Hand over what processes of this machine left that were killed."""
+        """Write the rows of killed processes of this machine."""
 
         def inherit() -> None:
             for legacy in legacies(self._folder):

@@ -229,7 +229,7 @@ def _described(arguments: argparse.Namespace, quota: Quota) -> dict[str, Any]:
 
 
 def _generated(expires: timedelta | None) -> tuple[str, Key]:
-    """A new key, and what is kept of it."""
+    """A new key, and its stored form."""
     key = f"sk-{secrets.token_urlsafe(32)}"
     return key, Key(digest(key.encode()), None if expires is None else now() + expires)
 

@@ -83,7 +83,7 @@ class Entry(Generic[Item]):
 
 @dataclass(eq=False, slots=True)
 class _Account(Generic[Item]):
-    """What is known of one tenant.
+    """The state of one tenant.
 
     Attributes:
         share: as its latest request said: it may change while others wait.
@@ -171,7 +171,7 @@ class FairQueue(Generic[Item]):
         return account is not None and self._is_above(account)
 
     def begin(self, entry: Entry[Item], sequences: int) -> None:
-        """A request leaves the queue to be served, with so many sequences."""
+        """A request with this many sequences leaves the queue to be served."""
         entry.sequences = sequences
         self._pass_over(self._accounts[entry.share.name].share.rank)
         self._unqueue(entry)
@@ -187,7 +187,7 @@ class FairQueue(Generic[Item]):
         return entry
 
     def read(self, sequences: int) -> None:
-        """The engine made the first tokens of so many sequences: of those that began first.
+        """The engine produced the first tokens of this many sequences, the oldest first.
 
         Which ones is not known; the engine reads prompts in their order.
         """
@@ -239,7 +239,7 @@ class FairQueue(Generic[Item]):
         return found
 
     def _clear_if_idle(self) -> None:
-        """Where nobody asks for anything, nobody has anything to be compared with."""
+        """Reset all counters when no request waits or runs: nothing remains to compare."""
         if not self._running and not self._length:
             self._accounts.clear()
             self._running_work = 0.0

@@ -1,4 +1,4 @@
-"""The gate of tenants: what the one who asks may use, and what it used.
+"""The gate of tenants: what a request's tenant may use, and what it used.
 
 Behind KeyGate, which knows who asks, and LimitGate, which has read what is asked. A request that
 makes the engine work is reserved in the book (book.py), and settled with what the engine did.
@@ -126,7 +126,9 @@ class TenantGate:
         reservation: Reservation,
         expected: tuple[int, int],
     ) -> Row:
-        """The row of a request that begins: what is charged if nothing else becomes known."""
+        """The row of a request that begins, with the charge that applies if its usage stays
+        unknown.
+        """
         request_id = next((v for name, v in scope["headers"] if name == b"x-request-id"), b"")
         now_s = time.time()
         return Row(
@@ -210,7 +212,7 @@ class _Answer:
         self._usage = b""
 
     def tell(self, done: Work) -> None:
-        """Add what the answer says of its tokens, where the engine is not in this process."""
+        """Add the token counts of the answer, for an engine in another process."""
         if not done.known and (usage := output.usage(self._usage)) is not None:
             done.prompt_tokens, done.cached_tokens, done.output_tokens = usage
             done.known = True

@@ -53,7 +53,7 @@ class Journal:
         self._write(row)
 
     def roll(self) -> "Rolled | None":
-        """Begin a new file where the old one is large, with what is under way."""
+        """Begin a new file if the old one is large, with the requests in flight."""
         if self._bytes < _LARGEST_BYTES:
             return None
         path, descriptor = self._file
@@ -106,7 +106,7 @@ class Legacy:
         self._path, self._descriptor = path, descriptor
 
     def rows(self) -> list[Row]:
-        """What it left: requests that are over, and those that were lost with it."""
+        """The rows that a process left: requests that had ended, and those lost with it."""
         lines = self._path.read_bytes().split(b"\n")
         found: dict[str, Row] = {}
         for row in _rows(lines):

@@ -123,14 +123,14 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """What a claim was given, and what is left for others."""
+    """The amount that a claim was granted, and the amount left for others."""
 
     amount: float
     left: float
 
 
 class Ledger:
-    """The tables of requests, of what was used, and of leases."""
+    """The tables of requests, usage and leases."""
 
     def __init__(self, database: Database, process: str, lease_s: float = 10.0) -> None:
         self.database = database
@@ -142,7 +142,7 @@ class Ledger:
                 transaction.do(statement)
 
     def exchange(self, rows: Sequence[Row], claims: Sequence[Claim], now_s: float) -> list[Grant]:
-        """Hand rows over, and get what is claimed as far as there is something left.
+        """Write rows, and grant claims as far as the quota allows.
 
         Raises:
             DatabaseError: nobody knows whether it was done. Do it again, with the same rows.
@@ -155,7 +155,7 @@ class Ledger:
             return [self._lend(transaction, claim, now_s) for claim in claims]
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Hand rows over that another process left."""
+        """Write rows that another process left."""
         with self.database.transaction() as transaction:
             self._add(transaction, rows)
 

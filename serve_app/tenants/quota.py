@@ -107,7 +107,7 @@ class Allowance:
 
     @property
     def remaining(self) -> int:
-        """What the tenant is told that it may still use."""
+        """The remaining quota that the tenant sees."""
         known = self.free + self.left if self.asked else self.limit - self.reserved - self.used
         return max(0, min(self.limit, int(known)))
 
@@ -119,7 +119,7 @@ class Allowance:
         self.reserved += amount
 
     def settle(self, reserved: float, used: float) -> None:
-        """A request is over for which so much was reserved."""
+        """A request has ended for which this amount was reserved."""
         self.reserved -= reserved
         if self.kind is not Kind.RUNNING_REQUESTS:
             self.spent += used
@@ -136,7 +136,7 @@ class Allowance:
     # The exchange with the database.
 
     def give_back(self) -> float:
-        """The lease from now on: what is reserved, and a little more for the next request."""
+        """Reduce the lease to the reserved amount and a little more for the next request."""
         kept = min(max(0.0, self.free), self.limit // _BORROWED_PART)
         self.lease = self.reserved + self.spent + kept
         return self.reserved + kept
@@ -148,7 +148,7 @@ class Allowance:
         return self.wanted - min(0.0, self.free) + self.limit // _BORROWED_PART
 
     def counted(self, spent: float) -> None:
-        """The database has counted so much of what was spent."""
+        """The database has counted this amount of what was spent."""
         self.spent -= spent
         self.lease -= spent
 

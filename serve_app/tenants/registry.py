@@ -66,7 +66,9 @@ class Registry:
             raise ConfigError("tenants.database", source.address, str(error)) from None
 
     def holder(self, key: str) -> str | None:
-        """The name of the tenant that has this key; None: nobody has, or it is not valid now."""
+        """The name of the tenant that has this key; None if there is none, or if it is not valid
+        now.
+        """
         self._reread()
         now_s = self._clock()
         for digest in sent_digests(key):
@@ -84,7 +86,7 @@ class Registry:
         return len(self._holders) + len(self._ring)
 
     def refresh(self) -> None:
-        """Read what has changed. What cannot be read is said, and changes nothing."""
+        """Read changes. A source that cannot be read is reported, and changes nothing."""
         problem = None
         try:
             self._read()

@@ -56,7 +56,7 @@ class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
 
 
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """An API key, of which only the digest is kept.
+    """An API key, of which only the digest is stored.
 
     Attributes:
         sha256: the digest, in hexadecimal.
@@ -112,7 +112,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def digest(key: bytes) -> str:
-    """What is kept of a key. A generated key has 256 random bits: no salt is needed."""
+    """The digest of a key, to be stored. A generated key is 256 random bits and needs no salt."""
     return hashlib.sha256(key).hexdigest()
 
 

@@ -36,8 +36,8 @@ class ReplicaFailed(Exception):
     """A replica did not answer to the end.
 
     Attributes:
-        kind: one of FAILURES. "connection": it refuses connections; "restarting": its engine is being
-            restarted; "silent": it did not answer in time.
+        kind: one of FAILURES. "connection": it refuses connections; "restarting": its engine
+            restarts; "silent": it did not answer in time.
     """
 
     def __init__(self, why: str, kind: str = "died") -> None:

@@ -1,8 +1,8 @@
 """The keys that Ray Serve reads in serveConfigV2, and what each may hold.
 
 Those of ray.serve.schema (Ray 2.60); a test holds them against the installed Ray. What a key may
-hold is `any`, `text`, `mapping`, `list`, `number` or `integer`, the last two with a bound where
-there is one: `integer>0`, `number>=0`.
+hold is `any`, `text`, `mapping`, `list`, `number` or `integer`, the last two with bounds where
+there are some: `integer>0`, `number>=0<=100`.
 """
 
 import math
@@ -15,7 +15,7 @@ Fields = Mapping[str, str]
 CONFIG: Fields = {
     "proxy_location": "any", "http_options": "mapping", "grpc_options": "mapping",
     "logging_config": "mapping", "applications": "list", "controller_options": "mapping",
-    "target_capacity": "number>=0", "tracing_config": "mapping",
+    "target_capacity": "number>=0<=100", "tracing_config": "mapping",
 }  # fmt: skip
 HTTP: Fields = {
     "host": "text", "port": "integer", "root_path": "text", "request_timeout_s": "number",
@@ -43,10 +43,10 @@ DEPLOYMENT: Fields = {
     "health_check_period_s": "number>0", "health_check_timeout_s": "number>0",
     "ray_actor_options": "mapping", "placement_group_bundles": "list",
     "placement_group_strategy": "text", "placement_group_bundle_label_selector": "list",
-    "max_replicas_per_node": "integer>0", "logging_config": "mapping",
+    "max_replicas_per_node": "integer>0<=100", "logging_config": "mapping",
     "request_router_config": "mapping", "backpressure_config": "mapping",
     "deployment_actors": "list", "gang_scheduling_config": "mapping",
-    "max_surge_percent": "integer>=0", "rolling_update_percentage": "number>0",
+    "max_surge_percent": "integer>=0<=100", "rolling_update_percentage": "number>0<=1",
 }  # fmt: skip
 ACTOR: Fields = {
     "num_cpus": "number>=0", "num_gpus": "number>=0", "memory": "number>=0",
@@ -68,8 +68,9 @@ _TYPES: Mapping[str, type] = {"text": str, "mapping": dict, "list": list}
 
 def wanted(field: str, value: Any) -> str:
     """What a field must hold, where this value is not that; empty where it is, or is null."""
-    match = re.fullmatch(r"(\w+?)(?:(>=?)0)?", field)
-    kind, bound = (match[1], match[2]) if match else ("any", None)
+    match = re.fullmatch(r"(\w+?)(?:(>=?)0)?(?:<=(\d+))?", field)
+    assert match is not None, field
+    kind, bound, most = match.groups()
     if value is None or kind == "any":
         return ""
     if kind in _TYPES:
@@ -79,7 +80,7 @@ def wanted(field: str, value: Any) -> str:
         return f"must be {'an integer' if kind == 'integer' else 'a number'}"
     if (bound == ">" and number <= 0) or (bound == ">=" and number < 0):
         return f"must be {'above 0' if bound == '>' else '0 or more'}"
-    return ""
+    return f"must be {most} or less" if most and number > int(most) else ""
 
 
 def _number(value: Any) -> float | None:

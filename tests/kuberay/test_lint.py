@@ -300,10 +300,17 @@ def test_values_are_refused_as_the_installed_ray_refuses_them() -> None:
             # Ray checks it where it starts replicas, and not in the schema.
             if key == "max_replicas_per_node":
                 continue
-            for value in (-1, 0, 1, 1.5, "1", "text", [], {}):
+            for value in (-1, 0, 1, 1.5, 1000, "1", "text", [], {}):
                 wanted = fields.wanted(field, value)
                 assert refused(model, key, value) or not wanted, (key, value, wanted)
-                if field.startswith(("number", "integer")) and value in (-1, 0, "text", [], {}):
+                if field.startswith(("number", "integer")) and value in (
+                    -1,
+                    0,
+                    1000,
+                    "text",
+                    [],
+                    {},
+                ):
                     assert bool(wanted) == refused(model, key, value), (key, value, wanted)
 
 

@@ -63,7 +63,7 @@ def _failed(why: str, status: int) -> int:
 
 
 def _end_on_signals() -> None:
-    """End in order on SIGTERM and SIGHUP as on Ctrl-C: what was measured is written.
+    """End in order on SIGTERM and SIGHUP as on Ctrl-C, and write the measurements so far.
 
     A command that a script starts in the background ignores Ctrl-C, unless it is told not to.
     """
@@ -84,7 +84,7 @@ def _run(options: Options) -> Line:
 
 
 def _request_figures(output: Run) -> Line:
-    """What a reader must know to judge the figures: how long requests were, and what was cached."""
+    """The context of the figures: the lengths of the requests, and the cached share."""
     answers = [each.answers for each in output.repeats]
     headline: Line = {"salt": output.salt}
     headline |= {f"note_{n}": note for n, note in enumerate(output.workload_notes, 1)}
@@ -413,7 +413,7 @@ def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it is for, what it takes, and what it does with that.
+    """One command: its purpose, its options and its function.
 
     `run` returns what is printed; where that has a `valid` of False the figures are not. It prints
     a table of its own where it `has_table`.

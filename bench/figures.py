@@ -1,4 +1,4 @@
-"""The figures of a run: what its repeats came to, whether they can be trusted, what they cost."""
+"""The figures of a run: the means of its repeats, doubts about them, and the cost."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ _CACHE_SLACK = 0.05
 
 
 class Repeat(msgspec.Struct, kw_only=True):
-    """One repetition: its outcome, and what the server said meanwhile.
+    """One repetition: its outcome, and the server's metrics meanwhile.
 
     Attributes:
         session_sizes: of a workload of sessions, how many requests each has.
@@ -103,7 +103,7 @@ def figures(
     gpus: int | None = None,
     usd_per_gpu_hour: float | None = None,
 ) -> Run:
-    """The figures of a run that was repeated; what was asked for is left open.
+    """The figures of a repeated run, without the fields that describe the load.
 
     A run is valid if it was not interrupted, lost no actor and no repeat gives cause for doubt. A
     batch, which is all sent at once, is measured whole: it has no steady state to be away from.

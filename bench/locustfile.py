@@ -215,7 +215,7 @@ def _reason(error: Exception, record: Record) -> str:
 
 
 class Run:
-    """What this process has asked and heard since the test began.
+    """The requests and answers of this process since the test began.
 
     In a distributed run each worker has one, and sends what it heard to the master's.
     """
@@ -305,7 +305,7 @@ class Run:
             self.flush()
 
     def flush(self, last: bool = False) -> None:
-        """What was heard goes to the disk as it comes, so that it survives what comes next.
+        """Write records to the disk at once, so that they survive a crash.
 
         Args:
             last: the users have ended, so that a worker hears nothing more.
@@ -328,7 +328,7 @@ class Run:
         }
 
     def receive(self, environment: Any, msg: Any) -> None:
-        """On the master: what a worker heard, put on the master's clock."""
+        """On the master: take a worker's records, and convert their times to the master's clock."""
         parcel = msg.data
         shift_s = parcel["epoch_s"] - self._epoch_s
         heard = msgspec.json.decode(parcel["records"], type=list[Record])
@@ -380,7 +380,7 @@ class Run:
             self._environment.process_exit_code = self._environment.process_exit_code or 1
 
     def close(self) -> None:
-        """Write the result, and print what it says in one line."""
+        """Write the result, and print a summary of one line."""
         if self._worker:
             return
         self.flush()

@@ -100,7 +100,7 @@ async def _search(
 
 
 def _show(end: search.RateResult | search.SweepResult) -> None:
-    """Tell whoever watches what is known after a probe, and how long the rest will take."""
+    """Show the state of the search after a probe, and the expected time of the rest."""
     if isinstance(end, search.SweepResult) or end.rate is None or end.fails_at is None:
         return
     text = f"the highest good rate lies from {end.rate:.3g} to {end.fails_at:.3g} requests/s"

@@ -61,7 +61,7 @@ PROMPTS = (
 
 
 class Reference(msgspec.Struct, kw_only=True):
-    """A prompt, and what the reference answered or what is right."""
+    """A prompt, with the reference's answer or the right one."""
 
     prompt: str
     answer: str

@@ -81,7 +81,7 @@ _encoder, _decoder = msgspec.json.Encoder(), msgspec.json.Decoder(Record)
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Add records to a JSONL file, so that what was measured survives what comes next."""
+    """Append records to a JSONL file at once, so that they survive a crash."""
     with open(path, "ab") as file:
         file.write(_encoder.encode_lines(list(records)))
 
@@ -116,7 +116,7 @@ class Journal:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a JSONL file; a last line that was cut is left out."""
+    """The records of a JSONL file, without a last line that was cut off."""
     with open(path, "rb") as file:
         for line in file:
             if line.endswith(b"\n"):

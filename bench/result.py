@@ -66,7 +66,7 @@ class TargetName(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Asked(Result, frozen=True, kw_only=True):
-    """The result of a load, and what was asked for.
+    """The result of a load, with the description of the load.
 
     Attributes:
         workload, load: what was sent and when, as specs.
@@ -221,7 +221,7 @@ def read(path: Path, **kinds: type[R]) -> R:
 
 
 def _stamp(path: Path) -> tuple[bytes, _Stamp]:
-    """The text of a result, and what tells whether it can be read."""
+    """The text of a result, and the fields that decide whether it can be read."""
     try:
         data = path.read_bytes()
         stamp = msgspec.json.decode(data, type=_Stamp)
@@ -241,7 +241,7 @@ def _stamp(path: Path) -> tuple[bytes, _Stamp]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: on a full disk what was there stays."""
+    """Write a file whole or not at all: on a full disk the old content stays."""
     fresh = path.with_name(f".{path.name}.new")
     try:
         fresh.write_bytes(data)

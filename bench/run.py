@@ -207,7 +207,7 @@ async def warm_up(job: Job) -> None:
 
 
 def asked(job: Job) -> dict[str, Any]:
-    """The fields of a result that say what was asked for (`result.Asked`)."""
+    """The fields of a result that describe the load (`result.Asked`)."""
     same = ("workload", "load", "count", "duration_s", "seed", "salt", "slo")
     return {"target": named(job.target)} | {name: getattr(job, name) for name in same}
 

@@ -1,4 +1,4 @@
-"""What the server says of itself during a run: its Prometheus metrics, sampled on the run's clock.
+"""The server's Prometheus metrics during a run, sampled on the run's clock.
 
 vLLM's names, summed over everything that is scraped; counters count from the first sample. A
 series that the server does not have stays None, and a scrape that failed leaves a gap: neither
@@ -234,7 +234,7 @@ class Scraper:
 
 
 def serve_details(dashboard: str) -> str:
-    """What Ray Serve says of its applications, as JSON, through Ray's dashboard.
+    """Ray Serve's details of its applications, as JSON, from Ray's dashboard.
 
     Raises OSError where that does not answer.
     """

@@ -1,4 +1,4 @@
-"""A spec: a workload or a load said in one word, NAME:KEY=VALUE,KEY=VALUE.
+"""A spec: a workload or a load in one word, NAME:KEY=VALUE,KEY=VALUE.
 
 One grammar for both, so that both refuse the same way: whatever is unknown, double, missing or
 out of range is an error that names key, value and the nearest valid choice. Nothing is ignored: a

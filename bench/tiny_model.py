@@ -1,4 +1,4 @@
-"""A Qwen2 of two layers with random weights: an engine that costs little, to see what is around it.
+"""A Qwen2 of two layers with random weights: a cheap engine, to measure the layers around it.
 
     python -m bench.tiny_model FOLDER
 

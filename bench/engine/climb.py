@@ -31,7 +31,7 @@ class Climb:
         return (self.passed + (self.failed or 0)) // 2 if wide else self.passed
 
     def ask(self) -> int | None:
-        """The rung to probe next; None: it is known."""
+        """The rung to probe next; None when the search is over."""
         if self._left <= 0 or self._at < self._least:
             return None
         if self.passed is not None and self.failed is not None:

@@ -104,7 +104,7 @@ def _fresh(options: argparse.Namespace, given: dict[str, Any]) -> Engine | serve
 
 
 class Late:
-    """The worst that is to be said of how late this process sent; empty where it never was late."""
+    """The worst doubt about how late this process sent; empty if it never was late."""
 
     def __init__(self) -> None:
         self.doubt = ""

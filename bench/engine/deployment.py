@@ -1,4 +1,4 @@
-"""A serve_config.yaml with the engine arguments that were found, each with what it means.
+"""A serve_config.yaml with the best engine arguments, each with its explanation.
 
     write(Path("tuned.yaml"), model="/models/7b", engine={"max_num_seqs": 128}, tuned={...})
 
@@ -97,7 +97,7 @@ def _wrapped(words: str, width: int = 88) -> list[str]:
 
 
 def _check(written: str, model: str, engine: Mapping[str, Any]) -> None:
-    """Read back what was written.
+    """Read the written file back.
 
     Raises:
         BenchError: it does not say what was meant.

@@ -69,7 +69,7 @@ class Floor(msgspec.Struct, frozen=True, kw_only=True):
         return shape, ceilings
 
     def _read_s(self, lengths: Lengths, settings: Settings, seqs: int) -> float:
-        """The least time of a step that writes a token to so many sequences."""
+        """The least time of a step that generates one token for each of this many sequences."""
         hardware = self._shape_and_ceilings(settings)
         if hardware is None:
             return 0.0

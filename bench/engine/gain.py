@@ -26,7 +26,7 @@ class Gain(TypedDict):
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """What a million output tokens take of the machine, and cost where its price is known."""
+    """The machine time of a million output tokens, and its price if that is known."""
 
     machine_seconds_a_million_tokens: float
     cost_a_million_tokens: float | None = None

@@ -1,4 +1,4 @@
-"""What a search has measured, so that it goes on where it was cut."""
+"""The trials of a search, stored so that an interrupted search can continue."""
 
 import json
 import time
@@ -17,7 +17,7 @@ JOURNAL = "journal.jsonl"
 
 
 class Journal:
-    """What was measured, a line each, so that a search goes on where it was cut.
+    """The trials of a search, one line each, so that an interrupted search can continue.
 
     Raises:
         ResultError: the folder has the journal of another search.
@@ -71,5 +71,5 @@ class Journal:
 
 
 def _place(trial: Trial) -> tuple[str, int, int]:
-    """What tells one trial from all others."""
+    """The identity of a trial."""
     return knobs.key(trial.settings), trial.rung, trial.held_out

@@ -1,4 +1,4 @@
-"""The engine arguments that `bench tune` turns: what each means, and what it may be set to.
+"""The engine arguments that `bench tune` varies, with their meanings and values.
 
 A setting is {knob: value}; a knob that is not in it stays as vLLM has it by default. The first
 value of every knob is None, the default. `live` knobs are limits of the scheduler, which a running

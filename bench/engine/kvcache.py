@@ -81,7 +81,7 @@ def view(ready: Ready, answer: Answer) -> View:
 
 
 def fits(blocks: int, block_tokens: int, lengths: Sequence[int] = LENGTHS) -> dict[int, int]:
-    """How many sequences of each length so many blocks hold at once."""
+    """How many sequences of each length fit into this many blocks."""
     return {length: blocks // -(-length // block_tokens) for length in lengths}
 
 

@@ -1,4 +1,4 @@
-"""What a search of `bench tune` measures, and what came of it."""
+"""The trials of a search of `bench tune`, and their outcomes."""
 
 from statistics import fmean
 

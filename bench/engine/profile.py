@@ -1,4 +1,4 @@
-"""`bench profile`: traces of an engine under load, and what they say.
+"""`bench profile`: traces of an engine under load, and their summary.
 
     python -m bench profile --model FOLDER --out DIR           in process: decode and prefill
     python -m bench profile --url URL --traces DIR --out DIR   a served engine, under load
@@ -98,7 +98,9 @@ class Hot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a process spends its CPU, by py-spy; `absent` says why that is not known."""
+    """Where a process spends its CPU time, by py-spy; `absent` is the reason if there is no
+    profile.
+    """
 
     command: str
     absent: str = ""
@@ -247,14 +249,14 @@ def _prefill(engine: Profiled, tokens: int, ceiling: tuple[Shape, Ceilings] | No
 
 
 def _timed(engine: Profiled, seqs: int, tokens: int, output: int) -> list[Record]:
-    """The records of a batch without the profiler, after one that nobody looks at."""
+    """The records of a batch without the profiler, after a warm-up batch."""
     for seed in (1, 2):
         records = engine.generate(_batch(seed, seqs, tokens, output), 0, time.time())
     return records
 
 
 def _batch(seed: int, seqs: int, tokens: int, output: int) -> list[Request]:
-    """Prompts of exactly so many tokens, whatever the vocabulary; none is in a prefix cache."""
+    """Prompts of exactly this many tokens for any vocabulary; none is in a prefix cache."""
     rng = random.Random(f"{seed}/{seqs}/{tokens}")
     made = [[rng.randrange(*_IDS) for _ in range(tokens)] for _ in range(seqs)]
     prompts: list[Any] = [{"prompt_token_ids": ids} for ids in made]
@@ -325,7 +327,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def nsys(command: str) -> str:
-    """How to see the same with Nsight Systems; says so where it is not installed."""
+    """How to trace the same load with Nsight Systems, and whether it is installed."""
     line = (
         "nsys profile --trace=cuda,nvtx --cuda-graph-trace=node --trace-fork-before-exec=true "
         f"--output=profile {command}"

@@ -138,7 +138,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Schedules(EngineResult, frozen=True, kw_only=True):
-    """The result of `bench scheduler`: every case, and what they say in sentences."""
+    """The result of `bench scheduler`: every case, and the findings as sentences."""
 
     benchmark: str = "scheduler"
     cases: list[Case]

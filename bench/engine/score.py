@@ -60,7 +60,7 @@ def named(goal: Goal) -> str:
 
 
 def pace(engine: Engine, goal: Goal, limits: Mapping[str, int], limit_s: float) -> Pace:
-    """Measure how fast the defaults are, so that loads have a length that says something."""
+    """Measure the speed of the defaults, from which the length of the loads follows."""
     alone = [
         _step_s(engine.load(goal.what, _ALL_AT_ONCE, count=1, seed=-2 - n), goal)
         for n in range(_ALONE)

@@ -111,7 +111,7 @@ class Served:
         self._end()
 
     def _end(self) -> None:
-        """Ask it to stop, then see that nothing of it is left."""
+        """Stop the server, and check that none of its processes remains."""
         processes.end_family(self._process, _STOP_S)
         self._log.close()
 

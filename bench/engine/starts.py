@@ -223,8 +223,9 @@ def _measured(
 
 
 def _caches(folder: Path) -> dict[str, str]:
-    """Where each library keeps what it compiles. The model, its weights and the application's
-    own conversions are not among it."""
+    """The folders of the libraries' compile caches, without the model, its weights and the
+    application's conversions.
+    """
     return {
         "SERVE_APP_COMPILED": str(folder / "compiled"),
         "VLLM_CACHE_ROOT": str(folder / "vllm"),
@@ -236,7 +237,7 @@ def _caches(folder: Path) -> dict[str, str]:
 
 
 def _framed(pieces: list[Span], began_s: float, ended_s: float, ours: bool) -> list[Span]:
-    """The phases of a replica or server, and what was before and after them."""
+    """The phases of a replica or server, with the time before and after them."""
     before = "Ray and Serve" if ours else "process"
     whole = [Span("other", began_s, ended_s)]
     if pieces:
@@ -287,7 +288,7 @@ def _restarted(system: System) -> float:
 
 
 def _woken(system: System) -> float:
-    """Wait until no replica is left, and ask."""
+    """Wait until no replica remains, then send a request."""
     cluster = Cluster(pids=[system.process.pid])
     deadline_s = time.monotonic() + _LIMIT_S
     while cluster.replicas("engine"):

@@ -194,7 +194,7 @@ def command(
 
 
 def guided(name: str) -> dict[str, str]:
-    """Environment that makes a system what its name says."""
+    """The environment variables that a system's name stands for."""
     return dict(_GUIDED.get(name, {}))
 
 

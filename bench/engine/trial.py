@@ -64,7 +64,7 @@ class EngineError(BenchError):
 
 
 class Ready(msgspec.Struct, kw_only=True):
-    """What an engine says of itself when it stands.
+    """The report of an engine that has started.
 
     Attributes:
         limits: of its scheduler, vLLM's defaults resolved.
@@ -253,7 +253,9 @@ class Engine:
 
 
 def failure(log: str, status: int | None) -> EngineError:
-    """Why an engine ended, from the end of what it said. SIGKILL is the kernel's out of memory."""
+    """Why an engine ended, from the end of its log. SIGKILL means that the kernel ran out of
+    memory.
+    """
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     oom = next((line for line in reversed(lines) if _OOM.search(line)), None)
     errors = [line for line in lines if re.match(r"^(failed:|[\w.]*(Error|Exception)\b)", line)]
@@ -484,7 +486,7 @@ def _kv(scheduler: Any, at_s: float, used: int) -> dict[str, float]:
 
 
 def _settle(engine: Any, scheduler: Any) -> None:
-    """Let what is under way end: with asynchronous scheduling a step is still to be read."""
+    """Let running steps end: with asynchronous scheduling one step is still to be read."""
     for _ in range(_SETTLE_STEPS):
         if not (scheduler.has_requests() or engine.engine_core.engine_core.batch_queue):
             return
@@ -492,7 +494,7 @@ def _settle(engine: Any, scheduler: Any) -> None:
 
 
 class _Waiting:
-    """Which requests are open, and whether so many have missed that the objective is lost."""
+    """The open requests, and whether too many have missed for the objective to be met."""
 
     def __init__(self, slo: Slo | None, records: Sequence[Record]) -> None:
         self._slo, self._records = slo, records

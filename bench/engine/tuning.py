@@ -43,7 +43,7 @@ def recommended(
     lossy: Collection[str],
     agreement: Agreement | None,
 ) -> Measured | None:
-    """The best setting, or the defaults where it may change answers and nobody knows by how much.
+    """The best setting, or the defaults if it may change answers and that was not measured.
 
     Args:
         lossy: names of the knobs that change answers.
@@ -76,7 +76,7 @@ class Confirmation(msgspec.Struct, kw_only=True):
 
     @property
     def over(self) -> bool:
-        """Whether more pairs could not change the verdict, or none are left."""
+        """Whether further pairs cannot change the verdict, or there are none."""
         behind = self.parts > 0 and fmean(map(math.log, self.ratios)) <= 0
         return self.wins or behind or self.parts >= len(_LOOK_ERRORS)
 
@@ -121,11 +121,11 @@ class Search:
         self._trial: Trial | None = next(self._generator)
 
     def ask(self) -> Trial | None:
-        """What to measure next, the same until told; None: the search is over."""
+        """The next trial, the same until `tell`; None when the search is over."""
         return self._trial
 
     def tell(self, outcome: Outcome) -> None:
-        """What came of the trial that was asked for last."""
+        """Record the outcome of the trial that `ask` returned."""
         trial = self._trial
         if trial is None:
             raise ValueError("the search is over: nothing was asked for")
@@ -245,7 +245,7 @@ class Search:
         return (round(promise, 1) if promise >= _PROMISING else 1.0), knob.live
 
     def _promising(self, best: Settings) -> list[Settings]:
-        """Combinations not yet measured, by what the knobs' worth says of them; the best first."""
+        """Combinations not yet measured, the best by the product of their effects first."""
         logs = self._logs()
         points: list[dict[str, Any]] = [{}]
         for knob in self._knobs:

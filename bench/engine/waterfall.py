@@ -1,4 +1,4 @@
-"""A picture of starts: one row for each, with its phases from left to right as they came."""
+"""A picture of starts: one row each, with its phases from left to right in time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _COLOURS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One start: what it is called, and its pieces on one clock."""
+    """One start: its label, and its pieces on one clock."""
 
     title: str
     pieces: Sequence[Span]

@@ -1,4 +1,4 @@
-"""The GPU part in one command: stages of bench within a time limit, results kept as they come.
+"""The measurements on a GPU in one command: stages within a time limit, each result stored at once.
 
     python -m bench.experiments.gpu_run --stage roofline,baseline,profile --models 7B,0.5B --out OUT
     python -m bench.experiments.gpu_run --stage tune --models 7B --out OUT --limit-s 570

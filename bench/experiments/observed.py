@@ -1,4 +1,4 @@
-"""Whether Prometheus says what bench measured: counts exactly, medians within a tenth.
+"""Whether Prometheus agrees with bench: counts exactly, medians within a tenth.
 
     python -m bench.experiments.observed --model FOLDER [--requests 400] [--users 8]
                                          [--screenshot FILE]

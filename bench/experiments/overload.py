@@ -1,4 +1,4 @@
-"""What a server does at ten times its capacity: tokens/s kept, and how soon the rest are refused.
+"""A server at ten times its capacity: the tokens/s that remain, and the latency of refusals.
 
     python -m bench.experiments.overload --url URL --users N [--times 10] [--rounds 3]
                                          [--seconds 20] [--api-key-env NAME]

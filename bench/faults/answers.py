@@ -1,4 +1,4 @@
-"""Is an answer the right one? What a client heard, compared with the undisturbed answer.
+"""Whether an answer is right: what a client received, compared with the undisturbed answer.
 
 Pure. A stream that was continued elsewhere can go wrong in ways of its own: a piece comes twice, a
 piece is left out, another text goes on, the end comes twice. `compare` tells these apart, by tokens
@@ -69,7 +69,7 @@ class Alignment(msgspec.Struct, kw_only=True):
 
 
 class Verdict(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What is to be said of one answer.
+    """The verdict on one answer.
 
     Attributes:
         outcome: whole; cut after it began; ended by an error event; refused with an HTTP status; or

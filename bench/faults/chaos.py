@@ -160,7 +160,7 @@ async def in_peace(job: Job, requests: Sequence[Request]) -> list[Right]:
 async def _disturbed(
     job: Job, requests: Sequence[Request], disturber: Disturber, path: Path
 ) -> tuple[list[Heard], bool]:
-    """What the users heard, and whether it was interrupted."""
+    """What the users received, and whether the load was interrupted."""
     loop = Users(
         target=job.target,
         requests=requests,
@@ -253,7 +253,7 @@ def _rewrite(path: Path, judged: Sequence[Judged]) -> None:
 
 
 def _asked(job: Job) -> dict[str, Any]:
-    """The fields of a result that say what was asked for."""
+    """The fields of a result that describe the load."""
     same = set(Job.__struct_fields__) & set(Chaos.__struct_fields__) - {"target", "name"}
     fields = {name: getattr(job, name) for name in same}
     return {"target": run.named(job.target), "load": f"users={job.users}", **fields}

@@ -1,4 +1,4 @@
-"""What is said of a chaos run as a page: every user's answers over time, and what was disturbed.
+"""The page of a chaos run: every user's answers over time, and the disturbances.
 
 One HTML file that needs nothing else. A lane is a user: its answers follow each other, and where
 one stood still for long there is a gap in its line, which should begin at a disturbance.

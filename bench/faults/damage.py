@@ -102,7 +102,7 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Chaos(Asked, frozen=True, kw_only=True):
-    """The result of `bench chaos`: what was asked for, and what its clients saw.
+    """The result of `bench chaos`: its load, and what the clients saw.
 
     Attributes:
         distinct, whole, think_s, most_think_s, keep_alive, disturb, tie_margin: see `chaos.Job`.

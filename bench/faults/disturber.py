@@ -253,7 +253,7 @@ class Disturber:
             self._resume()
 
     def _resume(self) -> None:
-        """Whatever is still stopped goes on."""
+        """Resume all processes that are still stopped."""
         while self._stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._stopped.pop().send_signal(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""When a machine let nobody run: what of a silence was not the server's doing.
+"""When a whole machine stood still: the part of a silence that is not the server's fault.
 
     python -m bench.faults.stalls
 

@@ -42,7 +42,7 @@ _ANSWER_S = 3.0  # A replica under full load on a busy machine takes a second.
 
 
 class ClusterError(BenchError):
-    """Whose processes may be disturbed cannot be told, or there are none."""
+    """The processes that may be disturbed cannot be determined, or there are none."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Gaps(msgspec.Struct, kw_only=True):
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """What a trace says.
+    """The summary of a trace.
 
     Attributes:
         device: "gpu", or "cpu" for a trace without one.
@@ -119,7 +119,7 @@ def family(name: str) -> str:
 
 
 def summarise(events: Sequence[Event]) -> Summary:
-    """What a trace says; see the top of this module."""
+    """Summarise a trace, as this module's docstring describes."""
     complete = [event for event in events if event.get("ph") == "X" and "dur" in event]
     steps = [step for event in complete if (step := _step(event))]
     gpu = [event for event in complete if event.get("cat") in _GPU]

@@ -48,7 +48,7 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """The sizes of a dense decoder, and in how many bytes it is kept.
+    """The sizes of a dense decoder, and the bytes of its weights and KV cache.
 
     Attributes:
         tied: the output layer is the embedding table.
@@ -135,7 +135,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Allowed(msgspec.Struct, frozen=True, kw_only=True):
-    """A load beside what the hardware allows; what is not known of it is None.
+    """A load beside the limits of the hardware; unknown values are None.
 
     Attributes:
         decode, prefill: of a batch; `step`: the average one of a load.

@@ -1,4 +1,4 @@
-"""`python -m bench.itself`: what bench's own statistics are worth, on processes with known truth.
+"""`python -m bench.itself`: tests bench's own statistics on processes with known truth.
 
 Five tables: how often 95% intervals hold the truth (or are withheld); measured over true throughput
 of closed loops, and in which share of them bench finds a steady state; how often equal servers are

@@ -1,4 +1,4 @@
-"""Whether bench finds what is known: a real server with set times, errors, limits and a stall.
+"""Whether bench measures known values: a real server with set times, errors, limits and a stall.
 
     python -m bench.itself.calibration [--requests 400]
 

@@ -1,4 +1,4 @@
-"""Random processes whose means and percentiles are known: what bench's statistics are held against.
+"""Random processes with known means and percentiles, on which bench's statistics are tested.
 
 Latencies of requests that do not meet (iid), that depend on the one before (AR(1)), and that wait
 in one queue (the sojourn times of M/M/1, which are exponential whatever the load, and depend on

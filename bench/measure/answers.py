@@ -1,4 +1,4 @@
-"""How far answers are those that were asked for: what is odd, too short, or came from a cache.
+"""Whether answers match their requests: odd ones, short ones, and those from a cache.
 
 A prompt that an earlier run has sent is answered from the server's prefix cache, and its time to
 first token is that of another load. The cache may hold what other prompts of the workload begin

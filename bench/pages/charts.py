@@ -156,7 +156,7 @@ class Probed(msgspec.Struct, kw_only=True):
 
 
 class Searched(msgspec.Struct, kw_only=True):
-    """A search: its points, and what it found in words."""
+    """A search: its points, and its result in words."""
 
     name: str
     by_rate: bool
@@ -167,7 +167,7 @@ class Searched(msgspec.Struct, kw_only=True):
 
 
 def search(name: str, found: SweepResult | RateResult) -> Searched:
-    """The points of a search, and what it found."""
+    """The points of a search, and its result."""
     points: Sequence[UsersPoint | RatePoint] = found.points
     return Searched(
         name=name,

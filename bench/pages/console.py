@@ -1,4 +1,4 @@
-"""The table at the end of every command, for whoever sits at the terminal.
+"""The table for people at the end of every command.
 
 It shows the last line of the command: the figures with their intervals, whether they can be
 trusted and why not, and where the whole result is. Standard output stays one JSON object.

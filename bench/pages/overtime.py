@@ -17,7 +17,7 @@ _STEPS = 150  # Of a timeline.
 
 
 def timeline(result: Loaded, place: int) -> Chart:
-    """The first repeat, with what the server said of itself meanwhile."""
+    """The first repeat over time, with the server's metrics."""
     shown = Chart(name=result.name, repeats=len(result.repeats))
     mine = result.of_repeat(0)
     if not mine:

@@ -1,4 +1,4 @@
-"""One page that shows what was measured: result folders in, a self-contained HTML file out.
+"""The report: reads result folders, and writes one self-contained HTML page.
 
     report([Path("results/run"), Path("results/locust")], Path("report.html"), against=None)
 

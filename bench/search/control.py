@@ -16,7 +16,9 @@ class Controller(Protocol[Result]):
     """What a search does between two probes."""
 
     def ask(self) -> tuple[float, int] | None:
-        """(x, count of requests) to probe next, the same until told; None: the search is over."""
+        """(x, count of requests) to probe next, the same until `tell`; None when the search is
+        over.
+        """
 
     def tell(self, records: Sequence[Record], doubts: Sequence[str] = ()) -> None:
         """What came back of what was asked for last, and what else is doubtful about it."""

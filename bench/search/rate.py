@@ -92,7 +92,7 @@ class RatePoint(msgspec.Struct, kw_only=True):
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
-    """What it will take to reach the precision, from here; None where nothing is known yet."""
+    """What remains until the precision is reached: requests, and their time."""
 
     requests: int
     seconds: float
@@ -280,7 +280,7 @@ class RateSearch:
     # --- between two probes ---
 
     def ask(self) -> tuple[float, int] | None:
-        """(rate, requests) to probe next, the same until told; None: the search is over."""
+        """(rate, requests) to probe next, the same until `tell`; None when the search is over."""
         return None if self._rate is None else (self._rate, self._count(self._rate))
 
     def tell(self, records: Sequence[Record], doubts: Sequence[str] = ()) -> None:

@@ -193,7 +193,9 @@ class Batch:
             self._begin_writing(job, step, ended)
 
     def _read(self, budget: int) -> tuple[list[Job], int]:
-        """Read up to so many prompt tokens: the prompts that end with them, and how many."""
+        """Read up to this many prompt tokens. Returns the prompts that are now read, and the count
+        of tokens.
+        """
         read: list[Job] = []
         total = 0
         while budget > 0:

@@ -115,7 +115,7 @@ class Timeline:
 
 @dataclass
 class Outcome:
-    """What came of a run.
+    """The outcome of a simulation.
 
     Attributes:
         jobs: as they ended, in the order of their times.

@@ -303,7 +303,7 @@ _BIN_S, _SERVICE_S, _FIRST_S = 1.0, 15.0, 2.0
 
 @dataclass(frozen=True)
 class _Need:
-    """From when until when at least so many replicas must serve."""
+    """The time span in which at least this many replicas must serve."""
 
     from_s: float
     to_s: float

@@ -1,4 +1,4 @@
-"""A measured run beside simulated ones: what came, and how many replicas there were.
+"""A measured run beside simulated ones: its requests, and the number of replicas.
 
     python -m bench run ... --load trace --dashboard http://127.0.0.1:8265 --repeats 1 --out RUN
     python -m bench simulate --beside RUN --engine FIT --policy ours ...

@@ -1,4 +1,4 @@
-"""What routing costs, and what it is worth, by policy of `serve_app.gateway.routing`.
+"""The cost and the benefit of each routing policy of `serve_app.gateway.routing`.
 
     python -m bench.simulation.routing [--replicas 2,4,8] [--requests 600] [--cache 0.6] ...
 

@@ -1,4 +1,4 @@
-"""What is said of a simulation: a table for the console, and a page with plots.
+"""The output of a simulation: a table for the console, and a page with plots.
 
 The page is one HTML file that needs nothing else; its plots are those of plots.py.
 """

@@ -1,4 +1,4 @@
-"""Sends requests to an OpenAI-compatible endpoint and notes when what came back.
+"""Sends requests to an OpenAI-compatible endpoint and records when each part of the answer arrived.
 
 The client is the measuring instrument, so it spends little on each event: one callback of the event
 loop for each read, one reading of the clock, and the bytes are put aside. They are decoded when

@@ -67,7 +67,7 @@ def test_every_variable_that_it_names_is_understood() -> None:
     ]
     assert len(named) > 12
     whole = (overrides.ARGS, overrides.EXTRA, overrides.FILE)
-    values = {name: "1" for name in named if name not in whole}
+    values = {name: "1" for name in named if name not in whole} | {"LORA_MODULES": "a=org/a"}
     assert overrides.apply({}, values)[1] == []
 
 

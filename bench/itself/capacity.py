@@ -239,50 +239,69 @@ def measure(
 # --- the result -----------------------------------------------------------------------------
 
 
-def summarise(by_probe: dict[str, list[Capacity]]) -> list[dict[str, Any]]:
-    """For each client: events/s over the rounds, and the ratio to each other client by round."""
-    rows = []
-    for name, capacities in by_probe.items():
-        rates = [capacity.best.offered_per_s for capacity in capacities]
-        row: dict[str, Any] = {
-            "client": name,
-            "events_per_s": _spread(rates),
-            "at_least": any(capacity.at_least for capacity in capacities),
-            "lag_p99_ms": [round(c.best.lag_p99_s * 1e3, 2) for c in capacities],
-            "cpu": [round(c.best.cpu, 2) for c in capacities],
-            "cpu_us_per_event": [round(c.best.cpu_us_per_event, 1) for c in capacities],
-        }
-        for other, theirs in by_probe.items():
-            if other != name and all(capacity.best.offered_per_s for capacity in theirs):
-                pairs = zip(capacities, theirs, strict=True)
-                ratios = [mine.best.offered_per_s / its.best.offered_per_s for mine, its in pairs]
-                row[f"ratio_to_{other}"] = _spread(ratios)
-        rows.append(row)
-    return rows
+class Spread(msgspec.Struct, frozen=True):
+    """A figure over the rounds."""
+
+    median: float
+    min: float
+    max: float
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 2),
-        "min": round(min(values), 2),
-        "max": round(max(values), 2),
-    }
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One client.
+
+    Attributes:
+        at_least: whether the server was the limit in a round.
+        lag_p99_ms, cpu, cpu_us_per_event: of each round, at the highest rate that was absorbed.
+        ratio_to: its events/s over those of each other client, by round.
+    """
+
+    client: str
+    events_per_s: Spread
+    at_least: bool
+    lag_p99_ms: list[float]
+    cpu: list[float]
+    cpu_us_per_event: list[float]
+    ratio_to: dict[str, Spread]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def summarise(by_probe: dict[str, list[Capacity]]) -> list[Row]:
+    """For each client: events/s over the rounds, and the ratio to each other client."""
+    rates = {name: [c.best.offered_per_s for c in values] for name, values in by_probe.items()}
+    return [
+        Row(
+            client=name,
+            events_per_s=_spread(rates[name]),
+            at_least=any(capacity.at_least for capacity in capacities),
+            lag_p99_ms=[round(c.best.lag_p99_s * 1e3, 2) for c in capacities],
+            cpu=[round(c.best.cpu, 2) for c in capacities],
+            cpu_us_per_event=[round(c.best.cpu_us_per_event, 1) for c in capacities],
+            ratio_to={
+                other: _spread([a / b for a, b in zip(rates[name], theirs, strict=True)])
+                for other, theirs in rates.items()
+                if other != name and all(theirs)
+            },
+        )
+        for name, capacities in by_probe.items()
+    ]
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(round(statistics.median(values), 2), round(min(values), 2), round(max(values), 2))
+
+
+def table(rows: list[Row]) -> str:
     lines = [f"{'client':8}{'events/s':>10} (min-max)          ratio to the others"]
     for row in rows:
-        rate = row["events_per_s"]
+        rate = row.events_per_s
         ratios = [
-            f"{key.removeprefix('ratio_to_')}: {value['median']:.2f} "
-            f"({value['min']:.2f}-{value['max']:.2f})"
-            for key, value in row.items()
-            if key.startswith("ratio_to_")
+            f"{other}: {ratio.median:.2f} ({ratio.min:.2f}-{ratio.max:.2f})"
+            for other, ratio in row.ratio_to.items()
         ]
-        least = ">=" if row["at_least"] else ""
+        least = ">=" if row.at_least else ""
         lines.append(
-            f"{row['client']:8}{least + format(rate['median'], '.0f'):>10} "
-            f"{'({:.0f}-{:.0f})'.format(rate['min'], rate['max']):18} {', '.join(ratios)}"
+            f"{row.client:8}{least + format(rate.median, '.0f'):>10} "
+            f"{f'({rate.min:.0f}-{rate.max:.0f})':18} {', '.join(ratios)}"
         )
     return "\n".join(lines)
 
@@ -320,7 +339,7 @@ def main() -> None:
     print(table(rows))
     result = {"benchmark": "capacity", "lag_limit_ms": LAG_S * 1e3, "itl_ms": options.itl_ms}
     result |= {"rounds": options.rounds, "seconds": options.seconds, "cores": os.cpu_count()}
-    print(json.dumps({**result, "results": rows}))
+    print(json.dumps({**result, "results": msgspec.to_builtins(rows)}))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.itself.capacity import Capacity, Reading, Stream, read, search, summarise, table
+from bench.itself.capacity import Capacity, Reading, Spread, Stream, read, search, summarise, table
 
 
 def steady(lag_s: float, count: int = 100, every_s: float = 0.1) -> Stream:
@@ -98,7 +98,7 @@ def test_ratios_are_of_the_same_round() -> None:
 
     values = {"ours": [capacity(200), capacity(400)], "vllm": [capacity(100), capacity(80)]}
     ours, vllm = summarise(values)
-    assert ours["ratio_to_vllm"] == {"median": 3.5, "min": 2.0, "max": 5.0}
-    assert vllm["events_per_s"] == {"median": 4500.0, "min": 4000.0, "max": 5000.0}
-    assert (ours["at_least"], vllm["at_least"]) == (True, False)
+    assert ours.ratio_to == {"vllm": Spread(3.5, 2.0, 5.0)}
+    assert vllm.events_per_s == Spread(4500.0, 4000.0, 5000.0)
+    assert (ours.at_least, vllm.at_least) == (True, False)
     assert ">=15000 (10000-20000)" in table([ours, vllm])

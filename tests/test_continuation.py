@@ -271,7 +271,7 @@ async def whole_answers(app: Backend) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-async def test_an_answer_goes_on_exactly_from_every_cut(
+async def test_an_answer_continues_exactly_from_every_cut(
     app: Backend, whole_answers: dict[str, bytes], name: str
 ) -> None:
     path, body, method = ANSWERS[name]
@@ -335,7 +335,7 @@ async def fast_answers(engine: "Engine") -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", FAST)
-async def test_an_answer_of_the_fast_lane_goes_on_exactly_in_the_full_lane(
+async def test_an_answer_of_the_fast_lane_continues_exactly_in_the_full_lane(
     app: Backend, fast_answers: dict[str, bytes], name: str
 ) -> None:
     path, body = FAST[name]
@@ -363,7 +363,7 @@ async def test_an_answer_of_the_fast_lane_goes_on_exactly_in_the_full_lane(
         assert result == expected, f"cut after {cut} of {len(written)} events"
 
 
-async def test_an_answer_of_the_fast_lane_that_cannot_go_on_says_so(
+async def test_an_answer_of_the_fast_lane_that_cannot_continue_says_so(
     engine: "Engine", app: Backend
 ) -> None:
     body = COMPLETION | {"temperature": 1.0, "frequency_penalty": 0.5}
@@ -428,7 +428,7 @@ async def test_a_model_is_described_by_its_name(app: Backend) -> None:
     assert "no model 'other'" in missing.json()["error"]["message"]
 
 
-async def test_without_its_token_nothing_is_told(app: Backend) -> None:
+async def test_without_its_token_nothing_is_answered(app: Backend) -> None:
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
         for headers in ({}, {TOKEN_HEADER: "other"}):

@@ -126,7 +126,7 @@ def of(port: int) -> list[psutil.Process]:
 # --- one server, four deaths, in this order -------------------------------------------------
 
 
-def test_a_killed_engine_is_replaced_and_its_clients_hear_of_it(server: Server) -> None:
+def test_a_killed_engine_is_replaced_and_its_clients_get_an_error(server: Server) -> None:
     old, stream = engine(server), Stream(server)
     old[0].kill()
     assert stream.heard_of_the_end(within_s=30)
@@ -220,25 +220,27 @@ def fails(tmp_path: Path, port: int, timeout_s: float = 200, **args: Any) -> str
     return message
 
 
-def test_no_such_model_is_said(tmp_path: Path) -> None:
+def test_a_missing_model_is_reported(tmp_path: Path) -> None:
     message = fails(tmp_path, 8760, model="/no/such/folder")
     assert "model = '/no/such/folder': no such folder" in message
 
 
-def test_a_taken_port_is_said(tmp_path: Path, tiny: Path) -> None:
+def test_a_taken_port_is_reported(tmp_path: Path, tiny: Path) -> None:
     with socket.create_server(("127.0.0.1", 8760)):
         message = fails(tmp_path, 8760, model=str(tiny))
     assert "http_options.port = 8760: cannot listen on 127.0.0.1" in message
 
 
 @pytest.mark.slow  # tests/launch/test_doctor.py has it without a server.
-def test_an_unknown_engine_argument_is_said_with_the_nearest(tmp_path: Path, tiny: Path) -> None:
+def test_an_unknown_engine_argument_is_reported_with_the_nearest(
+    tmp_path: Path, tiny: Path
+) -> None:
     message = fails(tmp_path, 8770, model=str(tiny), engine={"max_model_length": 10})
     assert "engine.max_model_length = 10" in message
     assert "did you mean 'max_model_len'?" in message
 
 
-def test_an_impossible_engine_argument_is_said(tmp_path: Path, tiny: Path) -> None:
+def test_an_impossible_engine_argument_is_reported(tmp_path: Path, tiny: Path) -> None:
     message = fails(tmp_path, 8780, model=str(tiny), engine={"max_model_len": 100_000_000})
     assert "max_model_len" in message
     assert "100000000" in message.replace("_", "").replace(",", "")

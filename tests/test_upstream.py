@@ -395,7 +395,7 @@ def test_46_errors_of_reading_a_request_become_answers_in_two_places() -> None:
         assert "create_error_response(e)" in inspect.getsource(route)
 
 
-def test_47_a_ray_worker_is_a_script_that_reads_its_environment_anew() -> None:
+def test_47_a_ray_worker_is_a_script_that_reads_its_environment_again() -> None:
     """tests/test_life.py runs one; here is what it would take to see why that fails."""
     from ray._private.runtime_env.py_executable import PyExecutablePlugin
     from ray._private.workers import default_worker

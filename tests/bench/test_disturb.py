@@ -265,7 +265,7 @@ async def test_who_is_alone_is_spared(tmp_path: Path) -> None:
     assert first.done[0].waited_s >= 0.6
 
 
-async def test_a_stopped_engine_goes_on(tmp_path: Path) -> None:
+async def test_a_stopped_engine_continues(tmp_path: Path) -> None:
     with fleet.running(2) as running:
         cluster = Cluster(pids=[running.pid])
         assert wait(lambda: len(engines(cluster)) == 2)

@@ -200,7 +200,7 @@ def words(tiny: Path, folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_search_survives_a_failure_goes_on_after_an_interruption_and_ends_in_a_configuration(
+def test_a_search_survives_a_failure_continues_after_an_interruption_and_ends_in_a_configuration(
     tiny: Path, tmp_path: Path
 ) -> None:
     knobs = ["--knob", "max_num_seqs=2,64", "--knob", f"kv_cache_memory_bytes={2**46}"]

@@ -198,7 +198,7 @@ async def test_an_answer_that_its_client_left_is_charged_as_far_as_it_came(tmp_p
     assert row["gpu_s"] > 0
 
 
-async def test_an_answer_that_goes_on_elsewhere_is_charged_once(tmp_path: Path) -> None:
+async def test_an_answer_that_continues_elsewhere_is_charged_once(tmp_path: Path) -> None:
     """The first engine dies and its replica reports; the second one goes on."""
     async with replicas(Engine("a", fails_after=3), Engine("b")) as found:
         front = Front(tmp_path, *found)

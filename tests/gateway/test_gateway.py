@@ -100,7 +100,7 @@ def through(server: Server, disturb: Callable[[], None]) -> None:
     assert texts == [right.choices[0].text] * 8
 
 
-def test_streams_outlive_their_engine_which_starts_anew_in_its_replica(fleet: Server) -> None:
+def test_streams_outlive_their_engine_which_restarts_in_its_replica(fleet: Server) -> None:
     assert wait(lambda: len(engines(fleet)) == len(cores(fleet)) == 2, 240)
     before, dying = engines(fleet), cores(fleet)[0]
     through(fleet, dying.kill)

@@ -81,7 +81,7 @@ PLACES = st.lists(st.integers(0, 12), min_size=TOKENS - 1, max_size=TOKENS - 1)
     st.lists(st.integers(0, 200), max_size=3),
     st.data(),
 )
-def test_a_stream_goes_on_by_its_text(
+def test_a_stream_continues_by_its_text(
     whole: str,
     chat: bool,
     usage: bool,
@@ -189,7 +189,7 @@ def test_a_text_that_comes_out_otherwise_is_an_error() -> None:
         stream.events(b"".join(full(["ax", "c"], chat=False)))
 
 
-def test_what_no_engine_can_go_on_with_is_an_error() -> None:
+def test_what_no_engine_can_continue_is_an_error() -> None:
     stream = FastStream()
     stream.events(b"".join(fast(["ab", "c"], chat=False)[:2]))
     assert stream.continuable, "nobody has said how it goes on"

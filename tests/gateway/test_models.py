@@ -213,7 +213,7 @@ async def test_a_tenant_of_any_script_reaches_the_engine() -> None:
     assert engine.tenants == ["Größe 学校"]
 
 
-async def test_a_client_that_left_is_told_by_its_channel_alone() -> None:
+async def test_a_client_that_left_is_noticed_by_its_channel_alone() -> None:
     engine = EngineServer("m", length=1000, pause_s=0.02)
     async with gateway(m=engine) as there:
         app = LimitGate(Models(there.relays, SETTINGS), Limits())

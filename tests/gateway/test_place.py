@@ -79,7 +79,7 @@ async def test_a_place_of_a_gateway_that_dies_is_given_back(replica: Fast) -> No
     await replica.settled()
 
 
-async def test_an_answer_other_than_200_is_said_at_the_door(replica: Fast) -> None:
+async def test_an_answer_other_than_200_is_reported_at_the_door(replica: Fast) -> None:
     async with replica.ask() as place:
         assert isinstance(place, Place)
         place.answered(400)
@@ -111,7 +111,7 @@ async def test_both_lanes_share_one_queue(replica: Fast) -> None:
     await replica.settled()
 
 
-async def test_an_engine_that_starts_anew_is_said_at_the_door(replica: Fast) -> None:
+async def test_an_engine_that_restarts_is_reported_at_the_door(replica: Fast) -> None:
     replica.healthy = False
     async with replica.ask() as answer:
         assert isinstance(answer, Whole)

@@ -137,7 +137,7 @@ async def fleet(*engines: EngineServer, **settings: Any) -> AsyncIterator[Fleet]
 @pytest.mark.parametrize("method", ["resume", "repeat"])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("cut", range(11))
-async def test_a_stream_goes_on_from_every_cut(method: str, half: bool, cut: int) -> None:
+async def test_a_stream_continues_from_every_cut(method: str, half: bool, cut: int) -> None:
     bad = EngineServer("a", method=method, faults=[Fault(cut_after=cut, half=half)])
     good = EngineServer("b", method=method)
     async with fleet(bad, good) as there:
@@ -167,7 +167,7 @@ async def _first_to(there: Fleet, engine: EngineServer, **body: Any) -> Client:
     return await there.ask(**body)
 
 
-async def test_each_replica_may_fail_a_stream_that_goes_on() -> None:
+async def test_each_replica_may_fail_a_stream_that_continues() -> None:
     engines = [EngineServer(name, length=40) for name in "abc"]
     engines[0].faults = [Fault(cut_after=9)]
     engines[1].faults = [Fault(cut_after=20)]
@@ -226,7 +226,7 @@ async def test_a_poisoned_stream_ends_with_an_error_event() -> None:
     assert client.text == "0 1 2 3 "
 
 
-async def test_a_replica_that_goes_on_with_an_error_is_heard() -> None:
+async def test_a_replica_that_continues_with_an_error_is_reported() -> None:
     """Its error is not one of the events that the client has already."""
     bad = EngineServer("a", faults=[Fault(cut_after=5)])
     async with fleet(bad, EngineServer("b", faults=[Fault(error_after=0)])) as there:
@@ -257,7 +257,7 @@ async def test_half_of_a_first_event_is_dropped_with_its_marks(orderly: bool) ->
     assert b": how" not in client.body
 
 
-async def test_a_response_that_ends_without_its_last_event_goes_on_elsewhere() -> None:
+async def test_a_response_that_ends_without_its_last_event_continues_elsewhere() -> None:
     bad = EngineServer("a", faults=[Fault(cut_after=4, orderly=True)])
     async with fleet(bad, EngineServer("b")) as there:
         client = await _first_to(there, bad)
@@ -285,7 +285,7 @@ async def test_a_mistake_of_the_gateway_is_an_error_and_not_a_broken_stream(
     assert client.over
 
 
-async def test_what_cannot_go_on_exactly_ends_with_an_error_event() -> None:
+async def test_what_cannot_continue_exactly_ends_with_an_error_event() -> None:
     bad, good = EngineServer("a", method="never", faults=[Fault(cut_after=3)]), EngineServer("b")
     async with fleet(bad, good) as there:
         client = await _first_to(there, bad)
@@ -409,7 +409,7 @@ async def test_a_silent_stream_of_an_engine_at_work_is_no_failure(after: int) ->
     assert not other.requests
 
 
-async def test_replicas_that_fall_silent_poison_nobody() -> None:
+async def test_replicas_that_fall_silent_harm_no_request() -> None:
     engines = [EngineServer(name, faults=[Fault(stall_after=4)]) for name in "abc"]
     good = EngineServer("d")
     async with fleet(*engines, good, max_deaths=2, replica_timeout_s=9.0) as there:
@@ -438,7 +438,7 @@ async def test_a_replica_that_is_full_is_passed_by() -> None:
         assert there.replicas.ready() == list(there.replicas.ready()), "avoided, though only full"
 
 
-async def test_where_all_are_full_the_client_is_told() -> None:
+async def test_where_all_are_full_the_client_gets_their_refusal() -> None:
     engines = [EngineServer(name, faults=[Fault(status=429)]) for name in "ab"]
     async with fleet(*engines) as there:
         client = await there.ask()
@@ -476,7 +476,7 @@ async def test_the_half_of_an_answer_that_finds_no_room_ends_with_an_error_event
     assert client.error == "unavailable"
 
 
-async def test_an_engine_that_is_started_anew_has_not_died_of_the_request() -> None:
+async def test_an_engine_that_restarts_has_not_died_of_the_request() -> None:
     async def never(scope: Scope, receive: Receive, send: Send) -> None:
         raise AssertionError("there is no engine")
 
@@ -521,7 +521,7 @@ async def test_a_replica_that_is_gone_is_avoided_and_tried_again() -> None:
         assert {replica.name for replica in there.replicas.ready()} == {"a", "b"}
 
 
-async def test_a_request_waits_for_an_engine_that_is_started_anew() -> None:
+async def test_a_request_waits_for_an_engine_that_restarts() -> None:
     engine = EngineServer("a", restarting=True)
     async with fleet(engine) as there:
         [replica] = there.replicas.ready()
@@ -615,7 +615,7 @@ def test_progress_survives_its_journey() -> None:
 @pytest.mark.parametrize("method", ["resume", "repeat"])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("cut", range(13))
-async def test_a_fast_stream_goes_on_in_the_full_lane(method: str, half: bool, cut: int) -> None:
+async def test_a_fast_stream_continues_in_the_full_lane(method: str, half: bool, cut: int) -> None:
     bad = EngineServer("a", fast=True, faults=[Fault(cut_after=cut, half=half)])
     good = EngineServer("b", fast=True, method=method)
     async with fleet(bad, good) as there:

@@ -78,7 +78,7 @@ decisions = st.lists(
 
 
 @given(decisions, st.integers(0, 100), st.sampled_from([1.0, 1.5]), st.sampled_from([0.0, 3.0]))
-def test_nobody_is_sent_more_than_the_bound_and_of_the_rest_the_best_is_chosen(
+def test_no_replica_exceeds_the_bound_and_the_best_of_the_others_is_chosen(
     history: list[tuple[list[int], tuple[int, ...], str | None]],
     seed: int,
     factor: float,
@@ -173,7 +173,7 @@ def test_the_longest_beginning_wins_and_among_as_long_ones_the_least_busy() -> N
     assert router.choose(fleet(0, 300, 400, 0), keys, None).name == "c"
 
 
-def test_a_prompt_shorter_than_a_block_follows_nobody() -> None:
+def test_a_prompt_shorter_than_a_block_has_no_affinity() -> None:
     router = prefix_router()
     keys = prefix_keys(b"You are a helpful assistant." * 10)
     names = {router.choose(fleet(0, 0, 0), keys, None).name for _ in range(50)}
@@ -369,7 +369,7 @@ def test_an_unknown_router_names_the_nearest(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"factor": 0.9}, {"slack_requests": -1}])
-def test_a_bound_that_could_leave_nobody_is_refused(options: dict[str, float]) -> None:
+def test_a_bound_that_could_exclude_every_replica_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         prefix_router(**options)
 

@@ -143,7 +143,7 @@ def test_a_price_is_the_tables_where_it_does_not(cloud: Cloud) -> None:
     assert prices.rate(account(), "g6.xlarge") == expected
 
 
-def test_a_type_that_nobody_knows_has_no_price(cloud: Cloud) -> None:
+def test_an_unknown_type_has_no_price(cloud: Cloud) -> None:
     assert prices.rate(account(), "x9.large") is None
 
 

@@ -95,7 +95,7 @@ _ADDONS_WITH_ROLE = ("vpc-cni", "aws-ebs-csi-driver")
 STEPS = steps()
 
 
-def test_the_whole_way_takes_so_many_steps(
+def test_the_whole_creation_takes_known_steps(
     account: Account, cloud: Cloud, commands: Commands
 ) -> None:
     commands.rule("eksctl", "create", "cluster", after=STEPS - 1, says="Error: stopped")
@@ -137,7 +137,7 @@ def test_a_completion_that_stopped_is_completed_too(
     whole(account, cloud, commands)
 
 
-def test_parts_whose_creation_failed_are_made_anew(
+def test_parts_whose_creation_failed_are_created_again(
     account: Account, cloud: Cloud, commands: Commands
 ) -> None:
     create(account, commands)
@@ -191,7 +191,7 @@ def test_a_stack_in_progress_is_waited_for(
 
 
 @pytest.mark.parametrize("status", ["ROLLBACK_COMPLETE", "CREATE_FAILED", "ROLLBACK_FAILED"])
-def test_a_stack_that_failed_is_deleted_and_made_anew(
+def test_a_stack_that_failed_is_deleted_and_created_again(
     account: Account, cloud: Cloud, commands: Commands, status: str
 ) -> None:
     stack_in(cloud, status)

@@ -175,7 +175,7 @@ def test_the_hook_waits_for_the_last_connection() -> None:
         assert drain.wait(ports, time.monotonic() + 60) == 0
 
 
-def test_the_hook_waits_for_streams_also_where_ray_cannot_be_told() -> None:
+def test_the_hook_waits_for_streams_also_where_ray_does_not_answer() -> None:
     # -S: a Python that knows no Ray.
     command = [sys.executable, "-S", str(DRAIN), "30", "--ports", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

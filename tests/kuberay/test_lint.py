@@ -367,7 +367,7 @@ def test_edits_that_never_arrive_are_found() -> None:
     assert [each.finding.rule for each in findings(none, was=SOUND)] == ["frozen-edit"]
 
 
-def test_a_live_object_says_what_its_cluster_never_heard_of() -> None:
+def test_a_live_object_says_what_its_cluster_does_not_know() -> None:
     status = "status:\n  activeServiceStatus:\n    rayClusterStatus:\n      maxWorkerReplicas: {}\n"
     assert findings(SOUND + status.format(2)) == []
     (only,) = findings(SOUND + status.format(1))

@@ -542,7 +542,7 @@ def test_the_table_of_peaks_is_that_of_the_manifests(
     assert [int(cell) for cell in row.split("|")[2:6]] == results
 
 
-def test_the_gpus_of_workers_that_are_still_to_come_are_said(
+def test_the_gpus_of_workers_that_are_still_to_come_are_stated(
     documents: list[dict[str, Any]],
 ) -> None:
     """The operator submits the application once the head is ready, minutes before any GPU is."""

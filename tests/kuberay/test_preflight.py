@@ -225,7 +225,7 @@ def test_the_config_of_a_model_in_s3_is_read_there(account: Cloud) -> None:
 @pytest.mark.parametrize(
     ("least", "status"), [(3, "warn"), (2, "FAIL")], ids=["no upgrade", "not even full size"]
 )
-def test_node_groups_too_small_are_told(
+def test_node_groups_too_small_are_reported(
     account: Cloud, tmp_path: Path, least: int, status: str
 ) -> None:
     groups = yaml.safe_load((HERE / "cluster.yaml").read_text())["managedNodeGroups"]
@@ -274,7 +274,7 @@ def test_versions_that_disagree_fail(account: Cloud, monkeypatch: pytest.MonkeyP
     assert "2.61.0" in checks["Ray"]["mend"]
 
 
-def test_a_command_that_is_not_there_is_told(
+def test_a_missing_command_is_reported(
     account: Cloud, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (commands.folder.parent / "bin" / "eksctl").unlink()

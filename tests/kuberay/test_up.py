@@ -303,7 +303,7 @@ def test_a_step_that_fails_is_gone_on_with(
     assert (again.returncode, again.stdout) == (0, "Hello from Qwen2.5-7B-Instruct\n"), again.stderr
 
 
-def test_what_eksctl_says_last_is_told(account: Cloud, commands: Commands) -> None:
+def test_the_last_line_of_eksctl_is_shown(account: Cloud, commands: Commands) -> None:
     commands.rule("eksctl", "create", says="Error: no capacity for m7i.xlarge")
     result = run("up", *WHERE, "--yes")
     assert result.returncode == 2

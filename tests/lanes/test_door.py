@@ -509,7 +509,7 @@ async def test_no_place_is_lost_whatever_clients_do(replica: Replica, proxy: str
     assert replica.frontend.running == 0
 
 
-async def test_only_haproxy_is_told_where_the_door_is(replica: Replica, proxy: str) -> None:
+async def test_only_haproxy_learns_where_the_door_is(replica: Replica, proxy: str) -> None:
     base = f"http://127.0.0.1:{replica.port}/-/door"
     async with aiohttp.ClientSession() as session:
         async with session.get(base, headers={"x-door": "guess"}) as answer:

@@ -71,7 +71,7 @@ async def test_reports_reach_the_replica_whole_and_in_order() -> None:
         second.send(sent[0])
 
 
-async def test_every_request_is_told_of_its_own_end() -> None:
+async def test_every_request_learns_its_own_end() -> None:
     """Ids that clients use twice at once, in any order of ends and departures."""
     chance = random.Random(3)
     ends = Ends()
@@ -92,7 +92,7 @@ async def test_every_request_is_told_of_its_own_end() -> None:
     ends.tell(ended("cmpl-nobody"))
 
 
-def test_what_the_scheduler_saw_is_what_the_policy_is_told() -> None:
+def test_what_the_scheduler_saw_is_what_the_policy_gets() -> None:
     now_s = 100.0
     signals = Signals(clock=lambda: now_s, ttft_s=0.5, itl_s=0.1)
     lane = FastLane("tiny", "secret", signals)

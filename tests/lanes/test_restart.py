@@ -30,7 +30,7 @@ def text(client: httpx.Client) -> Any:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_it_is_started_anew_and_the_engine_goes_on(lanes: Lanes, number: signal.Signals) -> None:
+def test_it_is_restarted_and_the_engine_keeps_running(lanes: Lanes, number: signal.Signals) -> None:
     keeper = Keeper(lambda: lanes.engine.fast, 3.0, lanes.engine.restart_frontend)
     watch = lanes.run(_start(keeper))
     process = lanes.engine.fast.manager._proc

@@ -31,7 +31,7 @@ def test_statistics_go_to_the_python_front_end(streams: int) -> None:
     assert (FAST in outputs) == bool(streams)
 
 
-def test_what_the_fast_lane_must_hear_stays() -> None:
+def test_what_the_fast_lane_needs_stays() -> None:
     ended = EngineCoreOutputs(scheduler_stats=SchedulerStats(), finished_requests={"one"})
     outputs = redirected({FAST: ended})
     assert outputs[FAST].finished_requests == {"one"}

@@ -287,7 +287,7 @@ def test_open_files_have_a_least(limit: int, ok: bool) -> None:
 # --- the driver -----------------------------------------------------------------------------
 
 
-def test_sessions_that_compete_are_told_where_cores_are_few(tmp_path: Path) -> None:
+def test_sessions_that_compete_are_reported_where_cores_are_few(tmp_path: Path) -> None:
     grouped, single = tmp_path / "1", tmp_path / "0"
     grouped.write_text("1\n")
     single.write_text("0\n")

@@ -52,6 +52,6 @@ def test_a_key_shows_the_series_of_its_tenant(key: str, who: str) -> None:
     assert everybodys == {who, ""}
 
 
-async def test_without_keys_there_is_nobody_to_hide_from() -> None:
+async def test_without_keys_nothing_is_hidden() -> None:
     result = await shown(None, by_tenant=False)
     assert {"team-a", "team-b"} <= result["serve_app_requests_total"]

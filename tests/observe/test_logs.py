@@ -37,7 +37,7 @@ def test_who_configures_logging_closes_the_handlers_of_others(
     assert serve_log.target is None  # Where this is no longer so, `kept` has no purpose.
 
 
-def test_the_log_of_ray_serve_goes_on(
+def test_the_log_of_ray_serve_keeps_working(
     serve_log: logging.handlers.MemoryHandler, tmp_path: Path
 ) -> None:
     logger = logging.getLogger("ray.serve")
@@ -74,7 +74,7 @@ def test_a_log_that_is_full_is_rotated(tmp_path: Path) -> None:
     assert [line["number"] for line in lines] == list(range(100 - len(lines), 100))
 
 
-def test_a_log_that_goes_on_after_a_restart_is_as_full_as_it_was(tmp_path: Path) -> None:
+def test_a_log_continued_after_a_restart_is_as_full_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "replica.log"
     for number in range(100):
         logs.Log(logs.RotatedFile(path, max_bytes=2000, files=3).write).write("info", str(number))
@@ -82,7 +82,7 @@ def test_a_log_that_goes_on_after_a_restart_is_as_full_as_it_was(tmp_path: Path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_requests_go_on_where_the_log_cannot_be_written(
+def test_requests_continue_where_the_log_cannot_be_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     log = logs.Log(logs.RotatedFile(Path("/dev/full"), max_bytes=10**9).write)

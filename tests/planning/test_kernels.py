@@ -59,7 +59,7 @@ def test_compiled_kernels_need_no_compiler() -> None:
     assert kernels.engine_defaults(Tools(prebuilt=True), (10, 0)) == {}
 
 
-def test_what_somebody_set_is_left_alone_and_said() -> None:
+def test_what_somebody_set_is_kept_and_reported() -> None:
     environ = {SAMPLER: "1", "PATH": "/bin"}
     assert SAMPLER not in kernels.turned_off(Tools(), environ)
     assert kernels.insisted_on(Tools(), environ) == [SAMPLER]

@@ -68,7 +68,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("how", ["alive", "answers"])
-async def test_one_that_died_or_hangs_is_killed_and_started_anew(how: str) -> None:
+async def test_one_that_died_or_hangs_is_killed_and_restarted(how: str) -> None:
     frontend = Frontend()
     watch, task = watched(frontend)
     setattr(frontend, how, False)

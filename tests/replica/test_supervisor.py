@@ -55,7 +55,7 @@ async def test_a_dead_engine_ends_the_replica(engine: FakeEngine) -> None:
     assert not watch.healthy
 
 
-async def test_a_hung_engine_is_killed_and_its_requests_told_first(engine: FakeEngine) -> None:
+async def test_a_hung_engine_is_killed_after_its_requests_got_errors(engine: FakeEngine) -> None:
     engine.answers = False
     in_flight = [3]
     asyncio.get_running_loop().call_later(0.2, in_flight.__setitem__, 0, 0)
@@ -176,7 +176,7 @@ def restartable(restarts: Restarts, left: list[int], within_s: float = 60.0) -> 
     return made
 
 
-async def test_a_dead_engine_is_started_anew_once(engine: FakeEngine) -> None:
+async def test_a_dead_engine_is_restarted_once(engine: FakeEngine) -> None:
     restarts, left = Restarts(engine), list[int]()
     watch = restartable(restarts, left)
     task = asyncio.create_task(watch.watch())
@@ -193,7 +193,7 @@ async def test_a_dead_engine_is_started_anew_once(engine: FakeEngine) -> None:
     assert not watch.restarting
 
 
-async def test_an_engine_that_lasted_is_started_anew_again(
+async def test_an_engine_that_lasted_is_restarted_again(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "_LASTING_S", 0.0)
@@ -207,7 +207,7 @@ async def test_an_engine_that_lasted_is_started_anew_again(
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-async def test_an_engine_that_does_not_start_anew_ends_the_replica(
+async def test_an_engine_that_does_not_restart_ends_the_replica(
     engine: FakeEngine, hangs: bool
 ) -> None:
     restarts, left = Restarts(engine, RuntimeError("no memory")), list[int]()

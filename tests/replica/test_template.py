@@ -301,7 +301,7 @@ def test_where_there_is_a_template(
     assert launched.wanted(application, environ) is wanted
 
 
-def test_ray_is_told_where_a_replica_comes_from() -> None:
+def test_ray_learns_where_a_replica_comes_from() -> None:
     plan = Plan("m", "m", Placement(1, 1), cpu_threads=3)
     assert launched.runtime_env(plan, {}) == {}
     # It was wanted, and the launcher had a reason to start none.

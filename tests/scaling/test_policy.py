@@ -278,7 +278,7 @@ def test_requests_that_missed_the_goal_are_believed_more_than_the_estimate() -> 
     assert decision.replicas <= 6  # It may be that no number helps.
 
 
-def test_where_nobody_misses_the_estimate_asked_for_too_much() -> None:
+def test_where_no_request_misses_the_estimate_was_too_high() -> None:
     _, early = decided(30)
     decision, late = decided(3000)
     assert late.factor < early.factor <= 1
@@ -445,7 +445,7 @@ def test_whatever_is_reported_the_answer_is_within_the_bounds(
         assert math.isfinite(decision.forecast)
 
 
-def test_what_the_cluster_cannot_hold_is_not_asked_for_and_said() -> None:
+def test_what_the_cluster_cannot_hold_is_not_requested_and_is_logged() -> None:
     fleet = Fleet(serving=2, placeable=3)
     fleet.run(120, rate_of(6))
     assert fleet.target == 3
@@ -453,7 +453,7 @@ def test_what_the_cluster_cannot_hold_is_not_asked_for_and_said() -> None:
     assert "the cluster holds 3" in fleet.decision.reason
 
 
-def test_the_bound_is_said() -> None:
+def test_the_bound_is_logged() -> None:
     fleet = Fleet(serving=2, goal=replace(GOAL, max_replicas=3))
     fleet.run(120, rate_of(6))
     assert fleet.decision is not None

@@ -185,7 +185,7 @@ def test_the_time_to_a_first_token_includes_the_wait_for_room(signals: Signals) 
     assert signals.load(8, 1).ttft_s == pytest.approx(3.2, rel=0.03)
 
 
-def test_the_queue_is_told_of_first_tokens(signals: Signals) -> None:
+def test_the_queue_learns_of_first_tokens(signals: Signals) -> None:
     told: list[int] = []
     signals.first_tokens = told.append
     signals.step(30, 3, 0, [0.1, 0.2], [0.01])

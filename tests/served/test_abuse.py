@@ -162,7 +162,7 @@ def streamed(
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_told_what_is_wrong(http: httpx.Client, name: str) -> None:
+def test_bad_input_gets_an_error_that_names_the_mistake(http: httpx.Client, name: str) -> None:
     response = send(http, name)
     path, _, status = BAD[name]
     assert response.status_code == status, response.text

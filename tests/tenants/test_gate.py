@@ -248,7 +248,7 @@ async def test_a_stream_that_breaks_is_charged(tmp_path: Path) -> None:
     assert row["output_tokens"] == 50
 
 
-async def test_a_tenant_sees_itself_and_nobody_else(tmp_path: Path) -> None:
+async def test_a_tenant_sees_only_itself(tmp_path: Path) -> None:
     async with counted(tmp_path, Engine()) as (http, book):
         for headers in (ANN, BOB):
             assert (await http.post("/v1/completions", headers=headers, json={})).is_success

@@ -73,7 +73,9 @@ class EngineMemory:
         kv_bytes = _number("kv_cache_memory_bytes", engine, None)
         utilization = _number("gpu_memory_utilization", engine, DEFAULT_UTILIZATION)
         if utilization is not None and not 0 < utilization <= 1:
-            raise ConfigError("engine.gpu_memory_utilization", utilization, "must be 1 or less")
+            raise ConfigError(
+                "engine.gpu_memory_utilization", utilization, "must be above 0, and 1 at most"
+            )
         tokens = None if fitted else _number("max_model_len", engine, None)
         return cls(
             max_model_len=None if tokens is None else int(tokens),

@@ -173,7 +173,10 @@ def test_a_replica_that_needs_two_machines_is_refused(hub: Path) -> None:
     [
         ({"TENSOR_PARALLEL_SIZE": "4"}, "4 GPUs does not fit one machine with 3"),
         ({"TENSOR_PARALLEL_SIZE": "3"}, "does not divide the 28 attention heads"),
-        ({"GPU_MEMORY_UTILIZATION": "95"}, "gpu_memory_utilization = 95.*must be 1 or less"),
+        (
+            {"GPU_MEMORY_UTILIZATION": "95"},
+            "gpu_memory_utilization = 95.*must be above 0, and 1 at most",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_before_a_download(

@@ -42,8 +42,14 @@ def modules(tests: Path) -> list[str]:
 
 
 def ask_the_running_server() -> None:
-    """Replace the class that starts a server for each module."""
+    """Replace the class that starts a server for each module, and the hub of LoRA adapters."""
+    from vllm.transformers_utils import repo_utils
+
     from tests import utils
+
+    class Hub:
+        def snapshot_download(self, *_: object, **__: object) -> str:
+            return os.environ["SERVER_MODEL_FOLDER"]
 
     class Running(utils.RemoteOpenAIServer):
         def __init__(self, *_: object, **__: object) -> None:
@@ -59,6 +65,7 @@ def ask_the_running_server() -> None:
             """Others ask the same server."""
 
     utils.RemoteOpenAIServer = Running
+    repo_utils.hf_api = Hub
 
 
 class Reports:

@@ -76,8 +76,9 @@ def _end_on_signals() -> None:
 
 
 def _run(options: Options) -> Line:
+    hardware = _hardware(options)  # Before the run: what cannot be read would be known too late.
     output = asyncio.run(run.run(_job(options), options.out))
-    if hardware := _hardware(options):
+    if hardware:
         allowed = roofline.of_run(*hardware, output.repeats)
         output = result.write(options.out, msgspec.structs.replace(output, roofline=allowed))
     return _headline_of(output, options, "summary", **_request_figures(output))

@@ -192,7 +192,9 @@ def read(path: Path) -> list[Reference]:
         for line in textfile.lines(path):
             if line.strip():
                 prompts.append(msgspec.json.decode(line, type=Reference))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ResultError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
         raise ResultError(f"{path}: line {len(prompts) + 1}: {error}") from None
     if not prompts:
         raise ResultError(f"{path}: holds no reference")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 _NORMAL = NormalDist()
+_FILLING = 4000  # Requests of a queue that begins empty, before it is in its steady state.
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,21 @@ def queue(load: float) -> Process:
         1 / (1 - load),
         lambda share: -math.log1p(-share) / (1 - load),
     )
+
+
+def deterministic_queue(load: float) -> Process:
+    """Sojourn times of M/D/1 with a service of one second; of its distribution only the mean."""
+
+    def sample(rng: np.random.Generator, series: int, count: int) -> Values:
+        steps = 1 - rng.exponential(1 / load, (series, _FILLING + count))
+        walk = np.cumsum(steps, axis=1)
+        waits_s: Values = walk - np.minimum(np.minimum.accumulate(walk, axis=1), 0.0)
+        return waits_s[:, _FILLING:] + 1
+
+    def unknown(share: float) -> float:
+        raise NotImplementedError(f"the {share:.0%} quantile of M/D/1")
+
+    return Process(f"M/D/1 {load:g}", sample, 1 + load / (2 * (1 - load)), unknown)
 
 
 KNOWN = (

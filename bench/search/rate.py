@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import correlation, interval, measure
+from bench.errors import BenchError
 from bench.measure import Mean, Measures, Slo, validity
 from bench.records import Record
 from bench.result import Asked
@@ -264,7 +265,7 @@ class RateSearch:
         budget_s: float | None = None,
     ) -> None:
         if not 0 < lowest <= start <= most:
-            raise ValueError(f"rates must be 0 < {lowest} <= {start} <= {most}")
+            raise BenchError.of("start", start, f"must be from {lowest:g} to most, {most:g}")
         self._slo, self._allowed = slo, 1 - slo.percentile / 100
         self._lowest, self._highest, self._precision = lowest, most, precision
         self._confidence, self._budget_s = confidence, budget_s

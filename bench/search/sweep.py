@@ -13,6 +13,7 @@ from statistics import fmean
 import msgspec
 
 from bench import interval, measure
+from bench.errors import BenchError
 from bench.measure import Mean, Measures, validity
 from bench.records import Record
 from bench.result import Asked
@@ -94,7 +95,7 @@ class Sweep:
         least_count: int = 48,
     ) -> None:
         if not 1 <= start <= most:
-            raise ValueError(f"users must be 1 <= {start} <= {most}")
+            raise BenchError.of("start", start, f"must be from 1 to most, {most}")
         self._max_users, self._grown, self._looks, self._least = (
             most,
             1 + gain,

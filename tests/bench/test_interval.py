@@ -196,6 +196,13 @@ def test_series_whose_correlation_was_underestimated_have_no_interval() -> None:
     assert seen.missed <= 0.025
 
 
+def test_series_of_another_queue_that_pass_are_covered() -> None:
+    """One in three M/D/1 queues that are 70 % busy passes: those that seem calmer than they are."""
+    seen = coverage.coverage(processes.deterministic_queue(0.7), None, 10_000, 100)
+    assert seen.missed <= 0.06
+    assert seen.given == 0 or seen.covered > 0.85
+
+
 def test_most_series_of_independent_samples_have_intervals() -> None:
     assert coverage.coverage(processes.exponential(), None, 100, TRIALS).given > 0.75 * TRIALS
     assert coverage.coverage(processes.exponential(), 0.95, 400, TRIALS).given > 0.95 * TRIALS

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bench import search
+from bench.errors import BenchError
 from bench.itself import power
 from bench.measure import Slo
 from bench.records import Record
@@ -273,7 +274,7 @@ async def test_what_is_over_takes_no_more() -> None:
 
 
 def test_rates_must_be_in_order() -> None:
-    with pytest.raises(ValueError, match="rates must be"):
+    with pytest.raises(BenchError, match=r"start = .1.0.: must be from 2 to most"):
         RateSearch(Slo(ttft_s=1.0), start=1.0, lowest=2.0)
 
 
@@ -353,7 +354,7 @@ async def test_a_dead_server_has_no_saturation() -> None:
 
 
 def test_users_must_be_in_order() -> None:
-    with pytest.raises(ValueError, match="users must be"):
+    with pytest.raises(BenchError, match=r"start = .8.: must be from 1 to most, 4"):
         Sweep(start=8, most=4)
 
 

@@ -14,6 +14,7 @@ each chunk.
 
 import csv
 import datetime
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -271,6 +272,5 @@ def __getattr__(name: str) -> Any:
     """What `bench.figures` has now: programs outside of the project ask for it here."""
     if name not in ("Repeat", "figures"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bench import figures
-
-    return getattr(figures, name)
+    # No import of this module's own: `bench.figures` rests on it.
+    return getattr(importlib.import_module("bench.figures"), name)

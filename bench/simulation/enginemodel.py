@@ -162,3 +162,12 @@ def roofline(gpu: str, model: str, gpus: int = 1) -> Engine:
     name = f"{model} on {f'{gpus} ' if gpus > 1 else ''}{gpu}, by roofline"
     limits = (seqs, budget, blocks, 16)
     return Engine(costs, *limits, accept_s=_ACCEPT_S, gpus=gpus, name=name)
+
+
+def __getattr__(name: str) -> object:
+    """What batch.py and job.py have now: programs outside of the project ask for it here."""
+    if name not in ("Batch", "Job"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bench.simulation import batch, job
+
+    return {"Batch": batch.Batch, "Job": job.Job}[name]

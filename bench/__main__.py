@@ -86,12 +86,12 @@ def _run(options: Options) -> Line:
 
 def _request_figures(output: Run) -> Line:
     """The context of the figures: the lengths of the requests, and the cached share."""
-    answers = [each.answers for each in output.repeats]
+    answers = [repeat.answers for repeat in output.repeats]
     headline: Line = {"salt": output.salt}
     headline |= {f"note_{n}": note for n, note in enumerate(output.workload_notes, 1)}
-    headline["prompt_tokens"] = _mean(each.input_tokens for each in answers)
-    headline["answer_tokens"] = _mean(each.output_tokens for each in answers)
-    headline["prefix_cache_share"] = _mean(each.cached_share for each in answers)
+    headline["prompt_tokens"] = _mean(answer.input_tokens for answer in answers)
+    headline["answer_tokens"] = _mean(answer.output_tokens for answer in answers)
+    headline["prefix_cache_share"] = _mean(answer.cached_share for answer in answers)
     acceptance = _mean(samples[-1].acceptance_rate for samples in output.server if samples)
     if acceptance is not None:
         headline["speculative_acceptance"] = acceptance
@@ -127,7 +127,7 @@ def _matrix_line(output: Matrix, options: Options) -> Line:
     here = output.benchmark == "baseline"
     if hardware := _hardware(options, *((options.model, options.engine) if here else ())):
         output = result.write(options.out, matrix.with_roofline(output, *hardware))
-    return _headline_of(output, options, cells={each.name: each.summary for each in output.cells})
+    return _headline_of(output, options, cells={cell.name: cell.summary for cell in output.cells})
 
 
 def _hardware(

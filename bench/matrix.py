@@ -146,12 +146,12 @@ def with_roofline(output: Matrix, shape: Shape, ceilings: Ceilings) -> Matrix:
     """The result, each cell beside what the hardware allows."""
     cells = [
         msgspec.structs.replace(
-            each,
-            roofline=roofline.of_batch(shape, ceilings, each.cell, each.repeats)
+            cell,
+            roofline=roofline.of_batch(shape, ceilings, cell.cell, cell.repeats)
             if output.benchmark == "baseline"
-            else roofline.of_run(shape, ceilings, each.repeats),
+            else roofline.of_run(shape, ceilings, cell.repeats),
         )
-        for each in output.cells
+        for cell in output.cells
     ]
     allowed = Allowed(shape=shape, ceilings=ceilings)
     return msgspec.structs.replace(output, cells=cells, roofline=allowed)

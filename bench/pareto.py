@@ -73,7 +73,7 @@ async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> 
         )
         if measured.interrupted:
             break
-    doubts = [f"{each.users} users: {doubt}" for each in points for doubt in each.doubts]
+    doubts = [f"{point.users} users: {doubt}" for point in points for doubt in point.doubts]
     if len(points) < len(users):
         doubts.append(f"interrupted: {len(points)} of {len(users)} loads were measured")
     output = Curve(

@@ -214,8 +214,8 @@ async def judge(
 ) -> Quality:
     """Ask what the references were asked, and say how far the answers agree or are right."""
     head = result.header(f"{target.model} at {target.url}")
-    answers = await ask(target, [each.prompt for each in references], tokens)
-    wanted = [each.answer for each in references]
+    answers = await ask(target, [reference.prompt for reference in references], tokens)
+    wanted = [reference.answer for reference in references]
     figures: dict[str, Any]
     if scored:
         right = sum(correct(answers, wanted))

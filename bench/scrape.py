@@ -106,8 +106,8 @@ def counts(details: bytes, deployment: str) -> dict[str, float]:
         applications = msgspec.json.decode(details)["applications"].values()
         replicas = [
             app
-            for each in applications
-            for name, app in each["deployments"].items()
+            for application in applications
+            for name, app in application["deployments"].items()
             if name == deployment
         ]
         result = dict.fromkeys(("wanted", *_STATES.values()), 0.0)

@@ -216,7 +216,7 @@ def _add_pod_identities(account: Account, owner: Owner, run: Tools, config: Conf
     pages = account.pages(
         "eks", "list_pod_identity_associations", "associations", clusterName=owner.name
     )
-    listed = {(each["namespace"], each["serviceAccount"]) for each in pages}
+    listed = {(page["namespace"], page["serviceAccount"]) for page in pages}
     missing = [each for each in wanted if _identity(each) not in listed]
     if not missing:
         return

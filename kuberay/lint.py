@@ -96,15 +96,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> int:
     """Returns the exit status: 0 nothing that breaks, 1 something."""
     findings = lint(_read(options.files), _read(options.was), frozenset(options.ignore))
-    errors = sum(each.finding.severity == ERROR for each in findings)
+    errors = sum(finding.finding.severity == ERROR for finding in findings)
     if options.json:
         listed = [{"file": f.file, "service": f.service, **asdict(f.finding)} for f in findings]
         print(
             json.dumps({"errors": errors, "warnings": len(findings) - errors, "findings": listed})
         )
     else:
-        for each in findings:
-            print(each.shown())
+        for finding in findings:
+            print(finding.shown())
         print(f"{errors} errors, {len(findings) - errors} warnings")
     return 1 if errors or (options.strict and findings) else 0
 

@@ -50,7 +50,7 @@ def install_plugin(run: Tools) -> None:
 
     eksctl installs it with a cluster that has GPU groups; a cluster that came otherwise lacks it.
     """
-    if any("nvidia-device-plugin" in each["metadata"]["name"] for each in run.items("daemonsets")):
+    if any("nvidia-device-plugin" in item["metadata"]["name"] for item in run.items("daemonsets")):
         return
     chart, *source = _PLUGIN
     run.helm(

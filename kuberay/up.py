@@ -81,7 +81,7 @@ def up(
     with step("operator"):
         install_operator(run)
     with step("secrets"):
-        apply(run, [each for each in manifests if each["kind"] == "Namespace"])
+        apply(run, [manifest for manifest in manifests if manifest["kind"] == "Namespace"])
         key = secret.make(run)
     with step("manifests"):
         apply(run, manifests)

@@ -493,9 +493,9 @@ def _logs(client: rest.Client, options: argparse.Namespace) -> int:
         print(f"{options.name} has no pod and no active worker", file=sys.stderr)
         return 1
     if not options.follow:
-        return 0 if all([_show(client, *each, options) for each in paths]) else 1
+        return 0 if all([_show(client, *path, options) for path in paths]) else 1
     threads = [
-        threading.Thread(target=_show, args=(client, *each, options), daemon=True) for each in paths
+        threading.Thread(target=_show, args=(client, *path, options), daemon=True) for path in paths
     ]
     with contextlib.suppress(KeyboardInterrupt):
         for thread in threads:

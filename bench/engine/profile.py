@@ -288,7 +288,7 @@ def _judged(case: Case, trace: Path, ceiling: tuple[Shape, Ceilings] | None) -> 
     in_short = InShort(
         took_ms=case.took_s * 1e3,
         gpu_busy=busy,
-        families={each.family: round(each.share, 4) for each in summary.families},
+        families={family.family: round(family.share, 4) for family in summary.families},
         launch_bound=summary.launch_bound,
         **({n: getattr(verdict, n) for n in ("bound", "mbu", "mfu")} if verdict else {}),
     )
@@ -309,7 +309,7 @@ def _empty(cases: Sequence[Case]) -> list[str]:
 
 def describe(case: Case) -> str:
     """A case in a few lines of text."""
-    shares = ", ".join(f"{each.family} {each.share:.0%}" for each in case.summary.families)
+    shares = ", ".join(f"{family.family} {family.share:.0%}" for family in case.summary.families)
     lines = [f"{case.name}: {case.took_s * 1e3:.2f} ms a step; {shares}"]
     if case.busy_share is not None:
         lines.append(f"  the GPU is busy {case.busy_share:.0%} of a step without the profiler")

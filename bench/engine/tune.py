@@ -229,7 +229,9 @@ class Tuning:
         except EngineError as error:
             run.say(f"answers were not compared: {error}")
             return
-        texts = [[" ".join(map(str, tokens)) for tokens in each] for each in completions]
+        texts = [
+            [" ".join(map(str, tokens)) for tokens in completion] for completion in completions
+        ]
         self._agreement = agreement(texts[1], texts[0])
         run.say(f"{self._agreement.equal} of {len(PROMPTS)} answers equal those of the defaults")
 
@@ -369,7 +371,7 @@ class Tuning:
             effects=effects(measured, 1.0 if throughput else STEP),
             trials=trials,
             pruned=search.pruned if search else {},
-            failed=[each for each in trials if each.failure],
+            failed=[trial for trial in trials if trial.failure],
             engine_starts=self._journal.starts,
             wall_s=self._options.budget_s - (self._end_s - time.monotonic()),
             config=str(self._configuration(best, gained)) if best else None,

@@ -226,8 +226,8 @@ def keep(work: Path, out: Path) -> None:
 def _archive(path: Path, root: Path, files: Sequence[Path]) -> None:
     part = path.with_suffix(".part")
     with tarfile.open(part, "w:gz") as archive:
-        for each in files:
-            archive.add(each, arcname=str(each.relative_to(root)))
+        for file in files:
+            archive.add(file, arcname=str(file.relative_to(root)))
     part.replace(path)
 
 

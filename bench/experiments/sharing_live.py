@@ -159,7 +159,7 @@ class Loads:
         # The first prompts are all read at once.
         found = measure.measure(records, window=(seconds / 3, seconds)).requests_per_s
         if not found:
-            errors = sorted({each.error for each in records if each.error})
+            errors = sorted({record.error for record in records if record.error})
             raise SystemExit(f"the server answered nothing: {errors[:3]}")
         return found
 

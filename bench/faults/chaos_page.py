@@ -120,7 +120,7 @@ def _examples(result: Chaos) -> str:
             (
                 str(example.index),
                 ", ".join(example.faults),
-                "; ".join(each for each in reasons if each),
+                "; ".join(reason for reason in reasons if reason),
                 "" if at is None else f"{verdict.unit} from {at}",
                 "" if example.received is None else str(example.received),
                 "" if example.expected is None else str(example.expected),

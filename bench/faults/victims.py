@@ -294,5 +294,6 @@ def _is_here(host: str) -> bool:
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
         return False
-    own = {address.address for each in psutil.net_if_addrs().values() for address in each}
+    interfaces = psutil.net_if_addrs().values()
+    own = {address.address for addresses in interfaces for address in addresses}
     return bool(addresses & own)

@@ -316,24 +316,24 @@ def _words(bound: Bound, times: float, took_s: float, least_s: float, busy: floa
 def of_batch(shape: Shape, ceilings: Ceilings, cell: Cell, repeats: Sequence[Measures]) -> Allowed:
     """A cell of the matrix whose users sent together, as a batch in process does."""
     context = cell.input_tokens + cell.output_tokens / 2
-    prompt = _mean(_per_request(each, each.input_tokens) for each in repeats) or 0.0
-    prompt -= _mean(_per_request(each, each.cached_tokens) for each in repeats) or 0.0
+    prompt = _mean(_per_request(repeat, repeat.input_tokens) for repeat in repeats) or 0.0
+    prompt -= _mean(_per_request(repeat, repeat.cached_tokens) for repeat in repeats) or 0.0
     decoded = read = None
-    if tpot_s := _mean(each.tpot_mean_s for each in repeats):
+    if tpot_s := _mean(repeat.tpot_mean_s for repeat in repeats):
         decoded = judge(decode(shape, cell.users, context), tpot_s, ceilings)
-    if prompt > 0 and (ttft_s := _mean(each.ttft_mean_s for each in repeats)):
+    if prompt > 0 and (ttft_s := _mean(repeat.ttft_mean_s for repeat in repeats)):
         read = judge(prefill(shape, prompt, cell.users), ttft_s, ceilings)
     return Allowed(shape=shape, ceilings=ceilings, decode=decoded, prefill=read)
 
 
 def of_run(shape: Shape, ceilings: Ceilings, repeats: Sequence[Measures]) -> Allowed:
     """A run under load, from its rates: what an average step wrote and read beside it."""
-    tpot_s = _mean(each.tpot_mean_s for each in repeats)
-    written = _mean(each.output_tokens_per_s for each in repeats)
-    requests = _mean(each.requests_per_s for each in repeats)
-    prompt = _mean(_per_request(each, each.input_tokens) for each in repeats)
-    answer = _mean(_per_request(each, each.output_tokens) for each in repeats)
-    cached = _mean(_per_request(each, each.cached_tokens) for each in repeats) or 0.0
+    tpot_s = _mean(repeat.tpot_mean_s for repeat in repeats)
+    written = _mean(repeat.output_tokens_per_s for repeat in repeats)
+    requests = _mean(repeat.requests_per_s for repeat in repeats)
+    prompt = _mean(_per_request(repeat, repeat.input_tokens) for repeat in repeats)
+    answer = _mean(_per_request(repeat, repeat.output_tokens) for repeat in repeats)
+    cached = _mean(_per_request(repeat, repeat.cached_tokens) for repeat in repeats) or 0.0
     if not (tpot_s and written and requests and prompt and answer):
         return Allowed(shape=shape, ceilings=ceilings)
     # The first token of an answer is of its prompt's step.

@@ -120,7 +120,7 @@ def _differences(names: Iterable[str], a: Result, b: Result) -> list[str]:
 def _value(result: Result, name: str) -> object:
     """None where this kind of result has no such field. Of load actors, how many there were."""
     if name == "actors" and isinstance(result, Run):
-        return max((len(each.where) for each in result.actors), default=None)
+        return max((len(actor.where) for actor in result.actors), default=None)
     return getattr(result, name, None)
 
 
@@ -178,7 +178,7 @@ def table(rows: Sequence[Row], notes: Iterable[str] = ()) -> str:
 def _loads(result: Result) -> dict[str, Load]:
     """The loads of a matrix by the name of their cell; a single one is under ""."""
     if isinstance(result, Matrix):
-        return {each.cell.name: each for each in result.cells}
+        return {cell.cell.name: cell for cell in result.cells}
     return {"": result} if isinstance(result, Load) else {}
 
 
@@ -275,7 +275,7 @@ def _failures(cell: str, a: Sequence[Measures], b: Sequence[Measures]) -> str | 
 
 
 def _failed(repeats: Sequence[Measures]) -> tuple[int, int]:
-    return sum(each.failed for each in repeats), sum(each.requests for each in repeats)
+    return sum(repeat.failed for repeat in repeats), sum(repeat.requests for repeat in repeats)
 
 
 def _short(value: object) -> str:

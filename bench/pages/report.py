@@ -63,7 +63,7 @@ def tell_story(folders: Sequence[Path], out: Path) -> None:
     results = [result.data for result in loaded]
     if not story.chapters(results):
         raise ResultError("none of these results has a chapter in a story")
-    story.page(results, out, [each.text for each in _machines(loaded)])
+    story.page(results, out, [machine.text for machine in _machines(loaded)])
 
 
 def _page(

@@ -171,7 +171,7 @@ def _roofline(data: Roofline) -> Chapter:
 def _against_hardware(data: Run | Matrix) -> Chapter | None:
     """A run, a matrix or a baseline beside what the hardware allows; None if that is not known."""
     loads: Sequence[Run] = data.cells if isinstance(data, Matrix) else [data]
-    allowed = [(each.name, each.roofline) for each in loads if each.roofline is not None]
+    allowed = [(load.name, load.roofline) for load in loads if load.roofline is not None]
     rows = [
         [name, of, *_verdict(verdict)]
         for name, each in allowed
@@ -314,13 +314,13 @@ def _tune(data: Tuned, place: int) -> Chapter:
     if data.effects:
         rows = [
             Ratio(
-                label=f"{each.knob} {knobs.describe({'': each.value}).strip()}",
-                ratio=each.ratio,
-                low=each.low,
-                high=each.high,
-                verdict=_better(each),
+                label=f"{effect.knob} {knobs.describe({'': effect.value}).strip()}",
+                ratio=effect.ratio,
+                low=effect.low,
+                high=effect.high,
+                verdict=_better(effect),
             )
-            for each in data.effects
+            for effect in data.effects
         ]
         svg = plots.ratios([("", rows)], "times the default (log)", f"effects{place}")
         chapter.figures = [Markup(svg)]
@@ -388,19 +388,19 @@ def _scale_table(what: str, rows: Sequence[Layout]) -> Table:
     head = ["layout", "GPUs", "TTFT alone, ms", "TPOT alone, ms", "tokens/s at 100"]
     head += ["tokens/s saturated", "of linear"]
     table = Table(caption=what, head=head, rows=[])
-    for each in rows:
-        if each.failure and not each.saturated:
-            table.rows.append([each.name, each.gpus, each.failure[:160], "", "", "", ""])
+    for row in rows:
+        if row.failure and not row.saturated:
+            table.rows.append([row.name, row.gpus, row.failure[:160], "", "", "", ""])
             continue
         table.rows.append(
             [
-                each.name,
-                each.gpus,
-                _ms(each.ttft_s),
-                _ms(each.tpot_s),
-                _number(each.tokens_per_s),
-                _number(each.saturated),
-                _share(each.saturated_efficiency),
+                row.name,
+                row.gpus,
+                _ms(row.ttft_s),
+                _ms(row.tpot_s),
+                _number(row.tokens_per_s),
+                _number(row.saturated),
+                _share(row.saturated_efficiency),
             ]
         )
     return table

@@ -195,7 +195,7 @@ def _requests(repeats: Sequence[Measures]) -> dict[str, Mean]:
     """How long requests were and what of them was cached: means over repeats, where known."""
     cells: dict[str, Mean] = {}
     for name in ("input_tokens", "output_tokens", "cached_share"):
-        values = [getattr(each.answers, name) for each in repeats]
+        values = [getattr(repeat.answers, name) for repeat in repeats]
         present = [value for value in values if value is not None]
         if present:
             cells[name] = {"mean": sum(present) / len(present), "low": None, "high": None}
@@ -251,7 +251,7 @@ def sessions(result: Loaded) -> Classes | None:
 
 def _class(name: str, figures_of: Kind | Turn, metrics: Sequence[str]) -> Class:
     requests, failed = figures_of.requests, figures_of.failed
-    cells = [plain(getattr(figures_of, each), each, requests - failed) for each in metrics]
+    cells = [plain(getattr(figures_of, metric), metric, requests - failed) for metric in metrics]
     return Class(name=name, requests=requests, failed=failed, cells=cells)
 
 

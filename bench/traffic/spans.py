@@ -143,7 +143,7 @@ def read(path: Path) -> Log:
     sessions: dict[str, list[Call]] = {}
     for span in sorted(counted, key=lambda span: span.begun_s):
         sessions.setdefault(_session(span, spans), []).append(_call(span, spans))
-    calls = tuple(tuple(each) for each in sessions.values())
+    calls = tuple(tuple(session) for session in sessions.values())
     return Log(calls, _notes(calls, len(failed), len(alone) - len(failed) - len(counted)))
 
 

@@ -41,7 +41,7 @@ def roles(search: Search) -> Iterator[Found]:
         for role_found in _global(search, "role", role["RoleName"], tags(role)):
             # Once the role is gone, nothing says whose profile it was.
             profiles = role.get("InstanceProfileList") or ()
-            search.memory.profiles |= {each["InstanceProfileName"] for each in profiles}
+            search.memory.profiles |= {profile["InstanceProfileName"] for profile in profiles}
             yield role_found
 
 

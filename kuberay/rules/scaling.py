@@ -109,21 +109,22 @@ def _bounds(deployment: Mapping[str, Any], default: int) -> tuple[float, float, 
 def _autoscaler_off(service: Service) -> Iterator[Finding]:
     if service.autoscaling:
         return
-    grows = [
-        each
-        for each in _growth(service)
-        if each.maximum > each.minimum and not (each.gpus and each.maximum <= _room(service, each))
+    growths = [
+        growth
+        for growth in _growth(service)
+        if growth.maximum > growth.minimum
+        and not (growth.gpus and growth.maximum <= _room(service, growth))
     ]
-    for each in grows:
+    for growth in growths:
         yield Finding(
-            "autoscaler-off", WARNING, each.line,
-            f"{each.name} may grow to {each.maximum:g} replicas, and no worker is ever added: "
+            "autoscaler-off", WARNING, growth.line,
+            f"{growth.name} may grow to {growth.maximum:g} replicas, and no worker is ever added: "
             "enableInTreeAutoscaling is not true",
             "enableInTreeAutoscaling: true, with autoscalerOptions.version: v2",
         )  # fmt: skip
     for group in service.workers:
         if (
-            not grows
+            not growths
             and group.maximum < UNBOUNDED
             and group.maximum > max(group.minimum, int(group.spec.get("replicas") or 0))
         ):
@@ -207,7 +208,7 @@ def _too_few_cpus(service: Service) -> Iterator[Finding]:
     cores = [group.cpus for group in service.groups if _most_nodes(service, group) > 0]
     if not cores or None in cores:
         return  # A pod without a limit may have any number.
-    largest = max(each for each in cores if each is not None)
+    largest = max(core for core in cores if core is not None)
     for growth in _growth(service):
         if growth.minimum > 0 and growth.cpus > largest:
             yield Finding(

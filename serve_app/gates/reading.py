@@ -273,7 +273,7 @@ def _prompts(value: msgspec.Raw) -> int:
         return 1
     elements = _list(value)
     # ["1", 2] are two token ids for pydantic, and one prompt.
-    return len(elements) if all(_first_byte(each) in (b'"', b"[") for each in elements) else 1
+    return len(elements) if all(_first_byte(element) in (b'"', b"[") for element in elements) else 1
 
 
 def _prompt_tokens(fields: _Body, body_bytes: int) -> int:
@@ -290,7 +290,7 @@ def _prompt_tokens(fields: _Body, body_bytes: int) -> int:
 def _messages(counts: Counts, fields: _Body) -> int:
     messages = _list(fields.messages)
     if counts is Counts.CONVERSATIONS:
-        return sum(len(_list(each)) for each in messages)
+        return sum(len(_list(message)) for message in messages)
     return len(messages)
 
 

@@ -70,11 +70,13 @@ class Attempts:
                     self._news.clear()
                     await self._news.wait()
         self._accounts.forget(self._reports)
-        self._add_up([each for each in self._reports.values() if each is not None], seen_tokens)
+        self._add_up(
+            [report for report in self._reports.values() if report is not None], seen_tokens
+        )
 
     def _add_up(self, reports: list[Account], seen_tokens: int) -> None:
-        known, work = [each for each in reports if each.known], self._work
-        work.gpu_s = sum(each.gpu_s for each in reports)
+        known, work = [report for report in reports if report.known], self._work
+        work.gpu_s = sum(report.gpu_s for report in reports)
         if not known:
             return
         work.known = True

@@ -72,7 +72,7 @@ class Gateway:
             self._relays[name] = self._relay(name, handle, may_sleep=each.replicas.min == 0)
             adapters |= dict.fromkeys(adapters_of(each.engine), name)
         await asyncio.gather(
-            *(each.replicas.wait_until_ready(_LEARN_S) for each in self._relays.values())
+            *(relay.replicas.wait_until_ready(_LEARN_S) for relay in self._relays.values())
         )
         say(f"gateway: {time.monotonic() - self._began_s:.1f} s")
         main = next(iter(self._relays))

@@ -98,7 +98,7 @@ class Lanes:
             if request.stream:
                 body, asked = _with_token_ids(body)
                 answer.stream = FastStream(with_ids=asked)
-            shown = [each for each in request.headers if each[0].lower() not in _CREDENTIALS]
+            shown = [header for header in request.headers if header[0].lower() not in _CREDENTIALS]
             shown.append(("authorization", f"Bearer {place.token}"))
             url = URL(f"http://{place.address}{path}", encoded=True)
             async with self._fast.post(url, data=body, headers=shown) as response:

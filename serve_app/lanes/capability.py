@@ -127,7 +127,7 @@ def _schema(value: Any) -> bool:
     return (
         type(definitions) is dict
         and _sound(value, definitions, 0)
-        and all(_sound(each, definitions, 0) for each in definitions.values())
+        and all(_sound(definition, definitions, 0) for definition in definitions.values())
     )
 
 

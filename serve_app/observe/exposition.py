@@ -56,7 +56,7 @@ class _Seen:
 def of_tenant(families: Iterable[Metric], who: str) -> Iterator[Metric]:
     """The families without the series of other tenants."""
     for family in families:
-        own = [each for each in family.samples if each.labels.get("tenant", who) == who]
+        own = [sample for sample in family.samples if sample.labels.get("tenant", who) == who]
         seen = Metric(family.name, family.documentation, family.type, family.unit)
         seen.samples = own
         if own or not family.samples:

@@ -239,7 +239,9 @@ def _linear_bits(config: Mapping[str, Any]) -> float | None:
     method = str(quantization.get("quant_method") or "").replace("_", "-")
     if method in ("compressed-tensors", "") and (groups := quantization.get("config_groups")):
         weights = [group.get("weights") or {} for group in groups.values()]
-        return max(_with_scales(each["num_bits"], each.get("group_size", 128)) for each in weights)
+        return max(
+            _with_scales(weight["num_bits"], weight.get("group_size", 128)) for weight in weights
+        )
     if method == "bitsandbytes":
         return 8.0 if quantization.get("load_in_8bit") else _with_scales(4, 64)
     if method == "modelopt":

@@ -169,7 +169,7 @@ class Engine:
         tasks = await self._llm.get_supported_tasks()
         app = build_app(self._args, tasks, self._llm.model_config)
         # Then /openapi.json lists no other either.
-        app.router.routes = [each for each in app.routes if routes.find(each.path) is not None]
+        app.router.routes = [route for route in app.routes if routes.find(route.path) is not None]
         # An unknown route or method is Starlette's exception, and vLLM's handler FastAPI's.
         app.add_exception_handler(
             starlette.exceptions.HTTPException, app.exception_handlers[fastapi.HTTPException]

@@ -115,7 +115,7 @@ class Book:
             account = self._account(tenant, now_s)
             parts = account.allowances
             needs = [(part, part.need(tokens)) for part in parts]
-            short = [each for each in needs if not self._fits(*each)]
+            short = [need for need in needs if not self._fits(*need)]
             if not short:
                 return self._reserved(needs, account.windows)
             starts = [part.start for part in parts]

@@ -129,9 +129,9 @@ def _rotate(store: Store, source: Source, arguments: argparse.Namespace) -> int:
 
     def rotated(tenant: Tenant) -> Tenant:
         old = [
-            Key(each.sha256, ends if each.expires is None else min(each.expires, ends))
-            for each in tenant.keys
-            if each.valid(now())
+            Key(key.sha256, ends if key.expires is None else min(key.expires, ends))
+            for key in tenant.keys
+            if key.valid(now())
         ]
         return msgspec.structs.replace(tenant, keys=(*old, kept))
 

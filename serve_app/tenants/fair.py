@@ -290,10 +290,12 @@ class FairQueue(Generic[Item]):
 
     def _floor(self) -> float:
         """The counter of the tenant that was served least, of those that wait, or else run."""
-        waiting = [each.counter for tenants in self._active.values() for each in tenants.values()]
+        waiting = [
+            tenant.counter for tenants in self._active.values() for tenant in tenants.values()
+        ]
         if waiting:
             return min(waiting)
-        running = (each.counter for each in self._accounts.values() if each.running)
+        running = (account.counter for account in self._accounts.values() if account.running)
         return min(running, default=0.0)
 
     def _forget_idle(self, least: float) -> None:

@@ -32,7 +32,7 @@ observe: install ## Watch what `make serve` serves: Prometheus, Grafana or a sta
 test: install ## Run the tests.
 	$(BIN)/python -m pytest $(BESIDE)
 
-test-fast: install ## The tests without servers, engines, clusters and vLLM: under two minutes.
+test-fast: install ## The tests without servers, engines, clusters, vLLM and long simulations.
 	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not server"
 
 test-slow: install ## The tests that take several minutes each.

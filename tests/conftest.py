@@ -66,6 +66,15 @@ AWS = tuple(
     f"tests/kuberay/test_{name}.py"
     for name in ("down", "up", "sweep", "cluster", "preflight", "aws", "ttl", "weights")
 )
+# Each takes more than ten seconds of CPU time: plots, simulations, intervals on known processes.
+LONG = (
+    "tests/bench/test_interval.py",
+    "tests/bench/test_report.py",
+    "tests/bench/test_search.py",
+    "tests/bench/test_simulate.py",
+    "tests/bench/test_trials.py",
+    "tests/scaling/test_policy.py",
+)
 # Fixtures that start a server, such as a simulated cloud, HAProxy or PostgreSQL.
 SERVER_FIXTURES = {
     "application",
@@ -78,7 +87,7 @@ SERVER_FIXTURES = {
     "server",
 }
 # What `make test-fast` leaves out, beside tests with one of the fixtures above.
-NOT_FAST = (*SERVERS, SERVED, *LANES, *ENGINES, *AWS)
+NOT_FAST = (*SERVERS, SERVED, *LANES, *ENGINES, *AWS, *LONG)
 # The longest first, so that no worker has to wait for another in the end.
 FIRST = (
     *SERVERS,

@@ -487,7 +487,7 @@ def test_the_throughput_of_a_steady_state_is_that_of_the_server(first_s: float, 
 def test_a_closed_loop_on_a_batching_server_is_measured_right_or_doubted(
     lengths: str, users: int, turns: int
 ) -> None:
-    """64 users with unequal lengths and four turns gave up to 1.28 of the true tokens/s."""
+    """128 users with geometric lengths had 1.18 of the true tokens/s after four turns."""
     seen = batching.throughput(lengths, users, turns, trials=5)
     assert seen.ratio is None or seen.ratio == pytest.approx(1.0, abs=0.02)
     assert seen.worst is None or seen.worst == pytest.approx(1.0, abs=0.05)

@@ -8,8 +8,10 @@
 (a GPU and a model on paper) or from `enginefit.py` (measurements of a real engine).
 """
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bench.errors import BenchError
 
@@ -164,10 +166,11 @@ def roofline(gpu: str, model: str, gpus: int = 1) -> Engine:
     return Engine(costs, *limits, accept_s=_ACCEPT_S, gpus=gpus, name=name)
 
 
-def __getattr__(name: str) -> object:
-    """What batch.py and job.py have now: programs outside of the project ask for it here."""
-    if name not in ("Batch", "Job"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bench.simulation import batch, job
+# Former names, for programs outside of the project, such as scripts that simulate a queue.
+_MOVED = {"Batch": "bench.simulation.batch", "Job": "bench.simulation.job"}
 
-    return {"Batch": batch.Batch, "Job": job.Job}[name]
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MOVED[name]), name)

@@ -32,7 +32,7 @@ async def test_an_engine_that_moves_its_memory_lives_as_long_as_it_works(
     works: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The supervisor takes one without a sign for dead, and large weights take their time."""
-    monkeypatch.setattr(module, "_MOVE_LOOK_S", 0.01)
+    monkeypatch.setattr(module, "_MOVE_CHECK_S", 0.01)
     engine = Moving()
     moving = asyncio.create_task(engine.sleep())
     signs = set()

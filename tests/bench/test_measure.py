@@ -322,8 +322,8 @@ def closed_loop(users: int, turns: int, first_s: float = 0.1) -> list[Record]:
 
 def test_a_closed_loop_is_steady_from_its_second_turn_until_users_run_out_of_work() -> None:
     records = closed_loop(users=4, turns=9)
-    # Four have ended at 1.3 s; what began after 8 s ran on after the first user was idle at 9 s.
-    assert measure.window(records, users=4) == (pytest.approx(1.3), pytest.approx(8.0))
+    # Four have ended at 1.3 s; the first user is idle at 9 s, and the others are no faster by it.
+    assert measure.window(records, users=4) == (pytest.approx(1.3), pytest.approx(9.0))
 
 
 def test_requests_that_end_together_are_all_counted() -> None:
@@ -489,7 +489,8 @@ def test_a_closed_loop_on_a_batching_server_is_measured_right_or_doubted(
 ) -> None:
     """128 users with geometric lengths had 1.18 of the true tokens/s after four turns."""
     seen = batching.throughput(lengths, users, turns, trials=5)
-    assert seen.ratio is None or seen.ratio == pytest.approx(1.0, abs=0.02)
+    if seen.steady > 0.5:  # Of fewer runs the mean is that of one or two.
+        assert seen.ratio == pytest.approx(1.0, abs=0.02)
     assert seen.worst is None or seen.worst == pytest.approx(1.0, abs=0.05)
     if turns == 14 or lengths == "equal":
         assert seen.steady == 1.0

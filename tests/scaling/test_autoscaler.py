@@ -183,6 +183,27 @@ def test_what_was_learned_outlives_the_controller(skew_s: float) -> None:
     assert after._starts.start_s == 116.0
 
 
+def test_a_deploy_right_after_a_start_keeps_its_time() -> None:
+    controller = Controller(start_s={"code": 2.0})
+    controller.start()
+    controller.serving(1)
+    controller.tick()
+    for took_s in (5, 9):
+        for _ in range(took_s):
+            controller.target = controller.running + 1
+            controller.tick()
+        controller.serving(controller.target)
+        controller.tick()
+        before = controller.policy
+        assert before is not None
+        after = controller.start()
+        controller.tick()
+        assert (after._starts.took_s, after._starts.parts_s) == (
+            before._starts.took_s,
+            before._starts.parts_s,
+        )
+
+
 def test_what_replicas_say_of_their_starts_outlives_the_controller() -> None:
     controller = Controller(start_s={"code": 20.0, "kernels": 10.0})
     controller.start()

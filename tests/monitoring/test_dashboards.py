@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from serve_app.monitoring import dashboards
-from serve_app.monitoring.dashboards import ROWS, SERVING, Panel
+from serve_app.monitoring.dashboards import SERVING
+from serve_app.monitoring.panel import Panel
+from serve_app.monitoring.rows import ROWS
 
 # Grafana's units that are used, besides those that are a suffix. `short` is a count.
 UNITS = {

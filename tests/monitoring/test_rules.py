@@ -14,6 +14,7 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from serve_app.monitoring import dashboards
+from serve_app.monitoring.rows import ROWS
 from serve_app.observe import metrics
 
 HERE = Path(dashboards.__file__).parent
@@ -129,7 +130,7 @@ def expressions() -> Iterator[tuple[str, str]]:
     """Every expression of rules and dashboard, with where it is."""
     for rule in rules():
         yield rule.get("alert") or rule["record"], rule["expr"]
-    for row in dashboards.ROWS:
+    for row in ROWS:
         for panel in row.panels:
             for expression in panel.queries.values():
                 yield f"panel {panel.id}", expression
@@ -208,7 +209,7 @@ def test_runbooks_name_alerts_and_panels_that_there_are() -> None:
     text = (HERE / "runbooks.md").read_text()
     assert set(re.findall(r"^## (.+)$", text, re.M)) == set(alerts())
     assert set(re.findall(r"\]\(#(\w+)\)", text)) <= {name.lower() for name in alerts()}
-    titles = [panel.title for row in dashboards.ROWS for panel in row.panels]
+    titles = [panel.title for row in ROWS for panel in row.panels]
     for quoted in re.findall(r'"([^"]+)"', text):
         named = " ".join(quoted.split())
         assert any(title.startswith(named) for title in titles), f"no panel {named!r}"

@@ -17,8 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from serve_app.monitoring.dashboards import ROWS
 from serve_app.monitoring.prometheus import RULES, Prometheus
+from serve_app.monitoring.rows import ROWS
 from serve_app.monitoring.status import COLUMNS, FIGURES, STARTS
 from tests.server import ROOT, Server, apart, configuration, launched, wait
 from tests.services.collector import Collector, collecting

@@ -21,7 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--scenarios", default=",".join(SCENARIOS), help="default: %(default)s")
     add("--rounds", type=whole(1, 100), default=3)
     add("--port", type=whole(1024, 40000), default=8300)
+    add(
+        "--caches", type=Path, help="folder of compile caches that stay; a fresh one for each round"
+    )
     add("--out", type=Path, required=True, help="folder of the result and its picture")
 
 
@@ -141,12 +144,11 @@ def command(options: argparse.Namespace) -> Line:
         doubts.append("engines sleep on GPUs only, and this machine has none")
     options.out.mkdir(parents=True, exist_ok=True)
     starts: list[Start] = []
-    # Caches of a round stay for its later scenarios.
     for round_ in range(1, options.rounds + 1):
-        with tempfile.TemporaryDirectory(prefix="bench-starts.") as scratch:
+        with _folder(options.caches) as folder:
             for scenario in scenarios:
                 for name in options.systems.split(","):
-                    start = _measured(scenario, name, round_, options, Path(scratch) / name)
+                    start = _measured(scenario, name, round_, options, folder / name)
                     starts.append(start)
                     run.say(msgspec.json.encode(start.written()).decode())
     picture = options.out / "starts.svg"
@@ -220,6 +222,16 @@ def _measured(
             return Start(scenario, name, round_, took_s, _of_ours(options.port, scenario))
         pieces = _of_ours(options.port, "warm") if ours else segments(read(spans))
     return Start(scenario, name, round_, ended_s - began_s, _framed(pieces, began_s, ended_s, ours))
+
+
+@contextlib.contextmanager
+def _folder(caches: Path | None) -> Iterator[Path]:
+    """Where the caches of a round are, which stay for its later scenarios."""
+    if caches is not None:
+        yield caches
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-starts.") as scratch:
+        yield Path(scratch)
 
 
 def _caches(folder: Path) -> dict[str, str]:

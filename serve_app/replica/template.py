@@ -13,6 +13,7 @@ libraries read theirs when they are imported. It ends when its standard input do
 forked are not touched.
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -23,9 +24,10 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from serve_app.replica import forkserver
 from serve_app.replica.worker import peer_uid
@@ -46,9 +48,8 @@ _OF_A_WORKER = frozenset(
 )
 # Set by an import. The cache of compiled kernels would take it for the operator's choice.
 _NOT_INHERITED = frozenset(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "RAY_RAYLET_PID"))
-# Open in a process that CUDA was initialised in, which a fork of it could not use. NVML, by which
-# vLLM finds out what GPUs there are as it is imported, opens others.
-_OPEN_WITH_CUDA = frozenset(("/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"))
+# The driver's answer to any question before CUDA is initialised.
+_CUDA_NOT_INITIALISED = 3
 # The longest that a stand-in may take to say what it wants.
 _REQUEST_S = 5.0
 
@@ -204,19 +205,27 @@ def environment(
     return imported | dict(wanted)
 
 
-def unforkable(descriptors: Path = Path("/proc/self/fd")) -> str | None:
-    """Why this process must not be forked; None: it may be."""
+def unforkable(driver: Callable[[], Any] | None = None) -> str | None:
+    """Why this process must not be forked; None: it may be.
+
+    Args:
+        driver: returns CUDA's driver library, or None where this process has not loaded it.
+    """
     if threading.active_count() > 1:
         return f"it has {threading.active_count()} threads"
-    for entry in descriptors.iterdir():
-        try:
-            target = str(entry.readlink())
-        except OSError:
-            continue  # The descriptor of this listing.
-        # vLLM forks after NVML as well (VLLM_WORKER_MULTIPROC_METHOD).
-        if target in _OPEN_WITH_CUDA:
-            return f"it has opened {target}"
-    return None
+    library = (driver or _cuda_driver)()
+    if library is None:
+        return None
+    # vLLM asks NVML for the GPUs as it is imported, which a fork may follow.
+    status = library.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))
+    return None if status == _CUDA_NOT_INITIALISED else "an import has initialised CUDA in it"
+
+
+def _cuda_driver() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        return None
 
 
 def _send(connection: socket.socket, message: Mapping[str, object]) -> None:

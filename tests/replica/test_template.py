@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -249,16 +250,17 @@ def test_nothing_is_forked_beside_a_thread() -> None:
         thread.join()
 
 
-def test_nvml_may_be_forked_and_cuda_may_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("status", "why"), [(3, None), (0, "initialised CUDA"), (100, "initialised CUDA")]
+)
+def test_cuda_that_was_loaded_may_be_forked_and_cuda_that_was_initialised_may_not(
+    status: int, why: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM asks NVML for the GPUs as it is imported."""
     monkeypatch.setattr(threading, "active_count", lambda: 1)  # Other tests leave some.
-    (tmp_path / "3").symlink_to("/dev/nvidiactl")
-    (tmp_path / "4").symlink_to("/dev/nvidia0")
-    assert template.unforkable(tmp_path) is None
-    (tmp_path / "5").symlink_to("/dev/nvidia-uvm")
-    assert "/dev/nvidia-uvm" in (template.unforkable(tmp_path) or "")
+    assert template.unforkable() is None or template._cuda_driver() is not None
+    library = SimpleNamespace(cuDeviceGetCount=lambda count: status)
+    answer = template.unforkable(lambda: library)
+    assert answer is None if why is None else why in (answer or "")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 FLAVOUR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 INSTALLED = $(VENV)/installed-$(FLAVOUR)
 
-# Three modules at a time; tests/conftest.py says which stay together.
+# Three modules at a time: one of them mostly waits for servers. tests/conftest.py groups them.
 BESIDE = --numprocesses 3
 
 .DEFAULT_GOAL = help
@@ -33,7 +33,7 @@ test: install ## Run the tests.
 	$(BIN)/python -m pytest $(BESIDE)
 
 test-fast: install ## The tests without servers, engines, clusters, vLLM and long simulations.
-	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not server"
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow and not server"
 
 test-slow: install ## The tests that take several minutes each.
 	$(BIN)/python -m pytest $(BESIDE) -m slow

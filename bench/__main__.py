@@ -10,7 +10,6 @@ was a result.
 import argparse
 import asyncio
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from bench import matrix, measure, pareto, probe, quality, result, run
+from bench import job_options, matrix, pareto, probe, quality, result, run, signals
 from bench.engine import kvcache, profile, scale, scheduler, starts, tune
 from bench.errors import BenchError
 from bench.faults import chaos
@@ -32,17 +31,15 @@ from bench.matrix import Matrix
 from bench.options import folder, json_object, number, whole
 from bench.pages import console
 from bench.result import Line, Result
-from bench.run import Job
 from bench.simulation import simulate
-from bench.traffic import access, workload
-from bench.traffic.client import PAGES, Target
+from bench.traffic import workload
 
 Options = argparse.Namespace
 
 
 def main() -> int:
     options = _parser().parse_args()
-    _end_on_signals()
+    signals.end_in_order()
     try:
         output = COMMANDS[options.command].run(options)
     except BenchError as error:
@@ -62,22 +59,12 @@ def _failed(why: str, status: int) -> int:
     return status
 
 
-def _end_on_signals() -> None:
-    """End in order on SIGTERM and SIGHUP as on Ctrl-C, and write the measurements so far.
-
-    A command that a script starts in the background ignores Ctrl-C, unless it is told not to.
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, lambda *_: signal.raise_signal(signal.SIGINT))
-
-
 # --- the commands ---------------------------------------------------------------------------
 
 
 def _run(options: Options) -> Line:
     hardware = _hardware(options)  # Before the run: what cannot be read would be known too late.
-    output = asyncio.run(run.run(_job(options), options.out))
+    output = asyncio.run(run.run(job_options.job(options), options.out))
     if hardware:
         allowed = roofline.of_run(*hardware, output.repeats)
         output = result.write(options.out, msgspec.structs.replace(output, roofline=allowed))
@@ -111,7 +98,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _matrix(options: Options) -> Line:
-    job, cells = _job(options), workload.matrix()
+    job, cells = job_options.job(options), workload.matrix()
     output = asyncio.run(matrix.served(job, options.per_user, options.out, cells))
     return _matrix_line(output, options)
 
@@ -137,14 +124,14 @@ def _hardware(
 
 
 def _sweep(options: Options) -> Line:
-    job = _job(options)
+    job = job_options.job(options)
     output = asyncio.run(probe.sweep(job, options.out, options.start, options.most, options.gain))
     tokens_per_s = output.tokens_per_s
     return _headline_of(output, options, "users", "resolved", output_tokens_per_s=tokens_per_s)
 
 
 def _search(options: Options) -> Line:
-    job = _job(options)
+    job = job_options.job(options)
     output = asyncio.run(
         probe.highest_rate(
             job, options.out, options.start, options.most, options.precision, options.budget_s
@@ -156,7 +143,9 @@ def _search(options: Options) -> Line:
 
 def _pareto(options: Options) -> Line:
     users = pareto.users_of(options.users)
-    output = asyncio.run(pareto.curve(_job(options), users, options.per_user, options.out))
+    output = asyncio.run(
+        pareto.curve(job_options.job(options), users, options.per_user, options.out)
+    )
     curve = {f"{each.users} users": pareto.row(each) for each in output.curve}
     return _headline_of(output, options, curve=curve)
 
@@ -169,7 +158,7 @@ def _quality(options: Options) -> Line:
     scored = options.reference is None
     references = quality.read(options.answers if scored else options.reference)
     output = asyncio.run(
-        quality.judge(_target(options), references, options.tokens, scored, options.out)
+        quality.judge(job_options.target(options), references, options.tokens, scored, options.out)
     )
     names = [name for name in _QUALITY if getattr(output, name) is not None]
     return result.line(output, options.out, *names)
@@ -179,7 +168,7 @@ def _reference(options: Options) -> Line:
     """Keep the answers of an engine that is as it should be."""
     own = [each.prompt for each in quality.read(options.prompts)] if options.prompts else []
     prompts = own or list(quality.PROMPTS)
-    answers = asyncio.run(quality.ask(_target(options), prompts, options.tokens))
+    answers = asyncio.run(quality.ask(job_options.target(options), prompts, options.tokens))
     quality.write(options.write, prompts, answers)
     name = f"{len(answers)} references"
     return {"benchmark": "quality", "name": name, "file": str(options.write)}
@@ -224,36 +213,6 @@ _QUALITY = ["tokens", "asked", "equal", "equal_share", "equal_low", "equal_high"
 _QUALITY += ["first_words", "correct", "correct_share", "correct_low", "correct_high"]
 
 
-def _target(options: Options) -> Target:
-    extra = {"temperature": options.temperature, **options.extra}
-    return run.target_of(options, extra, options.keep_text)
-
-
-def _job(options: Options) -> Job:
-    target = _target(options)
-    base = options.url.rstrip("/").removesuffix("/v1")
-    return Job(
-        target=target,
-        workload=getattr(options, "workload", ""),
-        load=getattr(options, "load", ""),
-        count=getattr(options, "requests", None),
-        duration_s=getattr(options, "duration", None),
-        repeats=options.repeats,
-        seed=options.seed,
-        **({"salt": options.salt} if options.salt is not None else {}),
-        actors=options.actors,
-        warm_up=options.warm_up,
-        slo=measure.parse_slo(options.slo) if options.slo else None,
-        metrics=tuple(options.metrics or ([f"{base}/metrics"] if not options.no_metrics else [])),
-        dashboard=options.dashboard,
-        deployment=options.deployment,
-        linger_s=options.linger,
-        gpus=options.gpus,
-        usd_per_gpu_hour=options.gpu_hour,
-        name=options.name,
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -267,20 +226,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_target(parser)
+    job_options.add_target(parser)
     add = parser.add_argument
     add("--workload", required=True, help="the requests: see docs/benchmarking.md")
     add("--load", required=True, help="their arrival times: see docs/benchmarking.md")
     add("--requests", type=int, help="requests (or sessions) of each repeat")
     add("--duration", type=float, help="seconds of each repeat")
-    _add_roofline(parser)
+    job_options.add_roofline(parser)
 
 
 def _matrix_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_target(parser)
+    job_options.add_target(parser)
     about = "requests of each user and repeat; 1: one batch, as in the baseline"
     parser.add_argument("--per-user", type=whole(1), default=4, help=about)
-    _add_roofline(parser)
+    job_options.add_roofline(parser)
 
 
 def _baseline_arguments(parser: argparse.ArgumentParser) -> None:
@@ -290,11 +249,11 @@ def _baseline_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=whole(1), default=3)
     add("--seed", type=int, default=0)
     add("--out", type=folder, required=True)
-    _add_roofline(parser)
+    job_options.add_roofline(parser)
 
 
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_target(parser)
+    job_options.add_target(parser)
     add = parser.add_argument
     add("--workload", required=True)
     add("--start", type=whole(1), default=1, help="users of the first point")
@@ -308,7 +267,7 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_target(parser, slo=True)
+    job_options.add_target(parser, slo=True)
     add = parser.add_argument
     add("--workload", required=True)
     positive = number(above=0.0)
@@ -320,7 +279,7 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pareto_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_target(parser)
+    job_options.add_target(parser)
     add = parser.add_argument
     add("--workload", required=True, help="the requests: see docs/benchmarking.md")
     add("--users", default="1,2,4,8,16,32,64", help="numbers of users to measure: %(default)s")
@@ -329,7 +288,7 @@ def _pareto_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _quality_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    _add_endpoint(parser, endpoint="chat")
+    job_options.add_endpoint(parser, endpoint="chat")
     add("--tokens", type=whole(1), default=64, help="maximum tokens of an answer: %(default)s")
     add("--prompts", type=Path, help="prompts for --write; by default the built-in ones")
     add("--write", type=Path, metavar="FILE", help="save the answers as the reference")
@@ -357,59 +316,6 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", type=Path)
     about = "compare even if workload or load differ"
     parser.add_argument("--anyway", action="store_true", help=about)
-
-
-def _add_roofline(parser: argparse.ArgumentParser) -> None:
-    about = "a result of `bench roofline`, to report the share of the hardware that was used"
-    parser.add_argument("--roofline", type=Path, help=about)
-
-
-def _add_endpoint(parser: argparse.ArgumentParser, endpoint: str = "completions") -> None:
-    """The options of an endpoint."""
-    add = parser.add_argument
-    add("--url", required=True, help="http://host:port, with or without /v1")
-    add("--model", help="its name; by default the only model that is served")
-    add("--endpoint", choices=list(PAGES), default=endpoint, help="the API: %(default)s")
-    access.arguments(add)
-    add("--timeout", type=number(above=0.0), default=600.0, help="seconds of one request")
-    add("--temperature", type=number(), default=0.0)
-    add("--extra", type=json_object, default={}, help="more fields of each request, as JSON")
-    add("--keep-text", action="store_true", help="save the generated text")
-
-
-def _add_target(parser: argparse.ArgumentParser, slo: bool = False) -> None:
-    _add_endpoint(parser)
-    add = parser.add_argument
-    add("--out", type=folder, required=True, help="folder of the result")
-    add("--name", default="", help="the name of the run in reports")
-    add(
-        "--actors",
-        type=whole(1, 1000),
-        default=1,
-        help="load actors, spread over the nodes",
-    )
-    add("--repeats", type=whole(1, 1000), default=3)
-    add("--seed", type=int, default=0, help="seed of lengths and arrival times")
-    add(
-        "--salt",
-        help="the salt of an earlier result, to send the same prompts; by default a new one",
-    )
-    add("--warm-up", type=whole(0), default=4, help="requests before the first repeat")
-    limits = f"{', '.join(measure.SLOS)} or ttft_ms=..,tpot_ms=..,e2e_ms=..,percentile=.."
-    add("--slo", required=slo, help=limits)
-    add("--metrics", action="append", help="URL of the server's metrics; URL/metrics by default")
-    add("--gpus", type=whole(1), help="GPUs of the server, for figures per GPU")
-    about = "price of one GPU in dollars per hour, for the cost of tokens"
-    add("--gpu-hour", type=number(above=0.0), metavar="USD", help=about)
-    add("--no-metrics", action="store_true", help="do not scrape metrics")
-    add("--dashboard", default="", help="http://host:port of Ray's, to count replicas")
-    add("--deployment", default="engine", help="whose replicas: %(default)s")
-    add(
-        "--linger",
-        type=number(),
-        default=0.0,
-        help="seconds to watch replicas after the last answer",
-    )
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ from bench.pages.locust_report import Locust
 from bench.records import Record
 from bench.result import TargetName
 from bench.traffic import access, workload
-from bench.traffic.client import Target, encode
 from bench.traffic.request import Request
 from bench.traffic.sse import Events, error_text
+from bench.traffic.target import Target, encode
 from bench.traffic.words import fresh_salt
 
 EXAMPLES = (

@@ -27,8 +27,9 @@ from bench.errors import ResultError, TargetFailed
 from bench.records import Record
 from bench.result import Asked, TargetName
 from bench.traffic import textfile
-from bench.traffic.client import Client, Target
+from bench.traffic.client import Client
 from bench.traffic.request import Request
+from bench.traffic.target import Target
 
 _AT_ONCE = 4  # Some, so that it does not take long; few, so that answers seldom share a batch.
 PROMPTS = (

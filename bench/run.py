@@ -27,9 +27,10 @@ from bench.records import Journal, Record
 from bench.result import TargetName
 from bench.scrape import Scraper, samples
 from bench.traffic import access, load, schedule
-from bench.traffic.client import Client, Target, check
+from bench.traffic.client import Client, check
 from bench.traffic.conversation import Script
 from bench.traffic.request import Workload
+from bench.traffic.target import Target
 from bench.traffic.words import fresh_salt
 from bench.traffic.workload import parse
 

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.errors import TargetError
 from bench.traffic import access
-from bench.traffic.client import Target
+from bench.traffic.target import Target
 
 _GAUGES = {
     "vllm:num_requests_running": "running",

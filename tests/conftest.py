@@ -1,6 +1,7 @@
-"""What tests share: model folders, and which of them run beside each other."""
+"""What tests share: model folders, and which modules run at the same time."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from serve_app.planning import embedded
 hypothesis.settings.register_profile(
     "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
-hypothesis.settings.load_profile("busy")
+# For `make test-fast`; tests/examples.py scales the numbers of single tests likewise.
+hypothesis.settings.register_profile(
+    "fast", hypothesis.settings.get_profile("busy"), max_examples=25
+)
 
-# Each starts whole servers: one after another, for Ray gives up a start after 30 s, and two cores
-# can be busy for longer with several engines.
+# Each starts whole servers. They run one after another, as Ray gives up a start after 30 s, and
+# several engines can keep two cores busy for longer.
 SERVERS = (
     "tests/test_life.py",
     "tests/gateway/test_gateway.py",
@@ -29,11 +33,10 @@ SERVERS = (
     "tests/kuberay/test_deploy.py",
     "tests/runpod/test_start.py",
 )
-# One server for all that is in there, and one engine with both lanes.
+# These modules share one server, and those one engine with both lanes.
 SERVED = "tests/served/"
 LANES = ("tests/lanes/test_contract.py", "tests/lanes/test_restart.py")
-# Each starts an engine or a Ray cluster, imports vLLM or installs an environment: `make test-fast`
-# leaves them out.
+# Each starts an engine or a Ray cluster, imports vLLM or installs an environment.
 ENGINES = (
     "tests/test_constraints.py",
     "tests/test_continuation.py",
@@ -46,6 +49,7 @@ ENGINES = (
     "tests/planning/test_placement.py",
     "tests/replica/test_arguments.py",
     "tests/replica/test_bounds.py",
+    "tests/replica/test_engine.py",
     "tests/replica/test_frontends.py",
     "tests/replica/test_hermes.py",
     "tests/replica/test_unreadable.py",
@@ -88,7 +92,7 @@ SERVER_FIXTURES = {
 }
 # What `make test-fast` leaves out, beside tests with one of the fixtures above.
 NOT_FAST = (*SERVERS, SERVED, *LANES, *ENGINES, *AWS, *LONG)
-# The longest first, so that no worker has to wait for another in the end.
+# The longest first, so that the workers end at about the same time.
 FIRST = (
     *SERVERS,
     SERVED,
@@ -99,8 +103,17 @@ FIRST = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("fast" if _is_fast(config) else "busy")
+
+
+def _is_fast(config: pytest.Config) -> bool:
+    """Whether this is `make test-fast`."""
+    return "not server" in config.option.markexpr
+
+
 def _together(nodeid: str) -> str:
-    """What one worker runs as a whole."""
+    """The group of a test: one worker runs all tests of a group."""
     if nodeid.startswith(SERVERS):
         return "servers"
     if nodeid.startswith(LANES):
@@ -114,9 +127,10 @@ _begun = False
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Servers are waited for: a worker that has none uses the cores meanwhile, and yields them.
+    """Lower the priority of a worker that starts no servers.
 
-    By what it begins with: which worker gets which tests, nobody decides.
+    Tests of servers mostly wait, so the other workers may use the cores meanwhile but must yield
+    them. xdist decides which worker gets which tests; its first test shows which kind it is.
     """
     global _begun
     beside = "PYTEST_XDIST_WORKER" in os.environ
@@ -125,7 +139,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     _begun = True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _is_fast(config) and "vllm" in sys.modules:
+        # It takes 15 s of CPU time in each worker.
+        raise pytest.UsageError("a test module imports vLLM: list it in ENGINES of conftest.py")
+
     def place(item: pytest.Item) -> int:
         result = (at for at, name in enumerate(FIRST) if item.nodeid.startswith(name))
         return next(result, len(FIRST))
@@ -139,7 +157,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """`make test-fast` does not even import the modules that it leaves out."""
-    if "not server" not in config.option.markexpr:
+    if not _is_fast(config):
         return None
     name = collection_path.relative_to(config.rootpath).as_posix()
     return True if name in NOT_FAST or f"{name}/" in NOT_FAST else None
@@ -147,7 +165,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `pytest --numprocesses 3`: whoever is free takes the next."""
+    """With several workers, a free worker takes the next group."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):

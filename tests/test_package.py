@@ -6,6 +6,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Collection
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -13,14 +14,21 @@ ROOT = Path(__file__).parent.parent
 OWN = {"serve_app", "bench", "kuberay", "runpod", "tests"}
 
 
+@cache
+def import_statements(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    """The imports of a file, within functions too."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported(folder: str) -> set[str]:
     """Top-level names that a folder's modules import."""
     names = set()
     for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in import_statements(path):
             if isinstance(node, ast.Import):
                 names |= {each.name.split(".")[0] for each in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            elif node.level == 0 and node.module:
                 names.add(node.module.split(".")[0])
     # The scripts of runpod/ import each other.
     own = OWN | {path.stem for path in (ROOT / "runpod").glob("*.py")}
@@ -58,12 +66,12 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, names: Collection[str]) -> set[str]:
-    """Which of the modules a file imports, within functions too."""
+    """Which of the modules a file imports."""
     imported = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in import_statements(path):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif node.module:
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
             # `from package import module`, or a name of a module.
             imported |= whole & set(names) or {node.module}

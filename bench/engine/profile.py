@@ -41,8 +41,9 @@ from bench.hardware.roofline import Ceilings, Shape
 from bench.records import Record
 from bench.result import EngineResult, Line
 from bench.traffic import workload
-from bench.traffic.client import Client, Target
+from bench.traffic.client import Client
 from bench.traffic.request import Request
+from bench.traffic.target import Target
 
 TRACES = "traces"
 _STEPS = 24  # Of the engine, in a trace of decode: enough for shares, small enough for a browser.

@@ -32,10 +32,11 @@ from bench.errors import BenchError
 from bench.measure import Slo
 from bench.records import Record
 from bench.traffic import schedule, workload
-from bench.traffic.client import Client, Target
+from bench.traffic.client import Client
 from bench.traffic.crowd import Crowd
 from bench.traffic.request import Request
 from bench.traffic.schedule import Closed, Open
+from bench.traffic.target import Target
 from serve_app import processes
 
 _LAG_S = 0.05

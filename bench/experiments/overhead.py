@@ -38,9 +38,11 @@ from typing import Any
 from bench import measure
 from bench.engine.systems import ENGINE, NAME, System, key_header, running, wait
 from bench.records import Record
-from bench.traffic.client import Answer, Client, Target
+from bench.traffic.client import Client
 from bench.traffic.crowd import Crowd
 from bench.traffic.request import Request
+from bench.traffic.response import Response
+from bench.traffic.target import Target
 from serve_app.launch import rust as rust_frontend
 
 _METRICS = (
@@ -106,11 +108,11 @@ async def load(port: int, concurrency: int, requests: int, output_tokens: int) -
         output_tokens=output_tokens,
     )
     client, indexes = Client(target, time.perf_counter), iter(range(requests))
-    answers: list[Answer] = []
+    answers: list[Response] = []
 
     async def user() -> None:
         for index in indexes:
-            answers.append(Answer(Record(index=index, planned_s=time.perf_counter()), False))
+            answers.append(Response(Record(index=index, planned_s=time.perf_counter()), False))
             await client.exchange(request, answers[-1])
 
     started_s = time.perf_counter()

@@ -20,7 +20,7 @@ from typing import Any
 from bench import interval, measure, run
 from bench.records import Record
 from bench.traffic import access, load, schedule, workload
-from bench.traffic.client import Target
+from bench.traffic.target import Target
 
 REFUSED = (429, 503)
 

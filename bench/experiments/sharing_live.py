@@ -42,9 +42,9 @@ from bench.engine import systems
 from bench.records import Record
 from bench.simulation.sharing import jain
 from bench.traffic import load, schedule, workload
-from bench.traffic.client import Target
 from bench.traffic.crowd import Crowd
 from bench.traffic.sender import Sender, Share, decoder
+from bench.traffic.target import Target
 from serve_app.tenants.fair import UNREAD_TOKENS
 from serve_app.tenants.tenant import digest
 

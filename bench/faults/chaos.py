@@ -46,9 +46,11 @@ from bench.options import json_object
 from bench.progress import Progress
 from bench.result import Line
 from bench.traffic import access, users, workload
-from bench.traffic.client import Answer, Client, Target, check
+from bench.traffic.client import Client, check
 from bench.traffic.heard import Heard
 from bench.traffic.request import Request
+from bench.traffic.response import Response
+from bench.traffic.target import Target
 from bench.traffic.users import Users
 
 _COMMANDS_LOG = "commands.log"
@@ -235,7 +237,7 @@ async def _margin(client: Client, record: Heard, right: Right) -> float | None:
         output_tokens=1,
         extra={"stream": False, "temperature": 0, "prompt_logprobs": 1},
     )
-    answer = Answer(Heard(index=0, planned_s=0.0), keep_text=False)
+    answer = Response(Heard(index=0, planned_s=0.0), keep_text=False)
     await client.exchange(request, answer)
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, LookupError, TypeError):
         body = msgspec.json.decode(b"".join(answer.parts))

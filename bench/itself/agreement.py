@@ -32,7 +32,7 @@ from bench.itself.tools import Environment, Tool, ToolError
 from bench.options import whole
 from bench.result import Line
 from bench.traffic import load, schedule, workload
-from bench.traffic.client import Target
+from bench.traffic.target import Target
 
 FIGURES = (
     "output_throughput",

@@ -20,7 +20,7 @@ from bench import measure
 from bench.itself import known_server
 from bench.measure import Measures
 from bench.traffic import load, schedule, workload
-from bench.traffic.client import Target
+from bench.traffic.target import Target
 
 TOLERANCE, TOLERANCE_S = 0.02, 0.001
 PORT = 8867

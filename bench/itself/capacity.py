@@ -40,9 +40,9 @@ import msgspec
 from bench.itself import known_server
 from bench.itself.peer import Peer
 from bench.traffic import load
-from bench.traffic.client import Target
 from bench.traffic.request import Request
 from bench.traffic.schedule import Closed, Plan, Planned
+from bench.traffic.target import Target
 
 LAG_S = 0.005
 _SHARE = 0.98

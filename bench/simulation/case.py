@@ -7,7 +7,7 @@ from bench.simulation import demand
 from bench.simulation.fleet import Fleet
 from bench.simulation.job import Job
 from bench.simulation.reality import Measured
-from serve_app.scaling.policy import Goal
+from serve_app.scaling.types import Goal
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from bench.records import Record
 from bench.simulation.batch import Batch
 from bench.simulation.enginemodel import Engine
 from bench.simulation.job import Job, clone
-from serve_app.scaling.policy import Decision, ReplicaLoad, Snapshot
+from serve_app.scaling.types import Decision, ReplicaLoad, Snapshot
 
 
 @dataclass(frozen=True)

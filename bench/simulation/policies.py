@@ -29,7 +29,9 @@ from bench.errors import BenchError
 from bench.simulation.enginemodel import Engine
 from bench.simulation.fleet import Fleet, Policy, View
 from bench.simulation.job import Job
-from serve_app.scaling.policy import Decision, Goal, State, decide
+from serve_app.scaling.policy import decide
+from serve_app.scaling.state import State
+from serve_app.scaling.types import Decision, Goal
 
 KINDS = {
     "ours": (),

@@ -1,10 +1,5 @@
 """Sends requests to an OpenAI-compatible endpoint and records when each part of the answer arrived.
 
-The client is the measuring instrument, so it spends little on each event: one callback of the event
-loop for each read, one reading of the clock, and the bytes are put aside. They are decoded when
-the response is over (`Answer`), so that decoding neither delays the reading of another response
-nor shifts its times.
-
 A failure of a request is part of what is measured: it is written into the record and never raised.
 Proxies of the environment are not used: they would be measured too.
 """
@@ -13,244 +8,19 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
-import httptools
 import msgspec
 
 from bench.errors import TargetError, TargetFailed
 from bench.records import Record
 from bench.traffic import access
+from bench.traffic.connection import Connection
 from bench.traffic.request import Request
-from bench.traffic.sse import UNREADABLE, Events, error_text, read_whole
-
-# How long an idle connection is trusted where the server does not say: the shortest that common
-# servers keep one is 5 s (uvicorn).
-_KEPT_ALIVE_S, _MARGIN_S = 4.0, 1.0
-# Events decoded before the loop may look for new ones: a fraction of a millisecond.
-_SLICE = 256
-
-
-Endpoint = Literal["completions", "chat", "responses", "messages", "embeddings"]
-PAGES: Mapping[Endpoint, str] = {
-    "completions": "/completions",
-    "chat": "/chat/completions",
-    "responses": "/responses",
-    "messages": "/messages",
-    "embeddings": "/embeddings",
-}
-
-
-class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """What is measured, and how it is asked.
-
-    Attributes:
-        url: base of the API, "http://host:8000" or "https://host/v1"; /v1 is added to a bare host.
-        model: its name in requests.
-        endpoint: which API is asked: OpenAI's completions, chat, Responses or embeddings, or
-            Anthropic's messages.
-        headers: more headers of each request; an API key is one of them.
-        ca_file: the certificate authority to trust in place of the system's.
-        timeout_s: from the start of a request to the end of its response.
-        keep_text: whether records keep what was generated.
-        fresh_connections: a connection for each request, instead of keeping them alive.
-        kept_alive_s: how long an idle connection is used again where the server does not say.
-        extra: more fields of each body, such as `{"ignore_eos": True}`; those of a request come
-            before these, and None takes a field away.
-    """
-
-    url: str
-    model: str
-    endpoint: Endpoint = "completions"
-    headers: dict[str, str] = {}
-    ca_file: str = ""
-    timeout_s: float = 600.0
-    keep_text: bool = False
-    fresh_connections: bool = False
-    kept_alive_s: float = _KEPT_ALIVE_S
-    extra: dict[str, Any] = {}
-
-
-class Answer:
-    """A response that is over but not decoded: its bytes, and when each piece of them came."""
-
-    __slots__ = (
-        "_answers",
-        "_asked_stream",
-        "_keep_text",
-        "cut",
-        "parts",
-        "record",
-        "streamed",
-        "times",
-    )
-
-    def __init__(self, record: Record, keep_text: bool) -> None:
-        self.record = record
-        self.parts: list[bytes] = []
-        self.times: list[float] = []
-        self.streamed = False
-        self.cut = ""  # What ended the response before its end.
-        self._keep_text = keep_text
-        self._asked_stream, self._answers = True, 1
-
-    def begin(self, request: Request, extra: dict[str, Any]) -> None:
-        """Note what is asked for, `extra` being the fields of the body beside the prompt."""
-        record = self.record
-        record.asked_input_tokens = request.input_tokens
-        record.asked_output_tokens = request.output_tokens
-        record.limit, record.shared = request.limit, request.shared
-        record.kind, record.turn = request.kind, request.turn
-        self._asked_stream = bool(extra.get("stream", True))
-        answers = extra.get("n") or 1
-        self._answers = answers if isinstance(answers, int) else 1
-
-    def fail(self, error: str, at_s: float) -> None:
-        """It is over without an end; the part of a response that came is still decoded."""
-        self.record.end_s = at_s
-        if self.record.status:
-            self.cut = error
-        else:
-            self.record.error = error
-
-    def read(self) -> Record:
-        """Decode everything at once; returns the record, which is complete."""
-        for _ in self.slices():
-            continue
-        return self.record
-
-    def slices(self) -> Iterator[None]:
-        """Decode step by step. The record is complete when this ends."""
-        record = self.record
-        if record.error or not record.status:
-            return
-        if self.streamed:
-            yield from self._stream()
-            return
-        body = b"".join(self.parts)
-        if record.status != 200:
-            text = error_text(body)
-            record.error = f"http {record.status}: {text}" if text else f"http {record.status}"
-        elif self.cut:
-            record.error = self.cut
-        else:
-            at_s = self.times[-1] if self.times else 0.0
-            expected = self._asked_stream, self._answers
-            read_whole(record, body, at_s, self._keep_text, *expected)
-
-    def _stream(self) -> Iterator[None]:
-        events = Events(self.record, self._keep_text, self._answers)
-        for number, (part, at_s) in enumerate(zip(self.parts, self.times, strict=True), 1):
-            events.feed(part, at_s)
-            if number % _SLICE == 0:
-                yield
-        self.parts, self.times = [], []
-        if self.cut and not (events.done or self.record.error):
-            self.record.error = self.cut
-        events.end()
-
-
-class _Connection(asyncio.Protocol):
-    """One connection: sends a request, collects its response. One exchange at a time."""
-
-    def __init__(self, clock: Callable[[], float], kept_alive_s: float) -> None:
-        self._clock = clock
-        self._now_s = 0.0
-        self._answer: Answer | None = None
-        self._over: asyncio.Future[None] | None = None
-        self.lost = False
-        self.reusable = False
-        self.idle_since_s = 0.0
-        self.kept_alive_s = kept_alive_s
-
-    # --- the request ------------------------------------------------------------------------
-
-    def exchange(self, data: bytes, answer: Answer) -> "asyncio.Future[None]":
-        """Send a request. The future is done when the response is over, whole or not."""
-        self._answer, self.reusable = answer, False
-        self._parser = httptools.HttpResponseParser(self)
-        self._framed = self._interim = False
-        self._over = asyncio.get_running_loop().create_future()
-        if self.lost:
-            self._finish()
-        else:
-            self._transport.write(data)
-        return self._over
-
-    def abort(self) -> None:
-        self._answer = self._over = None
-        self._transport.abort()
-
-    # --- the socket -------------------------------------------------------------------------
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._now_s = self._clock()
-        if not self._answer:
-            self._transport.abort()  # Nothing was asked: what comes is not an answer.
-            return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            if self._answer:
-                self._answer.fail(f"bad response: not HTTP: {error}", self._now_s)
-            self._finish()
-            self._transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lost = True
-        answer = self._answer
-        if not answer:
-            return
-        self._now_s = self._clock()
-        if not answer.record.status:
-            how = "reset" if exc else "closed without a response"
-            answer.record.error = f"connection {how}"
-        elif self._framed or exc:
-            answer.cut = f"cut: connection {'reset' if exc else 'closed'} in the response"
-        self._finish()
-
-    # --- the response, called by the parser -------------------------------------------------
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        if name in (b"content-length", b"transfer-encoding"):
-            self._framed = True  # Otherwise the end of the connection is the end of the response.
-        elif name == b"content-type" and self._answer:
-            self._answer.streamed = value.lower().startswith(b"text/event-stream")
-        elif name == b"keep-alive":
-            self.kept_alive_s = _kept_alive_s(value)
-
-    def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
-        self._interim = 100 <= status < 200
-        if self._answer and not self._interim:
-            self._answer.record.status = status
-            self._answer.record.headers_s = self._now_s
-            self._answer.streamed = self._answer.streamed and status == 200
-
-    def on_body(self, data: bytes) -> None:
-        answer = self._answer
-        if answer:
-            answer.parts.append(data)
-            answer.times.append(self._now_s)
-
-    def on_message_complete(self) -> None:
-        if not self._interim:
-            self.reusable = self._parser.should_keep_alive()
-            self._finish()
-
-    def _finish(self) -> None:
-        answer, over = self._answer, self._over
-        self._answer = self._over = None
-        if answer:
-            answer.record.end_s = self._now_s
-        if over and not over.done():
-            over.set_result(None)
+from bench.traffic.response import Response
+from bench.traffic.sse import UNREADABLE, error_text
+from bench.traffic.target import PAGES, Target, encode, header_lines
 
 
 class Client:
@@ -273,21 +43,21 @@ class Client:
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self._tls = access.tls(target.ca_file) if parts.scheme == "https" else None
         self._base = parts.path.rstrip("/") or "/v1"
-        self._headers = _headers(parts.netloc.rpartition("@")[2], target)
+        self._headers = header_lines(parts.netloc.rpartition("@")[2], target)
         page = PAGES[target.endpoint]
         self._post = f"POST {self._base}{page} HTTP/1.1\r\n{self._headers}content-length: "
         self._addresses: list[str] = []
         self._resolving = asyncio.Lock()
-        self._idle: list[_Connection] = []
+        self._idle: list[Connection] = []
 
     async def ask(self, request: Request, record: Record) -> Record:
         """Send a request and fill in its record. Raises nothing but cancellation."""
-        answer = Answer(record, self._target.keep_text)
+        answer = Response(record, self._target.keep_text)
         await self.exchange(request, answer)
         return answer.read()
 
-    async def exchange(self, request: Request, answer: Answer) -> None:
-        """As `ask`, but what came back is still to be decoded, by `Answer.read` or `slices`.
+    async def exchange(self, request: Request, answer: Response) -> None:
+        """As `ask`, but what came back is still to be decoded, by `Response.read` or `slices`.
 
         `record.sent_s` is when the client set about sending: the write on a connection that is
         open, or the start of a new connection. How long the server takes to accept a connection
@@ -312,7 +82,7 @@ class Client:
         Raises:
             TargetError: it cannot be reached, or does not say.
         """
-        answer = Answer(Record(index=0, planned_s=self._clock()), keep_text=False)
+        answer = Response(Record(index=0, planned_s=self._clock()), keep_text=False)
         await self._send(
             f"GET {self._base}/models HTTP/1.1\r\n{self._headers}\r\n".encode(), answer
         )
@@ -336,7 +106,7 @@ class Client:
 
     # --- connections ------------------------------------------------------------------------
 
-    async def _send(self, data: bytes, answer: Answer) -> None:
+    async def _send(self, data: bytes, answer: Response) -> None:
         """Exchange one request, with the time that it may take; failures go into the answer."""
         limit_s = self._target.timeout_s
         try:
@@ -352,7 +122,7 @@ class Client:
             answer.fail("interrupted: the run was stopped", self._clock())
             raise
 
-    async def _exchange(self, data: bytes, answer: Answer) -> None:
+    async def _exchange(self, data: bytes, answer: Response) -> None:
         record = answer.record
         record.sent_s = self._clock()
         connection = self._waiting() or await self._connect()
@@ -363,7 +133,7 @@ class Client:
         elif not connection.lost:
             connection.abort()
 
-    async def _over(self, connection: _Connection, data: bytes, answer: Answer) -> None:
+    async def _over(self, connection: Connection, data: bytes, answer: Response) -> None:
         over = connection.exchange(data, answer)
         try:
             await over
@@ -371,7 +141,7 @@ class Client:
             connection.abort()
             raise
 
-    def _waiting(self) -> _Connection | None:
+    def _waiting(self) -> Connection | None:
         """The connection that was used last, if the server is not about to close it.
 
         A server closes a connection that was idle for long, and may do so while a request is on
@@ -387,7 +157,7 @@ class Client:
             connection.abort()
         return None
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> Connection:
         """A new connection to the first address that takes one."""
         loop = asyncio.get_running_loop()
         async with self._resolving:
@@ -398,7 +168,7 @@ class Client:
         for address in list(self._addresses):
             try:
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._clock, self._target.kept_alive_s),
+                    lambda: Connection(self._clock, self._target.kept_alive_s),
                     address,
                     self._port,
                     ssl=self._tls,
@@ -436,78 +206,6 @@ async def check(target: Target) -> None:
     if target.model not in models:
         problem = f"is not served at {target.url}"
         raise TargetError.of("model", target.model, problem, models)
-
-
-def encode(target: Target, request: Request) -> bytes:
-    """The body of a request.
-
-    Raises:
-        ValueError: the prompt is of a kind that the endpoint does not take.
-    """
-    body = {
-        "model": target.model,
-        **_body_of(target.endpoint, request),
-        **target.extra,
-        **request.extra,
-    }
-    if target.endpoint == "embeddings":
-        body = {key: value for key, value in body.items() if key not in _OF_TEXT}
-    elif not body["stream"]:
-        body.pop("stream_options", None)  # Servers refuse it otherwise.
-    return msgspec.json.encode({key: value for key, value in body.items() if value is not None})
-
-
-# What an answer in text may be asked to be, and an embedding not.
-_OF_TEXT = ("temperature", "ignore_eos", "stream", "max_tokens")
-
-
-def _body_of(endpoint: Endpoint, request: Request) -> dict[str, Any]:
-    """The fields of a body that say the prompt, how long the answer may be, and that it streams.
-
-    Raises:
-        ValueError: the prompt is of a kind that the endpoint does not take.
-    """
-    prompt, tokens = request.prompt, request.output_tokens
-    messages = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-    if endpoint in ("completions", "embeddings") and messages:
-        raise ValueError(f"the {endpoint} endpoint takes text or token ids, not messages")
-    if endpoint == "embeddings":
-        return {"input": prompt}
-    if endpoint == "completions":
-        usage = {"stream_options": {"include_usage": True}}
-        return {"prompt": prompt, "max_tokens": tokens, "stream": True, **usage}
-    if not messages and not isinstance(prompt, str):
-        raise ValueError(f"the {endpoint} endpoint takes text or messages, not token ids")
-    if endpoint == "responses":
-        return {"input": prompt, "max_output_tokens": tokens, "stream": True}
-    content: list[Any] = (
-        prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    )
-    if endpoint == "chat":
-        usage = {"stream_options": {"include_usage": True}}
-        return {"messages": content, "max_tokens": tokens, "stream": True, **usage}
-    # Messages have the system prompt apart.
-    systems = [part["content"] for part in content if part.get("role") == "system"]
-    rest = [part for part in content if part.get("role") != "system"]
-    system = {"system": "\n".join(map(str, systems))} if systems else {}
-    return {**system, "messages": rest, "max_tokens": tokens, "stream": True}
-
-
-def _headers(host: str, target: Target) -> str:
-    headers = {"host": host, "content-type": "application/json", "user-agent": "bench"}
-    if target.endpoint == "messages":
-        headers["anthropic-version"] = "2023-06-01"
-    headers |= {name.lower(): value for name, value in target.headers.items()}
-    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-
-
-def _kept_alive_s(header: bytes) -> float:
-    """How long a server keeps an idle connection, from its Keep-Alive header, less a margin."""
-    for part in header.lower().split(b","):
-        name, _, value = part.strip().partition(b"=")
-        if name == b"timeout" and value.strip().isdigit():
-            return max(0.0, float(value) - _MARGIN_S)
-    return _KEPT_ALIVE_S
 
 
 def _reason(error: OSError, host: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from bench.records import Record
-from bench.traffic.client import Answer
+from bench.traffic.response import Response
 from bench.traffic.sse import UNREADABLE, error_text
 from serve_app.sse import DONE, Reader
 
@@ -79,7 +79,7 @@ class _Event(msgspec.Struct, gc=False):
 _event = msgspec.json.Decoder(_Event)
 
 
-def hear(record: Heard, answer: Answer) -> Heard:
+def hear(record: Heard, answer: Response) -> Heard:
     """Fill in the record of an answer that is over; returns it.
 
     Args:
@@ -94,7 +94,7 @@ def hear(record: Heard, answer: Answer) -> Heard:
     return record
 
 
-def _stream(record: Heard, answer: Answer) -> None:
+def _stream(record: Heard, answer: Response) -> None:
     texts: list[str] = []
     for kind, data, at_s in events(answer.parts, answer.times):
         if data.strip() == DONE:
@@ -112,7 +112,7 @@ def _stream(record: Heard, answer: Answer) -> None:
         record.error = "cut: the stream ended without a finish_reason"
 
 
-def _one_piece(record: Heard, answer: Answer) -> None:
+def _one_piece(record: Heard, answer: Response) -> None:
     body = b"".join(answer.parts)
     if record.status != 200:
         text = error_text(body)

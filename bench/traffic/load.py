@@ -24,9 +24,10 @@ import msgspec
 from bench.errors import LoadError
 from bench.progress import Progress
 from bench.records import Record
-from bench.traffic.client import Client, Target
+from bench.traffic.client import Client
 from bench.traffic.schedule import Plan
 from bench.traffic.sender import BATCH_S, Batch, Sender, Share, decoder
+from bench.traffic.target import Target
 
 LOST = "lost: load actor died"
 _ROUND_TRIPS = 20

@@ -21,9 +21,11 @@ import msgspec
 
 from bench.records import Record
 from bench.traffic.alarm import Alarm, sleep_until
-from bench.traffic.client import Answer, Client, Target
+from bench.traffic.client import Client
 from bench.traffic.conversation import Script
+from bench.traffic.response import Response
 from bench.traffic.schedule import Planned
+from bench.traffic.target import Target
 
 BATCH_S = 0.25
 # As long as decoding may keep the event loop from reading sockets.
@@ -83,7 +85,7 @@ class Sender:
         self._start_s = 0.0
         self._work: asyncio.Task[None] | None = None
         self._stopped = False
-        self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()  # None: no more will come.
+        self._answers: asyncio.Queue[Response | None] = asyncio.Queue()  # None: no more will come.
         self._records: list[Record] = []
         self._started: list[int] = []
         self._lags_s: list[float] = []
@@ -234,7 +236,7 @@ class Sender:
             user=user,
             session=planned.session,
         )
-        answer = Answer(record, self._target.keep_text or followed)
+        answer = Response(record, self._target.keep_text or followed)
         self._running += 1
         self._started.append(planned.index)
         self._lags_s.append(self._now_s() - planned_s)

@@ -15,9 +15,11 @@ import msgspec
 
 from bench import records
 from bench.progress import Line, Progress
-from bench.traffic.client import Answer, Client, Target
+from bench.traffic.client import Client
 from bench.traffic.heard import Heard, hear
 from bench.traffic.request import Request
+from bench.traffic.response import Response
+from bench.traffic.target import Target
 
 # A user whose request failed asks again only then: a server that refuses all would otherwise use
 # up the requests of a run in a second.
@@ -148,6 +150,6 @@ async def ask(session: Client, request: Request, record: Heard) -> None:
     """Send a request and fill in its record. Raises nothing but cancellation."""
     if record.whole:
         request = msgspec.structs.replace(request, extra={**request.extra, "stream": False})
-    answer = Answer(record, keep_text=True)
+    answer = Response(record, keep_text=True)
     await session.exchange(request, answer)
     hear(record, answer)

@@ -25,7 +25,7 @@ from serve_app.planning.sizing import (
     choose_model,
     choose_tensor_parallel_size,
 )
-from serve_app.scaling.policy import Goal
+from serve_app.scaling.types import Goal
 from serve_app.settings import CORS_ARGUMENTS, Settings
 
 # The CPU build of vLLM 0.32 compiles wrong code, so without a GPU it always runs eagerly. The KV

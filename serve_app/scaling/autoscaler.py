@@ -25,16 +25,10 @@ from ray.util import metrics
 from serve_app.observe.metrics import SCALING, SCALING_PREFIX
 from serve_app.progress import say
 from serve_app.scaling.memory import ClusterStore, Memory, Store
-from serve_app.scaling.policy import (
-    Decision,
-    Goal,
-    ReplicaLoad,
-    Snapshot,
-    State,
-    decide,
-    resumed,
-)
+from serve_app.scaling.policy import decide
 from serve_app.scaling.starts import PARTS, Starts
+from serve_app.scaling.state import State, resumed
+from serve_app.scaling.types import Decision, Goal, ReplicaLoad, Snapshot
 
 # Serve's own logger: these lines are in the controller's log, beside what it does about them.
 logger = logging.getLogger("ray.serve")

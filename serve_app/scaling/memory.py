@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 
-from serve_app.scaling.policy import State
+from serve_app.scaling.state import State
 
 logger = logging.getLogger("ray.serve")
 

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from serve_app.scaling.policy import ReplicaLoad
+from serve_app.scaling.types import ReplicaLoad
 
 # How far back "recent" goes. Long enough for a percentile of a hundred requests at 10 a second,
 # short enough that a burst is over in the report soon after it is over.

@@ -13,7 +13,7 @@ import pytest
 from bench import scrape
 from bench.errors import TargetError
 from bench.traffic import access
-from bench.traffic.client import Target
+from bench.traffic.target import Target
 from tests.bench.made import certificate_of_localhost
 from tests.server import wait
 

@@ -7,8 +7,8 @@ import pytest
 
 from bench.faults import answers
 from bench.faults.answers import Alignment, Right, align, compare, ends, margins, may_tie
-from bench.traffic.client import Answer
 from bench.traffic.heard import Heard, events, hear
+from bench.traffic.response import Response
 
 TOKENS = [17, 4, 99, 23, 8, 61, 5, 42, 77, 31, 12, 64, 3, 88, 29, 50, 71, 9, 36, 15]
 
@@ -220,7 +220,7 @@ def test_all_faults_have_a_name() -> None:
 
 def heard(*parts: bytes, cut: str = "", streamed: bool = True, status: int = 200) -> Heard:
     record = Heard(index=0, planned_s=0.0, status=status)
-    answer = Answer(record, keep_text=True)
+    answer = Response(record, keep_text=True)
     answer.parts, answer.times = list(parts), [float(n) for n in range(len(parts))]
     answer.streamed, answer.cut = streamed, cut
     return hear(record, answer)

@@ -7,9 +7,9 @@ import pytest
 
 from bench import measure
 from bench.records import Record
-from bench.traffic.client import PAGES, Target, encode
 from bench.traffic.request import Request
 from bench.traffic.sse import Events, read_whole
+from bench.traffic.target import PAGES, Target, encode
 
 SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 

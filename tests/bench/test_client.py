@@ -17,9 +17,11 @@ from bench.errors import TargetError
 from bench.itself.known_server import Options, Server, serving
 from bench.records import Record
 from bench.traffic import alarm
-from bench.traffic.client import Answer, Client, Target, check, encode
+from bench.traffic.client import Client, check
 from bench.traffic.request import Request
+from bench.traffic.response import Response
 from bench.traffic.sse import Events, error_text
+from bench.traffic.target import Target, encode
 from tests.bench.made import certificate_of_localhost
 
 PORT = 8850
@@ -399,7 +401,7 @@ async def gone(server: Server) -> bool:
 
 async def test_cancelled_it_closes_the_connection() -> None:
     async with serving(Options(ttft_ms=10, itl_ms=60_000), PORT) as server, client() as made:
-        answer = Answer(record(), keep_text=True)
+        answer = Response(record(), keep_text=True)
         asking = asyncio.create_task(made.exchange(THREE, answer))
         assert await comes(lambda: bool(answer.parts))
         asking.cancel()

@@ -13,7 +13,7 @@ from bench.simulation import fleet
 from bench.simulation.enginemodel import Costs, Engine
 from bench.simulation.fleet import Fleet, View
 from bench.simulation.job import Job
-from serve_app.scaling.policy import Decision
+from serve_app.scaling.types import Decision
 
 # A request of 10 tokens in and 1 out takes a second, alone or not.
 ENGINE = Engine(Costs(1.0, 0, 0, 0), max_num_seqs=1, token_budget=16, kv_blocks=100)

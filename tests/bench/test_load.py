@@ -21,10 +21,10 @@ from bench.itself.known_server import Options, launched, serving
 from bench.progress import Line, Progress
 from bench.records import Record
 from bench.traffic import load, sender
-from bench.traffic.client import Target
 from bench.traffic.load import LOST, Outcome
 from bench.traffic.request import Request
 from bench.traffic.schedule import Closed, Plan, Planned
+from bench.traffic.target import Target
 
 PORT = 8855
 NODES = 3

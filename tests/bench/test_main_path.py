@@ -14,10 +14,10 @@ from bench.itself.known_server import Options, launched
 from bench.progress import Progress
 from bench.records import Record
 from bench.traffic import load
-from bench.traffic.client import Target
 from bench.traffic.load import Outcome
 from bench.traffic.schedule import Plan
 from bench.traffic.sender import Sender, decoder
+from bench.traffic.target import Target
 from tests.bench import commands
 
 PORT = 8844

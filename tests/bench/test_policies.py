@@ -10,7 +10,7 @@ from bench.simulation.enginemodel import Costs, Engine, roofline
 from bench.simulation.fleet import Fleet, Policy, View
 from bench.simulation.job import Job
 from serve_app.scaling import policy as scaling
-from serve_app.scaling.policy import Goal, ReplicaLoad, Snapshot
+from serve_app.scaling.types import Goal, ReplicaLoad, Snapshot
 
 ENGINE = roofline("A100", "Qwen2.5-7B")
 FLEET = Fleet(ENGINE, max_replicas=20)

@@ -8,7 +8,7 @@ import pytest
 
 from bench.errors import WorkloadError
 from bench.traffic import schedule
-from bench.traffic.client import Target, encode
+from bench.traffic.target import Target, encode
 from bench.traffic.workload import parse
 
 POOL = "clients:count=20,rate=10,requests=4000,skew=1.5,input=lognormal(100;0.5),output=20"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bench import quality, scrape
 from bench.errors import BenchError, ResultError, TargetFailed
-from bench.traffic.client import Target
+from bench.traffic.target import Target
 
 PORT = 8843
 

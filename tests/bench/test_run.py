@@ -23,8 +23,8 @@ from bench.records import Record, read
 from bench.run import Job
 from bench.search import RateResult
 from bench.traffic import workload
-from bench.traffic.client import Target
 from bench.traffic.load import Happening, Outcome
+from bench.traffic.target import Target
 from tests.bench import commands
 
 PORT = 8880

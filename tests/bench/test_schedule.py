@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.errors import LoadError
@@ -25,6 +25,7 @@ from bench.traffic.schedule import (
     plan,
 )
 from bench.traffic.workload import parse as workload_of
+from tests.examples import examples
 
 OPEN = [
     "constant:rate=5",
@@ -73,7 +74,7 @@ def test_a_load_prints_as_its_spec(text: str) -> None:
 
 
 @given(st.floats(1e-5, 1e5))
-@settings(max_examples=100)
+@examples(100)
 def test_a_printed_rate_reads_back_exactly(rate: float) -> None:
     assert parse(str(Constant(rate))) == Constant(rate)
     assert parse(str(Ramp(rate, 1.0, rate))) == Ramp(rate, 1.0, rate)
@@ -132,7 +133,7 @@ def test_a_bad_spec_is_refused_by_name_value_and_nearest_choice(text: str, messa
         ),
     )
 )
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_any_text_is_a_load_or_a_sentence(text: str) -> None:
     try:
         load = parse(text)

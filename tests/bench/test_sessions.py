@@ -17,12 +17,12 @@ from bench import measure
 from bench.errors import LoadError, WorkloadError
 from bench.records import Record
 from bench.traffic import schedule
-from bench.traffic.client import Target
 from bench.traffic.conversation import Script
 from bench.traffic.load import deal
 from bench.traffic.request import Request
 from bench.traffic.schedule import Planned
 from bench.traffic.sender import Sender, Share, decoder
+from bench.traffic.target import Target
 from bench.traffic.workload import parse
 
 PORT = 8842

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bench.itself.known_server import Options, serving
-from bench.traffic.client import Target
 from bench.traffic.request import Request
+from bench.traffic.target import Target
 from bench.traffic.users import Users
 
 PORT = 8853

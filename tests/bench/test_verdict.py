@@ -18,8 +18,9 @@ from bench import measure
 from bench.measure import SLOS
 from bench.pages import report
 from bench.records import Record
-from bench.traffic.client import Client, Target
+from bench.traffic.client import Client
 from bench.traffic.request import Request
+from bench.traffic.target import Target
 from bench.traffic.verdict import judge
 from tests.bench import made
 

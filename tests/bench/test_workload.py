@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -18,6 +18,7 @@ from bench.traffic import words
 from bench.traffic.request import Request
 from bench.traffic.workload import KINDS, matrix, parse
 from serve_app.planning import embedded
+from tests.examples import examples
 
 
 def prompts(spec: str, count: int, seed: int = 0) -> list[str]:
@@ -73,7 +74,7 @@ def test_texts_begin_differently_whichever_numbers_are_next_to_each_other() -> N
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), unique=True, min_size=2, max_size=50), st.integers())
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_the_first_four_words_tell_texts_apart(numbers: list[int], seed: int) -> None:
     assert len({words.text(seed, "prompt", n, 4) for n in numbers}) == len(numbers)
 
@@ -449,7 +450,7 @@ def test_spaces_and_commas_in_parentheses_are_no_mistakes() -> None:
         ),
     )
 )
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_any_text_is_a_workload_or_a_sentence(spec: str) -> None:
     try:
         workload = parse(spec, 0)

@@ -9,12 +9,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from serve_app.caches import archive
 from serve_app.caches.cache import Broken, Cache, check, files
 from serve_app.caches.source import Folder
+from tests.examples import examples
 
 KEY = "k" * 24
 FILES = {"vllm/a/artifact": b"x" * 5000, "triton/kernel.cubin": b"\x00\x01" * 900, "empty": b""}
@@ -72,9 +73,7 @@ def test_what_was_compiled_for_requests_is_kept_by_an_orderly_stop(tmp_path: Pat
     assert contents(Cache.prepare(tmp_path, KEY).folder) == {**FILES, "triton/later": b"whole"}
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_cache_is_never_used(tmp_path: Path, data: st.DataObject) -> None:
     root = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -103,9 +102,7 @@ def test_a_damaged_cache_is_never_used(tmp_path: Path, data: st.DataObject) -> N
     shutil.rmtree(root)
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_an_archive_is_fetched_whole_or_not_at_all(tmp_path: Path, data: st.DataObject) -> None:
     root = Path(tempfile.mkdtemp(dir=tmp_path))

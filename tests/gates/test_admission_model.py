@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.errors import TooManyRequests, Unavailable
 from serve_app.gates.admission import Admission
 from serve_app.gates.work import BatchClock, Work
 from serve_app.tenants.fair import EVERYBODY, Share
+from tests.examples import examples
 
 SHARES = (
     Share("normal"),
@@ -193,7 +194,7 @@ def _one_resize(happening: list[Happening]) -> list[Happening]:
     return [each for place, each in enumerate(happening) if place not in resizes[1:]]
 
 
-@settings(deadline=None, max_examples=250)
+@examples(250)
 @given(
     bound=st.integers(1, 4),
     queue=st.integers(0, 6),
@@ -249,7 +250,7 @@ of_tenants: st.SearchStrategy[tuple[str, tuple[Any, ...]]] = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(
     bound=st.integers(1, 4),
     queue=st.integers(0, 6),
@@ -333,7 +334,7 @@ def test_gpu_seconds_are_those_in_which_anything_ran(changes: list[tuple[int, fl
     assert given_s == pytest.approx(2 * busy_s)
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(which=st.sampled_from(["leave", "time"]), first=st.booleans(), waiters=st.integers(1, 3))
 def test_a_waiter_that_goes_as_a_slot_is_released(which: str, first: bool, waiters: int) -> None:
     """The race that once left the counter at -1 with nobody inside."""

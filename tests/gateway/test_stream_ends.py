@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
@@ -21,6 +21,7 @@ from serve_app.gateway.request import Request
 from serve_app.observe.logs import Log
 from serve_app.observe.meter import Meter
 from serve_app.settings import Replicas
+from tests.examples import examples
 from tests.gateway.test_relay import WHOLE, Client, Fleet, fleet
 from tests.services.engine import EngineServer, Fault
 
@@ -102,7 +103,7 @@ def metered(there: Fleet, written: io.StringIO) -> Meter:
     return Meter(app, "m", Replicas(), Log(written.write, replica="r"))
 
 
-SLOW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SLOW = examples(120)
 
 
 @SLOW

@@ -2,8 +2,6 @@
 """The lint names each planted fault, on its line and with a mend, and nothing else."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from kuberay.errors import EksError
 from kuberay.lines import line_of, load_all
 from kuberay.lint import Found, lint
 from kuberay.rules import ERROR, WARNING
-from tests.kuberay import manifests, schemas
+from tests.kuberay import console, manifests, schemas
 from tests.kuberay.planted_service import SOUND, document, line, planted
 
 ROOT = Path(__file__).parents[2]
@@ -455,11 +453,8 @@ def test_lines_are_those_of_the_file_through_anchors_and_blocks() -> None:
 # --- the command ----------------------------------------------------------------------------
 
 
-def run(*argv: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "kuberay", "lint", *argv],
-        cwd=ROOT, input=stdin, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def run(*argv: str, stdin: str = "") -> console.Done:
+    return console.run("lint", *argv, stdin=stdin)
 
 
 def test_the_command_ends_with_what_ci_needs(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from kuberay.owned import Owner
 from serve_app.errors import ConfigError
 from serve_app.launch import launcher
 from serve_app.launch.haproxy_rules import SECRET_VARIABLE
-from tests.kuberay import programs
+from tests.kuberay import console, programs
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "kuberay"
@@ -162,12 +160,10 @@ def test_a_service_without_its_markers_is_refused(folder: Path) -> None:
         render.rendered_files(folder)
 
 
-def command(*argv: str, path: str = "") -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "kuberay", "render", *argv],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"},
-    )  # fmt: skip
+def command(*argv: str, path: str = "") -> console.Done:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", path, prepend=os.pathsep)
+        return console.run("render", *argv)
 
 
 def test_the_command_prints_an_overlay_for_a_cluster() -> None:

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.errors import TooManyRequests, Unavailable
 from serve_app.gates.admission import Admission
 from serve_app.replica.sharing import SharedGpu
 from serve_app.replica.sleep import Gpu, Sleeper, State, Use, due
+from tests.examples import examples
 
 AFTER_S, SLEEP_S, WAKE_S, START_S = 10.0, 2.0, 1.0, 30.0
 
@@ -207,7 +208,7 @@ happenings = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(count=st.integers(1, 3), script=st.lists(happenings, max_size=25))
 def test_whatever_happens_everybody_is_answered_and_one_model_is_awake(
     folder: Path, count: int, script: list[tuple[str, int, float, float]]

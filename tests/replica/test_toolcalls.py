@@ -5,10 +5,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.replica.toolcalls import END, START, Arguments, Call, Event, Reader, Text, read_call
+from tests.examples import examples
 
 
 def result(events: list[Event]) -> tuple[str, list[tuple[str, str]]]:
@@ -105,7 +106,7 @@ def cuts(text: str, places: list[int]) -> list[str]:
     return [text[a:b] for a, b in pairwise(edges)]
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(
     parts=st.lists(pieces_of_text, max_size=30),
     places=st.lists(st.integers(0, 500), max_size=20),
@@ -125,7 +126,7 @@ def test_any_text_is_read_alike_in_any_chunking(
         assert whole[0] == text  # Nothing is lost.
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     calls=st.lists(
         st.tuples(

@@ -6,13 +6,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.scaling import autoscaler
 from serve_app.scaling.autoscaler import Autoscaler, OngoingRequests
 from serve_app.scaling.memory import Memory
-from serve_app.scaling.policy import Goal, ReplicaLoad, State, resumed
+from serve_app.scaling.state import State, resumed
+from serve_app.scaling.types import Goal, ReplicaLoad
+from tests.examples import examples
 
 BUSY = ReplicaLoad(
     running=40,
@@ -301,7 +303,7 @@ def test_a_deploy_shows_that_a_replica_can_start_and_wakes_nothing_else(
 numbers = st.floats(0, 1e9, allow_nan=False)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     began_s=numbers,
     wishes=st.lists(st.tuples(numbers, st.integers(0, 99)), max_size=5),

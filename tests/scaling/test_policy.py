@@ -11,7 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve_app.scaling.policy import Decision, Goal, ReplicaLoad, Snapshot, State, _costs, decide
+from serve_app.scaling.costs import estimate
+from serve_app.scaling.policy import decide
+from serve_app.scaling.state import State
+from serve_app.scaling.types import Decision, Goal, ReplicaLoad, Snapshot
 
 GOAL = Goal(ttft_s=2.0, itl_s=0.1, percentile=95.0, min_replicas=1, max_replicas=32)
 # Of an engine: seconds of a step, of a token written, of a token read.
@@ -130,7 +133,7 @@ def test_the_costs_of_a_step_are_found_from_the_reports() -> None:
     rng, fleet = random.Random(1), Fleet(serving=3)
     for second in range(300):
         fleet.second(poisson(rng, rate_of(1 + math.sin(second / 40))))
-    costs = _costs(fleet.state.sums)
+    costs = estimate(fleet.state.sums)
     assert costs.step_s == pytest.approx(STEP_S, rel=0.1)
     read, written = costs.prefill_s * PROMPT, costs.decode_s * OUTPUT
     # Both rates rise and fall together here, so that only their sum can be known.
@@ -149,7 +152,7 @@ def test_reads_and_writes_are_told_apart_where_their_mix_changes() -> None:
             busy=1.0,
         )
         _, state = decide(Snapshot(float(second), (load,)), GOAL, state)
-    costs = _costs(state.sums)
+    costs = estimate(state.sums)
     assert costs.prefill_s == pytest.approx(PREFILL_S, rel=0.05)
     assert costs.decode_s == pytest.approx(DECODE_S, rel=0.05)
     assert costs.step_s == pytest.approx(STEP_S, rel=0.05)

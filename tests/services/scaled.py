@@ -14,7 +14,7 @@ from ray.serve import Application
 from serve_app.planning.placement import place
 from serve_app.planning.plan import Plan
 from serve_app.scaling.autoscaler import Autoscaler, report
-from serve_app.scaling.policy import ReplicaLoad
+from serve_app.scaling.types import ReplicaLoad
 from serve_app.settings import Settings
 
 _STEADY = ReplicaLoad(

@@ -6,6 +6,7 @@ makes the engine work is reserved in the book (book.py), and settled with what t
 
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from serve_app.tenants.registry import Registry
 from serve_app.tenants.tenant import Tenant
 
 _MODELS_PATH = "/v1/models"
+# vLLM reads a request's priority from this header before it looks at the body.
+_PRIORITY_HEADER = b"x-vllm-priority"
 
 
 class TenantGate:
@@ -65,7 +68,7 @@ class TenantGate:
         route: Route = state.get("route", OTHER)
         try:
             if scope["method"] == "POST":
-                self._check(tenant, state["reading"])
+                self._check(tenant, state["reading"], scope["headers"])
                 if route.generates:
                     await self._accounted(tenant, scope, receive, send)
                     return
@@ -187,15 +190,21 @@ class TenantGate:
             metrics.series(metrics.tenant_gpu_seconds, *labels).inc(row.gpu_s)
         return row
 
-    def _check(self, tenant: Tenant, asked: Reading) -> None:
+    def _check(
+        self, tenant: Tenant, asked: Reading, headers: Iterable[tuple[bytes, bytes]]
+    ) -> None:
         """Whether a request stays within what the tenant may ask for.
 
         Raises:
             BadRequest, ModelNotFound: it does not.
         """
-        if asked.priority:
+        by_header = any(
+            name == _PRIORITY_HEADER and value.strip() != b"0" for name, value in headers
+        )
+        if asked.priority or by_header:
+            param = "priority" if asked.priority else _PRIORITY_HEADER.decode()
             raise BadRequest(
-                "The priority of a request is its tenant's: leave 'priority' out.", param="priority"
+                f"The priority of a request is its tenant's: leave {param!r} out.", param=param
             )
         _check_model(tenant, asked.model or self._model)
 

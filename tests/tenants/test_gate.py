@@ -81,6 +81,9 @@ async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
         (ANN, {"priority": "7"}, 400, "invalid_value"),
         (ANN, {"priority": 1.0}, 400, "invalid_value"),
         (ANN, {"priority": True}, 400, "invalid_value"),
+        (ANN | {"x-vllm-priority": "0"}, {}, 200, None),
+        (ANN | {"x-vllm-priority": "-5"}, {}, 400, "invalid_value"),
+        (ANN | {"X-Vllm-Priority": "7"}, {"priority": 0}, 400, "invalid_value"),
     ],
 )
 async def test_what_a_tenant_may_ask_for(

@@ -5,6 +5,7 @@
 --   txn.server     the replica, by its name in the backend
 --   txn.host, txn.port, txn.token, txn.request_id, txn.timeout_ms    what the door grants
 --   txn.headers    header lines for the answer, where the gates have any (x-ratelimit-*)
+--   txn.await_body    the body is there, or the key is one that a door has accepted
 --
 -- A door that cannot be reached is a replica that cannot be reached: the full lane finds another
 -- one, or says 503. A door that is reached and does not answer is a 503. No way leads to the Rust
@@ -17,12 +18,39 @@ local ANSWER_S = 5
 local HELD_S = 7 * 24 * 3600
 -- How long it is not asked again whether a replica has a door, once it said that it has none.
 local ABSENT_S = 5
+-- How long the body of a request is awaited whose key no door has accepted yet.
+local UNKNOWN_KEY_MS = 250
+-- How many keys are remembered at most.
+local MOST_KEYS = 10000
 local UNAVAILABLE = '{"type":"error","error":{"message":"the server is too busy to answer; try again",'
     .. '"type":"server_error","param":null,"code":"unavailable"}}'
 
 -- Of this thread, by the name of a server: the address of its door, since when it is known to have
 -- none, and how many requests of this thread ask it now.
 local doors, absent_s, asking = {}, {}, {}
+
+-- Of this thread: the keys that doors have accepted, and how many they are. The door decides about
+-- every request; these only say for whom it is worth waiting.
+local accepted, accepted_count = {}, 0
+
+local function key_of(txn)
+    return (txn.sf:req_fhdr("authorization") or "") .. "\n" .. (txn.sf:req_fhdr("x-api-key") or "")
+end
+
+local function note_key(key, is_accepted)
+    if is_accepted and not accepted[key] then
+        if accepted_count >= MOST_KEYS then
+            accepted, accepted_count = {}, 0
+        end
+        accepted[key], accepted_count = true, accepted_count + 1
+    elseif not is_accepted and accepted[key] then
+        accepted[key], accepted_count = nil, accepted_count - 1
+    end
+end
+
+local function body_is_complete(txn)
+    return #txn.sf:req_body() == tonumber(txn.sf:req_fhdr("content-length"))
+end
 
 local function connect(host, port, timeout_s)
     local socket = core.tcp()
@@ -161,6 +189,7 @@ local function ask(txn, name, door, request)
     if not line then
         unavailable(txn)
     end
+    note_key(key_of(txn), not line:match("^refuse 401 "))
     local host, port, token, request_id, timeout_ms, header_bytes =
         line:match("^fast (%S+) (%S+) (%S+) (%S+) (%S+) (%d+)")
     if host then
@@ -187,11 +216,26 @@ local function ask(txn, name, door, request)
     return true
 end
 
+-- A request whose body has not arrived yet. With a key that is not known to be accepted it gets a
+-- moment, and then takes the full lane, whose gate refuses a wrong key without the body.
+core.register_action("await_body", { "http-req" }, function(txn)
+    local is_accepted, waited_ms = accepted[key_of(txn)], 0
+    while not is_accepted and not body_is_complete(txn) do
+        if waited_ms >= UNKNOWN_KEY_MS then
+            return
+        end
+        local pause_ms = math.max(1, math.floor(waited_ms / 4))
+        core.msleep(pause_ms)
+        waited_ms = waited_ms + pause_ms
+    end
+    txn:set_var("txn.await_body", true)
+end)
+
 core.register_action("door", { "http-req" }, function(txn, backend)
-    local body = txn.sf:req_body()
-    if #body ~= tonumber(txn.sf:req_fhdr("content-length")) then
+    if not body_is_complete(txn) then
         return
     end
+    local body = txn.sf:req_body()
     local request = txn.sf:method() .. " " .. txn.sf:path() .. " HTTP/1.1\r\nx-door: " .. SECRET
         .. "\r\n" .. txn.sf:req_hdrs() .. body
     for _, name in ipairs(ranked(txn, backend)) do

@@ -186,8 +186,9 @@ _COULD_BE_FAST = (
 _FAST = "{ var(txn.lane) -m str fast }"
 # How long HAProxy waits for such a body. Of others limits.body_timeout_s says it.
 BODY_TIMEOUT_VARIABLE = "SERVE_APP_BODY_TIMEOUT_S"
-# Set where a request needs an API key. One that sends none takes the full lane, whose gate refuses
-# it by its headers alone: HAProxy would wait for its body first.
+# Set where a request needs an API key. The gate of the full lane refuses a request by its headers
+# alone, where HAProxy would wait for the body first. So one that sends no key takes the full lane,
+# and so does one whose body is late and whose key no door has accepted yet (await_body).
 KEYS_VARIABLE = "SERVE_APP_KEYS_REQUIRED"
 _KEY_HEADERS = ("authorization", "x-api-key")
 
@@ -195,11 +196,18 @@ _KEY_HEADERS = ("authorization", "x-api-key")
 def door_rules(environment: Mapping[str, str]) -> tuple[Rule, ...]:
     """The rules of a HAProxy that asks doors."""
     body_timeout_s = environment.get(BODY_TIMEOUT_VARIABLE) or "20"
-    acls, could_be_fast = "", _COULD_BE_FAST
+    before, could_be_fast = "", _COULD_BE_FAST
     if environment.get(KEYS_VARIABLE):
         # Conditions of one name hold where one of them does.
-        acls = "".join(rf"\1acl sends_key req.fhdr_cnt({name}) ge 1\n" for name in _KEY_HEADERS)
+        before = "".join(rf"\1acl sends_key req.fhdr_cnt({name}) ge 1\n" for name in _KEY_HEADERS)
         could_be_fast += " sends_key"
+        before += (
+            rf"\1http-request set-var(txn.body_bytes) req.body_len if is_\2 {could_be_fast}\n"
+            r"\1acl has_body req.hdr_val(content-length),sub(txn.body_bytes) eq 0\n"
+            rf"\1http-request lua.await_body if is_\2 {could_be_fast} !has_body\n"
+            r"\1acl has_body var(txn.await_body) -m bool\n"
+        )
+        could_be_fast += " has_body"
     return (
         Rule(
             why="the action that asks the door",
@@ -214,7 +222,7 @@ def door_rules(environment: Mapping[str, str]) -> tuple[Rule, ...]:
         Rule(
             why="the door is asked, and the Rust front end answers what it lets in",
             pattern=r"^( *)use_backend (\S+) if is_\2$",
-            replacement=rf"{acls}\1http-request wait-for-body time {body_timeout_s}s "
+            replacement=rf"{before}\1http-request wait-for-body time {body_timeout_s}s "
             rf"if is_\2 {could_be_fast}"
             rf"\n\1http-request lua.door \2 if is_\2 {could_be_fast}"
             rf"\n\1http-request set-dst var(txn.host) if {_FAST}"

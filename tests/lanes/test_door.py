@@ -333,6 +333,7 @@ async def test_a_body_that_comes_slowly_is_408(
     replica: Replica, tmp_path: Path, wrapped: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HAProxy waits for it as long as limits.body_timeout_s says, which the launcher passes on."""
+    monkeypatch.delenv(KEYS_VARIABLE)
     settings = Settings.parse({"limits": {"body_timeout_s": 1.0}})
     for name, value in launcher.haproxy_settings(settings).items():
         monkeypatch.setenv(name, value)
@@ -355,30 +356,69 @@ async def test_a_body_that_comes_slowly_is_408(
         await running.api.stop()
 
 
-@pytest.mark.parametrize("keys_required", [True, False])
-async def test_a_request_without_a_key_does_not_wait_for_its_body(
+@pytest.mark.parametrize(
+    ("key", "keys_required", "full"),
+    [
+        ("", True, True),
+        ("", False, False),
+        ("authorization: Bearer wrong", True, True),
+        ("x-api-key: wrong", True, True),
+        ("authorization: Bearer wrong", False, False),
+        ("authorization: Bearer sk-ann", True, False),
+    ],
+)
+async def test_a_request_without_an_accepted_key_does_not_wait_for_its_body(
     replica: Replica,
     tmp_path: Path,
     wrapped: None,
     monkeypatch: pytest.MonkeyPatch,
+    key: str,
     keys_required: bool,
+    full: bool,
 ) -> None:
     """The gate of the full lane refuses it by its headers."""
     if not keys_required:
         monkeypatch.delenv(KEYS_VARIABLE)
     monkeypatch.setenv(BODY_TIMEOUT_VARIABLE, "2")
     running = Proxy(tmp_path, None, PORT)
+    running.api.cfg.nbthread = 1  # Each thread learns for itself which keys are accepted.
     running.know(replica.config)
     await running.api.start()
     try:
+        # The door accepts one key, and refuses the other with 401.
+        assert (await ask(running.url))[0] == 200
+        assert (await ask(running.url, headers={"authorization": "Bearer wrong"}))[0] == 401
+        replica.full.clear()
         reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        head = "\r\n".join(["POST /v1/completions HTTP/1.1", "host: x", *filter(None, [key])])
+        writer.write(f"{head}\r\ncontent-length: 100\r\n\r\n{{".encode())
         first = await reader.readline()
-        assert first.startswith(b"HTTP/1.1 200" if keys_required else b"HTTP/1.1 408")
-        assert bool(replica.full) is keys_required
+        assert first.startswith(b"HTTP/1.1 200" if full else b"HTTP/1.1 408")
+        assert bool(replica.full) is full
         writer.close()
     finally:
         await running.api.stop()
+
+
+async def test_a_body_that_comes_a_moment_later_takes_the_fast_lane(
+    replica: Replica, proxy: str
+) -> None:
+    """Clients send it in a packet of its own."""
+    body = json.dumps(ASK).encode()
+    for _ in range(2):  # With a key that is not known yet, and one that is.
+        reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-ann\r\n"
+            b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+        )
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.write(body)
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert b"x-serve-lane: fast" in head
+        writer.close()
+    assert not replica.full
 
 
 @pytest.mark.parametrize("header", ["Authorization", "X-Api-Key"])

@@ -10,7 +10,7 @@ from bench.engine.gain import Gain, gain
 from bench.engine.knobs import Settings
 from bench.engine.measured import Measured, Outcome
 from bench.engine.score import named, rung_of, score
-from bench.engine.trial import Answer, Engine
+from bench.engine.trial import Engine, LoadOutcome
 from bench.engine.tuned import Tuned
 from bench.errors import BenchError
 from bench.quality import Agreement
@@ -109,7 +109,7 @@ class Late:
     def __init__(self) -> None:
         self.doubt = ""
 
-    def note(self, answer: Answer, system: str) -> Answer:
+    def note(self, answer: LoadOutcome, system: str) -> LoadOutcome:
         # In process a request is sent between two steps, which is when an engine looks for them.
         if system != "engine":
             self.doubt = served.lag(answer.records) or self.doubt

@@ -21,7 +21,7 @@ import msgspec
 
 from bench import result, run
 from bench.engine import trial
-from bench.engine.trial import Answer, Engine, Ready
+from bench.engine.trial import Engine, LoadOutcome, Ready
 from bench.result import EngineResult, Line
 
 LENGTHS = (500, 1000, 2000, 4000, 8000, 16000, 32000)
@@ -52,7 +52,7 @@ class View(msgspec.Struct, kw_only=True):
     waiting_peak: int
 
 
-def view(ready: Ready, answer: Answer) -> View:
+def view(ready: Ready, answer: LoadOutcome) -> View:
     """The figures of a load; pure."""
     # One block is the engine's own: what nobody has is pointed at it.
     blocks, size = ready.kv_blocks - 1, ready.block_tokens

@@ -40,7 +40,7 @@ import msgspec
 
 from bench import interval, machine, measure, result, run
 from bench.engine.served import Served, crowded
-from bench.engine.trial import Answer
+from bench.engine.trial import LoadOutcome
 from bench.errors import BenchError
 from bench.hardware import gpu
 from bench.result import EngineResult, Line
@@ -431,7 +431,9 @@ def _failed(rows: Sequence[Row], why: str) -> None:
         row.failure = why[:300]
 
 
-def _load(crowd: Crowd, server: Served, what: str, users: int, count: int, seed: int) -> Answer:
+def _load(
+    crowd: Crowd, server: Served, what: str, users: int, count: int, seed: int
+) -> LoadOutcome:
     answer = crowded(crowd, server, what, users, count, seed)
     failed = [record.error for record in answer.records if record.error]
     if failed:
@@ -439,9 +441,9 @@ def _load(crowd: Crowd, server: Served, what: str, users: int, count: int, seed:
     return answer
 
 
-def _mean(answer: Answer, latency: Any) -> float:
+def _mean(answer: LoadOutcome, latency: Any) -> float:
     return fmean(value for r in answer.records if (value := latency(r)) is not None)
 
 
-def _tokens_per_s(answer: Answer) -> float:
+def _tokens_per_s(answer: LoadOutcome) -> float:
     return sum(record.output_tokens or 0 for record in answer.records) / answer.elapsed_s

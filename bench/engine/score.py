@@ -9,7 +9,7 @@ import msgspec
 
 from bench.engine import trial
 from bench.engine.climb import Climb
-from bench.engine.trial import Answer, Engine
+from bench.engine.trial import Engine, LoadOutcome
 from bench.interval import Bounds
 from bench.measure import Slo
 from bench.search import rate as rate_search
@@ -84,7 +84,7 @@ def pace(engine: Engine, goal: Goal, limits: Mapping[str, int], limit_s: float) 
     )
 
 
-def _step_s(answer: Answer, goal: Goal) -> float:
+def _step_s(answer: LoadOutcome, goal: Goal) -> float:
     """The step of a load of one request, on the clock that scores go by."""
     if goal.by_cpu:
         return answer.cpu_s / answer.steps
@@ -97,7 +97,7 @@ class Probes:
     def __init__(self) -> None:
         self._seen: list[tuple[float, rate_search.Seen]] = []
 
-    def add(self, rate: float, answer: Answer, slo: Slo) -> None:
+    def add(self, rate: float, answer: LoadOutcome, slo: Slo) -> None:
         self._seen.append((rate, rate_search.judge(answer.records, slo)))
 
     def bounds(self, rate: float, slo: Slo) -> Bounds | None:
@@ -129,7 +129,7 @@ def score(
     """
     if goal.slo is None:
         count = max(_FEWEST // 2, round(pace.requests_per_s * goal.seconds * share))
-        answer: Answer = load(goal.what, _ALL_AT_ONCE, count=count, seed=seed)
+        answer: LoadOutcome = load(goal.what, _ALL_AT_ONCE, count=count, seed=seed)
         return trial.output_tokens_per_s(answer, goal.by_cpu), 0
     climb = Climb(start, gap=1 if precise else 2, probes=12 if precise else 8)
     length_s = goal.seconds * share
@@ -153,7 +153,7 @@ def score(
     return (0.0, start) if result is None else (rate_of(pace, result), result)
 
 
-def _mean_s(answer: Answer) -> float:
+def _mean_s(answer: LoadOutcome) -> float:
     """How long a request took from when it was planned."""
     took_s = [r.end_s - r.planned_s for r in answer.records if r.ok and r.end_s is not None]
     return fmean(took_s) if took_s else 0.0

@@ -27,7 +27,7 @@ import yaml
 
 from bench import measure
 from bench.engine import deployment, systems, trial
-from bench.engine.trial import Answer, EngineError
+from bench.engine.trial import EngineError, LoadOutcome
 from bench.errors import BenchError
 from bench.measure import Slo
 from bench.records import Record
@@ -125,7 +125,7 @@ class Served:
         seed: int,
         slo: Slo | None = None,
         limit_s: float = 120.0,
-    ) -> Answer:
+    ) -> LoadOutcome:
         """As `trial.Engine.load`; `users=N` keeps N requests under way.
 
         A server's prefix cache cannot be emptied from here, and loads of one seed have the same
@@ -161,7 +161,7 @@ def _begun(request: Request, number: int) -> Request:
 
 async def _load(
     port: int, requests: Sequence[Request], when: str, seed: int, limit_s: float
-) -> Answer:
+) -> LoadOutcome:
     load, count = schedule.parse(when), len(requests)
     if isinstance(load, Closed):
         return await _closed(port, requests, load.users, limit_s)
@@ -176,10 +176,12 @@ async def _load(
 
     with contextlib.closing(_client(port, limit_s)) as client:
         await asyncio.gather(*(at(index) for index in range(count)))
-    return Answer(records=records, elapsed_s=time.perf_counter() - start_s)
+    return LoadOutcome(records=records, elapsed_s=time.perf_counter() - start_s)
 
 
-async def _closed(port: int, requests: Sequence[Request], users: int, limit_s: float) -> Answer:
+async def _closed(
+    port: int, requests: Sequence[Request], users: int, limit_s: float
+) -> LoadOutcome:
     records, indexes = _records(requests), iter(range(len(requests)))
     start_s = time.perf_counter()
 
@@ -190,7 +192,7 @@ async def _closed(port: int, requests: Sequence[Request], users: int, limit_s: f
 
     with contextlib.closing(_client(port, limit_s)) as client:
         await asyncio.gather(*(user() for _ in range(users)))
-    return Answer(records=records, elapsed_s=time.perf_counter() - start_s)
+    return LoadOutcome(records=records, elapsed_s=time.perf_counter() - start_s)
 
 
 def _client(port: int, limit_s: float) -> Client:
@@ -225,7 +227,7 @@ def crowded(
     count: int,
     seed: int,
     limit_s: float = 300.0,
-) -> Answer:
+) -> LoadOutcome:
     """A closed load from a crowd: `count` requests, `users` under way at a time."""
     shares = crowd.shares(users)
     answers = crowd.each(
@@ -238,12 +240,12 @@ def crowded(
     records = [record for answer in answers for record in answer.records]
     ends_s = [record.end_s for record in records if record.end_s is not None]
     start_s = min(record.planned_s for record in records)
-    return Answer(records=records, elapsed_s=max(ends_s, default=start_s) - start_s)
+    return LoadOutcome(records=records, elapsed_s=max(ends_s, default=start_s) - start_s)
 
 
 def _share(
     port: int, what: str, users: int, count: int, seed: int, limit_s: float, place: int, shares: int
-) -> Answer:
+) -> LoadOutcome:
     """One process's part: of the same requests, every `shares`-th."""
     made = workload.parse(what, seed)
     requests = [made.request(index) for index in range(place, count, shares)]

@@ -5,7 +5,7 @@ import heapq
 import numpy as np
 
 from bench.engine import score
-from bench.engine.trial import Answer
+from bench.engine.trial import LoadOutcome
 from bench.itself.power import LIMIT
 from bench.measure import Slo
 from bench.records import Record
@@ -16,7 +16,7 @@ SLO = Slo(ttft_s=0.56 * SERVICE_S + 0.01, percentile=95.0)
 PACE = score.Pace(requests_per_s=20.0, step_s=0.01, read=20.0, written=8.0)
 
 
-def load(_: str, when: str, *, count: int, seed: int, slo: Slo) -> Answer:
+def load(_: str, when: str, *, count: int, seed: int, slo: Slo) -> LoadOutcome:
     rate, rng = float(when.partition("=")[2]), np.random.default_rng((seed, count))
     free_s, records = [0.0] * SLOTS, []
     for index, at_s in enumerate(np.cumsum(rng.exponential(1 / rate, count)).tolist()):
@@ -34,7 +34,7 @@ def load(_: str, when: str, *, count: int, seed: int, slo: Slo) -> Answer:
                 asked_output_tokens=2,
             )
         )
-    return Answer(records=records)
+    return LoadOutcome(records=records)
 
 
 def climbed(number: int, seconds: float, repeats: int = 3) -> tuple[float, score.Probes]:

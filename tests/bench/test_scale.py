@@ -10,7 +10,7 @@ import pytest
 from bench import result
 from bench.engine import kvcache, profile, scale, scheduler
 from bench.engine.scale import Row
-from bench.engine.trial import Answer, Ready
+from bench.engine.trial import LoadOutcome, Ready
 from bench.errors import BenchError
 from bench.experiments import gpu_run
 from bench.pages import story
@@ -152,7 +152,7 @@ def test_who_passes_whom() -> None:
 def test_blocks_that_are_partly_empty_are_waste() -> None:
     ready = Ready(limits={}, kv_blocks=101, block_tokens=16, load_s=1.0)
     sample = {"t_s": 1.0, "blocks": 50.0, "tokens": 600.0, "running": 3.0, "waiting": 1.0}
-    answer = Answer(records=[], kv=[sample, sample | {"tokens": 900.0}], preempted=2)
+    answer = LoadOutcome(records=[], kv=[sample, sample | {"tokens": 900.0}], preempted=2)
     view = kvcache.view(ready, answer)
     assert view.tokens == 1600
     assert view.used_peak == 0.5

@@ -16,7 +16,7 @@ from bench.engine import gain, kvcache, score, served, stand, trial
 from bench.engine.journal import JOURNAL, Journal
 from bench.engine.measured import Measured, Outcome, Trial
 from bench.engine.stand import Stand
-from bench.engine.trial import Answer, Engine, EngineError, failure
+from bench.engine.trial import Engine, EngineError, LoadOutcome, failure
 from bench.errors import BenchError, ResultError
 from bench.measure import Slo
 from bench.records import Record
@@ -56,7 +56,7 @@ class Shop:
     def __init__(self, e2e_s: float, holds: float) -> None:
         self.e2e_s, self.holds, self.lasted_s = e2e_s, holds, []
 
-    def load(self, what: str, when: str, *, count: int, seed: int, slo: Slo) -> Answer:
+    def load(self, what: str, when: str, *, count: int, seed: int, slo: Slo) -> LoadOutcome:
         rate = float(when.partition("=")[2])
         self.lasted_s.append(count / rate)
         first_s = 0.1 if rate < self.holds else 9.0
@@ -73,7 +73,7 @@ class Shop:
             )
             for index in range(count)
         ]
-        return Answer(records=records)
+        return LoadOutcome(records=records)
 
 
 @pytest.mark.parametrize(

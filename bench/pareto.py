@@ -49,7 +49,7 @@ async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> 
 
     A load is left out once one was interrupted.
     """
-    from bench import plots  # Loads matplotlib, which takes a second.
+    from bench import figure, plots  # These load matplotlib, which takes a second.
 
     head = result.header(job.name or f"{job.workload} on {job.gpus or '?'} GPUs")
     points: list[CurvePoint] = []
@@ -86,7 +86,7 @@ async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> 
         curve=front(points),
     )
     output = result.write(folder, output)
-    (folder / PLOT).write_text(plots.standalone(plots.pareto([("", output.curve)], "pareto")))
+    (folder / PLOT).write_text(figure.standalone(plots.pareto([("", output.curve)], "pareto")))
     return output
 
 

@@ -9,7 +9,9 @@ import msgspec
 import pytest
 
 from bench import interval, measure, pareto, plots, result
+from bench.axes import distinct
 from bench.errors import ResultError
+from bench.figure import Plot
 from bench.measure import CurvePoint, Slo
 from bench.pages import compare, figures, report, tables
 from bench.pages.locust_report import Locust
@@ -83,7 +85,7 @@ def page(tmp_path: Path, *folders: str, against: str | None = None) -> Page:
 @pytest.fixture
 def unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are put together and not laid out, which takes most of the time of a report."""
-    monkeypatch.setattr(plots, "_svg", lambda figure, prefix, label: "<svg></svg>")
+    monkeypatch.setattr(plots, "svg", lambda figure, prefix, label: "<svg></svg>")
 
 
 # For a test of tables and text; those of plots draw them.
@@ -92,12 +94,12 @@ without_plots = pytest.mark.usefixtures("unsaved")
 
 def draw_only(monkeypatch: pytest.MonkeyPatch, *labels: str) -> None:
     """Lay out the plots of these labels, and no others."""
-    real = plots._svg
+    real = plots.svg
 
-    def svg(figure: plots.Plot, prefix: str, label: str) -> str:
+    def svg(figure: Plot, prefix: str, label: str) -> str:
         return real(figure, prefix, label) if label in labels else "<svg></svg>"
 
-    monkeypatch.setattr(plots, "_svg", svg)
+    monkeypatch.setattr(plots, "svg", svg)
 
 
 def shown(text: str) -> float:
@@ -650,7 +652,7 @@ def test_a_point_is_pointed_at_where_it_is_drawn() -> None:
     "ticks", [[12.01, 12.02, 12.03], [0.9991, 0.9993, 1.0], [1.0, 2.0, 5.0], [10_001.0, 10_002.0]]
 )
 def test_ticks_differ(ticks: list[float]) -> None:
-    texts = [plots.distinct(tick, ticks) for tick in ticks]
+    texts = [distinct(tick, ticks) for tick in ticks]
     assert len(set(texts)) == len(ticks)
     assert all(
         float(text.replace(",", "")) == tick for text, tick in zip(texts, ticks, strict=True)

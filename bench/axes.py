@@ -1,0 +1,86 @@
+"""Ticks, legends, line styles and labels of plots."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from bench.figure import SERIES, SERIES_COLOURS
+
+# A second cue beside the colour.
+_DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1)), "-"]
+MARKERS = "osD^vP"
+_LABEL = 60
+
+
+def short(text: str) -> str:
+    """A name that fits in a plot: one line, of characters that can be seen.
+
+    Matplotlib takes a leading underscore for "not in the legend".
+    """
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = line if len(line) <= _LABEL else f"{line[: _LABEL - 1]}…"
+    return f" {line}" if line.startswith("_") else line
+
+
+def line_style(index: int) -> dict[str, Any]:
+    return {
+        "color": SERIES[index % SERIES_COLOURS],
+        "linestyle": _DASHES[index % len(_DASHES)],
+    }
+
+
+def legend_below(figure: Figure, axes: Sequence[Any]) -> None:
+    """One legend for all panels, as every curve keeps its look in each."""
+    labelled: dict[tuple[str, Any], Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            labelled.setdefault((label, handle.get_color()), handle)
+    if len(labelled) > 1:
+        labels = [label for label, _ in labelled]
+        columns = min(3, len(labelled))
+        figure.legend(list(labelled.values()), labels, loc="outside lower left", ncols=columns)
+
+
+def log_ticks(axis: Any) -> None:
+    """Plain numbers on a log axis; also 2 and 5 where less than two decades are shown.
+
+    Where the axis spans so little that these are fewer than two, evenly spaced ones, with as many
+    digits as tell them apart.
+    """
+    low, high = axis.get_view_interval()
+    subs = (1.0,) if high / max(low, 1e-12) > 300 else (1.0, 2.0, 5.0)
+    locator: Any = LogLocator(base=10, subs=subs, numticks=12)
+    ticks = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
+    if len(ticks) < 2:
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+        locator = FixedLocator(ticks)
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: distinct(value, ticks)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def distinct(value: float, ticks: Sequence[float]) -> str:
+    """A tick in as few digits, three at least, as tell it from the others."""
+    for digits in range(3, 12):
+        texts = {plain(tick, digits=digits) for tick in ticks}
+        if len(texts) == len(set(ticks)):
+            break
+    return plain(value, digits=digits)
+
+
+def plain(value: float, _: object = None, digits: int = 3) -> str:
+    """A tick without an exponent."""
+    if value >= 10 ** (digits - 1):
+        return f"{value:,.0f}" if value >= 1000 or digits == 3 else f"{value:.0f}"
+    return f"{value:.{digits}g}"
+
+
+def ratio_ticks(span: float) -> list[float]:
+    """Round ratios from 1/span to span, 1 among them."""
+    for step in (0.01, 0.02, 0.05, 0.1, 0.2):
+        if span - 1 / span <= 6 * step:
+            return [round(1 + step * count, 2) for count in range(-6, 7) if count * step > -1]
+    steps = [1.5, 2, 3, 5, 10] if span < 12 else [10.0**power for power in range(1, 7)]
+    return [1 / step for step in reversed(steps)] + [1.0, *map(float, steps)]

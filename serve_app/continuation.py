@@ -131,15 +131,15 @@ class Stream:
         self._unmarked = self._complete = False
         self._names = Names()
 
-    def again(self) -> None:
-        """The stream comes from its first event again, from another replica."""
+    def restart(self) -> None:
+        """Prepare for the same stream from another replica, which sends it from its first event."""
         self._rest = b""
         self._fresh = Progress()
         if not self.sent:
             # The client has seen nothing: the next answer need not be the same.
             self.progress, self.method, self._unmarked = self._fresh, None, False
         self._skip = self.sent
-        self._names.again()
+        self._names.restart()
 
     def events(self, data: bytes) -> list[bytes]:
         """The events that are complete now and not given out before, without their marks.
@@ -181,7 +181,7 @@ class Stream:
         Raises:
             Malformed: it is no event of an engine.
         """
-        return None if self._repeated(event) else self._names.given(event)
+        return None if self._repeated(event) else self._names.with_first_names(event)
 
     def _repeated(self, event: bytes) -> bool:
         """Whether the client has this event already, or its end; notes where the answer ends."""
@@ -199,7 +199,7 @@ class Stream:
             raise Malformed("it ends before the client's own events do")
         elif self._skip:
             self._skip -= 1
-            self._names.repeated(event)
+            self._names.learn(event)
             return True
         elif last:
             self.ended = self._complete = True
@@ -260,11 +260,11 @@ class Stream:
 
 
 class Names:
-    """Ids and times that each replica creates for itself. The client keeps seeing the first ones.
+    """Ids and times that each replica creates for itself. The client always sees the first ones.
 
-    They come in the first events of a stream, and with each part of an answer that has an id of its
-    own. The same event is met again when another replica repeats it; what differs in it is renamed
-    in all that follows.
+    They are in the first events of a stream and of each part of an answer that has its own id. When
+    another replica repeats such an event, its ids and times are mapped to the first ones, and
+    replaced in all later events.
     """
 
     def __init__(self) -> None:
@@ -272,12 +272,12 @@ class Names:
         self._at = 0
         self._renamed: dict[bytes, bytes] = {}
 
-    def again(self) -> None:
+    def restart(self) -> None:
         self._at = 0
         self._renamed.clear()
 
-    def given(self, event: bytes) -> bytes:
-        """The event, with the names that the client knows."""
+    def with_first_names(self, event: bytes) -> bytes:
+        """The event, with the ids and times that the client saw first."""
         for new, old in self._renamed.items():
             event = event.replace(new, old)
         if self._at < _HEAD or any(word in event for word in _NAMING):
@@ -285,8 +285,8 @@ class Names:
         self._at += 1
         return event
 
-    def repeated(self, event: bytes) -> None:
-        """An event that the client has: learn what it is called now."""
+    def learn(self, event: bytes) -> None:
+        """Map the ids and times of a repeated event to the first ones."""
         if (first := self._first_events.get(self._at)) is not None:
             self._renamed.update(
                 (new, old)

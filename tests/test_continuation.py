@@ -18,7 +18,7 @@ import pytest_asyncio
 from serve_app.continuation import Method, Stream
 from serve_app.errors import CannotContinue
 from serve_app.gateway.handover import FastStream
-from serve_app.gateway.lanes import known_of
+from serve_app.gateway.lanes import state_of
 from serve_app.pacing import Pacer
 from serve_app.planning.plan import CPU_DEFAULTS
 from serve_app.replica import forkserver
@@ -92,7 +92,7 @@ async def ask(app: Backend, path: str, body: dict[str, Any], stream: Stream | No
     headers = {TOKEN_HEADER: "secret", "content-type": "application/json", "x-request-id": "r"}
     content = json.dumps(body).encode()
     if stream is not None:
-        known = known_of(stream)
+        known = state_of(stream)
         headers[CONTINUE_HEADER] = str(len(known))
         content = known + content
     transport = httpx.ASGITransport(app)

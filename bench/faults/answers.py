@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from bench.traffic.heard import Heard
+from bench.traffic.transcript import Transcript
 
 # What must agree after a jump for it to be one: fewer only where the answer ends before.
 _SURE = {"tokens": 8, "characters": 24}
@@ -40,8 +40,8 @@ class Right(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int | None = None
 
     @classmethod
-    def of(cls, heard: Heard) -> "Right":
-        return cls(**{name: getattr(heard, name) for name in cls.__struct_fields__})
+    def of(cls, transcript: Transcript) -> "Right":
+        return cls(**{name: getattr(transcript, name) for name in cls.__struct_fields__})
 
     @property
     def loops(self) -> bool:
@@ -117,19 +117,19 @@ class Verdict(msgspec.Struct, kw_only=True, omit_defaults=True):
 FAULTS = ("lost", "doubled", "missing", "different", "finish", "usage", "identity")
 
 
-def compare(heard: Heard, right: Right) -> Verdict:
+def compare(transcript: Transcript, right: Right) -> Verdict:
     """The verdict on an answer, before anybody asked whether a difference is a tie."""
-    outcome = _outcome(heard)
+    outcome = _outcome(transcript)
     whole = outcome == "whole"
     unit = "characters"
     alignment = Alignment()
-    if heard.token_ids is not None and right.token_ids is not None:
+    if transcript.token_ids is not None and right.token_ids is not None:
         unit = "tokens"
-        alignment = align(heard.token_ids, right.token_ids, _SURE[unit], whole)
+        alignment = align(transcript.token_ids, right.token_ids, _SURE[unit], whole)
     if alignment.parted_at is None:
         # The right tokens can still make a wrong text: half of a character before the cut, and
         # half after it.
-        in_text = align(heard.text, right.text, _SURE["characters"], whole)
+        in_text = align(transcript.text, right.text, _SURE["characters"], whole)
         if in_text.parted_at is not None or unit == "characters":
             unit, alignment = "characters", in_text
     equal = whole and alignment.parted_at is None
@@ -140,9 +140,9 @@ def compare(heard: Heard, right: Right) -> Verdict:
         doubled=alignment.doubled,
         missing=alignment.missing,
         different_at=alignment.different_at,
-        finish=_finish(heard, right, whole, equal),
-        usage=_usage(heard, right, whole, equal),
-        identity=_identity(heard),
+        finish=_finish(transcript, right, whole, equal),
+        usage=_usage(transcript, right, whole, equal),
+        identity=_identity(transcript),
     )
 
 
@@ -193,19 +193,19 @@ def ends(rights: Sequence[Right]) -> frozenset[int]:
     return frozenset(token_ids[-1] for token_ids in stopped if token_ids)
 
 
-def may_tie(heard: Heard, verdict: Verdict, ends: frozenset[int]) -> bool:
+def may_tie(transcript: Transcript, verdict: Verdict, ends: frozenset[int]) -> bool:
     """Whether a tie can be what is different: a whole answer of other tokens, with a real end.
 
     That is as many tokens as were asked for, or one that ends answers.
     """
     if verdict.outcome != "whole" or verdict.parted_at is None or verdict.unit != "tokens":
         return False
-    token_ids = heard.token_ids or []
+    token_ids = transcript.token_ids or []
     if verdict.parted_at >= len(token_ids):
         return False  # Nothing else came, only less.
-    if heard.finish_reason == "length":
-        return len(token_ids) == heard.asked_output_tokens
-    return heard.finish_reason == "stop" and token_ids[-1] in ends
+    if transcript.finish_reason == "length":
+        return len(token_ids) == transcript.asked_output_tokens
+    return transcript.finish_reason == "stop" and token_ids[-1] in ends
 
 
 def margins(
@@ -229,31 +229,31 @@ def margins(
 # --- what is wrong with an answer, in words -------------------------------------------------
 
 
-def _outcome(heard: Heard) -> Outcome:
-    if not heard.error:
+def _outcome(transcript: Transcript) -> Outcome:
+    if not transcript.error:
         return "whole"
-    if not heard.status:
+    if not transcript.status:
         return "unreached"
-    if heard.status != 200:
+    if transcript.status != 200:
         return "refused"
-    return "error" if heard.error.startswith(("error event", "bad ")) else "cut"
+    return "error" if transcript.error.startswith(("error event", "bad ")) else "cut"
 
 
-def _finish(heard: Heard, right: Right, whole: bool, equal: bool) -> str:
-    reasons = heard.finish_reasons
+def _finish(transcript: Transcript, right: Right, whole: bool, equal: bool) -> str:
+    reasons = transcript.finish_reasons
     if len(reasons) > 1:
         return f"{len(reasons)} finish reasons: {', '.join(reasons)}"
     if whole and not reasons:
         return "no finish reason"
-    if heard.late:
-        return f"{heard.late} events with text after the finish reason"
+    if transcript.late:
+        return f"{transcript.late} events with text after the finish reason"
     if equal and reasons != [right.finish_reason]:
         return f"ended with {reasons[0]!r} instead of {right.finish_reason!r}"
     return ""
 
 
-def _usage(heard: Heard, right: Right, whole: bool, equal: bool) -> str:
-    usages = heard.usages
+def _usage(transcript: Transcript, right: Right, whole: bool, equal: bool) -> str:
+    usages = transcript.usages
     if len(usages) > 1:
         return f"{len(usages)} usages"
     if not whole:
@@ -263,18 +263,18 @@ def _usage(heard: Heard, right: Right, whole: bool, equal: bool) -> str:
     read, written = usages[0]
     if right.input_tokens is not None and read != right.input_tokens:
         return f"{read} prompt tokens instead of {right.input_tokens}"
-    if heard.token_ids is not None and written != len(heard.token_ids):
-        return f"{written} completion tokens, and {len(heard.token_ids)} came"
+    if transcript.token_ids is not None and written != len(transcript.token_ids):
+        return f"{written} completion tokens, and {len(transcript.token_ids)} came"
     if equal and right.output_tokens is not None and written != right.output_tokens:
         return f"{written} completion tokens instead of {right.output_tokens}"
     return ""
 
 
-def _identity(heard: Heard) -> str:
-    if len(heard.names) > 1:
-        return f"{len(heard.names)} ids of one answer"
-    if heard.roles > 1:
-        return f"{heard.roles} events that name the role"
-    if heard.dones > 1:
-        return f"[DONE] came {heard.dones} times"
+def _identity(transcript: Transcript) -> str:
+    if len(transcript.names) > 1:
+        return f"{len(transcript.names)} ids of one answer"
+    if transcript.roles > 1:
+        return f"{transcript.roles} events that name the role"
+    if transcript.dones > 1:
+        return f"[DONE] came {transcript.dones} times"
     return ""

@@ -47,10 +47,10 @@ from bench.progress import Progress
 from bench.result import Line
 from bench.traffic import access, users, workload
 from bench.traffic.client import Client, check
-from bench.traffic.heard import Heard
 from bench.traffic.request import Request
 from bench.traffic.response import Response
 from bench.traffic.target import Target
+from bench.traffic.transcript import Transcript
 from bench.traffic.users import Users
 
 _COMMANDS_LOG = "commands.log"
@@ -96,7 +96,7 @@ async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> Chaos:
     Interrupted, it ends the load and still returns a result, which says so.
 
     Raises:
-        BenchError: the job is impossible, or the target does not answer in peace.
+        BenchError: the job is impossible, or the target does not answer without disturbances.
     """
     disturbances = [disturb.parse(text) for text in job.disturb]
     requests = workload.parse(job.workload, job.seed, salt="").take(job.distinct)
@@ -110,13 +110,13 @@ async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> Chaos:
 
     disturber = Disturber(disturbances, cluster, job.seed, clock, folder / _COMMANDS_LOG)
     disturber.check()
-    rights = await in_peace(job, requests)
+    rights = await undisturbed(job, requests)
     start_s = time.perf_counter()  # The load's clock begins now.
     with stalls.watching() as watched:
-        heard, interrupted = await _disturbed(job, requests, disturber, path)
+        transcripts, interrupted = await _disturbed(job, requests, disturber, path)
         duration_s = clock()
     stalled = watched.since(start_s)
-    judged = await judge(job, heard, rights, stalled)
+    judged = await judge(job, transcripts, rights, stalled)
     _rewrite(path, judged)
     figures = damage.figures(judged, rights, disturber.done, job.disturb, job.gap_s)
     if len(judged) < job.count:
@@ -124,7 +124,7 @@ async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> Chaos:
     output = msgspec.structs.replace(
         figures,
         **head,
-        **_asked(job),
+        **_load_fields(job),
         duration_s=duration_s,
         machine_stalled_s=sum(span.lasted_s for span in stalled),
     )
@@ -136,17 +136,17 @@ async def chaos(job: Job, cluster: Cluster | None, folder: Path) -> Chaos:
     return output
 
 
-async def in_peace(job: Job, requests: Sequence[Request]) -> list[Right]:
-    """The right answer to each prompt, asked one by one.
+async def undisturbed(job: Job, requests: Sequence[Request]) -> list[Right]:
+    """The right answer to each prompt, from one request at a time without disturbances.
 
     Raises:
-        TargetError: one has no whole answer.
+        TargetError: an answer is missing or incomplete.
     """
-    rights, line = [], progress.Line(label="in peace ")
+    rights, line = [], progress.Line(label="undisturbed ")
     start_s = time.perf_counter()
     with contextlib.closing(users.client(job.target, time.perf_counter)) as client:
         for number, request in enumerate(requests):
-            record = Heard(index=number, planned_s=time.perf_counter(), prompt=number)
+            record = Transcript(index=number, planned_s=time.perf_counter(), prompt=number)
             await users.ask(client, request, record)
             if record.error:
                 problem = f"the undisturbed answer {number} failed: {record.error}"
@@ -161,7 +161,7 @@ async def in_peace(job: Job, requests: Sequence[Request]) -> list[Right]:
 
 async def _disturbed(
     job: Job, requests: Sequence[Request], disturber: Disturber, path: Path
-) -> tuple[list[Heard], bool]:
+) -> tuple[list[Transcript], bool]:
     """What the users received, and whether the load was interrupted."""
     loop = Users(
         target=job.target,
@@ -196,20 +196,23 @@ async def _disturbed(
     for outcome in await asyncio.gather(asking, striking, return_exceptions=True):
         if isinstance(outcome, Exception):
             raise outcome
-    return loop.heard, interrupted
+    return loop.transcripts, interrupted
 
 
 # --- what came of it ------------------------------------------------------------------------
 
 
 async def judge(
-    job: Job, heard: Sequence[Heard], rights: Sequence[Right], stalled: Sequence[Span] = ()
+    job: Job,
+    transcripts: Sequence[Transcript],
+    rights: Sequence[Right],
+    stalled: Sequence[Span] = (),
 ) -> list[Judged]:
-    """Every record with its verdict, in order; of what differs it is asked whether it is a tie."""
+    """Every record with its verdict, in order; a difference is checked for being a tie."""
     judged, ends = [], answers.ends(rights)
     target = msgspec.structs.replace(job.target, endpoint="completions", extra={})
     with contextlib.closing(Client(target, time.perf_counter)) as client:
-        for record in sorted(heard, key=lambda record: record.index):
+        for record in sorted(transcripts, key=lambda record: record.index):
             right = rights[record.prompt]
             verdict = answers.compare(record, right)
             if answers.may_tie(record, verdict, ends):
@@ -228,7 +231,7 @@ async def judge(
     return judged
 
 
-async def _margin(client: Client, record: Heard, right: Right) -> float | None:
+async def _margin(client: Client, record: Transcript, right: Right) -> float | None:
     """By how much the tokens of an answer were less likely than the likeliest; None: unknown."""
     if not record.token_ids or not right.prompt_token_ids:
         return None
@@ -237,7 +240,7 @@ async def _margin(client: Client, record: Heard, right: Right) -> float | None:
         output_tokens=1,
         extra={"stream": False, "temperature": 0, "prompt_logprobs": 1},
     )
-    answer = Response(Heard(index=0, planned_s=0.0), keep_text=False)
+    answer = Response(Transcript(index=0, planned_s=0.0), keep_text=False)
     await client.exchange(request, answer)
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, LookupError, TypeError):
         body = msgspec.json.decode(b"".join(answer.parts))
@@ -254,7 +257,7 @@ def _rewrite(path: Path, judged: Sequence[Judged]) -> None:
     new.replace(path)
 
 
-def _asked(job: Job) -> dict[str, Any]:
+def _load_fields(job: Job) -> dict[str, Any]:
     """The fields of a result that describe the load."""
     same = set(Job.__struct_fields__) & set(Chaos.__struct_fields__) - {"target", "name"}
     fields = {name: getattr(job, name) for name in same}
@@ -270,25 +273,41 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="its name in requests; the only one served, if not given")
     add("--endpoint", choices=["completions", "chat"], default="completions")
     access.arguments(add)
-    add("--workload", required=True, help="what to send: see bench/traffic/workload.py")
-    add("--requests", type=int, required=True, help="so many at least")
-    add("--users", type=int, required=True, help="requests at once")
-    add("--distinct", type=int, default=64, help="distinct prompts, asked again and again")
+    add("--workload", required=True, help="the requests: see docs/benchmarking.md")
+    add("--requests", type=int, required=True, help="the least number of requests")
+    add("--users", type=int, required=True, help="concurrent requests")
+    add("--distinct", type=int, default=64, help="distinct prompts, each sent many times")
     add("--whole", type=float, default=0.0, help="share of requests that are not streamed")
     add("--think", type=float, default=0.0, help="seconds of a user between two requests")
-    add("--most-think", type=float, default=0.0, help="drawn for each pause, --think at least")
-    about = "whether each user keeps its connection between its requests; default: it does"
+    add(
+        "--most-think",
+        type=float,
+        default=0.0,
+        help="longest random pause; --think: shortest",
+    )
+    about = "keep each user's connection between its requests (the default)"
     add("--keep-alive", action=argparse.BooleanOptionalAction, default=True, help=about)
-    add("--disturb", action="append", default=[], help="what happens: see bench/faults/disturb.py")
-    add("--pid", type=int, action="append", default=[], help="only what is below may be disturbed")
-    add("--session", default="", help="of Ray: only what is below its raylets may be disturbed")
-    add("--tie-margin", type=float, default=0.02, help="nats that a greedy choice may be off by")
+    add("--disturb", action="append", default=[], help="a disturbance: see bench/faults/disturb.py")
+    add(
+        "--pid",
+        type=int,
+        action="append",
+        default=[],
+        help="disturb only its process tree",
+    )
+    add("--session", default="", help="session of Ray: disturb only children of its raylets")
+    add(
+        "--tie-margin",
+        type=float,
+        default=0.02,
+        help="nats within which choices tie",
+    )
     add("--gap", type=float, default=0.5, help="seconds of silence that count as a pause")
-    add("--most", type=float, help="seconds after which the load ends in any case")
+    add("--most", type=float, help="seconds after which the load ends")
     add("--timeout", type=float, default=600.0, help="seconds of one request")
     add("--extra", type=json_object, default={}, help="more fields of each request, as JSON")
     add("--seed", type=int, default=0)
-    add("--name", default="", help="of the run, in reports")
+    add("--name", default="", help="the name of the run in reports")
     add("--out", type=Path, required=True, help="folder of the result")
 
 
@@ -324,7 +343,7 @@ def command(options: argparse.Namespace) -> Line:
 
 
 def _cluster(job: Job, options: argparse.Namespace) -> Cluster | None:
-    """Whose processes may be disturbed; None where nothing needs to know."""
+    """The processes that may be disturbed; None if no disturbance needs to know."""
     if options.pid or options.session:
         return Cluster(pids=options.pid, session=options.session)
     parsed = [disturb.parse(text) for text in job.disturb]

@@ -16,13 +16,13 @@ from bench.faults.gaps import Lengths
 from bench.figures import Event
 from bench.measure import Measures
 from bench.result import Asked
-from bench.traffic.heard import Heard
+from bench.traffic.transcript import Transcript
 
 _EXAMPLES = 50
 _BEFORE, _AFTER = 4, 12  # What of an answer is shown around the place of a fault.
 
 
-class Judged(Heard, kw_only=True):
+class Judged(Transcript, kw_only=True):
     """A record with its verdict and, of a stream, its longest silence: what is kept in the end.
 
     `stalled_s` of that silence the machine let nobody run.

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from bench import interval
-from bench.traffic.heard import Heard
+from bench.traffic.transcript import Transcript
 
 # What was on its way, and what notices a death, takes so long at most: a silence that begins later
 # has another cause.
@@ -30,16 +30,16 @@ class Span(msgspec.Struct, frozen=True):
         return self.to_s - self.from_s
 
 
-def longest(heard: Heard) -> Span | None:
+def longest(transcript: Transcript) -> Span | None:
     """The longest silence of a stream, the one before its first event among them.
 
     None for an answer in one piece, which is silent all the time, and for what was refused.
     """
-    if heard.whole or heard.sent_s is None or heard.status != 200:
+    if transcript.whole or transcript.sent_s is None or transcript.status != 200:
         return None
-    times = [heard.sent_s, *heard.chunk_s]
-    if heard.end_s is not None:
-        times.append(heard.end_s)
+    times = [transcript.sent_s, *transcript.chunk_s]
+    if transcript.end_s is not None:
+        times.append(transcript.end_s)
     spans = [Span(*pair) for pair in pairwise(times)]
     return max(spans, key=lambda span: span.lasted_s, default=None)
 
@@ -49,12 +49,12 @@ def felt(disturbance: Span) -> Span:
     return Span(disturbance.from_s, disturbance.to_s + _LATE_S)
 
 
-def met(heard: Heard, disturbance: Span) -> bool:
+def met(transcript: Transcript, disturbance: Span) -> bool:
     """Whether an answer was under way while something was disturbed."""
-    if heard.sent_s is None:
+    if transcript.sent_s is None:
         return False
-    end_s = heard.sent_s if heard.end_s is None else heard.end_s
-    return heard.sent_s <= disturbance.to_s and end_s >= disturbance.from_s
+    end_s = transcript.sent_s if transcript.end_s is None else transcript.end_s
+    return transcript.sent_s <= disturbance.to_s and end_s >= disturbance.from_s
 
 
 def cause(silence: Span, disturbances: Sequence[Span]) -> int | None:

@@ -1,4 +1,4 @@
-"""Users who ask the same prompts again and again, and keep all that they hear: a closed loop.
+"""Users who ask the same prompts again and again, and keep the whole transcript: a closed loop.
 
 All of them share one event loop. Each has a connection of its own, which it keeps between its
 requests as the clients of a service do, or opens for each request.
@@ -16,10 +16,10 @@ import msgspec
 from bench import records
 from bench.progress import Line, Progress
 from bench.traffic.client import Client
-from bench.traffic.heard import Heard, hear
 from bench.traffic.request import Request
 from bench.traffic.response import Response
 from bench.traffic.target import Target
+from bench.traffic.transcript import Transcript, transcribe
 
 # A user whose request failed asks again only then: a server that refuses all would otherwise use
 # up the requests of a run in a second.
@@ -70,7 +70,7 @@ class Users:
         self._order: list[int] = []
         self._sent = self._running = self._failed = self._tokens = 0
         self._line = Line(label="disturbed ")
-        self.heard: list[Heard] = []
+        self.transcripts: list[Transcript] = []
 
     async def run(self) -> None:
         with contextlib.ExitStack() as open_clients:
@@ -85,7 +85,7 @@ class Users:
         while not self._over():
             index = self._sent
             self._sent += 1
-            record = Heard(
+            record = Transcript(
                 index=index,
                 planned_s=self._clock(),
                 user=user,
@@ -116,8 +116,8 @@ class Users:
             self._rng.shuffle(self._order)
         return self._order.pop()
 
-    def _take(self, record: Heard) -> None:
-        self.heard.append(record)
+    def _take(self, record: Transcript) -> None:
+        self.transcripts.append(record)
         records.append(self._path, [record])
         self._failed += not record.ok
         self._tokens += record.output_tokens or 0
@@ -127,7 +127,7 @@ class Users:
                 planned=self._count,
                 sent=self._sent,
                 running=self._running,
-                done=len(self.heard),
+                done=len(self.transcripts),
                 failed=self._failed,
                 tokens=self._tokens,
             )
@@ -146,10 +146,10 @@ def client(target: Target, clock: Callable[[], float], keep_alive: bool = True) 
     return Client(msgspec.structs.replace(target, extra=extra, **options), clock)
 
 
-async def ask(session: Client, request: Request, record: Heard) -> None:
+async def ask(session: Client, request: Request, record: Transcript) -> None:
     """Send a request and fill in its record. Raises nothing but cancellation."""
     if record.whole:
         request = msgspec.structs.replace(request, extra={**request.extra, "stream": False})
     answer = Response(record, keep_text=True)
     await session.exchange(request, answer)
-    hear(record, answer)
+    transcribe(record, answer)

@@ -5,7 +5,7 @@ from starlette.types import Message, Send
 from serve_app import sse
 from serve_app.continuation import Stream
 from serve_app.errors import RequestError
-from serve_app.gateway.failures import Whole
+from serve_app.gateway.failures import WholeResponse
 
 
 class Answer:
@@ -40,7 +40,7 @@ class Answer:
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def whole(self, answer: Whole) -> None:
+    async def whole(self, answer: WholeResponse) -> None:
         length = (b"content-length", str(len(answer.body)).encode())
         await self.begin(answer.status, [*answer.headers, length])
         await self._send({"type": "http.response.body", "body": answer.body})

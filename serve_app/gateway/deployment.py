@@ -26,7 +26,7 @@ from serve_app.gates.front import front
 from serve_app.gates.keys import KeyGate, check_exposure
 from serve_app.gates.limits import LimitGate
 from serve_app.gateway import routing
-from serve_app.gateway.fleet import Fleet, Found, listen
+from serve_app.gateway.fleet import Fleet, RunningReplicas, listen
 from serve_app.gateway.models import Models, adapters_of
 from serve_app.gateway.relay import Relay
 from serve_app.observe.observation import Observation
@@ -98,7 +98,7 @@ class Gateway:
         replicas = Fleet()
         router = routing.make(self._settings.gateway.routing, random.Random())
 
-        def replace(discovered: Found) -> None:
+        def replace(discovered: RunningReplicas) -> None:
             for gone in replicas.update(discovered):
                 router.forget(gone)
 

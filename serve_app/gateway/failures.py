@@ -1,4 +1,4 @@
-"""Why a replica gave no answer, or not all of it: what the relay decides by."""
+"""How a replica can fail to answer a request, or to complete its answer."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ FAILURES = ("connection", "died", "malformed", "restarting", "silent")
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A response that came in one piece."""
+class WholeResponse:
+    """A response that is not streamed."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -17,7 +17,7 @@ class Whole:
 
     @property
     def message(self) -> str:
-        """Of an error in JSON; otherwise the beginning of the body."""
+        """The message of an error in JSON, or else the beginning of the body."""
         try:
             return str(msgspec.json.decode(self.body)["error"]["message"])
         except (msgspec.DecodeError, KeyError, TypeError):
@@ -27,7 +27,7 @@ class Whole:
 class Busy(Exception):
     """A replica is full. Its answer is kept for the case that all replicas are full."""
 
-    def __init__(self, refusal: Whole) -> None:
+    def __init__(self, refusal: WholeResponse) -> None:
         super().__init__(f"status {refusal.status}")
         self.refusal = refusal
 
@@ -46,6 +46,8 @@ class ReplicaFailed(Exception):
 
     @property
     def died(self) -> bool:
-        """Whether it may have been this request that ended it. All requests of a silent replica
-        fall silent, so that says nothing of one of them."""
+        """Whether this request may have killed the replica.
+
+        A silent replica is silent for all its requests, so none of them is suspected.
+        """
         return self.kind in ("died", "malformed")

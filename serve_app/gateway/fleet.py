@@ -79,7 +79,7 @@ class Fleet:
     _all: dict[str, Upstream] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def update(self, replicas: "Found") -> list[str]:
+    def update(self, replicas: "RunningReplicas") -> list[str]:
         """Replace all replicas by those that Ray Serve reports; returns the names that are gone.
 
         A replica that was known before keeps its load and its failures.
@@ -143,8 +143,8 @@ class Fleet:
 
 
 # (name, metadata) of every replica that runs.
-Found = list[tuple[str, Mapping[str, Any]]]
-Listener = Callable[[Found], None]
+RunningReplicas = list[tuple[str, Mapping[str, Any]]]
+Listener = Callable[[RunningReplicas], None]
 # By deployment: what in this process is called with its replicas.
 _listeners: dict[str, Listener] = {}
 
@@ -153,7 +153,7 @@ def listen(deployment: str, listener: Listener) -> None:
     """Call `listener` in the current event loop whenever replicas of a deployment come or go."""
     loop = asyncio.get_running_loop()
 
-    def notify(replicas: Found) -> None:
+    def notify(replicas: RunningReplicas) -> None:
         loop.call_soon_threadsafe(listener, replicas)
 
     _listeners[deployment] = notify

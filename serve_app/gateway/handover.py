@@ -59,7 +59,7 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class FastStream(Stream):
-    """One stream of chat or completions, from vllm-rs until it is asked for `again`.
+    """One stream of chat or completions, from vllm-rs until it is asked to `restart`.
 
     Args:
         with_ids: whether the client asked for token ids.
@@ -72,15 +72,15 @@ class FastStream(Stream):
         self._finished = self._counted = False
         # Of a continuation: the text and the number of token ids that the client has, how much of
         # them was repeated, and whether an event came.
-        self._known, self._repeated_characters, self._begun = "", 0, False
-        self._sent_ids = self._known_ids = 0
+        self._client_text, self._repeated_characters, self._begun = "", 0, False
+        self._sent_ids = self._client_ids = 0
 
-    def again(self) -> None:
-        super().again()
+    def restart(self) -> None:
+        super().restart()
         self._fast, self._skip = False, 0
         self._texts = ["".join(self._texts)]
-        self._known, self._repeated_characters, self._begun = self._texts[0], 0, False
-        self._known_ids = self._sent_ids
+        self._client_text, self._repeated_characters, self._begun = self._texts[0], 0, False
+        self._client_ids = self._sent_ids
 
     def _new(self, event: bytes) -> bytes | None:
         failed = events.error_code(event) is not None
@@ -122,7 +122,7 @@ class FastStream(Stream):
             return None  # Without token ids it would hold nothing.
         if not self._begun:
             self._begun = True
-            self._names.given(event)
+            self._names.with_first_names(event)
         return event if self._with_ids else _IDS.sub(b"", event)
 
     def _of_full(self, event: bytes, chunk: _Chunk) -> bytes | None:
@@ -133,28 +133,28 @@ class FastStream(Stream):
         """
         if not self._begun:
             self._begun = True
-            self._names.repeated(event)
+            self._names.learn(event)
         if not chunk.choices:
             given, self._counted = self._counted, True
-            return None if given else self._names.given(event)
+            return None if given else self._names.with_first_names(event)
         choice = chunk.choices[0]
-        text = self._after_what_is_known(choice.new_text)
+        text = self._without_client_text(choice.new_text)
         ids = choice.token_ids or []
-        repeated = min(self._known_ids, len(ids))
-        self._known_ids -= repeated
+        repeated = min(self._client_ids, len(ids))
+        self._client_ids -= repeated
         if self._finished or not (text or ids[repeated:] or choice.finish_reason):
             return None
         self._texts.append(text)
         self._sent_ids += len(ids) - repeated
         self._finished = choice.finish_reason is not None
-        event = self._names.given(event)
+        event = self._names.with_first_names(event)
         if text == choice.new_text and not repeated and b'"prompt_token_ids":[' not in event:
             return event
         return _with(event, text, ids[repeated:])
 
-    def _after_what_is_known(self, text: str) -> str:
+    def _without_client_text(self, text: str) -> str:
         start = self._repeated_characters
-        known = self._known[start : start + len(text)]
+        known = self._client_text[start : start + len(text)]
         if not text.startswith(known):
             raise CannotContinue(
                 "The replica that generated this response failed, and another one generated "

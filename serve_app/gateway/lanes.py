@@ -14,10 +14,10 @@ from yarl import URL
 
 from serve_app.continuation import Method, Stream
 from serve_app.gateway.answer import Answer
-from serve_app.gateway.failures import Busy, ReplicaFailed, Whole
+from serve_app.gateway.failures import Busy, ReplicaFailed, WholeResponse
 from serve_app.gateway.fleet import Upstream
 from serve_app.gateway.handover import FastStream
-from serve_app.gateway.place import CONNECT_S, Place, taken
+from serve_app.gateway.place import CONNECT_S, Place, hold
 from serve_app.gateway.request import Request
 from serve_app.gateway.visit import Visit
 from serve_app.lanes import capability
@@ -28,7 +28,7 @@ from serve_app.settings import Limits
 Lane = Literal["fast", "python"]
 # How long idle connections are kept. The server at the other end keeps them for longer, or it would
 # close one under a request: vllm-rs for 75 s (replica/frontends.py), our own for 600.
-_KEPT_FAST_S, _KEPT_FULL_S = 60, 300
+_IDLE_FAST_S, _IDLE_FULL_S = 60, 300
 # What puts more into the events of a stream than text and token ids, by which handover.py goes on.
 _MORE_THAN_TEXT = frozenset({"echo", "logprobs", "top_logprobs", "tools", "tool_choice"})
 # Of a request's headers, what vllm-rs is not shown.
@@ -44,7 +44,7 @@ class Lanes:
 
     def __init__(self, limits: Callable[[], Limits]) -> None:
         self._limits = limits
-        self.full, self._fast = _session(_KEPT_FULL_S), _session(_KEPT_FAST_S)
+        self.full, self._fast = _session(_IDLE_FULL_S), _session(_IDLE_FAST_S)
 
     async def close(self) -> None:
         await self.full.close()
@@ -66,7 +66,7 @@ class Lanes:
                     yield "fast", response
                     return
         async with self._ask_full(visit.replica, request, answer) as response:
-            fail_as_told(response.headers.get(FAILED_HEADER))
+            raise_failure(response.headers.get(FAILED_HEADER))
             yield "python", response
 
     def _may_be_fast(self, replica: Upstream, request: Request) -> bool:
@@ -87,7 +87,7 @@ class Lanes:
         replica = visit.replica
         assert replica.fast is not None
         headers, path, body = request.headers_for(replica), request.path, request.body
-        async with taken(replica.fast.door, replica.token, path, headers, body) as place:
+        async with hold(replica.fast.door, replica.token, path, headers, body) as place:
             if not isinstance(place, Place):
                 if place is not None:
                     _refuse(place)
@@ -116,7 +116,7 @@ class Lanes:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         headers, body = request.headers_for(replica), request.body
         if answer.stream.sent:
-            known = known_of(answer.stream)
+            known = state_of(answer.stream)
             headers.append((CONTINUE_HEADER, str(len(known))))
             body = known + body
         else:
@@ -126,7 +126,7 @@ class Lanes:
             yield response
 
 
-def fail_as_told(how: str | None) -> None:
+def raise_failure(how: str | None) -> None:
     """Raise the failure that the header FAILED_HEADER of a response names, if any.
 
     Raises:
@@ -138,20 +138,20 @@ def fail_as_told(how: str | None) -> None:
         raise ReplicaFailed("its engine failed")
 
 
-def _refuse(refusal: Whole) -> None:
+def _refuse(refusal: WholeResponse) -> None:
     """Raise what a door's refusal means. Of any other the full lane decides itself.
 
     Raises:
         Busy, ReplicaFailed: another replica is to be asked.
     """
-    fail_as_told(dict(refusal.headers).get(FAILED_HEADER.encode(), b"").decode() or None)
+    raise_failure(dict(refusal.headers).get(FAILED_HEADER.encode(), b"").decode() or None)
     if refusal.status in (429, 503):
         raise Busy(refusal)
 
 
-def known_of(stream: Stream) -> bytes:
+def state_of(stream: Stream) -> bytes:
     """The state of an answer, for the engine that continues it."""
-    stream.again()
+    stream.restart()
     repeat = None if isinstance(stream, FastStream) else stream.method is Method.REPEAT
     return msgspec.json.encode(msgspec.structs.replace(stream.progress, repeat=repeat))
 
@@ -179,9 +179,9 @@ def _with_token_ids(body: bytes) -> tuple[bytes, bool]:
     return msgspec.json.encode({**fields, "return_token_ids": True}), False
 
 
-def _session(kept_s: int) -> aiohttp.ClientSession:
+def _session(idle_s: int) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=kept_s),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=idle_s),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         auto_decompress=False,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),

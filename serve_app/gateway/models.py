@@ -78,7 +78,7 @@ class Models:
             return
         if len(self._relays) > 1:
             scope.setdefault("state", {})["model"] = model
-        await _until_left(self._relays[model](request, send), receive)
+        await _until_disconnect(self._relays[model](request, send), receive)
 
     def _model_of(self, request: Request) -> str | None:
         """The name of the model that serves a request; None: there is none of that name."""
@@ -122,14 +122,14 @@ class Models:
         """Keep what the engine of a model lists now, with its adapters."""
         status, body = 0, b""
 
-        async def keep(message: Message) -> None:
+        async def collect(message: Message) -> None:
             nonlocal status, body
             status = message.get("status", status)
             body += message.get("body", b"")
 
         try:
             async with asyncio.timeout(_LIST_S):
-                await self._relays[model](request.listing(_LIST_PATH), keep)
+                await self._relays[model](request.listing(_LIST_PATH), collect)
         except TimeoutError:
             return
         if status == 200:
@@ -170,7 +170,7 @@ async def _reply(send: Send, content: object) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def _until_left(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
+async def _until_disconnect(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
     """Run `answer` to its end, or until the client leaves.
 
     Ray Serve cancels a request whose client left, but not where the client's proxy turned that off

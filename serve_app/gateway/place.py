@@ -1,7 +1,7 @@
 """A place in a replica's engine for one request of the fast lane, from the replica's door.
 
-The gateway speaks to the door as HAProxy does (lanes/door.py): it sends the request in a connection
-of its own, and that connection is the request's place for as long as it is open.
+The gateway speaks to the door as HAProxy does (lanes/door.py): it sends each request over a
+separate connection. The request has its place while this connection is open.
 """
 
 import asyncio
@@ -9,10 +9,10 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from serve_app.gateway.failures import ReplicaFailed, Whole
+from serve_app.gateway.failures import ReplicaFailed, WholeResponse
 from serve_app.lanes.door import SECRET_HEADER
 
-# A replica is on the same network: one that does not take a connection within this is not there.
+# A replica is on the same network. If it accepts no connection within this time, it is gone.
 CONNECT_S = 2.0
 
 
@@ -29,15 +29,15 @@ class Place:
     _writer: asyncio.StreamWriter
 
     def answered(self, status: int) -> None:
-        """Tell the door how vllm-rs answered, where that was not 200."""
+        """Report to the door that vllm-rs did not answer with status 200."""
         self._writer.write(b"status %d\n" % status)
 
 
 @contextlib.asynccontextmanager
-async def taken(
+async def hold(
     door: str, secret: str, path: str, headers: list[tuple[str, str]], body: bytes
-) -> AsyncIterator[Place | Whole | None]:
-    """A place, held until the end of the context; or the refusal; None: the full lane answers it.
+) -> AsyncIterator[Place | WholeResponse | None]:
+    """A place that is held until the end of the context; or a refusal; or None: use the full lane.
 
     Raises:
         ReplicaFailed: the door takes no connection, or closed it without an answer.
@@ -49,13 +49,13 @@ async def taken(
     except OSError as error:  # A timeout is one as well.
         raise ReplicaFailed(f"its door takes no connection: {error}", "connection") from error
     try:
-        writer.write(_asked(secret, path, headers, body))
+        writer.write(_request_bytes(secret, path, headers, body))
         yield await _answer(reader, writer)
     finally:
         writer.close()
 
 
-def _asked(secret: str, path: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
+def _request_bytes(secret: str, path: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
     lines = [
         f"POST {path} HTTP/1.1",
         f"{SECRET_HEADER.decode()}: {secret}",
@@ -67,7 +67,7 @@ def _asked(secret: str, path: str, headers: list[tuple[str, str]], body: bytes) 
 
 async def _answer(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> Place | Whole | None:
+) -> Place | WholeResponse | None:
     try:
         while (words := (await reader.readline()).split())[:1] == [b"wait"]:
             pass  # In the queue. The gateway's own timeout bounds it.
@@ -79,7 +79,7 @@ async def _answer(
             case [b"refuse", status, head_bytes, body_bytes]:
                 head = await reader.readexactly(int(head_bytes))
                 body = await reader.readexactly(int(body_bytes))
-                return Whole(int(status), _headers(head), body)
+                return WholeResponse(int(status), _headers(head), body)
     except (OSError, asyncio.IncompleteReadError) as error:
         raise ReplicaFailed(f"its door gave no answer: {error}") from error
     raise ReplicaFailed("its door closed the connection without an answer")

@@ -29,7 +29,7 @@ from serve_app.errors import (
 )
 from serve_app.gateway.accounts import Accounts, Attempts
 from serve_app.gateway.answer import Answer
-from serve_app.gateway.failures import FAILURES, Busy, ReplicaFailed, Whole
+from serve_app.gateway.failures import FAILURES, Busy, ReplicaFailed, WholeResponse
 from serve_app.gateway.fleet import Fleet, Upstream
 from serve_app.gateway.lanes import Lane, Lanes
 from serve_app.gateway.request import HOP_HEADERS, Request
@@ -43,7 +43,7 @@ from serve_app.settings import Gateway, Limits
 logger = logging.getLogger("serve_app")
 
 # How soon those that were full are asked again to go on with an answer.
-_AGAIN_S = 0.2
+_RETRY_S = 0.2
 # A second death counts against a request unless its answer went on by so many tokens in between.
 _INNOCENT = 8
 
@@ -149,7 +149,7 @@ class Relay:
                 if time.monotonic() > busy_until_s:
                     raise Unavailable("Every replica is full.", retry_after_s=1.0) from busy
                 request.tried.clear()
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_S)
             except ReplicaFailed as failure:
                 request.tried.append(replica.name)
                 if failure.kind == "restarting":
@@ -158,16 +158,16 @@ class Relay:
                     self.replicas.failed(replica)
                 request.unreported()
                 self._router.forget(replica.name)
-                went_on = len(answer.stream.progress.groups) - sent_before >= _INNOCENT
+                progressed = len(answer.stream.progress.groups) - sent_before >= _INNOCENT
                 metrics.failed_attempts.labels(self._model, failure.kind).inc()
                 logger.warning(
                     "replica %s failed: %s", replica.name, failure, extra={"request_id": request.id}
                 )
-                self._may_go_on(failure, request, answer.stream, went_on)
+                self._require_another_attempt(failure, request, answer.stream, progressed)
                 metrics.continuations.labels(self._model, _how(answer.stream)).inc()
 
-    def _may_go_on(
-        self, failure: "ReplicaFailed", request: Request, stream: Stream, went_on: bool
+    def _require_another_attempt(
+        self, failure: "ReplicaFailed", request: Request, stream: Stream, progressed: bool
     ) -> None:
         """Whether another replica may be asked.
 
@@ -176,7 +176,7 @@ class Relay:
         """
         request.attempts += 1
         if failure.died:
-            request.deaths = 1 if went_on else request.deaths + 1
+            request.deaths = 1 if progressed else request.deaths + 1
         if request.deaths >= self._settings.max_deaths:
             raise Poison(f"{request.deaths} replicas failed while they processed this request.")
         if request.attempts >= self._settings.max_attempts:
@@ -251,7 +251,7 @@ async def _received(
     """
     headers = [*_forwarded_headers(response), (LANE_HEADER, lane.encode())]
     if response.content_type != "text/event-stream":
-        whole = Whole(response.status, headers, await response.read())
+        whole = WholeResponse(response.status, headers, await response.read())
         if response.status in (429, 503):
             raise Busy(whole)
         if answer.begun:

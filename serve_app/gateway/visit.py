@@ -64,7 +64,7 @@ class Visits:
         self._replicas = replicas
         self._all: set[Visit] = set()
         self._restarts: set[asyncio.Task[None]] = set()
-        self._watch = asyncio.create_task(self._give_up_what_stalls())
+        self._watch = asyncio.create_task(self._fail_stalled_visits())
 
     def close(self) -> None:
         for task in (self._watch, *self._restarts):
@@ -79,7 +79,7 @@ class Visits:
         finally:
             self._all.discard(made)
 
-    async def _give_up_what_stalls(self) -> None:
+    async def _fail_stalled_visits(self) -> None:
         pings: dict[_Watched, asyncio.Task[bool]] = {}
         while True:
             await asyncio.sleep(min(1.0, self._stall_timeout_s / 4))

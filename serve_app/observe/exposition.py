@@ -32,8 +32,8 @@ class Exposition:
             await self.app(scope, receive, send)
             return
         encode, content_type = choose_encoder(Headers(scope=scope).get("accept", ""))
-        who = metrics.tenant_label(tenant.get()) if self._by_tenant else None
-        body = encode(_Seen(who))
+        tenant_name = metrics.tenant_label(tenant.get()) if self._by_tenant else None
+        body = encode(_FilteredRegistry(tenant_name))
         headers = [
             (b"content-type", content_type.encode()),
             (b"content-length", str(len(body)).encode()),
@@ -42,22 +42,28 @@ class Exposition:
         await send({"type": "http.response.body", "body": body})
 
 
-class _Seen:
-    """What prometheus-client's encoders take for a registry."""
+class _FilteredRegistry:
+    """A registry for prometheus-client's encoders, restricted to one tenant if one is named."""
 
-    def __init__(self, who: str | None) -> None:
-        self._who = who
+    def __init__(self, tenant_name: str | None) -> None:
+        self._tenant_name = tenant_name
 
     def collect(self) -> Iterator[Metric]:
         families = REGISTRY.collect()
-        return iter(families if self._who is None else of_tenant(families, self._who))
+        return iter(
+            families if self._tenant_name is None else of_tenant(families, self._tenant_name)
+        )
 
 
-def of_tenant(families: Iterable[Metric], who: str) -> Iterator[Metric]:
+def of_tenant(families: Iterable[Metric], tenant_name: str) -> Iterator[Metric]:
     """The families without the series of other tenants."""
     for family in families:
-        own = [sample for sample in family.samples if sample.labels.get("tenant", who) == who]
-        seen = Metric(family.name, family.documentation, family.type, family.unit)
-        seen.samples = own
+        own = [
+            sample
+            for sample in family.samples
+            if sample.labels.get("tenant", tenant_name) == tenant_name
+        ]
+        filtered = Metric(family.name, family.documentation, family.type, family.unit)
+        filtered.samples = own
         if own or not family.samples:
-            yield seen
+            yield filtered

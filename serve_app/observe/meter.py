@@ -216,7 +216,7 @@ class _Answer:
     def final_status(self) -> int:
         """What it came to: a stream that broke off after its 200 did not succeed."""
         if self.left and not self._over:
-            return metrics.LEFT
+            return metrics.CLIENT_LEFT
         broken = self.code or self._failure or self.raised or not self._over
         if self.status == 200 and broken:
             return 500
@@ -235,7 +235,7 @@ class _Answer:
             return None
         if not self._over:
             return "broken_off"
-        return output.whole_failure(self._body) or "error"
+        return output.failure_code(self._body) or "error"
 
     def meets_slo(self, goal: Replicas, sequences: int) -> bool | None:
         """Whether the request met the objective; None if it does not count."""

@@ -37,7 +37,7 @@ _DURATION_S = _steps(0.01, 600.0, 1.5)
 _WAIT_S = _steps(0.001, 60.0, 2.0)
 
 # The status of a request whose client left before the end of its answer, as of nginx.
-LEFT = 499
+CLIENT_LEFT = 499
 
 # --- requests, counted where clients reach us: the gateway, or a replica without one (meter.py) ---
 

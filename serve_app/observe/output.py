@@ -1,5 +1,6 @@
-"""What an answer says of itself, as far as the meter asks: whether output has begun, how long it
-is, and why it failed. Nothing of what it is about is looked at.
+"""What the meter reads from an answer: whether output has begun, its length, and why it failed.
+
+The content is not examined.
 """
 
 from collections.abc import Iterator
@@ -34,8 +35,8 @@ class Usage(msgspec.Struct):
     output_tokens: Any = None
 
 
-class Whole(msgspec.Struct):
-    """What is read of an answer in one piece."""
+class _Answer(msgspec.Struct):
+    """The fields of a non-streamed answer that are read."""
 
     usage: Usage | None = None
     error: Any = None
@@ -47,9 +48,9 @@ def begins_output(data: bytes) -> bool:
     return any(_is_output(event) for event in _events(data))
 
 
-def whole_failure(body: bytes) -> str | None:
-    """The word for what went wrong, from the body of an answer in one piece."""
-    answer = _whole(body)
+def failure_code(body: bytes) -> str | None:
+    """The code of the error in the body of a non-streamed answer."""
+    answer = _answer(body)
     if answer is None or not isinstance(answer.error, dict):
         return None
     return _word(answer.error)
@@ -57,7 +58,7 @@ def whole_failure(body: bytes) -> str | None:
 
 def output_tokens(body: bytes) -> int | None:
     """The number of tokens that a non-streamed answer states."""
-    answer = _whole(body)
+    answer = _answer(body)
     if answer is None or answer.usage is None:
         return None
     for count in (answer.usage.completion_tokens, answer.usage.output_tokens):
@@ -67,20 +68,17 @@ def output_tokens(body: bytes) -> int | None:
 
 
 def usage(data: bytes) -> tuple[int, int, int] | None:
-    """Prompt, cached and output tokens, as an answer or the last events of a stream say them."""
-    for whole in (
-        data,
-        *reversed(list(sse.data_lines(data))),
-    ):
+    """Prompt, cached and output tokens, from an answer or the last events of a stream."""
+    for text in (data, *reversed(list(sse.data_lines(data)))):
         try:
-            parsed = msgspec.json.decode(whole, type=_Said)
+            parsed = msgspec.json.decode(text, type=_Counted)
         except (msgspec.MsgspecError, RecursionError):
             continue
         counts = parsed.usage or (parsed.response.usage if parsed.response else None)
         if counts is None:
             continue
-        made = counts.completion_tokens or counts.output_tokens
-        return counts.prompt, counts.cached, made or 0
+        output = counts.completion_tokens or counts.output_tokens
+        return counts.prompt, counts.cached, output or 0
     return None
 
 
@@ -121,8 +119,8 @@ class _Response(msgspec.Struct):
     usage: _Counts | None = None
 
 
-class _Said(msgspec.Struct):
-    """An answer in one piece, an event of a stream, or one of the Responses API."""
+class _Counted(msgspec.Struct):
+    """A non-streamed answer, an event of a stream, or an event of the Responses API."""
 
     usage: _Counts | None = None
     response: _Response | None = None
@@ -157,15 +155,15 @@ def _has_output(choice: dict[str, Any]) -> bool:
 
 
 def _word(error: dict[str, Any]) -> str:
-    """A stable word of an error: its code, if that is one, or its type."""
+    """A stable name of an error: its code if it is one word, or its type."""
     for value in (error.get("code"), error.get("type")):
         if isinstance(value, str) and value.replace("_", "").isalnum() and len(value) < 64:
             return value
     return "error"
 
 
-def _whole(body: bytes) -> Whole | None:
+def _answer(body: bytes) -> _Answer | None:
     try:
-        return msgspec.json.decode(body, type=Whole)
+        return msgspec.json.decode(body, type=_Answer)
     except (msgspec.MsgspecError, RecursionError):
         return None

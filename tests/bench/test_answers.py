@@ -1,4 +1,4 @@
-"""Right or wrong: answers with planted faults, and the events of a stream as they were heard."""
+"""Right or wrong: answers with planted faults, and the events of a stream as they arrived."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import pytest
 
 from bench.faults import answers
 from bench.faults.answers import Alignment, Right, align, compare, ends, margins, may_tie
-from bench.traffic.heard import Heard, events, hear
 from bench.traffic.response import Response
+from bench.traffic.transcript import Transcript, events, transcribe
 
 TOKENS = [17, 4, 99, 23, 8, 61, 5, 42, 77, 31, 12, 64, 3, 88, 29, 50, 71, 9, 36, 15]
 
@@ -17,7 +17,7 @@ def text(tokens: list[int]) -> str:
     return "".join(f" t{token}" for token in tokens)
 
 
-def heard_of(tokens: list[int] | None = None, **more: Any) -> Heard:
+def heard_of(tokens: list[int] | None = None, **more: Any) -> Transcript:
     tokens = TOKENS if tokens is None else tokens
     fields = {
         "index": 0,
@@ -32,7 +32,7 @@ def heard_of(tokens: list[int] | None = None, **more: Any) -> Heard:
         "dones": 1,
         "asked_output_tokens": len(TOKENS),
     }
-    return Heard(**{**fields, **more})
+    return Transcript(**{**fields, **more})
 
 
 RIGHT = Right(
@@ -95,7 +95,7 @@ def test_the_right_answer_has_no_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heard", "faults"),
+    ("transcript", "faults"),
     [
         (heard_of(TOKENS[:9] + TOKENS[6:]), ["doubled"]),
         (heard_of(TOKENS[:9] + TOKENS[11:]), ["missing"]),
@@ -116,8 +116,8 @@ def test_the_right_answer_has_no_fault() -> None:
         (heard_of(TOKENS[:9] + TOKENS[6:8], error="error event: x"), ["lost", "doubled"]),
     ],
 )
-def test_each_fault_is_told_from_the_others(heard: Heard, faults: list[str]) -> None:
-    assert compare(heard, RIGHT).faults == faults
+def test_each_fault_is_told_from_the_others(transcript: Transcript, faults: list[str]) -> None:
+    assert compare(transcript, RIGHT).faults == faults
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_a_token_that_the_server_does_not_name_is_no_tie() -> None:
 
 
 def test_only_a_whole_answer_with_a_real_end_can_be_a_tie() -> None:
-    def can(heard: Heard, right: Right = RIGHT) -> bool:
-        return may_tie(heard, compare(heard, right), frozenset({2}))
+    def can(transcript: Transcript, right: Right = RIGHT) -> bool:
+        return may_tie(transcript, compare(transcript, right), frozenset({2}))
 
     other = [*TOKENS[:9], *range(200, 211)]
     assert can(heard_of(other))
@@ -215,15 +215,17 @@ def test_all_faults_have_a_name() -> None:
     assert tuple(worst.faults) == answers.FAULTS
 
 
-# --- what was heard -------------------------------------------------------------------------
+# --- transcripts ---------------------------------------------------------------------------------
 
 
-def heard(*parts: bytes, cut: str = "", streamed: bool = True, status: int = 200) -> Heard:
-    record = Heard(index=0, planned_s=0.0, status=status)
+def transcript_of(
+    *parts: bytes, cut: str = "", streamed: bool = True, status: int = 200
+) -> Transcript:
+    record = Transcript(index=0, planned_s=0.0, status=status)
     answer = Response(record, keep_text=True)
     answer.parts, answer.times = list(parts), [float(n) for n in range(len(parts))]
     answer.streamed, answer.cut = streamed, cut
-    return hear(record, answer)
+    return transcribe(record, answer)
 
 
 def test_events_have_the_time_of_the_piece_that_completes_them() -> None:
@@ -233,7 +235,7 @@ def test_events_have_the_time_of_the_piece_that_completes_them() -> None:
 
 
 def test_a_stream_is_kept_whole() -> None:
-    record = heard(
+    record = transcript_of(
         b'data: {"id":"a","choices":[{"text":" x","token_ids":[7],"prompt_token_ids":[1,2]}]}\n\n',
         b'data: {"id":"a","choices":[{"text":"","token_ids":[8]}]}\n\n',
         b'data: {"id":"b","choices":[{"text":" y","token_ids":[9],"finish_reason":"stop"}]}\n\n',
@@ -253,7 +255,7 @@ def test_a_stream_is_kept_whole() -> None:
 def test_a_chat_names_its_role_once() -> None:
     begin = b'data: {"id":"a","choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
     word = b'data: {"id":"a","choices":[{"delta":{"content":"Hi"},"token_ids":[3]}]}\n\n'
-    record = heard(begin, word, begin, word)
+    record = transcript_of(begin, word, begin, word)
     assert (record.roles, record.text, record.token_ids) == (2, "HiHi", [3, 3])
 
 
@@ -269,7 +271,7 @@ def test_a_chat_names_its_role_once() -> None:
     ],
 )
 def test_what_went_wrong_with_a_stream(parts: list[bytes], cut: str, error: str) -> None:
-    assert heard(*parts, cut=cut).error == error
+    assert transcript_of(*parts, cut=cut).error == error
 
 
 def test_an_answer_in_one_piece() -> None:
@@ -277,10 +279,10 @@ def test_an_answer_in_one_piece() -> None:
         b'{"id":"a","choices":[{"text":"x","token_ids":[7],"finish_reason":"stop"}],'
         b'"usage":{"prompt_tokens":2,"completion_tokens":1}}'
     )
-    record = heard(body, streamed=False)
+    record = transcript_of(body, streamed=False)
     assert (record.error, record.text, record.token_ids) == ("", "x", [7])
     assert (record.finish_reasons, record.usages) == (["stop"], [(2, 1)])
-    assert heard(b'{"error":{"message":"no room"}}', streamed=False, status=503).error == (
+    assert transcript_of(b'{"error":{"message":"no room"}}', streamed=False, status=503).error == (
         "http 503: no room"
     )
-    assert heard(body[:20], streamed=False, cut="cut: closed").error == "cut: closed"
+    assert transcript_of(body[:20], streamed=False, cut="cut: closed").error == "cut: closed"

@@ -112,10 +112,10 @@ def test_what_is_right_is_valid_and_others_are_killed_meanwhile(tmp_path: Path) 
     saved = result.read(tmp_path, chaos=Chaos)
     assert saved.benchmark == "chaos"
     assert len(saved.done) == 5
-    heard = records(tmp_path)
-    assert [record.index for record in heard] == list(range(request))
-    assert {record.prompt for record in heard} == set(range(DISTINCT))
-    assert all(len(record.token_ids or []) == TOKENS for record in heard)
+    transcripts = records(tmp_path)
+    assert [record.index for record in transcripts] == list(range(request))
+    assert {record.prompt for record in transcripts} == set(range(DISTINCT))
+    assert all(len(record.token_ids or []) == TOKENS for record in transcripts)
     page = (tmp_path / "report.html").read_text()
     assert "Nothing was lost, doubled, missing or different." in page
     assert "kill-replica" in page

@@ -15,7 +15,7 @@ from bench.faults.disturb import Due, parse, planned
 from bench.faults.disturber import Disturber
 from bench.faults.gaps import Span
 from bench.faults.victims import Cluster, ClusterError, of_url, title
-from bench.traffic.heard import Heard
+from bench.traffic.transcript import Transcript
 from tests.server import wait
 from tests.services import fleet
 
@@ -353,10 +353,10 @@ def test_that_nobody_is_there_is_said_before_the_run(
 # --- silences -------------------------------------------------------------------------------
 
 
-def stream(*times_s: float, **more: object) -> Heard:
+def stream(*times_s: float, **more: object) -> Transcript:
     sent_s, *chunk_s, end_s = times_s
     fields = {"index": 0, "planned_s": 0.0, "status": 200, **more}
-    return Heard(sent_s=sent_s, chunk_s=chunk_s, end_s=end_s, **fields)  # type: ignore[arg-type]
+    return Transcript(sent_s=sent_s, chunk_s=chunk_s, end_s=end_s, **fields)  # type: ignore[arg-type]
 
 
 def test_the_longest_silence_may_come_before_the_first_event() -> None:

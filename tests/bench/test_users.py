@@ -38,7 +38,7 @@ async def test_each_user_keeps_a_connection_of_its_own(
     async with serving(Options(), PORT) as server:
         loop = users(tmp_path, keep_alive=keep_alive)
         await loop.run()
-        assert [record.error for record in loop.heard] == [""] * 12
+        assert [record.error for record in loop.transcripts] == [""] * 12
         assert server.accepted == connections
 
 

@@ -98,7 +98,7 @@ def test_a_stream_continues_by_its_text(
             if not stream.sent:
                 stream = FastStream(ids)  # As the relay does: nothing is to be continued.
             else:
-                stream.again()
+                stream.restart()
         fresh = not stream.sent
         written = fast(texts, chat, usage) if fresh else full(texts, chat, usage, ids)
         raw = b"".join(written)
@@ -175,7 +175,7 @@ def test_an_error_of_the_fast_lane_is_a_failed_replica(error: bytes) -> None:
 def test_an_error_of_the_full_lane_is_the_end() -> None:
     stream = FastStream()
     stream.events(b"".join(fast(["a", "b"], chat=False)[:2]))
-    stream.again()
+    stream.restart()
     error = b'data: {"error":{"message":"x"}}'
     assert stream.events(error + b"\n\ndata: [DONE]\n\n") == [error, b"data: [DONE]"]
     assert stream.ended
@@ -184,7 +184,7 @@ def test_an_error_of_the_full_lane_is_the_end() -> None:
 def test_a_text_that_comes_out_otherwise_is_an_error() -> None:
     stream = FastStream()
     stream.events(b"".join(fast(["ab", "c"], chat=False)[:2]))
-    stream.again()
+    stream.restart()
     with pytest.raises(CannotContinue):
         stream.events(b"".join(full(["ax", "c"], chat=False)))
 
@@ -193,7 +193,7 @@ def test_what_no_engine_can_continue_is_an_error() -> None:
     stream = FastStream()
     stream.events(b"".join(fast(["ab", "c"], chat=False)[:2]))
     assert stream.continuable, "nobody has said how it goes on"
-    stream.again()
+    stream.restart()
     with pytest.raises(CannotContinue):
         stream.events(b"".join(full(["ab", "c"], chat=False, method="never")))
     assert stream.method is Method.NEVER

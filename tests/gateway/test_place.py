@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.registry import REGISTRY
 
 from serve_app.gates.limits import LimitGate
-from serve_app.gateway.failures import ReplicaFailed, Whole
-from serve_app.gateway.place import Place, taken
+from serve_app.gateway.failures import ReplicaFailed, WholeResponse
+from serve_app.gateway.place import Place, hold
 from serve_app.lanes.door import Door
 from serve_app.replica.backend import FAILED_HEADER, TENANT_HEADER, TOKEN_HEADER, Backend
 from serve_app.replica.reports import Ended
@@ -32,10 +32,10 @@ class Fast(Replica):
 
     def ask(
         self, request_id: str = "r1", **more: str
-    ) -> AbstractAsyncContextManager[Place | Whole | None]:
+    ) -> AbstractAsyncContextManager[Place | WholeResponse | None]:
         headers = {"content-type": "application/json", TOKEN_HEADER: SECRET, **more}
         headers["x-request-id"] = request_id
-        return taken(self.door.address, SECRET, "/v1/completions", [*headers.items()], BODY)
+        return hold(self.door.address, SECRET, "/v1/completions", [*headers.items()], BODY)
 
     def ended(self, request_id: str) -> None:
         self.ends.tell(Ended(f"cmpl-{request_id}-0123abcd", 5, 7, 1.0, 2.0, 3.0, "length"))
@@ -93,18 +93,18 @@ async def test_both_lanes_share_one_queue(replica: Fast) -> None:
         for number in range(2):
             assert isinstance(await held.enter_async_context(replica.ask(f"r{number}")), Place)
 
-        async def refused() -> Whole | Place | None:
+        async def refused() -> WholeResponse | Place | None:
             async with replica.ask("r9") as answer:
                 return answer
 
         waiting = [asyncio.ensure_future(refused()) for _ in range(2)]
         await until(lambda: replica.admission.queued == 2)
         full = await refused()
-        assert isinstance(full, Whole)
+        assert isinstance(full, WholeResponse)
         assert (full.status, dict(full.headers)[b"retry-after"]) == (429, b"1")
         assert full.message
         for late in await asyncio.gather(*waiting):
-            assert isinstance(late, Whole)
+            assert isinstance(late, WholeResponse)
             assert late.status == 503
         for number in range(2):
             replica.ended(f"r{number}")
@@ -114,14 +114,14 @@ async def test_both_lanes_share_one_queue(replica: Fast) -> None:
 async def test_an_engine_that_restarts_is_reported_at_the_door(replica: Fast) -> None:
     replica.healthy = False
     async with replica.ask() as answer:
-        assert isinstance(answer, Whole)
+        assert isinstance(answer, WholeResponse)
         assert (answer.status, dict(answer.headers)[FAILED_HEADER.encode()]) == (502, b"absent")
     await replica.settled()
 
 
 async def test_a_door_that_is_gone_or_does_not_know_who_asks(replica: Fast) -> None:
     with pytest.raises(ReplicaFailed, match="closed the connection"):
-        async with taken(replica.door.address, "guessed", "/v1/completions", [], BODY):
+        async with hold(replica.door.address, "guessed", "/v1/completions", [], BODY):
             pass
     replica.door.close()
     with pytest.raises(ReplicaFailed, match="takes no connection") as failure:

@@ -154,7 +154,7 @@ async def test_an_answer_in_one_piece_of_the_fast_lane_has_no_first_token(watche
 @pytest.mark.parametrize(
     ("account", "status"),
     [
-        (Timeline(200, left=True), metrics.LEFT),
+        (Timeline(200, left=True), metrics.CLIENT_LEFT),
         (Timeline(200, broken=True), 500),
         (Timeline(400), 400),
     ],

@@ -1,10 +1,10 @@
-"""All that a client heard of one answer: what should come once is kept each time it came.
+"""The transcript of an answer: everything that a client received, repetitions included.
 
-`sse.py` reads what latencies are made of, and of a finish reason or a usage it keeps the last. Here
-the question is whether an answer was right, so everything is kept: every finish reason, usage and
-name of the answer, the ids of the tokens, and what came after the end.
+`sse.py` reads what latencies need, and keeps only the last finish reason and usage. A transcript
+shows whether an answer was right, so it has every finish reason, usage and id of the answer, the
+ids of the tokens, and events after the end.
 
-Pure: it is given a response that is over, with the time at which each piece of it arrived.
+Pure: it is given a response that has ended, with the arrival time of each piece.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,19 +18,19 @@ from bench.traffic.sse import UNREADABLE, error_text
 from serve_app.sse import DONE, Reader
 
 
-class Heard(Record, kw_only=True):
-    """A record of one request, with everything that its answer said.
+class Transcript(Record, kw_only=True):
+    """A record of one request, with the content of its answer.
 
     Attributes:
-        prompt: which of the distinct prompts was asked.
-        whole: whether it was asked for in one piece instead of as a stream.
-        token_ids: of the answer, one after the other; None where the server gives none.
-        prompt_token_ids: the prompt as the server read it; None where it does not say.
-        finish_reasons: each that was given.
+        prompt: the number of the prompt among the distinct ones.
+        whole: whether the request was not streamed.
+        token_ids: of the answer, in order; None if the server sends none.
+        prompt_token_ids: the prompt as the server read it; None if it does not say.
+        finish_reasons: all of them.
         usages: prompt and completion tokens of each usage.
-        names: the ids that the answer gave itself, each once.
+        names: the distinct ids of the answer.
         roles: how often the answer began (a chat names its role first).
-        dones: how often [DONE] came.
+        dones: the number of [DONE] events.
         late: events with text or tokens after a finish reason.
     """
 
@@ -46,7 +46,7 @@ class Heard(Record, kw_only=True):
     late: int = 0
 
 
-class _Said(msgspec.Struct, gc=False):
+class _Message(msgspec.Struct, gc=False):
     role: str | None = None
     content: str | None = None
     reasoning_content: str | None = None
@@ -55,8 +55,8 @@ class _Said(msgspec.Struct, gc=False):
 
 class _Choice(msgspec.Struct, gc=False):
     text: str | None = None
-    delta: _Said | None = None
-    message: _Said | None = None
+    delta: _Message | None = None
+    message: _Message | None = None
     finish_reason: str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
@@ -79,11 +79,11 @@ class _Event(msgspec.Struct, gc=False):
 _event = msgspec.json.Decoder(_Event)
 
 
-def hear(record: Heard, answer: Response) -> Heard:
-    """Fill in the record of an answer that is over; returns it.
+def transcribe(record: Transcript, answer: Response) -> Transcript:
+    """Fill in the record of a completed answer, and return it.
 
     Args:
-        answer: as `Client.exchange` left it, not decoded.
+        answer: from `Client.exchange`, not decoded.
     """
     if record.error or not record.status:
         return record
@@ -94,7 +94,7 @@ def hear(record: Heard, answer: Response) -> Heard:
     return record
 
 
-def _stream(record: Heard, answer: Response) -> None:
+def _stream(record: Transcript, answer: Response) -> None:
     texts: list[str] = []
     for kind, data, at_s in events(answer.parts, answer.times):
         if data.strip() == DONE:
@@ -112,7 +112,7 @@ def _stream(record: Heard, answer: Response) -> None:
         record.error = "cut: the stream ended without a finish_reason"
 
 
-def _one_piece(record: Heard, answer: Response) -> None:
+def _one_piece(record: Transcript, answer: Response) -> None:
     body = b"".join(answer.parts)
     if record.status != 200:
         text = error_text(body)
@@ -128,9 +128,9 @@ def _one_piece(record: Heard, answer: Response) -> None:
 
 
 def events(parts: Sequence[bytes], times: Sequence[float]) -> Iterator[tuple[bytes, bytes, float]]:
-    """Name, data and time of each event of a stream; one whose end did not come is left out.
+    """Name, data and time of each event of a stream, without an incomplete last event.
 
-    The time is that of the piece which completed the event.
+    The time is the arrival of the piece that completed the event.
     """
     reader = Reader()
     for part, at_s in zip(parts, times, strict=True):
@@ -139,7 +139,7 @@ def events(parts: Sequence[bytes], times: Sequence[float]) -> Iterator[tuple[byt
                 yield name, data, at_s
 
 
-def _take(record: Heard, data: bytes, at_s: float, texts: list[str]) -> None:
+def _take(record: Transcript, data: bytes, at_s: float, texts: list[str]) -> None:
     try:
         event = _event.decode(data)
     except UNREADABLE:
@@ -158,7 +158,7 @@ def _take(record: Heard, data: bytes, at_s: float, texts: list[str]) -> None:
         record.input_tokens, record.output_tokens = record.usages[-1]
 
 
-def _choose(record: Heard, choice: _Choice, at_s: float, texts: list[str]) -> None:
+def _choose(record: Transcript, choice: _Choice, at_s: float, texts: list[str]) -> None:
     message, text = choice.delta or choice.message, choice.text
     if message:
         text = message.content or message.reasoning_content or message.reasoning
@@ -175,6 +175,6 @@ def _choose(record: Heard, choice: _Choice, at_s: float, texts: list[str]) -> No
         record.finish_reason = choice.finish_reason
 
 
-def _fail(record: Heard, error: str) -> None:
+def _fail(record: Transcript, error: str) -> None:
     """The first error is the cause."""
     record.error = record.error or error

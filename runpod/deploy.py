@@ -11,39 +11,21 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fit
 import prices
+import readiness
+import resources
 import rest
 import teardown
-from completion import Hopeless, Question, Target
-from deployment import (
-    ENDPOINT_TYPES,
-    PORT,
-    Deployment,
-    Refused,
-    changes,
-    excluded,
-    select,
-)
-from teardown import ENDPOINT, POD, TEMPLATE, VOLUME, Kind, bill, down
+from deployment import ENDPOINT_TYPES, Deployment, Refused, select
+from readiness import KEYS
+from teardown import ENDPOINT, POD, TEMPLATE, VOLUME, bill, down
 
-KEYS = "API_KEYS"
 _GPUS = ("NVIDIA GeForce RTX 4090", "NVIDIA L4")
-_PROXY = "https://{pod}-{port}.proxy.runpod.net"
 _WAIT_S = 1800.0
-# Between two looks: soon at first, then this.
-_PERIOD_S = (0.5, 5.0)
-# How long a list may take to show what was made unclearly; and how often it is tried.
-_LATE_S = 10.0
-_CREATIONS = 5
-# A pod that was just started may say once more that it is stopped.
-_DEAD_LOOKS = 3
-# A log stream that has been silent for this long has shown what there is.
-_SILENCE_S = 5.0
 _FOLLOW_S = 3600.0
 
 
@@ -140,19 +122,19 @@ def _up(client: rest.Client, options: argparse.Namespace) -> int:
     if not options.yes and not _agreed():
         print("nothing was created")
         return 1
-    volume = _volume(client, wanted)
+    volume = resources.volume(client, wanted)
     try:
         if wanted.serverless:
-            thing = _endpoint(client, wanted, gpus, catalog, volume)
+            thing = resources.endpoint(client, wanted, gpus, catalog, volume)
         else:
-            thing = _pod(client, wanted, gpus, volume)
+            thing = resources.pod(client, wanted, gpus, volume)
     except (rest.ApiError, Refused):
         if volume is not None:
             print(f"the volume {volume} is there and bills: `down` deletes it")
         raise
     if options.no_wait:
         return 0
-    return _wait(client, wanted, thing, options)
+    return readiness.wait(client, wanted, thing, options)
 
 
 def _described(options: argparse.Namespace) -> Deployment:
@@ -195,7 +177,7 @@ def _require_room(
     other = POD if wanted.serverless else ENDPOINT
     if others := other.ours(client, wanted.name):
         raise Refused(f"{wanted.name} is a {other.word} already ({others[0]['id']}): `down` first")
-    if wanted.serverless or (pod := _find(client, POD, wanted.name)) is None:
+    if wanted.serverless or (pod := resources.find(client, POD, wanted.name)) is None:
         return
     gpu = pod.get("gpu") or {}
     count, kind = gpu.get("count", 1), gpu.get("id")
@@ -203,235 +185,6 @@ def _require_room(
         raise Refused(f"pod {pod['id']} has {count} x {kind}, and keeps them: `down` first")
     if wanted.volume_gb and not (pod["mounts"] or {}).get("network"):
         raise Refused(f"pod {pod['id']} has no volume, and can get none: `down` first")
-
-
-def _find(client: rest.Client, kind: Kind, name: str) -> dict[str, Any] | None:
-    resource = kind.ours(client, name)
-    if len(resource) > 1:
-        ids = ", ".join(thing["id"] for thing in resource)
-        raise Refused(f"there are {len(resource)} of {kind.word} {name} ({ids}): `down` first")
-    return resource[0] if resource else None
-
-
-def _create(client: rest.Client, kind: Kind, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Create a thing once: where it is unclear whether it was, its name is looked for first."""
-    tries = 0
-    while True:
-        try:
-            thing: dict[str, Any] = client.post(kind.path, body)
-            print(f"created {kind.word} {thing['id']}")
-            return thing
-        except rest.Unclear as error:
-            tries += 1
-            print(f"unclear: {error}; looking for it")
-            if (resource := _appears(client, kind, str(body["name"]))) is not None:
-                print(f"created {kind.word} {resource['id']}, as its name says")
-                return resource
-            if tries >= _CREATIONS:
-                raise
-
-
-def _appears(client: rest.Client, kind: Kind, name: str) -> dict[str, Any] | None:
-    """The thing of this name, if a list shows it within a while."""
-    deadline_s = time.monotonic() + _LATE_S
-    while (resource := _find(client, kind, name)) is None and time.monotonic() < deadline_s:
-        time.sleep(1.0)
-    return resource
-
-
-def _change(
-    client: rest.Client, kind: Kind, current: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> dict[str, Any]:
-    path = f"{kind.path}/{current['id']}"
-    body = changes(current, wanted)
-    if not body:
-        print(f"{kind.word} {current['id']} is as asked for")
-        return dict(current)
-    changed: dict[str, Any] = client.patch(path, body)
-    print(f"changed {kind.word} {current['id']}: {', '.join(body)}")
-    return changed
-
-
-def _volume(client: rest.Client, wanted: Deployment) -> str | None:
-    if not wanted.volume_gb:
-        return None
-    volume = _find(client, VOLUME, wanted.name)
-    if volume is None:
-        return str(_create(client, VOLUME, wanted.volume())["id"])
-    if volume["dataCenter"] != wanted.data_center:
-        raise Refused(f"volume {volume['id']} is in {volume['dataCenter']}, and stays there")
-    if volume["size"] < wanted.volume_gb:
-        client.patch(f"{VOLUME.path}/{volume['id']}", {"size": wanted.volume_gb})
-        print(f"volume {volume['id']} grew to {wanted.volume_gb} GB")
-    return str(volume["id"])
-
-
-def _endpoint(
-    client: rest.Client,
-    wanted: Deployment,
-    gpus: Sequence[Mapping[str, Any]],
-    catalog: Sequence[Mapping[str, Any]],
-    volume: str | None,
-) -> dict[str, Any]:
-    body = wanted.endpoint(gpus, volume)
-    if others := excluded(catalog, gpus):
-        body["gpu"]["excludedTypes"] = others
-    current = _find(client, ENDPOINT, wanted.name)
-    if current is None:
-        return _create(client, ENDPOINT, body)
-    if current.get("type") not in (None, body["type"]):
-        raise Refused(f"endpoint {current['id']} is of type {current['type']}: `down` first")
-    return _change(client, ENDPOINT, current, body)
-
-
-def _pod(
-    client: rest.Client,
-    wanted: Deployment,
-    gpus: Sequence[Mapping[str, Any]],
-    volume: str | None,
-) -> dict[str, Any]:
-    current = _find(client, POD, wanted.name)
-    if current is not None:
-        pod = _change(client, POD, current, wanted.container())
-        if pod["status"] in ("EXITED", "ERROR"):
-            print(f"starting pod {pod['id']}")
-            pod = client.post(f"{POD.path}/{pod['id']}/action", {"action": "start"}) or pod
-        return pod
-    refusal: rest.ApiError | None = None
-    for gpu in gpus:
-        try:
-            return _create(client, POD, wanted.pod(gpu, volume))
-        except rest.ApiError as error:
-            # No capacity is a 400 like any other: the next type may have it.
-            if error.status not in (400, 403):
-                raise
-            print(f"not on {gpu['name']}: {error.detail}")
-            refusal = error
-    assert refusal is not None
-    raise refusal
-
-
-# --- waiting ------------------------------------------------------------------------------------
-
-_DEAD = ("is ERROR", "is EXITED", "is TERMINATED")
-
-
-def _target(client: rest.Client, wanted: Deployment, thing: Mapping[str, Any]) -> Target | None:
-    """Where to ask; None while it has no address."""
-    account = os.environ["RUNPOD_API_KEY"]
-    keys = wanted.environment().get(KEYS, "").split(",")
-    # A secret's reference is not the key: then only its owner can ask.
-    api_key = os.environ.get(KEYS, "").split(",")[0].strip() or keys[0].strip() or None
-    if wanted.mode == "pod":
-        proxy = os.environ.get("RUNPOD_PROXY_URL") or _PROXY
-        return Target(proxy.format(pod=thing["id"], port=PORT), api_key=api_key)
-    urls = thing.get("requestUrls") or client.get(f"{ENDPOINT.path}/{thing['id']}").get(
-        "requestUrls"
-    )
-    if not urls:
-        return None
-    if wanted.mode == "queue":
-        return Target(urls["run"], urls["status"], urls["cancel"], account)
-    return Target(urls["base"], runpod_key=account, api_key=api_key)
-
-
-def _wait(
-    client: rest.Client,
-    wanted: Deployment,
-    thing: Mapping[str, Any],
-    options: argparse.Namespace,
-) -> int:
-    """Until a completion came back, or none will. Returns the exit status."""
-    began_s, shown, question, dead = time.monotonic(), "", None, 0
-    period_s, longest_s = _PERIOD_S
-    problem = f"no completion within {options.wait_s:g} s"
-    try:
-        while time.monotonic() - began_s < options.wait_s:
-            state = _state(client, wanted, thing)
-            dead = dead + 1 if state.endswith(_DEAD) else 0
-            if dead >= _DEAD_LOOKS:
-                raise Hopeless(f"the {state}")
-            if state != shown:
-                shown = state
-                print(f"{time.monotonic() - began_s:5.0f} s  {state}", flush=True)
-            if question is None and (target := _target(client, wanted, thing)) is not None:
-                question = Question(target)
-            if question is not None and (text := question.ask()) is not None:
-                print(f"up after {time.monotonic() - began_s:.0f} s; it says: {text.strip()!r}")
-                _how_to_ask(wanted, question)
-                return 0
-            time.sleep(period_s)
-            period_s = min(1.5 * period_s, longest_s)
-    except (Hopeless, rest.ApiError) as error:
-        problem = str(error)
-    except KeyboardInterrupt:
-        problem = "interrupted"
-    if question is not None:
-        question.withdraw()
-    print(f"failed: {problem}", file=sys.stderr)
-    _last_words(client, wanted, thing)
-    if not options.keep:
-        _quiet(client, wanted, thing)
-    return 1
-
-
-def _state(client: rest.Client, wanted: Deployment, thing: Mapping[str, Any]) -> str:
-    """Where it stands, as one line."""
-    try:
-        if wanted.mode == "pod":
-            status = client.get(f"{POD.path}/{thing['id']}")["status"]
-            return f"pod is {status}"
-        summary = client.get(f"{ENDPOINT.path}/{thing['id']}/workers")["summary"]
-    except rest.ApiError as error:
-        if error.status in (401, 403, 404):
-            raise Hopeless(str(error)) from None
-        return str(error)
-    counts = [f"{summary[word]} {word}" for word in summary if word != "total" and summary[word]]
-    state = "workers: " + (", ".join(counts) or "none yet")
-    if summary["throttled"] and summary["throttled"] == summary["total"]:
-        state += " (no capacity: more --gpu or no --data-center finds more)"
-    return state
-
-
-def _last_words(client: rest.Client, wanted: Deployment, thing: Mapping[str, Any]) -> None:
-    """The end of the logs, which are gone once the workers are."""
-    for path, who in _log_paths(client, wanted.name):
-        try:
-            for event in client.events(path, _SILENCE_S, tail="30"):
-                print(f"[{who}] {event.get('line', '')}")
-        except rest.ApiError as error:
-            print(f"[{who}] no logs: {error}")
-
-
-def _quiet(client: rest.Client, wanted: Deployment, thing: Mapping[str, Any]) -> None:
-    """Let nothing bill that does not serve; `up` with a mended image brings it back."""
-    try:
-        if wanted.mode == "pod":
-            client.post(f"{POD.path}/{thing['id']}/action", {"action": "stop"})
-            print("the pod is stopped; `down` deletes it")
-        else:
-            path = f"{ENDPOINT.path}/{thing['id']}"
-            client.patch(path, {"workers": {"min": 0, "max": 0}})
-            print("the endpoint's workers are taken away; `down` deletes it")
-    except rest.ApiError as error:
-        print(f"it may bill on: {error}", file=sys.stderr)
-
-
-def _how_to_ask(wanted: Deployment, question: Question) -> None:
-    """The same question for a shell in which the keys are where they are now."""
-    target = question.target
-    url, headers = target.url.rstrip("/"), ['"Authorization: Bearer $RUNPOD_API_KEY"']
-    ours = "${API_KEYS%%,*}"  # The first of them.
-    if wanted.mode == "pod":
-        headers = [f'"Authorization: Bearer {ours}"']
-    elif wanted.mode == "queue":
-        url = url.removesuffix("/run") + "/openai"
-    elif target.api_key:
-        headers.append(f'"x-api-key: {ours}"')
-    body = {"model": question.model, "messages": [{"role": "user", "content": "Hello"}]}
-    words = "".join(f" -H {header}" for header in headers)
-    print(f"curl {url}/v1/chat/completions{words} \\")
-    print(f"  -H 'content-type: application/json' -d '{json.dumps(body)}'")
 
 
 # --- status, logs, down ---------------------------------------------------------------------------
@@ -477,18 +230,8 @@ def _condition(thing: Mapping[str, Any]) -> str:
     return "; ".join([*words, thing["bills"] or "bills nothing by itself"])
 
 
-def _log_paths(client: rest.Client, name: str) -> list[tuple[str, str]]:
-    """The log streams of a deployment, each with who speaks."""
-    paths = [(f"{POD.path}/{pod['id']}/logs", pod["id"]) for pod in POD.ours(client, name)]
-    for endpoint in ENDPOINT.ours(client, name):
-        path = f"{ENDPOINT.path}/{endpoint['id']}/workers"
-        for worker in client.get(path)["workers"]:
-            paths.append((f"{path}/{worker['id']}/logs", worker["id"]))
-    return paths
-
-
 def _logs(client: rest.Client, options: argparse.Namespace) -> int:
-    paths = _log_paths(client, options.name)
+    paths = readiness.log_paths(client, options.name)
     if not paths:
         print(f"{options.name} has no pod and no active worker", file=sys.stderr)
         return 1
@@ -507,7 +250,7 @@ def _logs(client: rest.Client, options: argparse.Namespace) -> int:
 
 def _show(client: rest.Client, path: str, who: str, options: argparse.Namespace) -> bool:
     """One stream to its end. Whether there was one: a worker may go while others speak."""
-    silence_s = _FOLLOW_S if options.follow else _SILENCE_S
+    silence_s = _FOLLOW_S if options.follow else readiness.SILENCE_S
     try:
         for event in client.events(path, silence_s, tail=str(options.tail)):
             # In one piece: print writes the end of a line apart, and others speak in between.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+import engine_arguments
 import overrides
 from serve_app.errors import ConfigError
 from serve_app.settings import Settings
@@ -122,7 +123,7 @@ def test_values_as_users_of_runpods_worker_write_them(name: str, text: str, valu
     ],
 )
 def test_a_zero_where_none_can_be_leaves_the_value_unset(name: str) -> None:
-    assert warned(**{name: "0"}) == [f"{name}=0 is taken for unset"]
+    assert warned(**{name: "0"}) == [f"{name}=0 leaves it unset"]
 
 
 @pytest.mark.parametrize("text", ["None", "none", "null", " None "])
@@ -138,7 +139,7 @@ def test_what_a_template_of_runpods_worker_fills_in() -> None:
     environ = dict(pair.split("=", 1) for pair in WORKER_DEFAULTS.split("\n") if pair)
     args, warnings = overrides.apply(ARGS, environ)
     Settings.parse(args)
-    unset = {warning for warning in warnings if warning.endswith("is taken for unset")}
+    unset = {warning for warning in warnings if warning.endswith("leaves it unset")}
     assert len(unset) == 3
     assert [warning for warning in warnings if warning not in unset] == [
         "DEFAULT_BATCH_SIZE is ignored: tokens travel together only under load "
@@ -311,7 +312,7 @@ def test_an_empty_variable_is_none() -> None:
         ),
         ("API_KEY", "API_KEY is ignored: use API_KEYS"),
         ("MODEL", "MODEL is ignored: use MODEL_NAME"),
-        ("SOMETHING_ELSE", "no engine arguments, and left alone: SOMETHING_ELSE"),
+        ("SOMETHING_ELSE", "not engine arguments, unchanged: SOMETHING_ELSE"),
     ],
 )
 def test_what_is_unknown_or_gone_is_said_by_name(name: str, sentence: str) -> None:
@@ -341,7 +342,7 @@ def test_a_value_that_makes_no_sense_is_an_error(name: str, text: str) -> None:
 
 
 def test_no_argument_is_both_known_and_removed() -> None:
-    expected = {name.upper() for name in overrides.engine_arguments()}
+    expected = {name.upper() for name in engine_arguments.engine_arguments()}
     # vLLM has them; here they follow from other settings, or have another name.
     both = {"API_KEY", "DISTRIBUTED_EXECUTOR_BACKEND", "MODEL"}
     assert expected & overrides._REMOVED.keys() == both
@@ -349,4 +350,4 @@ def test_no_argument_is_both_known_and_removed() -> None:
 
 def test_the_list_is_that_of_the_installed_vllm() -> None:
     listed = (ROOT / "runpod" / "engine_arguments.txt").read_text(encoding="utf-8")
-    assert overrides.ask_vllm() == listed
+    assert engine_arguments.ask_vllm() == listed

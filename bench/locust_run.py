@@ -33,6 +33,25 @@ _HAND_OVER_S = 10.0
 _FLUSH_RECORDS, _FLUSH_S = 64, 1.0
 
 
+class Parcel(msgspec.Struct, kw_only=True):
+    """What a worker sends to the master.
+
+    Attributes:
+        epoch_s: Unix time of the start of its clock.
+        cpu: the share of one core that it has used.
+        prompts: the example prompts, by the indexes of their records.
+        last: the worker gets no more records.
+    """
+
+    epoch_s: float
+    actor: int
+    model: str
+    cpu: float
+    prompts: dict[int, str]
+    records: list[Record]
+    last: bool
+
+
 class Run:
     """The requests and answers of this process since the test began.
 
@@ -132,31 +151,32 @@ class Run:
         self._flushed_s = self.now_s()
         pending, self._pending = self._pending, []
         if self._worker:
-            self.runner.send_message("bench", {**self._parcel(pending), "last": last})
+            parcel = self._parcel(pending, last)
+            self.runner.send_message("bench", msgspec.json.encode(parcel))
         elif self._out:
             self._journal.add(pending)
 
-    def _parcel(self, finished: list[Record]) -> dict[str, Any]:
-        return {
-            "epoch_s": self._epoch_s,
-            "actor": self.actor,
-            "model": self.model,
-            "cpu": self._busy(),
-            "prompts": list(self._prompts.items()),
-            "records": msgspec.json.encode(finished),
-        }
+    def _parcel(self, finished: list[Record], last: bool) -> Parcel:
+        return Parcel(
+            epoch_s=self._epoch_s,
+            actor=self.actor,
+            model=self.model,
+            cpu=self._busy(),
+            prompts=self._prompts,
+            records=finished,
+            last=last,
+        )
 
     def receive(self, environment: Any, msg: Any) -> None:
         """On the master: take a worker's records, and convert their times to the master's clock."""
-        parcel = msg.data
-        shift_s = parcel["epoch_s"] - self._epoch_s
-        finished = msgspec.json.decode(parcel["records"], type=list[Record])
-        self.model = self.model or parcel["model"]
-        if parcel["last"]:
+        parcel = msgspec.json.decode(msg.data, type=Parcel)
+        shift_s = parcel.epoch_s - self._epoch_s
+        self.model = self.model or parcel.model
+        if parcel.last:
             self._complete.add(msg.node_id)
-        self._cpu[f"worker {parcel['actor']}"] = parcel["cpu"]
-        self._prompts.update((index, prompt) for index, prompt in parcel["prompts"])
-        self.add([_shifted(record, shift_s) for record in finished])
+        self._cpu[f"worker {parcel.actor}"] = parcel.cpu
+        self._prompts.update(parcel.prompts)
+        self.add([_shifted(record, shift_s) for record in parcel.records])
 
     def end(self) -> None:
         """On the master: return once each worker has finished its requests and handed them over.

@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import uvloop
@@ -135,7 +135,25 @@ async def _load(address: str, requests: int, at_once: int) -> tuple[list[float],
     return took_s, time.perf_counter() - began_s
 
 
-def measure(requests: int, at_once: int, profile: str | None = None) -> dict[str, Any]:
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """The output: latencies with one client and with many, and the cost of a request.
+
+    Attributes:
+        requests_per_cpu_s: what one core can answer if it does nothing else.
+    """
+
+    benchmark: str = "door"
+    requests: int
+    at_once: int
+    alone_p50_us: int
+    alone_p99_us: int
+    many_p50_us: int
+    requests_per_s: int
+    cpu_us_per_request: int
+    requests_per_cpu_s: int
+
+
+def measure(requests: int, at_once: int, profile: str | None = None) -> Figures:
     """One door, asked by one client and then by many."""
     with tempfile.TemporaryDirectory(prefix="door.") as folder:
         words = [sys.executable, "-m", "bench.experiments.door", "--hold", folder]
@@ -154,18 +172,16 @@ def measure(requests: int, at_once: int, profile: str | None = None) -> dict[str
             assert door.stdin is not None
             door.stdin.close()
     cpu_s = after.user + after.system - before.user - before.system
-    return {
-        "benchmark": "door",
-        "requests": requests,
-        "at_once": at_once,
-        "alone_p50_us": round(statistics.median(alone_s) * 1e6),
-        "alone_p99_us": round((percentile(np.array(alone_s), 99) or 0.0) * 1e6),
-        "many_p50_us": round(statistics.median(many_s) * 1e6),
-        "requests_per_s": round(requests / elapsed_s),
-        "cpu_us_per_request": round(cpu_s / requests * 1e6),
-        # What one core holds where it has nothing else to do.
-        "requests_per_cpu_s": round(requests / cpu_s),
-    }
+    return Figures(
+        requests=requests,
+        at_once=at_once,
+        alone_p50_us=round(statistics.median(alone_s) * 1e6),
+        alone_p99_us=round((percentile(np.array(alone_s), 99) or 0.0) * 1e6),
+        many_p50_us=round(statistics.median(many_s) * 1e6),
+        requests_per_s=round(requests / elapsed_s),
+        cpu_us_per_request=round(cpu_s / requests * 1e6),
+        requests_per_cpu_s=round(requests / cpu_s),
+    )
 
 
 def main() -> None:
@@ -180,7 +196,8 @@ def main() -> None:
     if options.hold:
         uvloop.run(_hold(Path(options.hold), options.profile))
         return
-    print(json.dumps(measure(options.requests, options.at_once, options.profile)))
+    figures = measure(options.requests, options.at_once, options.profile)
+    print(msgspec.json.encode(figures).decode())
 
 
 if __name__ == "__main__":

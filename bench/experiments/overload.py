@@ -11,11 +11,11 @@ and whether every request that was let in was served whole. The last line is one
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 from collections.abc import Sequence
-from typing import Any
+
+import msgspec
 
 from bench import interval, measure, run
 from bench.records import Record
@@ -33,8 +33,29 @@ def send(target: Target, options: argparse.Namespace, when: str, seed: int) -> l
     return outcome.records
 
 
-def one_round(target: Target, options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Capacity, then overload."""
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """Capacity and overload, measured one after the other.
+
+    Attributes:
+        ratio: tokens/s under overload divided by the capacity.
+        broken: requests that were neither served completely nor refused; there should be none.
+    """
+
+    capacity_tokens_per_s: float | None
+    offered_per_s: float
+    overload_tokens_per_s: float | None
+    ratio: float
+    sent: int
+    served: int
+    refused: int
+    broken: int
+    refusal_p50_ms: float | None
+    refusal_p99_ms: float | None
+    lag_p99_ms: float | None
+
+
+def measured_round(target: Target, options: argparse.Namespace, seed: int) -> Round:
+    """Measure the capacity, then the same server under overload."""
     records = send(target, options, f"users={options.users}", seed)
     capacity = measure.measure(records, window=measure.window(records, options.users))
     rate = options.times * (capacity.requests_per_s or 0.0)
@@ -44,24 +65,23 @@ def one_round(target: Target, options: argparse.Namespace, seed: int) -> dict[st
     over = measure.measure(records, window=(min(1.0, to_s / 4), to_s))
     refused = [record for record in records if record.status in REFUSED]
     waits_s = [wait for record in refused if (wait := measure.e2e_s(record)) is not None]
-    return {
-        "capacity_tokens_per_s": capacity.output_tokens_per_s,
-        "offered_per_s": rate,
-        "overload_tokens_per_s": over.output_tokens_per_s,
-        "ratio": (over.output_tokens_per_s or 0.0) / (capacity.output_tokens_per_s or 1.0),
-        "sent": len(records),
-        "served": sum(record.ok for record in records),
-        "refused": len(refused),
-        # Neither served whole nor refused: of these there should be none.
-        "broken": sum(not record.ok and record.status not in REFUSED for record in records),
-        "refusal_p50_ms": _ms(waits_s, 0.5),
-        "refusal_p99_ms": _ms(waits_s, 0.99),
-        "lag_p99_ms": _ms([measure.lag_s(record) or 0.0 for record in records], 0.99),
-    }
+    return Round(
+        capacity_tokens_per_s=capacity.output_tokens_per_s,
+        offered_per_s=rate,
+        overload_tokens_per_s=over.output_tokens_per_s,
+        ratio=(over.output_tokens_per_s or 0.0) / (capacity.output_tokens_per_s or 1.0),
+        sent=len(records),
+        served=sum(record.ok for record in records),
+        refused=len(refused),
+        broken=sum(not record.ok and record.status not in REFUSED for record in records),
+        refusal_p50_ms=_ms(waits_s, 0.5),
+        refusal_p99_ms=_ms(waits_s, 0.99),
+        lag_p99_ms=_ms([measure.lag_s(record) or 0.0 for record in records], 0.99),
+    )
 
 
 def _ms(values_s: Sequence[float], share: float) -> float | None:
-    """None where there are too few."""
+    """A percentile in ms; None if there are too few values."""
     if len(values_s) < interval.samples_needed(share):
         return None
     return sorted(values_s)[int(share * (len(values_s) - 1))] * 1e3
@@ -72,11 +92,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--url", required=True)
-    parser.add_argument("--users", type=int, required=True, help="as many as it serves at once")
+    parser.add_argument(
+        "--users", type=int, required=True, help="concurrent requests that fill the server"
+    )
     parser.add_argument("--workload", default="synthetic:input=20,output=256,exact=yes")
     parser.add_argument("--times", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of each load")
     parser.add_argument("--actors", type=int, default=1)
     parser.add_argument("--api-key-env", default="", help="environment variable with the API key")
     options = parser.parse_args()
@@ -90,17 +112,17 @@ def main() -> int:
     load.connect()
     rounds = []
     for number in range(options.rounds):
-        rounds.append(one_round(target, options, 2 * number))
-        print(json.dumps(rounds[-1]), file=sys.stderr)
-    ratios = [each["ratio"] for each in rounds]
+        rounds.append(measured_round(target, options, 2 * number))
+        print(msgspec.json.encode(rounds[-1]).decode(), file=sys.stderr)
+    ratios = [each.ratio for each in rounds]
     output = {
         "benchmark": "overload",
         "times": options.times,
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-        "broken": sum(each["broken"] for each in rounds),
+        "broken": sum(each.broken for each in rounds),
         "rounds": rounds,
     }
-    print(json.dumps(output))
+    print(msgspec.json.encode(output).decode())
     return 1 if output["broken"] else 0
 
 

@@ -1,4 +1,4 @@
-"""A page that shows the essentials live, for where Grafana is not: what `FIGURES` asks Prometheus.
+"""A page that shows the essentials live without Grafana: the results of the queries in `FIGURES`.
 
 The page (status.html) fetches /status.json every two seconds and draws it. It listens on loopback.
 """
@@ -8,11 +8,11 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from serve_app.monitoring.prometheus import Prometheus, QueryError, Sample
@@ -20,8 +20,8 @@ from serve_app.observe.phases import PHASES
 
 _PAGE = Path(__file__).with_name("status.html")
 _SPAN_S, _POINTS = 900, 90
-# Queries are answered from here for so long, however many pages are open.
-_KEEP_S = 1.5
+# How long a snapshot is shown, however many pages are open.
+_SNAPSHOT_S = 1.5
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,48 @@ def app(prometheus: Prometheus) -> Starlette:
     async def page(request: Request) -> FileResponse:
         return FileResponse(_PAGE)
 
-    async def data(request: Request) -> JSONResponse:
-        return JSONResponse(await status.now())
+    async def data(request: Request) -> Response:
+        return Response(msgspec.json.encode(await status.now()), media_type="application/json")
 
     return Starlette(routes=[Route("/", page), Route("/status.json", data)])
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True):
+    """A figure now, and its values over the last `_SPAN_S`; None without a measurement."""
+
+    name: str
+    unit: str
+    value: float | None
+    past: list[float | None]
+    bad: bool
+
+
+class Alert(msgspec.Struct, frozen=True, kw_only=True):
+    """An alert that fires."""
+
+    name: str
+    severity: str
+    summary: str
+
+
+# A row of a table by column; which columns it has depends on the series that there are.
+Row = dict[str, str | float | None]
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of /status.json.
+
+    Attributes:
+        at: Unix time.
+        error: why Prometheus did not answer; empty if it did.
+    """
+
+    at: float
+    error: str = ""
+    figures: list[Value] = []
+    replicas: list[Row] = []
+    starts: list[Row] = []
+    alerts: list[Alert] = []
 
 
 class Status:
@@ -116,77 +154,76 @@ class Status:
     def __init__(self, prometheus: Prometheus) -> None:
         self._prometheus = prometheus
         self._lock = asyncio.Lock()
-        self._snapshot: dict[str, Any] = {}
-        self._asked_s = -math.inf
+        self._snapshot = Snapshot(at=0.0)
+        self._taken_s = -math.inf
 
-    async def now(self) -> dict[str, Any]:
+    async def now(self) -> Snapshot:
         async with self._lock:
-            if time.monotonic() - self._asked_s >= _KEEP_S:
-                self._snapshot = await asyncio.to_thread(self._ask)
-                self._asked_s = time.monotonic()
+            if time.monotonic() - self._taken_s >= _SNAPSHOT_S:
+                self._snapshot = await asyncio.to_thread(self._query)
+                self._taken_s = time.monotonic()
             return self._snapshot
 
-    def _ask(self) -> dict[str, Any]:
+    def _query(self) -> Snapshot:
         try:
-            return {
-                "at": time.time(),
-                "figures": [self._figure(figure) for figure in FIGURES],
-                "replicas": self._replicas(),
-                "starts": self._starts(),
-                "alerts": [
-                    {
-                        "name": alert["labels"]["alertname"],
-                        "severity": alert["labels"].get("severity", ""),
-                        "summary": alert["annotations"].get("summary", ""),
-                    }
-                    for alert in self._prometheus.alerts()
-                    if alert["state"] == "firing"
-                ],
-            }
+            return Snapshot(
+                at=time.time(),
+                figures=[self._value(figure) for figure in FIGURES],
+                replicas=self._replicas(),
+                starts=self._starts(),
+                alerts=self._alerts(),
+            )
         except QueryError as error:
-            return {"at": time.time(), "error": str(error)}
+            return Snapshot(at=time.time(), error=str(error))
 
-    def _figure(self, figure: Figure) -> dict[str, Any]:
+    def _alerts(self) -> list[Alert]:
+        return [
+            Alert(
+                name=alert["labels"]["alertname"],
+                severity=alert["labels"].get("severity", ""),
+                summary=alert["annotations"].get("summary", ""),
+            )
+            for alert in self._prometheus.alerts()
+            if alert["state"] == "firing"
+        ]
+
+    def _value(self, figure: Figure) -> Value:
         now_s = time.time()
         step_s = _SPAN_S / _POINTS
         series = self._prometheus.span(figure.expression, now_s - _SPAN_S, now_s, step_s)
         now = self._prometheus.instant(figure.expression)
         past = [_number(value) for value in series[0].values] if series else []
         value = _number(now[0].value) if now else None
-        bad = figure.bad is not None and value is not None
-        return {
-            "name": figure.name,
-            "unit": figure.unit,
-            "value": value,
-            "past": past,
-            "bad": bad and (value < figure.bad if figure.low else value >= figure.bad),  # type: ignore[operator]
-        }
+        bad = False
+        if value is not None and figure.bad is not None:
+            bad = value < figure.bad if figure.low else value >= figure.bad
+        return Value(name=figure.name, unit=figure.unit, value=value, past=past, bad=bad)
 
-    def _replicas(self) -> list[dict[str, Any]]:
-        rows: dict[tuple[str, str], dict[str, Any]] = {}
+    def _replicas(self) -> list[Row]:
+        rows: dict[tuple[str, str], Row] = {}
         for column, expression in COLUMNS.items():
             for sample in self._prometheus.instant(expression):
-                rows.setdefault(_whose(sample), {})[column] = _number(sample.value)
+                rows.setdefault(_replica_of(sample), {})[column] = _number(sample.value)
         return [
             {"replica": f"{deployment} {replica}", **values}
             for (deployment, replica), values in sorted(rows.items())
         ]
 
-    def _starts(self) -> list[dict[str, Any]]:
-        """A row for each kind of start: its whole, then its phases in their order."""
-        by_replica: dict[str, dict[str, float]] = {}
+    def _starts(self) -> list[Row]:
+        """A row for each kind of start: its duration, then its phases in their order."""
+        by_kind: dict[str, dict[str, float]] = {}
         for sample in self._prometheus.instant(STARTS):
             labels, value = sample.labels, _number(sample.value)
             if value is not None:
-                by_replica.setdefault(labels.get("kind", ""), {})[labels.get("phase", "")] = value
-        return [
-            {"starts": kind, "whole": sum(took_s.values())}
-            | {phase: took_s[phase] for phase in PHASES if phase in took_s}
-            for kind, took_s in sorted(by_replica.items(), reverse=True)
-        ]
+                by_kind.setdefault(labels.get("kind", ""), {})[labels.get("phase", "")] = value
+        rows: list[Row] = []
+        for kind, took_s in sorted(by_kind.items(), reverse=True):
+            row: Row = {"starts": kind, "whole": sum(took_s.values())}
+            rows.append(row | {phase: took_s[phase] for phase in PHASES if phase in took_s})
+        return rows
 
 
-def _whose(sample: Sample) -> tuple[str, str]:
+def _replica_of(sample: Sample) -> tuple[str, str]:
     return sample.labels.get("deployment", ""), sample.labels.get("replica", "")
 
 

@@ -78,7 +78,7 @@ async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> 
         doubts.append(f"interrupted: {len(points)} of {len(users)} loads were measured")
     output = Curve(
         **head,
-        **run.asked(job),
+        **run.load_fields(job),
         valid=not doubts,
         doubts=doubts,
         gpus=job.gpus,

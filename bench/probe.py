@@ -69,7 +69,7 @@ async def _search(
     async def probe(x: float, count: int) -> list[Record]:
         nonlocal probes
         when, seed = load_of(x), job.seed + probes
-        plan = schedule.plan(run.what(job, seed), schedule.parse(when), count, None, seed)
+        plan = schedule.plan(run.workload_of(job, seed), schedule.parse(when), count, None, seed)
         line = Line(label=f"{when} ")
 
         def take(records: list[Record], progress: Progress) -> None:
@@ -95,7 +95,9 @@ async def _search(
         doubts.append(f"not resolved: {end.reason}")
     search.summarise(end)
     doubts = [*end.doubts, *doubts]
-    end = msgspec.structs.replace(end, **head, **run.asked(job), valid=not doubts, doubts=doubts)
+    end = msgspec.structs.replace(
+        end, **head, **run.load_fields(job), valid=not doubts, doubts=doubts
+    )
     return result.write(folder, end)
 
 

@@ -87,7 +87,8 @@ async def run(job: Job, folder: Path) -> Run:
         BenchError: the job is impossible, or the target does not answer.
     """
     when = schedule.parse(job.load)
-    workloads = {job.seed + repeat: what(job, job.seed + repeat) for repeat in range(job.repeats)}
+    seeds = range(job.seed, job.seed + job.repeats)
+    workloads = {seed: workload_of(job, seed) for seed in seeds}
     plans = [
         schedule.plan(workload, when, job.count, job.duration_s, seed)
         for seed, workload in workloads.items()
@@ -112,7 +113,7 @@ async def run(job: Job, folder: Path) -> Run:
     output = msgspec.structs.replace(
         figures(repeats, job.slo, users, ramp_s, batch, job.gpus, job.usd_per_gpu_hour),
         **head,
-        **asked(job),
+        **load_fields(job),
         workload_notes=list(workloads[job.seed].notes),
     )
     records = [record for repeat in repeats for record in repeat.outcome.records]
@@ -168,8 +169,8 @@ def _scraper(job: Job) -> Scraper:
     )
 
 
-def what(job: Job, seed: int) -> Workload:
-    """What the job sends with a seed: its own texts, which no other run has sent.
+def workload_of(job: Job, seed: int) -> Workload:
+    """The requests of a job with a seed. Their texts are new: no other run has sent them.
 
     Raises:
         WorkloadError: the job's workload cannot be understood or read.
@@ -178,7 +179,7 @@ def what(job: Job, seed: int) -> Workload:
 
 
 async def models(target: Target) -> list[str]:
-    """What the target serves.
+    """The models that the target serves.
 
     Raises:
         TargetError: it does not answer.
@@ -188,13 +189,13 @@ async def models(target: Target) -> list[str]:
 
 
 async def warm_up(job: Job) -> None:
-    """Send the first requests of the workload, one by one, so that no repeat pays for a first use.
+    """Send the first requests of the workload one by one, so that no repeat includes a first use.
 
     Raises:
         TargetError: one of them fails; so would the run.
     """
     # Of a seed that no repeat has: a repeat must not find its prompts in the prefix cache.
-    workload = what(job, job.seed - 1)
+    workload = workload_of(job, job.seed - 1)
     count = min(job.warm_up, workload.count or job.warm_up)
     firsts = [schedule.session(workload, unit, 0, None)[0] for unit in range(count)]
     script = Script([], chat=job.target.endpoint != "completions")
@@ -207,7 +208,7 @@ async def warm_up(job: Job) -> None:
                 raise TargetFailed(f"url = {job.target.url!r}: the warm-up failed: {record.error}")
 
 
-def asked(job: Job) -> dict[str, Any]:
+def load_fields(job: Job) -> dict[str, Any]:
     """The fields of a result that describe the load (`result.Asked`)."""
     same = ("workload", "load", "count", "duration_s", "seed", "salt", "slo")
     return {"target": named(job.target)} | {name: getattr(job, name) for name in same}

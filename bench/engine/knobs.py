@@ -144,7 +144,7 @@ def space(
 
     Raises BenchError for a knob that is not known, or that is also fixed.
     """
-    chosen = [_given(text) for text in given]
+    chosen = [_parsed(text) for text in given]
     for knob in chosen:
         if knob.name in fixed:
             raise BenchError.of("knob", knob.name, "is also fixed in --engine")
@@ -161,7 +161,7 @@ def space(
     ]
 
 
-def _given(text: str) -> Knob:
+def _parsed(text: str) -> Knob:
     name, equals, values = text.partition("=")
     if not equals or not values:
         raise BenchError.of("knob", text, "not NAME=VALUE,VALUE")

@@ -134,7 +134,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> Line:
     """What `python -m bench starts` does with its options; returns its last line."""
     head = result.header(f"starts of {options.model}")
-    scenarios = _known(options.scenarios.split(","), SCENARIOS)
+    scenarios = _require_choices(options.scenarios.split(","), SCENARIOS)
     doubts = []
     if "page" in scenarios and not os.access(_DROP, os.W_OK):
         scenarios.remove("page")
@@ -186,7 +186,7 @@ def compared(starts: Sequence[Start], reference: str) -> dict[str, Compared]:
     return table
 
 
-def _known(names: Sequence[str], choices: Sequence[str]) -> list[str]:
+def _require_choices(names: Sequence[str], choices: Sequence[str]) -> list[str]:
     for name in names:
         if name not in choices:
             raise BenchError.of("--scenarios", name, "unknown", choices)
@@ -289,7 +289,7 @@ def _restarted(system: System) -> float:
     silent_s = last_s = 0.0
     answered = 0
     while answered < 20 and time.monotonic() - killed_s < _LIMIT_S:
-        if _asked(system):
+        if _answers(system):
             now_s = time.monotonic() - killed_s
             silent_s, last_s = max(silent_s, now_s - last_s), now_s
             answered += 1
@@ -326,15 +326,15 @@ _MEASURES = {"restart": _restarted, "wake": _woken, "sleep": _roused}
 def _answer(system: System, within_s: float) -> float:
     """Seconds until a completion came."""
     began_s = time.monotonic()
-    while not _asked(system, within_s):
+    while not _answers(system, within_s):
         if time.monotonic() - began_s > within_s:
             raise BenchError(f"{system.name}: no answer within {within_s:g} s")
         time.sleep(_POLL_S)
     return time.monotonic() - began_s
 
 
-def _asked(system: System, timeout_s: float = _ASK_S) -> bool:
-    """Whether one token comes."""
+def _answers(system: System, timeout_s: float = _ASK_S) -> bool:
+    """Whether the system answers a request for one token."""
     body = json.dumps({"model": NAME, "prompt": "Hello", "max_tokens": 1, "temperature": 0})
     headers = {"content-type": "application/json", **systems.key_header()}
     connection = http.client.HTTPConnection("127.0.0.1", system.port, timeout=timeout_s)

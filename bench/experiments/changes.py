@@ -233,7 +233,7 @@ def apply(options: argparse.Namespace) -> int:
         command = [serve, "deploy", path, "-a", options.dashboard]
         # As the launcher starts Ray: with its token.
         subprocess.run(command, env={**os.environ, "RAY_AUTH_MODE": "token"}, check=True)
-    there = _there(options, config, before)
+    there = _is_applied(options, config, before)
     deadline_s = time.monotonic() + _CHANGE_S
     while not there():
         if time.monotonic() > deadline_s:
@@ -283,14 +283,14 @@ def _replicas(config: dict[str, Any]) -> int:
     return int(application["args"]["replicas"])
 
 
-def _there(
+def _is_applied(
     options: argparse.Namespace, config: dict[str, Any], before: set[str]
 ) -> Callable[[], bool]:
-    """Whether a change is there: asked again and again."""
+    """A function that says whether a change has been applied; it is called repeatedly."""
     max_model_len = config["applications"][0]["args"]["engine"]["max_model_len"]
     wanted = _replicas(config)
 
-    def rested() -> bool:
+    def unchanged() -> bool:
         return _settled(options) == before
 
     def replaced() -> bool:
@@ -304,10 +304,10 @@ def _there(
 
     def limited() -> bool:
         body = {"model": "m", "prompt": "a", "max_tokens": max_model_len - 500, "stream": True}
-        return _always(lambda: _status(options, _KEY, body) == 400) and rested()
+        return _always(lambda: _status(options, _KEY, body) == 400) and unchanged()
 
     def changed() -> bool:
-        return _always(lambda: _status(options, _SECOND_KEY) == 200) and rested()
+        return _always(lambda: _status(options, _SECOND_KEY) == 200) and unchanged()
 
     return {
         "limits": limited,

@@ -203,8 +203,8 @@ def _quoted(word: str) -> str:
     return f"'{word}'" if set(word) & set(' {}"()') else word
 
 
-def keep(work: Path, out: Path) -> None:
-    """What there is so far, as two archives in OUT, replaced as a whole."""
+def archive(work: Path, out: Path) -> None:
+    """Write the results so far as two archives into OUT, replacing earlier ones."""
     traces = sorted(
         (path for path in work.rglob("*.pt.trace.json*")), key=lambda path: path.stat().st_size
     )
@@ -252,7 +252,7 @@ def main() -> int:
         with open(options.out / "steps.jsonl", "a") as file:
             file.write(msgspec.json.encode(row).decode() + "\n")
         print(msgspec.json.encode(row).decode(), file=sys.stderr, flush=True)
-        keep(options.work, options.out)
+        archive(options.work, options.out)
     good = all(row.status == 0 for row in done)
     short = {row.step: row.status for row in done}
     print(json.dumps({"benchmark": "gpu_run", "valid": good, "steps": short}))

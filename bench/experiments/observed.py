@@ -61,13 +61,13 @@ def main(argv: list[str] | None = None) -> int:
         with systems.running("ours", systems.ENGINE, options.model, _PORT, folder) as system:
             systems.wait(system)
             with observing(folder):
-                # Until a series was seen once it has not grown.
+                # The growth of a series counts from its first sample.
                 load(folder / "first", requests=options.users, users=options.users)
                 time.sleep(_SEEN_S)
-                before = seen()
+                before = prometheus_series()
                 run = load(folder / "load", options.requests, options.users, options.screenshot)
                 time.sleep(_SEEN_S)
-                after = seen()
+                after = prometheus_series()
     rows = compared(run, before, after)
     print(
         msgspec.json.encode(
@@ -134,12 +134,12 @@ def screenshot(picture: Path) -> None:
     subprocess.run(command, check=True, timeout=120, capture_output=True)
 
 
-Seen = dict[str, dict[float, float]]
+Series = dict[str, dict[float, float]]
 
 
-def seen() -> Seen:
-    """Counts and buckets as Prometheus has them: by name, values by upper bound (0 for a count)."""
-    figures: Seen = {}
+def prometheus_series() -> Series:
+    """Counts and buckets from Prometheus: by name, values by upper bound (0 for a count)."""
+    figures: Series = {}
     for name, expression in COUNTS.items():
         figures[name] = {0.0: sum(value for _, value in _query(expression))}
     for name, metric in MEDIANS.items():
@@ -165,7 +165,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     agree: bool
 
 
-def compared(run: Run, before: Seen, after: Seen) -> list[Row]:
+def compared(run: Run, before: Series, after: Series) -> list[Row]:
     (whole,) = run.whole
     rows: list[Row] = []
     for name in COUNTS:

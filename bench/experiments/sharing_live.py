@@ -104,11 +104,11 @@ def summary(rounds: Sequence[Mapping[str, Phase]]) -> dict[str, dict[str, float]
         return float(np.mean([getattr(phase, field) for phase in of[name]]))
 
     demand = mean("alone", "good_tokens_per_s")
-    found = {}
+    summaries = {}
     for name in of:
         p50_s, p99_s = _percentiles(ttft_s[name])
         every, good = mean(name, "tokens_per_s"), mean(name, "good_tokens_per_s")
-        found[name] = {
+        summaries[name] = {
             "requests": float(len(ttft_s[name])),
             "ttft_p50_s": p50_s,
             "ttft_p99_s": p99_s,
@@ -121,7 +121,7 @@ def summary(rounds: Sequence[Mapping[str, Phase]]) -> dict[str, dict[str, float]
             "jain": jain([good / demand, (every - good) / max(1.0, every - demand)]),
             "lag_p99_s": mean(name, "lag_p99_s"),
         }
-    return found
+    return summaries
 
 
 def _percentiles(ttft_s: Sequence[float]) -> tuple[float, float]:
@@ -157,11 +157,11 @@ class Loads:
         seconds = self._options.seconds
         records = self._send([("one", f"users={self._options.sequences}", 0)])[0]
         # The first prompts are all read at once.
-        found = measure.measure(records, window=(seconds / 3, seconds)).requests_per_s
-        if not found:
+        rate = measure.measure(records, window=(seconds / 3, seconds)).requests_per_s
+        if not rate:
             errors = sorted({record.error for record in records if record.error})
             raise SystemExit(f"the server answered nothing: {errors[:3]}")
-        return found
+        return rate
 
     def phase(self, good: str, flood: str | None, rate: float, seed: int) -> Phase:
         """The good tenant's load alone or beside the flood, with the keys of these tenants."""
@@ -206,17 +206,17 @@ def _sent(share: Share, target: Target, start_s: float) -> list[Record]:
     return asyncio.run(send())
 
 
-def one_round(loads: Loads, rate: float, seed: int) -> dict[str, Phase]:
+def measured_round(loads: Loads, rate: float, seed: int) -> dict[str, Phase]:
     phases = {"alone": ("good", None), "fcfs": ("one", "one"), "ours": ("good", "flood")}
-    found = {}
+    phases_by_name = {}
     for name, (good, flood) in phases.items():
-        found[name] = loads.phase(good, flood, rate, seed)
-        _, p99_s = _percentiles(found[name].ttft_s)
+        phases_by_name[name] = loads.phase(good, flood, rate, seed)
+        _, p99_s = _percentiles(phases_by_name[name].ttft_s)
         print(
-            f"{name}: TTFT p99 {p99_s:.3f} s, {found[name].tokens_per_s:.0f} tokens/s",
+            f"{name}: TTFT p99 {p99_s:.3f} s, {phases_by_name[name].tokens_per_s:.0f} tokens/s",
             file=sys.stderr,
         )
-    return found
+    return phases_by_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rate = options.capacity or loads.capacity()
             print(f"capacity: {rate:.1f} requests/s", file=sys.stderr)
             seeds = range(options.seed, options.seed + options.rounds)
-            rounds = [one_round(loads, rate, seed) for seed in seeds]
+            rounds = [measured_round(loads, rate, seed) for seed in seeds]
     compared = summary(rounds)
     print(table(compared))
     arguments = {**vars(options), "engine": engine}

@@ -78,10 +78,10 @@ class Disturber:
     log: Path
     done: list[Done] = field(default_factory=list)
     _stopped: list[psutil.Process] = field(default_factory=list, init=False)
-    _left: int = field(default=0, init=False)
+    _remaining: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._left = sum(disturbance.count or 0 for disturbance in self.disturbances)
+        self._remaining = sum(disturbance.count or 0 for disturbance in self.disturbances)
 
     def check(self) -> None:
         """Whether there is now somebody to disturb, for each that needs one.
@@ -94,7 +94,7 @@ class Disturber:
                 continue
             if disturbance.kind == "kill-raylet":
                 self._check_nodes(disturbance)
-            elif not self._those_of(disturbance):
+            elif not self._victims_of(disturbance):
                 title = f"ray::ServeReplica:{disturbance.deployment}"
                 problem = f"no process of the cluster is titled {title}"
                 raise LoadError.of("deployment", disturbance.deployment, problem)
@@ -109,14 +109,14 @@ class Disturber:
             for due in planned(self.disturbances, self.seed):
                 await sleep_until(time.perf_counter() + due.at_s - self.clock())
                 await self._do(due)
-                self._left -= self.disturbances[due.number].count is not None
+                self._remaining -= self.disturbances[due.number].count is not None
         finally:
             self._resume()
 
     @property
     def counted(self) -> bool:
         """Whether nothing that has a count is left to be done."""
-        return not self._left
+        return not self._remaining
 
     async def _do(self, due: Due) -> None:
         """Note it before it is done, as its streams may be over before it is."""
@@ -185,7 +185,7 @@ class Disturber:
         ready = [replica for replica in ready if self.cluster.rested(replica, disturbance.rest_s)]
         among: list[tuple[psutil.Process, str, psutil.Process | None]]
         if disturbance.kind == "restart-controller":
-            among = [(r.process, r.title, None) for r in self._those_of(disturbance)]
+            among = [(r.process, r.title, None) for r in self._victims_of(disturbance)]
         elif disturbance.kind in ("kill-engine", "stop-engine"):
             among = [
                 (p, f"{title(p)} of {r.title}", r.process)
@@ -217,8 +217,8 @@ class Disturber:
             return Victim(raylet.process, f"node {name}, process {raylet.process.pid}"), ""
         return None, f"none of the nodes {', '.join(disturbance.nodes)} is there"
 
-    def _those_of(self, disturbance: Disturbance) -> list[Replica]:
-        """Who may be disturbed, ready or not."""
+    def _victims_of(self, disturbance: Disturbance) -> list[Replica]:
+        """The replicas that may be disturbed, ready or not."""
         if self.cluster is None:
             return []
         if disturbance.kind == "restart-controller":

@@ -206,7 +206,7 @@ def of_url(url: str) -> Cluster:
     """
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    if not _is_here(parts.hostname or ""):
+    if not _is_local(parts.hostname or ""):
         raise ClusterError.of("url", url, "is not this machine: what is there cannot be disturbed")
     for connection in psutil.net_connections("tcp"):
         if connection.status != psutil.CONN_LISTEN or connection.pid is None:
@@ -289,7 +289,7 @@ def _answers(host: str, port: int) -> bool:
         connection.close()
 
 
-def _is_here(host: str) -> bool:
+def _is_local(host: str) -> bool:
     try:
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:

@@ -138,7 +138,7 @@ def _product(
 
 def _least(torch: Any, device: Any, work: Callable[[], object], measure_s: float) -> float:
     """The least time of one `work`, over many of them."""
-    _again(work, _WARM_UP_S, lambda: _synchronised(torch, device))
+    _repeat(work, _WARM_UP_S, lambda: _synchronised(torch, device))
     times_s: list[float] = []
     end_s = time.perf_counter() + measure_s
     while time.perf_counter() < end_s or len(times_s) < 3:
@@ -156,7 +156,7 @@ def _least(torch: Any, device: Any, work: Callable[[], object], measure_s: float
     return min(times_s)
 
 
-def _again(work: Callable[[], object], for_s: float, settle: Callable[[], None]) -> None:
+def _repeat(work: Callable[[], object], for_s: float, settle: Callable[[], None]) -> None:
     end_s = time.perf_counter() + for_s
     while time.perf_counter() < end_s:
         work()

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.records import Record
 from bench.traffic.request import Request
-from bench.traffic.sse import Events, error_text, read_whole
+from bench.traffic.sse import Events, error_text, read_unstreamed
 
 # Events decoded before the event loop may handle new ones: a fraction of a millisecond.
 _SLICE = 256
@@ -80,7 +80,7 @@ class Response:
         else:
             at_s = self.times[-1] if self.times else 0.0
             expected = self._asked_stream, self._answers
-            read_whole(record, body, at_s, self._keep_text, *expected)
+            read_unstreamed(record, body, at_s, self._keep_text, *expected)
 
     def _stream(self) -> Iterator[None]:
         events = Events(self.record, self._keep_text, self._answers)

@@ -183,7 +183,7 @@ class Events:
         self._record.error = self._record.error or error
 
 
-def read_whole(
+def read_unstreamed(
     record: Record,
     body: bytes,
     at_s: float,
@@ -191,9 +191,9 @@ def read_whole(
     streamed: bool = False,
     answers: int = 1,
 ) -> None:
-    """An answer with status 200 that is not streamed: all its output came at `at_s`.
+    """Read an answer with status 200 that is not streamed: all its output arrived at `at_s`.
 
-    `streamed` says whether a stream was asked for, and `answers` for how many.
+    `streamed`: whether the request asked for a stream; `answers`: the requested number.
     """
     try:
         answer = _event.decode(body)
@@ -202,9 +202,9 @@ def read_whole(
         return
     if answer.usage:
         _use(record, answer.usage)
-    if answer.error is None and answer.choices is None and _read_other(record, answer, at_s):
+    if answer.error is None and answer.choices is None and _read_other_api(record, answer, at_s):
         if keep_text:
-            record.text = _whole_text(answer)
+            record.text = _answer_text(answer)
         if record.finish_reason != EMBEDDING:
             verdict.judge(record, streamed, answers)
         return
@@ -262,8 +262,8 @@ def _finish_response(record: Record, response: Any) -> None:
     record.finish_reason = _reason(why or _member(response, "status") or "completed")
 
 
-def _read_other(record: Record, answer: _Event, at_s: float) -> bool:
-    """A whole answer of Responses, messages or embeddings; False where it is none of these."""
+def _read_other_api(record: Record, answer: _Event, at_s: float) -> bool:
+    """Read an unstreamed answer of Responses, messages or embeddings; False if it is another."""
     if isinstance(answer.data, list) and answer.object == "list":
         record.chunk_s, record.finish_reason, record.output_tokens = [at_s], EMBEDDING, 0
         record.error = "" if answer.data else "empty: the answer has no embedding"
@@ -274,13 +274,13 @@ def _read_other(record: Record, answer: _Event, at_s: float) -> bool:
         record.finish_reason = _reason(answer.stop_reason)
     else:
         return False
-    if size := len(_whole_text(answer).encode()):
+    if size := len(_answer_text(answer).encode()):
         _count(record, at_s, size, 0)
     return True
 
 
-def _whole_text(answer: _Event) -> str:
-    """All that a whole answer shows: texts, and the arguments of calls."""
+def _answer_text(answer: _Event) -> str:
+    """The content of an unstreamed answer: texts, and the arguments of calls."""
     blocks = [block for item in answer.output or () for block in _blocks(item)]
     blocks += answer.content if isinstance(answer.content, list) else []
     parts = [

@@ -90,7 +90,7 @@ class Users:
                 planned_s=self._clock(),
                 user=user,
                 prompt=self._next(),
-                whole=in_one_piece(index, self._whole),
+                whole=is_unstreamed(index, self._whole),
             )
             self._running += 1
             await ask(session, self._requests[record.prompt], record)
@@ -134,8 +134,8 @@ class Users:
         )
 
 
-def in_one_piece(index: int, share: float) -> bool:
-    """Whether this request is not streamed: evenly so, 0.25 is every fourth."""
+def is_unstreamed(index: int, share: float) -> bool:
+    """Whether this request is not streamed; such requests are spread evenly."""
     return int((index + 1) * share) > int(index * share)
 
 

@@ -97,7 +97,7 @@ def parse(text: str, seed: int, salt: str | None = None) -> Workload:
     made = replace(makers.get(options.name, _trace)(options, drawn), name=text.strip())
     if "exact" not in options.values:
         return made
-    return _each(made, _exact if options.flag("exact") else _at_most)
+    return _each(made, _exact if options.flag("exact") else _as_limit)
 
 
 def _each(workload: Workload, change: Callable[[Request], Request]) -> Workload:
@@ -115,7 +115,7 @@ def _exact(request: Request) -> Request:
     return msgspec.structs.replace(request, extra=extra, limit=False)
 
 
-def _at_most(request: Request) -> Request:
+def _as_limit(request: Request) -> Request:
     return msgspec.structs.replace(request, limit=True)
 
 

@@ -275,18 +275,18 @@ class Admission:
     def _next(self) -> "Entry[_Request] | None":
         """The request to let in now, or to forget; None: there is none, or no room for it."""
         first = self._queue.first()
-        if first is None or _left(first) or self._room_for(first.item, first.share):
+        if first is None or _has_left(first) or self._room_for(first.item, first.share):
             return first
         if self.running + min(first.item.sequences, self.max_running) > self.max_running:
             return None
         # There is room that is kept for others.
         first = self._queue.first_below_share()
-        if first is None or _left(first) or self._room_for(first.item, first.share):
+        if first is None or _has_left(first) or self._room_for(first.item, first.share):
             return first
         return None
 
 
-def _left(entry: "Entry[_Request]") -> bool:
+def _has_left(entry: "Entry[_Request]") -> bool:
     return entry.item.turn is not None and entry.item.turn.done()
 
 

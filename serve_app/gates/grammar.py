@@ -39,7 +39,7 @@ def size(spec: Any) -> int:
     while waiting:
         node = waiting.pop()
         if isinstance(node, Mapping):
-            lengths.add((_whole(node.get("minLength")), _whole(node.get("maxLength"))))
+            lengths.add((_integer(node.get("minLength")), _integer(node.get("maxLength"))))
             for key, value in node.items():
                 total += len(key)
                 if isinstance(value, str) and key in _PATTERNS:
@@ -70,7 +70,7 @@ def _strict(tool: Any) -> bool:
     return bool(tool.get("strict") or (isinstance(function, Mapping) and function.get("strict")))
 
 
-def _whole(value: Any) -> int:
+def _integer(value: Any) -> int:
     return int(value) if isinstance(value, int | float) else 0
 
 

@@ -192,14 +192,14 @@ def _read(route: Route, body: bytes) -> Reading:
         raise BadRequest(f"The body is not valid JSON: {error}") from None
     _refuse_removed(fields)
     sampling = fields.sampling_params if isinstance(fields.sampling_params, dict) else {}
-    choices = max(1, _whole(fields.n) or 1, _whole(sampling.get("n")) or 1)
+    choices = max(1, _integer(fields.n) or 1, _integer(sampling.get("n")) or 1)
     bounds = _token_bounds(fields, sampling)
     return Reading(
         body_bytes=len(body),
         model=fields.model if isinstance(fields.model, str) else None,
         stream=_true(fields.stream),
         choices=choices,
-        best_of=_whole(fields.best_of) or 1,
+        best_of=_integer(fields.best_of) or 1,
         sequences=_sequences(route.counts, fields, choices),
         max_tokens=bounds[0][1] if bounds else None,
         token_bounds=bounds,
@@ -211,7 +211,7 @@ def _read(route: Route, body: bytes) -> Reading:
         bad_words_length=_length(fields.bad_words) + _length(sampling.get("bad_words")),
         grammar_bytes=_grammar_bytes(fields, sampling),
         session=fields.session_id if isinstance(fields.session_id, str) else None,
-        priority=bool(_whole(fields.priority)),
+        priority=bool(_integer(fields.priority)),
     )
 
 
@@ -230,10 +230,10 @@ def _refuse_removed(fields: _Body) -> None:
 def _token_bounds(fields: _Body, sampling: dict[str, Any]) -> tuple[tuple[str, int], ...]:
     """In vLLM's order of precedence; without those that are absent."""
     bounds = (
-        ("max_completion_tokens", _whole(fields.max_completion_tokens)),
-        ("max_tokens", _whole(fields.max_tokens)),
-        ("max_output_tokens", _whole(fields.max_output_tokens)),
-        ("sampling_params.max_tokens", _whole(sampling.get("max_tokens"))),
+        ("max_completion_tokens", _integer(fields.max_completion_tokens)),
+        ("max_tokens", _integer(fields.max_tokens)),
+        ("max_output_tokens", _integer(fields.max_output_tokens)),
+        ("sampling_params.max_tokens", _integer(sampling.get("max_tokens"))),
     )
     return tuple((name, value) for name, value in bounds if value is not None)
 
@@ -375,7 +375,7 @@ def _length(words: Any) -> int:
     return sum(len(word) for word in words if isinstance(word, str))
 
 
-def _whole(value: Any) -> int | None:
+def _integer(value: Any) -> int | None:
     """A whole number as pydantic parses it; None for values that it refuses."""
     if value is None or type(value) is int:
         return value

@@ -20,8 +20,8 @@ class Work:
         cached_tokens: of the prompt tokens, those that were found in the prefix cache.
         gpu_s: seconds of GPUs (BatchClock).
         begun: whether the engine was asked for it.
-        known: whether the engine said anything of it.
-        reported: done once the counts are complete, where the engine is that of another process.
+        known: whether the engine reported the request.
+        reported: done once the counts are complete, if the engine belongs to another process.
     """
 
     prompt_tokens: int = 0

@@ -26,7 +26,7 @@ _HEADERS = frozenset(
 _ROLES = frozenset({"system", "user", "assistant"})
 
 
-def _whole(minimum: int, maximum: int) -> Check:
+def _integer(minimum: int, maximum: int) -> Check:
     # A bool is an int, and type() tells them apart.
     return lambda value: type(value) is int and minimum <= value <= maximum
 
@@ -196,14 +196,14 @@ _COMMON: Mapping[str, Check] = {
     "model": _text,
     "stream": _flag,
     "stream_options": _or_null(_stream_options),
-    "max_tokens": _or_null(_whole(1, _LARGEST_INT)),
-    "min_tokens": _whole(0, _LARGEST_INT),
-    "n": _whole(1, 1),
+    "max_tokens": _or_null(_integer(1, _LARGEST_INT)),
+    "min_tokens": _integer(0, _LARGEST_INT),
+    "n": _integer(1, 1),
     "temperature": _or_null(_number(0, 2)),
     "top_p": _or_null(_number(0.001, 1)),
-    "top_k": _or_null(_whole(-1, _LARGEST_INT)),
+    "top_k": _or_null(_integer(-1, _LARGEST_INT)),
     "min_p": _or_null(_number(0, 1)),
-    "seed": _or_null(_whole(0, _LARGEST_INT)),
+    "seed": _or_null(_integer(0, _LARGEST_INT)),
     "stop": _or_null(_stop),
     "stop_token_ids": _token_ids,
     "bad_words": _texts,
@@ -218,7 +218,7 @@ _COMMON: Mapping[str, Check] = {
     "cache_salt": _text,
     "user": _or_null(_text),
     # Other priorities change who goes first, which no comparison of answers shows.
-    "priority": _whole(0, 0),
+    "priority": _integer(0, 0),
     "response_format": _or_null(_response_format),
     "structured_outputs": _or_null(_structured_outputs),
 }
@@ -234,9 +234,9 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
     "/v1/chat/completions": {
         **_COMMON,
         "messages": _messages,
-        "max_completion_tokens": _or_null(_whole(1, _LARGEST_INT)),
+        "max_completion_tokens": _or_null(_integer(1, _LARGEST_INT)),
         "logprobs": _flag,
-        "top_logprobs": _or_null(_whole(0, 0)),
+        "top_logprobs": _or_null(_integer(0, 0)),
     },
 }
 

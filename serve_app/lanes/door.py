@@ -270,7 +270,7 @@ class _Connection(asyncio.Protocol):
         self._received = False
         self._passed_status = 200
         self._timer: asyncio.TimerHandle | None = None
-        self._gone = False
+        self._disconnected = False
         self._leaving: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -299,7 +299,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._gone = True
+        self._disconnected = True
         if self._leaving is not None and not self._leaving.done():
             self._leaving.set_result(None)
 
@@ -334,7 +334,7 @@ class _Connection(asyncio.Protocol):
         if not self._received:
             self._received = True
             return {"type": "http.request", "body": self._request.body, "more_body": False}
-        if not self._gone:
+        if not self._disconnected:
             self._leaving = asyncio.get_running_loop().create_future()
             await self._leaving
         return {"type": "http.disconnect", "status": self._passed_status}

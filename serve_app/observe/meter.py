@@ -245,7 +245,7 @@ class _Answer:
         if status >= 400:
             return None
         if not self._streaming:
-            return self._kept_whole(goal, sequences)
+            return self._met_unstreamed(goal, sequences)
         if self.first_s is None:
             return None
         gap_s = (self._last_s - self._began_s - self.first_s) / max(1, self.events - 1)
@@ -253,8 +253,8 @@ class _Answer:
             goal.itl_s is None or self.events < 2 or gap_s <= goal.itl_s
         )
 
-    def _kept_whole(self, goal: Replicas, sequences: int) -> bool | None:
-        """Of an answer in one piece: whether it took no longer than a stream may, as a whole."""
+    def _met_unstreamed(self, goal: Replicas, sequences: int) -> bool | None:
+        """Whether a non-streamed answer took no longer than a stream may take in total."""
         tokens = output.output_tokens(self._body)
         if tokens is None or goal.ttft_s is None or goal.itl_s is None:
             return None

@@ -262,12 +262,12 @@ class Autoscaler:
             max_replicas=context.capacity_adjusted_max_replicas,
         )
         decision, self._state = decide(snapshot, goal, self._state)
-        self._say(target, decision)
+        self._announce(target, decision)
         slow_start_s = self._starts.quantile_s(0.9)
         self._gauges.set(context, snapshot, decision, goal.max_replicas, slow_start_s)
         return decision.replicas
 
-    def _say(self, target: int, decision: Decision) -> None:
+    def _announce(self, target: int, decision: Decision) -> None:
         """One line for each change, and only one while Serve has not made it."""
         if decision.replicas == target or self._announced == (target, decision.replicas):
             return

@@ -8,7 +8,7 @@ import pytest
 from bench import measure
 from bench.records import Record
 from bench.traffic.request import Request
-from bench.traffic.sse import Events, read_whole
+from bench.traffic.sse import Events, read_unstreamed
 from bench.traffic.target import PAGES, Target, encode
 
 SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -131,7 +131,7 @@ def test_an_error_of_messages_is_a_failure() -> None:
 
 def whole(answer: dict[str, Any]) -> Record:
     record = Record(index=0, planned_s=0.0, status=200, end_s=0.5)
-    read_whole(record, json.dumps(answer).encode(), 0.5, keep_text=True)
+    read_unstreamed(record, json.dumps(answer).encode(), 0.5, keep_text=True)
     return record
 
 

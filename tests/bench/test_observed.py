@@ -14,7 +14,7 @@ def test_a_quantile_is_within_its_bucket() -> None:
 
 
 def test_counts_agree_exactly_and_medians_within_a_tenth() -> None:
-    def seen(requests: float, median_s: float) -> dict[str, dict[float, float]]:
+    def series(requests: float, median_s: float) -> dict[str, dict[float, float]]:
         counts = {"requests": requests, "input_tokens": 50 * requests, "output_tokens": requests}
         buckets = {median_s * 2: requests, float("inf"): requests}
         histograms = dict.fromkeys(("ttft_p50_s", "itl_p50_s"), buckets)
@@ -22,7 +22,7 @@ def test_counts_agree_exactly_and_medians_within_a_tenth() -> None:
 
     whole = {"requests": 10, "input_tokens": 500, "output_tokens": 10}
     run = Run(whole=[Measures(**whole, ttft_p50_s=0.105, itl_p50_s=0.12)])
-    rows = {row.what: row.agree for row in compared(run, seen(5, 0.1), seen(15, 0.1))}
+    rows = {row.what: row.agree for row in compared(run, series(5, 0.1), series(15, 0.1))}
     assert rows == {
         "requests": True,
         "input_tokens": True,
@@ -30,5 +30,5 @@ def test_counts_agree_exactly_and_medians_within_a_tenth() -> None:
         "ttft_p50_s": True,
         "itl_p50_s": False,
     }
-    one_lost = compared(run, seen(5, 0.1), seen(14, 0.1))
+    one_lost = compared(run, series(5, 0.1), series(14, 0.1))
     assert not any(row.agree for row in one_lost[:3])

@@ -47,21 +47,21 @@ def test_what_a_tenant_gets_is_compared_with_what_it_has_alone() -> None:
     # In order of arrival it gets a tenth of its demand, and waits.
     fcfs = Phase([10.0] * 100, 0.1, 1000.0, 40.0)
     fair = Phase([0.1] * 99 + [1.5], 1.0, 990.0, 400.0)
-    found = sharing_live.summary([{"alone": alone, "fcfs": fcfs, "ours": fair}] * 2)
-    assert found["ours"]["requests"] == 200
-    assert 1.0 < found["ours"]["ttft_p99_to_alone"] < 2.0
-    assert found["ours"]["tokens_to_fcfs"] == pytest.approx(0.99)
-    assert found["ours"]["jain"] == pytest.approx(1.0, abs=1e-3)
-    assert found["fcfs"]["jain"] < 0.7
-    assert "ours" in sharing_live.table(found)
+    summary = sharing_live.summary([{"alone": alone, "fcfs": fcfs, "ours": fair}] * 2)
+    assert summary["ours"]["requests"] == 200
+    assert 1.0 < summary["ours"]["ttft_p99_to_alone"] < 2.0
+    assert summary["ours"]["tokens_to_fcfs"] == pytest.approx(0.99)
+    assert summary["ours"]["jain"] == pytest.approx(1.0, abs=1e-3)
+    assert summary["fcfs"]["jain"] < 0.7
+    assert "ours" in sharing_live.table(summary)
 
 
 def test_a_tenant_that_gets_no_answer_has_no_time_to_first_token() -> None:
     alone, starved = Phase([0.1], 1.0, 400.0, 400.0), Phase([], 0.0, 900.0, 0.0)
-    found = sharing_live.summary([{"alone": alone, "fcfs": starved, "ours": starved}])
-    assert math.isnan(found["fcfs"]["ttft_p99_s"])
-    assert found["fcfs"]["served"] == 0
-    assert "nan" in sharing_live.table(found)
+    summary = sharing_live.summary([{"alone": alone, "fcfs": starved, "ours": starved}])
+    assert math.isnan(summary["fcfs"]["ttft_p99_s"])
+    assert summary["fcfs"]["served"] == 0
+    assert "nan" in sharing_live.table(summary)
 
 
 def test_each_tenant_has_the_key_that_its_load_sends(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ ENGINES = (
     "tests/test_constraints.py",
     "tests/test_continuation.py",
     "tests/test_makefile.py",
+    "tests/test_upstream.py",
     "tests/gates/test_reading.py",
     "tests/lanes/test_fastlane.py",
     "tests/lanes/test_scheduler.py",
@@ -123,6 +124,16 @@ def _together(nodeid: str) -> str:
     return SERVED if nodeid.startswith(SERVED) else nodeid.split("::")[0]
 
 
+def _imports_much() -> str:
+    """What takes 5 to 15 s of CPU time in each worker; empty if nothing does."""
+    return next((f"imports {name}" for name in ("vllm", "torch") if name in sys.modules), "")
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if _is_fast(item.config) and _imports_much():
+        pytest.exit(f"{item.nodeid} {_imports_much()}: mark it as server")
+
+
 _begun = False
 
 
@@ -140,9 +151,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _is_fast(config) and "vllm" in sys.modules:
-        # It takes 15 s of CPU time in each worker.
-        raise pytest.UsageError("a test module imports vLLM: list it in ENGINES of conftest.py")
+    if _is_fast(config) and _imports_much():
+        raise pytest.UsageError(f"a test module {_imports_much()}: list it in ENGINES")
 
     def place(item: pytest.Item) -> int:
         result = (at for at, name in enumerate(FIRST) if item.nodeid.startswith(name))

@@ -96,7 +96,7 @@ CONFIG = {
 
 def test_a_new_version_is_there_when_nobody_of_the_old_one_is(dashboard: Dashboard) -> None:
     for step in ("engine", "version"):
-        there = changes._there(options(dashboard, step), CONFIG, {"a", "b", "c"})
+        there = changes._is_applied(options(dashboard, step), CONFIG, {"a", "b", "c"})
         dashboard.details = application("d", "b", "c")
         assert not there()
         dashboard.details = application("d", "e")
@@ -108,7 +108,7 @@ def test_a_new_version_is_there_when_nobody_of_the_old_one_is(dashboard: Dashboa
 def test_another_size_is_there_when_so_many_run_and_nobody_was_replaced(
     dashboard: Dashboard,
 ) -> None:
-    there = changes._there(options(dashboard, "up"), CONFIG, {"a", "b"})
+    there = changes._is_applied(options(dashboard, "up"), CONFIG, {"a", "b"})
     dashboard.details = application("a", "b")
     assert not there()
     dashboard.details = application("a", "c", "d")
@@ -117,7 +117,7 @@ def test_another_size_is_there_when_so_many_run_and_nobody_was_replaced(
     assert there()
     fewer: dict[str, Any] = copy.deepcopy(CONFIG)
     changes._changed(fewer, "down")
-    there = changes._there(options(dashboard, "down"), fewer, {"a", "b", "c"})
+    there = changes._is_applied(options(dashboard, "down"), fewer, {"a", "b", "c"})
     dashboard.details = application("d", "e")
     assert not there()
     dashboard.details = application("c", "a")

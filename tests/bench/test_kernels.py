@@ -103,6 +103,7 @@ def test_kernels_are_known_by_their_names(name: str, family: str) -> None:
     assert kernels.family(name) == family
 
 
+@pytest.mark.server  # It imports vLLM or torch.
 def test_a_real_trace_of_a_cpu_is_read_from_its_file(tmp_path: Path) -> None:
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as xml
 
 import pytest
 
-from bench.engine.starts import SCENARIOS, Compared, Start, _framed, _known, compared
+from bench.engine.starts import SCENARIOS, Compared, Start, _framed, _require_choices, compared
 from bench.engine.waterfall import Row, svg
 from bench.errors import BenchError
 from serve_app.observe.phases import Span
@@ -53,4 +53,4 @@ def test_what_is_before_and_after_a_replica_is_in_the_picture() -> None:
 
 def test_an_unknown_scenario_is_named() -> None:
     with pytest.raises(BenchError, match="did you mean 'restart'"):
-        _known(["restrat"], SCENARIOS)
+        _require_choices(["restrat"], SCENARIOS)

@@ -87,6 +87,7 @@ def worker(free_bytes: int) -> Any:
     )
 
 
+@pytest.mark.server  # It imports vLLM or torch.
 def test_the_kv_cache_is_measured_once(monkeypatch: Any, tmp_path: Path) -> None:
     plan = plan_of(monkeypatch, tmp_path, 0.9)
     first = worker(100)
@@ -98,6 +99,7 @@ def test_the_kv_cache_is_measured_once(monkeypatch: Any, tmp_path: Path) -> None
     assert second.cache_config.kv_cache_memory_bytes == 77
 
 
+@pytest.mark.server  # It imports vLLM or torch.
 def test_with_less_free_memory_it_is_measured_again(monkeypatch: Any, tmp_path: Path) -> None:
     plan = plan_of(monkeypatch, tmp_path, 0.9)
     plan.maybe_save_startup_plan(worker(100), 77)
@@ -106,6 +108,7 @@ def test_with_less_free_memory_it_is_measured_again(monkeypatch: Any, tmp_path: 
     assert second.cache_config.kv_cache_memory_bytes is None
 
 
+@pytest.mark.server  # It imports vLLM or torch.
 def test_a_size_that_was_measured_for_less_of_the_gpu_is_not_used(
     monkeypatch: Any, tmp_path: Path
 ) -> None:
@@ -116,6 +119,7 @@ def test_a_size_that_was_measured_for_less_of_the_gpu_is_not_used(
     assert second.cache_config.kv_cache_memory_bytes is None
 
 
+@pytest.mark.server  # It imports vLLM or torch.
 def test_a_damaged_plan_is_not_used(monkeypatch: Any, tmp_path: Path) -> None:
     plan = plan_of(monkeypatch, tmp_path, 0.9)
     plan.maybe_save_startup_plan(worker(100), 77)

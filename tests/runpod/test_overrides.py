@@ -134,6 +134,7 @@ def test_none_leaves_the_value_unset(name: str, text: str) -> None:
     assert warned(**{name: text}) == []
 
 
+@pytest.mark.server  # It imports vLLM or torch.
 def test_what_a_template_of_runpods_worker_fills_in() -> None:
     """The defaults of its catalog entry: nothing of them stops a start, and vLLM takes the rest."""
     environ = dict(pair.split("=", 1) for pair in WORKER_DEFAULTS.split("\n") if pair)
@@ -348,6 +349,7 @@ def test_no_argument_is_both_known_and_removed() -> None:
     assert expected & overrides._REMOVED.keys() == both
 
 
+@pytest.mark.server  # It imports vLLM or torch.
 def test_the_list_is_that_of_the_installed_vllm() -> None:
     listed = (ROOT / "runpod" / "engine_arguments.txt").read_text(encoding="utf-8")
     assert engine_arguments.ask_vllm() == listed

@@ -226,10 +226,13 @@ def documents(
     _check_overlay(overlay, folder)
     built = tools.ask(["kubectl", "kustomize", str(folder / "overlays" / overlay)], {})
     written = [document for document in yaml.load_all(built, PARSER) if document]
-    haproxy = launcher.haproxy_settings(_settings(serve_config(overlay, bucket, folder)))
+    settings = _settings(serve_config(overlay, bucket, folder))
+    haproxy = launcher.haproxy_settings(settings)
     for document in written:
         if document["kind"] == "RayService":
             _set_environment(document, haproxy)
+            if settings.template:
+                _start_template(document)
         if document["kind"] == "ConfigMap" and document["metadata"]["name"] == "cluster":
             given = {"name": cluster, "region": region}
             document["data"] |= {key: value for key, value in given.items() if value}
@@ -253,6 +256,14 @@ def _set_environment(service: Mapping[str, Any], values: Mapping[str, str]) -> N
         container = group["template"]["spec"]["containers"][0]
         others = [each for each in container["env"] if each["name"] not in values]
         container["env"] = [*others, *_entries(values)]
+
+
+def _start_template(service: Mapping[str, Any]) -> None:
+    """Have the workers' pods start the template: the operator puts a container's command and `&&`
+    before its own `ray start`."""
+    for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        container = group["template"]["spec"]["containers"][0]
+        container["command"] = ["{ python -m serve_app template & }"]
 
 
 def _set_image(value: object, image: str) -> None:

@@ -35,6 +35,7 @@ from health import Health, ask
 from logs import show
 from serve_app.errors import ConfigError
 from serve_app.launch import doctor, launcher, orphans
+from serve_app.launch.template import Template
 from serve_app.planning.hardware import HardwareError, local_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +145,7 @@ class Run:
 
     def __init__(self, health: Health, stop: "_Stop", grace: float) -> None:
         self._health, self._stop, self._grace = health, stop, grace
+        self._template: Template | None = None
         self._head: Head | None = None
         self._server: subprocess.Popen[str] | None = None
         self._handler: subprocess.Popen[bytes] | None = None
@@ -178,6 +180,11 @@ class Run:
         environ.pop("VLLM_API_KEY", None)  # vLLM would ask for it, and know no other key.
         if choice.offline:
             environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        if choice.settings.template:  # Before Ray: it imports while Ray starts.
+            # As the head and its replicas have it.
+            self._template = Template({**environ, "PYTHONUNBUFFERED": "1"}, choice.settings)
+            environ = self._template.environ
+            orphans.own.add(self._template.process.pid)
         self._head = Head(environ, self._stop.is_set)
         environ["RAY_ADDRESS"] = self._head.address
         config = folder / "serve_config.yaml"
@@ -233,6 +240,8 @@ class Run:
                     process.wait(max(1.0, drained_s - time.monotonic()))
         if self._head is not None:
             self._head.stop()
+        if self._template is not None:
+            self._template.end()
         for child in orphans.wait(_kill_s(self._grace) / 2):
             with contextlib.suppress(psutil.NoSuchProcess):
                 show(f"killing process {child.pid} ({child.name()})")

@@ -1,4 +1,4 @@
-"""The command line: `python -m serve_app serve`, `doctor`, `observe`, `tenants` and `warm`."""
+"""The command line of the application: `python -m serve_app COMMAND`."""
 
 import argparse
 import sys
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("tenants", help="who shares the fleet", add_help=False)
     commands.add_parser("observe", help="watch what is served", add_help=False)
     commands.add_parser("warm", help="compile once what every start would", add_help=False)
+    commands.add_parser("template", help="import once for a node's replicas", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     try:
         if arguments.command == "doctor":
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from serve_app.launch import warm
 
             return warm.run(rest)
+        if arguments.command == "template":
+            from serve_app.launch import template
+
+            return template.run(rest)
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         from serve_app.launch import launcher

@@ -18,6 +18,7 @@ rest is the Relay (relay.py), which goes on with an answer elsewhere when a repl
 import os
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
@@ -55,7 +56,8 @@ def build(args: dict[str, Any]) -> Application:
 def _options(settings: Settings, plan: Plan) -> dict[str, Any]:
     """Options of a deployment of engines."""
     options = plan.deployment_options(settings)
-    if env := template.runtime_env(plan):
+    beside = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
+    if env := template.runtime_env(settings, plan, beside):
         options["ray_actor_options"]["runtime_env"] = env
     return options
 

@@ -227,6 +227,7 @@ class Settings(_Frozen):
     sleep: Sleep = Field(default_factory=Sleep)
     lane: Literal["auto", "python"] = "auto"
     compiled: Annotated[str, Field(min_length=1)] | None = None
+    template: bool = False
     engine: dict[str, Any] = Field(default_factory=dict)
     limits: Limits = Field(default_factory=Limits)
     gateway: Gateway = Field(default_factory=Gateway)
@@ -312,7 +313,9 @@ class Settings(_Frozen):
 
 
 # What belongs to the gateway, or to all.
-_SHARED = frozenset({"gateway", "models", "api_keys", "tenants", "allow_unauthenticated_network"})
+_SHARED = frozenset(
+    {"gateway", "models", "template", "api_keys", "tenants", "allow_unauthenticated_network"}
+)
 
 # Engine arguments that have a key of their own here, and two places for one value would disagree.
 _OWNED = {

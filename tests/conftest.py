@@ -31,6 +31,7 @@ SERVERS = (
     "tests/scaling/test_deploy.py",
     "tests/monitoring/test_faults.py",
     "tests/kuberay/test_deploy.py",
+    "tests/replica/test_node_template.py",
     "tests/runpod/test_start.py",
 )
 # These modules share one server, and those one engine with both lanes.

@@ -284,8 +284,8 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing(server: Server) -> None
 
 @pytest.mark.slow
 def test_replicas_come_from_the_template_and_leave_nothing(tiny: Path, tmp_path: Path) -> None:
-    config = configuration(PORT, model=str(tiny), hang_timeout_s=3.0)
-    with launched(config, tmp_path, SERVE_APP_TEMPLATE="1") as server:
+    config = configuration(PORT, model=str(tiny), hang_timeout_s=3.0, template=True)
+    with launched(config, tmp_path) as server:
         assert server.ready(), server.output()
         for _ in range(2):  # The second one replaces the first.
             (replica,) = replicas(server)

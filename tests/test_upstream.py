@@ -401,10 +401,14 @@ def test_47_a_ray_worker_is_a_script_that_reads_its_environment_again() -> None:
     from ray._private.workers import default_worker
     from ray._raylet import Config
 
+    from serve_app.replica import worker
+
     assert PyExecutablePlugin.name == "py_executable"
     assert '__name__ == "__main__"' in inspect.getsource(default_worker)
     assert callable(Config.initialize)
     import ray
+
+    assert worker.RAY_ENVIRONMENT["RAY_JOB_ID"] == ray.JobID.nil().hex()
 
     library = (Path(ray.__file__).parent / "_raylet.so").read_bytes()
     assert b"RAY_JOB_ID" in library

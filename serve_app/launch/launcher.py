@@ -90,7 +90,7 @@ def serve(arguments: argparse.Namespace) -> int:
     if {**ENVIRONMENT, **os.environ}["RAY_SERVE_ENABLE_HA_PROXY"] == "1":
         for variable, number in haproxy_ports().items():
             _require_free(variable, "127.0.0.1", number)
-    forking = template.wanted(config["applications"][0])
+    forking = template.wanted(settings, config["applications"][0])
     find(settings, ())  # A folder that is not there needs no cluster to be missed.
     orphans.adopt()
     with _effective(config, Path(arguments.config), arguments.model) as path, _signals() as stop:

@@ -1,8 +1,10 @@
-"""Starts the template, from which the replicas of this machine are forked, and ends it.
+"""Starts the template that replicas of a node are forked from (serve_app/replica/template.py).
 
-It is there only where `python -m serve_app serve` starts Ray; elsewhere each replica imports.
+`python -m serve_app serve` starts one for its own Ray cluster, and ends it. For clusters that
+others start, `python -m serve_app template` runs on each node, beside `ray start`.
 """
 
+import argparse
 import os
 import secrets
 import shlex
@@ -14,45 +16,60 @@ from typing import Any
 
 from serve_app import processes
 from serve_app.planning.plan import Plan, cpu_threads, environment
+from serve_app.progress import say
 from serve_app.replica import worker
 from serve_app.settings import Settings
 
-# For the launcher: 1 to have a template. Ray's processes find its name there.
-NAME_VARIABLE = worker.NAME_VARIABLE
-_PREFIX = "serve-app-template-"
+_COMMAND = (sys.executable, "-m", "serve_app.replica.template")
 _END_S = 5.0
+# Keys of a `runtime_env` that leave a replica its Python and its packages.
+_HARMLESS = frozenset(("env_vars", "config", "_ray_commit"))
 
 
-def wanted(application: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether replicas of this application are to come from a template of this process.
+def wanted(
+    settings: Settings, application: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+) -> bool:
+    """Whether the launcher is to start a template.
 
-    Not if they run in a cluster that others started, or with packages of their own.
+    Not if replicas run in a cluster that others started, or with packages of their own.
     """
-    ours = "RAY_ADDRESS" not in environ and not application.get("runtime_env")
-    return ours and environ.get(NAME_VARIABLE) == "1"
+    foreign = bool(application.get("runtime_env")) or "RAY_ADDRESS" in environ
+    return settings.template and not foreign
 
 
-def runtime_env(plan: Plan, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Ray's `runtime_env` of a replica: where there is a template, its process comes from there.
+def runtime_env(settings: Settings, plan: Plan, beside: Mapping[str, Any]) -> dict[str, Any]:
+    """Ray's `runtime_env` of a replica that is to come from the template of its node.
 
     Args:
-        environ: of the process that builds the application, which Ray started.
+        beside: the application's own `runtime_env`.
     """
     # The workers of an engine on several nodes would inherit it.
-    name = environ.get(NAME_VARIABLE, "")
-    if not name.startswith(_PREFIX) or plan.placement.executor is not None:
+    if not settings.template or plan.placement.executor is not None:
+        return {}
+    if other := sorted(beside.keys() - _HARMLESS):
+        say(f"warning: replicas use no template, as the runtime_env has {', '.join(other)}")
         return {}
     command = [sys.executable, "-I", "-S", worker.__file__]
     return {"py_executable": shlex.join(command), "env_vars": plan.environment}
 
 
 def variables(settings: Settings) -> dict[str, str]:
-    """What the libraries of a replica on this machine read when they are imported."""
-    return environment(None if shutil.which("nvidia-smi") else cpu_threads(settings))
+    """What the libraries of a replica on this node read when they are imported."""
+    ours = environment(None if shutil.which("nvidia-smi") else cpu_threads(settings))
+    return {**ours, **worker.RAY_ENVIRONMENT}
+
+
+def run(argv: Sequence[str]) -> int:
+    """`python -m serve_app template`: be the template of this node, until the last raylet that
+    used it ends, or a signal arrives."""
+    parser = argparse.ArgumentParser(prog="python -m serve_app template", description=run.__doc__)
+    parser.parse_args(argv)
+    command = [*_COMMAND, worker.node_name()]
+    os.execve(command[0], command, {**os.environ, **variables(Settings())})
 
 
 class Template:
-    """The process, from its start to `end`.
+    """The launcher's template, from its start to `end`.
 
     Args:
         environ: of Ray's processes; the template adds its name.
@@ -66,13 +83,13 @@ class Template:
         self,
         environ: Mapping[str, str],
         settings: Settings,
-        command: Sequence[str] = (sys.executable, "-m", "serve_app.replica.template"),
+        command: Sequence[str] = (*_COMMAND, "--ends-with-stdin"),
     ) -> None:
-        name = _PREFIX + secrets.token_hex(8)
-        self.environ = {**environ, NAME_VARIABLE: name}
+        name = f"serve-app-template-{secrets.token_hex(8)}"
+        self.environ = {**environ, worker.NAME_VARIABLE: name}
         self.process = subprocess.Popen(
             [*command, name],
-            env={**self.environ, **variables(settings), **worker.ray_environment(os.getpid())},
+            env={**self.environ, **variables(settings)},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

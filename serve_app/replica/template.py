@@ -1,18 +1,20 @@
 """The template: a process that has imported everything, from which replicas are forked.
 
-    python -m serve_app.replica.template NAME [MODULE ...]
+    python -m serve_app.replica.template [--ends-with-stdin] NAME [MODULE ...]
 
-The imports of a replica take longer than all else in its start. The launcher starts this process
-before Ray, so that they are done while Ray starts, and once for all replicas of the machine. A
-replica's Ray worker is then forked from it (worker.py), and from that worker, before Ray has any
+The imports of a replica take longer than all else in its start. This process is started before Ray
+(launch/template.py), so that they are done while Ray starts, and once for all replicas of the node.
+A replica's Ray worker is then forked from it (worker.py), and from that worker, before Ray has any
 threads there, the fork server of its engine (forkserver.py).
 
 It has one thread, has not initialised CUDA and is in no Ray cluster; where that does not hold, it
 forks nothing. It forks only for its own user, and only workers whose environment is its own, since
-libraries read theirs when they are imported. It ends when its standard input does; workers that it
-forked are not touched.
+libraries read theirs when they are imported. It serves any job of any Ray cluster on this node. It
+ends with its launcher, or where it has none, with the last raylet that it forked a worker for;
+workers that it forked are not touched.
 """
 
+import argparse
 import ctypes
 import importlib
 import json
@@ -24,13 +26,16 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from serve_app.replica import forkserver
-from serve_app.replica.worker import peer_uid
+from serve_app.replica.worker import RAY_ENVIRONMENT, stranger
 
 MODULES = (
     "ray._private.workers.default_worker",
@@ -39,15 +44,15 @@ MODULES = (
     "serve_app.replica.engine",
     "vllm.v1.worker.gpu_worker",
 )
-# Given to each worker anew, and read after the imports.
+# Given to each worker anew, and read after the imports: torch gets its threads in forkserver.py.
 _OF_A_WORKER = frozenset(
     [
-        *("RAY_RAYLET_PID", "RAY_AUTH_MODE", "RAY_LD_PRELOAD_ON_WORKERS", "CUDA_VISIBLE_DEVICES"),
-        *("SPT_NOENV", "PWD", "OLDPWD", "SHLVL", "_"),
+        *("RAY_AUTH_MODE", "RAY_LD_PRELOAD_ON_WORKERS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
+        *("SPT_NOENV", "PWD", "OLDPWD", "SHLVL", "_", *RAY_ENVIRONMENT),
     ]
 )
 # Set by an import. The cache of compiled kernels would take it for the operator's choice.
-_NOT_INHERITED = frozenset(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "RAY_RAYLET_PID"))
+_NOT_INHERITED = frozenset(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))
 # The driver's answer to any question before CUDA is initialised.
 _CUDA_NOT_INITIALISED = 3
 # The longest that a stand-in may take to say what it wants.
@@ -96,14 +101,18 @@ class Template:
 
     Args:
         listener: where stand-ins ask.
-        owner: becomes readable when its owner ends.
+        owner: becomes readable when its owner ends; None: it ends with the last raylet.
         given: the environment that this process started with.
     """
 
-    def __init__(self, listener: socket.socket, owner: int, given: Mapping[str, str]) -> None:
+    def __init__(
+        self, listener: socket.socket, owner: int | None, given: Mapping[str, str]
+    ) -> None:
         self._listener, self._owner = listener, owner
         self._given = given
         self._workers: list[_Worker] = []
+        # Descriptors of the raylets that workers were forked for, by pid.
+        self._raylets: dict[int, int] = {}
 
     def serve(self) -> Request | None:
         """Fork a worker for each request. Returns the request in the worker, and None in the
@@ -113,8 +122,10 @@ class Template:
             watched = {worker.descriptor: worker for worker in self._workers}
             left = {worker.connection.fileno(): worker for worker in self._workers}
             asked = self._listener.fileno()
-            readable, _, _ = select.select([self._owner, asked, *watched, *left], [], [])
-            if self._owner in readable:
+            owner = [] if self._owner is None else [self._owner]
+            raylets = self._raylets.values()
+            readable, _, _ = select.select([*owner, *raylets, asked, *watched, *left], [], [])
+            if self._owner in readable or self._last_raylet_ended(readable):
                 return None
             for descriptor in readable:
                 if descriptor in watched:
@@ -124,6 +135,13 @@ class Template:
                     os.kill(left[descriptor].pid, signal.SIGKILL)
             if asked in readable and (request := self._answer()) is not None:
                 return request
+
+    def _last_raylet_ended(self, readable: Sequence[int]) -> bool:
+        """Forget the raylets that have ended. Returns whether no owner and no other is left."""
+        ended = [pid for pid, descriptor in self._raylets.items() if descriptor in readable]
+        for pid in ended:
+            os.close(self._raylets.pop(pid))
+        return bool(ended) and not self._raylets and self._owner is None
 
     def _answer(self) -> Request | None:
         """Fork for one stand-in. Returns its request in the worker, None in the template."""
@@ -142,6 +160,7 @@ class Template:
                 self._leave(connection)
                 return request
             self._workers.append(_Worker(pid, os.pidfd_open(pid), connection))
+            self._watch_raylet(request.environment.get("RAY_RAYLET_PID", ""))
             _send(connection, {"pid": pid})
         for descriptor in request.descriptors:
             os.close(descriptor)
@@ -149,13 +168,18 @@ class Template:
 
     def _obstacle(self, connection: socket.socket, request: Request) -> str | None:
         """Why no worker can be forked for this request; None: one can."""
-        if peer_uid(connection) != os.getuid():
-            return "it belongs to somebody else"
-        if (why := unforkable()) is not None:
+        if (why := stranger(connection) or unforkable()) is not None:
             return why
         if names := differing(self._given, os.environ, request.environment):
             return f"its environment differs in {', '.join(names)}"
         return None
+
+    def _watch_raylet(self, pid: str) -> None:
+        if pid.isdecimal() and int(pid) not in self._raylets:
+            try:
+                self._raylets[int(pid)] = os.pidfd_open(int(pid))
+            except ProcessLookupError:
+                return  # It has ended, and the stand-in ends its worker.
 
     def _reap(self, worker: _Worker) -> None:
         _, status = os.waitpid(worker.pid, 0)
@@ -175,6 +199,8 @@ class Template:
         for worker in self._workers:
             worker.connection.close()
             os.close(worker.descriptor)
+        for descriptor in self._raylets.values():
+            os.close(descriptor)
 
 
 def differing(
@@ -254,20 +280,32 @@ def become(request: Request, given: Mapping[str, str]) -> None:
     runpy.run_path(request.argv[0], run_name="__main__")
 
 
-def main(argv: Sequence[str]) -> None:
-    name, *modules = argv
-    given = dict(os.environ)
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ends-with-stdin", action="store_true")
+    parser.add_argument("name")
+    parser.add_argument("modules", nargs="*", default=MODULES)
+    arguments = parser.parse_args(argv)
+    given, began_s = dict(os.environ), time.monotonic()
     with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind("\0" + arguments.name)
+        except OSError:
+            print("error: this node has a template of this user already", file=sys.stderr)
+            return 1
         # Before the imports: a stand-in that comes early waits for them.
-        listener.bind("\0" + name)
         listener.listen(64)
         with forkserver.undisturbed():
-            for module in modules or MODULES:
+            for module in arguments.modules:
                 importlib.import_module(module)
-        request = Template(listener, sys.stdin.fileno(), given).serve()
+        took_s, gigabytes = time.monotonic() - began_s, psutil.Process().memory_info().rss / 1e9
+        print(f"template: imported in {took_s:.1f} s, takes {gigabytes:.1f} GB", flush=True)
+        owner = sys.stdin.fileno() if arguments.ends_with_stdin else None
+        request = Template(listener, owner, given).serve()
     if request is not None:
         become(request, given)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,9 @@
 """What Ray starts as the Python of a replica: a stand-in for a process that the template forks.
 
-Ray knows its worker by the process that it started, which therefore stays: it passes signals on
-and ends as the worker does. Where there is no template, or it refuses, this process becomes the
-worker itself, which then imports everything. Started by its path and without site-packages, so it
-imports the standard library only.
+Ray knows its worker by the process that it started, which therefore stays: it passes signals on,
+ends as the worker does, and ends the worker when the raylet ends. Where there is no template, or it
+refuses, this process becomes the worker itself, which then imports everything. Started by its path
+and without site-packages, so it imports the standard library only.
 """
 
 import json
@@ -15,22 +15,25 @@ import struct
 import sys
 from collections.abc import Sequence
 
-# Of a socket in Linux's abstract namespace, which vanishes with the template.
-NAME_VARIABLE = "SERVE_APP_TEMPLATE"
-# Why the template was not used; the replica says so.
+# Names the template of a launcher, for the workers of its own Ray cluster only.
+NAME_VARIABLE = "SERVE_APP_TEMPLATE_NAME"
+# Why the template was not used; the replica logs it.
 REFUSAL_VARIABLE = "SERVE_APP_TEMPLATE_REFUSAL"
-# Ray reads these two once, when it is imported, and needs them in every worker. The job is the
-# first of a cluster, `serve run`. A worker ends when the raylet's process is gone; one that is
-# forked looks at the launcher's in its place, and learns of the raylet's end by its connection.
-_JOB_ID = "01000000"
+# Ray reads these two only when it is imported, before the template knows either. With the nil job
+# a worker takes the job of its first task, as workers do that Ray starts in advance. A worker ends
+# when the process of this pid is gone, here never: the stand-in watches the raylet.
+RAY_ENVIRONMENT = {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": "1"}
 # Ray gives a worker up that has not registered after 60 s.
 _PATIENCE_S = 30.0
 _PASSED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def ray_environment(launcher_pid: int) -> dict[str, str]:
-    """What Ray must find in the environment of a template when it is imported."""
-    return {"RAY_JOB_ID": _JOB_ID, "RAY_RAYLET_PID": str(launcher_pid)}
+def node_name() -> str:
+    """The name of the template of this user on this node: a socket in Linux's abstract namespace.
+
+    Containers that share the host's network share that namespace, but not that of processes.
+    """
+    return f"serve-app-template-{os.getuid()}-{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 class Refused(Exception):
@@ -59,15 +62,22 @@ class Fork:
             except ProcessLookupError:
                 return  # It ends by itself.
 
-    def wait(self) -> int:
-        """Wait until it has ended; its exit status, as a shell gives it."""
+    def wait(self, raylet: int) -> int:
+        """Wait until it has ended, and end it if the raylet ends. Returns its exit status, as a
+        shell gives it.
+
+        Args:
+            raylet: a descriptor of the raylet's process.
+        """
         self._connection.settimeout(None)
-        if answer := self._connection.recv(64):
-            status = int(json.loads(answer)["status"])
-            return 128 - status if status < 0 else status
-        # The template is gone, and with it the status.
-        if self._descriptor >= 0:
-            select.select([self._descriptor], [], [])
+        if raylet not in select.select([self._connection.fileno(), raylet], [], [])[0]:
+            if answer := self._connection.recv(64):
+                status = int(json.loads(answer)["status"])
+                return 128 - status if status < 0 else status
+            # The template is gone, and with it the status.
+            if self._descriptor >= 0:
+                select.select([self._descriptor, raylet], [], [])
+        self.signal(signal.SIGKILL)
         return 1
 
 
@@ -79,9 +89,12 @@ def fork(name: str, argv: Sequence[str]) -> Fork:
     """
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(_PATIENCE_S)
-    connection.connect("\0" + name)
-    if peer_uid(connection) != os.getuid():
-        raise Refused("it belongs to somebody else")
+    try:
+        connection.connect("\0" + name)
+    except ConnectionRefusedError:
+        raise Refused("none runs on this node (python -m serve_app template)") from None
+    if (why := stranger(connection)) is not None:
+        raise Refused(why)
     request = {"argv": list(argv), "folder": os.getcwd(), "environment": dict(os.environ)}
     payload = json.dumps(request).encode()
     socket.send_fds(connection, [struct.pack("!I", len(payload))], [0, 1, 2])
@@ -95,16 +108,21 @@ def fork(name: str, argv: Sequence[str]) -> Fork:
     return Fork(told["pid"], connection)
 
 
-def peer_uid(connection: socket.socket) -> int:
-    """Who is at the other end of a Unix socket."""
+def stranger(connection: socket.socket) -> str | None:
+    """Why the process at the other end of a Unix socket is not to be trusted; None: it is."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int(struct.unpack("3i", credentials)[1])
+    pid, uid, _ = struct.unpack("3i", credentials)
+    if uid != os.getuid():
+        return "it belongs to another user"
+    # The kernel has no number for a process of another container.
+    return None if pid > 0 else "it runs in another container"
 
 
 def main(argv: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED)  # Until somebody is there to get them.
     try:
-        forked = fork(os.environ[NAME_VARIABLE], argv)
+        raylet = os.pidfd_open(os.getppid())
+        forked = fork(os.environ.get(NAME_VARIABLE) or node_name(), argv)
     except (Refused, OSError, KeyError, ValueError) as error:
         os.environ[REFUSAL_VARIABLE] = str(error) or type(error).__name__
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
@@ -112,7 +130,7 @@ def main(argv: Sequence[str]) -> int:
     for number in _PASSED:
         signal.signal(number, lambda number, _: forked.signal(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
-    return forked.wait()
+    return forked.wait(raylet)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ class RayCluster:
         head = ("--head", f"--port={GCS}", "--num-cpus=0", f"--dashboard-port={DASHBOARD}",
                 f"--ray-client-server-port={PORT + 19}", "--include-dashboard=true")  # fmt: skip
         self._join("head", AGENT, head, 1)
+        self.start_workers(workers)
+
+    def start_workers(self, workers: int) -> None:
         # One at a time: raylets of one machine name their sockets by how many there are.
         for number in range(workers):
             words = (f"--address=127.0.0.1:{GCS}", "--num-cpus=1")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,37 @@ def test_pods_wait_for_a_replica_as_the_overlay_says(monkeypatch: pytest.MonkeyP
         values = {entry["name"]: entry.get("value") for entry in entries}
         assert values["SERVE_APP_REPLICA_TIMEOUT_S"] == "900"
         assert values["SERVE_APP_SCALES_TO_ZERO"] == "1"
+
+
+def test_workers_start_the_template_before_ray_where_settings_ask_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", f"{programs.folder()}{os.pathsep}{os.environ['PATH']}")
+    config = {"applications": [{"args": {"template": True}}]}
+    monkeypatch.setattr(render, "serve_config", lambda *_: config)
+    (service,) = [d for d in render.documents("one-gpu") if d["kind"] == "RayService"]
+    cluster = service["spec"]["rayClusterConfig"]
+    head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert "command" not in head  # No replica runs there.
+    (group,) = cluster["workerGroupSpecs"]
+    command = group["template"]["spec"]["containers"][0]["command"]
+    # What the operator makes of it (BuildPod of KubeRay 1.7), with programs that print their names:
+    # Ray's start does not wait for the end of the template.
+    waits = f"until grep -q ^python {tmp_path}/ran; do sleep 0.05; done"
+    for name, then in (("python", "exec sleep 60"), ("ray", waits)):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/ran\n{then}\n')
+        (tmp_path / name).chmod(0o755)
+    script = "".join(f" {word} " for word in command)
+    script += " && ulimit -n ${RAY_START_ULIMIT_OPEN_FILES:-1024}; ray start --block; kill $!"
+    done = subprocess.run(
+        ["/bin/bash", "-c", "--", script],
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0
+    ran = (tmp_path / "ran").read_text().splitlines()
+    assert sorted(ran) == ["python -m serve_app template", "ray start --block"]
 
 
 def test_haproxy_is_where_the_image_has_it() -> None:

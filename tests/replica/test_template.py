@@ -5,6 +5,8 @@ import json
 import os
 import secrets
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -41,6 +43,11 @@ signal.signal(signal.SIGTERM, lambda *_: (print("told", flush=True), os._exit(5)
 print(os.getpid(), flush=True)
 sys.stdin.read()
 """
+# Starts its arguments as Ray's raylet starts a worker.
+_RAYLET = """
+import os, subprocess, sys
+sys.exit(subprocess.call(sys.argv[1:], env={**os.environ, "RAY_RAYLET_PID": str(os.getpid())}))
+"""
 
 
 @dataclass
@@ -52,11 +59,15 @@ class Running:
     environment: dict[str, str]
     folder: Path
 
-    def stand_in(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    def stand_in(
+        self, script: str, *arguments: str, raylet: bool = False, **variables: str
+    ) -> subprocess.Popen[str]:
+        """A stand-in, or a raylet that has started one."""
         path = self.folder / f"{secrets.token_hex(4)}.py"
         path.write_text(script)
+        before = [sys.executable, "-c", _RAYLET] if raylet else []
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", worker.__file__, str(path), *arguments],
+            [*before, sys.executable, "-I", "-S", worker.__file__, str(path), *arguments],
             env={**self.environment, **variables},
             cwd=self.folder,
             stdin=subprocess.PIPE,
@@ -70,15 +81,15 @@ class Running:
         output, _ = process.communicate(timeout=60)
         return process.pid, json.loads(output), process.returncode
 
-    def waiting(self) -> tuple[subprocess.Popen[str], psutil.Process]:
-        """A stand-in, and its worker, which waits for the end of its input."""
-        process = self.stand_in(_WAITS)
+    def waiting(self, raylet: bool = False) -> tuple[subprocess.Popen[str], psutil.Process]:
+        """A stand-in or a raylet, and its worker, which waits for the end of its input."""
+        process = self.stand_in(_WAITS, raylet=raylet)
         assert process.stdout is not None
         return process, psutil.Process(int(process.stdout.readline()))
 
 
 @contextlib.contextmanager
-def started(folder: Path, *imports: str) -> Iterator[Running]:
+def started(folder: Path, *imports: str, owned: bool = True) -> Iterator[Running]:
     lines = [f"import {name}" for name in ("os", *imports)]
     (folder / f"{_MODULE}.py").write_text("\n".join([*lines, "os.environ['SET_BY_IMPORT'] = '1'"]))
     name = f"serve-app-test-{secrets.token_hex(8)}"
@@ -87,8 +98,9 @@ def started(folder: Path, *imports: str) -> Iterator[Running]:
         "PYTHONPATH": f"{folder}:{ROOT}",
         worker.NAME_VARIABLE: name,
     }
+    options = ["--ends-with-stdin"] if owned else []
     process = subprocess.Popen(
-        [sys.executable, "-m", "serve_app.replica.template", name, _MODULE],
+        [sys.executable, "-m", "serve_app.replica.template", *options, name, _MODULE],
         env=environment,
         cwd=folder,
         stdin=subprocess.PIPE,
@@ -199,6 +211,71 @@ def test_workers_outlive_the_template(tmp_path: Path, ending: str) -> None:
         assert wait(lambda: gone(forked.pid))
 
 
+@pytest.mark.parametrize("template_lives", [True, False])
+def test_the_end_of_the_raylet_ends_its_workers_and_no_others(
+    tmp_path: Path, template_lives: bool
+) -> None:
+    with started(tmp_path) as running:
+        raylet, forked = running.waiting(raylet=True)
+        other_raylet, other = running.waiting(raylet=True)
+        if not template_lives:
+            running.process.kill()
+            running.process.wait()
+        raylet.kill()
+        raylet.wait()
+        assert wait(lambda: gone(forked.pid))
+        assert not gone(other.pid)
+        other_raylet.communicate(timeout=60)
+        assert wait(lambda: gone(other.pid))
+
+
+def test_a_template_without_a_launcher_ends_with_the_last_raylet(tmp_path: Path) -> None:
+    with started(tmp_path, owned=False) as running:
+        assert running.process.stdin is not None
+        running.process.stdin.close()  # As in a container, which has no input.
+        raylets = [running.waiting(raylet=True)[0] for _ in range(2)]
+        raylets[0].kill()
+        raylets[0].wait()
+        # It forks still, also for a raylet that is soon gone.
+        assert running.stand_in(_TELLS, raylet=True).wait(60) == 0
+        assert running.told()[1]["imported"]
+        raylets[1].kill()
+        raylets[1].wait()
+        assert running.process.wait(60) == 0
+
+
+def test_a_node_has_one_template_of_each_user(running: Running) -> None:
+    again = subprocess.run(
+        [sys.executable, "-m", "serve_app.replica.template", running.name, _MODULE],
+        env=running.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (again.returncode, again.stdout) == (1, "")
+    assert again.stderr.startswith("error: ")
+    assert running.told()[1]["imported"]
+
+
+def test_a_worker_of_any_job_is_forked(running: Running) -> None:
+    for job in ("01000000", "07000000"):
+        _, told, _ = running.told(RAY_JOB_ID=job)
+        assert (told["imported"], told["environment"]["RAY_JOB_ID"]) == (True, job)
+
+
+@pytest.mark.parametrize(
+    ("pid", "uid", "why"),
+    [(7, 0, None), (7, 1, "another user"), (0, 0, "another container"), (0, 1, "another user")],
+)
+def test_who_may_ask(pid: int, uid: int, why: str | None) -> None:
+    class Connection:
+        def getsockopt(self, *_: int) -> bytes:
+            return struct.pack("3i", pid, os.getuid() + uid, 0)
+
+    found = worker.stranger(Connection())  # type: ignore[arg-type]
+    assert found is None if why is None else why in str(found)
+    assert worker.stranger(socket.socketpair()[0]) is None
+
+
 def test_an_engine_process_comes_from_a_fork_of_the_worker(running: Running) -> None:
     script = """
 import os, sys
@@ -272,7 +349,7 @@ def test_cuda_that_was_loaded_may_be_forked_and_cuda_that_was_initialised_may_no
         ({"A": "1", "B": "2", "IMPORTED": "y"}, ["IMPORTED"]),
         ({"A": "1"}, ["B"]),
         ({"A": "2", "B": "2", "VLLM_X": ""}, ["A", "VLLM_X"]),
-        ({"A": "1", "B": "2", "RAY_JOB_ID": "02000000"}, ["RAY_JOB_ID"]),
+        ({"A": "1", "B": "2", "RAY_JOB_ID": "02000000", "OMP_NUM_THREADS": "3"}, []),
     ],
 )
 def test_what_differs_is_named(wanted: dict[str, str], names: list[str]) -> None:
@@ -290,35 +367,49 @@ def test_what_an_import_set_is_kept_unless_a_cache_decides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("application", "environ", "wanted"),
+    ("asked", "application", "environ", "wanted"),
     [
-        ({}, {}, False),
-        ({}, {launched.NAME_VARIABLE: ""}, False),
-        ({}, {launched.NAME_VARIABLE: "1"}, True),
-        ({"runtime_env": {}}, {launched.NAME_VARIABLE: "1"}, True),
-        ({"runtime_env": {"pip": ["x"]}}, {launched.NAME_VARIABLE: "1"}, False),
-        ({}, {launched.NAME_VARIABLE: "1", "RAY_ADDRESS": "auto"}, False),
+        (False, {}, {}, False),
+        (True, {}, {}, True),
+        (True, {"runtime_env": {}}, {}, True),
+        (True, {"runtime_env": {"pip": ["x"]}}, {}, False),
+        (True, {}, {"RAY_ADDRESS": "auto"}, False),
     ],
 )
-def test_where_there_is_a_template(
-    application: dict[str, Any], environ: dict[str, str], wanted: bool
+def test_when_the_launcher_starts_a_template(
+    asked: bool, application: dict[str, Any], environ: dict[str, str], wanted: bool
 ) -> None:
-    assert launched.wanted(application, environ) is wanted
+    assert launched.wanted(Settings(template=asked), application, environ) is wanted
 
 
-def test_ray_learns_where_a_replica_comes_from() -> None:
+def test_ray_learns_where_a_replica_comes_from(capfd: pytest.CaptureFixture[str]) -> None:
     plan = Plan("m", "m", Placement(1, 1), cpu_threads=3)
-    assert launched.runtime_env(plan, {}) == {}
-    # It was wanted, and the launcher had a reason to start none.
-    assert launched.runtime_env(plan, {launched.NAME_VARIABLE: "1"}) == {}
-    env = launched.runtime_env(plan, {launched.NAME_VARIABLE: "serve-app-template-x"})
-    assert worker.__file__ in env["py_executable"]
-    assert env["env_vars"] == plan.environment
+    assert launched.runtime_env(Settings(), plan, {}) == {}
+    for beside in ({}, {"env_vars": {"A": "1"}, "_ray_commit": "x"}):
+        env = launched.runtime_env(Settings(template=True), plan, beside)
+        assert worker.__file__ in env["py_executable"]
+        assert env["env_vars"] == plan.environment
+    assert launched.runtime_env(Settings(template=True), plan, {"pip": ["x"], "uv": []}) == {}
+    assert "the runtime_env has pip, uv" in capfd.readouterr().out
+    several = Plan("m", "m", Placement(8, 2, executor="ray"), cpu_threads=None)
+    assert launched.runtime_env(Settings(template=True), several, {}) == {}
+
+
+def test_the_command_becomes_the_template_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: ran.append(arguments))
+    launched.run([])
+    ((program, command, environment),) = ran
+    assert (program, command[1:]) == (
+        sys.executable,
+        ["-m", "serve_app.replica.template", worker.node_name()],
+    )
+    assert environment.items() >= worker.RAY_ENVIRONMENT.items()
 
 
 def test_the_launchers_template_ends_with_it() -> None:
     waits = (sys.executable, "-c", "import sys; sys.stdin.read()")
     started = launched.Template({"PATH": os.environ["PATH"]}, Settings(), waits)
-    assert started.environ[launched.NAME_VARIABLE] in started.process.args  # type: ignore[operator]
+    assert started.environ[worker.NAME_VARIABLE] in started.process.args  # type: ignore[operator]
     started.end()
     assert started.process.returncode is not None

@@ -416,6 +416,40 @@ def test_an_exception_in_a_start_is_a_failed_start(tmp_path: Path) -> None:
     assert "giving up" in output
 
 
+_WITH_TEMPLATE = """
+import sys, types
+sys.path.insert(0, {folder!r})
+import start
+from serve_app.launch.template import Template
+from serve_app.settings import Settings
+made = []
+def template(environ, settings):
+    made.append(Template(environ, settings, (sys.executable, "-c", "import sys; sys.stdin.read()")))
+    return made[0]
+def head(environ, give_up):
+    print("template:", environ["SERVE_APP_TEMPLATE_NAME"] in made[0].process.args, flush=True)
+    print("runs:", made[0].process.poll() is None, flush=True)
+    raise RuntimeError("no head")
+settings = Settings(template=True)
+start.Template, start.Head = template, head
+start._choose = lambda: types.SimpleNamespace(settings=settings, offline=False)
+status = start.main()
+print("ended:", made[0].process.returncode is not None, flush=True)
+sys.exit(status)
+"""
+
+
+def test_the_template_starts_before_the_head_and_ends_after_it(tmp_path: Path) -> None:
+    code = _WITH_TEMPLATE.format(folder=str(FOLDER))
+    environ = {"RUNPOD_ENDPOINT_ID": "e", "SERVE_MODE": "queue", "MAX_START_FAILURES": "1"}
+    with started(tmp_path, [sys.executable, "-c", code], **environ) as server:
+        assert server.process.wait(60) == 1, server.output()
+    output = server.output()
+    assert "failed: no head" in output
+    for line in ("template: True", "runs: True", "ended: True"):
+        assert line in output.splitlines()
+
+
 def test_a_model_that_the_gpu_cannot_hold_is_not_fetched(tiny: Path, tmp_path: Path) -> None:
     programs = tmp_path / "programs"
     programs.mkdir()

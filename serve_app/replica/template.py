@@ -247,9 +247,30 @@ def unforkable(driver: Callable[[], Any] | None = None) -> str | None:
     return None if status == _CUDA_NOT_INITIALISED else "an import has initialised CUDA in it"
 
 
+def close_nvml(library: Callable[[], Any] | None = None) -> None:
+    """Close NVML, which imports leave open. The kernel refuses what a fork asks through it; a fork
+    that finds it closed opens its own.
+
+    Args:
+        library: returns NVML's library, or None where this process has not loaded it.
+    """
+    nvml = (library or _nvml)()
+    # It counts how often it was opened.
+    while nvml is not None and nvml.nvmlShutdown() == 0:
+        pass
+
+
 def _cuda_driver() -> ctypes.CDLL | None:
+    return _loaded("libcuda.so.1")
+
+
+def _nvml() -> ctypes.CDLL | None:
+    return _loaded("libnvidia-ml.so.1")
+
+
+def _loaded(name: str) -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        return ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     except OSError:
         return None
 
@@ -298,6 +319,7 @@ def main(argv: Sequence[str]) -> int:
         with forkserver.undisturbed():
             for module in arguments.modules:
                 importlib.import_module(module)
+        close_nvml()
         took_s, gigabytes = time.monotonic() - began_s, psutil.Process().memory_info().rss / 1e9
         print(f"template: imported in {took_s:.1f} s, takes {gigabytes:.1f} GB", flush=True)
         owner = sys.stdin.fileno() if arguments.ends_with_stdin else None

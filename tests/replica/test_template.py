@@ -340,6 +340,20 @@ def test_cuda_that_was_loaded_may_be_forked_and_cuda_that_was_initialised_may_no
     assert answer is None if why is None else why in (answer or "")
 
 
+@pytest.mark.parametrize("opened", [0, 1, 3])
+def test_nvml_is_closed_before_a_fork_however_often_it_was_opened(opened: int) -> None:
+    counter = [opened]
+
+    def shutdown() -> int:
+        """NVML's: 0, and 1 where it is not open."""
+        counter[0] -= 1
+        return 0 if counter[0] >= 0 else 1
+
+    template.close_nvml(lambda: SimpleNamespace(nvmlShutdown=shutdown))
+    assert counter == [-1]
+    template.close_nvml()  # Where it was never loaded.
+
+
 @pytest.mark.parametrize(
     ("wanted", "names"),
     [

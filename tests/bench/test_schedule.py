@@ -25,6 +25,7 @@ from bench.traffic.schedule import (
     plan,
 )
 from bench.traffic.workload import parse as workload_of
+from tests.bench.specs import specs
 from tests.examples import examples
 
 OPEN = [
@@ -117,22 +118,10 @@ def test_a_bad_spec_is_refused_by_name_value_and_nearest_choice(text: str, messa
         parse(text)
 
 
-@given(
-    st.one_of(
-        st.text(max_size=60),
-        st.builds(
-            lambda name, pairs: f"{name}:" + ",".join(f"{k}={v}" for k, v in pairs),
-            st.sampled_from(sorted(KINDS)),
-            st.lists(
-                st.tuples(
-                    st.sampled_from(sorted({key for keys in KINDS.values() for key in keys})),
-                    st.one_of(st.floats().map(str), st.integers().map(str), st.text(max_size=9)),
-                ),
-                max_size=3,
-            ),
-        ),
-    )
-)
+VALUES = st.one_of(st.floats().map(str), st.integers().map(str), st.text(max_size=9))
+
+
+@given(specs(KINDS, VALUES, most_pairs=3))
 @examples(300)
 def test_any_text_is_a_load_or_a_sentence(text: str) -> None:
     try:

@@ -18,6 +18,7 @@ from bench.traffic import words
 from bench.traffic.request import Request
 from bench.traffic.workload import KINDS, matrix, parse
 from serve_app.planning import embedded
+from tests.bench.specs import specs
 from tests.examples import examples
 
 
@@ -434,22 +435,10 @@ def test_spaces_and_commas_in_parentheses_are_no_mistakes() -> None:
     assert spaced.take(9) == plain.take(9)
 
 
-@given(
-    st.one_of(
-        st.text(max_size=60),
-        st.builds(
-            lambda name, pairs: f"{name}:" + ",".join(f"{k}={v}" for k, v in pairs),
-            st.sampled_from(sorted(KINDS)),
-            st.lists(
-                st.tuples(
-                    st.sampled_from(sorted({key for keys in KINDS.values() for key in keys})),
-                    st.one_of(st.integers(-2, 2000).map(str), st.text(max_size=12)),
-                ),
-                max_size=7,
-            ),
-        ),
-    )
-)
+VALUES = st.one_of(st.integers(-2, 2000).map(str), st.text(max_size=12))
+
+
+@given(specs(KINDS, VALUES, most_pairs=7))
 @examples(300)
 def test_any_text_is_a_workload_or_a_sentence(spec: str) -> None:
     try:

@@ -560,15 +560,20 @@ async def test_a_replica_that_left_is_not_asked_for_its_engine() -> None:
         await successor.stop()
 
 
+async def ask_and_leave(there: Fleet) -> None:
+    """A client that leaves after the first event of its answer."""
+    client = Client()
+    ask = asyncio.create_task(there.ask(client))
+    await client.news.wait()
+    ask.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await ask
+
+
 async def test_a_client_that_leaves_stops_the_engine() -> None:
     engine = EngineServer("a", length=1000, pause_s=0.01)
     async with fleet(engine) as there:
-        client = Client()
-        ask = asyncio.create_task(there.ask(client))
-        await client.news.wait()
-        ask.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await ask
+        await ask_and_leave(there)
         async with asyncio.timeout(5):
             while not engine.left:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
@@ -774,12 +779,7 @@ async def test_a_front_end_that_hangs_is_left(after: int) -> None:
 async def test_a_client_that_leaves_gives_back_its_place() -> None:
     engine = EngineServer("a", length=900, pause_s=0.01, fast=True)
     async with fleet(engine) as there:
-        client = Client()
-        ask = asyncio.create_task(there.ask(client))
-        await client.news.wait()
-        ask.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await ask
+        await ask_and_leave(there)
         async with asyncio.timeout(5):
             while not (engine.left and engine.left_places):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

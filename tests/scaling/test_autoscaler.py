@@ -15,18 +15,7 @@ from serve_app.scaling.memory import Memory
 from serve_app.scaling.state import State, resumed
 from serve_app.scaling.types import Goal, ReplicaLoad
 from tests.examples import examples
-
-BUSY = ReplicaLoad(
-    running=40,
-    max_running=64,
-    decode_tokens_per_s=2000,
-    steps_per_s=30,
-    busy=0.9,
-    arrivals_per_s=9,
-    finished_per_s=9,
-    ttft_s=0.3,
-    itl_s=0.03,
-)
+from tests.services.loads import BUSY
 
 
 class DictStore:

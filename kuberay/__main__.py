@@ -1,15 +1,15 @@
-"""`python -m kuberay COMMAND`: the way up, the way down, and what can be known before either.
+"""`python -m kuberay COMMAND`: create, check and delete a cluster on EKS.
 
-    preflight  will this account hold the cluster, and what will it cost
-    lint       what a RayService's schema lets pass and a controller or a user suffers from
-    render     serve_config.yaml into the manifests, and an overlay as one file
-    up         from nothing to an answer of the model
-    status     what there is, what it bills, how long it may live
-    rotate     a new API key, in force without a restart
-    down       delete everything, and prove that nothing is left
+    preflight  check permissions, quotas and cost; change nothing
+    lint       find mistakes of a RayService that its schema allows
+    render     write serve_config.yaml into the manifests, or print an overlay
+    up         create a cluster, and wait until the model has answered
+    status     show what exists, what it costs, and when it expires
+    rotate     add an API key, which is valid without a restart
+    down       delete everything, and verify that nothing is left
 
-Each is a module with `arguments(parser)` and `command(options)`, imported only when it is asked
-for: most need neither AWS's SDK nor a cluster.
+Each command is a module with `arguments(parser)` and `command(options)`. It is imported only when
+it runs, because most commands need neither AWS's SDK nor a cluster.
 """
 
 import argparse

@@ -353,9 +353,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--yes", action="store_true", help="do not ask")
     add("--keep-data", action="store_true", help="leave volumes, snapshots, file systems, logs, "
         "images and keys, and report them")  # fmt: skip
-    add("--if-expired", action="store_true", help="only if it outlived its hours; do not ask then")
-    add("--json", action="store_true", help="print the proof as one JSON object")
-    add("--report", type=Path, help="write the proof to this file too")
+    add("--if-expired", action="store_true", help="only if it has expired; do not ask then")
+    add("--json", action="store_true", help="print the report as one JSON object")
+    add("--report", type=Path, help="also write the report to this file")
     add("--pause", type=float, default=Pace.pause_s, help="seconds between rounds of leftovers")
     add("--patience", type=float, default=Pace.patience_s,
         help="seconds without change until leftovers are given up on")  # fmt: skip

@@ -83,10 +83,12 @@ def _services(texts: Sequence[tuple[str, str]]) -> Iterator[tuple[str, Service]]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="manifests; - is standard input")
-    parser.add_argument("--was", nargs="+", default=[], metavar="FILE", help="as applied before")
+    parser.add_argument(
+        "--was", nargs="+", default=[], metavar="FILE", help="the manifests as applied before"
+    )
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="RULE", choices=sorted(rules.RULES),
-        help="a rule to leave out; may be given again",
+        help="a rule to skip; may be repeated",
     )  # fmt: skip
     parser.add_argument("--strict", action="store_true", help="status 1 for warnings too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -323,10 +323,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--check", action="store_true", help="write nothing; status 1 if it differs")
     what.add_argument("--overlay", help=f"print it whole: {', '.join(overlays())}")
     what.add_argument("--monitoring", action="store_true", help="print what Prometheus needs")
-    parser.add_argument("--name", help="of the cluster, for --overlay")
-    parser.add_argument("--region", help="of the cluster, for --overlay")
+    parser.add_argument("--name", help="cluster of --overlay")
+    parser.add_argument("--region", help="cluster of --overlay")
     parser.add_argument("--bucket", help="S3 bucket of the weights, for --overlay; else the hub")
-    parser.add_argument("--image", help="in place of the manifests' own, for --overlay")
+    parser.add_argument("--image", help="replaces the manifests' image, for --overlay")
 
 
 @console.reports_errors

@@ -28,4 +28,4 @@ def command(options: argparse.Namespace) -> int:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     target.arguments(parser)
-    parser.add_argument("--only", action="store_true", help="take the earlier keys away")
+    parser.add_argument("--only", action="store_true", help="remove the earlier keys")

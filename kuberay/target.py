@@ -89,6 +89,6 @@ def read(path: Path) -> dict[str, Any]:
 def arguments(parser: argparse.ArgumentParser) -> None:
     default = HERE / "cluster.yaml"
     parser.add_argument("--cluster", type=Path, default=default, help="default: %(default)s")
-    parser.add_argument("--name", help="of the cluster, in place of the file's")
-    parser.add_argument("--region", help="in place of the file's")
-    parser.add_argument("--profile", help="of the AWS configuration")
+    parser.add_argument("--name", help="cluster name, instead of the file's")
+    parser.add_argument("--region", help="region, instead of the file's")
+    parser.add_argument("--profile", help="profile of the AWS configuration")

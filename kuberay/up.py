@@ -218,6 +218,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--on-expiry", choices=ttl.ACTIONS, default="report",
         help="what `down --if-expired` then does; default: %(default)s")  # fmt: skip
-    add("--wait", type=float, default=_WAIT_S, help="seconds for the model to answer in")
+    add("--wait", type=float, default=_WAIT_S, help="seconds within which the model must answer")
     add("--monitoring", action="store_true", help="Prometheus and Grafana in the cluster, too")
     add("--yes", action="store_true", help="do not ask")

@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     modes = [*ENDPOINT_TYPES, "pod"]
     up.add_argument("--mode", choices=modes, default=blank.mode, help="default: %(default)s")
     up.add_argument("--image", required=True, help="the pushed image, with its tag or digest")
-    up.add_argument("--model", default="", help="hub id; default: what serve_config.yaml says")
+    up.add_argument("--model", default="", help="hub id; default: the model of serve_config.yaml")
     up.add_argument(
         "--gpu",
         action="append",
@@ -67,9 +67,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"type or pool, the preferred first; may be repeated; default: {', '.join(_GPUS)}",
     )
     up.add_argument("--gpu-count", type=int, default=1, help="GPUs each; default: %(default)s")
-    up.add_argument("--workers-min", type=int, default=blank.workers_min, help="always on")
+    up.add_argument(
+        "--workers-min", type=int, default=blank.workers_min, help="workers that always run"
+    )
     up.add_argument("--workers-max", type=int, default=blank.workers_max)
-    up.add_argument("--idle-s", type=int, default=blank.idle_s, help="until an idle worker goes")
+    up.add_argument(
+        "--idle-s", type=int, default=blank.idle_s, help="seconds until an idle worker ends"
+    )
     up.add_argument("--requests-per-worker", type=int, default=blank.requests_per_worker)
     up.add_argument("--request-timeout-s", type=int, default=blank.request_timeout_s)
     up.add_argument("--disk-gb", type=int, default=blank.disk_gb, help="default: %(default)s")
@@ -83,23 +87,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     about = "do not check whether the model fits, as where Runpod caches it on the host"
     up.add_argument("--unchecked", action="store_true", help=about)
-    up.add_argument("--yes", action="store_true", help="do not ask whether the cost is right")
+    up.add_argument("--yes", action="store_true", help="do not ask for consent to the cost")
     up.add_argument("--no-wait", action="store_true", help="do not wait for a completion")
     up.add_argument("--keep", action="store_true", help="leave a failed start running")
     up.add_argument("--wait-s", type=float, default=_WAIT_S, help="default: %(default)s")
 
-    status = commands.add_parser("status", parents=[common], help="what there is, and its cost")
+    status = commands.add_parser("status", parents=[common], help="show what exists, and its cost")
     status.set_defaults(run=_status)
     status.add_argument("--json", action="store_true", help="print one JSON object")
 
-    logs = commands.add_parser("logs", parents=[common], help="of the pod, or of every worker")
+    logs = commands.add_parser(
+        "logs", parents=[common], help="show the logs of the pod, or of every worker"
+    )
     logs.set_defaults(run=_logs)
     logs.add_argument("--tail", type=int, default=200, help="lines; default: %(default)s")
-    logs.add_argument("--follow", action="store_true", help="all of them, until interrupted")
+    logs.add_argument("--follow", action="store_true", help="keep printing until interrupted")
 
-    away = commands.add_parser("down", parents=[common], help="delete all of it, and prove it")
+    away = commands.add_parser("down", parents=[common], help="delete everything, and verify it")
     away.set_defaults(run=_down)
-    away.add_argument("--keep-volume", action="store_true", help="it bills on: exit status 1")
+    away.add_argument(
+        "--keep-volume", action="store_true", help="the volume costs money: exit status 1"
+    )
     patience_s = teardown.PATIENCE_S
     away.add_argument("--patience-s", type=float, default=patience_s, help="default: %(default)s")
     return parser

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="run serve_config.yaml on this machine")
     serve.add_argument("--config", default="serve_config.yaml", help="default: %(default)s")
-    serve.add_argument("--model", default=None, help="in place of the configured one")
+    serve.add_argument("--model", default=None, help="model to serve instead of the configured one")
     commands.add_parser("doctor", help="check this machine", add_help=False)
     commands.add_parser("tenants", help="who shares the fleet", add_help=False)
     commands.add_parser("observe", help="watch what is served", add_help=False)

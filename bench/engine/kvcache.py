@@ -105,7 +105,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="a local folder or a hub id")
     add("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON")
     add("--workload", default="synthetic:input=lognormal(800;0.5),output=200,max=3000")
-    add("--load", default="burst:size=256,every=1000", help="when to send: see schedule.py")
+    add(
+        "--load",
+        default="burst:size=256,every=1000",
+        help="arrival times: see docs/benchmarking.md",
+    )
     add("--requests", type=int, default=256)
     add("--seed", type=int, default=0)
     add("--out", type=Path, required=True, help="folder of the result")

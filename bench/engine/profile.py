@@ -145,17 +145,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench profile`."""
     add = parser.add_argument
     add("--model", help="a local folder: profile in process; with --url, the name in requests")
-    add("--url", help="profile what is served there, under load")
+    add("--url", help="profile the server at this URL, under load")
     add("--out", type=Path, required=True, help="folder of the result and of the traces")
     add("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON (in process)")
     add("--batches", default="1,32", help="sequences of each decode, separated by commas")
     add("--context", type=int, default=200, help="tokens of a sequence before decode")
     add("--prefill", default="2000", help="tokens of each prefill, separated by commas")
-    add("--roofline", type=Path, help="a result of `bench roofline`: the ceilings to hold against")
+    add("--roofline", type=Path, help="a result of `bench roofline`, to compare with")
     add("--users", type=int, default=32, help="streams of the load (served)")
-    add("--workload", default="synthetic:input=200,output=64", help="of the load (served)")
-    add("--seconds", type=float, default=10.0, help="of load before the trace (served)")
-    add("--traces", type=Path, help="where the served engine writes its traces")
+    add(
+        "--workload",
+        default="synthetic:input=200,output=64",
+        help="output tokens of the load (served)",
+    )
+    add("--seconds", type=float, default=10.0, help="seconds of load before the trace (served)")
+    add("--traces", type=Path, help="folder of the served engine's traces")
     add("--front-end", type=int, metavar="PID", help="a process to sample with py-spy (served)")
 
 

@@ -234,15 +234,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="a local folder or a hub id")
     add("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON")
-    add("--gpus", type=int, help="how many to use; all there are by default")
+    add("--gpus", type=int, help="number to use; all by default")
     add("--workload", action="append", help="may be repeated; input=200,output=128 by default")
     add("--variant", action="append", type=_variant, default=[], help="NAME=JSON, may be repeated")
-    add("--only", type=lambda text: text.split(","), default=[], help="layouts, by their names")
-    add("--saturation", type=int, default=256, help="requests at once, for each GPU; 0: not asked")
+    add(
+        "--only",
+        type=lambda text: text.split(","),
+        default=[],
+        help="names of the layouts to measure",
+    )
+    add("--saturation", type=int, default=256, help="concurrent requests per GPU; 0: none")
     add("--repeats", type=int, default=3)
-    add("--together", action="store_true", help="all layouts at once, measured in turn")
-    add("--clients", type=int, help="processes that send; one for each 4 cores by default")
-    add("--budget-s", type=float, default=3600.0, help="seconds of the whole")
+    add("--together", action="store_true", help="start all layouts, measure them in turn")
+    add("--clients", type=int, help="client processes; one per 4 cores by default")
+    add("--budget-s", type=float, default=3600.0, help="time limit in seconds")
     add("--port", type=int, default=8895)
     add("--out", type=Path, required=True, help="folder of the result")
 

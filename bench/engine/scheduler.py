@@ -130,7 +130,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="a local folder or a hub id")
     add("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON")
     add("--long", type=int, default=3000, help="tokens of a long prompt")
-    add("--tokens", type=int, default=1024, help="of a step, with chunks")
+    add("--tokens", type=int, default=1024, help="token budget of a step, with chunks")
     add("--rounds", type=int, default=4, help="bursts of 2 long and 30 short prompts")
     add("--every", type=float, default=1.0, help="seconds between bursts")
     add("--policies", default="fcfs,priority")

@@ -121,12 +121,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="a local folder or a hub id")
     add("--engine", type=json_object, default=dict(systems.ENGINE), help="vLLM arguments, as JSON")
-    add("--systems", default="ours,bare", help="of bench.engine.systems; default: %(default)s")
+    add("--systems", default="ours,bare", help="systems to start; default: %(default)s")
     add("--scenarios", default=",".join(SCENARIOS), help="default: %(default)s")
     add("--rounds", type=whole(1, 100), default=3)
     add("--port", type=whole(1024, 40000), default=8300)
     add(
-        "--caches", type=Path, help="folder of compile caches that stay; a fresh one for each round"
+        "--caches",
+        type=Path,
+        help="folder of compile caches to keep; by default a new one for each round",
     )
     add("--out", type=Path, required=True, help="folder of the result and its picture")
 

@@ -72,12 +72,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the result and of the journal")
     add("--engine", type=json.loads, default={}, help="vLLM arguments of every trial, as JSON")
     add("--goal", choices=["goodput", "cost"], default="goodput")
-    add("--slo", default="mlperf-interactive", help="of goodput: a preset, or limits")
+    add("--slo", default="mlperf-interactive", help="objective of goodput: a preset, or limits")
     add("--workload", default="synthetic:input=lognormal(800;0.4),output=100,max=3000")
-    about = "NAME=VALUE,VALUE; may be given again. Without: every knob of this machine"
+    about = "NAME=VALUE,VALUE; may be repeated; by default every knob of this machine"
     add("--knob", action="append", default=[], help=about)
     add("--lossy", action="store_true", help="also knobs that change the answers (fp8)")
-    add("--budget-s", type=float, default=3600.0, help="seconds of the whole")
+    add("--budget-s", type=float, default=3600.0, help="time limit in seconds")
     add(
         "--seconds",
         type=float,
@@ -85,13 +85,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="of a full probe, up to 4 times as long where requests are",
     )
     add("--rungs", type=int, default=3, help="measurements, each twice as long as the last")
-    add("--repeats", type=int, default=3, help="of a full measurement, each with its own seed")
+    add(
+        "--repeats",
+        type=int,
+        default=3,
+        help="repeats of a full measurement, each with its own seed",
+    )
     add("--most", type=int, help="settings to measure at most")
-    add("--grid", action="store_true", help="measure every combination in full instead: the proof")
+    add(
+        "--grid", action="store_true", help="measure every combination in full, to check the search"
+    )
     about = "throughput by the CPU time of an engine on a CPU that others use too"
     add("--by-cpu", action="store_true", help=about)
     add("--roofline", type=Path, help="a result of `bench roofline`: prunes more")
-    add("--price", type=float, help="of an hour of this machine, for the cost per million tokens")
+    add("--price", type=float, help="price of this machine per hour, for the cost of tokens")
     add("--against", type=Path, help="a result of tune: measure its best and the defaults again")
     add("--system", choices=["engine", "bare", "ours"], default="engine", help="of --against")
     add("--port", type=int, default=8890, help="of --system bare or ours")

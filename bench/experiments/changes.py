@@ -362,24 +362,29 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="a folder")
+    add("--model", type=Path, required=True, help="a model folder")
     add("--out", type=Path, required=True, help="folder of the result")
     add("--replicas", type=int, default=3)
     add("--gateway", action="store_true", help="behind the gateway")
     add("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON")
-    add("--requests", type=int, default=2000, help="short ones at least")
-    add("--users", type=int, default=4, help="of short answers")
+    add("--requests", type=int, default=2000, help="least number of short requests")
+    add("--users", type=int, default=4, help="tokens of short answers")
     add("--short-tokens", type=int, default=64)
     add("--long-users", type=int, default=2)
     add("--long-tokens", type=int, default=8000)
     about = "changes, in this order"
     add("--only", type=lambda text: text.split(","), default=list(STEPS), help=about)
-    add("--most-think", type=float, default=0.0, help="drawn for each pause, 1 s at least")
-    about = "whether each user keeps its connection between its requests; default: it does"
+    add(
+        "--most-think",
+        type=float,
+        default=0.0,
+        help="longest random pause in seconds; the shortest is 1",
+    )
+    about = "keep each user's connection between its requests (the default)"
     add("--keep-alive", action=argparse.BooleanOptionalAction, default=True, help=about)
     add("--port", type=int, default=8930)
-    add("--dashboard", default="http://127.0.0.1:8265", help="of the cluster that is started")
-    add("--step", choices=STEPS, help="make one change to the application that runs, and end")
+    add("--dashboard", default="http://127.0.0.1:8265", help="port of the cluster that is started")
+    add("--step", choices=STEPS, help="make one change to the running application, and end")
     return parser
 
 

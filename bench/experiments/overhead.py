@@ -252,15 +252,17 @@ def main() -> None:
     parser.add_argument("--concurrency", default="1,8,32,64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--waves", type=int, default=2, help="requests of each user")
-    parser.add_argument("--least", type=int, default=4, help="requests of a load at least")
+    parser.add_argument("--least", type=int, default=4, help="least number of requests of a load")
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--settle", type=float, default=4.0, help="seconds before each load")
     parser.add_argument(
-        "--start-together", action="store_true", help="all at once; then ready_s says little"
+        "--start-together",
+        action="store_true",
+        help="start all systems at once; ready_s then includes the others",
     )
-    parser.add_argument("--running", action="store_true", help="none is stopped while it waits")
+    parser.add_argument("--running", action="store_true", help="do not stop the systems that wait")
     parser.add_argument("--clients", type=int, default=1, help="client processes")
-    parser.add_argument("--port", type=int, default=8100, help="of the first system")
+    parser.add_argument("--port", type=int, default=8100, help="port of the first system")
     parser.add_argument("--engine", type=json.loads, default=ENGINE, help="arguments as JSON")
     options = parser.parse_args()
     options.concurrency = [int(word) for word in options.concurrency.split(",")]

@@ -210,9 +210,11 @@ def main() -> int:
     """Measure, and print one JSON object."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--streams", type=int, default=64, help="at once")
-    parser.add_argument("--tokens", type=int, default=128, help="of each stream")
-    parser.add_argument("--step-ms", type=float, default=9.0, help="of the engine")
+    parser.add_argument("--streams", type=int, default=64, help="concurrent streams")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each stream")
+    parser.add_argument(
+        "--step-ms", type=float, default=9.0, help="gap between tokens of the engine"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     rounds: dict[str, list[dict[str, float]]] = {"every token": [], "together": []}

@@ -269,15 +269,22 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True, help="a local model folder")
-    add("--sequences", type=int, default=256, help="of the batch: %(default)s")
-    add("--load", type=float, default=0.8, help="of good, of its share: %(default)s")
-    add("--times", type=float, default=10.0, help="the capacity, of the flood: %(default)s")
-    add("--workload", default=_WORKLOAD, help="of both: %(default)s")
-    add("--capacity", type=float, help="requests/s; measured by default")
-    add("--seconds", type=float, default=20.0, help="of each load: %(default)s")
-    add("--warm", type=float, default=6.0, help="seconds that do not count: %(default)s")
+    add("--sequences", type=int, default=256, help="batch size: %(default)s")
+    add(
+        "--load", type=float, default=0.8, help="load of `good`, relative to its share: %(default)s"
+    )
+    add(
+        "--times",
+        type=float,
+        default=10.0,
+        help="rate of the flood, relative to the capacity: %(default)s",
+    )
+    add("--workload", default=_WORKLOAD, help="requests of both tenants: %(default)s")
+    add("--capacity", type=float, help="capacity in requests/s; measured by default")
+    add("--seconds", type=float, default=20.0, help="duration of each load: %(default)s")
+    add("--warm", type=float, default=6.0, help="seconds of warm-up: %(default)s")
     add("--rounds", type=int, default=1)
-    add("--seed", type=int, default=1, help="of the first round")
+    add("--seed", type=int, default=1, help="seed of the first round")
     add("--actors", type=int, default=1, help="processes that send the flood: %(default)s")
     add("--port", type=int, default=8100)
     add("--engine", type=json.loads, default=dict(systems.ENGINE), help="vLLM arguments, as JSON")

@@ -24,7 +24,7 @@ def arguments(add: Callable[..., Any], prefix: str = "", **kinds: Any) -> None:
     """Add the options to a parser through its `add_argument`, which also gets `kinds`."""
     about = "the environment variable that holds the API key"
     add(f"--{prefix}api-key-env", default="", help=about, **kinds)
-    about = "the header that carries the key: as a bearer token in %(default)s, else as it is"
+    about = "the header of the key; in %(default)s it is a bearer token"
     add(f"--{prefix}key-header", default=BEARER, metavar="NAME", help=about, **kinds)
     about = "'NAME: VALUE', one more header of each request; may be repeated"
 

@@ -65,7 +65,9 @@ def run(argv: Sequence[str]) -> int:
     """Print the diagnosis. Returns the exit status: 0 when everything is good, else 1."""
     parser = argparse.ArgumentParser(prog="python -m serve_app doctor", description=__doc__)
     parser.add_argument("--config", default="serve_config.yaml", help="default: %(default)s")
-    parser.add_argument("--model", default=None, help="in place of the configured one")
+    parser.add_argument(
+        "--model", default=None, help="model to check instead of the configured one"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(argv)
     checks = diagnose(Path(options.config), options.model)

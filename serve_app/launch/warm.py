@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     """Fill the caches of every model of the configuration. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m serve_app warm", description=__doc__)
     parser.add_argument("--config", default="serve_config.yaml", help="default: %(default)s")
-    parser.add_argument("--model", default=None, help="in place of the configured one")
+    parser.add_argument("--model", default=None, help="model instead of the configured one")
     parser.add_argument("--to", default=None, help="a folder or s3:// address; default: `compiled`")
     options = parser.parse_args(argv)
     config = load(Path(options.config), options.model)

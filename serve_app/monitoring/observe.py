@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     haproxy = f"127.0.0.1:{os.environ.get('RAY_SERVE_HAPROXY_METRICS_PORT', 9101)}"
     parser.add_argument("--haproxy", default=haproxy, help="its metrics; default: %(default)s")
     parser.add_argument(
-        "--keep", type=Path, help="folder of what was measured, kept; default: none is kept"
+        "--keep",
+        type=Path,
+        help="folder in which measurements are kept; by default they are deleted at the end",
     )
     options = parser.parse_args(argv)
     # uvicorn passes a signal on once it has stopped: what was started is to be ended then, too.

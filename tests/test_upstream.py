@@ -435,3 +435,17 @@ def test_49_an_engine_sleeps_and_wakes_by_these_calls() -> None:
     # It is awake, and schedules again, once each of them is back.
     assert {"weights", "kv_cache"} == SLEEP_TAGS
     assert AsyncEngineArgs.enable_sleep_mode is False
+
+
+def test_50_the_renderer_is_made_by_a_name_of_this_module() -> None:
+    import vllm.v1.engine.async_llm as module
+
+    from serve_app.replica import frontends
+
+    source = inspect.getsource(module.AsyncLLM.__init__)
+    assert source.count("renderer_from_config(self.vllm_config)") == 1
+    assert parameters(module.renderer_from_config)[:1] == ["config"]
+    original = module.renderer_from_config
+    with frontends._rendering_with(renderer := object()):  # type: ignore[arg-type]
+        assert module.renderer_from_config(None) is renderer
+    assert module.renderer_from_config is original

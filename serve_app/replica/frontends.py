@@ -18,17 +18,20 @@ import secrets
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import vllm
+import vllm.v1.engine.async_llm as async_llm
 import vllm.v1.engine.utils as engine_processes
 import zmq
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.serve.utils.api_utils import jsonify_non_default_args
+from vllm.renderers.base import BaseRenderer
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.network_utils import ZmqListener, get_open_zmq_ipc_path, make_zmq_listener
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor import Executor
 from vllm.v1.utils import RustFrontendProcessManager
 
@@ -195,12 +198,12 @@ class RustFrontend:
 
 
 def launch(
-    kind: type[AsyncLLM],
+    kind: type[async_llm.AsyncLLM],
     args: argparse.Namespace,
     host: str,
     stat_loggers: list[Any],
     startup: Startup,
-) -> tuple[AsyncLLM, RustFrontend]:
+) -> tuple[async_llm.AsyncLLM, RustFrontend]:
     """Start an engine and both of its front ends; blocks until the engine's processes are ready.
 
     Args:
@@ -223,7 +226,9 @@ def launch(
     config.scheduler_config.scheduler_cls = f"{scheduler.__module__}.{scheduler.__qualname__}"
     listeners = engine_processes.bind_engine_zmq_listeners(config, 2)
     rust = RustFrontend(args, host)
-    with contextlib.ExitStack() as undo:
+    with ThreadPoolExecutor(1) as beside, contextlib.ExitStack() as undo:
+        # Copies of a tokenizer with a large vocabulary take seconds. The engine starts meanwhile.
+        renderer = beside.submit(async_llm.renderer_from_config, config)
         with engine_processes.launch_core_engines(
             config,
             Executor.get_class(config),
@@ -235,25 +240,37 @@ def launch(
             rust.start(listeners.inputs[FAST], listeners.outputs[FAST])
             undo.callback(rust.stop)
             launched.watched_frontend_processes = rust.manager.processes
-        llm = kind.from_vllm_config(
-            config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            stat_loggers=stat_loggers,
-            disable_log_stats=args.disable_log_stats,
-            client_addresses={
-                "input_address": launched.addresses.inputs[FULL],
-                "output_address": launched.addresses.outputs[FULL],
-                "input_listener": listeners.inputs[FULL].socket,
-                "output_listener": listeners.outputs[FULL].socket,
-            },
-            client_count=2,
-            client_index=FULL,
-        )
+        with _rendering_with(renderer.result()):
+            llm = kind.from_vllm_config(
+                config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=stat_loggers,
+                disable_log_stats=args.disable_log_stats,
+                client_addresses={
+                    "input_address": launched.addresses.inputs[FULL],
+                    "output_address": launched.addresses.outputs[FULL],
+                    "input_listener": listeners.inputs[FULL].socket,
+                    "output_listener": listeners.outputs[FULL].socket,
+                },
+                client_count=2,
+                client_index=FULL,
+            )
         # vLLM leaves an engine that it did not start to its owner; here that is the same process.
         llm.engine_core.resources.engine_manager = launched.engine_manager
         llm.engine_core.start_engine_core_monitor()
         undo.pop_all()
     return llm, rust
+
+
+@contextlib.contextmanager
+def _rendering_with(renderer: BaseRenderer[Any]) -> Iterator[None]:
+    """Have the AsyncLLM that is made inside this block use `renderer`, instead of building one."""
+    build = async_llm.renderer_from_config
+    async_llm.renderer_from_config = lambda config: renderer
+    try:
+        yield
+    finally:
+        async_llm.renderer_from_config = build
 
 
 def _arguments(args: argparse.Namespace, token: str) -> argparse.Namespace:

@@ -21,6 +21,7 @@ class Work:
         gpu_s: seconds of GPUs (BatchClock).
         begun: whether the engine was asked for it.
         known: whether the engine reported the request.
+        estimated: whether part of it is an estimate, because a replica was killed.
         reported: done once the counts are complete, if the engine belongs to another process.
     """
 
@@ -30,6 +31,7 @@ class Work:
     gpu_s: float = 0.0
     begun: bool = False
     known: bool = False
+    estimated: bool = False
     reported: "asyncio.Future[None] | None" = None
 
 

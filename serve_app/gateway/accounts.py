@@ -3,14 +3,17 @@
 Each replica reports every request that is over (replica/accounts.py), a moment after its answer.
 Reports of all attempts are added up: a prompt is charged once, and what was generated or took a
 GPU's time in each. A replica that is killed reports nothing: of its attempt the tokens are known
-that came through here.
+that came through here, and its GPU seconds are estimated by how long it took and by what reported
+attempts took in the same time.
 """
 
 import asyncio
 import contextlib
 import itertools
+import time
 import uuid
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
 
 import aiohttp
 import msgspec
@@ -23,6 +26,45 @@ from serve_app.replica.backend import TOKEN_HEADER
 # How long reports may come after the end of an answer.
 _LATE_S = 5.0
 _RETRY_S = 1.0
+# The weight of earlier reports in `_Rate`, each time another one comes.
+_KEPT = 0.99
+
+
+@dataclass
+class _Rate:
+    """GPU seconds in a second of an attempt, by the reports of the last hundred or so attempts."""
+
+    gpu_s: float = 0.0
+    lasted_s: float = 0.0
+
+    def add(self, gpu_s: float, lasted_s: float) -> None:
+        self.gpu_s = _KEPT * self.gpu_s + gpu_s
+        self.lasted_s = _KEPT * self.lasted_s + lasted_s
+
+    def gpu_s_of(self, lasted_s: float) -> float:
+        return lasted_s * self.gpu_s / self.lasted_s if self.lasted_s else 0.0
+
+
+@dataclass
+class _Attempt:
+    """One attempt: at which replica, since when, and its report.
+
+    Attributes:
+        lasted_s: until the replica failed or reported; None: neither so far.
+        lost: it failed after it may have worked on the request.
+    """
+
+    replica: str
+    began_s: float
+    report: Account | None = None
+    lasted_s: float | None = None
+    lost: bool = False
+
+    def end(self, now_s: float) -> float:
+        """How long it took, or has taken until now."""
+        if self.lasted_s is None:
+            self.lasted_s = now_s - self.began_s
+        return self.lasted_s
 
 
 class Attempts:
@@ -34,24 +76,33 @@ class Attempts:
 
     def __init__(self, accounts: "Accounts", work: Work) -> None:
         self._accounts, self._work = accounts, work
-        # By the number of each attempt: its report.
-        self._reports: dict[int, Account | None] = {}
+        self._attempts: dict[int, _Attempt] = {}  # By their numbers.
         self._awaited: set[int] = set()
         self._news = asyncio.Event()
 
     def begin(self, replica: Upstream) -> tuple[str, str]:
         """The header of another attempt, which this replica will report."""
         number = self._accounts.number(self, replica)
-        self._reports[number] = None
+        self._attempts[number] = _Attempt(replica.name, self._accounts.now_s())
         self._awaited.add(number)
         return HEADER, f"{self._accounts.name} {number}"
 
-    def give_up(self) -> None:
-        """A replica failed: its report is taken if it comes, and not waited for."""
+    def give_up(self, lost: bool = False) -> None:
+        """Take the reports of the attempts so far if they come, and do not wait for them.
+
+        Args:
+            lost: the replica failed as it answered.
+        """
+        for number in self._awaited:
+            self._attempts[number].end(self._accounts.now_s())
+            self._attempts[number].lost = lost
         self._awaited.clear()
 
     def report(self, account: Account) -> None:
-        self._reports[account.number] = account
+        attempt = self._attempts[account.number]
+        attempt.report = account
+        lasted_s = attempt.end(self._accounts.now_s())
+        self._accounts.learn(attempt.replica, account.gpu_s, lasted_s)
         self._awaited.discard(account.number)
         self._news.set()
 
@@ -64,19 +115,27 @@ class Attempts:
         self._work.reported = self._accounts.settle(self._settled(seen_tokens))
 
     async def _settled(self, seen_tokens: int) -> None:
+        for number in self._awaited:
+            self._attempts[number].end(self._accounts.now_s())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LATE_S):
                 while self._awaited:
                     self._news.clear()
                     await self._news.wait()
-        self._accounts.forget(self._reports)
-        self._add_up(
-            [report for report in self._reports.values() if report is not None], seen_tokens
-        )
+        self.give_up(lost=True)
+        self._accounts.forget(self._attempts)
+        self._add_up(seen_tokens)
 
-    def _add_up(self, reports: list[Account], seen_tokens: int) -> None:
-        known, work = [report for report in reports if report.known], self._work
+    def _add_up(self, seen_tokens: int) -> None:
+        work, attempts = self._work, self._attempts.values()
+        reports = [each.report for each in attempts if each.report is not None]
+        lost = [each for each in attempts if each.report is None and each.lost]
         work.gpu_s = sum(report.gpu_s for report in reports)
+        for each in lost:
+            lasted_s = each.end(self._accounts.now_s())
+            work.gpu_s += self._accounts.gpu_s_of(each.replica, lasted_s)
+        work.estimated = bool(lost)
+        known = [report for report in reports if report.known]
         if not known:
             return
         work.known = True
@@ -96,13 +155,19 @@ class Accounts:
         name: of this gateway.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, replicas: Fleet) -> None:
-        self._session, self._replicas = session, replicas
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        replicas: Fleet,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._session, self._replicas, self.now_s = session, replicas, now_s
         self.name = uuid.uuid4().hex
         self._numbers = itertools.count()
         self._open: dict[int, Attempts] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._settling: set[asyncio.Task[None]] = set()
+        self._rate, self._rates = _Rate(), dict[str, _Rate]()
 
     def number(self, attempts: Attempts, replica: Upstream) -> int:
         """The number of another attempt, by which this replica reports it."""
@@ -112,6 +177,18 @@ class Accounts:
         number = next(self._numbers)
         self._open[number] = attempts
         return number
+
+    def learn(self, replica: str, gpu_s: float, lasted_s: float) -> None:
+        """An attempt at this replica took so long, and so many seconds of its GPUs."""
+        for rate in (self._rate, self._rates.setdefault(replica, _Rate())):
+            rate.add(gpu_s, lasted_s)
+
+    def gpu_s_of(self, replica: str, lasted_s: float) -> float:
+        """The GPU seconds of an attempt that was not reported, as those of others there were.
+
+        Of a replica that has reported nothing: as at all replicas of the model.
+        """
+        return self._rates.get(replica, self._rate).gpu_s_of(lasted_s)
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Reports with these numbers that come later are dropped."""
@@ -145,6 +222,7 @@ class Accounts:
                         self._report(msgspec.json.decode(line, type=Account))
             if replica not in self._replicas:
                 self._readers.pop(replica.name, None)
+                self._rates.pop(replica.name, None)
                 return
             await asyncio.sleep(_RETRY_S)
 

@@ -51,3 +51,8 @@ class ReplicaFailed(Exception):
         A silent replica is silent for all its requests, so none of them is suspected.
         """
         return self.kind in ("died", "malformed")
+
+    @property
+    def worked(self) -> bool:
+        """Whether the replica may have worked on the request before it failed."""
+        return self.kind not in ("connection", "restarting")

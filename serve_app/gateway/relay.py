@@ -156,7 +156,7 @@ class Relay:
                     self._visits.await_restart(replica)
                 else:
                     self.replicas.failed(replica)
-                request.unreported()
+                request.unreported(lost=failure.worked)
                 self._router.forget(replica.name)
                 progressed = len(answer.stream.progress.groups) - sent_before >= _INNOCENT
                 metrics.failed_attempts.labels(self._model, failure.kind).inc()

@@ -105,10 +105,10 @@ class Request:
         headers = [*self.headers, (TOKEN_HEADER, replica.token)]
         return headers if self.reports is None else [*headers, self.reports.begin(replica)]
 
-    def unreported(self) -> None:
-        """No replica need report the attempts so far."""
+    def unreported(self, lost: bool = False) -> None:
+        """No replica need report the attempts so far; `lost`: it failed as it answered."""
         if self.reports is not None:
-            self.reports.give_up()
+            self.reports.give_up(lost)
 
     def listing(self, path: str) -> "Request":
         """A GET of `path` with the credentials of this request."""

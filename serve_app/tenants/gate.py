@@ -179,7 +179,7 @@ class TenantGate:
                 "prompt_tokens": done.prompt_tokens,
                 "cached_tokens": done.cached_tokens,
                 "output_tokens": done.output_tokens,
-                "estimated": False,
+                "estimated": done.estimated,
             }
         if changes["model"] == opened.adapter:
             changes["adapter"] = ""

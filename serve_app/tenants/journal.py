@@ -115,14 +115,33 @@ class Legacy:
         rows = [row for row in found.values() if row.outcome != REFUSED]
         if _ROLLED in lines:
             return [row for row in rows if row.outcome != OPEN]
-        return [
-            msgspec.structs.replace(row, outcome="lost") if row.outcome == OPEN else row
-            for row in rows
-        ]
+        return _closed(rows, os.fstat(self._descriptor).st_mtime)
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
+
+
+def _closed(rows: list[Row], until_s: float) -> list[Row]:
+    """The rows, where those under way were lost with their process.
+
+    Each took a share of the GPUs until about `until_s`, the time of the last line: estimated to be
+    what the requests that had ended took in the same time.
+    """
+    ended = [row for row in rows if row.outcome != OPEN]
+    lasted_s = sum(max(0.0, row.ended_s - row.began_s) for row in ended)
+
+    def lost(row: Row) -> Row:
+        part = max(0.0, until_s - row.began_s) / lasted_s if lasted_s else 0.0
+        return msgspec.structs.replace(
+            row,
+            outcome="lost",
+            ended_s=max(row.began_s, until_s),
+            gpu_s=part * sum(each.gpu_s for each in ended),
+            dollars=part * sum(each.dollars for each in ended),
+        )
+
+    return [lost(row) if row.outcome == OPEN else row for row in rows]
 
 
 def legacies(folder: Path) -> Iterator[Legacy]:

@@ -42,7 +42,8 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         id: its own; a client may use one request id for several requests.
         outcome: ok, left (the client did), error, or lost: its process was killed.
-        estimated: whether its tokens are what was reserved, because nobody knows better.
+        estimated: whether its tokens are what was reserved, or some of its GPU seconds are an
+            estimate, because nobody knows better.
         began_s, first_s, ended_s: Unix time.
         gpu_s: seconds of GPUs.
         windows: by kind of limit, the start of the window in which it counts.

@@ -7,7 +7,8 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -18,12 +19,13 @@ from serve_app.gates.admission import Admission, AdmissionGate
 from serve_app.gates.keys import KeyGate
 from serve_app.gates.limits import LimitGate
 from serve_app.gates.work import Work
+from serve_app.gateway import accounts as gateway_accounts
 from serve_app.gateway import routing
-from serve_app.gateway.fleet import Fleet
+from serve_app.gateway.fleet import Fleet, Upstream
 from serve_app.gateway.models import Models
 from serve_app.gateway.relay import Relay
 from serve_app.lanes.door import Door, Ends, Grant
-from serve_app.replica.accounts import Accounts
+from serve_app.replica.accounts import Account, Accounts
 from serve_app.replica.backend import FAST_LANE, Backend, Server, exchange
 from serve_app.replica.reports import Ended
 from serve_app.scaling.signals import Signals
@@ -215,14 +217,99 @@ async def test_an_answer_that_continues_elsewhere_is_charged_once(tmp_path: Path
 async def test_a_killed_replica_reports_nothing(tmp_path: Path) -> None:
     """What came of its answer is charged, with what the next replica made."""
     killed = await EngineServer("a", length=LENGTH, faults=[Fault(cut_after=4)]).start()
-    async with replicas(Engine("b")) as found:
+    async with replicas(Engine("b", pause_s=0.01)) as found:
         front = Front(tmp_path, killed.replica, *found)
-        front.replicas.ready()[1].outstanding = 10**6  # It is asked second.
+        first, second = front.replicas.ready()
+        first.outstanding = 10**6  # It is asked second.
         assert await front.ask(stream=True) == 200
-        (row,) = await front.rows()
+        first.outstanding, second.outstanding = 0, 10**6
+        assert await front.ask(stream=True) == 200
+        rows = await front.rows()
     await killed.stop()
-    assert tokens(row) == (PROMPT, CACHED, LENGTH)
-    assert (row["outcome"], row["estimated"]) == ("ok", 0)
+    assert [tokens(row) for row in rows] == [(PROMPT, CACHED, LENGTH)] * 2
+    assert [(row["outcome"], row["estimated"]) for row in rows] == [("ok", 0), ("ok", 1)]
+
+
+# GPU seconds in a second of an attempt.
+GPU_S_PER_S = {"a": 0.5, "b": 2.0}
+
+
+class Truth:
+    """Replicas whose attempts take known GPU seconds, on a clock of their own."""
+
+    def __init__(self) -> None:
+        self.now_s, self.gpu_s = 0.0, 0.0
+        self.began_s: dict[str, float] = {}
+        self.replica: dict[str, str] = {}
+
+    def begins(self, number: str, replica: str) -> None:
+        self.began_s[number], self.replica[number] = self.now_s, replica
+
+    def took_gpu_s(self, number: str) -> float:
+        """Of an attempt that ends now."""
+        gpu_s = GPU_S_PER_S[self.replica[number]] * (self.now_s - self.began_s[number])
+        self.gpu_s += gpu_s
+        return gpu_s
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_gpu_seconds_are_counted_once_over_kills(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports that come, come late, or never, as their replica was killed: the sum is the truth."""
+    monkeypatch.setattr(gateway_accounts, "_LATE_S", 0.02)
+    rng, truth = random.Random(seed), Truth()
+
+    async def read(replica: Any) -> None:
+        pass
+
+    accounts = gateway_accounts.Accounts(None, Fleet(), lambda: truth.now_s)  # type: ignore[arg-type]
+    monkeypatch.setattr(accounts, "_read", read)
+
+    def begin(attempts: gateway_accounts.Attempts, name: str) -> str:
+        replica = cast(Upstream, SimpleNamespace(name=name))
+        number = attempts.begin(replica)[1].split()[1]
+        truth.begins(number, name)
+        return number
+
+    def report(number: str, gpu_s: float) -> None:
+        accounts._report(Account(int(number), PROMPT, CACHED, 1, gpu_s, True))
+
+    works: list[Work] = []
+    for place in range(12):
+        work = Work()
+        works.append(work)
+        attempts = gateway_accounts.Attempts(accounts, work)
+        # The first two teach what an attempt takes at either replica.
+        deaths = rng.randrange(3) if place >= 2 else 0
+        late: list[tuple[str, float]] = []
+        for _ in range(deaths):
+            number = begin(attempts, rng.choice("ab"))
+            reached = rng.random() < 0.8
+            truth.now_s += rng.uniform(0.1, 3.0)
+            if reached:
+                late.append((number, truth.took_gpu_s(number)))
+            attempts.give_up(lost=reached)
+        number = begin(attempts, "ab"[place] if place < 2 else rng.choice("ab"))
+        truth.now_s += rng.uniform(0.1, 3.0)
+        last = number, truth.took_gpu_s(number)
+        answered = place < 2 or rng.random() < 0.8
+        if answered and rng.random() < 0.5:
+            report(*last)
+            answered = False
+        attempts.end(1)
+        assert work.reported is not None
+        await asyncio.sleep(0)
+        for each in [*late, *([last] if answered else [])]:
+            if each is last or rng.random() < 0.3:
+                report(*each)
+        await work.reported
+        for each in (*late, last):
+            report(*each)  # Nobody waits for it any more.
+    assert sum(work.gpu_s for work in works) == pytest.approx(truth.gpu_s)
+    assert any(work.estimated for work in works)
+    assert not accounts._open
+    await accounts.end()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -117,6 +117,33 @@ def test_every_request_is_in_the_ledger_once(
         ledger.database.close()
 
 
+@pytest.mark.parametrize("ended", [0, 1, 5])
+def test_a_request_that_is_lost_took_gpus_as_those_did_that_ended(
+    tmp_path: Path, ended: int
+) -> None:
+    """Until the last line was written; a process that has ended no request knows nothing."""
+    journal = Journal(tmp_path)
+    for number in range(ended):
+        over = msgspec.structs.replace(
+            request(number, "ok", 7), began_s=100.0, ended_s=102.0 + number, gpu_s=1.0 + number / 2
+        )
+        journal.end(msgspec.structs.replace(over, dollars=over.gpu_s / 1000))
+    journal.begin(msgspec.structs.replace(request(9, OPEN, 7), began_s=104.0, ended_s=104.0))
+    later = msgspec.structs.replace(request(10, OPEN, 7), began_s=999.0)  # The clock went back.
+    journal.begin(later)
+    die(journal)
+    os.utime(journal._file[0], (110.0, 110.0))
+    (legacy,) = legacies(tmp_path)
+    rows = {each.id: each for each in legacy.rows()}
+    lost = rows[request(9, OPEN, 7).id]
+    gpu_s = 6.0 / 2 if ended else 0.0
+    assert (lost.outcome, lost.ended_s) == ("lost", 110.0)
+    assert lost.gpu_s == pytest.approx(gpu_s)
+    assert lost.dollars == pytest.approx(gpu_s / 1000)
+    assert rows[later.id].gpu_s == 0.0
+    legacy.remove()
+
+
 def test_a_full_disk_loses_no_request_that_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -168,7 +168,7 @@ class Tenants(_Frozen):
     file: Annotated[str, Field(min_length=1)] | None = None
     database: Annotated[str, Field(min_length=1)] | None = None
     journal: Annotated[str, Field(min_length=1)] | None = None
-    max_unread_tokens: Count = 2048
+    max_unread_tokens: Count = 3072
 
     @property
     def configured(self) -> bool:

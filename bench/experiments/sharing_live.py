@@ -1,9 +1,9 @@
 """What a tenant gets beside one that floods, on a real server: order of arrival beside our queue.
 
     python -m bench.experiments.sharing_live --model FOLDER [--sequences 256] [--times 10]
-                                             [--seconds 20] [--unread 2048] [--engine JSON]
+                                             [--seconds 20] [--unread 3072] [--engine JSON]
 
-Starts one server with three tenants, and sends it these loads in turn:
+Starts one server with three tenants, and sends it these loads in turn, in each round:
 
     capacity    closed loop of as many users as the batch has sequences: requests/s
     alone       the tenant `good` by itself: a Poisson process of `--load` of half the capacity
@@ -17,6 +17,10 @@ Starts one server with three tenants, and sends it these loads in turn:
     served      of the requests of `good`, the share that was answered
     tokens/s    of all answered requests: prompt and output
     jain        Jain's index of the tokens of each tenant, as a share of what it should get
+    of half     what `good` asks for (its tokens/s alone) by half of all tokens/s: above 1 it is not
+                within its share, as the server does less beside a flood than without one
+
+A tenant that gets no answer has no TTFT (nan): it is longer than the whole load.
 
 The load generator shares the machine with the server, and a flood that it cannot send in time is no
 flood: `lag` is the p99 of how late it was. The last line is one JSON object.
@@ -28,7 +32,7 @@ import json
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +70,7 @@ class Phase(msgspec.Struct):
         ttft_s: of `good`, in the order of time.
         good_tokens_per_s: of the tokens/s, those of `good`.
         refused: of all requests, the share that was refused.
+        errors: of the requests of `good`, how many failed how.
     """
 
     ttft_s: list[float]
@@ -74,6 +79,7 @@ class Phase(msgspec.Struct):
     good_tokens_per_s: float
     refused: float = 0.0
     lag_p99_s: float = 0.0
+    errors: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 def figures(good: Sequence[Record], flood: Sequence[Record], window: tuple[float, float]) -> Phase:
@@ -84,6 +90,7 @@ def figures(good: Sequence[Record], flood: Sequence[Record], window: tuple[float
     ttft_s = [ttft for each in counted if (ttft := measure.ttft_s(each)) is not None]
     own = mine.total_tokens_per_s or 0.0
     phase = Phase(ttft_s, 1.0 - (mine.failed_share or 0.0), own, own)
+    phase.errors = dict(Counter(each.error for each in good if each.error))
     if flood:
         others = measure.measure(flood, window=window)
         phase.tokens_per_s += others.total_tokens_per_s or 0.0
@@ -119,6 +126,7 @@ def summary(rounds: Sequence[Mapping[str, Phase]]) -> dict[str, dict[str, float]
             "tokens_to_fcfs": every / mean("fcfs", "tokens_per_s"),
             # The demand of `good` is below its half, so that the flood's part is the rest.
             "jain": jain([good / demand, (every - good) / max(1.0, every - demand)]),
+            "of_half": demand / max(1.0, every / 2),
             "lag_p99_s": mean(name, "lag_p99_s"),
         }
     return summaries
@@ -206,14 +214,18 @@ def _sent(share: Share, target: Target, start_s: float) -> list[Record]:
     return asyncio.run(send())
 
 
-def measured_round(loads: Loads, rate: float, seed: int) -> dict[str, Phase]:
+def measured_round(loads: Loads, given: float | None, seed: int) -> dict[str, Phase]:
+    """The phases of a round, after the capacity unless it is given."""
+    rate = given or loads.capacity()
+    print(f"capacity: {rate:.1f} requests/s", file=sys.stderr)
     phases = {"alone": ("good", None), "fcfs": ("one", "one"), "ours": ("good", "flood")}
     phases_by_name = {}
     for name, (good, flood) in phases.items():
         phases_by_name[name] = loads.phase(good, flood, rate, seed)
         _, p99_s = _percentiles(phases_by_name[name].ttft_s)
         print(
-            f"{name}: TTFT p99 {p99_s:.3f} s, {phases_by_name[name].tokens_per_s:.0f} tokens/s",
+            f"{name}: TTFT p99 {p99_s:.3f} s, {phases_by_name[name].tokens_per_s:.0f} tokens/s, "
+            f"errors {phases_by_name[name].errors}",
             file=sys.stderr,
         )
     return phases_by_name
@@ -234,29 +246,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         with start as server:
             systems.wait(server, headers=header("one"))
-            rate = options.capacity or loads.capacity()
-            print(f"capacity: {rate:.1f} requests/s", file=sys.stderr)
             seeds = range(options.seed, options.seed + options.rounds)
-            rounds = [measured_round(loads, rate, seed) for seed in seeds]
+            rounds = [measured_round(loads, options.capacity, seed) for seed in seeds]
     compared = summary(rounds)
     print(table(compared))
     arguments = {**vars(options), "engine": engine}
     result: dict[str, Any] = {"benchmark": "sharing_live", "arguments": arguments}
-    print(json.dumps({**result, "capacity_per_s": rate, "results": compared}))
+    print(json.dumps({**result, "results": compared}))
     return 0
 
 
 def table(compared: Mapping[str, Mapping[str, float]]) -> str:
     lines = [
         f"{'':8}{'requests':>9}{'p50':>8}{'p99':>8}{'to alone':>10}{'served':>8}{'refused':>9}"
-        f"{'tokens/s':>10}{'to fcfs':>9}{'jain':>7}{'lag p99':>9}"
+        f"{'tokens/s':>10}{'to fcfs':>9}{'jain':>7}{'of half':>9}{'lag p99':>9}"
     ]
     for name, each in compared.items():
         lines.append(
             f"{name:8}{each['requests']:9.0f}{each['ttft_p50_s']:8.3f}{each['ttft_p99_s']:8.3f}"
             f"{each['ttft_p99_to_alone']:10.2f}{each['served']:8.3f}{each['refused']:9.3f}"
             f"{each['tokens_per_s']:10.0f}{each['tokens_to_fcfs']:9.3f}{each['jain']:7.3f}"
-            f"{each['lag_p99_s']:9.3f}"
+            f"{each['of_half']:9.2f}{each['lag_p99_s']:9.3f}"
         )
     return "\n".join(lines)
 

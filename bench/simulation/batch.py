@@ -11,9 +11,13 @@ Left out, because policies do not depend on it:
 - the attention of a prompt to itself, which is quadratic: for 7B a tenth of the cost of a prompt of
   4,000 tokens;
 - speculation;
-- asynchronous scheduling, which admits a request one step later;
+- with asynchronous scheduling, that a place which becomes free is taken one step later as well;
 - KV blocks that requests with a common prefix share: each request is charged for all of its blocks;
 - chunks of blocks: a prompt takes all its blocks when it is admitted.
+
+vLLM schedules a step while the one before it still runs, if the hardware allows it (by default on
+GPUs, never on CPUs): a request that comes during a step is read in the step after the next one.
+`Engine.schedules_ahead` says so.
 
 The simulation jumps from event to event: a request arrives, a prompt is read, a request ends, the
 cache is full. Between two events every step has the same sequences, so the length of a step grows
@@ -64,6 +68,7 @@ class Batch:
         self.busy_s = 0.0
         self._coming: deque[tuple[float, Job]] = deque()  # Not yet at the engine.
         self._accepted_s = -math.inf
+        self._step_began_s = start_s  # When the last step began.
         self._waiting: deque[Job] = deque()
         self._waiting_tokens = 0
         self._running: dict[Job, None] = {}  # In the order in which they were let in.
@@ -141,25 +146,32 @@ class Batch:
             when they ended; with `stop_at_first` also as soon as one got its first token.
         """
         ended: list[Job] = []
+        coming = self._coming
         while self.now_s < until_s:
-            coming = self._coming
-            while coming and coming[0][0] <= self.now_s:
-                self._waiting.append(coming.popleft()[1])
             if not self._running and not self._waiting:
                 if not coming or coming[0][0] >= until_s:
                     break
-                self.now_s = coming[0][0]
-                continue
+                self.now_s = self._step_began_s = max(self.now_s, coming[0][0])
+            scheduled_s = self._step_began_s if self.engine.schedules_ahead else self.now_s
+            while coming and coming[0][0] <= scheduled_s:
+                self._waiting.append(coming.popleft()[1])
             begun = len(self.first_tokens)
             if self._filling is not None or self._can_admit():
                 self._mixed(ended)
             else:
-                self._stretch(min(until_s, coming[0][0]) if coming else until_s, ended)
+                self._stretch(self._undisturbed_until_s(until_s), ended)
             if (stop and ended) or (stop_at_first and len(self.first_tokens) > begun):
                 break
         return ended
 
     # Steps.
+
+    def _undisturbed_until_s(self, until_s: float) -> float:
+        """A time before which no step begins that has a request more; at most `until_s`."""
+        if not self._coming:
+            return until_s
+        # Only a scheduler that is ahead has left a request out that is there: for this one step.
+        return min(until_s, max(self._coming[0][0], math.nextafter(self.now_s, math.inf)))
 
     def _can_admit(self) -> bool:
         return bool(
@@ -180,6 +192,7 @@ class Batch:
         read, total = self._read(self.engine.token_budget - self._seqs)
         seqs, kv_tokens = self._seqs, self._kv_tokens
         step_s = self.engine.step_time_s(total, seqs, kv_tokens)
+        self._step_began_s = self.now_s
         self.now_s += step_s
         self.busy_s += step_s
         self.step_end_s.append(self.now_s)
@@ -240,6 +253,7 @@ class Batch:
         self.step_seqs.extend([seqs] * steps)
         self.step_prefill.extend([0] * steps)
         self.busy_s += now_s - self.now_s
+        self._step_began_s = self.step_end_s[-2] if steps > 1 else self.now_s
         self.now_s = now_s
         self._free -= self._new_blocks(step, steps)
         self._kv_tokens += seqs * steps

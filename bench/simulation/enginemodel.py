@@ -40,6 +40,7 @@ class Engine:
         prefix_caching: prompts that begin like an earlier one are not read again.
         accept_s: what the server's front end needs for a request, one at a time. However small, it
             makes the first of many that come at once begin alone, and the others a step later.
+        schedules_ahead: a step is scheduled when the one before it begins (`async_scheduling`).
         gpus: of one replica.
         name: what it is, in reports.
     """
@@ -51,6 +52,7 @@ class Engine:
     block_tokens: int = 16
     prefix_caching: bool = False
     accept_s: float = 0.0
+    schedules_ahead: bool = False
     gpus: int = 1
     name: str = "an engine"
 

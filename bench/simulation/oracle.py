@@ -1,10 +1,13 @@
-"""An engine that prefers one tenant in each step, which vLLM's does not: a bound for any queue.
+"""Engines that prefer one tenant, which a queue in front of them cannot do.
 
-A queue decides which request goes to the engine next. This engine also decides, in each step and to
-the token, whose prompt is read: those of the preferred tenant first, whoever came before; and of
-the others none while one of those is there, and else at most `other_tokens`, so that the step under
-way is short when a preferred request comes. What it cannot have either is a step without the
-sequences that write.
+`Prioritising` is vLLM with `scheduling_policy: priority`: prompts of the preferred tenant go before
+others that wait in it.
+
+`Preferring` is one that vLLM does not have, a bound for any queue. It decides in each step and to
+the token whose prompt is read: those of the preferred tenant first, whoever came before; and of the
+others none while one of those is there, and else at most `other_tokens`, so that the step under way
+is short when a preferred request comes. What it cannot have either is a step without the sequences
+that write.
 """
 
 from collections import deque
@@ -12,6 +15,22 @@ from collections import deque
 from bench.simulation.batch import Batch
 from bench.simulation.enginemodel import Engine
 from bench.simulation.job import Job
+
+
+class Prioritising(Batch):
+    """The batch of vLLM with priorities.
+
+    Args:
+        kind: of the jobs that go first.
+    """
+
+    def __init__(self, engine: Engine, kind: str) -> None:
+        super().__init__(engine)
+        self._kind = kind
+
+    def _read(self, budget: int) -> tuple[list[Job], int]:
+        self._waiting = deque(sorted(self._waiting, key=lambda job: job.kind != self._kind))
+        return super()._read(budget)
 
 
 class Preferring(Batch):

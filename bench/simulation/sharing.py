@@ -19,7 +19,20 @@ The queue is bounded as in serve_app (`--queued`). FCFS turns away who comes whe
 other two turn away the youngest request of the tenant that has the most there.
 
 With `--oracle` there is a row for each number of prompt tokens: serve_app's queue before an engine
-that prefers `good` in every step and reads no more than those of `flood` (oracle.py).
+that prefers `good` in every step and reads no more than those of `flood` (oracle.py). With
+`--priority` there is one for serve_app's queue before vLLM's priority scheduling.
+
+The second table has the parts of the TTFT of `good`, in ms, as means of the requests around the p99
+(the 98th to the 99.5th percentile):
+
+    queue       until the queue lets it in
+    before      on its way to the engine, and until the step of its first token begins
+    writing     of that step, what it takes without any prompt
+    own         of that step, its own prompt
+    others      of that step, the prompts of others
+
+The engine schedules each step when the one before it begins, as vLLM does by default on a GPU.
+`--synchronous` is vLLM's `async_scheduling: false`, and its CPU engine.
 
 The last line is one JSON object.
 """
@@ -38,7 +51,7 @@ import numpy as np
 from bench.simulation.batch import Batch
 from bench.simulation.enginemodel import Engine, roofline
 from bench.simulation.job import Job, clone
-from bench.simulation.oracle import Preferring
+from bench.simulation.oracle import Preferring, Prioritising
 from serve_app.tenants.fair import UNREAD_TOKENS, Entry, FairQueue, Share, work_of
 
 GOOD, FLOOD = Share("good"), Share("flood")
@@ -97,6 +110,9 @@ class Ours(FairQueue[Job]):
         return work_of(prompt, output)
 
 
+# Of a time to first token; see above.
+_PARTS = ("queue", "before", "writing", "own", "others")
+
 Policy = Fcfs | RoundRobin | Ours
 POLICIES: dict[str, Callable[[int], Policy]] = {
     "fcfs": Fcfs,
@@ -107,17 +123,35 @@ POLICIES: dict[str, Callable[[int], Policy]] = {
 
 @dataclass
 class Outcome:
-    """A run: its jobs as they ended, and the ends of the engine's steps."""
+    """A run: its jobs as they ended, when the queue let each in, and the engine's steps."""
 
     jobs: list[tuple[Share, Job]]
-    steps_s: Sequence[float]
+    let_in_s: Mapping[Job, float]
+    batch: Batch
 
     def ttft_s(self, share: Share, from_s: float) -> list[float]:
         return [
-            self.steps_s[job.spans[0][0]] - job.at_s
+            self.batch.step_end_s[job.spans[0][0]] - job.at_s
             for of, job in self.jobs
             if of == share and job.at_s >= from_s and job.spans
         ]
+
+    def parts_s(self, share: Share, from_s: float) -> list[tuple[float, ...]]:
+        """Of each time to first token, the `_PARTS`."""
+        batch, costs = self.batch, self.batch.engine.costs
+        parts: list[tuple[float, ...]] = []
+        for of, job in self.jobs:
+            if of != share or job.at_s < from_s or not job.spans:
+                continue
+            step, let_in_s = job.spans[0][0], self.let_in_s[job]
+            # An idle engine begins when the request reaches it.
+            began_s = max([let_in_s + costs.request_s, *batch.step_end_s[max(0, step - 1) : step]])
+            prompts_s = costs.prefill_token_s * batch.step_prefill[step]
+            own_s = min(costs.prefill_token_s * job.input_tokens, prompts_s)
+            writing_s = batch.step_end_s[step] - began_s - prompts_s
+            waits_s = let_in_s - job.at_s, began_s - let_in_s
+            parts.append((*waits_s, writing_s, own_s, prompts_s - own_s))
+        return parts
 
     def served(self, share: Share, from_s: float) -> float:
         of = [job for each, job in self.jobs if each == share and job.at_s >= from_s]
@@ -146,6 +180,7 @@ def run(
     """Send `arrivals`, in the order of their times, through `queue` to the engine."""
     batch = batch or Batch(engine)
     running: dict[Job, Entry[Job]] = {}
+    let_in_s: dict[Job, float] = {}
     place = 0
 
     def fits(entry: Entry[Job] | None) -> bool:
@@ -162,6 +197,7 @@ def run(
                 return
             queue.begin(entry, 1)
             running[entry.item] = entry
+            let_in_s[entry.item] = now_s
             batch.add(entry.item, now_s)
 
     def arrive(share: Share, job: Job, now_s: float) -> None:
@@ -184,18 +220,19 @@ def run(
         ended = batch.advance(at_s, stop=True, stop_at_first=True)
         first_tokens = len(batch.first_tokens)
         batch.first_tokens.clear()
-        queue.read(first_tokens)
-        now_s = batch.now_s if ended or first_tokens else at_s
-        while place < len(arrivals) and arrivals[place][1].at_s <= now_s:
-            arrive(*arrivals[place], now_s)
+        # Requests that came during the last step came before what ended with it.
+        event_s = batch.now_s if ended or first_tokens else at_s
+        while place < len(arrivals) and arrivals[place][1].at_s <= event_s:
+            arrive(*arrivals[place], arrivals[place][1].at_s)
             place += 1
+        queue.read(first_tokens)
         for job in ended:
             entry = running.pop(job)
             queue.end(entry, queue.work(job.input_tokens, job.output_tokens))
-        let_in(now_s)
+        let_in(event_s)
         if at_s >= until_s and not ended and not first_tokens:
             break
-    return Outcome(list(arrivals), batch.step_end_s)
+    return Outcome(list(arrivals), let_in_s, batch)
 
 
 def poisson(
@@ -245,6 +282,20 @@ class Case:
     seconds: float
     oracle_tokens: tuple[int, ...] = ()
     max_unread_tokens: int = UNREAD_TOKENS
+    priority: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The rows."""
+        oracles = [f"oracle {tokens}" for tokens in self.oracle_tokens]
+        return ["alone", *POLICIES, *["priority"] * self.priority, *oracles]
+
+    def batch(self, name: str) -> Batch:
+        """The engine of a row."""
+        kind, _, other_tokens = name.partition(" ")
+        if kind == "oracle":
+            return Preferring(self.engine, GOOD.name, int(other_tokens))
+        return Prioritising(self.engine, GOOD.name) if kind == "priority" else Batch(self.engine)
 
 
 def compare(case: Case, seeds: Iterable[int]) -> dict[str, dict[str, float]]:
@@ -254,16 +305,15 @@ def compare(case: Case, seeds: Iterable[int]) -> dict[str, dict[str, float]]:
     flood_rate = case.flood * capacity(case.engine, case.flood_lengths, max_seqs)
     figures: dict[str, Figures] = defaultdict(Figures)
     for seed in seeds:
-        for name in ("alone", *POLICIES, *(f"oracle {n}" for n in case.oracle_tokens)):
-            policy, _, other_tokens = name.partition(" ")
+        for name in case.names:
             rng = random.Random(f"{seed}/good")
             arrivals = poisson(GOOD, good_rate, case.seconds, case.lengths, rng)
             if name != "alone":
                 rng = random.Random(f"{seed}/flood")
                 arrivals += poisson(FLOOD, flood_rate, case.seconds, case.flood_lengths, rng)
                 arrivals.sort(key=lambda each: each[1].at_s)
-            batch = Preferring(case.engine, GOOD.name, int(other_tokens)) if other_tokens else None
-            queue = POLICIES.get(policy, Ours)(case.max_unread_tokens)
+            queue = POLICIES.get(name, Ours)(case.max_unread_tokens)
+            batch = case.batch(name)
             outcome = run(case.engine, arrivals, queue, max_seqs, case.queued, case.seconds, batch)
             figures[name].add(case, outcome, figures["alone"])
     return {name: each.summary(figures) for name, each in figures.items()}
@@ -274,6 +324,7 @@ class Figures:
     """Of one policy, over all seeds."""
 
     ttft_s: list[float] = field(default_factory=list)
+    parts_s: list[tuple[float, ...]] = field(default_factory=list)
     served: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
     of_good: list[float] = field(default_factory=list)
@@ -286,6 +337,7 @@ class Figures:
         every, good = (outcome.tokens_between(share, *span_s) for share in (None, GOOD))
         tokens_per_s = every / (case.seconds - case.warm_s)
         self.ttft_s += outcome.ttft_s(GOOD, case.warm_s)
+        self.parts_s += outcome.parts_s(GOOD, case.warm_s)
         self.served.append(outcome.served(GOOD, case.warm_s))
         self.tokens.append(tokens_per_s)
         self.of_good.append(good)
@@ -314,7 +366,32 @@ class Figures:
             "tokens_to_fcfs": tokens_per_s / float(np.mean(of["fcfs"].tokens)),
             "tokens_to_same": float(np.mean(self.efficiency)) if self.efficiency else math.nan,
             "jain": float(np.mean(self.fair)) if self.fair else math.nan,
+            **self._parts_of_p99_s(),
         }
+
+    def _parts_of_p99_s(self) -> dict[str, float]:
+        low_s, high_s = np.percentile(self.ttft_s, [98, 99.5])
+        around = np.array([each for each in self.parts_s if low_s <= sum(each) <= high_s])
+        means_s = around.mean(axis=0) if len(around) else [math.nan] * len(_PARTS)
+        return {f"{name}_s": float(each) for name, each in zip(_PARTS, means_s, strict=True)}
+
+
+def table(compared: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
+        f"{'':12}{'p50':>9}{'p99':>9}{'to alone':>10}{'served':>8}"
+        f"{'tokens/s':>10}{'to fcfs':>9}{'to same':>9}{'jain':>7}"
+    ]
+    for name, each in compared.items():
+        lines.append(
+            f"{name:12}{each['ttft_p50_s']:9.3f}{each['ttft_p99_s']:9.3f}"
+            f"{each['ttft_p99_to_alone']:10.2f}{each['served']:8.3f}{each['tokens_per_s']:10.0f}"
+            f"{each['tokens_to_fcfs']:9.3f}{each['tokens_to_same']:9.3f}{each['jain']:7.3f}"
+        )
+    lines.append(f"\n{'':12}" + "".join(f"{part:>9}" for part in _PARTS))
+    for name, each in compared.items():
+        parts_ms = "".join(f"{1000 * each[f'{part}_s']:9.0f}" for part in _PARTS)
+        lines.append(f"{name:12}{parts_ms}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -325,6 +402,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--engine", default="H100/Qwen2.5-7B", help="GPU/model: %(default)s")
     parser.add_argument("--seqs", type=int, default=256, help="of the batch: %(default)s")
+    parser.add_argument(
+        "--budget", type=int, help="max_num_batched_tokens; the engine's by default"
+    )
     parser.add_argument("--load", type=float, default=0.8, help="of its share: %(default)s")
     parser.add_argument("--flood", type=float, default=10.0, help="times capacity: %(default)s")
     parser.add_argument("--flood-prompts", type=float, default=600.0, help="median: %(default)s")
@@ -334,10 +414,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many: %(default)s")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--unread", type=int, default=UNREAD_TOKENS, help="max_unread_tokens")
+    parser.add_argument("--synchronous", action="store_true", help="steps are scheduled in turn")
+    parser.add_argument("--priority", action="store_true", help="a row for vLLM's priorities")
     parser.add_argument("--oracle", default="", help="prompt tokens of others in a step: 700,1000")
     arguments = parser.parse_args(argv)
     gpu, _, model = arguments.engine.partition("/")
-    engine = replace(roofline(gpu, model), max_num_seqs=arguments.seqs)
+    ahead = not arguments.synchronous
+    engine = replace(roofline(gpu, model), max_num_seqs=arguments.seqs, schedules_ahead=ahead)
+    if arguments.budget is not None:
+        engine = replace(engine, token_budget=arguments.budget)
     case = Case(
         engine,
         Lengths(),
@@ -349,19 +434,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.seconds,
         tuple(int(each) for each in arguments.oracle.split(",") if each),
         arguments.unread,
+        arguments.priority,
     )
     first = arguments.first_seed
     compared = compare(case, range(first, first + arguments.seeds))
-    print(
-        f"{'':12}{'p50':>9}{'p99':>9}{'to alone':>10}{'served':>8}"
-        f"{'tokens/s':>10}{'to fcfs':>9}{'to same':>9}{'jain':>7}"
-    )
-    for name, each in compared.items():
-        print(
-            f"{name:12}{each['ttft_p50_s']:9.3f}{each['ttft_p99_s']:9.3f}"
-            f"{each['ttft_p99_to_alone']:10.2f}{each['served']:8.3f}{each['tokens_per_s']:10.0f}"
-            f"{each['tokens_to_fcfs']:9.3f}{each['tokens_to_same']:9.3f}{each['jain']:7.3f}"
-        )
+    print(table(compared))
     json.dump({"arguments": vars(arguments), **compared}, sys.stdout)
     print()
     return 0

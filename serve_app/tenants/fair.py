@@ -31,7 +31,7 @@ OUTPUT_WEIGHT = 2.0
 # The part of a batch that is kept for tenants below their share.
 _KEPT_PART = 16
 # By default: `max_unread_tokens` of a FairQueue.
-UNREAD_TOKENS = 2048
+UNREAD_TOKENS = 3072
 # Until half of the batch is filled it adds prompts in any case, so that the engine is not idle.
 _BUSY_PART = 2
 # Accounts of idle tenants that are kept before the useless ones are looked for.

@@ -63,6 +63,18 @@ def test_a_prompt_shares_its_step_with_those_that_write() -> None:
     assert second.chunk_s == pytest.approx([d])
 
 
+def test_a_scheduler_that_is_ahead_reads_a_prompt_one_step_later() -> None:
+    first, second = serve(
+        replace(ENGINE, schedules_ahead=True), [Job(0, 0.0, 10, 5), Job(1, 0.012, 50, 1)]
+    )
+    a = 0.01 + 10e-4  # An idle engine reads the prompt at once.
+    b = a + 0.011 + 10e-6
+    c = b + 0.011 + 11e-6  # Scheduled at `a`, when the second had not come.
+    d = c + 0.011 + 12e-6 + 50e-4
+    assert first.chunk_s[:4] == pytest.approx([a, b, c, d])
+    assert second.chunk_s == pytest.approx([d])
+
+
 def test_no_more_run_than_there_are_places() -> None:
     engine = replace(ENGINE, max_num_seqs=2)
     result = serve(engine, [Job(index, 0.0, 10, 5) for index in range(4)])
@@ -174,18 +186,21 @@ def _tokens_held(batch: Batch, job: Job) -> int:
     return job.base + len(batch.step_end_s) - 1 - job.first
 
 
-def test_first_come_first_served() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_first_come_first_served(ahead: bool) -> None:
     mine = jobs(200, 30.0, (1, 60), (1, 30))
-    engine = replace(SMALL, kv_blocks=10_000)
+    engine = replace(SMALL, kv_blocks=10_000, schedules_ahead=ahead)
     firsts = [record.chunk_s[0] for record in serve(engine, mine)]
     assert firsts == sorted(firsts)
 
 
-def test_how_it_is_advanced_makes_no_difference() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_how_it_is_advanced_makes_no_difference(ahead: bool) -> None:
     """Stretches are only a way to compute: cut anywhere, the times are the same."""
+    engine = replace(SMALL, schedules_ahead=ahead)
     mine = jobs(80, 10.0, (1, 60), (1, 60))
-    whole = [record.chunk_s for record in serve(SMALL, mine)]
-    batch, left = Batch(SMALL), [clone(job) for job in mine]
+    whole = [record.chunk_s for record in serve(engine, mine)]
+    batch, left = Batch(engine), [clone(job) for job in mine]
     for job in left:
         at_s = batch.now_s
         while at_s < job.at_s:

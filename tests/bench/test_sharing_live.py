@@ -30,6 +30,7 @@ def test_a_phase_counts_what_was_planned_in_its_window() -> None:
     phase = sharing_live.figures(good, [], (4.0, 8.0))
     assert phase.ttft_s == pytest.approx([0.2, 0.3])
     assert phase.served == pytest.approx(2 / 3)
+    assert phase.errors == {"http 429": 1}
     # Two answers of 20 tokens in four seconds.
     assert phase.tokens_per_s == phase.good_tokens_per_s == pytest.approx(10.0)
 
@@ -53,6 +54,8 @@ def test_what_a_tenant_gets_is_compared_with_what_it_has_alone() -> None:
     assert summary["ours"]["tokens_to_fcfs"] == pytest.approx(0.99)
     assert summary["ours"]["jain"] == pytest.approx(1.0, abs=1e-3)
     assert summary["fcfs"]["jain"] < 0.7
+    # It asks for 400 tokens/s, and half of what the server does is 495.
+    assert summary["ours"]["of_half"] == pytest.approx(400 / 495)
     assert "ours" in sharing_live.table(summary)
 
 

@@ -449,3 +449,13 @@ def test_50_the_renderer_is_made_by_a_name_of_this_module() -> None:
     with frontends._rendering_with(renderer := object()):  # type: ignore[arg-type]
         assert module.renderer_from_config(None) is renderer
     assert module.renderer_from_config is original
+
+
+def test_51_a_models_class_is_inspected_in_a_process_of_its_own() -> None:
+    import vllm.model_executor.models.registry as module
+
+    source = inspect.getsource(module._LazyRegisteredModel.inspect_model_cls)
+    assert source.count("_run_in_subprocess(") == 1
+    assert parameters(module._run_in_subprocess) == ["fn"]
+    # What it runs before the function; the fork server's processes run it with their imports.
+    assert "load_general_plugins()" in inspect.getsource(module._run)

@@ -17,6 +17,7 @@ from typing import Any
 import fastapi
 import psutil
 import starlette.exceptions
+import vllm.model_executor.models.registry as registry
 import vllm.v1.engine.async_llm as async_llm
 import vllm.v1.engine.utils as engine_processes
 from starlette.responses import JSONResponse
@@ -25,6 +26,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.plugins import load_general_plugins
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.output_processor import RequestOutputCollector
@@ -48,6 +50,16 @@ _MOVE_CHECK_S = 1.0
 
 # A Python front end, and the Rust one where there is one.
 _Launched = tuple[async_llm.AsyncLLM, frontends.RustFrontend | None]
+
+
+def _inspected(inspect: Callable[[], Any]) -> Any:
+    """What vLLM finds out of a model's class."""
+
+    def with_plugins() -> Any:
+        load_general_plugins()  # As in the process that vLLM starts for it.
+        return inspect()
+
+    return forkserver.call(with_plugins)
 
 
 class Engine:
@@ -98,10 +110,12 @@ class Engine:
             ConfigError: for an argument that vLLM does not know or cannot honour.
         """
         startup = startup or Startup(dedicated=False)
-        with startup.configuration():
-            args = parse(arguments)
         # In a Ray worker vLLM spawns its engine process, and offers no other way.
         engine_processes.get_mp_context = forkserver.Context
+        # vLLM inspects a model's class in a Python of its own, which imports everything again.
+        registry._run_in_subprocess = _inspected
+        with startup.configuration():
+            args = parse(arguments)
         if pacer.max_gap_s > 0:
             # AsyncLLM builds its collectors by this name, and offers no other way in.
             async_llm.RequestOutputCollector = _collector(pacer)

@@ -12,14 +12,20 @@ import gc
 import multiprocessing.forkserver as stdlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker, util
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import TypeVar
 
+import cloudpickle
 import psutil
 import setproctitle
 
 from serve_app.replica import startup
+
+T = TypeVar("T")
 
 
 def start() -> None:
@@ -122,6 +128,36 @@ class _Process(ForkServerProcess):
         _set_threads()
         startup.record()
         super().run()
+
+
+def call(function: Callable[[], T]) -> T:
+    """What the function returns in a process of its own, which has imported everything.
+
+    Raises:
+        RuntimeError: the function raised, or its process ended without an answer.
+    """
+    receiver, sender = Context().Pipe(duplex=False)
+    process = _Process(target=_call, args=(cloudpickle.dumps(function), sender))
+    process.start()
+    sender.close()
+    try:
+        returned, value = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"its process ended with status {process.exitcode}") from None
+    finally:
+        receiver.close()
+    process.join()
+    if not returned:
+        raise RuntimeError(value)
+    return value  # type: ignore[no-any-return]
+
+
+def _call(function: bytes, sender: Connection) -> None:
+    try:
+        sender.send((True, cloudpickle.loads(function)()))
+    except Exception:
+        sender.send((False, traceback.format_exc()))
 
 
 def _set_threads() -> None:

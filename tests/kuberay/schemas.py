@@ -1,4 +1,4 @@
-"""What Kubernetes would say of a manifest: by its own schemas, and KubeRay's and Karpenter's."""
+"""Validates manifests with the schemas of Kubernetes, KubeRay and Karpenter."""
 
 import functools
 from pathlib import Path
@@ -76,12 +76,19 @@ CUSTOM = {
 }
 
 
+@functools.cache
+def validator() -> Any:
+    """kubernetes-validate, which would read its schema of two megabytes for each document."""
+    module = pytest.importorskip("kubernetes_validate.utils")
+    module.schema_contents = functools.cache(module.schema_contents)
+    return module
+
+
 def check(document: dict[str, Any]) -> None:
-    """Fail where the API server would refuse a manifest, or drop a part of it."""
+    """Fail if the API server would refuse a manifest, or drop a part of it."""
     kind = document["kind"]
     if kind in CUSTOM:
         result = mistakes(document, custom(*CUSTOM[kind]))
         assert not result, result
         return
-    kubernetes_validate = pytest.importorskip("kubernetes_validate")
-    kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    validator().validate(document, KUBERNETES, strict=True)

@@ -262,7 +262,7 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "--gain",
         type=float,
         default=0.05,
-        help="least growth of throughput that goes on: %(default)s",
+        help="least growth of throughput to continue: %(default)s",
     )
 
 

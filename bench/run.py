@@ -41,7 +41,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A load on a target.
 
     Attributes:
-        target: what is asked.
+        target: the server.
         workload, load: what to send and when, as specs.
         count, duration_s: what ends a repeat; None for the workload's or the load's own end.
         repeats: how often the load is sent; each time with other prompts and arrival times.
@@ -79,7 +79,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def run(job: Job, folder: Path) -> Run:
-    """Do the job; what came back is in `folder`/records.jsonl as it comes, the rest at the end.
+    """Do the job. Records go to `folder`/records.jsonl as they arrive, the rest at the end.
 
     Interrupted, it breaks off and still returns a result, which says so.
 

@@ -18,6 +18,25 @@ _CHAT_TEMPLATE = (
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
+def architecture(
+    hidden: int = 64, layers: int = 2, vocabulary: int = VOCABULARY
+) -> dict[str, int | bool]:
+    """The model's part of config.json."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 16384,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
 def write(
     folder: Path, hidden: int = 64, layers: int = 2, words: str = "", vocabulary: int = VOCABULARY
 ) -> Path:
@@ -25,7 +44,7 @@ def write(
 
     Args:
         hidden, layers: of the model.
-        words: what the vocabulary is trained on besides: with room for them, each is a token.
+        words: more text to train the vocabulary on. If it has room, each word is a token.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -42,19 +61,7 @@ def write(
     )
     tokenizer.train_from_iterator([__doc__ or "", words], trainer)
     torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=vocabulary,
-        max_position_embeddings=16384,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    config = Qwen2Config(**architecture(hidden, layers, vocabulary))
     Qwen2ForCausalLM(config).save_pretrained(folder)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

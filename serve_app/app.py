@@ -12,7 +12,7 @@ through Serve's proxy), and goes through one stack, outermost first:
     vLLM's app      the answer                        engine.py
 
 With one (`gateway.enabled`), everything down to LimitGate is the gateway's, and between it and the
-rest is the Relay (relay.py), which goes on with an answer elsewhere when a replica fails.
+rest is the Relay (relay.py), which continues an answer on another replica when one fails.
 """
 
 import os

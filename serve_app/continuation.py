@@ -3,7 +3,7 @@
 An engine's replica marks each event of a stream with the tokens that it was made of, in comment
 lines before it, which the gateway takes out and keeps:
 
-    : how resume          once: by which method this answer could go on
+    : how resume          once: the method by which this answer could continue
     : t 12 13             tokens, as the engine gave them out; more lines for more groups
     : l [[[12, -0.5], ..  the last group's logprobs, where they were asked for
     : end stop null       with the last group: why it ended
@@ -15,7 +15,7 @@ text, stop strings, tool calls, logprobs and usage are where they were; the even
 are the ones that the client already has, and the gateway drops as many as it sent.
 
 Tokens whose text was still held back (half of a character, what may become a stop string) were
-never marked: they are generated again, and nobody saw them.
+never marked: they are generated again, because no client saw them.
 """
 
 import enum
@@ -212,7 +212,7 @@ class Stream:
         """Whether another replica can continue exactly where this stream is.
 
         Not where tokens came without marks, or with marks that cannot be read: the client can have
-        such an answer, but nobody else can continue it.
+        such an answer, but no other replica can continue it.
         """
         if self.sent and self._unmarked:
             return False

@@ -1,9 +1,9 @@
 """The errors of this application, each with its HTTP status and OpenAI code.
 
-One tree, so that whoever catches `ServeError` has caught them all:
+One tree, so that `except ServeError` catches all of them:
 
     ServeError
-    ├── ConfigError            a start that cannot succeed (no status: nobody is served)
+    ├── ConfigError            a start that cannot succeed (no status: no client sees it)
     └── RequestError           an answer to one request
         ├── BadRequest         400
         ├── Unauthorized       401
@@ -18,7 +18,7 @@ One tree, so that whoever catches `ServeError` has caught them all:
         ├── Unavailable        503, with Retry-After
         ├── BudgetUnknown      503, with Retry-After: the database of tenants is away
         ├── GatewayTimeout     504  the answer took too long
-        ├── CannotContinue     502  it broke off, and no other replica can go on with it exactly
+        ├── CannotContinue     502  it broke off, and no other replica can continue it exactly
         └── Poison             500  replicas die of it
 
 The body of a `RequestError` is the one that OpenAI's clients parse

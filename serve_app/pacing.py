@@ -1,7 +1,7 @@
 """When the tokens of a stream may travel together.
 
 Each token sent on its own costs the front end an event to encode, a write, and the proxy a copy.
-While the front end keeps up, every token leaves as it comes. Once it falls behind, the engine's
+While the front end keeps up, every token is sent at once. Once it falls behind, the engine's
 outputs wait for it anyway; sending two of them in one event then delays nobody and frees the time
 that the others wait for. So the gap between two events of one stream follows what is observed:
 how old the engine's outputs are when the front end gets to them, or in the gateway, which does not
@@ -26,7 +26,7 @@ class Pacer:
     """The gap that one replica's streams keep between two events, seconds.
 
     Args:
-        max_gap_s: bound of the gap; 0 sends every token as it comes.
+        max_gap_s: bound of the gap; 0 sends every token at once.
     """
 
     def __init__(self, max_gap_s: float) -> None:

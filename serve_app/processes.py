@@ -1,4 +1,4 @@
-"""Ends a child process: it is asked first, and killed where it has not ended in time.
+"""Ends a child process: by a signal first, and by a kill if it has not ended in time.
 
 Without its family the standard library is enough; psutil finds what a child has started.
 """

@@ -148,7 +148,7 @@ class Gateway(_Frozen):
 class ApiKeys(_Frozen):
     """Where the accepted keys come from; both may be given, their keys are joined.
 
-    A source that is named and empty lets nobody in: an unmounted secret must not open the door.
+    A configured but empty source admits no one: an unmounted secret must not remove protection.
     """
 
     env: str | None = None

@@ -17,9 +17,9 @@ from serve_app.settings import Settings
 ENABLED: dict[str, Any] = {"gateway": {"enabled": True}}
 
 
-def test_gateways_are_replaced_the_new_ones_first(tiny: Path) -> None:
-    settings = Settings.parse({"model": str(tiny), **ENABLED})
-    plan = Plan(str(tiny), "tiny", place(1, 1, 0, 1.0), cpu_threads=1)
+def test_gateways_are_replaced_the_new_ones_first(tiny_config: Path) -> None:
+    settings = Settings.parse({"model": str(tiny_config), **ENABLED})
+    plan = Plan(str(tiny_config), "tiny", place(1, 1, 0, 1.0), cpu_threads=1)
     application = _behind_gateway(settings, [(settings, plan)])
     config = application._bound_deployment._deployment_config
     assert application._bound_deployment.name == "gateway"

@@ -44,7 +44,7 @@ QUIET = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-# This application: what of its configuration is other than as it comes.
+# This application: the settings that differ from its defaults.
 _OURS: Mapping[str, Mapping[str, Any]] = {
     "ours": {},
     "ours-fast": {"lane": "auto"},
@@ -184,7 +184,7 @@ def command(
         settings = {**_OURS[name], **(changes or {})}
         return [*ours, _configuration(engine, model, port, folder, **settings)]
     if name == "classic":
-        # Without the launcher nobody turns HAProxy on.
+        # Without the launcher HAProxy is off.
         return [*serve, _configuration(engine, model, port, folder)]
     if name in ("ray-serve-llm", "ray-serve-llm-direct"):
         direct = name == "ray-serve-llm-direct"

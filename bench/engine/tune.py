@@ -142,7 +142,7 @@ class Tuning:
             self._go(search)
             self._compare_answers(search)
         except KeyboardInterrupt:
-            doubts.append("interrupted: the same command goes on from the journal")
+            doubts.append("interrupted: the same command continues from the journal")
         finally:
             self._stand.close()
         return self._write(search, doubts)

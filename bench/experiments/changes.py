@@ -96,10 +96,10 @@ def _loads(options: argparse.Namespace) -> tuple["subprocess.Popen[bytes]", ...]
     waiting = ["--disturb", f"{wait},wait={len(STEPS) * _CHANGE_S:g}"]
     long = _chaos(options, "long", options.long_users, options.long_tokens, 1, 2)
     started_long = subprocess.Popen([*long, *waiting], stdin=subprocess.DEVNULL)
-    # What the long ones should be is asked in peace, before anything else begins.
+    # The expected long answers are requested without disturbances, before anything else.
     while not begun.exists():
         if started_long.poll() is not None:
-            raise SystemExit("the long streams were not answered in peace: see above")
+            raise SystemExit("the long streams failed without disturbances: see above")
         time.sleep(_LOOK_S)
     return subprocess.Popen([*short, *disturb], stdin=subprocess.DEVNULL), started_long
 

@@ -6,7 +6,7 @@ Without --systems: vLLM's Rust front end (`rust`, the reference, where it is ins
 application (`ours`), and vLLM's Python front end as four processes (`apis4`), as one (`bare`), and
 with four tokens sent at a time (`bare-si4`). bench/engine/systems.py has the others.
 
-Of Ray Serve's own LLM application there are two: `ray-serve-llm`, as it comes, and
+Ray Serve's own LLM application is measured twice: `ray-serve-llm`, with its defaults, and
 `ray-serve-llm-direct`, with the variables that its guide gives for the highest throughput. (They
 import pyarrow, which nothing here needs: install it first.)
 

@@ -4,7 +4,7 @@
         --workload synthetic:input=20,output=128 --disturb kill-replica:every=10 \\
         --disturb kill-engine:every=15 --disturb stop-engine:every=60,for=5 --out results/chaos
 
-First each of a few distinct prompts is asked in peace: its greedy answer is the right one. Then
+First each of a few distinct prompts is sent undisturbed: its greedy answer is the right one. Then
 users ask them again and again (a closed loop, streams and some answers in one piece), while
 disturbances happen (disturb.py) to processes of the cluster that serves the URL (victims.py), and
 of no other. Every answer is compared with the right one (answers.py); where it differs it is asked
@@ -60,7 +60,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A load, what happens meanwhile, and what counts as wrong.
 
     Attributes:
-        target: what is asked, greedily.
+        target: the server; requests are greedy.
         workload: the prompts, as a spec; the first `distinct` of it are used.
         count, users: requests at least, and how many at once.
         think_s: what each user waits between an answer and its next request.

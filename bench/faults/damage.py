@@ -23,9 +23,9 @@ _BEFORE, _AFTER = 4, 12  # What of an answer is shown around the place of a faul
 
 
 class Judged(Transcript, kw_only=True):
-    """A record with its verdict and, of a stream, its longest silence: what is kept in the end.
+    """A record with its verdict and, for a stream, its longest silence.
 
-    `stalled_s` of that silence the machine let nobody run.
+    `stalled_s`: the part of that silence in which the machine was stalled.
     """
 
     verdict: Verdict | None = None
@@ -106,7 +106,7 @@ class Chaos(Asked, frozen=True, kw_only=True):
 
     Attributes:
         distinct, whole, think_s, most_think_s, keep_alive, disturb, tie_margin: see `chaos.Job`.
-        duration_s: of the load; machine_stalled_s: of it, while the machine let nobody run.
+        duration_s: of the load; machine_stalled_s: the part in which the machine was stalled.
         faults: answers with each kind of fault.
         doubled, missing: tokens and characters that came twice, or not at all.
         disturbances: by their kind; done: each, in the order of time.

@@ -84,7 +84,7 @@ class Disturber:
         self._remaining = sum(disturbance.count or 0 for disturbance in self.disturbances)
 
     def check(self) -> None:
-        """Whether there is now somebody to disturb, for each that needs one.
+        """Whether each disturbance that needs a victim has one now.
 
         Raises:
             LoadError: there is not.
@@ -160,7 +160,7 @@ class Disturber:
             try:
                 victim, why = await asyncio.to_thread(self._choose, disturbance, rng, due.turn)
             except psutil.NoSuchProcess:  # It ended while it was looked at: look again.
-                victim, why = None, "nobody was there for long enough"
+                victim, why = None, "no replica was up for long enough"
             if not why or self.clock() >= until_s:
                 return victim, why
             await asyncio.sleep(_LOOK_S)
@@ -195,7 +195,7 @@ class Disturber:
         else:
             among = [(replica.process, replica.title, replica.process) for replica in ready]
         if not among:
-            return None, f"nobody to {disturbance.kind}"
+            return None, f"there is nothing to {disturbance.kind}"
         process, name, replica = rng.choice(among)
         return Victim(process, f"{name}, process {process.pid}", replica), ""
 

@@ -5,7 +5,7 @@
 A line `from to` for each, on the monotonic clock, until stdin ends.
 
 A process of its own that wants next to nothing: it sleeps for a few milliseconds at a time. When it
-wakes much later, the machine was stopped by its host, or had so much to do that nobody got on.
+wakes much later, the machine was stopped by its host, or was too busy to run anything.
 """
 
 import contextlib

@@ -183,14 +183,14 @@ class Cluster:
         return sorted(processes, key=_started_s)
 
     def _answering(self, replicas: Iterable[Replica]) -> set[psutil.Process]:
-        """Those that answer HTTP. Where one port once did, only that one is asked."""
+        """The processes that answer HTTP. Once a port has answered, only that port is asked."""
         doors = [
             (replica.process, host, port)
             for replica in replicas
             for host, port in _listens(replica.process)
             if self._ports.get(replica.process) in (None, port)
         ]
-        # All at once: a replica that is loading keeps whoever asks waiting.
+        # All at once, because a loading replica delays its answer.
         with ThreadPoolExecutor(max_workers=len(doors) or 1) as pool:
             answered = pool.map(lambda door: _answers(door[1], door[2]), doors)
             answering = {door[0]: door[2] for door, yes in zip(doors, answered, strict=True) if yes}

@@ -76,7 +76,7 @@ def shape_and_ceilings(
 ) -> tuple[Shape, Ceilings] | None:
     """Shape and ceilings: of a result of `bench roofline`, else of the GPU's data sheet.
 
-    None where neither is known, as on a CPU that nobody has measured.
+    None if neither is known, for example on a CPU that was not measured.
 
     Raises:
         BenchError: the folder holds another kind of result.

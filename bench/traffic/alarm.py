@@ -81,7 +81,7 @@ class Alarm:
         try:
             os.read(self._file, 8)
         except BlockingIOError:
-            return  # It was set anew after it rang.
+            return  # It was set again after it rang.
         self._callback()
 
     def _due(self) -> None:

@@ -39,7 +39,7 @@ class Response:
         self._asked_stream, self._answers = True, 1
 
     def begin(self, request: Request, extra: dict[str, Any]) -> None:
-        """Note what is asked for, `extra` being the fields of the body beside the prompt."""
+        """Note the request; `extra` has the fields of its body besides the prompt."""
         record = self.record
         record.asked_input_tokens = request.input_tokens
         record.asked_output_tokens = request.output_tokens

@@ -22,12 +22,12 @@ PAGES: Mapping[Endpoint, str] = {
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """What is measured, and how it is asked.
+    """The server that is measured, and how requests are sent to it.
 
     Attributes:
         url: base of the API, "http://host:8000" or "https://host/v1"; /v1 is added to a bare host.
         model: its name in requests.
-        endpoint: which API is asked: OpenAI's completions, chat, Responses or embeddings, or
+        endpoint: the API: OpenAI's completions, chat, Responses or embeddings, or
             Anthropic's messages.
         headers: more headers of each request; an API key is one of them.
         ca_file: the certificate authority to trust in place of the system's.

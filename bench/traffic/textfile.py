@@ -28,7 +28,7 @@ def lines(path: Path) -> list[bytes]:
 def parsed(
     workload: str, path: Path, parse: Callable[[bytes], T], problem: str = ""
 ) -> Iterator[T]:
-    """What `parse` makes of each line that is not blank.
+    """The results of `parse` for the lines that are not blank.
 
     Raises:
         WorkloadError: `parse` raised ValueError, as msgspec does; it names the line.

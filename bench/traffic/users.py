@@ -38,9 +38,9 @@ class Users:
             magnitude as often.
         keep_alive: whether each keeps its connection between its requests.
         whole: share of the requests that are not streamed.
-        most_s: nothing is asked after that time; None: no such time.
+        most_s: no request is sent after that time; None: no limit.
         clock: seconds since the start of the load.
-        more: whether to go on though `count` requests were sent.
+        more: whether to continue after `count` requests.
         path: where records go as they come.
     """
 

@@ -1,4 +1,4 @@
-"""Text of a known number of words, made from a seed: the same each time, shared by nobody.
+"""Text of a given number of words, made from a seed: reproducible, and unlike any other text.
 
 There are 256 words, so a word is a byte, and a text is random bytes read as words. Each word is
 one token in the vocabularies of Qwen2.5 and SmolLM2, alone and after a space, so that the words of

@@ -68,7 +68,7 @@ class Admission:
     Attributes:
         running: sequences that were let in.
         admitted: requests that were ever let in.
-        closed: nobody is let in, and requests wait, as while the engine sleeps.
+        closed: no request is admitted, and all wait, for example while the engine sleeps.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Admission:
         self._wake()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Return once the condition holds; it is asked when a request begins to wait or ends."""
+        """Return once the condition holds; it is checked when a request begins to wait or ends."""
         while not condition():
             self._changed.clear()
             await self._changed.wait()
@@ -168,7 +168,7 @@ class Admission:
         """Whether a request that there is room for need not wait behind those that wait."""
         if not self._queue:
             return True
-        # It may use room that is kept for its tenant, if nobody waits for that.
+        # It may use places reserved for its tenant if no request waits for them.
         return not self._queue.is_above(share) and self._queue.first_below_share() is None
 
     def _room_for(self, request: _Request, share: Share) -> int | None:
@@ -295,8 +295,8 @@ class AdmissionGate:
 
     Args:
         healthy: whether the engine can answer; while it cannot, 503 with Retry-After.
-        signals: is told who came, and how long each had to wait for room.
-        waited: is told that wait, in seconds.
+        signals: gets each arrival, and how long it waited for a place.
+        waited: gets that wait, in seconds.
         cancellable: whether `app` ends the engine's work itself when it is cancelled.
     """
 
@@ -356,7 +356,7 @@ class AdmissionGate:
         except RequestError as error:
             await response.fail(error, scope)
         except ConnectionError:
-            raise  # The connection is to end without a word (replica/backend.py).
+            raise  # The connection must end without an answer (replica/backend.py).
         except Exception:
             if not response.streaming:
                 raise  # It has become a response with status 500.
@@ -368,7 +368,7 @@ class AdmissionGate:
 
         vLLM works on a request that is not streamed in a task of its own, which it ends when the
         client leaves, but not when it is cancelled; and cancelling is what Ray Serve does when the
-        client leaves, and what a timeout does. So a cancellation is told as a client that left.
+        client leaves, and what a timeout does. So a cancellation counts as a client that left.
         Returns, or raises, once the engine is done with the request: only then is its room free.
         """
         if self._cancellable:

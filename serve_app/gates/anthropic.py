@@ -39,7 +39,7 @@ class AnthropicErrors:
 
         async def rewrite(message: Message) -> None:
             nonlocal begun, body
-            # Gates further in may have spelled the path anew.
+            # Inner gates may have normalised the path.
             is_error = message.get("status", 200) >= 400 and scope["path"] in _PATHS
             if message["type"] == "http.response.start" and is_error:
                 begun = message

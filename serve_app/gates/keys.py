@@ -64,7 +64,7 @@ class KeyRing:
         self._read_at = -_REREAD_S
 
     def holder(self, key: str) -> str | None:
-        """The name of the tenant that has this key; None: nobody has."""
+        """The name of the tenant that has this key; None if there is none."""
         self._reread()
         for digest in sent_digests(key):
             name = self._from_env.get(digest) or self._from_file.get(digest)
@@ -172,7 +172,7 @@ def check_exposure(ring: Keys, allowed: bool) -> None:
         ConfigError: the server listens beyond this machine, and anybody could ask.
     """
     if ring.required and not len(ring):
-        say("warning: keys are asked for and there is none: every request is refused")
+        say("warning: keys are required and there is none: every request is refused")
     if ring.required or allowed:
         return
     host = http_host()

@@ -40,7 +40,7 @@ _EMPTY = msgspec.Raw()
 
 
 class _Body(msgspec.Struct):
-    """The fields of any route that say how much is asked for. All others are skipped."""
+    """The fields of any route that determine its work. All others are skipped."""
 
     model: Any = None
     stream: Any = None
@@ -216,7 +216,7 @@ def _read(route: Route, body: bytes) -> Reading:
 
 
 def _refuse_removed(fields: _Body) -> None:
-    """A grammar that would be dropped without a word: the answer would be any text."""
+    """A grammar that vLLM would silently drop: the answer would be any text."""
     for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
         if not _null(getattr(fields, name)):
             now = name.removeprefix("guided_")

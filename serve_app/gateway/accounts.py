@@ -139,7 +139,7 @@ class Attempts:
         if not known:
             return
         work.known = True
-        # An attempt that goes on reads the same prompt again, and finds more of it cached.
+        # A continuing attempt reads the same prompt again, and more of it comes from the cache.
         work.prompt_tokens = max(each.prompt_tokens for each in known)
         work.cached_tokens = known[0].cached_tokens
         work.output_tokens = max(seen_tokens, sum(each.output_tokens for each in known))

@@ -1,4 +1,4 @@
-"""What one client is sent: one response, whichever and however many replicas it comes from."""
+"""The response to one client, which may come from several replicas."""
 
 from starlette.types import Message, Send
 
@@ -13,7 +13,7 @@ class Answer:
 
     Attributes:
         begun: there is a status; an error can only be an event now.
-        stream: what is read from the replica that is asked now.
+        stream: the stream of the current replica.
     """
 
     def __init__(self, send: Send) -> None:

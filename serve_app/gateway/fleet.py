@@ -3,7 +3,7 @@
 Ray Serve reports which replicas run, through the router of a deployment handle (`ReplicaWatch`),
 with the address and the token of each. When one dies, that report comes seconds late. So a gateway
 believes its own requests first: it avoids a replica that failed for a time that doubles with each
-failure, and then tries it again. A replica whose engine is being started anew is avoided until it
+failure, and then tries it again. A replica whose engine restarts is avoided until it
 says that the engine is there (visit.py).
 """
 
@@ -53,7 +53,7 @@ class Upstream:
         running: requests that it works on for this gateway.
         failures: in a row.
         avoid_until_s: monotonic.
-        restarting: its engine is being started anew.
+        restarting: its engine is restarting.
     """
 
     name: str
@@ -137,7 +137,7 @@ class Fleet:
         replica.failures = 0
 
     def restarted(self, replica: Upstream) -> None:
-        """Its engine is there again."""
+        """Its engine is ready again."""
         replica.restarting = False
         self._changed.set()
 

@@ -117,7 +117,7 @@ class FastStream(Stream):
             self._finished = True
             self.progress.finish, self.progress.stop = choice.finish_reason, choice.stop_reason
         elif choice.has_more:
-            self._unmarked = True  # The client is sent it, and nobody else can continue it.
+            self._unmarked = True  # The client gets it, and no other replica can continue it.
         elif not (text or self._with_ids or (choice.delta is not None and choice.delta.role)):
             return None  # Without token ids it would hold nothing.
         if not self._begun:

@@ -1,7 +1,7 @@
 """The two ways to a replica's answer: its own HTTP server (full), and vllm-rs on its engine (fast).
 
 The capability table decides whether a request may take the fast lane (lanes/capability.py), once,
-at its first attempt: what fails there goes on in the full lane.
+at its first attempt. After a failure it continues in the full lane.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ Lane = Literal["fast", "python"]
 # How long idle connections are kept. The server at the other end keeps them for longer, or it would
 # close one under a request: vllm-rs for 75 s (replica/frontends.py), our own for 600.
 _IDLE_FAST_S, _IDLE_FULL_S = 60, 300
-# What puts more into the events of a stream than text and token ids, by which handover.py goes on.
+# Fields that put more into a stream's events than text and token ids, which handover.py continues.
 _MORE_THAN_TEXT = frozenset({"echo", "logprobs", "top_logprobs", "tools", "tool_choice"})
 # Of a request's headers, what vllm-rs is not shown.
 _CREDENTIALS = frozenset({"authorization", "x-api-key"})
@@ -133,7 +133,7 @@ def raise_failure(how: str | None) -> None:
         ReplicaFailed: the response is no answer.
     """
     if how == ABSENT:
-        raise ReplicaFailed("its engine is being started anew", "restarting")
+        raise ReplicaFailed("its engine is restarting", "restarting")
     if how is not None:
         raise ReplicaFailed("its engine failed")
 

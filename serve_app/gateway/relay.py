@@ -4,7 +4,7 @@
     2  a replica is chosen                                               routing.py, fleet.py
     3  the request goes there, in one of two lanes                       lanes.py
     4  its answer comes back event by event                              _forward
-    5  the replica fails: the answer goes on with 2, from where it was   continuation.py
+    5  the replica fails: continue with 2, from the tokens so far        continuation.py
 
 Nothing else of a request is looked into: what it means is for the engine to decide. A stream that
 has begun ends with its last event or with an error event, whatever a replica does.
@@ -42,7 +42,7 @@ from serve_app.settings import Gateway, Limits
 
 logger = logging.getLogger("serve_app")
 
-# How soon those that were full are asked again to go on with an answer.
+# How soon full replicas are asked again to continue an answer.
 _RETRY_S = 0.2
 # A second death counts against a request unless its answer went on by so many tokens in between.
 _INNOCENT = 8
@@ -117,7 +117,7 @@ class Relay:
         except RequestError as error:
             await answer.fail(error, request.path)
         except Exception:
-            # A mistake of ours. Unanswered, it would be a stream that breaks off without a word.
+            # A bug of ours. Without an error event the stream would break off silently.
             logger.exception("the gateway failed", extra={"request_id": request.id})
             await answer.fail(RequestError("The gateway failed."), request.path)
         finally:

@@ -18,7 +18,7 @@ from serve_app.gateway.routing import prefix_keys
 from serve_app.replica.accounts import HEADER as ACCOUNT_HEADER
 from serve_app.replica.backend import CONTINUE_HEADER, SHARE_HEADER, TENANT_HEADER, TOKEN_HEADER
 
-# What concerns one connection, or is made anew on each.
+# Headers that concern a single connection.
 HOP_HEADERS = frozenset(
     (b"host", b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"upgrade")
 )
@@ -48,7 +48,7 @@ class Request:
         deaths: replicas that died under it, less those that it was innocent of.
         attempts: replicas that failed it.
         tried: their names, and those of replicas that were full.
-        work: what engines do for it; None: nobody counts it.
+        work: what engines do for it; None if it is not counted.
         reports: that are to come of that.
     """
 

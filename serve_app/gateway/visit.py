@@ -20,7 +20,7 @@ import aiohttp
 from serve_app.gateway.fleet import Fleet, Upstream
 from serve_app.replica.backend import ABSENT, FAILED_HEADER, STALLED_HEADER, TOKEN_HEADER
 
-# How often a replica is asked whether its engine is there again.
+# How often a replica is asked whether its engine is ready again.
 _RESTART_PING_S = 0.1
 
 

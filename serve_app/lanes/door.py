@@ -62,7 +62,7 @@ class Frontend(Protocol):
 class Ends:
     """Matches what the engine reports to the requests that wait for it.
 
-    A client may use one id for several requests at once: they are told in their order.
+    A client may use one id for several requests at once: their reports are in order.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """`python -m serve_app observe`: Prometheus, and Grafana or the status page, beside `make serve`.
 
-Runs until it is told to stop, and then ends what it started. Everything listens on loopback, on the
+Runs until a signal, and then ends what it started. Everything listens on loopback, on the
 ports where Ray's dashboard looks for Prometheus and Grafana.
 """
 
@@ -126,7 +126,7 @@ def _grafana(folder: Path, options: argparse.Namespace, prometheus: str) -> Iter
         "GF_PATHS_PROVISIONING": str(provisioning),
         "GF_SERVER_HTTP_ADDR": _HOST,
         "GF_SERVER_HTTP_PORT": str(options.grafana_port),
-        # Ray's dashboard shows panels in frames, to whoever sees it.
+        # Ray's dashboard shows panels in frames.
         "GF_SECURITY_ALLOW_EMBEDDING": "true",
         "GF_AUTH_ANONYMOUS_ENABLED": "true",
         "GF_ANALYTICS_REPORTING_ENABLED": "false",

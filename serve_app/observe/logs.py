@@ -67,7 +67,7 @@ class Log:
     """Where a replica's lines go.
 
     Args:
-        write: gets each line; None: nobody does.
+        write: gets each line; None: lines are dropped.
         fields: of every line.
     """
 

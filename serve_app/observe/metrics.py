@@ -43,7 +43,7 @@ CLIENT_LEFT = 499
 
 requests = Counter(
     "serve_app_requests",
-    "Requests that are over, by the status that the client got.",
+    "Completed requests, by the status that the client got.",
     ("model", "route", "status", "tenant"),
 )
 rejections = Counter(
@@ -53,7 +53,7 @@ rejections = Counter(
 )
 objectives = Counter(
     "serve_app_slo_requests",
-    "Requests that count for the objective (replicas.ttft_s, itl_s), and whether it was kept.",
+    "Requests to which the objective applies (replicas.ttft_s, itl_s), and whether it was met.",
     ("model", "kept"),
 )
 durations = Histogram(
@@ -74,29 +74,27 @@ under_way = Gauge("serve_app_requests_under_way", "Requests that have no full an
 
 waits = Histogram(
     "serve_app_queue_duration_seconds",
-    "How long a request that was let in had waited for room in the engine's batch.",
+    "How long an admitted request had waited for a place in the engine's batch.",
     ("model",),
     buckets=_WAIT_S,
 )
-queued = Gauge("serve_app_requests_queued", "Requests that wait for room.", ("model",))
+queued = Gauge("serve_app_requests_queued", "Requests that wait for a place.", ("model",))
 queue_room = Gauge(
-    "serve_app_requests_queued_max", "Requests that may wait; one more is refused.", ("model",)
+    "serve_app_requests_queued_max", "Requests that may wait; further ones are refused.", ("model",)
 )
-running = Gauge(
-    "serve_app_sequences_running", "Sequences that were let into the engine.", ("model",)
-)
+running = Gauge("serve_app_sequences_running", "Admitted sequences.", ("model",))
 room = Gauge("serve_app_sequences_max", "Sequences that the engine batches at most.", ("model",))
 
 # --- the engine (engine.py) ---
 
 prompt_tokens = Counter(
     "serve_app_prompt_tokens",
-    "Tokens of prompts, cached or not, of requests that are over.",
+    "Prompt tokens of completed requests, cached or not.",
     ("model", "tenant"),
 )
 generated_tokens = Counter(
     "serve_app_generated_tokens",
-    "Tokens that were generated for requests that are over.",
+    "Generated tokens of completed requests.",
     ("model", "tenant"),
 )
 
@@ -105,7 +103,7 @@ generated_tokens = Counter(
 tenants = Gauge("serve_app_tenants", "Tenants that are configured.")
 tenants_stale = Gauge(
     "serve_app_tenants_stale",
-    "1 while tenants cannot be read: those that were read last are in force.",
+    "1 while tenants cannot be read: the last ones that were read are in force.",
 )
 
 
@@ -130,20 +128,20 @@ def tenant_label(name: str) -> str:
 
 quota_used = Gauge(
     "serve_app_quota_used_ratio",
-    "Share of a budget that is used, of the tenants that are nearest to its end.",
+    "Used share of a quota, for the tenants that are nearest to it.",
     ("tenant", "limit"),
 )
 tenant_queue_seconds = Counter(
     "serve_app_tenant_queue_seconds",
-    "Seconds that requests which were let in had waited for room, by tenant.",
+    "Seconds that admitted requests had waited for a place, by tenant.",
     ("model", "tenant"),
 )
 tenant_queue_requests = Counter(
-    "serve_app_tenant_queue_requests", "Requests that were let in, by tenant.", ("model", "tenant")
+    "serve_app_tenant_queue_requests", "Admitted requests, by tenant.", ("model", "tenant")
 )
 tenant_cached_tokens = Counter(
     "serve_app_cached_prompt_tokens",
-    "Tokens of prompts that were found in the prefix cache, of requests that are over.",
+    "Prompt tokens of completed requests that came from the prefix cache.",
     ("model", "tenant"),
 )
 tenant_gpu_seconds = Counter(
@@ -154,37 +152,39 @@ quota_refusals = Counter(
 )
 ledger_away = Gauge(
     "serve_app_ledger_away",
-    "1 while the database of tenants cannot be asked: budgets are closed, the ledger waits.",
+    "1 while the database of tenants is unavailable: no quota is granted, the ledger waits.",
 )
 
 # --- the gateway (relay.py) ---
 
 failed_attempts = Counter(
     "serve_app_attempts_failed",
-    "Times that a replica failed a request, by how: connection, died, silent.",
+    "Failed attempts at a replica, by reason: connection, died, silent.",
     ("model", "reason"),
 )
 continuations = Counter(
     "serve_app_continuations",
-    "Answers that went on at another replica, by how: again (nothing was sent), resume, repeat, "
-    "handover (from the fast lane to the full one; that replica decides how).",
+    "Answers continued by another replica, by method: again (nothing was sent), resume, repeat, "
+    "handover (from the fast lane to the full lane; that replica decides).",
     ("model", "method"),
 )
 retries = Counter(
-    "serve_app_attempts_busy", "Times that a full replica sent a request on to another.", ("model",)
+    "serve_app_attempts_busy",
+    "Times that a full replica passed a request on to another one.",
+    ("model",),
 )
 unplaced = Gauge(
-    "serve_app_requests_unplaced", "Requests that wait for a replica to ask.", ("model",)
+    "serve_app_requests_unplaced", "Requests that wait for an available replica.", ("model",)
 )
 replicas_known = Gauge(
-    "serve_app_replicas_usable", "Replicas that this gateway would ask now.", ("model",)
+    "serve_app_replicas_usable", "Replicas that are available to this gateway.", ("model",)
 )
 
 # --- starts (observation.py) ---
 
 start_phases = Histogram(
     "serve_app_start_phase_seconds",
-    "What the start of a replica, or restart or waking of its engine, took, by phases (phases.py).",
+    "Duration of a replica's start, or its engine's restart or waking, by phase (phases.py).",
     ("model", "kind", "phase"),
     buckets=_steps(0.1, 600.0, 2.0),
 )
@@ -192,18 +192,18 @@ start_phases = Histogram(
 # --- what it is and costs (replica.py) ---
 
 build = Gauge(
-    "serve_app_build_info", "1, with versions as labels.", ("version", "vllm", "ray", "model")
+    "serve_app_build_info",
+    "Always 1, with the versions as labels.",
+    ("version", "vllm", "ray", "model"),
 )
 gpus = Gauge("serve_app_replica_gpus", "GPUs of this replica; 1 on a CPU.", ("model",))
 price = Gauge(
     "serve_app_replica_price_dollars_per_hour",
-    "What this replica costs: its GPUs times price_per_gpu_hour; absent where that is not set.",
+    "Cost of this replica: its GPUs times price_per_gpu_hour; absent if that is not set.",
     ("model",),
 )
 healthy = Gauge("serve_app_engine_healthy", "1 while the engine answers its probe.", ("model",))
-restarting = Gauge(
-    "serve_app_engine_restarting", "1 while a failed engine is started anew.", ("model",)
-)
+restarting = Gauge("serve_app_engine_restarting", "1 while a failed engine restarts.", ("model",))
 asleep = Gauge(
     "serve_app_engine_asleep",
     "1 while the engine falls asleep, sleeps or wakes.",
@@ -211,7 +211,7 @@ asleep = Gauge(
 )
 engine_restarts = Counter(
     "serve_app_engine_restarts",
-    "Engines that died or hung and were started anew in their replica.",
+    "Engines that died or hung and were restarted in their replica.",
     ("model",),
 )
 fast_lane = Gauge(
@@ -221,12 +221,12 @@ fast_lane = Gauge(
 )
 frontend_restarts = Counter(
     "serve_app_frontend_restarts",
-    "Times that vllm-rs died or hung and was started anew beside its engine.",
+    "Times that vllm-rs died or hung and was restarted beside its engine.",
     ("model",),
 )
 objective = Gauge(
     "serve_app_slo_seconds",
-    "The objective that is configured, by what it is for: ttft, itl.",
+    "The configured objective: ttft, itl.",
     ("model", "of"),
 )
 
@@ -235,18 +235,18 @@ objective = Gauge(
 SCALING = {
     "wanted": "Replicas that the policy wants.",
     "running": "Replicas that serve.",
-    "starting": "Replicas that are asked for and do not serve yet.",
-    "maximum": "Replicas that there may be: of replicas.max and of what the cluster can hold.",
-    "load": "Load in replicas: how many would be just full.",
-    "forecast": "Load in replicas that the policy makes ready for.",
+    "starting": "Requested replicas that do not serve yet.",
+    "maximum": "Maximum of replicas: the smaller of replicas.max and what the cluster can hold.",
+    "load": "Load, as a number of full replicas.",
+    "forecast": "Forecast load, as a number of full replicas.",
     "sequences": "Sequences in the batches of all replicas.",
-    "waiting": "Requests that wait, in all replicas and where none is.",
-    "queued_tokens": "Prompt tokens that no replica has read yet.",
-    "kv_usage_ratio": "Share of the KV cache in use, of the replica where it is largest.",
+    "waiting": "Waiting requests, in all replicas and outside them.",
+    "queued_tokens": "Prompt tokens that no replica has processed yet.",
+    "kv_usage_ratio": "Share of the KV cache in use, of the fullest replica.",
     "ttft_seconds": "Time to first token at the goal's percentile, of the slowest replica.",
     "itl_seconds": "Time between tokens at the goal's percentile, of the slowest replica.",
-    "start_seconds": "How long a replica is taken to start.",
-    "start_slow_seconds": "What nine of ten starts do not exceed, by what was measured of them.",
+    "start_seconds": "Estimated duration of a start.",
+    "start_slow_seconds": "90th percentile of the duration of starts.",
 }
 SCALING_PREFIX = "serve_app_scaling_"
 

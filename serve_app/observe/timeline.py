@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from serve_app.replica.reports import Ended
 
-# How the engine names a request that somebody gave up: its client left.
+# The engine's name for a request whose client left.
 _ABORTED = "abort"
 
 

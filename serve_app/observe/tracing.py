@@ -24,7 +24,7 @@ class Tracer:
 
     Args:
         endpoint: http://host:4318/v1/traces
-        service: what the spans are said to come from.
+        service: the service name of the spans.
     """
 
     def __init__(self, endpoint: str, service: str) -> None:

@@ -82,7 +82,7 @@ def tools(
 
 
 def turned_off(tools: Tools, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables with which vLLM does without; none that somebody has set."""
+    """The variables that turn these kernels off, without those that are set already."""
     if tools.compile_cuda:
         return {}
     spared = _FLASHINFER if tools.prebuilt else ()

@@ -102,7 +102,7 @@ class Signals:
     """The load of one replica. For one event loop.
 
     Attributes:
-        first_tokens: is told of how many sequences a step made the first token.
+        first_tokens: gets the number of sequences whose first token a step produced.
 
     Args:
         percentile: of the latencies in a report, 0 to 100.

@@ -58,10 +58,10 @@ def test_under_nohup_it_outlives_its_terminal() -> None:
     "variable", ["RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"]
 )
 def test_a_taken_port_of_haproxy_is_named_with_what_sets_it(
-    variable: str, tmp_path: Path, tiny: Path
+    variable: str, tmp_path: Path, tiny_config: Path
 ) -> None:
     path = tmp_path / "serve_config.yaml"
-    path.write_text(yaml.safe_dump(configuration(8827, model=str(tiny))))
+    path.write_text(yaml.safe_dump(configuration(8827, model=str(tiny_config))))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
         ended = subprocess.run(

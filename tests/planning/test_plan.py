@@ -21,31 +21,31 @@ def on_cpu(model: Path) -> Plan:
 
 @pytest.mark.parametrize(("has", "dtype"), [(True, None), (False, "float32")])
 def test_a_processor_without_bfloat16_gets_float32(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, has: bool, dtype: str | None
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch, has: bool, dtype: str | None
 ) -> None:
     monkeypatch.setattr(plan, "has_bfloat16", lambda: has)
-    assert on_cpu(tiny).engine_arguments(Settings.parse({})).get("dtype") == dtype
+    assert on_cpu(tiny_config).engine_arguments(Settings.parse({})).get("dtype") == dtype
     # What the user says comes first.
     request = Settings.parse({"engine": {"dtype": "bfloat16"}})
-    assert on_cpu(tiny).engine_arguments(request)["dtype"] == "bfloat16"
+    assert on_cpu(tiny_config).engine_arguments(request)["dtype"] == "bfloat16"
 
 
-def test_on_the_cpu_the_engine_is_one_process_that_compiles_nothing(tiny: Path) -> None:
-    what = on_cpu(tiny)
+def test_on_the_cpu_the_engine_is_one_process_that_compiles_nothing(tiny_config: Path) -> None:
+    what = on_cpu(tiny_config)
     assert what.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert what.environment["TORCHDYNAMO_DISABLE"] == "1"
     assert what.environment["OMP_NUM_THREADS"] == "3"
     assert what.engine_arguments(Settings.parse({}))["enforce_eager"] is True
-    on_gpu = Plan(str(tiny), "tiny", place(1, 1, 1, 1.0), cpu_threads=None)
+    on_gpu = Plan(str(tiny_config), "tiny", place(1, 1, 1, 1.0), cpu_threads=None)
     assert on_gpu.environment == {}
     assert "enforce_eager" not in on_gpu.engine_arguments(Settings.parse({}))
 
 
 def test_attention_that_cannot_be_compiled_is_replaced(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "tools", Tools)
-    blackwell = Plan(str(tiny), "tiny", place(1, 1, 1), None, compute_capability=(10, 0))
+    blackwell = Plan(str(tiny_config), "tiny", place(1, 1, 1), None, compute_capability=(10, 0))
     assert blackwell.engine_arguments(Settings.parse({}))["attention_backend"] == "FLASH_ATTN"
     request = Settings.parse({"engine": {"attention_backend": "TRITON_ATTN"}})
     assert blackwell.engine_arguments(request)["attention_backend"] == "TRITON_ATTN"
@@ -58,8 +58,8 @@ def sleeping(models: int = 1, **args: Any) -> Settings:
     return Settings.parse({"sleep": {"after_s": 60.0, "models_per_gpu": models}, **args})
 
 
-def test_an_engine_that_may_sleep_has_the_gpu_and_vllms_sleep_mode(tiny: Path) -> None:
-    settings = sleeping(model=str(tiny))
+def test_an_engine_that_may_sleep_has_the_gpu_and_vllms_sleep_mode(tiny_config: Path) -> None:
+    settings = sleeping(model=str(tiny_config))
     plan = decide_on(settings, [Node((GPU,))])
     arguments = plan.engine_arguments(settings)
     assert arguments["enable_sleep_mode"] is True
@@ -70,9 +70,9 @@ def test_an_engine_that_may_sleep_has_the_gpu_and_vllms_sleep_mode(tiny: Path) -
 
 @pytest.mark.parametrize(("models", "share", "utilization"), [(2, 0.5, 0.875), (6, 0.1666, 0.375)])
 def test_models_that_share_a_gpu_leave_room_for_those_that_sleep(
-    tiny: Path, models: int, share: float, utilization: float
+    tiny_config: Path, models: int, share: float, utilization: float
 ) -> None:
-    settings = sleeping(models, model=str(tiny))
+    settings = sleeping(models, model=str(tiny_config))
     plan = decide_on(settings, [Node((GPU,))])
     assert plan.deployment_options(settings)["ray_actor_options"]["num_gpus"] == share
     assert plan.engine_arguments(settings)["gpu_memory_utilization"] == utilization
@@ -97,7 +97,7 @@ def test_a_model_fits_only_beside_those_that_sleep() -> None:
     ],
 )
 def test_engines_that_cannot_sleep_are_refused(
-    tiny: Path, models: int, nodes: list[Node], sizes: dict[str, int], sentence: str
+    tiny_config: Path, models: int, nodes: list[Node], sizes: dict[str, int], sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        decide_on(sleeping(models, model=str(tiny), **sizes), nodes)
+        decide_on(sleeping(models, model=str(tiny_config), **sizes), nodes)

@@ -134,6 +134,7 @@ def _imports_much() -> str:
 _reported = False
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """The first test of `make test-fast` that imports much fails."""
     global _reported

@@ -97,6 +97,7 @@ def test_no_engine_is_left_with_a_kernel_that_nothing_can_compile(expected: Tool
     assert bool(kernels.engine_defaults(expected, (10, 0))) == (not flashinfer)
 
 
+@pytest.mark.server  # It imports vLLM.
 def test_vllm_has_these_variables_and_this_backend() -> None:
     """They are vLLM's own names: a new version may rename one, and would ignore the old."""
     envs = pytest.importorskip("vllm.envs")

@@ -191,6 +191,7 @@ def test_kv_heads_are_divided_or_kept_equally_often(heads: int, kv: int, sizes: 
     ("value", "tokens"),
     [("32k", 32_000), ("32K", 32_768), ("1.5k", 1500), ("4096", 4096), (4096.0, 4096)],
 )
+@pytest.mark.server  # It imports vLLM.
 def test_a_length_is_read_as_vllm_reads_it(value: Any, tokens: int) -> None:
     from vllm.utils.argparse_utils import human_readable_int
 

@@ -24,7 +24,6 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.errors import ConfigError
-from serve_app.gateway.deployment import Gateway
 from serve_app.launch import launcher, template
 from serve_app.planning.plan import Plan, decide
 from serve_app.progress import reported, say
@@ -63,6 +62,9 @@ def _options(settings: Settings, plan: Plan) -> dict[str, Any]:
 
 
 def _behind_gateway(settings: Settings, models: list[tuple[Settings, Plan]]) -> Application:
+    # Imported here: most applications have none, and it takes as long as the rest of this module.
+    from serve_app.gateway.deployment import Gateway
+
     engines = {}
     for place, (each, plan) in enumerate(models):
         name = "engine" if len(models) == 1 else f"engine-{place}"

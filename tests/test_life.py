@@ -287,6 +287,8 @@ def test_replicas_come_from_the_template_and_leave_nothing(tiny: Path, tmp_path:
     config = configuration(PORT, model=str(tiny), hang_timeout_s=3.0, template=True)
     with launched(config, tmp_path) as server:
         assert server.ready(), server.output()
+        (controller,) = server.named("ServeController")
+        assert "serve_app.replica.template" in psutil.Process(controller.ppid()).cmdline()
         for _ in range(2):  # The second one replaces the first.
             (replica,) = replicas(server)
             parent = replica.parent()

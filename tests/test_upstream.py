@@ -459,3 +459,22 @@ def test_51_a_models_class_is_inspected_in_a_process_of_its_own() -> None:
     assert parameters(module._run_in_subprocess) == ["fn"]
     # What it runs before the function; the fork server's processes run it with their imports.
     assert "load_general_plugins()" in inspect.getsource(module._run)
+
+
+def test_52_serve_run_waits_for_the_proxies_that_this_function_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.serve._private import api
+
+    from serve_app.launch import run
+
+    monkeypatch.setattr(run, "_create", lambda *_: ("controller", ["a proxy is ready"]))
+    assert run.create() == ("controller", [])
+    assert (
+        inspect.getsource(api._create_controller_and_proxy_refs)
+        .rstrip()
+        .endswith("return controller, proxy_ready_refs")
+    )
+    source = inspect.getsource(api.serve_start)
+    assert "controller, proxy_ready_refs = _create_controller_and_proxy_refs(" in source
+    assert "if proxy_ready_refs:" in source

@@ -7,6 +7,7 @@ exit with one sentence, and ends everything it started when told to stop.
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -304,9 +305,11 @@ class _Child:
             "PYTHONUNBUFFERED": "1",
         }
         self._template = None
+        command = [sys.executable, "-m", "serve_app.launch.run", "run", str(config)]
         if forked is not None:
             self._template = Template(environ, forked)
             environ = self._template.environ
+            command += ["--runtime-env-json", json.dumps(self._template.runtime_env)]
             orphans.own.add(self._template.process.pid)
         descriptor, log = tempfile.mkstemp(prefix="serve_app.", suffix=".log")
         self.log = Path(log)
@@ -316,7 +319,7 @@ class _Child:
         # sessions against each other (autogroup), and on a few busy cores a client in one and a
         # server in another then wait for seconds in turn.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "serve_app.launch.run", "run", str(config)],
+            command,
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

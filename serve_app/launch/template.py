@@ -24,6 +24,8 @@ _COMMAND = (sys.executable, "-m", "serve_app.replica.template")
 _END_S = 5.0
 # Keys of a `runtime_env` that leave a replica its Python and its packages.
 _HARMLESS = frozenset(("env_vars", "config", "_ray_commit"))
+# Ray starts it in place of Python.
+_PYTHON = shlex.join([sys.executable, "-I", "-S", worker.__file__])
 
 
 def wanted(
@@ -46,17 +48,20 @@ def runtime_env(settings: Settings, plan: Plan, beside: Mapping[str, Any]) -> di
     # The workers of an engine on several nodes would inherit it.
     if not settings.template or plan.placement.executor is not None:
         return {}
-    if other := sorted(beside.keys() - _HARMLESS):
+    ours = ("py_executable", _PYTHON)
+    if other := sorted(key for key in beside.keys() - _HARMLESS if (key, beside[key]) != ours):
         say(f"warning: replicas use no template, as the runtime_env has {', '.join(other)}")
         return {}
-    command = [sys.executable, "-I", "-S", worker.__file__]
-    return {"py_executable": shlex.join(command), "env_vars": plan.environment}
+    return _env({**plan.environment, worker.FORK_SERVER_VARIABLE: "1"})
+
+
+def _env(env_vars: Mapping[str, str]) -> dict[str, Any]:
+    return {"py_executable": _PYTHON, "env_vars": dict(env_vars)}
 
 
 def variables(settings: Settings) -> dict[str, str]:
     """What the libraries of a replica on this node read when they are imported."""
-    ours = environment(None if shutil.which("nvidia-smi") else cpu_threads(settings))
-    return {**ours, **worker.RAY_ENVIRONMENT}
+    return environment(None if shutil.which("nvidia-smi") else cpu_threads(settings))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -65,7 +70,8 @@ def run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m serve_app template", description=run.__doc__)
     parser.parse_args(argv)
     command = [*_COMMAND, worker.node_name()]
-    os.execve(command[0], command, {**os.environ, **variables(Settings())})
+    ours = {**variables(Settings()), **worker.RAY_ENVIRONMENT}
+    os.execve(command[0], command, {**os.environ, **ours})
 
 
 class Template:
@@ -77,6 +83,7 @@ class Template:
 
     Attributes:
         environ: in which Ray finds it.
+        runtime_env: of Ray Serve's own actors and tasks, which then come from it as well.
     """
 
     def __init__(
@@ -87,9 +94,10 @@ class Template:
     ) -> None:
         name = f"serve-app-template-{secrets.token_hex(8)}"
         self.environ = {**environ, worker.NAME_VARIABLE: name}
+        self.runtime_env = _env(variables(settings))
         self.process = subprocess.Popen(
             [*command, name],
-            env={**self.environ, **variables(settings)},
+            env={**self.environ, **variables(settings), **worker.RAY_ENVIRONMENT},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

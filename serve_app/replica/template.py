@@ -35,10 +35,12 @@ from typing import Any
 import psutil
 
 from serve_app.replica import forkserver
-from serve_app.replica.worker import RAY_ENVIRONMENT, stranger
+from serve_app.replica.worker import FORK_SERVER_VARIABLE, RAY_ENVIRONMENT, stranger
 
 MODULES = (
     "ray._private.workers.default_worker",
+    "ray.serve._private.controller",
+    "ray.serve._private.proxy",
     "ray.serve._private.replica",
     "serve_app.app",
     "serve_app.replica.engine",
@@ -48,7 +50,7 @@ MODULES = (
 _OF_A_WORKER = frozenset(
     [
         *("RAY_AUTH_MODE", "RAY_LD_PRELOAD_ON_WORKERS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
-        *("SPT_NOENV", "PWD", "OLDPWD", "SHLVL", "_", *RAY_ENVIRONMENT),
+        *("SPT_NOENV", "PWD", "OLDPWD", "SHLVL", "_", FORK_SERVER_VARIABLE, *RAY_ENVIRONMENT),
     ]
 )
 # Set by an import. The cache of compiled kernels would take it for the operator's choice.
@@ -295,7 +297,8 @@ def become(request: Request, given: Mapping[str, str]) -> None:
         ray._raylet.setproctitle("ray::IDLE")  # Before: it has a setproctitle of its own.
         forkserver.change_environment(variables)
         ray._raylet.Config.initialize("")  # Ray has read the template's environment.
-    forkserver.fork()
+    if FORK_SERVER_VARIABLE in variables:
+        forkserver.fork()
     sys.argv = request.argv
     sys.path[0] = str(Path(request.argv[0]).parent)
     runpy.run_path(request.argv[0], run_name="__main__")

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 # Names the template of a launcher, for the workers of its own Ray cluster only.
 NAME_VARIABLE = "SERVE_APP_TEMPLATE_NAME"
+# In the environment of a replica, whose engine is forked from a server of its own.
+FORK_SERVER_VARIABLE = "SERVE_APP_FORK_SERVER"
 # Why the template was not used; the replica logs it.
 REFUSAL_VARIABLE = "SERVE_APP_TEMPLATE_REFUSAL"
 # Ray reads these two only when it is imported, before the template knows either. With the nil job

@@ -292,7 +292,8 @@ if __name__ == "__main__":
     print(stdlib._forkserver._forkserver_pid, flush=True)
     forkserver.stop()
 """
-    output, _ = running.stand_in(script).communicate(timeout=60)
+    environment = {worker.FORK_SERVER_VARIABLE: "1"}
+    output, _ = running.stand_in(script, **environment).communicate(timeout=60)
     told, server = output.splitlines()
     assert told.split() == [server, "True", "1"]
 
@@ -312,7 +313,8 @@ if __name__ == "__main__":
     forkserver.stop()
 """
     with started(tmp_path, "ray") as with_ray:
-        output, _ = with_ray.stand_in(script).communicate(timeout=60)
+        environment = {worker.FORK_SERVER_VARIABLE: "1"}
+        output, _ = with_ray.stand_in(script, **environment).communicate(timeout=60)
     assert output.strip() == "VLLM::EngineCore"
 
 
@@ -402,7 +404,11 @@ def test_ray_learns_where_a_replica_comes_from(capfd: pytest.CaptureFixture[str]
     for beside in ({}, {"env_vars": {"A": "1"}, "_ray_commit": "x"}):
         env = launched.runtime_env(Settings(template=True), plan, beside)
         assert worker.__file__ in env["py_executable"]
-        assert env["env_vars"] == plan.environment
+        assert env["env_vars"] == {**plan.environment, worker.FORK_SERVER_VARIABLE: "1"}
+    # As the launcher has it, for Ray Serve's own processes.
+    assert launched.runtime_env(Settings(template=True), plan, env) == env
+    other = {**env, "py_executable": "python3.13"}
+    assert launched.runtime_env(Settings(template=True), plan, other) == {}
     assert launched.runtime_env(Settings(template=True), plan, {"pip": ["x"], "uv": []}) == {}
     assert "the runtime_env has pip, uv" in capfd.readouterr().out
     several = Plan("m", "m", Placement(8, 2, executor="ray"), cpu_threads=None)

@@ -39,7 +39,8 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
         choices: how many answers came in one response.
         odd: what cannot be believed of a success: "usage: ..." where the token counts contradict
             what came, which are then None, or "one piece: ..." where a stream was asked for and
-            the answer came all at once. Empty where nothing is odd.
+            the answer came all at once (`bench.traffic.verdict` has all). Empty where nothing
+            is odd.
         session: which session of the plan it belongs to; None outside of sessions.
         turn: of its session, from 1; 0 outside of sessions.
     """

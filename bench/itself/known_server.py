@@ -71,6 +71,22 @@ class Options:
     )
     stall_s: float = field(default=0.0, metadata={"help": "how long all stands still"})
     cached_tokens: int = field(default=0, metadata={"help": "said in the usage"})
+    events: int = field(
+        default=0, metadata={"help": "events of a stream, whatever its usage says. 0: one a token"}
+    )
+    said_share: float = field(
+        default=1.0, metadata={"help": "output tokens said in the usage, over those sent"}
+    )
+    prompt_share: float = field(
+        default=1.0, metadata={"help": "prompt tokens said in the usage, over those received"}
+    )
+    held: bool = field(
+        default=False,
+        metadata={"help": "what follows the first event goes out together, when the last is due"},
+    )
+    after_end: bool = field(
+        default=False, metadata={"help": "another event with text follows the finish reason"}
+    )
     ping: bool = field(default=False, metadata={"help": "a comment stands before each event"})
     crlf: bool = field(default=False, metadata={"help": "lines end with CR LF"})
     close_idle_ms: float = field(
@@ -166,13 +182,13 @@ class _Words:
 class _Stream:
     """A streamed answer on its way."""
 
-    __slots__ = ("connection", "due_s", "fault", "left", "tail", "words")
+    __slots__ = ("begun", "connection", "due_s", "fault", "left", "tail", "words")
 
     def __init__(
         self, connection: "_Connection", words: _Words, tokens: int, tail: bytes, fault: str
     ) -> None:
         self.connection, self.words, self.tail, self.fault = connection, words, tail, fault
-        self.left, self.due_s = tokens, 0.0
+        self.left, self.due_s, self.begun = tokens, 0.0, False
 
     def __lt__(self, other: "_Stream") -> bool:
         return self.due_s < other.due_s
@@ -304,12 +320,12 @@ class Server:
     def _begin(self, connection: _Connection, request: dict[str, Any], chat: bool) -> None:
         options, words = self.options, self._words[chat]
         tokens = request.get("max_tokens") or options.tokens
-        usage = _usage(request, tokens, options.cached_tokens)
-        tail = words.done
+        usage = _usage(request, tokens, options)
+        tail = words.event + words.done if options.after_end else words.done
         if (request.get("stream_options") or {}).get("include_usage"):
             tail = words.usage(usage) + tail
         fault = "error" if self._errs() else "cut" if self._cuts() else ""
-        stream = _Stream(connection, words, tokens, tail, fault)
+        stream = _Stream(connection, words, options.events or tokens, tail, fault)
         wait_ms = options.ttft_ms
         if not request.get("stream"):
             # A reader of one piece sees nothing before the last token.
@@ -387,7 +403,7 @@ class Server:
             if number == 0:
                 self._late_s.append(now_s - stream.due_s)
             if self._send(stream):
-                stream.due_s += gap_s
+                stream.due_s += gap_s * (stream.left if self.options.held else 1)
                 flowing.append(stream)
         self._set()
 
@@ -396,6 +412,9 @@ class Server:
         count, words, connection = self.options.events_per_write, stream.words, stream.connection
         if connection.lost:
             return False
+        if self.options.held and stream.begun:
+            count = stream.left
+        stream.begun = True
         stream.left -= count
         self.events += count
         if stream.left > 0:
@@ -427,14 +446,15 @@ class Server:
         return True
 
 
-def _usage(request: dict[str, Any], tokens: int, cached: int) -> dict[str, Any]:
-    """A word is a token here, and a token of a list one too."""
+def _usage(request: dict[str, Any], tokens: int, options: Options) -> dict[str, Any]:
+    """A word is a token here, and a token of a list one too; unless the server is to lie."""
     prompt = request.get("prompt", "")
     if "messages" in request:
         prompt = " ".join(message["content"] for message in request["messages"])
     count = len(prompt.split()) if isinstance(prompt, str) else len(prompt)
-    usage = {"prompt_tokens": count, "completion_tokens": tokens, "total_tokens": count + tokens}
-    return {**usage, "prompt_tokens_details": {"cached_tokens": cached}}
+    read, written = round(count * options.prompt_share), round(tokens * options.said_share)
+    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    return {**usage, "prompt_tokens_details": {"cached_tokens": options.cached_tokens}}
 
 
 # --- starting it ----------------------------------------------------------------------------

@@ -146,6 +146,8 @@ class Events:
         for choice in event.choices or ():
             text, size = _output(choice.text, choice.delta)
             if size:
+                if self._record.finish_reason and self._answers == 1:
+                    self._record.odd = verdict.LATE_OUTPUT
                 _count(self._record, at_s, size, choice.index)
                 if text and self._text is not None:
                     self._text.append(text)

@@ -81,7 +81,7 @@ def test_responses_are_read_from_their_events() -> None:
     )
     assert (record.error, record.odd, record.finish_reason) == ("", "", "stop")
     assert record.text == "thinkone two"
-    assert (record.input_tokens, record.output_tokens, record.cached_tokens) == (20, 3, 16)
+    assert (record.input_tokens, record.output_tokens, record.cached_tokens) == (20, 8, 16)
     assert record.chunk_s == pytest.approx([0.2, 0.3, 0.5])
 
 
@@ -115,13 +115,13 @@ def test_messages_are_read_from_their_events() -> None:
         {
             "type": "message_delta",
             "delta": {"stop_reason": "max_tokens"},
-            "usage": {"output_tokens": 3},
+            "usage": {"output_tokens": 8},
         },
         {"type": "message_stop"},
     )
     assert (record.error, record.odd, record.finish_reason) == ("", "", "length")
     assert (record.text, len(record.chunk_s)) == ("hm Hi", 3)
-    assert (record.input_tokens, record.output_tokens, record.cached_tokens) == (20, 3, 16)
+    assert (record.input_tokens, record.output_tokens, record.cached_tokens) == (20, 8, 16)
 
 
 def test_an_error_of_messages_is_a_failure() -> None:

@@ -16,6 +16,7 @@ from bench.itself import power
 from bench.measure import Slo
 from bench.records import Record
 from bench.search import RateResult, RateSearch, Sweep, SweepResult
+from bench.search.rate import Seen
 
 
 def answered(index: int, at_s: float, first_s: float, end_s: float, user: int | None) -> Record:
@@ -194,6 +195,40 @@ async def test_from_above_the_rate_is_halved() -> None:
     result = await search.run(RateSearch(slo, start=16.0), server.probe)
     assert (result.rate or 0) <= server.limit(slo) <= (result.fails_at or 0)
     assert [rate for rate, _ in server.probes[:4]] == [16.0, 8.0, 4.0, 2.0]
+
+
+def seen(rate: float, count: int, missed: int, served_per_s: float) -> Seen:
+    misses = np.zeros(count, dtype=bool)
+    misses[np.linspace(0, count - 1, missed).astype(int)] = True
+    return Seen(
+        missed=misses,
+        unknown=0,
+        failed=0,
+        running=rate * 0.3,
+        served_per_s=served_per_s,
+        took_s=count / rate,
+    )
+
+
+def test_a_bad_moment_of_a_short_probe_does_not_bound_the_search() -> None:
+    """At 8/s, 8 of 64 requests missed in one run of misses, though the limit is 10/s."""
+    search = RateSearch(Slo(ttft_s=1.0, percentile=95.0), start=4.0)
+    probed = []
+    for count, missed in ((32, 0), (64, 8), (128, 40), (256, 230)):
+        rate, _ = search.ask() or (0.0, 0)
+        probed.append(rate)
+        search.take(seen(rate, count, missed, min(rate, 16.0)))
+    # Only a server that is full ends the climb.
+    assert probed == [4.0, 8.0, 16.0, 32.0]
+    rates = []
+    for _ in range(8):
+        rate, count = search.ask() or (0.0, 0)
+        rates.append(rate)
+        share = min(0.9, 0.05 * (rate / 10) ** 4)
+        search.take(seen(rate, count, round(count * share), rate))
+    assert max(rates) > 10
+    assert search.result.rate is not None
+    assert search.result.rate < 10 < (search.result.fails_at or 0)
 
 
 class Late(Server):

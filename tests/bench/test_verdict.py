@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import measure
+from bench.itself.known_server import MODEL, Options, serving
 from bench.measure import SLOS
 from bench.pages import report
 from bench.records import Record
@@ -26,6 +27,7 @@ from tests.bench import made
 
 LIARS = Path(__file__).parents[3] / "shared" / "cases" / "bench" / "liars.py"
 ASKED = 16
+PORT = 8747
 
 
 def answer(**changes: Any) -> Record:
@@ -83,8 +85,8 @@ def test_an_honest_server_is_never_doubted(
         chunk_s=[0.1 + gap_s * per_event * place for place in range(events)],
     )
     assert record.ok
-    # All in one event: how long a token took is not known, and nothing else is odd.
-    assert record.odd == "" or (events == 1 and record.odd.startswith("one piece"))
+    # Few events do not show how long a token took, and nothing else is odd.
+    assert record.odd == "" or (events < 4 and record.odd.startswith(("one piece", "few events")))
     assert record.output_tokens == tokens
 
 
@@ -160,6 +162,64 @@ def test_more_answers_than_were_asked_for_are_odd() -> None:
     both = judged(answers=2, chunk_s=times, **changes)
     assert both.odd == ""
     assert measure.tpot_s(both) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        # The whole length is said after three events, however long their text is.
+        ({"chunk_s": [0.1, 0.11, 0.12], "text_bytes": 12}, "few events: 16 tokens came in 3"),
+        ({"chunk_s": [0.1, 0.11, 0.12], "text_bytes": 90}, "few events: 16 tokens came in 3"),
+        (
+            {"output_tokens": 64, "asked_output_tokens": 64, "text_bytes": 25}
+            | {"chunk_s": [0.1, 0.11, 0.12, 0.13, 0.14]},
+            "usage: 64 output tokens are said, and the text has 25 bytes",
+        ),
+        # The first token is quick, and what follows was held back; or the other way round.
+        ({"chunk_s": [0.1] + [0.4] * 15}, "few events: all events but one came at once"),
+        ({"chunk_s": [0.1] * 15 + [0.4]}, "few events: all events but one came at once"),
+        ({"chunk_s": answer().chunk_s[:8], "output_tokens": 8}, "finish: the server says 'length'"),
+        ({"input_tokens": 0}, "prompt usage: 0 prompt tokens"),
+        ({"input_tokens": 4000, "asked_input_tokens": 200}, "prompt usage: 4000 prompt tokens"),
+        ({"input_tokens": 20, "asked_input_tokens": 200}, "prompt usage: 20 prompt tokens"),
+        ({"input_tokens": 200, "cached_tokens": 208}, "prompt usage: 208 of 200"),
+    ],
+)
+def test_usage_text_finish_and_times_that_disagree_are_never_good(
+    changes: dict[str, Any], what: str
+) -> None:
+    record = judged(**changes)
+    assert record.odd.startswith(what)
+    assert measure.tpot_s(record) is None
+    assert not measure.Slo(e2e_s=10.0).met_by(record)
+    assert "cannot be believed" in measure.answer_doubts(measure.measure([record]))[0]
+
+
+LONG = " words enough for as many tokens as the usage says, and for more than that"
+LIES: dict[str, dict[str, Any]] = {
+    "usage: 64 output tokens are said, and the text has 15": {"events": 3},
+    "usage: 64 output tokens are said, and the text has 10": {"events": 5, "word": " w"},
+    "few events: 64 tokens came in 3 events": {"events": 3, "word": LONG},
+    "few events: all events but one": {"held": True},
+    "one piece": {"events": 1, "word": LONG},
+    "finish": {"events": 8, "said_share": 0.125},
+    "prompt usage: 0": {"prompt_share": 0.0},
+    "prompt usage: 4000": {"prompt_share": 1000.0},
+    "prompt usage: 90 of 4": {"cached_tokens": 90},
+    "late output": {"after_end": True},
+}
+
+
+@pytest.mark.parametrize("what", LIES)
+async def test_a_known_server_that_lies_is_doubted_and_never_good(what: str) -> None:
+    options = Options(ttft_ms=20, itl_ms=5, **LIES[what])
+    async with serving(options, PORT):
+        client = Client(Target(url=f"http://127.0.0.1:{PORT}", model=MODEL), time.perf_counter)
+        request = Request(prompt="one two three four", output_tokens=64, input_tokens=4)
+        record = await client.ask(request, Record(index=0, planned_s=time.perf_counter()))
+        client.close()
+    assert record.odd.startswith(what)
+    assert not measure.Slo(e2e_s=100.0).met_by(record)
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])

@@ -25,6 +25,8 @@ from serve_app.replica.backend import TOKEN_HEADER
 
 # How long reports may come after the end of an answer.
 _LATE_S = 5.0
+# The same if the replica failed. Its engine may have died alone, and then it reports at once.
+_FAILED_S = 0.25
 _RETRY_S = 1.0
 # The weight of earlier reports in `_Rate`, each time another one comes.
 _KEPT = 0.99
@@ -50,21 +52,13 @@ class _Attempt:
     """One attempt: at which replica, since when, and its report.
 
     Attributes:
-        lasted_s: until the replica failed or reported; None: neither so far.
-        lost: it failed after it may have worked on the request.
+        lasted_s: until the replica failed or reported.
     """
 
     replica: str
     began_s: float
     report: Account | None = None
-    lasted_s: float | None = None
-    lost: bool = False
-
-    def end(self, now_s: float) -> float:
-        """How long it took, or has taken until now."""
-        if self.lasted_s is None:
-            self.lasted_s = now_s - self.began_s
-        return self.lasted_s
+    lasted_s: float = 0.0
 
 
 class Attempts:
@@ -78,6 +72,8 @@ class Attempts:
         self._accounts, self._work = accounts, work
         self._attempts: dict[int, _Attempt] = {}  # By their numbers.
         self._awaited: set[int] = set()
+        # Attempts that failed after their replicas may have worked on the request.
+        self._lost: set[int] = set()
         self._news = asyncio.Event()
 
     def begin(self, replica: Upstream) -> tuple[str, str]:
@@ -88,22 +84,25 @@ class Attempts:
         return HEADER, f"{self._accounts.name} {number}"
 
     def give_up(self, lost: bool = False) -> None:
-        """Take the reports of the attempts so far if they come, and do not wait for them.
+        """Take the reports of the attempts so far if they come, and do not wait long for them.
 
         Args:
             lost: the replica failed as it answered.
         """
-        for number in self._awaited:
-            self._attempts[number].end(self._accounts.now_s())
-            self._attempts[number].lost = lost
+        if lost:
+            for number in self._awaited:
+                self._ended(self._attempts[number])
+            self._lost |= self._awaited
         self._awaited.clear()
 
     def report(self, account: Account) -> None:
         attempt = self._attempts[account.number]
         attempt.report = account
-        lasted_s = attempt.end(self._accounts.now_s())
-        self._accounts.learn(attempt.replica, account.gpu_s, lasted_s)
+        if account.number not in self._lost:
+            self._ended(attempt)
+        self._accounts.learn(attempt.replica, account.gpu_s, attempt.lasted_s)
         self._awaited.discard(account.number)
+        self._lost.discard(account.number)
         self._news.set()
 
     def end(self, seen_tokens: int) -> None:
@@ -115,25 +114,28 @@ class Attempts:
         self._work.reported = self._accounts.settle(self._settled(seen_tokens))
 
     async def _settled(self, seen_tokens: int) -> None:
-        for number in self._awaited:
-            self._attempts[number].end(self._accounts.now_s())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LATE_S):
-                while self._awaited:
-                    self._news.clear()
-                    await self._news.wait()
-        self.give_up(lost=True)
+        await self._wait_for(self._awaited, _LATE_S)
+        await self._wait_for(self._lost, _FAILED_S)
         self._accounts.forget(self._attempts)
         self._add_up(seen_tokens)
+
+    def _ended(self, attempt: _Attempt) -> None:
+        attempt.lasted_s = self._accounts.now_s() - attempt.began_s
+
+    async def _wait_for(self, numbers: set[int], timeout_s: float) -> None:
+        """Wait until these attempts are reported."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while numbers:
+                    self._news.clear()
+                    await self._news.wait()
 
     def _add_up(self, seen_tokens: int) -> None:
         work, attempts = self._work, self._attempts.values()
         reports = [each.report for each in attempts if each.report is not None]
-        lost = [each for each in attempts if each.report is None and each.lost]
+        lost = [self._attempts[number] for number in self._lost]
         work.gpu_s = sum(report.gpu_s for report in reports)
-        for each in lost:
-            lasted_s = each.end(self._accounts.now_s())
-            work.gpu_s += self._accounts.gpu_s_of(each.replica, lasted_s)
+        work.gpu_s += sum(self._accounts.gpu_s_of(each.replica, each.lasted_s) for each in lost)
         work.estimated = bool(lost)
         known = [report for report in reports if report.known]
         if not known:

@@ -47,7 +47,8 @@ class Engine:
     """
 
     def __init__(self, name: str, fails_after: int | None = None, pause_s: float = 0.0) -> None:
-        self.name, self._fails_after, self._pause_s = name, fails_after, pause_s
+        self.name, self.fails_after, self._pause_s = name, fails_after, pause_s
+        self.works: list[Work] = []
         self.asked = asyncio.Event()
         self.server = Server("127.0.0.1")
         self.admission = Admission(8, 8, 1.0, gpus=2)
@@ -81,6 +82,7 @@ class Engine:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         done: Work = scope["state"]["work"]
+        self.works.append(done)
         current = exchange.get()
         assert current is not None
         asked = json.loads((await receive())["body"])
@@ -95,8 +97,8 @@ class Engine:
             return
         known = current.progress.groups if current.progress else []
         for token in range(LENGTH):
-            if token == self._fails_after:
-                self._fails_after, current.broken = None, True
+            if token == self.fails_after:
+                self.fails_after, current.broken = None, True
             done.output_tokens += token >= len(known)
             current.marks.how(Method.RESUME)
             current.marks.group([token])
@@ -214,6 +216,30 @@ async def test_an_answer_that_continues_elsewhere_is_charged_once(tmp_path: Path
     assert not row["estimated"]
 
 
+@pytest.mark.parametrize("seed", range(2))
+async def test_the_ledger_is_what_the_engines_counted(tmp_path: Path, seed: int) -> None:
+    """Over engines that die within answers, and clients that leave."""
+    rng = random.Random(seed)
+    engines = [Engine("a", pause_s=0.002), Engine("b", pause_s=0.002)]
+    async with replicas(*engines) as found:
+        front = Front(tmp_path, *found)
+        for _ in range(20):
+            dies, lives = rng.sample(engines, 2)
+            dies.fails_after, lives.fails_after = rng.choice([None, 1, 3, 5]), None
+            leave_after = rng.choice([None, None, 2])
+            assert await front.ask(stream=True, leave_after=leave_after) == 200
+            for replica in front.replicas.ready():
+                replica.outstanding = rng.randrange(10)
+        rows = await front.rows()
+    works = [work for engine in engines for work in engine.works]
+    assert len(rows) == 20
+    assert len(works) > 20  # Some answers came from two engines.
+    assert sum(row["prompt_tokens"] for row in rows) == 20 * PROMPT
+    assert sum(row["output_tokens"] for row in rows) == sum(work.output_tokens for work in works)
+    assert sum(row["gpu_s"] for row in rows) == pytest.approx(sum(work.gpu_s for work in works))
+    assert not any(row["estimated"] for row in rows)
+
+
 async def test_a_killed_replica_reports_nothing(tmp_path: Path) -> None:
     """What came of its answer is charged, with what the next replica made."""
     killed = await EngineServer("a", length=LENGTH, faults=[Fault(cut_after=4)]).start()
@@ -257,7 +283,8 @@ async def test_gpu_seconds_are_counted_once_over_kills(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reports that come, come late, or never, as their replica was killed: the sum is the truth."""
-    monkeypatch.setattr(gateway_accounts, "_LATE_S", 0.02)
+    for name in ("_LATE_S", "_FAILED_S"):
+        monkeypatch.setattr(gateway_accounts, name, 0.01)
     rng, truth = random.Random(seed), Truth()
 
     async def read(replica: Any) -> None:
@@ -294,7 +321,9 @@ async def test_gpu_seconds_are_counted_once_over_kills(
         truth.now_s += rng.uniform(0.1, 3.0)
         last = number, truth.took_gpu_s(number)
         answered = place < 2 or rng.random() < 0.8
-        if answered and rng.random() < 0.5:
+        if not answered:
+            attempts.give_up(lost=True)
+        elif rng.random() < 0.5:
             report(*last)
             answered = False
         attempts.end(1)

@@ -209,13 +209,15 @@ def _measured(
     spans = caches / "spans"
     spans.write_text("")
     environment = _caches(caches) | ({} if ours else {FILE_VARIABLE: str(spans)})
-    environment |= systems.guided(name)  # The scenario may need another of ours, started alike.
+    environment |= systems.guided(name)
+    # The scenario may need another of ours, started alike.
+    changes = systems.changed(name) if ours else None
     if scenario == "page":
         os.sync()
         _DROP.write_text("3")
     began_s = time.time()
     place = (system, options.engine, options.model, options.port, options.out, environment)
-    with systems.running(*place) as running:
+    with systems.running(*place, changes) as running:
         systems.wait(running, _LIMIT_S)
         _answer(running, _LIMIT_S)
         ended_s = time.time()

@@ -58,6 +58,7 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
     },
     "ours-asleep": {"replicas": {"min": 0, "max": 1, "idle_s": 5.0}},
     "ours-dozing": {"sleep": {"after_s": 2.0}},
+    "ours-template": {"template": True},
     "ours-unmeasured": {"observe": {"metrics": False}},
     "ours-every-token": {"stream_gap_ms": 0.0},
 }
@@ -191,6 +192,11 @@ def command(
         return [*serve, _ray_serve_llm(engine, model, port, folder, direct)]
     names = ", ".join((*_PEERS, *_OURS, "classic", "ray-serve-llm", "ray-serve-llm-direct"))
     raise SystemExit(f"unknown system {name!r}: {names}")
+
+
+def changed(name: str) -> dict[str, Any]:
+    """The settings of this application that a system's name stands for."""
+    return dict(_OURS.get(name, {}))
 
 
 def guided(name: str) -> dict[str, str]:

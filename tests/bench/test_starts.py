@@ -1,10 +1,22 @@
 """Measured starts: compared round by round, and drawn."""
 
+import argparse
 import xml.etree.ElementTree as xml
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench.engine.starts import SCENARIOS, Compared, Start, _framed, _require_choices, compared
+from bench.engine import systems
+from bench.engine.starts import (
+    SCENARIOS,
+    Compared,
+    Start,
+    _framed,
+    _measured,
+    _require_choices,
+    compared,
+)
 from bench.engine.waterfall import Row, svg
 from bench.errors import BenchError
 from serve_app.observe.phases import Span
@@ -54,3 +66,29 @@ def test_what_is_before_and_after_a_replica_is_in_the_picture() -> None:
 def test_an_unknown_scenario_is_named() -> None:
     with pytest.raises(BenchError, match="did you mean 'restart'"):
         _require_choices(["restrat"], SCENARIOS)
+
+
+def test_the_system_of_a_scenario_has_what_the_name_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+
+    def running(*words: Any) -> None:
+        started.append((words[0], words[-1]))
+        raise BenchError("enough")
+
+    monkeypatch.setattr(systems, "running", running)
+    options = argparse.Namespace(engine={}, model="m", port=1, out=tmp_path)
+    for scenario, name in (
+        ("warm", "ours-template"),
+        ("restart", "ours-template"),
+        ("warm", "bare"),
+    ):
+        with pytest.raises(BenchError, match="enough"):
+            _measured(scenario, name, 1, options, tmp_path / name)
+    template = {"template": True}
+    assert started == [
+        ("ours-template", template),
+        ("ours-gateway-fast", template),
+        ("bare", None),
+    ]

@@ -37,6 +37,7 @@ def written(name: str, folder: Path) -> dict[str, Any]:
             "ours-gateway-every-token",
             {"gateway": {"enabled": True}, "lane": "auto", "stream_gap_ms": 0.0},
         ),
+        ("ours-template", {"template": True}),
         ("ours-unmeasured", {"observe": {"metrics": False}}),
         ("ours-every-token", {"stream_gap_ms": 0.0}),
         ("classic", {}),

@@ -1,20 +1,20 @@
 """How a broken answer continues at another replica: what is recorded of it, and what is sent again.
 
-An engine's replica marks each event of a stream with the tokens that it was made of, in comment
-lines before it, which the gateway takes out and keeps:
+An engine's replica marks each event of a stream with its tokens, in comment lines before the event.
+The gateway removes these lines and keeps their content:
 
     : how resume          once: the method by which this answer could continue
-    : t 12 13             tokens, as the engine gave them out; more lines for more groups
-    : l [[[12, -0.5], ..  the last group's logprobs, where they were asked for
-    : end stop null       with the last group: why it ended
+    : t 12 13             tokens, as the engine generated them; one line for each group
+    : l [[[12, -0.5], ..  the last group's logprobs, if they were requested
+    : end stop null       with the last group: the finish reason
     data: {...}
 
-When the stream breaks off, the gateway sends the same request to another replica with a `Progress`:
-the groups so far. The engine there puts them through vLLM's own output processing again, so that
-text, stop strings, tool calls, logprobs and usage are where they were; the events that come of it
-are the ones that the client already has, and the gateway drops as many as it sent.
+When the stream breaks, the gateway sends the same request to another replica with a `Progress`: the
+groups so far. The engine there puts them through vLLM's own output processing, so that text, stop
+strings, tool calls, logprobs and usage are in the same state. The client already has the resulting
+events, so the gateway drops as many as it has sent.
 
-Tokens whose text was still held back (half of a character, what may become a stop string) were
+Tokens whose text was still held back (half of a character, the beginning of a stop string) were
 never marked: they are generated again, because no client saw them.
 """
 

@@ -1,12 +1,12 @@
-"""When the tokens of a stream may travel together.
+"""When several tokens of a stream are sent in one event.
 
 Each token sent on its own costs the front end an event to encode, a write, and the proxy a copy.
 While the front end keeps up, every token is sent at once. Once it falls behind, the engine's
-outputs wait for it anyway; sending two of them in one event then delays nobody and frees the time
-that the others wait for. So the gap between two events of one stream follows what is observed:
-how old the engine's outputs are when the front end gets to them, or in the gateway, which does not
-know their age, how late its event loop runs what is due. No load is guessed, no concurrency is
-configured, and the gap returns to zero with the load.
+outputs wait for it anyway: sending two of them in one event then delays no stream, and frees time
+for the others. So the gap between two events of one stream follows a measured lag: the age of the
+engine's outputs when the front end handles them, or in the gateway, which does not know their age,
+the lag of its event loop. Neither the load nor the concurrency is configured, and the gap returns
+to zero with the load.
 """
 
 import asyncio

@@ -1,10 +1,10 @@
-"""The replicas of one model, as a gateway sees them: which there are, how busy, which just failed.
+"""The replicas of one model, as a gateway sees them: their addresses, their load, recent failures.
 
 Ray Serve reports which replicas run, through the router of a deployment handle (`ReplicaWatch`),
-with the address and the token of each. When one dies, that report comes seconds late. So a gateway
-believes its own requests first: it avoids a replica that failed for a time that doubles with each
-failure, and then tries it again. A replica whose engine restarts is avoided until it
-says that the engine is there (visit.py).
+with the address and the token of each. When a replica dies, that report comes seconds late. So a
+gateway trusts its own requests first: it avoids a replica that failed, for a time that doubles with
+each failure, and then tries it again. A replica that restarts its engine is avoided until it
+reports that the engine is ready (visit.py).
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 from serve_app.lanes.capability import Served
 from serve_app.replica.backend import FAST_LANE
 
-# How long a replica that failed is left alone, the first time and at most.
+# How long a failed replica is avoided, the first time and at most.
 _AVOID_S, _MOST_AVOID_S = 1.0, 15.0
 
 

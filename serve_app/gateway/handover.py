@@ -1,13 +1,13 @@
 """A stream that begins in the fast lane and continues in the full lane if its replica fails.
 
 vllm-rs writes the ids of an event's tokens into the event (`return_token_ids`), where vLLM's Python
-application writes marks before it (continuation.py), and the two cut an answer into events in
-different ways: the finish reason comes in an event of its own, or a character whose bytes are not
-complete is held back for longer. So what the client has of such an answer is known by its text, and
-not by a number of events. The engine that goes on is sent the tokens, repeats their text, and what
-the client has of that text is cut from the first events that it writes.
+application writes marks before it (continuation.py). The two also divide an answer into events
+differently: vllm-rs sends the finish reason in a separate event, or holds an incomplete character
+back for longer. So the gateway compares the text that the client has, and not a number of events.
+The continuing engine gets the tokens and repeats their text, and the gateway removes the text that
+the client has from the first events.
 
-Only for the answers whose events hold nothing but text and token ids: one choice of chat or
+Only for answers whose events contain nothing but text and token ids: one choice of chat or
 completions, without logprobs and tools.
 """
 

@@ -1,13 +1,13 @@
 """Forwards a request to a replica, and to another one if that fails.
 
-    1  what decides about its way is read from it                        request.py
-    2  a replica is chosen                                               routing.py, fleet.py
-    3  the request goes there, in one of two lanes                       lanes.py
-    4  its answer comes back event by event                              _forward
+    1  read what routing needs from the request                          request.py
+    2  choose a replica                                                  routing.py, fleet.py
+    3  send the request there, in one of two lanes                       lanes.py
+    4  forward the answer event by event                                 _forward
     5  the replica fails: continue with 2, from the tokens so far        continuation.py
 
-Nothing else of a request is looked into: what it means is for the engine to decide. A stream that
-has begun ends with its last event or with an error event, whatever a replica does.
+Nothing else of a request is examined: the engine decides what it means. A stream that has begun
+always ends with its last event or with an error event.
 """
 
 import asyncio

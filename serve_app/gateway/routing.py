@@ -1,25 +1,25 @@
-"""Which replica a request goes to: a pure policy over what the gateway knows of each.
+"""Which replica gets a request: a pure policy over what the gateway knows of each replica.
 
-    prefix_keys(prompt) -> keys           what a prompt begins with, a block at a time
+    prefix_keys(prompt) -> keys           the beginning of a prompt, one key for each block
     Router.choose(candidates, keys, session) -> Choice
-    Router.forget(name)                   its KV cache is gone
+    Router.forget(name)                   the replica's KV cache is lost
 
-`PrefixRouter` sends a request where most of its prompt has been read already: what an engine holds
-in its KV cache it need not read again, and reading is most of the time to a first token. The ground
-is power of two choices on outstanding tokens; affinity overrules it within a bound, in this order:
+`PrefixRouter` sends a request to the replica that has cached most of its prompt, because an engine
+does not compute cached tokens again, and prefill is most of the time to a first token. The basis is
+power of two choices on outstanding tokens. Affinity takes precedence within a bound, in this order:
 
-    session   its replica
-    prefix    who holds the longest part of the prompt; of several the least busy
-    balance   the less busy of two that are drawn
+    session   the session's replica
+    prefix    the replica with the longest prefix of the prompt; of several, the least busy
+    balance   the less busy of two random replicas
 
-and nobody who is too busy: that is above `factor` times the mean, and a few requests more, without
-which nobody in an idle fleet could be sent a second one. A prefix that is asked for more than one
-replica may answer so comes to others, which hold it too from then on. What following saves is not
-weighed against the wait: that was tried, and left hot prefixes on too few replicas for no gain.
+A replica above `factor` times the mean load, plus a few requests, is not chosen. (Without these
+few requests no replica of an idle fleet could get a second one.) So a prefix that needs more than
+one replica spreads to others, which hold it from then on. Weighing the saved prefill against the
+wait was tried; it left hot prefixes on too few replicas, without a gain.
 
-What a replica holds is believed, not known: it was sent the prompt, and not much more than its KV
-cache has room for has been sent to it since. A wrong belief, or two prompts with one key, costs a
-prompt read anew and never an answer. The other routers are what this one is to be compared with.
+The router assumes what a replica has cached: a prompt that was sent to it, and that later prompts
+have not displaced. A wrong assumption, or two prompts with one key, costs a repeated prefill and
+never a wrong answer. The other routers exist for comparison.
 
 Not thread-safe: for one event loop. With the same `random.Random` the choices are the same.
 """

@@ -1,13 +1,13 @@
-"""The requests that are at a replica now, and how those are given up that wait there for nothing.
+"""The requests that are at a replica now, and how the requests of a failed replica are noticed.
 
-A stream may be silent for long while all is well: its sequence was preempted, or a step of the
-engine takes long. So silence of a stream says nothing. Replicas are pinged, and two things count as
-a failure: a replica that does not answer, and one that answers that its engine is asked for
-something and neither responds nor works (`Supervisor.stalled_s`). An engine that works and never
-responds is its supervisor's to kill, after `hang_timeout_s`.
+A stream may be silent although nothing is wrong: its sequence was preempted, or a step of the
+engine takes long. So the gateway pings replicas instead, and two things count as a failure: a
+replica that does not answer, and a replica whose engine has work and neither responds nor uses a
+core (`Supervisor.stalled_s`). An engine that uses a core and never responds is killed by its
+supervisor after `hang_timeout_s`.
 
-A replica that starts its engine anew is pinged until the engine is there, so that the first request
-after it waits no longer than that.
+A replica that restarts its engine is pinged until the engine is ready, so that the next request
+does not wait longer than that.
 """
 
 import asyncio

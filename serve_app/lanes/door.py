@@ -1,8 +1,8 @@
 """The door: asked once for each request that could take the fast lane, by HAProxy or the gateway.
 
-It is a part of each replica, so that it counts the requests of both lanes in one queue and knows
-its engine's state. Each request has a TCP connection of its own (launch/ask_door.lua): a line with
-a secret, then the request as the client sent it. HAProxy and the replicas share the secret; the
+Each replica has one, so that the requests of both lanes share a queue, and so that the door knows
+the engine's state. Each request has its own TCP connection (launch/ask_door.lua): a line with a
+secret, then the request as the client sent it. HAProxy and the replicas share the secret; the
 gateway (gateway/place.py) sends the replica's token. The answer is one of three.
 
     full                                          the full lane must answer it
@@ -14,8 +14,8 @@ header lines of `fast` to the answer of the Rust front end.
 
 After `fast` the connection stays open for as long as HAProxy has the request, and *is* the
 request's place in the engine: when the stream ends, the client leaves, or HAProxy dies, it closes.
-Nothing is counted that could be forgotten. While a request waits in the queue, the door says `wait
-SECONDS` at once, so that a door that says nothing is known to hang.
+So no message about its end can get lost. While a request waits in the queue, the door answers `wait
+SECONDS` at once, so a door that does not answer hangs.
 """
 
 import asyncio

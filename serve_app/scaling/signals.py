@@ -1,16 +1,16 @@
-"""What one replica feels: counted at every step of its engine, read about once a second.
+"""The load of one replica: counted at every step of its engine, reported about once a second.
 
-engine.py tells it what a step did and admission.py who came and who waited; `load` makes of both
-what a scaling policy works from. Under direct ingress nobody outside of a replica can see this: a
-request that waits in it is, for Ray Serve, a request that runs.
+engine.py reports each step, and admission.py each arrival and each wait; `load` derives from both
+the input of a scaling policy. Under direct ingress only the replica can measure this: for Ray
+Serve, a request that waits in the replica is a request that runs.
 
-A step may come every few milliseconds and bring a latency for each of hundreds of sequences, so
-nothing is kept of it but counts in slots of a second: of tokens, of time, of latencies by size.
-Memory does not grow with the load, and a step costs microseconds.
+A step may take only milliseconds and bring a latency for each of hundreds of sequences. So only
+counts are kept, in slots of one second: tokens, time, and latencies by size. Memory does not grow
+with the load, and a step costs microseconds.
 
-The time between tokens is one figure a second, their mean: a stream that stands still while the
-prompt of another is read has lost nothing that its reader sees, while percentiles of single gaps
-tell of little but prompts.
+The time between tokens is one figure a second, the mean. A stream that pauses during the prefill
+of another request loses nothing that its reader notices, while percentiles of single gaps mostly
+reflect prompts.
 """
 
 import math

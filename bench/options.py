@@ -1,6 +1,6 @@
-"""Values of the command line that more than one command takes, checked as they are read.
+"""Types of command-line options that several commands share.
 
-What argparse is told here it refuses with the option's name and status 2, before anything starts.
+argparse refuses an invalid value with the option's name and status 2, before anything starts.
 """
 
 import argparse

@@ -1,16 +1,16 @@
 """`bench quality`: whether faster answers are still the same answers.
 
-    python -m bench quality --url REFERENCE --write reference.jsonl       the engine as it should be
+    python -m bench quality --url REFERENCE --write reference.jsonl       the reference engine
     python -m bench quality --url OTHER --reference reference.jsonl --out DIR
 
-Fixed prompts are asked greedily, of the reference and of what is to be judged: a quantized model, a
-speculative setting, another kernel. Two figures say how far they agree: the share of answers that
-are equal, with its interval; and the mean share of a reference answer that the other one begins
-with, which tells one late difference from another answer altogether. Batched kernels make even one
-engine differ from itself now and then: judge the reference's own engine too, to know by how much.
+Fixed prompts are sent greedily to the reference and to the engine under test: a quantized model, a
+speculative setting, another kernel. Two figures measure their agreement: the share of equal
+answers, with its interval, and the mean length of the common prefix as a share of the reference
+answer, which distinguishes a late difference from a different answer. With batched kernels even one
+engine sometimes differs from itself, so compare the reference engine with itself too.
 
-With --answers FILE, a JSON object a line with `prompt` and `answer`, answers are scored against
-what is right: one that contains the expected text is correct.
+With --answers FILE, one JSON object per line with `prompt` and `answer`, answers are scored: an
+answer that contains the expected text is correct.
 """
 
 import asyncio

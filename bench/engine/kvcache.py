@@ -2,13 +2,13 @@
 
     python -m bench kv --model FOLDER --workload synthetic:input=1000,output=200 --out DIR
 
-Blocks are given to a sequence whole, so that the last one of each is partly empty: that is waste
-(`waste_share`), half a block a sequence on average. Blocks of a prefix that several share are
-counted once, so where prompts share much the tokens are more than what their blocks hold, and there
-is no waste to speak of. A sequence that finds no block takes those of another, which is preempted
-and read again: any preemption says that the cache is too small for `max_num_seqs`.
+A sequence gets whole blocks, so its last block is partly empty. That is waste (`waste_share`), half
+a block per sequence on average. Blocks of a shared prefix count once, so if prompts share much,
+they have more tokens than their blocks hold, and there is no waste. When a sequence needs a block
+and none is free, another sequence is preempted and computed again: any preemption means that the
+cache is too small for `max_num_seqs`.
 
-`fits` is plain division: how many sequences of a length the cache holds at once.
+`fits` is a plain division: how many sequences of a length the cache holds at once.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Who waits for whom: `bench scheduler`, long prompts among short ones under each way to schedule.
+"""`bench scheduler`: latencies of long prompts among short ones, by scheduling policy.
 
     python -m bench scheduler --model FOLDER --out DIR
 
-The same load, bursts of short prompts with a few long ones early among them, under first come first
-served and under priorities (short before long), with prompts read in chunks and in one go. For each
-kind: how long it waits for its first token; how often a short one that came after a long one was
-answered first; and how often a long one was overtaken.
+The load is bursts of short prompts with a few long ones at their beginning. It runs under first
+come first served and under priorities (short before long), each with and without chunked prefill.
+For each kind of prompt the result has the time to the first token, how often a short prompt
+overtook a long one that came before it, and how often a long prompt was overtaken.
 
-Chunks of a long prompt leave room for others in the same step only where the step's token budget is
-smaller than the prompt, so `--tokens` is the budget with chunks, and the longest prompt without.
+With chunked prefill other prompts fit into a step only if its token budget is smaller than the long
+prompt. So `--tokens` is the budget with chunks; without them it is the longest prompt.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""How long starts take, and where the time goes: this application beside a bare vLLM.
+"""The duration of starts by phase: this application compared with a bare vLLM.
 
-    cold      nothing is compiled or inspected yet: folders for caches are empty
-    warm      the same start again, with what the first one left
-    page      warm, with the machine's page cache dropped, where that is permitted
-    restart   the engine is killed behind the gateway; how long no request is answered
-    wake      an application that was scaled to zero is asked; until it answers
-    sleep     an engine that sleeps on its GPU is asked; until it answers
+    cold      all cache folders are empty
+    warm      the same start again, with the caches of the first one
+    page      warm, with the machine's page cache dropped, if that is permitted
+    restart   the engine is killed behind the gateway; until a request is answered again
+    wake      an application that is scaled to zero gets a request; until it answers
+    sleep     an engine that sleeps on its GPU gets a request; until it answers
 
 Rounds are interleaved: each scenario of a round is done by every system before the next. A bare
 vLLM ends with its engine and never sleeps, so for it `restart`, `wake` and `sleep` are a warm
-start, which is what somebody who watches over it could do at best.
+start, which is the best that an operator could do.
 """
 
 import argparse

@@ -1,22 +1,22 @@
-"""`bench tune`: the engine settings that serve most, found on real engines within a time.
+"""`bench tune`: engine settings with the highest throughput, measured on real engines.
 
     python -m bench tune --model FOLDER --slo mlperf-interactive --out DIR --budget-s 1800
     python -m bench tune --model FOLDER --goal cost --knob max_num_seqs=16,64 --out DIR
     python -m bench tune --model FOLDER --against DIR --system bare --out DIR2     # confirm it
 
-The score is goodput, the highest Poisson rate that keeps the SLO (`--goal goodput`), or output
-tokens/s with all requests at once (`--goal cost`: the cost per million tokens is the price of an
-hour over that). What is tried next is `tuning.py`'s; here trials are run on engines (`trial.py`),
-restarted where a knob needs it, each noted in DIR/journal.jsonl when it is done. The same command
-goes on from that journal after an interruption. An engine that does not start, or runs out of
-memory, is a trial that failed.
+The score is goodput, the highest Poisson rate within the SLO (`--goal goodput`), or output tokens/s
+with all requests at once (`--goal cost`: the cost per million tokens is the hourly price divided by
+it). `tuning.py` decides what to try next. Here trials run on engines (`trial.py`), which restart if
+a knob needs it, and each finished trial is written to DIR/journal.jsonl. After an interruption the
+same command continues from that journal. An engine that does not start or runs out of memory is a
+failed trial.
 
-Answers of the best setting are compared with those of the defaults (`answers` in the result): a
-setting that may change them is not recommended without.
+Answers of the best setting are compared with those of the defaults (`answers` in the result). A
+setting that may change answers is not recommended without that comparison.
 
-The end is DIR/result.json and DIR/serve_config.yaml, which the application starts with. A trial on
-a running engine uses limits below those it was started with; `--against` measures defaults and best
-once more, each on a fresh engine with exactly its arguments, behind a server where asked to.
+The results are DIR/result.json and DIR/serve_config.yaml, with which the application can start. A
+trial on a running engine uses limits below those of its start. `--against` measures the defaults
+and the best setting again, each on a new engine with exactly its arguments, or behind a server.
 """
 
 import argparse

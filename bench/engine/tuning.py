@@ -1,18 +1,19 @@
-"""Which setting to try next, and what the tries have shown: the policy of `bench tune`.
+"""Which setting to try next, and what the trials have shown: the policy of `bench tune`.
 
-Pure. `Search.ask` says what to measure, `tell` takes the scores, and the plan reads top to bottom
-in `_plan`: the defaults; each knob by itself, around the best so far; the combinations that the
-worth of their parts promises most of; then successive halving, the better half again with twice
-the requests, until the last rung, where the best stand with repeats beside the defaults.
+Pure. `Search.ask` returns what to measure, `tell` takes the scores, and `_plan` has the steps in
+order: the defaults; each knob by itself, around the best setting so far; the combinations that are
+the most promising by the effects of their parts; then successive halving, in which the better half
+is measured again with twice the requests; and in the last rung, the best settings with repeats
+beside the defaults.
 
-The best of many scores is partly the luckiest, so it is only a candidate. It wins where it beats
-the defaults in measurements that were made for that alone, in pairs of one seed (`Confirmation`);
-else the defaults stay. What it gains is what those pairs say.
+The best of many scores is partly luck, so it is only a candidate. It wins if it beats the defaults
+in separate measurements, in pairs with one seed (`Confirmation`); otherwise the defaults stay. The
+reported gain is that of these pairs.
 
-Nothing is measured that cannot win. A setting is pruned where its upper bound (`ceiling`: from the
-hardware, and from the shortest step that was seen) is below what another has reached. Whatever is
-left out is kept with its reason. The knobs' worth comes from all scores together, by least squares
-on their logs: what a value multiplies the score by, with its interval (effects.py).
+A setting that cannot win is not measured: it is pruned if its upper bound (`ceiling`: from the
+hardware, and from the shortest measured step) is below the score of another one. Pruned settings
+are listed with the reason. The effect of a knob comes from all scores together, by least squares on
+their logs: the factor of each value on the score, with its interval (effects.py).
 """
 
 import math

@@ -1,15 +1,15 @@
-"""What prefix affinity is worth on real engines: time to first token and cache hits, by policy.
+"""The effect of prefix affinity on real engines: time to first token and cache hits, by policy.
 
     python -m bench.experiments.affinity [--policies prefix,least_connections] [--rounds 3]
                                          [--requests 256]
 
-For each policy, in rounds whose order turns: this application with a gateway and two engines, each
+For each policy, in rounds of rotating order: this application with a gateway and two engines, each
 with a KV cache for `--cache` (0.6) of all prefixes, and a closed loop of prompts that begin with
-one of 64 prefixes of 1,000 tokens, each as likely. The first 128 requests are not measured. Hits
-are vLLM's own counters, read where Prometheus reads them.
+one of 64 equally likely prefixes of 1,000 tokens. The first 128 requests are not measured. Hits are
+vLLM's own counters, scraped as Prometheus does.
 
-The model (`tiny_model`, wider and deeper) has random weights: a prompt costs what it costs, and
-nothing depends on what it says. The last line is one JSON object.
+The model (`tiny_model`, wider and deeper) has random weights, because only the length of a prompt
+matters, not its content. The last line is one JSON object.
 """
 
 import argparse

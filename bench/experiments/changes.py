@@ -2,10 +2,10 @@
 
     python -m bench.experiments.changes --model FOLDER --out DIR [--replicas 3] [--requests 2000]
 
-The application is started, with a key file. Two loops of greedy streams run against it, one of
-short answers and one of long ones (`--long-tokens`: minutes); each answer is compared with the
-undisturbed one (chaos.py). Meanwhile these changes are made in turn, each by what an operator does,
-and each but the last only over when it is seen to have happened:
+The application starts with a key file. Two loops of greedy streams run against it, with short and
+with long answers (`--long-tokens`: minutes). Each answer is compared with the undisturbed one
+(chaos.py). Meanwhile these changes are made in turn, as an operator makes them, and each but the
+last is complete only when its effect is observed:
 
     limits      a limit in the deployment's user_config, by `serve deploy`: no replica is replaced
     key         a line in the key file: no replica is replaced
@@ -15,9 +15,9 @@ and each but the last only over when it is seen to have happened:
     version     another setting, as a new image would: every replica is replaced again
     controller  SIGKILL of Ray Serve's controller
 
-A replica that leaves ends its streams first, so with streams of minutes a replacement
-of all takes minutes each. Nothing may be cut, refused or different. The last line is one JSON
-object; exit status 1 where anything was.
+A removed replica finishes its streams first, so with streams of minutes each replacement takes
+minutes. No answer may be cut, refused or different; otherwise the exit status is 1. The last line
+is one JSON object.
 """
 
 import argparse

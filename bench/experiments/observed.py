@@ -3,10 +3,10 @@
     python -m bench.experiments.observed --model FOLDER [--requests 400] [--users 8]
                                          [--screenshot FILE]
 
-This application runs with `observe` beside it. A load is measured by bench from outside, and what
-Prometheus' counters grew by meanwhile is put beside it. With `--screenshot`, Chromium takes a
-picture of the status page during the load. The last line is one JSON object; the exit status is 1
-where the two do not agree.
+This application runs together with `observe`. bench measures a load as a client, and the result is
+compared with the growth of Prometheus' counters during the load. With `--screenshot`, Chromium
+takes a picture of the status page during the load. The last line is one JSON object; the exit
+status is 1 if the two do not agree.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What one gateway process passes on: tokens/s, CPU time a token, and the gap between its events.
+"""The capacity of one gateway process: tokens/s, CPU time per token, and the gap between events.
 
     python -m bench.experiments.relay [--streams 64] [--tokens 128] [--step-ms 9] [--rounds 3]
 
-An engine that is a model sends each stream one token a step, as vLLM's Rust front end writes it,
-and does not wait for whoever reads. Before it stands the relay of a gateway, in a process of its
-own, with uvicorn and uvloop as in Ray Serve but without the other gates. In turn, in each round,
-every token is passed on at once, and tokens may travel together where the gateway is behind
+A simulated engine sends each stream one token per step, in the format of vLLM's Rust front end, and
+does not wait for the reader. In front of it runs the relay of a gateway, in a separate process,
+with uvicorn and uvloop as in Ray Serve but without the other gates. Each round measures both ways
+in turn: every token is passed on at once, or several together if the gateway is late
 (`stream_gap_ms`). The client shares the machine. The last line is one JSON object.
 """
 

@@ -1,15 +1,15 @@
-"""Whether an answer is right: what a client received, compared with the undisturbed answer.
+"""Whether an answer is right: the received answer, compared with the undisturbed one.
 
-Pure. A stream that was continued elsewhere can go wrong in ways of its own: a piece comes twice, a
-piece is left out, another text goes on, the end comes twice. `compare` tells these apart, by tokens
-where the server gives their ids and by characters where it does not.
+Pure. A stream that another replica continued can have special faults: a part is repeated or
+missing, it continues with a different text, or the end is sent twice. `compare` distinguishes
+these, by tokens if the server sends their ids, and otherwise by characters.
 
-A greedy answer can also differ with nothing wrong: two tokens are so near each other that the size
-of a batch decides. `margins` shows it from the logprobs of the answer that came: it is by how much
-each of its tokens was less likely than the likeliest at its place. Where all are within a small
-margin, every token was a greedy choice, and the difference a tie. A piece doubled, left out or
-wrong is not: what follows it is unlikely after it. Nor is an answer that ends too early: `may_tie`
-asks for an end that is one.
+A greedy answer can also differ without a fault: two tokens are so similar in probability that the
+batch size decides. `margins` detects this from the logprobs of the received answer: by how much
+each token was less likely than the most likely one. If all margins are small, every token was a
+greedy choice, and the difference is a tie. A repeated, missing or wrong part is no tie, because the
+tokens after it are unlikely. Neither is an answer that ends too early: `may_tie` requires a proper
+end.
 """
 
 import math

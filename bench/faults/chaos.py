@@ -5,23 +5,23 @@
         --disturb kill-engine:every=15 --disturb stop-engine:every=60,for=5 --out results/chaos
 
 First each of a few distinct prompts is sent undisturbed: its greedy answer is the right one. Then
-users ask them again and again (a closed loop, streams and some answers in one piece), while
-disturbances happen (disturb.py) to processes of the cluster that serves the URL (victims.py), and
-of no other. Every answer is compared with the right one (answers.py); where it differs it is asked
-afterwards whether the difference is a tie of greedy choices. The same runs with `command:` show
-whether a change of size, configuration or version loses a request.
+users send these prompts repeatedly (a closed loop of streams and some non-streamed answers), while
+disturbances (disturb.py) hit processes of the cluster that serves the URL (victims.py), and of no
+other. Every answer is compared with the right one (answers.py). A difference is checked afterwards
+for being a tie of greedy choices. With `command:` the same run shows whether a change of size,
+configuration or version loses a request.
 
-The load lasts for `--requests`, and until each disturbance that has a count was done so often. The
-result is valid, and the exit status 0, if nothing was lost, doubled, missing or different, ties
-apart, and every disturbance happened at least once.
+The load lasts until `--requests` are sent and each disturbance with a count has happened that
+often. The result is valid, and the exit status 0, if no answer was lost, doubled, incomplete or
+different, except for ties, and if every disturbance happened at least once.
 
-Silences are told twice: as the client saw them, and without the time in which the machine let
-nobody run (stalls.py), which on a small or shared one may be most of it.
+Silences are reported twice: as the client saw them, and without the time in which the machine was
+stalled (stalls.py), which can be most of it on a small or shared machine.
 
-The load comes from one event loop here and not from Ray actors: what is measured is whether answers
-are right and how long silences are, for which milliseconds do not matter, and a cluster of its own
-would take the cores of what is measured. Each user keeps its connection between its requests, as
-the clients of a service do; no request is sent twice, whatever becomes of the connection.
+The load comes from one event loop and not from Ray actors: correctness and long silences do not
+depend on milliseconds, and a Ray cluster would take cores from the servers. Each user keeps its
+connection between its requests, as the clients of a service do. No request is sent twice, whatever
+happens to the connection.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""What the disturbances did: the figures of a run, from its judged answers.
+"""The effect of the disturbances: the figures of a run, from its judged answers.
 
-Pure. The tables of `bench chaos` are worked out here, and nowhere else.
+Pure. All tables of `bench chaos` are computed here.
 """
 
 from collections import Counter

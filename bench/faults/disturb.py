@@ -1,4 +1,4 @@
-"""What is disturbed and when: the plan, fixed before the run; disturber.py carries it out.
+"""The plan of disturbances, fixed before the run; disturber.py carries it out.
 
     kill-replica:every=10                    SIGKILL of a replica, in turn with the others below
     kill-engine:every=10,part=core           SIGKILL of an engine's process: core, worker,
@@ -7,19 +7,25 @@
     kill-raylet:every=60,nodes=w1;w2         SIGKILL of a node's raylet: only of those named
     restart-gateway:every=20,min_up=2        SIGKILL of a replica of the gateway
     restart-controller:every=60              SIGKILL of Ray Serve's controller
-    command:serve deploy b.yaml,every=60     anything else, waited for; a status other than 0 counts
+    command:serve deploy b.yaml,every=60     any command, which must end with status 0
 
-Options of all: `every` seconds, `first` (the same as `every`), `count` (without it: until the load
-is over), `jitter` (0.2: each time moved by up to that share of `every`); `deployment` (llm:engine,
-or llm:gateway), `min_up` (2; 0 for a command): a process is only disturbed while so many replicas
-of that deployment are ready, and for at most `wait` (300) seconds it is waited for. `up=http`: what
-is ready answers HTTP, for `settle` (1) seconds now; `up=process`: it is that old. `apart` (0): so
-many seconds lie at least between the disturbance before, of any kind, and this one. `rest` (0): who
-was struck so many seconds ago or less is not picked again yet.
+Options of all kinds, with their defaults:
 
-Times are absolute and depend on the seed alone. Disturbances come one after the other, each when
-the one before is over, so a fleet that recovers slowly is disturbed later than planned, and how
-much later is noted. Victims are picked at random from the seed and from what is ready then.
+    every         seconds between two disturbances
+    first         seconds until the first one (`every`)
+    count         number of disturbances (until the load ends)
+    jitter        share of `every` by which each time varies (0.2)
+    deployment    whose processes (llm:engine, or llm:gateway)
+    min_up        ready replicas of the deployment that a disturbance needs (2; 0 for a command)
+    wait          seconds to wait for them at most (300)
+    up            http: a ready replica has answered HTTP for `settle` (1) seconds; process: it is
+                  that old
+    apart         least seconds since the previous disturbance of any kind (0)
+    rest          seconds in which a victim is not chosen again (0)
+
+Times are absolute and depend on the seed alone. Disturbances do not overlap, so a fleet that
+recovers slowly is disturbed later than planned, and the delay is recorded. Victims are chosen at
+random, by the seed, from the processes that are ready.
 """
 
 import heapq

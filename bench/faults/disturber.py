@@ -1,8 +1,8 @@
-"""The hand that carries out a plan of disturbances (disturb.py) on one cluster (victims.py).
+"""Carries out a plan of disturbances (disturb.py) on one cluster (victims.py).
 
-One disturbance at a time. Before a process is struck it is looked whether enough of its kind are
-ready; what it waited for that, whom it struck and what went wrong is noted. Whatever it stopped
-goes on at the latest when the run ends.
+One disturbance at a time. Before it hits a process it checks that enough processes of that kind are
+ready. It records how long it waited for them, its victim, and any error. Stopped processes continue
+at the latest when the run ends.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
-"""The silences that a client saw, and which disturbance each belongs to.
+"""The silences that a client saw, and the disturbance to which each belongs.
 
-Pure. From outside nobody knows which streams ran on a victim. But a stream that was on it stands
-still from about then on, so its longest silence lies over the disturbance, and that of another
-stream does so only by chance, and is short.
+Pure. A client cannot know which streams ran on a victim. But a stream on the victim stops at about
+the time of the disturbance, so its longest silence overlaps it. The longest silence of another
+stream overlaps it only by chance, and is short.
 """
 
 from collections.abc import Iterable, Sequence

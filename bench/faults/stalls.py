@@ -1,10 +1,10 @@
-"""When a whole machine stood still: the part of a silence that is not the server's fault.
+"""When the whole machine was stalled: the part of a silence that is not the server's fault.
 
     python -m bench.faults.stalls
 
-A line `from to` for each, on the monotonic clock, until stdin ends.
+Prints a line `from to` for each stall, on the monotonic clock, until stdin ends.
 
-A process of its own that wants next to nothing: it sleeps for a few milliseconds at a time. When it
+A separate process needs almost no CPU time: it sleeps for a few milliseconds at a time. When it
 wakes much later, the machine was stopped by its host, or was too busy to run anything.
 """
 

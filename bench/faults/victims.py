@@ -4,14 +4,14 @@
     cluster = Cluster(session="session_2026-...")     # every raylet of that session
     cluster = Cluster(pids=[4711])                    # what is below these processes
 
-The tree is looked at anew each time, as killed processes are replaced. Whatever is not below its
-roots is never returned, whatever its title: a second cluster of the same machine, an engine that
-lost its parent, this process itself. A process is held by its id and its start together, so that
-another one that got its id later is not taken for it.
+The process tree is read each time, because killed processes are replaced. Processes outside its
+roots are never returned, whatever their titles: a second cluster of the same machine, an engine
+that lost its parent, this process itself. A process is identified by its id and its start time, so
+a later process with the same id is not mistaken for it.
 
-A replica counts as ready once it answers HTTP on a port of its own, which it does when its engine
-has loaded. What it answers does not matter, as a replica may want a secret; an error of its own
-(5xx) does not count. `up="process"` is for what has no HTTP: it counts by its age alone.
+A replica is ready once it answers HTTP on its own port, which it does when its engine has loaded.
+Any answer counts, because a replica may require a secret, except its own errors (5xx). With
+`up="process"`, for processes without HTTP, only the age counts.
 """
 
 import contextlib

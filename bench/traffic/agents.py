@@ -1,10 +1,10 @@
-"""What agents did, as sessions: model calls with their lengths, and the pauses between them.
+"""Recorded agents as sessions: model calls with their lengths, and the pauses between them.
 
-A recorded call has no text that can be sent, so its prompt is made of words: as long as recorded,
-and beginning with the agent's call before and its answer. A prompt shorter than those is a new
-one: the agent has made room. A call waits for the calls of its session that ended before it began;
-in the pause since then tools worked and people thought. Calls that overlapped overlap again, except
-with the first call of their session, for which all others wait.
+A recorded call has no text to send, so its prompt consists of words: as long as recorded, and
+beginning with the agent's previous call and its answer. A prompt shorter than these is a new
+prompt, because the agent has truncated its context. A call waits until the calls that ended before
+it in the recording are answered, and then for the recorded pause of tools and people. Calls that
+overlapped overlap again, except with the first call of their session, for which all others wait.
 """
 
 from collections.abc import Sequence

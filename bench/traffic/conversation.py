@@ -1,7 +1,7 @@
-"""What a session sends next: the conversation so far, with the answers that the server really gave.
+"""The next prompt of a session: the conversation so far, with the server's own answers.
 
-Pure: it is told what was sent and what came back. A prompt grows by the answer to it and by what is
-said then, so that a server with a prefix cache has seen all of it but the end.
+Pure: it gets the requests and the answers. A prompt grows by its answer and the next message, so a
+server with a prefix cache has computed all of it except the end.
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
-"""Client processes, so that what is measured is not the client.
+"""Several client processes, so that the client is not the limit.
 
-One Python that reads streams is full at some ten thousand events a second, which several GPUs
-exceed. The clocks of all are one: the machine's monotonic one.
+One Python process can read some ten thousand events a second, which several GPUs exceed. All
+processes use the machine's monotonic clock.
 """
 
 from collections.abc import Callable, Iterable

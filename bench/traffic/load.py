@@ -1,14 +1,14 @@
-"""Who sends: Ray actors, spread over the nodes of a cluster, which share one plan.
+"""The senders of a load: Ray actors, spread over the nodes of a cluster, which share one plan.
 
-Each actor (`sender.py`) has its share of the plan. All start at one instant: the driver measures
-by how much each actor's clock differs from its own, and tells each the start by the actor's clock;
-from there on all times are seconds since the start.
+Each actor (`sender.py`) has a part of the plan. All actors start at the same time: the driver
+measures the difference of each actor's clock from its own, and sends each actor the start time on
+its own clock. From then on all times are seconds since the start.
 
-What came back is streamed to the driver a few times a second. An actor that dies takes with it
-what it had not handed over: those requests are recorded as lost, and the other actors go on.
+Records are streamed to the driver a few times a second. If an actor dies, the requests that it had
+not delivered are recorded as lost, and the other actors continue.
 
-Ray takes a second to import. Every command of bench imports this module, and most send nothing, so
-Ray is imported by the functions that need it.
+Importing Ray takes a second. Every command of bench imports this module, and most send nothing, so
+only the functions that need Ray import it.
 """
 
 import asyncio

@@ -1,10 +1,11 @@
-"""One load actor: sends its share of a plan from an event loop of its own, and hands over records.
+"""One load actor: sends its part of a plan from its own event loop, and delivers records.
 
-In an open loop every request is sent at its time, whatever became of those before: nothing limits
-how many are under way. In a closed loop each user takes what is next in the actor's share.
+In an open loop every request is sent at its time, whatever happened to the earlier ones: the number
+of running requests is unlimited. In a closed loop each user takes the next request of the actor's
+part.
 
-All that runs beside the sending is kept short, since it delays the reading of sockets: answers
-are decoded between reads, a little at a time, and handed over a few times a second.
+All other work is short, because it delays the reading of sockets: answers are decoded between
+reads, a few at a time, and delivered a few times a second.
 """
 
 import asyncio

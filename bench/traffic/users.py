@@ -1,7 +1,7 @@
-"""Users who ask the same prompts again and again, and keep the whole transcript: a closed loop.
+"""A closed loop of users who send the same prompts repeatedly, and keep the transcripts.
 
-All of them share one event loop. Each has a connection of its own, which it keeps between its
-requests as the clients of a service do, or opens for each request.
+All users share one event loop. Each has its own connection, which it keeps between its requests as
+the clients of a service do, or opens for each request.
 """
 
 import asyncio

@@ -19,6 +19,7 @@ import ctypes
 import importlib
 import json
 import os
+import resource
 import runpy
 import select
 import signal
@@ -67,12 +68,14 @@ class Request:
 
     Attributes:
         argv: a script of Python and its arguments.
+        max_files: files and connections that it may have open.
         descriptors: its standard input, output and error.
     """
 
     argv: list[str]
     folder: str
     environment: dict[str, str]
+    max_files: int
     descriptors: list[int]
 
     @classmethod
@@ -86,7 +89,7 @@ class Request:
         header, descriptors, *_ = socket.recv_fds(connection, 4, 3)
         with connection.makefile("rb") as file:
             payload = json.loads(file.read(struct.unpack("!I", header)[0]))
-        return cls(payload["argv"], payload["folder"], payload["environment"], descriptors)
+        return cls(**payload, descriptors=descriptors)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Template:
         connection, _ = self._listener.accept()
         try:
             request = Request.read(connection)
-        except (OSError, ValueError, KeyError, struct.error):
+        except (OSError, ValueError, TypeError, struct.error):
             connection.close()
             return None
         if (why := self._obstacle(connection, request)) is not None:
@@ -290,6 +293,11 @@ def become(request: Request, given: Mapping[str, str]) -> None:
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(request.folder)
+    # A pod raises it for `ray start`, after the start of the template.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(request.max_files, most), most))
+    # A shell ignores it for what it starts in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     variables = environment(given, os.environ, request.environment)
     if (ray := sys.modules.get("ray")) is None:
         forkserver.change_environment(variables)
@@ -311,6 +319,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("modules", nargs="*", default=MODULES)
     arguments = parser.parse_args(argv)
     given, began_s = dict(os.environ), time.monotonic()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Without a traceback.
     with socket.socket(socket.AF_UNIX) as listener:
         try:
             listener.bind("\0" + arguments.name)

@@ -8,6 +8,7 @@ and without site-packages, so it imports the standard library only.
 
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -97,7 +98,12 @@ def fork(name: str, argv: Sequence[str]) -> Fork:
         raise Refused("none runs on this node (python -m serve_app template)") from None
     if (why := stranger(connection)) is not None:
         raise Refused(why)
-    request = {"argv": list(argv), "folder": os.getcwd(), "environment": dict(os.environ)}
+    request = {
+        "argv": list(argv),
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+        "max_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    }
     payload = json.dumps(request).encode()
     socket.send_fds(connection, [struct.pack("!I", len(payload))], [0, 1, 2])
     connection.sendall(payload)

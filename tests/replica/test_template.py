@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -136,6 +137,28 @@ def test_a_worker_is_forked_with_what_is_its_own(running: Running) -> None:
     assert told["environment"]["SET_BY_IMPORT"] == "1"
     assert worker.REFUSAL_VARIABLE not in told["environment"]
     assert status == 3
+
+
+def test_a_worker_can_be_interrupted_as_any_python(running: Running) -> None:
+    script = """
+import signal
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    assert running.stand_in(script).communicate(timeout=60)[0] == "True\n"
+
+
+def test_a_worker_may_open_as_many_files_as_its_stand_in(running: Running) -> None:
+    script = """
+import resource, sys
+print("antigravity_of_tests" in sys.modules, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    before = soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, most))
+    try:
+        process = running.stand_in(script)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert process.communicate(timeout=60)[0].split() == ["True", str(soft - 1)]
 
 
 def test_another_environment_imports_for_itself(running: Running) -> None:

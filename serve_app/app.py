@@ -3,16 +3,16 @@
 Without a gateway, a request reaches a replica's own HTTP server, from HAProxy (or, in classic mode,
 through Serve's proxy), and goes through one stack, outermost first:
 
-    Meter           what the client sees of it        meter.py
-    front           CORS, one spelling of requests    front.py, cors.py, anthropic.py
-    KeyGate         who is asking                     keys.py
-    LimitGate       is it small enough to look at     limits.py
-    AdmissionGate   is there room, and for how long   admission.py
-    RefusalGate     what vLLM refuses has its status  refusal.py
-    vLLM's app      the answer                        engine.py
+    Meter           measures what the client sees     meter.py
+    front           CORS, normalised requests         front.py, cors.py, anthropic.py
+    KeyGate         checks the API key                keys.py
+    LimitGate       bounds a single request           limits.py
+    AdmissionGate   admits, queues or refuses         admission.py
+    RefusalGate     vLLM's refusals keep their status refusal.py
+    vLLM's app      answers                           engine.py
 
-With one (`gateway.enabled`), everything down to LimitGate is the gateway's, and between it and the
-rest is the Relay (relay.py), which continues an answer on another replica when one fails.
+With a gateway (`gateway.enabled`), the gateway runs everything down to LimitGate. Between it and
+the rest is the Relay (relay.py), which continues an answer on another replica when one fails.
 """
 
 import os

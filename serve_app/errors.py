@@ -7,19 +7,19 @@ One tree, so that `except ServeError` catches all of them:
     └── RequestError           an answer to one request
         ├── BadRequest         400
         ├── Unauthorized       401
-        ├── BudgetUsedUp       402  of a tenant, for a day or a month
+        ├── BudgetUsedUp       402  a tenant's quota of a day or a month
         ├── NotFound           404
-        ├── ModelNotFound      404  or it is not for this tenant
+        ├── ModelNotFound      404  also a model that the tenant may not use
         ├── RequestTimeout     408  the client was too slow to send
         ├── PayloadTooLarge    413
         ├── TooManyRequests    429, with Retry-After
         ├── RateLimited        429, with Retry-After: a tenant's quota
         ├── HeadersTooLarge    431
         ├── Unavailable        503, with Retry-After
-        ├── BudgetUnknown      503, with Retry-After: the database of tenants is away
+        ├── BudgetUnknown      503, with Retry-After: the database of tenants is unavailable
         ├── GatewayTimeout     504  the answer took too long
         ├── CannotContinue     502  it broke off, and no other replica can continue it exactly
-        └── Poison             500  replicas die of it
+        └── Poison             500  the request kills replicas
 
 The body of a `RequestError` is the one that OpenAI's clients parse
 (https://platform.openai.com/docs/guides/error-codes); its outer `type` makes it Anthropic's too.

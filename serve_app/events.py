@@ -1,7 +1,7 @@
-"""What one event of a stream means: it is one of many, it is the last one, or it is an error.
+"""The kind of an event of a stream: the last event, an error, or another one.
 
-An event is what stands between two empty lines of a `text/event-stream`. Three APIs are streamed,
-and each ends its streams in its own way; `is_last` and `error_code` know all of them:
+An event is the text between two empty lines of a `text/event-stream`. Three APIs are streamed, and
+each ends its streams differently; `is_last` and `error_code` know all of them:
 
     OpenAI chat and completions   data: [DONE]             data: {"error": {...}}
     OpenAI Responses              event: response.completed  event: response.failed, event: error

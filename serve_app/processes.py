@@ -1,6 +1,6 @@
 """Ends a child process: by a signal first, and by a kill if it has not ended in time.
 
-Without its family the standard library is enough; psutil finds what a child has started.
+To end a single process the standard library is enough; psutil finds the children of a process.
 """
 
 import contextlib

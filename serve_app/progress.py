@@ -1,4 +1,4 @@
-"""What a start is doing, one line a stage, with the seconds it took.
+"""The progress of a start: one line for each stage, with its duration in seconds.
 
 Lines go to stdout, which Ray forwards from a replica to the terminal of `serve run`; the launcher
 finds them by their mark.

@@ -1,8 +1,8 @@
 """The deployment's settings: the `args` of serve_config.yaml, parsed once, typed and frozen.
 
 Anything unknown or impossible is a `ConfigError`, one sentence that names the key, the value and
-the nearest valid choice. vLLM's own arguments (`engine`) are only carried here: engine.py checks
-them against vLLM's definition, since no other module knows vLLM.
+the nearest valid choice. vLLM's own arguments (`engine`) are not checked here: engine.py checks
+them against vLLM's definition, because only serve_app/replica imports vLLM.
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """Server-sent events (WHATWG HTML, section 9.2): the one reader and the one writer.
 
-What an event means, this module does not know: serve_app/events.py does. Standard library only.
+serve_app/events.py knows what an event means. Standard library only.
 """
 
 from collections.abc import Iterator, Mapping

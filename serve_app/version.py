@@ -1,4 +1,4 @@
-"""Which version this is: by its tag in a checkout, by its release elsewhere, as in an image.
+"""The version: the tag in a checkout, and the release elsewhere, for example in an image.
 
 Tags are named v1.2.3. Between two of them, and in a clone without tags, the commit is stated too.
 """

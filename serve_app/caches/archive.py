@@ -1,7 +1,7 @@
-"""A cache as one file, for other machines: KEY.tar, and KEY.json that vouches for it.
+"""A cache as one file, for other machines: KEY.tar, with its size and digest in KEY.json.
 
-KEY.json is written last and read first. It has the size and digest of the archive and the
-description of the engine that it is for. What does not agree with it is not unpacked.
+KEY.json is written last and read first. It also has the description of the engine. An archive that
+does not agree with it is not unpacked.
 """
 
 import hashlib

@@ -1,17 +1,16 @@
-"""One folder for all that an engine compiles and measures when it starts.
+"""The folder of everything that an engine compiles and measures when it starts.
 
     cache = Cache.prepare(root, key, source)     before the engine: fetched, checked, locked
     os.environ.update(cache.environment(...))    vLLM, Triton, FlashInfer and the driver write there
     cache.seal()                                 once the engine is ready, and when it stops
 
-A seal lists every file with its digest. A cache whose files are not those of its seal is moved away
-before the engine sees it: some compilers do not survive a file that was cut off. So is one without
-a seal, whose start did not end. Whatever goes wrong here costs the time of compiling, never the
-start.
+A seal lists every file with its digest. A cache that does not match its seal is deleted before the
+engine uses it, because some compilers crash on a truncated file. A cache without a seal, whose
+start did not end, is deleted too. A failure here costs the time of compiling, never the start.
 
-Replicas of one machine share the folder, and a lock while they start. Who starts alone may move the
-folder away; who comes while another starts takes the folder as it is, as the compilers expect. The
-last of them to be ready seals it.
+Replicas of one machine share the folder, and a lock while they start. A replica that starts alone
+may delete the folder. A replica that starts at the same time as another uses the folder unchecked,
+as the compilers expect. The last of them to be ready seals it.
 """
 
 import contextlib

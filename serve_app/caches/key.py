@@ -1,8 +1,8 @@
-"""For which engine a cache is good: everything that compiled code and measured memory depend on.
+"""The key of a cache: everything that compiled code and measured memory depend on.
 
-vLLM, torch and Triton have keys of their own inside the cache. They leave out what does not change
-a compiled graph: gpu_memory_utilization, for one, so that vLLM's own memory plan for 0.5 of a GPU
-would be used for 0.9 of it. This key leaves out nothing that an engine is configured with.
+vLLM, torch and Triton have their own keys inside the cache. These leave out settings that do not
+change a compiled graph, such as gpu_memory_utilization, so vLLM's memory plan for 0.5 of a GPU
+would be used for 0.9 of it. This key includes the whole configuration of an engine.
 """
 
 import hashlib

@@ -1,10 +1,10 @@
 """Which requests run, wait or are refused: the bounded queue in front of the engine.
 
-As many sequences run as the engine batches, so that it is always full and its own queue always
-short; a bounded number of requests wait; the rest are turned away at once, which costs a header and
-no engine time. Then throughput at ten times the capacity is throughput at capacity, and everyone
-who was let in is served. They are let in in order of arrival, or with tenants by their shares
-(tenants/fair.py).
+As many sequences run as the engine batches, so the engine is always full and its own queue always
+short. A bounded number of requests wait. Further requests are refused at once, which costs a header
+and no engine time. So the throughput at ten times the capacity equals that at capacity, and every
+admitted request is served. Requests are admitted in order of arrival, or with tenants by their
+shares (tenants/fair.py).
 """
 
 import asyncio

@@ -1,9 +1,9 @@
-"""Anthropic's route as Anthropic's clients know it: the shape of errors, and `thinking`.
+"""Anthropic's route as Anthropic's clients expect it: the shape of errors, and `thinking`.
 
     {"type": "error", "error": {"type": "authentication_error", "message": "..."}}
 
-https://docs.anthropic.com/en/api/errors. Whoever made the error, a gate or vLLM, this is its last
-stop but CORS. Events of a stream that has begun have that shape already.
+https://docs.anthropic.com/en/api/errors. Errors of all gates and of vLLM pass here; only CORS comes
+after it. Events of a stream that has begun have that shape already.
 """
 
 import json

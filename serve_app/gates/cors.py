@@ -1,8 +1,9 @@
-"""Which pages in a browser may ask: CORS, for our own answers and errors as well as vLLM's.
+"""CORS: which pages in a browser may use the server. It covers our own answers and errors and
+vLLM's.
 
 The settings are vLLM's: `engine.allowed_origins`, `allowed_methods`, `allowed_headers` and
-`allow_credentials`. The gate stands before the one that asks for keys, because a browser sends a
-preflight without one, and shows a page no error that has no CORS headers. The work is Starlette's.
+`allow_credentials`. This gate is in front of the one that checks keys, because a browser sends a
+preflight without a key, and hides errors without CORS headers from a page. Starlette does the work.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""The outermost gate but the meter: how a request is spelled, whatever it asks for.
+"""The outermost gate after the meter: it normalises the path and the method of a request.
 
-Clients join base addresses and paths in their own ways, and ask with HEAD whether something is
-there. Both mean what the routes have: a doubled slash is one, and HEAD is a GET whose answer has no
-body. Header lines beyond a bound are refused here, in JSON.
+Clients join base addresses and paths in different ways, and check with HEAD whether a route exists.
+A doubled slash counts as one, and HEAD is a GET whose answer has no body. Header lines beyond a
+bound are refused here, in JSON.
 """
 
 import re

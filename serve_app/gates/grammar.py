@@ -1,11 +1,11 @@
-"""How large a grammar is that the engine must compile before it can constrain an answer.
+"""The size of a grammar that the engine must compile before it can constrain an answer.
 
-While it compiles one, others of the replica wait: it has a thread for every two cores. What a
-compilation costs was measured with xgrammar 0.2.8 on one slow core: about 7 us for each byte of a
-schema or a list of choices, and for each *different* pair of bounds of a text (`minLength`,
-`maxLength`, `{m,n}`) 20 ms a character, up to some 200 characters: longer ones are compressed, as
-are repetitions of all else (`maxItems`). So the size is that of the text, and `_CHARACTER` for each
-character of a bounded length.
+A replica has one compiling thread for every two cores; while all are busy, other grammars wait. The
+cost of a compilation was measured with xgrammar 0.2.8 on one slow core: about 7 us for each byte of
+a schema or a list of choices, and for each *different* pair of bounds of a text (`minLength`,
+`maxLength`, `{m,n}`) 20 ms per character, up to some 200 characters. Longer bounds are compressed,
+as are repetitions of anything else (`maxItems`). So the size is the length of the text, plus
+`_CHARACTER` for each character of a bounded length.
 """
 
 import re

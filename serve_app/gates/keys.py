@@ -1,7 +1,7 @@
-"""API keys: where they come from, and the gate that asks for them.
+"""API keys: their sources, and the gate that checks them.
 
-Every route but health is behind the gate. vLLM's own check guards some prefixes and leaves others
-(/tokenize, /metrics, /invocations) open, so it is not used.
+Every route except the health routes is behind the gate. vLLM's own check protects only some
+prefixes and leaves others (/tokenize, /metrics, /invocations) open, so it is not used.
 """
 
 import base64

@@ -1,8 +1,8 @@
-"""What a single request may ask for, checked before it costs the engine anything.
+"""The limits of a single request, checked before it reaches the engine.
 
-Only what vLLM does not check itself: whether there is such a route, the size of a body and the time
-it may take to arrive, and this deployment's bounds on what a request asks for. Everything about the
-meaning of a request is left to vLLM, which knows the model.
+They cover what vLLM does not check: whether the route exists, the size of a body, how long it may
+take to arrive, and this deployment's bounds. The meaning of a request is left to vLLM, which knows
+the model.
 """
 
 import asyncio

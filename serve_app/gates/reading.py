@@ -1,11 +1,11 @@
-"""What a request asks for, read once from its body and in the way that vLLM reads it.
+"""The work that a request asks for, read once from its body, in the same way as vLLM reads it.
 
-`read` is pure, and its `Reading` is all that limits, admission, gateway and lanes know of a body:
-none of them parses it again. vLLM parses with pydantic, which takes "64", 64.0 and 1e2 for whole
-numbers; so does this module, by pydantic itself. What vLLM would refuse counts as absent here,
-because vLLM's own answer says best what is wrong with it.
+`read` is pure. Limits, admission, gateway and lanes use its `Reading`, and none of them parses the
+body again. vLLM parses with pydantic, which accepts "64", 64.0 and 1e2 as integers; this module
+uses pydantic too. A value that vLLM would refuse counts as absent here, because vLLM's own error
+explains it best.
 
-A prompt or conversation is never turned into Python objects, only counted and cut out: a body of
+A prompt or conversation is never converted to Python objects, only counted and sliced: a body of
 4 MiB takes a few milliseconds of the event loop that all streams share.
 """
 

@@ -1,8 +1,8 @@
-"""A request that is refused before its first token is refused with its status, streamed or not.
+"""A refusal before the first token has its proper status, streamed or not.
 
-vLLM begins a streamed answer with 200 and then looks at the request's grammar, so that a JSON
-schema that cannot be compiled is a 400 in one piece and an error event of a stream. Here the
-beginning of a stream waits for its first event. It would be sent together with it anyway.
+vLLM begins a streamed answer with 200 before it compiles the request's grammar. So an invalid JSON
+schema is a 400 without streaming, but an error event in a stream. This gate holds the beginning of
+a stream back until its first event, with which it would be sent anyway.
 """
 
 import json

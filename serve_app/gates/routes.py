@@ -1,9 +1,9 @@
 """The routes that this application serves, and how many sequences the engine runs for each.
 
 `ROUTES` is the whole list: any other path is 404, in the gateway and in a replica alike, and
-/openapi.json lists these and no others. Left out on purpose are vLLM's routes that steer one engine
-(/scale_elastic_ep, /v1/load_lora_adapter, ...): behind a load balancer they would reach one replica
-at random, and any client's key would open them. docs/limits.md has the table for users.
+/openapi.json lists these and no others. vLLM's routes that control one engine are left out on
+purpose (/scale_elastic_ep, /v1/load_lora_adapter, ...): behind a load balancer they would reach one
+replica at random, and any client's key would open them. docs/limits.md has the table for users.
 """
 
 import re

@@ -1,10 +1,10 @@
-"""What the replicas' engines did for the requests of this gateway, for the ledger of tenants.
+"""The work of the replicas' engines for the requests of this gateway, for the ledger of tenants.
 
-Each replica reports every request that is over (replica/accounts.py), a moment after its answer.
-Reports of all attempts are added up: a prompt is charged once, and what was generated or took a
-GPU's time in each. A replica that is killed reports nothing: of its attempt the tokens are known
-that came through here, and its GPU seconds are estimated by how long it took and by what reported
-attempts took in the same time.
+Each replica reports every completed request (replica/accounts.py), just after its answer. The
+reports of all attempts are summed: a prompt is charged once, generated tokens and GPU time for each
+attempt. A killed replica reports nothing. The tokens of its attempt are those that passed the
+gateway, and its GPU seconds are estimated from its duration and from reported attempts of the same
+time.
 """
 
 import asyncio

@@ -1,15 +1,16 @@
-"""The gateway: one address for every model, and answers that outlive the replica that began them.
+"""The gateway: one address for every model, and answers that survive a failed replica.
 
-A Ray Serve deployment of its own that needs no GPU. A request goes through
+A separate Ray Serve deployment that needs no GPU. A request passes
 
-    Meter       what the client sees of it          meter.py
-    front       CORS, one spelling of requests      front.py
-    KeyGate     who is asking                       keys.py
-    LimitGate   is it small enough to look at       limits.py
-    Models      which model is meant                models.py
-    Relay       to a replica, and on to another     relay.py
+    Meter       measures what the client sees       meter.py
+    front       CORS, normalised requests           front.py
+    KeyGate     checks the API key                  keys.py
+    LimitGate   bounds a single request             limits.py
+    Models      finds the model of the request      models.py
+    Relay       forwards it, and continues it       relay.py
 
-Nothing here outlives a request but estimates: any gateway replica can take any request.
+The gateway keeps only estimates from request to request, so any gateway replica can take any
+request.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
-"""Which model a request is for, and the list of models without a request to their engines.
+"""The model of a request, and the list of models.
 
 A request goes to the model that its body names: by the model's name, or by the name of one of its
-LoRA adapters. One that names none goes to the first model. A model that is scaled to zero is listed
-and counts as healthy, because it takes requests; only a request to it starts a replica.
+LoRA adapters. A request without a model goes to the first model. A model that is scaled to zero is
+listed and counts as healthy, because it takes requests; only a request to it starts a replica.
 """
 
 import asyncio

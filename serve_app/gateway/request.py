@@ -1,4 +1,4 @@
-"""A request on its way through the gateway: what a replica is sent, and what routing goes by."""
+"""A request in the gateway: what it sends to a replica, and what routing needs."""
 
 import uuid
 from collections.abc import Mapping

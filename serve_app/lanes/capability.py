@@ -1,10 +1,10 @@
 """Which requests vLLM's Rust front end answers exactly as its Python application does.
 
-`FIELDS` is the whole list: a request with any other field, or with a value that its check does not
-take, goes to the full lane, which answers everything. tests/lanes/test_contract.py asks both lanes
-of one engine the same requests and compares the answers field by field; a field is listed once it
-is among those requests. A value that vLLM would refuse is left to the full lane as well, because
-the two word their errors differently.
+`FIELDS` is the complete list: a request with any other field, or with a value that its check does
+not accept, goes to the full lane, which answers everything. tests/lanes/test_contract.py sends the
+same requests to both lanes of one engine and compares the answers field by field; only fields of
+these requests are listed. Values that vLLM would refuse also go to the full lane, because the two
+front ends have different error messages.
 """
 
 from collections.abc import Callable, Mapping

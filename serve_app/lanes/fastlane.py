@@ -1,4 +1,4 @@
-"""The fast lane of one replica: its door, and what its engine reports of the requests let in."""
+"""The fast lane of one replica: its door, and the engine's reports on admitted requests."""
 
 import time
 from collections.abc import Callable

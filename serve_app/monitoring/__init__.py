@@ -1,1 +1,1 @@
-"""What Prometheus and Grafana are given: rules, dashboards, and what to do when an alert fires."""
+"""Rules for Prometheus, a dashboard for Grafana, a status page, and runbooks of the alerts."""

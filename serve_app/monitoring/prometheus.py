@@ -1,4 +1,4 @@
-"""Prometheus: its configuration for this machine's Ray cluster, and questions to it."""
+"""Prometheus: its configuration for this machine's Ray cluster, and a client of its API."""
 
 import json
 import math

@@ -1,12 +1,12 @@
-"""Hands the metrics of this process to Ray's agent of the node, where Prometheus finds them.
+"""Exports the metrics of this process to Ray's agent of the node, which Prometheus scrapes.
 
-A process of Ray has no port of its own to be scraped, and several replicas may share a machine. So
+A Ray worker has no port that Prometheus could scrape, and several replicas may share a machine. So
 every few seconds each sample of prometheus-client's registry becomes a gauge of Ray with the same
-value and labels: counts stay counts, buckets stay buckets, exactly, and series end with their
-replica. The path of a request has nothing to do with it.
+value and labels. Counts and buckets stay exact, and series end with their replica. No request waits
+for this.
 
-(Ray's own counters live on in the agent when their process is gone, and its histograms keep no
-exact sum; vLLM's exporter to Ray records every token through both.)
+(Ray's own counters stay in the agent after their process has ended, and its histograms have no
+exact sum; vLLM's exporter to Ray uses both for every token.)
 """
 
 import logging

@@ -1,6 +1,6 @@
-"""/metrics of one replica: all of its series, but those of tenants only for the key's own tenant.
+"""/metrics of one replica: all of its series, except those of other tenants than the key's.
 
-Prometheus does not come here: it scrapes Ray's agent of each node, which asks for no key
+Prometheus does not use this route: it scrapes Ray's agent of each node, which requires no key
 (export.py). Behind a load balancer this route shows one replica of several.
 """
 

@@ -1,9 +1,9 @@
-"""Structured logs: a JSON object a line, in a file of each replica beside Ray's own logs.
+"""Structured logs: one JSON object per line, in a file for each replica in Ray's log folder.
 
     <session of Ray>/logs/serve_app/<deployment>_<replica>.log, and .log.1 to .log.3 before it
 
-What collects Ray's logs collects them. Prompts, answers and keys never get here: callers pass
-fields one by one, and none of them is text of a request.
+Tools that collect Ray's logs collect these too. They contain no prompts, answers or keys: callers
+pass single fields, and none of them is text of a request.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""The outermost gate: measures each answer, counts it, and writes one line of it to the log.
+"""The outermost gate: measures each answer, counts it, and writes one log line.
 
-It sees what the client sees: the first output of a stream after all waiting, every pause between
-two events, an answer that breaks off or ends with an error. What a request is about is never looked
-at.
+It sees what the client sees: the first output of a stream after all waiting, every gap between two
+events, and an answer that breaks off or ends with an error. It does not read the content of
+requests.
 """
 
 import asyncio

@@ -1,12 +1,14 @@
 """Every metric of this application: its name, unit, labels and meaning.
 
-Those of a process lie in prometheus-client's registry, beside vLLM's; export.py hands both to Ray's
-agent of the node, where Prometheus finds them with `ray_` before their names and two labels more:
+The metrics of a process are in prometheus-client's registry, together with vLLM's. export.py passes
+both to Ray's agent of the node, which Prometheus scrapes. Their names then begin with `ray_`, and
+they have two more labels:
 
-    deployment   of Ray Serve, as engine or gateway
+    deployment   of Ray Serve, such as engine or gateway
     replica      its id; series end with their replica
 
-The autoscaler's are Ray's own gauges, since Ray Serve's controller has no registry (autoscaler.py).
+The autoscaler's metrics are Ray's own gauges, because Ray Serve's controller has no registry
+(autoscaler.py).
 
 Labels are bounded: `model` is what this application serves, `route` a path of gates/routes.py or
 "other", `status` an HTTP status, `tenant` a name (`tenant_label`), `reason` a code of

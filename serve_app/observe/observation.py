@@ -1,4 +1,4 @@
-"""What watches one replica, of engines or of the gateway: its log, its exporter, its traces."""
+"""The observation of one replica, of an engine or of the gateway: its log, exporter and traces."""
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version

@@ -1,8 +1,8 @@
-"""Where the time of a start goes: spans of time, and the phase that each moment belongs to. Pure.
+"""The phases of a start, from spans of time. Pure.
 
 Spans nest: an engine process starts within the start of its replica. Some overlap: the workers of
-one engine start side by side. Each moment counts once, for the span that began last before it, the
-innermost. So the phases of a start add up to its duration.
+one engine start at the same time. Each moment counts once, for the innermost span, which began last
+before it. So the phases of a start add up to its duration.
 
 Times are Unix time in seconds: the spans of a start come from several processes.
 """

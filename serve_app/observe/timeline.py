@@ -1,4 +1,4 @@
-"""When the tokens of an answer were made that did not pass through this process."""
+"""The times of an answer's tokens that did not pass through this process."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
 """OpenTelemetry traces, from the gateway over the replica to vLLM's own span. Off by default.
 
-`traces_endpoint` names a collector that takes OTLP over HTTP. A span says who, when, how long and
-with what status; nothing of what a request says.
+`traces_endpoint` names a collector that accepts OTLP over HTTP. A span has the tenant, the times
+and the status of a request, and none of its content.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What GPUs there are: on this machine, from the driver; in the cluster, from Ray."""
+"""The available GPUs: of this machine, from the driver; of the cluster, from Ray."""
 
 import os
 import re

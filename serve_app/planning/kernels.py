@@ -1,10 +1,11 @@
-"""What a GPU engine compiles while it starts, and what it does without a compiler.
+"""The kernels that a GPU engine compiles while it starts, and the ones to turn off without a
+compiler.
 
 Triton compiles in every start: it needs a C compiler and Python's headers. FlashInfer and DeepGEMM
-compile with nvcc. vLLM 0.32 leaves most of their kernels alone where it finds no nvcc, but not all:
-the first use of the ones below ends the engine (vllm#49497). Where they cannot be compiled they are
-turned off here, and vLLM's own kernels do the work. That is so in the image, which has no CUDA
-toolkit: it is smaller, and a worker that starts from zero does not compile CUDA for minutes first.
+compile with nvcc. Without nvcc vLLM 0.32 does not use most of their kernels, but the first use of
+the ones below ends the engine (vllm#49497). If they cannot be compiled, this module turns them off,
+and vLLM's own kernels are used. The image has no CUDA toolkit: it is smaller, and a new worker does
+not compile CUDA code for minutes.
 
 `settle` is called wherever an engine starts: in a replica, on EKS and Runpod as with `make serve`,
 and in bench.

@@ -4,9 +4,9 @@ One node holds it: the replica's actor owns all its GPUs and vLLM's multiprocess
 the workers beside it, without Ray in the engine's inner loop. Several nodes: a placement group of
 one-GPU bundles (vLLM's Ray executor takes no other) with the replica's actor in the first.
 
-Serve can ask for one strategy for the whole group, and no strategy says "each stage on one node".
-So a stage takes all GPUs of a node or an equal part of them, the group is asked for as PACK, and
-`stages_whole` checks, before the engine starts, that each node did give whole stages.
+Serve accepts one strategy for the whole group, and none of them means "each stage on one node". So
+a stage takes all GPUs of a node or an equal part of them, the group uses PACK, and `stages_whole`
+checks before the engine starts that each node has whole stages.
 """
 
 from collections import Counter

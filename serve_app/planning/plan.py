@@ -1,4 +1,4 @@
-"""From settings and hardware to what one replica is: its model, its parallelism, its place.
+"""Derives from settings and hardware what one replica is: its model, parallelism and placement.
 
 Decided once, where the application is built, so that every replica is the same and a start that
 cannot succeed fails before anything is loaded.

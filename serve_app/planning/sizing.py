@@ -8,9 +8,9 @@ compared with `gpu_memory_utilization` of its memory. The KV cache is that of on
 `max_model_len`, the least that vLLM starts with, or `kv_cache_memory_bytes`, which vLLM takes
 instead of its share of the memory.
 
-What is not known here (another architecture, another quantization, a GPU whose driver does not
-report its memory) is left to vLLM, which measures when it starts. A start is refused only where it
-cannot succeed.
+If the size cannot be calculated (another architecture, another quantization, a GPU whose driver
+does not report its memory), vLLM measures it at its start. A start is refused only if it cannot
+succeed.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The scaling policy as Ray Serve asks for it: `Autoscaler`, in Serve's controller.
+"""The binding of the scaling policy to Ray Serve: `Autoscaler`, in Serve's controller.
 
     replica: record_autoscaling_stats -> `report`     once a second
     controller: `Autoscaler.__call__` -> `Snapshot` -> scaling.decide -> replicas wanted
@@ -7,9 +7,9 @@ Serve imports it by the name in the deployment's autoscaling_config and calls it
 in the controller's own event loop. It decides once a second, and must neither block nor raise:
 until it returns, Serve does nothing else, such as replacing a replica that died.
 
-Serve makes a new object when the controller restarts and at each deploy that changes the
-deployment. The object resumes from what the one before
-it saved (memory.py), and keeps the replicas that it finds.
+Serve creates a new object when the controller restarts and at each deploy that changes the
+deployment. The new object resumes from the state that the previous one saved (memory.py), and does
+not change the number of running replicas.
 """
 
 import logging

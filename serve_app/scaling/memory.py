@@ -1,10 +1,10 @@
 """What the policy has learned, stored outside the Serve controller.
 
 Ray Serve makes a new policy object whenever the controller restarts or the deployment's
-configuration changes. Without this, each would start from nothing: an unknown start time, unknown
-costs of a step, no history to forecast from. It is kept in the internal key-value store of Ray's
-GCS, where Serve keeps its own checkpoints, so it lives as long as they do: as the cluster does,
-and with Redis behind the GCS, beyond the head node. One small JSON value for each deployment.
+configuration changes. Without this memory, each would begin without a start time, without costs of
+a step and without a history to forecast from. It is stored in the internal key-value store of Ray's
+GCS, where Serve stores its own checkpoints, so it lasts as long as they do: as long as the cluster,
+and longer if the GCS uses Redis. One small JSON value for each deployment.
 """
 
 import logging

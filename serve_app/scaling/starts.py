@@ -1,9 +1,9 @@
-"""How long a replica takes to start, from when it is wanted until it serves. Pure.
+"""The duration of starts, from when a replica is requested until it serves. Pure.
 
-Seen from outside, so that it includes what no replica can report: the wait for a node and its
-image. Replicas report what their own part of a start took, in a few parts (`PARTS`). What is left
-of the whole is the wait. Parts vary for reasons of their own, so a start may be as fast as the
-fastest of each, or as slow as the slowest: the distribution is that of all combinations.
+It is measured by the controller, so it includes the wait for a node and its image, which no replica
+can report. Replicas report their own part of a start in a few phases (`PARTS`); the rest is the
+wait. The phases vary independently, so a start can be as fast as the fastest of each, or as slow as
+the slowest: the distribution is that of all combinations.
 """
 
 from collections import deque

@@ -1,7 +1,7 @@
 """The constants of the scaling policy, each with its unit and its reason.
 
-No deployment has to set them: they were chosen on recorded traces with `python -m bench simulate`,
-and a value that differs is for an experiment (`decide(..., tuning=Tuning(...))`).
+No deployment has to set them: they were chosen on recorded traces with `python -m bench simulate`.
+Other values are for experiments (`decide(..., tuning=Tuning(...))`).
 """
 
 from dataclasses import dataclass

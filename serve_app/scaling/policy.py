@@ -66,7 +66,7 @@ def decide(
         reason = f"idle for {now_s - state.busy_s:.0f} s"
     elif wanted > bounded:
         by = "the cluster holds" if maximum < goal.max_replicas else "max is"
-        reason = f"{wanted} would be right, {by} {bounded}; {reason}"
+        reason = f"{wanted} needed, {by} {bounded}; {reason}"
     return Decision(bounded, reason, load.replicas, ahead), state
 
 
@@ -81,7 +81,7 @@ def _wanted(
     need = math.ceil(ahead - 1e-9)
     patience_s = max(tuning.min_down_s, tuning.down_starts * snapshot.start_s)
     enough = math.ceil(ahead * (1 + tuning.down_margin_ratio) - 1e-9)
-    # Only the highest of the time of patience matters: a lower one before the last is no news.
+    # Only the highest wish of this time matters: drop lower ones before the last.
     wishes = tuple(old for old in state.wishes if old[0] >= now_s - patience_s and old[1] > enough)
     wishes = (*wishes, (now_s, enough))
     state = replace(state, wishes=wishes)
@@ -93,8 +93,8 @@ def _wanted(
         return target, state
     wanted = min(target, max(need, wishes[0][1]))
     if wanted < target:
-        # While nothing changes, one pair of rates is all that is known, which many costs explain.
-        # A step down shows which, and is small enough to be wrong.
+        # While nothing changes there is one pair of rates, which many costs explain. A step down
+        # shows which costs are right, and is small enough to be wrong.
         settled = now_s - state.changed_s >= tuning.settle_s and not _late(snapshot, goal)
         step = max(1, int(target * tuning.max_step_down_ratio))
         wanted = max(wanted, target - step) if settled else target
@@ -102,14 +102,14 @@ def _wanted(
 
 
 def _idle(snapshot: Snapshot, goal: Goal, state: State) -> bool:
-    """Whether the last replica may go."""
+    """Whether the last replica may be removed."""
     if goal.min_replicas or snapshot.silent or _active(snapshot):
         return False
     return not snapshot.target or snapshot.now_s - state.busy_s >= goal.idle_s
 
 
 def _max_replicas(snapshot: Snapshot, goal: Goal) -> int:
-    """The most replicas that the goal and the cluster allow; never fewer than there are."""
+    """The most replicas that the goal and the cluster allow, at least the current number."""
     placeable = goal.max_replicas
     if snapshot.placeable is not None:
         placeable = max(snapshot.placeable, len(snapshot.replicas))
@@ -117,22 +117,24 @@ def _max_replicas(snapshot: Snapshot, goal: Goal) -> int:
 
 
 def _reason(snapshot: Snapshot, state: State, load: _Load, ahead: float) -> str:
-    """The numbers that decided."""
+    """The numbers behind the decision."""
     loads = snapshot.replicas
     if not loads:
-        return f"no replica serves, {snapshot.starting} start, {snapshot.pending} requests wait"
+        return (
+            f"no replica serves, {snapshot.starting} starting, {snapshot.pending} requests waiting"
+        )
     waiting = snapshot.pending + sum(x.waiting for x in loads)
     parts = [
         f"load {load.replicas:.2f} on {len(loads)}",
-        f"{ahead:.2f} to be ready for in {snapshot.start_s:.0f} s",
-        f"work {load.work:.2f} at {load.full:.0%} a replica",
-        f"held {load.occupancy:.2f}",
-        f"{sum(x.running for x in loads)} run and {waiting} wait",
+        f"forecast {ahead:.2f} in {snapshot.start_s:.0f} s",
+        f"work {load.work:.2f} at {load.full:.0%} per replica",
+        f"occupancy {load.occupancy:.2f}",
+        f"{sum(x.running for x in loads)} running, {waiting} waiting",
     ]
     if load.backlog:
         parts.append(f"backlog {load.backlog:.1f} s")
     if abs(state.factor - 1) > 0.01:
-        parts.append(f"load taken {state.factor:.2f}-fold for who misses the goal")
+        parts.append(f"load scaled by {state.factor:.2f} for the miss rate")
     for name, values in (
         ("TTFT", [x.ttft_s for x in loads if x.ttft_s is not None]),
         ("ITL", [x.itl_s for x in loads if x.itl_s is not None]),
@@ -140,7 +142,7 @@ def _reason(snapshot: Snapshot, state: State, load: _Load, ahead: float) -> str:
         if values:
             parts.append(f"{name} {max(values):.3g} s")
     if snapshot.starting:
-        parts.append(f"{snapshot.starting} start")
+        parts.append(f"{snapshot.starting} starting")
     if snapshot.silent:
         parts.append(f"{snapshot.silent} silent")
     return ", ".join(parts)
@@ -152,7 +154,7 @@ def _reason(snapshot: Snapshot, state: State, load: _Load, ahead: float) -> str:
 def _learn(
     snapshot: Snapshot, goal: Goal, state: State, passed_s: float, tuning: Tuning
 ) -> tuple[State, _Load]:
-    """What this snapshot teaches, and the load that it shows."""
+    """Update the state with this snapshot, and return its load."""
     now_s, loads = snapshot.now_s, snapshot.replicas
     sums = updated_sums(state.sums, loads, passed_s, tuning)
     costs = estimate(sums, tuning)
@@ -175,8 +177,7 @@ def _learn(
         queue=(*queue, (now_s, queued)),
         busy_s=now_s if _active(snapshot) else state.busy_s,
     )
-    # An engine that is full does no more than it can. What came besides is in the queue, or was
-    # turned away at its end.
+    # A full engine does no more than it can. Further work is queued, or was refused.
     a_token = after.work / after.prompt_tokens if after.prompt_tokens > NEGLIGIBLE else 0.0
     then_s, then = after.queue[0]
     work += a_token * max(0.0, queued - then) / max(now_s - then_s, 1.0)
@@ -184,7 +185,7 @@ def _learn(
         work = max(work, arrivals_per_s * after.work / after.arrivals)
     full = _full(costs, goal, tuning)
     occupancy = sum(_occupancy(load, tuning) for load in loads)
-    # What is read before it is late is no backlog.
+    # Prompts that will be processed in time are no backlog.
     in_time = len(loads) * full * (goal.ttft_s or tuning.min_drain_s)
     backlog = max(0.0, a_token * queued - in_time) / full
     replicas = max(work / full * state.factor, work / tuning.max_work_ratio, occupancy)
@@ -192,7 +193,7 @@ def _learn(
 
 
 def _active(snapshot: Snapshot) -> bool:
-    """Whether there is anything to do, or something starts that was asked for."""
+    """Whether there is work, or a requested replica starts."""
     loads = snapshot.replicas
     return bool(snapshot.pending or snapshot.starting) or any(
         x.arrivals_per_s or x.waiting or x.running for x in loads
@@ -208,7 +209,7 @@ def _late(snapshot: Snapshot, goal: Goal) -> bool:
 
 
 def _occupancy(load: ReplicaLoad, tuning: Tuning) -> float:
-    """How full a replica is: the greater of its shares of batch places and KV blocks in use."""
+    """The occupancy of a replica: the greater share of its batch places and KV blocks in use."""
     kv_usage = 1.0 if load.preemptions_per_s else load.kv_usage
     places = load.running / load.max_running
     return max(kv_usage / tuning.max_kv_ratio, places if places < 1 else tuning.full_batch_load)
@@ -234,7 +235,7 @@ def _remember(
     """Record the load; at the end of an interval, compute a new forecast."""
     now_s, start_s = snapshot.now_s, snapshot.start_s
     if not snapshot.replicas and (snapshot.starting or snapshot.pending):
-        # Nobody is there to say what the load is.
+        # No replica reports the load.
         return replace(state, part=0.0, part_from_s=now_s)
     state = replace(
         _judge(snapshot, goal, state, passed_s, tuning), part=state.part + load.replicas * passed_s
@@ -244,7 +245,7 @@ def _remember(
     if over_s < part_s - 1e-6:
         return state
     if state.part_from_s == state.began_s:
-        # The first reports are of no time at all, and the costs are not known yet.
+        # The first reports cover no time, and the costs are not estimated yet.
         return replace(state, part=0.0, part_from_s=now_s)
     memory_s = max(tuning.memory_s, tuning.memory_starts * start_s)
     means = (*state.means, state.part / over_s)[-max(2, int(memory_s / part_s)) :]
@@ -262,11 +263,11 @@ def _judge(snapshot: Snapshot, goal: Goal, state: State, passed_s: float, tuning
     usual = state.finished_per_s + (finished - state.finished_per_s) * min(
         1.0, passed_s / tuning.typical_s
     )
-    # A moment with few requests says little, one with many no more than so much.
+    # The weight of a moment grows with its requests, up to a bound.
     allowed = tuning.target_miss_ratio * (1 - goal.percentile / 100) * finished
     excess = (missed - allowed) / max(usual, finished)
     if excess > 0:
-        # What starts is the answer to what is missed, as far as it goes.
+        # Starting replicas already respond to the misses.
         excess *= max(0.0, 1 - snapshot.starting / len(snapshot.replicas))
     gain_a_s = min(tuning.gain_per_s, tuning.gain_per_start / max(1.0, snapshot.start_s))
     factor = state.factor * math.exp(min(1.0, gain_a_s * passed_s * excess))

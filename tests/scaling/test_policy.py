@@ -276,7 +276,7 @@ def test_requests_that_missed_the_goal_are_believed_more_than_the_estimate() -> 
     decision, _ = decided(600, missed=0.2)
     assert decision.load > 1.3 * estimate.load
     assert decision.replicas > 2
-    assert "for who misses the goal" in decision.reason
+    assert "for the miss rate" in decision.reason
     decision, _ = decided(3000, missed=1.0)
     assert decision.replicas <= 6  # It may be that no number helps.
 
@@ -460,7 +460,7 @@ def test_the_bound_is_logged() -> None:
     fleet = Fleet(serving=2, goal=replace(GOAL, max_replicas=3))
     fleet.run(120, rate_of(6))
     assert fleet.decision is not None
-    assert "would be right, max is 3" in fleet.decision.reason
+    assert "needed, max is 3" in fleet.decision.reason
 
 
 def test_a_goal_that_no_replica_reaches_does_not_ask_for_all() -> None:
@@ -567,5 +567,5 @@ def test_the_reason_names_the_numbers() -> None:
     fleet = Fleet(serving=2, start_s=45)
     fleet.run(200, rate_of(1))
     assert fleet.decision is not None
-    for part in ("load 1.0", "on 2", "in 45 s", "a replica", "run and", "TTFT 0.1 s", "ITL"):
+    for part in ("load 1.0", "on 2", "in 45 s", "per replica", "running", "TTFT 0.1 s", "ITL"):
         assert part in fleet.decision.reason

@@ -60,9 +60,9 @@ class Load(Asked, frozen=True, kw_only=True):
     """
 
     events: list[Event] = []
-    repeats: list[Measures] = []
-    whole: list[Measures] = []
-    summary: dict[str, Mean] = {}
+    repeats: list[Measures]
+    whole: list[Measures]
+    summary: dict[str, Mean]
     server: list[list[Sample]] = []
 
 

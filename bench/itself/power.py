@@ -39,7 +39,7 @@ def served(draw: random.Random, slower: float = 1.0, own: float = 0.03) -> Run:
             for metric, better in METRICS.items()
         }
         repeats.append(msgspec.convert(figures, Measures))
-    return Run(workload="w", load="users=4", repeats=repeats)
+    return Run(workload="w", load="users=4", repeats=repeats, whole=repeats, summary={})
 
 
 def comparisons(pairs: int) -> str:

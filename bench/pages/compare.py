@@ -192,7 +192,7 @@ def _repeats(result: Result, which: str) -> dict[str, list[Measures]]:
 
 
 def _wholes(result: Result) -> dict[str, list[Measures]]:
-    return {name: load.whole or load.repeats for name, load in _loads(result).items()}
+    return {name: load.whole for name, load in _loads(result).items()}
 
 
 def _named(cell: str) -> str:

@@ -18,7 +18,8 @@ from tests.bench import made
 
 
 def result(*repeats: dict[str, Any], **about: Any) -> Run:
-    fields = {"workload": "w", "load": "users=4", "repeats": list(repeats)} | about
+    measured = {"repeats": list(repeats), "whole": list(repeats), "summary": {}}
+    fields = {"workload": "w", "load": "users=4"} | measured | about
     return made.typed(Run, fields)
 
 
@@ -163,8 +164,11 @@ def test_what_measure_gives_can_be_compared() -> None:
         ]
         return measure(records)
 
-    a = Run(repeats=[repeat(took_s) for took_s in (0.10, 0.11, 0.10)])
-    b = Run(repeats=[repeat(took_s) for took_s in (0.05, 0.05, 0.051)])
+    def run(*took_s: float) -> Run:
+        repeats = [repeat(each_s) for each_s in took_s]
+        return Run(repeats=repeats, whole=repeats, summary={})
+
+    a, b = run(0.10, 0.11, 0.10), run(0.05, 0.05, 0.051)
     rows = {row.metric: row for row in compare.compare(a, b)}
     assert rows["ttft_p50_s"].verdict == "better"
     assert rows["ttft_p50_s"].ratio == pytest.approx(0.487, abs=0.002)
@@ -180,6 +184,8 @@ def matrix(**cells: list[float]) -> Matrix:
         {
             "cell": dict(name=name, workload="", input_tokens=1, users=1, output_tokens=1),
             "repeats": [{"output_tokens_per_s": value} for value in values],
+            "whole": [{"output_tokens_per_s": value} for value in values],
+            "summary": {},
         }
         for name, values in cells.items()
     ]

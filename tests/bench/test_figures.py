@@ -101,6 +101,18 @@ def test_a_result_from_before_there_were_schemas_is_read(tmp_path: Path) -> None
     assert result.read(tmp_path, run=Run).name == "a run"
 
 
+@pytest.mark.parametrize("field", ["repeats", "whole", "summary"])
+@pytest.mark.parametrize("schema", [True, False])
+def test_a_run_without_its_figures_is_refused(tmp_path: Path, field: str, schema: bool) -> None:
+    """No default stands for what was not measured, in a first result neither."""
+    fields = write(tmp_path)
+    for name in (field, *([] if schema else ["schema"])):
+        del fields[name]
+    (tmp_path / result.RESULT).write_bytes(msgspec.json.encode(fields))
+    with pytest.raises(ResultError, match=f"missing required field `{field}`"):
+        result.read(tmp_path, run=Run)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("whole", 3), ("doubts", None), ("repeats", [{"ok": "many"}])]
 )

@@ -160,8 +160,8 @@ class Listener:
             self.requests.append((time.perf_counter(), [m["content"] for m in body["messages"]]))
             answer = {"delta": {"content": f"answer {len(self.requests)}"}, "finish_reason": "stop"}
             answers = sum(m["role"] == "assistant" for m in body["messages"])
-            cached = {"cached_tokens": answers}
-            usage = {"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": cached}
+            cached = {"cached_tokens": 10 * answers}
+            usage = {"prompt_tokens": 90, "completion_tokens": 4, "prompt_tokens_details": cached}
             events = [{"choices": [answer]}, {"choices": [], "usage": usage}]
             stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
             whole = (stream + "data: [DONE]\n\n").encode()
@@ -202,11 +202,11 @@ async def test_every_turn_is_sent_once_with_the_answers_before_it(users: list[in
     result = measure.sessions(records, schedule.Plan(items).session_sizes)
     assert result is not None
     assert (result.planned, result.begun, result.done, result.failed) == (6, 6, 6, 0)
-    # The cache answers a token of each answer that is said again.
+    # The cache answers ten tokens of each answer that is said again.
     shares = {turn.name: turn.cached_share for turn in result.turns}
     assert [shares[f"turn {n}"] for n in (1, 2, 3)] == pytest.approx([0, 1 / 9, 2 / 9])
     assert shares["sub-agent"] == pytest.approx(1 / 18)
-    assert {(each.turns, each.cached_tokens) for each in result.each} == {(7, 5)}
+    assert {(each.turns, each.cached_tokens) for each in result.each} == {(7, 50)}
     assert result.cached_share == pytest.approx(5 / 63)
 
 

@@ -59,9 +59,9 @@ def completed(**more: Any) -> dict[str, Any]:
     usage = {
         "input_tokens": 20,
         "input_tokens_details": {"cached_tokens": 16},
-        "output_tokens": 3,
+        "output_tokens": 8,
         "output_tokens_details": {"reasoning_tokens": 1},
-        "total_tokens": 23,
+        "total_tokens": 28,
     }
     response = {"object": "response", "status": "completed", "usage": usage, **more}
     return {"type": "response.completed", "response": response}
@@ -139,7 +139,7 @@ def test_whole_answers_of_each_api() -> None:
     part = {"type": "output_text", "text": "one two"}
     answer = completed(output=[{"type": "message", "content": [part]}])["response"]
     result = whole(answer)
-    assert (result.error, result.text, result.output_tokens) == ("", "one two", 3)
+    assert (result.error, result.text, result.output_tokens) == ("", "one two", 8)
     result = whole(
         {
             "type": "message",

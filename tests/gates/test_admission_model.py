@@ -284,7 +284,7 @@ async def test_room_that_is_kept_for_others_is_theirs_at_once() -> None:
 
 
 async def test_a_prompt_above_the_share_waits_until_the_engine_has_read_the_others() -> None:
-    admission = Admission(32, 4, 1.0)
+    admission = Admission(32, 4, 1.0, max_unread_tokens=2048)
     flood, good = Share("flood"), Share("good")
 
     def asked(share: Share, prompt_tokens: int) -> contextlib.AbstractAsyncContextManager[int]:

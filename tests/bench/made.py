@@ -100,6 +100,10 @@ def header(benchmark: str, name: str, **more: Any) -> dict[str, Any]:
     }
 
 
+# Of a load of which no repeat was measured: a result without these is refused.
+UNMEASURED: dict[str, Any] = {"repeats": [], "whole": [], "summary": {}}
+
+
 def typed(kind: type[R], fields: Any) -> R:
     """A result of fields that are plain or typed."""
     return msgspec.convert(msgspec.to_builtins(fields, str_keys=True), kind, str_keys=True)

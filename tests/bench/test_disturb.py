@@ -245,7 +245,7 @@ async def test_who_was_struck_a_short_time_ago_rests(tmp_path: Path) -> None:
         kill = "kill-engine:every=0.1,min_up=3,up=process,settle=0"
         first = disturber(tmp_path, cluster, f"{kill},count=4,rest=60,wait=5")
         await asyncio.wait_for(first.run(), 60)
-        assert [done.error for done in first.done] == [""] * 3 + ["nobody to kill-engine"]
+        assert [done.error for done in first.done] == [""] * 3 + ["there is nothing to kill-engine"]
         assert len(engines(cluster)) == 3
         first = disturber(tmp_path, cluster, f"{kill},count=1,rest=0.1,wait=20")
         await asyncio.wait_for(first.run(), 60)

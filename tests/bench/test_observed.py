@@ -5,6 +5,7 @@ import pytest
 from bench.experiments.observed import compared, quantile
 from bench.figures import Run
 from bench.measure import Measures
+from tests.bench import made
 
 
 def test_a_quantile_is_within_its_bucket() -> None:
@@ -21,7 +22,8 @@ def test_counts_agree_exactly_and_medians_within_a_tenth() -> None:
         return {name: {0.0: count} for name, count in counts.items()} | histograms
 
     whole = {"requests": 10, "input_tokens": 500, "output_tokens": 10}
-    run = Run(whole=[Measures(**whole, ttft_p50_s=0.105, itl_p50_s=0.12)])
+    measured = [Measures(**whole, ttft_p50_s=0.105, itl_p50_s=0.12)]
+    run = Run(**made.UNMEASURED | {"whole": measured})
     rows = {row.what: row.agree for row in compared(run, series(5, 0.1), series(15, 0.1))}
     assert rows == {
         "requests": True,

@@ -116,7 +116,10 @@ def test_results_get_their_shares(tmp_path: Path) -> None:
         cached_tokens=0,
     )
     cell = Cell(name="", workload="", users=4, input_tokens=200, output_tokens=50)
-    alone = Matrix(benchmark="baseline", cells=[Measured(cell=cell, repeats=[repeat])])
+    alone = Matrix(
+        benchmark="baseline",
+        cells=[Measured(cell=cell, repeats=[repeat], whole=[repeat], summary={})],
+    )
     alone = with_roofline(alone, shape, CEILINGS)
     allowed = alone.cells[0].roofline
     assert allowed is not None

@@ -25,7 +25,7 @@ from bench.search import RateResult
 from bench.traffic import workload
 from bench.traffic.load import Happening, Outcome
 from bench.traffic.target import Target
-from tests.bench import commands
+from tests.bench import commands, made
 
 PORT = 8880
 URL = f"http://127.0.0.1:{PORT}"
@@ -211,7 +211,7 @@ async def test_no_cell_of_the_matrix_asks_what_another_asked(
             for repeat in range(job.repeats)
             for request in workload.parse(job.workload, job.seed + repeat).take(job.count or 0)
         )
-        return Run(name=job.name)
+        return Run(name=job.name, **made.UNMEASURED)
 
     monkeypatch.setattr(run, "run", measured)
     cells = [cell for cell in workload.matrix() if cell.input_tokens == 200]

@@ -297,7 +297,7 @@ def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> 
         "times": 5.0,
     }
     of_cell = dict(name="5-50-1", workload="", input_tokens=5, users=1, output_tokens=50)
-    cell = {"name": "5-50-1", "cell": of_cell, "roofline": {"decode": verdict}}
+    cell = {"name": "5-50-1", "cell": of_cell, "roofline": {"decode": verdict}} | made.UNMEASURED
     ceilings = {"flops_per_s": 1.0, "bytes_per_s": 1.0, "source": "measured"}
     base = outcome_of("baseline", cells=[cell], roofline={"ceilings": ceilings})
     kv = {

@@ -25,6 +25,7 @@ from bench.simulation.fleet import Fleet
 from bench.simulation.job import Job
 from bench.simulation.simulate import Case
 from bench.simulation.simulated import Simulated
+from tests.bench import made
 
 ENGINE = Engine(
     Costs(0.02, 1e-4, 1e-3, 1e-7), max_num_seqs=16, token_budget=512, kv_blocks=2000, name="small"
@@ -288,7 +289,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     lost = [Sample(t_s=7.5, running=1.0)]  # The dashboard did not answer.
     path = result.prepare(folder)
-    result.write(folder, Run(name="a burst", server=[[*samples[:2], *lost, *samples[2:]]]))
+    result.write(
+        folder, Run(name="a burst", server=[[*samples[:2], *lost, *samples[2:]]], **made.UNMEASURED)
+    )
     records.append(path, outcome.records())
     return folder
 
@@ -329,7 +332,7 @@ def test_a_run_without_counted_replicas_says_what_is_missing(
     measured: Path, tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"
-    result.write(bare, Run(server=[[Sample(t_s=0.0)]]))
+    result.write(bare, Run(server=[[Sample(t_s=0.0)]], **made.UNMEASURED))
     with pytest.raises(BenchError, match="--dashboard"):
         beside(bare, tmp_path=tmp_path)
     with pytest.raises(BenchError, match="give one of it and --beside"):

@@ -107,7 +107,7 @@ def test_a_second_run_into_the_same_folder_keeps_the_first(tmp_path: Path) -> No
     for number in range(3):
         path = result.prepare(tmp_path)
         records.append(path, answered(number + 1))
-        result.write(tmp_path, Run(seed=number))
+        result.write(tmp_path, Run(seed=number, **made.UNMEASURED))
     assert seed_in(tmp_path) == 2
     for number, folder in enumerate(("earlier-1", "earlier-2")):
         assert seed_in(tmp_path / folder) == number
@@ -159,9 +159,9 @@ def test_a_result_that_cannot_be_written_is_printed(
     def full(path: Path, data: bytes) -> int:
         raise OSError(28, os.strerror(28), str(path))
 
-    result.write(tmp_path, Run(seed=1))
+    result.write(tmp_path, Run(seed=1, **made.UNMEASURED))
     monkeypatch.setattr(Path, "write_bytes", full)
-    written = result.write(tmp_path, Run(seed=2))
+    written = result.write(tmp_path, Run(seed=2, **made.UNMEASURED))
     assert not written.valid
     assert "No space left on device" in written.doubts[0]
     assert msgspec.json.decode(capsys.readouterr().err, type=Run) == written

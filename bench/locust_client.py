@@ -19,7 +19,7 @@ from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 from bench.errors import TargetError
 from bench.records import Record
 from bench.traffic import access
-from bench.traffic.sse import Events, error_text
+from bench.traffic.sse import Events, error_text, http_error
 
 
 def connect(host: str | None, options: Any) -> tuple[HTTPClient, str]:
@@ -95,8 +95,7 @@ def stream(
                 _feed(answer, response, now_s)
                 answer.end()
             else:
-                text = error_text(response.read())
-                record.error = f"http {record.status}: {text}" if text else f"http {record.status}"
+                record.error = http_error(record.status, response.read())
         finally:
             response.release()
     except (OSError, HTTPParseError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.records import Record
 from bench.traffic.request import Request
-from bench.traffic.sse import Events, error_text, read_unstreamed
+from bench.traffic.sse import Events, http_error, read_unstreamed
 
 # Events decoded before the event loop may handle new ones: a fraction of a millisecond.
 _SLICE = 256
@@ -73,8 +73,7 @@ class Response:
             return
         body = b"".join(self.parts)
         if record.status != 200:
-            text = error_text(body)
-            record.error = f"http {record.status}: {text}" if text else f"http {record.status}"
+            record.error = http_error(record.status, body)
         elif self.cut:
             record.error = self.cut
         else:

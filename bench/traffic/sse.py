@@ -233,6 +233,12 @@ def error_text(body: bytes) -> str:
     return text or _short(body.decode(errors="replace"))
 
 
+def http_error(status: int, body: bytes) -> str:
+    """The error of a response whose status is not 200."""
+    text = error_text(body)
+    return f"http {status}: {text}" if text else f"http {status}"
+
+
 def _output(text: str | None, delta: _Delta | None) -> tuple[str, int]:
     """The text that an event shows, and how many bytes of output it has in all."""
     if delta is None:

@@ -14,7 +14,7 @@ import msgspec
 
 from bench.records import Record
 from bench.traffic.response import Response
-from bench.traffic.sse import UNREADABLE, error_text
+from bench.traffic.sse import UNREADABLE, error_text, http_error
 from serve_app.sse import DONE, Reader
 
 
@@ -115,8 +115,7 @@ def _stream(record: Transcript, answer: Response) -> None:
 def _one_piece(record: Transcript, answer: Response) -> None:
     body = b"".join(answer.parts)
     if record.status != 200:
-        text = error_text(body)
-        record.error = f"http {record.status}: {text}" if text else f"http {record.status}"
+        record.error = http_error(record.status, body)
     elif answer.cut:
         record.error = answer.cut
     else:

@@ -53,7 +53,7 @@ _Launched = tuple[async_llm.AsyncLLM, frontends.RustFrontend | None]
 
 
 def _inspected(inspect: Callable[[], Any]) -> Any:
-    """What vLLM finds out of a model's class."""
+    """Run vLLM's inspection of a model's class in a fork. Returns what it found out."""
 
     def with_plugins() -> Any:
         load_general_plugins()  # As in the process that vLLM starts for it.

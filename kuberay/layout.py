@@ -60,7 +60,11 @@ class Workers:
 
 @dataclass(frozen=True)
 class Service:
-    """What a RayService asks for."""
+    """What a RayService asks for.
+
+    Attributes:
+        prefix: what stands before the paths of its first application; empty for `route_prefix: /`.
+    """
 
     name: str
     namespace: str
@@ -70,6 +74,7 @@ class Service:
     surge_percent: int
     workers: tuple[Workers, ...]
     arguments: Mapping[str, Any]
+    prefix: str = ""
 
     @property
     def least_gpus(self) -> int:
@@ -205,6 +210,7 @@ def _service(item: Mapping[str, Any]) -> Service:
         surge_percent=int(options.get("maxSurgePercent", DEFAULT_SURGE_PERCENT)),
         workers=tuple(_workers(group) for group in groups),
         arguments=applications[0].get("args") or {},
+        prefix=str(applications[0].get("route_prefix") or "").removesuffix("/"),
     )
 
 

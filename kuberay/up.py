@@ -198,7 +198,7 @@ def forwarded(run: Tools, service: Service) -> Iterator[str]:
     with run.started("kubectl", "port-forward", *at) as process:
         for line in process.stdout or ():
             if match := re.search(r"Forwarding from 127\.0\.0\.1:(\d+)", line):
-                yield f"http://127.0.0.1:{match[1]}"
+                yield f"http://127.0.0.1:{match[1]}{service.prefix}"
                 return
         raise ToolError(f"kubectl port-forward to {service.name} ended at once")
 

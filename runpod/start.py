@@ -193,7 +193,8 @@ class Run:
         orphans.own.add(self._server.pid)
         threading.Thread(target=self._show, args=(self._server,), daemon=True).start()
 
-        url = f"http://127.0.0.1:{choice.ports.application}"
+        prefix = launcher.prefix_of(choice.config)
+        url = f"http://127.0.0.1:{choice.ports.application}{prefix}"
         deadline_s = time.monotonic() + choice.start_s
         while not self._stop.wait(0.2):
             if (status := self._server.poll()) is not None:

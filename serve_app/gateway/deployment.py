@@ -26,6 +26,7 @@ from serve_app.errors import ConfigError
 from serve_app.gates.front import front
 from serve_app.gates.keys import KeyGate, check_exposure
 from serve_app.gates.limits import LimitGate
+from serve_app.gates.prefix import WithoutPrefix
 from serve_app.gateway import routing
 from serve_app.gateway.fleet import Fleet, RunningReplicas, listen
 from serve_app.gateway.models import Models, adapters_of
@@ -82,7 +83,7 @@ class Gateway:
             gated(models, self._keys, main, self._book, self._settings), self._settings.limits
         )
         app = front(KeyGate(self._limited, self._keys), self._settings.engine)
-        return self._observation.gate(app, main, self._settings.replicas)
+        return WithoutPrefix(self._observation.gate(app, main, self._settings.replicas))
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Ray Serve with the deployment's `user_config`: limits, while requests run."""

@@ -16,7 +16,13 @@ from serve_app.gateway.accounts import Attempts
 from serve_app.gateway.fleet import Upstream
 from serve_app.gateway.routing import prefix_keys
 from serve_app.replica.accounts import HEADER as ACCOUNT_HEADER
-from serve_app.replica.backend import CONTINUE_HEADER, SHARE_HEADER, TENANT_HEADER, TOKEN_HEADER
+from serve_app.replica.backend import (
+    CONTINUE_HEADER,
+    PREFIX_HEADER,
+    SHARE_HEADER,
+    TENANT_HEADER,
+    TOKEN_HEADER,
+)
 
 # Headers that concern a single connection.
 HOP_HEADERS = frozenset(
@@ -26,6 +32,7 @@ _OWN_HEADERS = frozenset(
     (
         TOKEN_HEADER.encode(),
         CONTINUE_HEADER.encode(),
+        PREFIX_HEADER.encode(),
         TENANT_HEADER.encode(),
         SHARE_HEADER.encode(),
         ACCOUNT_HEADER.encode(),
@@ -83,6 +90,8 @@ class Request:
         headers.append(("x-request-id", request_id))
         # A name may be in any script, a header may not.
         headers.append((TENANT_HEADER, quote(tenant.get())))
+        if prefix := scope.get("root_path"):
+            headers.append((PREFIX_HEADER, prefix))
         if (share := scope.get("state", {}).get("share")) is not None:
             headers.append((SHARE_HEADER, f"{share.weight!r} {share.rank}"))
         query = scope.get("query_string", b"").decode("latin-1")

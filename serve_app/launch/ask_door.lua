@@ -61,7 +61,7 @@ local function connect(host, port, timeout_s)
 end
 
 -- The address of a replica's door, as its own server says; nil where it has none.
-local function find_door(server, name)
+local function find_door(server, name, prefix)
     if doors[name] then
         return doors[name]
     end
@@ -71,7 +71,8 @@ local function find_door(server, name)
     local host, port = server:get_addr():match("^(.*):(%d+)$")
     local socket, status, length = connect(host, port, 1), nil, nil
     if socket then
-        socket:send("GET /-/door HTTP/1.0\r\nhost: door\r\nx-door: " .. SECRET .. "\r\n\r\n")
+        socket:send("GET " .. prefix .. "/-/door HTTP/1.0\r\nhost: door\r\n")
+        socket:send("x-door: " .. SECRET .. "\r\n\r\n")
         status = socket:receive("*l")
     end
     if status and status:match("^HTTP/%d.%d 200") then
@@ -236,10 +237,13 @@ core.register_action("door", { "http-req" }, function(txn, backend)
         return
     end
     local body = txn.sf:req_body()
-    local request = txn.sf:method() .. " " .. txn.sf:path() .. " HTTP/1.1\r\nx-door: " .. SECRET
+    -- Of the application: empty where it is /.
+    local prefix = txn:get_var("txn.prefix"):match("^(.-)/?$")
+    local path = txn.sf:path():sub(#prefix + 1)
+    local request = txn.sf:method() .. " " .. path .. " HTTP/1.1\r\nx-door: " .. SECRET
         .. "\r\n" .. txn.sf:req_hdrs() .. body
     for _, name in ipairs(ranked(txn, backend)) do
-        local door = find_door(core.backends[backend].servers[name], name)
+        local door = find_door(core.backends[backend].servers[name], name, prefix)
         if door and ask(txn, name, door, request) then
             return
         end

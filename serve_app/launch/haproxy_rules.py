@@ -56,6 +56,11 @@ class Rule:
 _RETRY = " hdr Retry-After 1"
 # Message, type and code of what is answered while no replica is up.
 _NONE = "no replica is available; try again", "server_error", "unavailable"
+_NO_APPLICATION = (
+    "no application is served at this path; /-/routes lists their prefixes",
+    "invalid_request_error",
+    "not_found",
+)
 
 _NO_HTTP = "the request is not valid HTTP/1.1, or its headers are longer than 31 KiB"
 
@@ -94,8 +99,11 @@ def _answer(status: int, body: str = "", headers: str = "") -> str:
 # Ray Serve writes these parts once it knows of an application. A rule adds another use_backend.
 _APPLICATION = r"^ *use_backend (?!successor )"
 _FALLBACK = r"^ *server \S+ (\S+) check backup$"
-# Of a request to the application \g<2>: whether it asks for the health, with no replica up.
-_NONE_UP = "if is_\\g<2> !{ nbsrv(\\g<2>) ge 1 } !{ stopping }"
+# Whether a request is for the application \g<2>. A path may be below several prefixes: Ray Serve
+# names the longest first, and the first application that matches gets the request.
+_OF = "{ var(txn.application) -m str \\g<2> }"
+# Whether it is, and no replica is up.
+_NONE_UP = f"if {_OF} !{{ nbsrv(\\g<2>) ge 1 }} !{{ stopping }}"
 _HEALTH = "{ path_end /health /ping }"
 
 RULES = (
@@ -113,8 +121,11 @@ RULES = (
     Rule(
         why="with no replica up, a health check is answered at once, and other requests wait a "
         "bounded time (wait_for_replica.lua); an application that is scaled to zero takes requests",
-        pattern=r"^( *)acl is_(\S+) path \S+$",
+        pattern=r"^( *)acl is_(\S+) path (\S+)$",
         replacement=r"\g<0>"
+        r"\n\1http-request set-var(txn.prefix) str(\3) if is_\2 !{ var(txn.application) -m found }"
+        r"\n\1http-request set-var(txn.application) str(\2) if is_\2 "
+        r"!{ var(txn.application) -m found }"
         rf"\n\1{_answer(200)} {_NONE_UP} {_HEALTH} {{ env(SERVE_APP_SCALES_TO_ZERO) -m found }}"
         rf"\n\1{_answer(503, _body(*_NONE), _RETRY)} {_NONE_UP} {_HEALTH}"
         rf"\n\1http-request lua.await_replica \2 {_NONE_UP}",
@@ -163,6 +174,11 @@ RULES = (
         "\n    http-error status 408 content-type application/json string "
         f"'{_body(_LATE, 'timeout_error', 'timeout')}'",
     ),
+    Rule(
+        why="JSON for a path below no application's prefix",
+        pattern=r'^( *)http-request return status 404 content-type text/plain lf-string "Path .*$',
+        replacement=rf"\1{_answer(404, _body(*_NO_APPLICATION))}",
+    ),
     _error(
         502,
         _body("the replica failed before it answered; try again", "server_error", "unavailable"),
@@ -202,9 +218,9 @@ def door_rules(environment: Mapping[str, str]) -> tuple[Rule, ...]:
         before = "".join(rf"\1acl sends_key req.fhdr_cnt({name}) ge 1\n" for name in _KEY_HEADERS)
         could_be_fast += " sends_key"
         before += (
-            rf"\1http-request set-var(txn.body_bytes) req.body_len if is_\2 {could_be_fast}\n"
+            rf"\1http-request set-var(txn.body_bytes) req.body_len if {_OF} {could_be_fast}\n"
             r"\1acl has_body req.hdr_val(content-length),sub(txn.body_bytes) eq 0\n"
-            rf"\1http-request lua.await_body if is_\2 {could_be_fast} !has_body\n"
+            rf"\1http-request lua.await_body if {_OF} {could_be_fast} !has_body\n"
             r"\1acl has_body var(txn.await_body) -m bool\n"
         )
         could_be_fast += " has_body"
@@ -223,11 +239,11 @@ def door_rules(environment: Mapping[str, str]) -> tuple[Rule, ...]:
             why="the door is asked, and the Rust front end answers what it lets in",
             pattern=r"^( *)use_backend (\S+) if is_\2$",
             replacement=rf"{before}\1http-request wait-for-body time {body_timeout_s}s "
-            rf"if is_\2 {could_be_fast}"
-            rf"\n\1http-request lua.door \2 if is_\2 {could_be_fast}"
+            rf"if {_OF} {could_be_fast}"
+            rf"\n\1http-request lua.door \2 if {_OF} {could_be_fast}"
             rf"\n\1http-request set-dst var(txn.host) if {_FAST}"
             rf"\n\1http-request set-dst-port var(txn.port) if {_FAST}"
-            rf"\n\1use_backend \2-fast if is_\2 {_FAST}"
+            rf"\n\1use_backend \2-fast if {_OF} {_FAST}"
             r"\n\g<0>",
             where=_APPLICATION,
         ),
@@ -249,13 +265,15 @@ backend {name}-fast
     http-reuse always
     http-request set-timeout server var(txn.timeout_ms)
     http-request del-header x-api-key
-    http-request set-header authorization "Bearer %[var(txn.token)]"
+{without_prefix}    http-request set-header authorization "Bearer %[var(txn.token)]"
     http-request set-header x-request-id %[var(txn.request_id)]
     http-response set-header x-request-id %[var(txn.request_id)]
     http-response set-header x-serve-lane fast
     http-response lua.add_headers if {{ var(txn.headers) -m found }}
     http-response lua.answered if !{{ status 200 }}
 """
+# vllm-rs knows nothing of the application's prefix, of so many bytes.
+_WITHOUT_PREFIX = "    http-request set-path %[path,bytes({})]\n"
 
 
 def rewritten(text: str, environment: Mapping[str, str] | None = None) -> str:
@@ -281,7 +299,11 @@ def _fast_backends(text: str) -> str:
         section = re.search(rf"^backend {re.escape(name)}\n((?: .*\n|\n)*)", text, re.MULTILINE)
         if section is None:
             raise UnknownTemplate(f"no backend {name}")
-        lines.append(_FAST_BACKEND.format(name=name))
+        prefix = re.search(rf"^ *acl is_{re.escape(name)} path (\S+)$", text, re.MULTILINE)
+        if prefix is None:
+            raise UnknownTemplate(f"no path of {name}")
+        without_prefix = "" if prefix[1] == "/" else _WITHOUT_PREFIX.format(len(prefix[1]))
+        lines.append(_FAST_BACKEND.format(name=name, without_prefix=without_prefix))
         for server in re.findall(r"^ *server (\S+) (?!.* backup)", section[1], re.MULTILINE):
             lines.append(f"    use-server {server} if {{ var(txn.server) -m str {server} }}\n")
             lines.append(f"    server {server} 0.0.0.0:0\n")

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import queue
+import re
 import secrets
 import signal
 import socket
@@ -98,7 +99,8 @@ def serve(arguments: argparse.Namespace) -> int:
         # Within _signals: a child inherits an ignored SIGINT, as a script's background job has it.
         child = _Child(path, environment_for(settings), settings if forking else None)
         try:
-            return _attend(child, stop, f"http://127.0.0.1:{port}", settings)
+            url = f"http://127.0.0.1:{port}{prefix_of(config)}"
+            return _attend(child, stop, url, settings)
         finally:
             child.end(settings.drain_s + _STOP_S)
 
@@ -107,7 +109,7 @@ def load(path: Path, model: str | None = None) -> dict[str, Any]:
     """The parsed serve_config.yaml, with its model replaced where one is given.
 
     Raises:
-        ConfigError: the file is not there, not YAML, or has no application.
+        ConfigError: the file is not there, not YAML, or has no application that can be reached.
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -121,7 +123,23 @@ def load(path: Path, model: str | None = None) -> dict[str, Any]:
         raise ConfigError("--config", str(path), "has no applications") from None
     if model is not None:
         application["args"] = {**(application.get("args") or {}), "model": model}
+    prefix_of(config)
     return config  # type: ignore[no-any-return]
+
+
+def prefix_of(config: Mapping[str, Any]) -> str:
+    """What stands before the paths of the API, as /team; empty where `route_prefix` is /.
+
+    Raises:
+        ConfigError: nothing would reach the application.
+    """
+    prefix = config["applications"][0].get("route_prefix", "/")
+    if isinstance(prefix, str) and re.fullmatch(r"/|(/[A-Za-z0-9._~-]+)+", prefix):
+        return prefix.removesuffix("/")
+    problem = (
+        "must be / or a path as /team: letters, digits, '.', '_', '~', '-', no slash at the end"
+    )
+    raise ConfigError("route_prefix", prefix, problem)
 
 
 def haproxy() -> dict[str, str]:

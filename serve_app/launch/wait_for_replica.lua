@@ -8,12 +8,13 @@ local waking = false
 
 -- Where an application is scaled to zero, Ray Serve starts a replica once a request waits at Ray
 -- Serve's own proxy. One such request at a time is enough; a replica answers it.
-local function wake()
+local function wake(prefix)
     local host, port = core.backends.fallback.servers.fallback:get_addr():match("^(.*):(%d+)$")
     local socket = core.tcp()
     socket:settimeout(WAIT_S)
     if socket:connect(host, tonumber(port)) then
-        socket:send("GET /health HTTP/1.0\r\nhost: fallback\r\n\r\n")
+        local path = prefix:match("^(.-)/?$") .. "/health"
+        socket:send("GET " .. path .. " HTTP/1.0\r\nhost: fallback\r\n\r\n")
         socket:receive("*l")
     end
     socket:close()
@@ -26,7 +27,7 @@ core.register_action("await_replica", { "http-req" }, function(txn, backend)
     while txn.f:nbsrv(backend) == 0 and txn.f:stopping() == 0 and core.now().sec < deadline_s do
         if core.backends.fallback.servers.fallback and not waking then
             waking = true
-            core.register_task(wake)
+            core.register_task(wake, txn:get_var("txn.prefix"))
         end
         core.msleep(LOOK_MS)
     end

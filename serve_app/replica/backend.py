@@ -40,6 +40,8 @@ STALLED_HEADER = "x-engine-stalled"
 TENANT_HEADER = "x-tenant"
 # Its weight, and the rank of its class, where there are tenants.
 SHARE_HEADER = "x-tenant-share"
+# The prefix below which clients reach the gateway; absent where it is /.
+PREFIX_HEADER = "x-route-prefix"
 # Of an answer that is none: the engine failed before it began, or is not there at all.
 FAILED_HEADER = "x-engine-failed"
 DIED, ABSENT = "died", "absent"
@@ -131,6 +133,8 @@ class Backend:
         exchange.set(current)
         if (holder := headers.get(TENANT_HEADER.encode())) is not None:
             tenant.set(unquote(holder.decode("latin-1")))
+        if (prefix := headers.get(PREFIX_HEADER.encode())) is not None:
+            scope["root_path"] = prefix.decode("latin-1")
         if (words := headers.get(SHARE_HEADER.encode())) is not None:
             weight, rank = words.split()
             scope["state"]["share"] = Share(tenant.get(), float(weight), int(rank))

@@ -22,6 +22,7 @@ from serve_app.gates.anthropic import WithoutThinking
 from serve_app.gates.front import front
 from serve_app.gates.keys import KeyGate, check_exposure, tenant
 from serve_app.gates.limits import LimitGate
+from serve_app.gates.prefix import WithoutPrefix, WithPrefix
 from serve_app.gates.refusal import RefusalGate
 from serve_app.lanes.door import Door, Locator
 from serve_app.lanes.fastlane import FastLane
@@ -224,7 +225,7 @@ class ReplicaBase:
 
     async def _answer(self) -> ASGIApp:
         """vLLM's application, with clearer errors around it."""
-        answer: ASGIApp = RefusalGate(await self._engine.app())
+        answer: ASGIApp = RefusalGate(WithPrefix(await self._engine.app()))
         return answer if self._thinks else WithoutThinking(answer)
 
     @property
@@ -365,7 +366,8 @@ class Replica(ReplicaBase):
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve once the constructor is done; ready when this returns."""
         gated = KeyGate(await self._stack(), self._keys)
-        app = self._gate(front(gated, self._settings.engine), counted=True)
+        app: ASGIApp = self._gate(front(gated, self._settings.engine), counted=True)
+        app = WithoutPrefix(app)
         door = await self._open_door(
             lambda gates: self._gate(KeyGate(gates, self._keys), counted=True)
         )

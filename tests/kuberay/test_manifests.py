@@ -562,3 +562,17 @@ def test_the_gpus_of_workers_that_are_still_to_come_are_stated(
     (group,) = groups_for(documents)
     names = {prices.INSTANCES[kind].gpu for kind in group.instance_types}
     assert ACCELERATORS[name][0] == min(ACCELERATORS[each][0] for each in names)
+
+
+def test_the_prefix_of_the_application_is_that_of_its_manifest(
+    documents: list[dict[str, Any]],
+) -> None:
+    """The completion that `up` asks for goes there."""
+    for given, prefix in (("/", ""), ("/team/a", "/team/a")):
+        changed = json.loads(json.dumps(service(documents)))
+        serve = yaml.safe_load(changed["spec"]["serveConfigV2"])
+        serve["applications"][0]["route_prefix"] = given
+        changed["spec"]["serveConfigV2"] = yaml.safe_dump(serve)
+        parsed = layout.layout(cluster(), [changed]).service
+        assert parsed is not None
+        assert parsed.prefix == prefix

@@ -310,6 +310,26 @@ async def test_a_request_that_wakes_an_application_is_answered_in_the_fast_lane(
         fallback.stop()
 
 
+async def test_below_a_prefix_both_lanes_answer(
+    replica: Replica, tmp_path: Path, wrapped: None
+) -> None:
+    """`route_prefix`: the door, the Rust front end and our gates know nothing of it."""
+    running = Proxy(tmp_path, None, PORT, prefix="/team/a")
+    running.know(replica.config)
+    await running.api.start()
+    try:
+        status, headers, body = await ask(running.url)
+        assert (status, headers["x-serve-lane"]) == (200, "fast")
+        assert body == b"data: x\n\n" * 4
+        assert replica.frontend.heads[0].startswith("POST /v1/completions HTTP/1.1\r\n")
+        _, headers, _ = await ask(running.url, {**ASK, "n": 2})
+        assert headers["x-serve-lane"] == "python"
+        assert replica.full == ["/team/a/v1/completions"]  # As Ray Serve's own server gets it.
+    finally:
+        await running.api.stop()
+    await replica.settled()
+
+
 @pytest.mark.parametrize(
     ("body", "path"),
     [

@@ -76,7 +76,9 @@ class Upstream:
 class Proxy:
     """HAProxy, run by Ray Serve's own code, before the servers that it was last told of."""
 
-    def __init__(self, folder: Path, fallback: Upstream | None, port: int = PORT) -> None:
+    def __init__(
+        self, folder: Path, fallback: Upstream | None, port: int = PORT, prefix: str = "/"
+    ) -> None:
         config = HAProxyConfig(
             socket_path=str(folder / "admin.sock"),
             server_state_base=str(folder),
@@ -92,17 +94,28 @@ class Proxy:
         )
         self.api = HAProxyApi(config, config_file_path=str(folder / "haproxy.cfg"))
         self._fallback = fallback
-        self.url = f"http://127.0.0.1:{port}"
+        self._prefix = prefix
+        self.address = f"http://127.0.0.1:{port}"
+        self.url = self.address + prefix.removesuffix("/")
 
-    def know(self, *servers: Upstream) -> None:
-        backend = BackendConfig(
-            name="http-llm",
-            path_prefix="/",
-            app_name="llm",
-            servers=[server.config for server in servers],
-            fallback_server=self._fallback.config if self._fallback else None,
-        )
-        self.api.set_backend_configs({"http-llm": backend})
+    def know(self, *servers: Upstream, **others: tuple[str, list[Upstream]]) -> None:
+        """
+        Args:
+            servers: of the application.
+            others: by its name, the prefix and the servers of another application.
+        """
+        applications = {"llm": (self._prefix, list(servers)), **others}
+        backends = {
+            f"http-{name}": BackendConfig(
+                name=f"http-{name}",
+                path_prefix=prefix,
+                app_name=name,
+                servers=[server.config for server in upstreams],
+                fallback_server=self._fallback.config if self._fallback else None,
+            )
+            for name, (prefix, upstreams) in applications.items()
+        }
+        self.api.set_backend_configs(backends)
 
     async def replace(self, old: Upstream, new: Upstream) -> None:
         """As Ray Serve does it: HAProxy is told, and the old replica ends two seconds later."""
@@ -259,6 +272,44 @@ async def test_an_application_that_sleeps_takes_requests(
         async with session.get(f"{proxy.url}/-/healthz") as answer:
             assert answer.status == 200
     fallback.stop()
+
+
+async def test_of_applications_below_each_other_each_answers_for_itself(tmp_path: Path) -> None:
+    """`/` has no replica, `/team` has one: neither is taken for the other."""
+    team = await Upstream("team").start()
+    async with proxied(tmp_path) as proxy, aiohttp.ClientSession() as session:
+        proxy.know(team=("/team", [team]))
+        await proxy.api.reload()
+        async with asyncio.timeout(20):
+            while (await _get(session, proxy, "/team/health"))[0] != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert (await _get(session, proxy, "/team/v1/models"))[:2] == (200, "team")
+        assert (await _get(session, proxy, "/health"))[0] == 503
+        assert (await _get(session, proxy, "/teams/health"))[0] == 503
+    assert "/team/v1/models" in team.paths
+    team.stop()
+
+
+async def test_an_application_below_a_prefix_is_woken_there(tmp_path: Path) -> None:
+    fallback = await Upstream("proxy").start()
+    fallback.delay_s = 60
+    proxy = Proxy(tmp_path, fallback, prefix="/team")
+    proxy.know()
+    await proxy.api.start()
+    try:
+        async with aiohttp.ClientSession() as session:
+            waiting = asyncio.create_task(_get(session, proxy, "/v1/models"))
+            async with asyncio.timeout(20):
+                while not fallback.paths:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            assert fallback.paths == ["/team/health"]
+            async with session.get(f"{proxy.address}/v1/models") as answer:
+                assert answer.status == 404
+                assert (await answer.json())["error"]["code"] == "not_found"
+            await waiting
+    finally:
+        await proxy.api.stop()
+        fallback.stop()
 
 
 async def test_the_health_of_a_replica_that_hangs_is_known_within_its_second(

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from bench.engine.systems import apart
+from serve_app.errors import ConfigError
 from serve_app.launch import launcher
 from serve_app.launch.haproxy_rules import SECRET_VARIABLE
 from serve_app.settings import Settings
@@ -77,6 +78,34 @@ def test_a_taken_port_of_haproxy_is_named_with_what_sets_it(
     (line,) = (ended.stdout + ended.stderr).strip().splitlines()
     assert f"{variable} = {number}: cannot listen" in line
     assert f"set {variable} to another port" in line
+
+
+def config_with(tmp_path: Path, **application: object) -> Path:
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(yaml.safe_dump({"applications": [{"name": "llm", "args": {}, **application}]}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("application", "prefix"),
+    [
+        ({}, ""),
+        ({"route_prefix": "/"}, ""),
+        ({"route_prefix": "/team"}, "/team"),
+        ({"route_prefix": "/team/a-1.b_c~"}, "/team/a-1.b_c~"),
+    ],
+)
+def test_the_api_is_below_the_prefix(
+    application: dict[str, object], prefix: str, tmp_path: Path
+) -> None:
+    config = launcher.load(config_with(tmp_path, **application))
+    assert launcher.prefix_of(config) == prefix
+
+
+@pytest.mark.parametrize("prefix", [None, "", "team", "/team/", "//", "/a b", "/{a}", "/ä", 5])
+def test_a_prefix_that_nothing_reaches_is_one_sentence(prefix: object, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="route_prefix = .*must be / or a path as /team"):
+        launcher.load(config_with(tmp_path, route_prefix=prefix))
 
 
 ASLEEP = {"replicas": {"min": 0, "max": 1}, "limits": {"request_timeout_s": 900.0}}

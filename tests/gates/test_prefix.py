@@ -1,4 +1,4 @@
-"""An application below `route_prefix`: gates see paths without it, and clients addresses with it."""
+"""An application below `route_prefix`: gates see paths without it, clients addresses with it."""
 
 import asyncio
 from typing import Any

@@ -104,7 +104,7 @@ def test_the_api_is_below_the_prefix(
 
 @pytest.mark.parametrize("prefix", [None, "", "team", "/team/", "//", "/a b", "/{a}", "/ä", 5])
 def test_a_prefix_that_nothing_reaches_is_one_sentence(prefix: object, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="route_prefix = .*must be / or a path as /team"):
+    with pytest.raises(ConfigError, match="must be / or a path as /team"):
         launcher.load(config_with(tmp_path, route_prefix=prefix))
 
 

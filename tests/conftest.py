@@ -1,8 +1,10 @@
 """What tests share: model folders, and which modules run at the same time."""
 
+import gc
 import json
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +40,35 @@ SERVERS = (
 # These modules share one server, and those one engine with both lanes.
 SERVED = "tests/served/"
 LANES = ("tests/lanes/test_contract.py", "tests/lanes/test_restart.py")
-# Each starts an engine or a Ray cluster, imports vLLM or installs an environment.
-ENGINES = (
-    "tests/test_constraints.py",
+# They import vLLM, which takes 15 s of CPU time, so they run in one process: its tests and fixtures
+# import it, never the modules themselves, as every worker loads all of them.
+VLLM = (
+    *LANES,
     "tests/test_continuation.py",
-    "tests/test_makefile.py",
     "tests/test_upstream.py",
     "tests/gates/test_reading.py",
     "tests/lanes/test_fastlane.py",
     "tests/lanes/test_scheduler.py",
-    "tests/launch/test_doctor.py",
-    "tests/launch/test_haproxy_reload.py",
-    "tests/planning/test_placement.py",
     "tests/replica/test_arguments.py",
     "tests/replica/test_bounds.py",
     "tests/replica/test_engine.py",
     "tests/replica/test_frontends.py",
     "tests/replica/test_hermes.py",
     "tests/replica/test_unreadable.py",
+)
+# Single tests of these import vLLM or torch; they are marked as server.
+VLLM_IN_PART = (
+    "tests/caches/test_key.py",
+    "tests/planning/test_kernels.py",
+    "tests/planning/test_sizing.py",
+)
+# Each starts an engine or a Ray cluster, or installs an environment.
+ENGINES = (
+    "tests/test_constraints.py",
+    "tests/test_makefile.py",
+    "tests/launch/test_doctor.py",
+    "tests/launch/test_haproxy_reload.py",
+    "tests/planning/test_placement.py",
     "tests/bench/test_chaos.py",
     "tests/bench/test_disturb.py",
     "tests/bench/test_load.py",
@@ -94,16 +107,29 @@ SERVER_FIXTURES = {
     "server",
 }
 # What `make test-fast` leaves out, beside tests with one of the fixtures above.
-NOT_FAST = (*SERVERS, SERVED, *LANES, *ENGINES, *AWS, *LONG)
+NOT_FAST = (*SERVERS, SERVED, *VLLM, *ENGINES, *AWS, *LONG)
 # The longest first, so that the workers end at about the same time.
 FIRST = (
     *SERVERS,
     SERVED,
     *AWS,
-    "tests/test_continuation.py",
-    *LANES,
+    *VLLM,
     "tests/scaling/test_policy.py",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Load the tests without the garbage collector.
+
+    They are millions of objects that stay. To scan them again and again takes a fifth of the time.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -119,8 +145,8 @@ def _together(nodeid: str) -> str:
     """The group of a test: one worker runs all tests of a group."""
     if nodeid.startswith(SERVERS):
         return "servers"
-    if nodeid.startswith(LANES):
-        return "lanes"
+    if nodeid.startswith((*VLLM, *VLLM_IN_PART)):
+        return "vllm"
     if nodeid.startswith(AWS):
         return "aws"
     return SERVED if nodeid.startswith(SERVED) else nodeid.split("::")[0]
@@ -160,8 +186,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _is_fast(config) and _imports_much():
-        raise pytest.UsageError(f"a test module {_imports_much()}: list it in ENGINES")
+    if _imports_much():
+        raise pytest.UsageError(f"a test module {_imports_much()}: import it in its tests")
 
     def place(item: pytest.Item) -> int:
         result = (at for at, name in enumerate(FIRST) if item.nodeid.startswith(name))

@@ -13,7 +13,7 @@ import openai
 import psutil
 import pytest
 
-from serve_app.replica import frontends
+from serve_app.launch import rust
 from tests.server import Server, configuration, launched, wait
 
 NAME = "SmolLM2-135M-Instruct"
@@ -115,7 +115,7 @@ def test_streams_outlive_their_engine_which_restarts_in_its_replica(fleet: Serve
 
 
 def test_streams_outlive_their_rust_front_end(fleet: Server) -> None:
-    if frontends.binary() is None:
+    if (binary := rust.destination()) is None or not binary.exists():
         pytest.skip("vllm-rs is not installed")
     assert wait(lambda: len(fleet.named("vllm-rs")) == len(cores(fleet)) == 2, 240)
     body = {"model": "m", "prompt": "x", "max_tokens": 2}

@@ -9,8 +9,6 @@ import pytest
 from serve_app.lanes.door import Ends
 from serve_app.lanes.fastlane import FastLane
 from serve_app.observe.timeline import Timeline
-from serve_app.replica.engine import _recorder
-from serve_app.replica.iterations import iteration_of
 from serve_app.replica.reports import Ended, Receiver, Report, Sender, client_ids
 from serve_app.scaling.signals import Signals
 
@@ -93,6 +91,9 @@ async def test_every_request_learns_its_own_end() -> None:
 
 
 def test_what_the_scheduler_saw_is_what_the_policy_gets() -> None:
+    from serve_app.replica.engine import _recorder
+    from serve_app.replica.iterations import iteration_of
+
     now_s = 100.0
     signals = Signals(clock=lambda: now_s, ttft_s=0.5, itl_s=0.1)
     lane = FastLane("tiny", "secret", signals)
@@ -124,6 +125,8 @@ def test_the_account_of_an_answer() -> None:
 
 
 def test_vllm_counts_the_fast_lane_as_its_own() -> None:
+    from serve_app.replica.iterations import iteration_of
+
     stats = iteration_of(report(ended("cmpl-a"), ended("cmpl-b", "abort"), ended("cmpl-c", "odd")))
     assert (stats.num_prompt_tokens, stats.num_generation_tokens) == (4, 11)
     # A sample: nothing is done for each token.

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.errors import ConfigError
-from serve_app.replica.arguments import parse
 
 BASE = {"model": "m", "enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
 
 
 def read(key: str, value: Any) -> Any:
+    from serve_app.replica.arguments import parse
+
     return getattr(parse({**BASE, key: value}), key)
 
 

@@ -19,7 +19,6 @@ from serve_app.gates.limits import LimitGate
 from serve_app.pacing import Pacer
 from serve_app.planning.plan import CPU_DEFAULTS
 from serve_app.replica import forkserver
-from serve_app.replica.bounds import Bounds
 from serve_app.scaling.signals import Signals
 from serve_app.settings import Limits
 from tests.server import ENGINE
@@ -198,6 +197,8 @@ async def test_what_is_served_is_what_is_listed(stack: Stack) -> None:
 
 
 async def test_answers_are_bounded_by_the_smaller_of_two_bounds() -> None:
+    from serve_app.replica.bounds import Bounds
+
     chat, tokens = SimpleNamespace(override_max_tokens=None), SimpleNamespace(override_max_tokens=7)
     bounds = Bounds()
     bounds.change(Limits(max_tokens=5))

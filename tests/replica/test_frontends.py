@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from serve_app.replica import frontends
-from serve_app.replica.arguments import parse
-
-pytestmark = pytest.mark.skipif(frontends.binary() is None, reason="vllm-rs is not installed here")
-
 
 def obstacle(**engine: Any) -> str | None:
+    from serve_app.replica import frontends
+    from serve_app.replica.arguments import parse
+
+    if frontends.binary() is None:
+        pytest.skip("vllm-rs is not installed")
     model = {"model": "org/name"}
     return frontends.obstacle(parse({**model, **engine}), parse(model))
 

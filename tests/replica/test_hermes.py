@@ -4,10 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.tool_parsers.abstract_tool_parser import ToolParserManager
 
-from serve_app.replica.arguments import parse
 from serve_app.replica.toolcalls import END, START
 
 TOOLS = [
@@ -30,6 +27,8 @@ def parser_class() -> Any:
     """As vLLM makes it for a request, with the plugin that a replica loads."""
     from vllm.parser.parser_manager import ParserManager
 
+    from serve_app.replica.arguments import parse
+
     parse({"model": "m", "tool_call_parser": "hermes", "enable_auto_tool_choice": True} | PLUGIN)
     return ParserManager.get_parser(
         tool_parser_name="hermes", reasoning_parser_name=None, enable_auto_tools=True
@@ -39,7 +38,9 @@ def parser_class() -> Any:
 PLUGIN = {"tool_parser_plugin": "serve_app.replica.hermes"}
 
 
-def request(**more: Any) -> ChatCompletionRequest:
+def request(**more: Any) -> Any:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
     body = {"model": "m", "messages": [{"role": "user", "content": "go"}], "tools": TOOLS, **more}
     return ChatCompletionRequest.model_validate(body)
 
@@ -49,7 +50,7 @@ def parser(parser_class: Any) -> Any:
     return parser_class(tokenizer, request().tools)
 
 
-def streamed(parser: Any, requested: ChatCompletionRequest, size: int, text: str) -> Any:
+def streamed(parser: Any, requested: Any, size: int, text: str) -> Any:
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     content, calls = "", {}
     for place, piece in enumerate(pieces):
@@ -84,6 +85,8 @@ def test_where_no_call_may_be_made_the_text_stays(parser_class: Any) -> None:
 
 
 def test_the_plugin_is_what_vllm_finds_by_the_name(parser_class: Any) -> None:
+    from vllm.tool_parsers.abstract_tool_parser import ToolParserManager
+
     result = ToolParserManager.get_tool_parser("hermes")
     assert result.__module__ == "serve_app.replica.hermes"
 

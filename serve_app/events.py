@@ -17,7 +17,9 @@ from serve_app.sse import DATA, EVENT
 
 _DONE = DATA + sse.DONE
 _LAST = frozenset((b"response.completed", b"response.incomplete", b"message_stop"))
-# Of an error event whose error has no code.
+# Their names say what they are, whatever their data is.
+_FAILURES = frozenset((b"error", b"response.failed"))
+# Of an error event whose error has no code, or cannot be read.
 _UNNAMED = "stream_error"
 
 
@@ -29,25 +31,31 @@ def is_event(event: bytes) -> bool:
 def is_last(event: bytes) -> bool:
     """Whether the answer is complete with this event."""
     if event.startswith(EVENT):
-        return event[len(EVENT) :].partition(b"\n")[0] in _LAST
+        return _name(event) in _LAST
     return event == _DONE
 
 
 def error_code(event: bytes) -> str | None:
     """The code of an event that is an error; None for any other event."""
+    failed = event.startswith(EVENT) and _name(event) in _FAILURES
     # In a text these quotes are escaped, so that other events are not parsed for it.
-    if b'"error"' not in event and not event.startswith(b"event: error"):
+    if not failed and b'"error"' not in event:
         return None
     try:
         data = msgspec.json.decode(next(sse.data_lines(event), b""))
-    except (msgspec.DecodeError, RecursionError):
-        return None
-    return _code(data) if isinstance(data, dict) else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        data = None
+    code = _code(data) if isinstance(data, dict) else None
+    return _UNNAMED if failed and code is None else code
+
+
+def _name(event: bytes) -> bytes:
+    return event[len(EVENT) :].partition(b"\n")[0]
 
 
 def error_in(body: bytes) -> str | None:
     """The code of the first error among the events of a piece of a stream; None: there is none."""
-    if b"error" not in body:
+    if b"error" not in body and b"response.failed" not in body:
         return None
     codes = (error_code(event) for event in body.split(b"\n\n"))
     return next((code for code in codes if code is not None), None)
@@ -56,7 +64,8 @@ def error_in(body: bytes) -> str | None:
 def _code(data: dict[str, Any]) -> str | None:
     error = data.get("error")
     if error is None and data.get("type") == "response.failed":
-        error = (data.get("response") or {}).get("error")
+        response = data.get("response")
+        error = response.get("error") if isinstance(response, dict) else None
     if error is None and data.get("type") == "error":
         error = data
     if error is None:

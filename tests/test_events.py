@@ -38,6 +38,15 @@ def test_the_last_event_of_each_api(event: bytes) -> None:
         ),
         (b'data: {"error": "gone"}', "stream_error"),
         (b'data: {"error": {}}', "stream_error"),
+        # The name says it, whatever the data is.
+        (b"event: error", "stream_error"),
+        (b"event: error\ndata: \xff", "stream_error"),
+        (b'event: error\ndata: {"message": "m"}', "stream_error"),
+        (b"event: response.failed\ndata: {}", "stream_error"),
+        (
+            b'event: response.failed\ndata: {"type": "response.failed", "response": 5}',
+            "stream_error",
+        ),
     ],
 )
 def test_an_error_of_each_api(event: bytes, code: str | None) -> None:
@@ -46,6 +55,14 @@ def test_an_error_of_each_api(event: bytes, code: str | None) -> None:
     assert code is None or result == code
     assert not events.is_last(event)
     assert events.error_in(b'data: {"text": "x"}\n\n' + event + b"\n\ndata: [DONE]\n\n") == result
+
+
+@pytest.mark.parametrize(
+    "event", [b'data: {"error": "\xff"}', b'data: {"error": ' + b"[" * 9999, b'data: {"error": 1e']
+)
+def test_what_cannot_be_read_breaks_nobody(event: bytes) -> None:
+    assert events.error_code(event) is None
+    assert events.error_in(event + b"\n\n") is None
 
 
 # What a model may write, with the words that mean something in events.

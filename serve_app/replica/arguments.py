@@ -10,16 +10,25 @@ break its diagnosis.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import json
+import math
 import re
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import (
+    FrontendArgs,
+    make_arg_parser,
+    validate_parsed_serve_args,
+)
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from serve_app.errors import ConfigError, nearest
@@ -46,13 +55,16 @@ def parse(arguments: Mapping[str, Any]) -> argparse.Namespace:
         for key, value in arguments.items():
             if value == [] and actions[key].nargs in ("+", "*"):
                 setattr(args, key, [])  # No command line says that.
+            if isinstance(value, float) and isinstance(getattr(args, key), str):
+                setattr(args, key, str(value))  # A revision 1.0 is not a revision 1.
         validate_parsed_serve_args(args)
     except _Unparsable as error:
         key = error.argument.lstrip("-").replace("-", "_")
         raise ConfigError(f"engine.{key}", arguments.get(key), _plain(error.problem)) from None
     except Exception as error:  # vLLM's checks raise errors of many kinds.
         raise _refused(arguments, actions, error) from error
-    _check_texts(arguments, args)
+    for key, value in arguments.items():
+        _check_kind(key, value, getattr(args, key, None))
     _check_plugins(arguments, args)
     return args
 
@@ -87,6 +99,8 @@ def _words(key: str, value: Any, action: argparse.Action) -> list[str]:
     flag = "--" + key.replace("_", "-")
     if value is None:
         return []  # vLLM's default.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"engine.{key}", value, "must be a number that is finite")
     if action.nargs == 0:
         return _switch(key, value, flag, action)
     if action.nargs == "?" and isinstance(value, bool):
@@ -98,6 +112,8 @@ def _words(key: str, value: Any, action: argparse.Action) -> list[str]:
     if isinstance(action, argparse._AppendAction):
         values = value if isinstance(value, list | tuple) else [value]
         return [f"{flag}={_word(each)}" for each in values]
+    if isinstance(value, list | tuple) and key == "device_ids":
+        return [f"{flag}={','.join(map(_word, value))}"] if value else []
     if isinstance(value, list | tuple | Mapping):
         return [f"{flag}={json.dumps(value)}"]
     if action.type is json.loads:
@@ -121,8 +137,11 @@ def _check_choice(key: str, value: Any, action: argparse.Action) -> None:
     if action.choices is None or not isinstance(value, str) or value in action.choices:
         return
     words = [str(choice) for choice in action.choices]
-    # vLLM's own types may take other spellings of a choice.
-    read = action.type(value) if callable(action.type) else value
+    try:
+        # vLLM's own types may take other spellings of a choice.
+        read = action.type(value) if callable(action.type) else value
+    except ValueError:
+        read = value
     if read not in action.choices:
         near = nearest(value, words)
         raise ConfigError(f"engine.{key}", value, f"not one of {', '.join(words)}", near)
@@ -151,11 +170,45 @@ def _as_json(value: Any, is_list: bool) -> str:
 # --- what vLLM would refuse later -----------------------------------------------------------
 
 
-def _check_texts(arguments: Mapping[str, Any], args: argparse.Namespace) -> None:
-    """A list or a mapping where vLLM takes one text would become that text's JSON."""
-    for key, value in arguments.items():
-        if isinstance(value, list | tuple | Mapping) and getattr(args, key) == json.dumps(value):
-            raise ConfigError(f"engine.{key}", value, "must be one value")
+def _check_kind(key: str, value: Any, read: Any) -> None:
+    """Refuse what vLLM's parser reads as something of another kind than the argument is.
+
+    Its parser takes any JSON for a mapping or a list, and its text for a text.
+
+    Raises:
+        ConfigError: naming the kind.
+    """
+    problem = None
+    kinds = _kinds().get(key, frozenset())
+    given = value if isinstance(value, list | tuple) else [value]
+    texts = read if isinstance(read, list) else [read]
+    if value is None or value == "":
+        return
+    if kinds == {dict} and not isinstance(read, Mapping):
+        problem = "must be a mapping"
+    elif kinds and kinds <= {list, set} and not isinstance(read, list | set):
+        problem = "must be a list"
+    elif isinstance(value, list | tuple | Mapping) and read == json.dumps(value):
+        problem = "must be one value"
+    elif any(isinstance(each, list | Mapping) and json.dumps(each) in texts for each in given):
+        problem = "must be a list of texts"
+    elif any(isinstance(each, bool) and str(each) in texts for each in given):
+        problem = "must be a text: YAML reads yes, no, on and off without quotes as true or false"
+    if problem is not None:
+        raise ConfigError(f"engine.{key}", value, problem)
+
+
+@functools.cache
+def _kinds() -> Mapping[str, frozenset[Any]]:
+    """By argument: the kinds of value that vLLM's own annotation names; `None` is none of them."""
+    kinds = {}
+    for holder in (AsyncEngineArgs, FrontendArgs):
+        for field in dataclasses.fields(holder):
+            members = typing.get_args(field.type)
+            union = members if isinstance(field.type, types.UnionType) else (field.type,)
+            names = {typing.get_origin(each) or each for each in union}
+            kinds[field.name] = frozenset(names - {types.NoneType})
+    return kinds
 
 
 def _check_plugins(arguments: Mapping[str, Any], args: argparse.Namespace) -> None:
@@ -238,8 +291,9 @@ _TYPES = {
 
 def _plain(problem: str) -> str:
     """One sentence of argparse or pydantic, without the names of vLLM's functions."""
-    if (invalid := re.match(r"invalid (\w+) value: ", problem)) and invalid[1] in _TYPES:
-        return _TYPES[invalid[1]]
+    for pattern in (r"invalid (\w+) value: ", r"Value .* cannot be converted to <class '(\w+)'>"):
+        if (invalid := re.match(pattern, problem)) and invalid[1] in _TYPES:
+            return _TYPES[invalid[1]]
     return first_sentence(ValueError(problem))
 
 
@@ -262,8 +316,11 @@ def first_sentence(error: Exception) -> str:
     for line in lines:
         if line.startswith("Value error, "):
             return line.removeprefix("Value error, ").split(" [type=")[0]
-    if len(lines) > 2 and "validation error" in lines[0]:
-        return f"{lines[1]}: {lines[2].split(' [type=')[0]}"
+    if len(lines) > 1 and "validation error" in lines[0]:
+        # The name of a field, where there is one, and then the mistake.
+        field = [] if " [type=" in lines[1] else [lines[1]]
+        mistake = next((line for line in lines if " [type=" in line), lines[-1])
+        return ": ".join([*field, mistake.split(" [type=")[0]])
     return lines[0] if lines else type(error).__name__
 
 

@@ -22,7 +22,8 @@ from serve_app.observe.logs import Log
 from serve_app.observe.meter import Meter
 from serve_app.settings import Replicas
 from tests.examples import examples
-from tests.gateway.test_relay import WHOLE, Client, Fleet, fleet
+from tests.gateway.test_relay import Client, Fleet, fleet
+from tests.services import streams
 from tests.services.engine import EngineServer, Fault
 
 LENGTH = 10
@@ -30,49 +31,83 @@ PLACES = st.integers(0, LENGTH)
 
 KEEP_ALIVE = b": keep-alive"
 
-# What an engine never writes, or writes only when it fails.
+# What an engine never writes, or writes only when it fails, or not there.
 GARBAGE = st.sampled_from(
     [
         b"\n\n",
+        b"\n\n\n\n",
         b"garbage\n\n",
         b'{"error": {"message": "raw"}}\n\n',
         b'data: {"text": \n\n',
+        b'data: {"choices": [{"text": "x"}]}\r\n\r\n',
+        b"data:\n\n",
+        b"data: \n\n",
+        b"dat\n\n",
         b": how nonsense\n: t x y\n\n",
         b": how resume\n: t 1 2 x\ndata: {}\n\n",
         b': how resume\n: t 3\n: l [[[[3, null]], 1]]\ndata: {"text": ""}\n\n',
         b": how resume\n: t 3\n: l [nonsense\ndata: {}\n\n",
         b": end\ndata: {}\n\n",
         b"\xff\xfe\n\n",
+        b'data: {"choices": [{"text": "\xc3"}]}\n\n',
+        b'data: {"error": "\xff"}\n\n',
+        b'data: {"error": ' + b"[" * 3000 + b"\n\n",
+        b"event: error\n\n",
+        b"event: error\ndata: \xff\n\n",
+        b'event: error\ndata: {"message": "no type"}\n\n',
+        b"event: response.failed\ndata: {}\n\n",
         b"data: [DONE]\n\n",
+        b"data: [DONE]\n\ndata: [DONE]\n\n",
+        b'event: message_stop\ndata: {"type": "message_stop"}\n\n',
+        b'data: {"choices": [], "usage": {"completion_tokens": 1}}\n\n',
+        b'data: {"choices": [{"index": 7, "text": "x"}]}\n\n',
+        b'data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\n',
+        b'data: {"choices": [{"delta": {"reasoning": "x", "tool_calls": [{}]}}]}\n\n',
+        b'data: {"choices": [{"text": "x", "logprobs": {"token_logprobs": [-Infinity]}}]}\n\n',
+        b'data: {"choices": 7}\n\n',
+        b"data: null\n\n",
         b": keep-alive\n\n",
     ]
 )
+PLANTED = st.dictionaries(PLACES, GARBAGE, max_size=3)
+# Sizes of pieces, so that the bytes are cut within events, lines and characters; 0: an event.
+PIECES = st.lists(st.integers(0, 60), max_size=6).filter(lambda sizes: not sizes or any(sizes))
 FAULTS = st.one_of(
-    st.builds(Fault, cut_after=PLACES, half=st.booleans(), orderly=st.booleans()),
+    st.builds(Fault, cut_after=PLACES, half=st.booleans(), orderly=st.booleans(), pieces=PIECES),
     st.builds(Fault, status=st.sampled_from([200, 204, 400, 404, 422, 429, 500, 502, 503])),
-    st.builds(Fault, error_after=PLACES),
+    st.builds(Fault, error_after=PLACES, pieces=PIECES),
     st.builds(Fault, stall_after=PLACES, stall_s=st.just(0.02)),
     st.builds(
         Fault,
         cut_after=st.none() | PLACES,
         half=st.booleans(),
-        instead=st.dictionaries(PLACES, GARBAGE, max_size=3),
+        instead=PLANTED,
+        beside=PLANTED,
+        pieces=PIECES,
     ),
 )
 METHODS = st.sampled_from(["resume", "repeat", "never"])
+PATHS = st.sampled_from(streams.PATHS)
 FLEETS = st.lists(st.lists(FAULTS, max_size=3), min_size=1, max_size=3)
-# Of these no part of the stream is changed: where such a stream is called complete, it is.
-HONEST = st.lists(
-    st.lists(FAULTS.filter(lambda fault: not fault.instead), max_size=3), min_size=1, max_size=3
-)
+
+
+def is_honest(fault: Fault) -> bool:
+    """No part of the stream is changed: where such a stream is called complete, it is."""
+    return not (fault.instead or fault.beside)
+
+
+HONEST = st.lists(st.lists(FAULTS.filter(is_honest), max_size=3), min_size=1, max_size=3)
+# In any script: characters of two and four bytes.
+UNIT = "é🙂 "
+WHOLE = "".join(f"{token}{UNIT}" for token in range(LENGTH))
 
 
 def relayed(
-    faults: list[list[Fault]], method: str, fast: bool, **relay: Any
+    faults: list[list[Fault]], method: str, fast: bool, path: str, **relay: Any
 ) -> tuple[Client, dict[str, Any]]:
     """What a client sees of one stream, and the line in the log."""
     engines = [
-        EngineServer(f"e{place}", length=LENGTH, method=method, faults=list(each), fast=fast)
+        EngineServer(f"e{place}", LENGTH, unit=UNIT, method=method, faults=list(each), fast=fast)
         for place, each in enumerate(faults)
     ]
     written = io.StringIO()
@@ -80,15 +115,20 @@ def relayed(
 
     async def run() -> None:
         async with fleet(*engines, replica_timeout_s=0.3, **relay) as there:
-            await metered(there, written)(SCOPE, _receive, client.send)
+            await metered(there, written)({**SCOPE, "path": path}, _receive, client.send)
 
     asyncio.run(asyncio.wait_for(run(), 60))
     assert all(engine.places == engine.left_places for engine in engines), "a place is kept"
     return client, json.loads(written.getvalue().splitlines()[-1])
 
 
-SCOPE: Scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+SCOPE: Scope = {"type": "http", "method": "POST"}
 SCOPE["headers"] = [(b"content-type", b"application/json")]
+PROMPTS: dict[str, dict[str, Any]] = {
+    streams.COMPLETIONS: {"prompt": "p"},
+    streams.RESPONSES: {"input": "p"},
+}
+MESSAGE = {"messages": [{"role": "user", "content": "p"}], "max_tokens": LENGTH}
 
 
 async def _receive() -> dict[str, Any]:
@@ -97,21 +137,23 @@ async def _receive() -> dict[str, Any]:
 
 def metered(there: Fleet, written: io.StringIO) -> Meter:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        body = json.dumps({"model": "m", "prompt": "p", "stream": True}).encode()
+        asked = {"model": "m", "stream": True, **PROMPTS.get(scope["path"], MESSAGE)}
+        body = json.dumps(asked).encode()
         await there.relay(Request.of(dict(scope), body, "x-session-id"), send)
 
     return Meter(app, "m", Replicas(), Log(written.write, replica="r"))
 
 
 SLOW = examples(120)
+LAST = (b"data: [DONE]", b"event: response.completed", b"event: message_stop")
 
 
 @SLOW
-@given(FLEETS, METHODS, st.booleans(), st.integers(1, 4))
+@given(FLEETS, METHODS, st.booleans(), st.integers(1, 4), PATHS)
 def test_a_stream_ends_with_its_last_event_or_an_error(
-    faults: list[list[Fault]], method: str, fast: bool, max_deaths: int
+    faults: list[list[Fault]], method: str, fast: bool, max_deaths: int, path: str
 ) -> None:
-    client, line = relayed(faults, method, fast, max_deaths=max_deaths)
+    client, line = relayed(faults, method, fast, path, max_deaths=max_deaths)
     assert client.over
     assert line["lane"] == client.headers.get(b"x-serve-lane", b"python").decode()
     assert b": how" not in client.body
@@ -119,9 +161,10 @@ def test_a_stream_ends_with_its_last_event_or_an_error(
     if client.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
         assert client.body.endswith(b"\n\n")
         events = [event for event in client.body.split(b"\n\n")[:-1] if event != KEEP_ALIVE]
-        failed = [event for event in events if b'"error"' in event]
-        assert failed or events[-1] == b"data: [DONE]"
-        assert events[-1] == b"data: [DONE]" or events[-1] == failed[-1]
+        failed = [event for event in events if is_failure(event)]
+        assert failed or events[-1].startswith(LAST)
+        assert events[-1].startswith(LAST) or events[-1] == failed[-1]
+        assert sum(event.startswith(LAST) for event in events) <= 1
         assert line["status"] == (500 if failed else 200)
         assert bool(line.get("reason")) == bool(failed)
     elif client.status >= 400:
@@ -129,22 +172,32 @@ def test_a_stream_ends_with_its_last_event_or_an_error(
         assert line["status"] == client.status
 
 
+def is_failure(event: bytes) -> bool:
+    """Whether a client takes it for an error: by its name, or by its field `error`."""
+    if event.startswith((b"event: error", b"event: response.failed")):
+        return True
+    try:
+        data = json.loads(event.split(b"\n")[-1].removeprefix(b"data: "))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and data.get("error") is not None
+
+
 @SLOW
-@given(HONEST, METHODS, st.booleans(), st.integers(1, 4))
+@given(HONEST, METHODS, st.booleans(), st.integers(1, 4), PATHS)
 def test_what_a_client_is_sent_is_a_part_of_the_right_answer_and_all_of_it_if_it_ends_well(
-    faults: list[list[Fault]], method: str, fast: bool, max_deaths: int
+    faults: list[list[Fault]], method: str, fast: bool, max_deaths: int, path: str
 ) -> None:
-    client, line = relayed(faults, method, fast, max_deaths=max_deaths)
+    client, line = relayed(faults, method, fast, path, max_deaths=max_deaths)
     if not client.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
         return
-    assert WHOLE.startswith(client.text)
-    assert client.events.count(b"[DONE]") <= 1
+    read = streams.Read.of(client.body)
+    assert WHOLE.startswith(read.text)
+    assert read.ends <= 1
     if line["status"] == 200:
-        assert client.text == WHOLE
-        ends = [event["choices"][0]["finish_reason"] for event in client.events[:-1]]
-        assert [end for end in ends if end] == ["length"]
-        names = {(event["id"], event["created"]) for event in client.events[:-1]}
-        assert len(names) == 1, "two answers in one"
+        assert read.text == WHOLE
+        assert (read.finishes, read.failed) == (1, False)
+        assert len(read.ids) == 1, "two answers in one"
 
 
 def events_of(length: int, method: Method = Method.RESUME) -> list[bytes]:

@@ -1,7 +1,8 @@
 """A small real HTTP server: answers as an engine's replica does, marks and all, and fails as told.
 
-Its answer to any request is the same: `length` tokens, one an event, whose text is their number. It
-goes on with an answer where a `Progress` is sent along, as an engine would.
+Its answer to any request is the same: `length` tokens, one an event, whose text is their number, in
+the form of the route that was asked (streams.py). It goes on with an answer where a `Progress` is
+sent along, as an engine would.
 
 With `fast` it has a door and a Rust front end as well, on the same port, whose streams are written
 as vllm-rs writes them: ids in the events, a first event for the prompt's, an end of its own; and a
@@ -10,6 +11,7 @@ part of each token's text is held back until the next one.
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ from serve_app.replica.backend import (
     TENANT_HEADER,
     TOKEN_HEADER,
 )
+from tests.services import streams
+from tests.services.streams import CHAT, COMPLETIONS, DONE
 
 
 @dataclass
@@ -43,6 +47,8 @@ class Fault:
         orderly: where it is cut, the response ends as if it were complete.
         error_after: events until an error event, which ends the stream.
         instead: events by their place, and what is written in place of each.
+        beside: the same, and what is written after each.
+        pieces: sizes of the pieces in which the bytes are written; none: an event each.
     """
 
     cut_after: int | None = None
@@ -53,6 +59,8 @@ class Fault:
     orderly: bool = False
     error_after: int | None = None
     instead: dict[int, bytes] = field(default_factory=dict)
+    beside: dict[int, bytes] = field(default_factory=dict)
+    pieces: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -60,6 +68,7 @@ class EngineServer:
     """One replica. `faults` holds one entry for each coming request; none: all goes well.
 
     Attributes:
+        unit: what stands behind each number of the text.
         requests: what came along of an answer, and the body, of each request.
         tenants: in whose name each came.
         fast: whether it has a fast lane.
@@ -72,6 +81,7 @@ class EngineServer:
 
     name: str
     length: int = 10
+    unit: str = " "
     pause_s: float = 0.0
     method: str = "resume"
     faults: list[Fault | None] = field(default_factory=list)
@@ -146,7 +156,7 @@ class EngineServer:
             assert headers["x-door"] == headers[TOKEN_HEADER] == self.token
             return await self._let_in(reader, writer)
         if headers.get("authorization") == f"Bearer {FAST_TOKEN}":
-            return await self._answer_fast(reader, writer, body)
+            return await self._answer_fast(reader, writer, body, first.split(" ")[1])
         assert headers[TOKEN_HEADER] == self.token
         progress = None
         if (length := headers.get(CONTINUE_HEADER)) is not None:
@@ -159,7 +169,9 @@ class EngineServer:
             writer.write(_whole(fault.status, b'{"error": {"message": "told to"}}'))
             return True
         if json.loads(body or b"{}").get("stream"):
-            return await self._stream(reader, writer, self._events(progress), fault)
+            path = first.split(" ")[1]
+            events = self._events(progress, path)
+            return await self._stream(reader, writer, events, fault, path)
         return await self._in_one_piece(reader, writer, fault)
 
     def _fault(self) -> Fault:
@@ -173,7 +185,7 @@ class EngineServer:
             raise ConnectionResetError
         if fault.cut_after is not None:
             return False
-        text = {"text": "".join(map(_text, range(self.length)))}
+        text = {"text": self.whole_text}
         writer.write(_whole(self.status, self.whole or json.dumps(text).encode()))
         return True
 
@@ -192,7 +204,7 @@ class EngineServer:
         return False
 
     async def _answer_fast(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes, path: str
     ) -> bool:
         """As vllm-rs."""
         self.fast_asked.append(body)
@@ -205,25 +217,35 @@ class EngineServer:
             return True
         if not asked.get("stream"):
             return await self._in_one_piece(reader, writer, fault)
-        return await self._stream(reader, writer, self._fast_events(), fault)
+        return await self._stream(reader, writer, self._fast_events(path), fault, path)
 
-    def _fast_events(self) -> Iterator[bytes]:
+    @property
+    def whole_text(self) -> str:
+        return "".join(map(self._text, range(self.length)))
+
+    def _text(self, token: int) -> str:
+        return f"{token}{self.unit}"
+
+    def _fast_events(self, path: str = COMPLETIONS) -> Iterator[bytes]:
         head = {"id": self.name + "-0", "created": sum(map(ord, self.name)), "model": "m"}
 
-        def event(**choice: Any) -> bytes:
-            each = {"index": 0, "finish_reason": None, "stop_reason": None, **choice}
+        def event(text: str, **choice: Any) -> bytes:
+            said = {"delta": {"content": text}} if path == CHAT else {"text": text}
+            each = {"index": 0, "finish_reason": None, "stop_reason": None, **said, **choice}
             data = {**head, "choices": [each], "system_fingerprint": None}
-            return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+            line = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+            return f"data: {line}\n\n".encode()
 
-        yield event(text="", prompt_token_ids=[1, 2, 3])
-        whole = "".join(map(_text, range(self.length)))
+        yield event("", prompt_token_ids=[1, 2, 3])
         start = 0
         for token in range(self.length):
-            end = len(whole) if token == self.length - 1 else whole.index(_text(token)) + 1
-            yield event(text=whole[start:end], token_ids=[token])
+            end = len(self.whole_text)
+            if token < self.length - 1:
+                end = self.whole_text.index(self._text(token)) + 1
+            yield event(self.whole_text[start:end], token_ids=[token])
             start = end
-        yield event(text="", finish_reason="length")
-        yield b"data: [DONE]\n\n"
+        yield event("", finish_reason="length")
+        yield DONE
 
     async def _stream(
         self,
@@ -231,6 +253,7 @@ class EngineServer:
         writer: asyncio.StreamWriter,
         events: Iterator[bytes],
         fault: Fault,
+        path: str,
     ) -> bool:
         if fault.cut_after == 0:
             return False
@@ -241,24 +264,31 @@ class EngineServer:
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
             b"transfer-encoding: chunked\r\n\r\n"
         )
+        sizes, held = itertools.cycle(fault.pieces or [0]), b""
         for place, event in enumerate(events):
             if place and place == fault.stall_after:
                 await asyncio.wait({gone}, timeout=fault.stall_s)
             if place == fault.cut_after:
                 if fault.half:
-                    writer.write(_chunk(event[:-9]))
+                    writer.write(_chunk(held + event[:-9]))
                     await writer.drain()
                 if not fault.orderly:
                     return False
+                held = b""
                 break
             if place == fault.error_after:
-                writer.write(_chunk(ERROR))
+                held += streams.failure(path)
                 break
-            writer.write(_chunk(fault.instead.get(place, event)))
+            held += fault.instead.get(place, event) + fault.beside.get(place, b"")
+            while held and len(held) >= (size := next(sizes)):
+                writer.write(_chunk(held[: size or len(held)]))
+                held = held[size or len(held) :]
             await writer.drain()
             await asyncio.wait({gone}, timeout=self.pause_s)
             if gone.done():
                 raise ConnectionResetError
+        if held:
+            writer.write(_chunk(held))
         writer.write(b"0\r\n\r\n")
         await writer.drain()
         gone.cancel()
@@ -266,37 +296,26 @@ class EngineServer:
             await gone
         return True
 
-    def _events(self, progress: Progress | None) -> Iterator[bytes]:
+    def _events(self, progress: Progress | None, path: str = COMPLETIONS) -> Iterator[bytes]:
         expected = progress.groups if progress is not None else []
         start = len(expected) if progress is not None and not progress.repeat else 0
         groups = [*expected, *([token] for token in range(len(expected), self.length))]
         assert start <= self.length
+        written = streams.Writer(path, self.name)
+        yield from written.before()
         for place, group in enumerate(groups):
+            ends = place == self.length - 1
             marks = b": how " + self.method.encode() + b"\n" if place == 0 else b""
             marks += b": t " + b" ".join(b"%d" % token for token in group) + b"\n"
-            if place == self.length - 1:
-                marks += b": end length null\n"
-            ends = place == self.length - 1
-            event = {
-                "id": self.name + "-0",
-                "created": sum(map(ord, self.name)),
-                "choices": [{"text": _text(group[0]), "finish_reason": "length" if ends else None}],
-            }
-            yield marks + b"data: " + json.dumps(event).encode() + b"\n\n"
-        yield b"data: [DONE]\n\n"
+            marks += b": end length null\n" if ends else b""
+            for event in written.group(self._text(group[0]), first=place == 0, last=ends):
+                yield marks + event
+                marks = b""
+        yield from written.after(self.whole_text)
 
 
 # What the Rust front end asks for.
 FAST_TOKEN = "rust"
-# What vLLM writes where a request fails after its response began.
-ERROR = (
-    b'data: {"error": {"message": "told to", "type": "InternalServerError", "param": null, '
-    b'"code": 500}}\n\ndata: [DONE]\n\n'
-)
-
-
-def _text(token: int) -> str:
-    return f"{token} "
 
 
 def _chunk(data: bytes) -> bytes:

@@ -86,11 +86,12 @@ AWS = tuple(
     f"tests/kuberay/test_{name}.py"
     for name in ("down", "up", "sweep", "cluster", "preflight", "aws", "ttl", "weights")
 )
-# Each takes more than ten seconds of CPU time: plots, simulations, intervals on known processes.
+# Each takes more than seven seconds of CPU time: plots, simulations, intervals on known processes.
 LONG = (
     "tests/bench/test_interval.py",
     "tests/bench/test_report.py",
     "tests/bench/test_search.py",
+    "tests/bench/test_sharing.py",
     "tests/bench/test_simulate.py",
     "tests/bench/test_trials.py",
     "tests/scaling/test_policy.py",

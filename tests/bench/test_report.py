@@ -657,3 +657,10 @@ def test_ticks_differ(ticks: list[float]) -> None:
     assert all(
         float(text.replace(",", "")) == tick for text, tick in zip(texts, ticks, strict=True)
     )
+
+
+def test_a_gap_of_a_stream_that_came_at_once_has_no_place_in_a_heat_map(tmp_path: Path) -> None:
+    records = made.records(40)
+    records[3].odd = "one piece: a stream was asked for, and the whole answer came at once"
+    made.run(tmp_path, "mine", [records])
+    report.report([tmp_path], tmp_path / "page.html")

@@ -17,13 +17,11 @@ from hypothesis import strategies as st
 from bench import measure
 from bench.itself.known_server import MODEL, Options, serving
 from bench.measure import SLOS
-from bench.pages import report
 from bench.records import Record
 from bench.traffic.client import Client
 from bench.traffic.request import Request
 from bench.traffic.target import Target
 from bench.traffic.verdict import judge
-from tests.bench import made
 
 LIARS = Path(__file__).parents[3] / "shared" / "cases" / "bench" / "liars.py"
 ASKED = 16
@@ -139,13 +137,6 @@ def test_a_few_events_that_a_busy_client_read_at_once_are_not_odd() -> None:
     record = judged(chunk_s=[0.2, 0.2, 0.2], output_tokens=3, asked_output_tokens=3, text_bytes=12)
     assert record.odd == ""
     assert measure.tpot_s(record) is None
-
-
-def test_a_gap_of_a_stream_that_came_at_once_has_no_place_in_a_heat_map(tmp_path: Path) -> None:
-    records = made.records(40)
-    records[3].odd = "one piece: a stream was asked for, and the whole answer came at once"
-    made.run(tmp_path, "mine", [records])
-    report.report([tmp_path], tmp_path / "page.html")
 
 
 def test_an_answer_that_was_not_to_be_streamed_is_not_odd_and_has_no_tpot() -> None:

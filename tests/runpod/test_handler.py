@@ -16,10 +16,10 @@ import pytest
 
 import handler
 from tests.runpod import job_server, web
-from tests.runpod.conftest import FOLDER
+from tests.runpod.conftest import FOLDER, SDK
 from tests.runpod.job_server import Jobs
 
-pytest.importorskip("runpod.serverless", reason="Runpod's SDK is not installed")
+pytestmark = pytest.mark.skipif(not SDK, reason="Runpod's SDK is not installed")
 APPLICATION, JOBS = 8872, 8873
 
 

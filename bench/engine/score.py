@@ -12,7 +12,7 @@ from bench.engine.climb import Climb
 from bench.engine.trial import Engine, LoadOutcome
 from bench.interval import Bounds
 from bench.measure import Slo
-from bench.search import rate as rate_search
+from bench.search import seen
 
 STEP = 1.04  # Of the ladder of rates: what two settings must differ by to be told apart.
 _FEWEST = 64  # Requests of a probe.
@@ -95,17 +95,17 @@ class Probes:
     """What the climbs of one setting showed, and how sure the highest rate is by all of them."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[float, rate_search.Seen]] = []
+        self._seen: list[tuple[float, seen.Seen]] = []
 
     def add(self, rate: float, answer: LoadOutcome, slo: Slo) -> None:
-        self._seen.append((rate, rate_search.judge(answer.records, slo)))
+        self._seen.append((rate, seen.judge(answer.records, slo)))
 
     def bounds(self, rate: float, slo: Slo) -> Bounds | None:
         """95 % interval for the highest rate within the SLO, near the mean of the climbs.
 
         None where the probes are too short, or too few, for one.
         """
-        knee = rate_search.estimate(self._seen, rate, 1 - slo.percentile / 100)
+        knee = seen.estimate(self._seen, rate, 1 - slo.percentile / 100)
         return None if knee is None else (knee.low, knee.high)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench import measure
-from bench.itself import known_server
+from bench.itself import known_server, known_words
 from bench.measure import Measures
 from bench.traffic import load, schedule, workload
 from bench.traffic.target import Target
@@ -32,7 +32,7 @@ Finding = tuple[str, float, float | None]
 def _case(options: Any, when: str, requests: int) -> Measures:
     """One load on a fresh server."""
     with known_server.launched(PORT, known_server.Options(**options)) as server:
-        target = Target(url=server.url, model=known_server.MODEL)
+        target = Target(url=server.url, model=known_words.MODEL)
         what, how = workload.parse(_WORKLOAD, 0), schedule.parse(when)
         plan = schedule.plan(what, how, requests, None, 0)
         outcome = asyncio.run(load.run(plan, target, 1, lambda records, progress: None))

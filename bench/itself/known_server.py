@@ -31,10 +31,10 @@ from typing import Any, cast
 
 import httptools
 
+from bench.itself.known_words import MODEL, Words, failure, json_answer
 from bench.traffic.alarm import Alarm
 
 ROOT = Path(__file__).parents[2]
-MODEL = "fake"
 # Events sent before the loop looks for new requests.
 _ROUND = 200
 
@@ -106,86 +106,13 @@ class _Share:
         return int(self._calls * self._rate) > int((self._calls - 1) * self._rate)
 
 
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def _head(status: str, content_type: str, length: int | None, *more: str) -> bytes:
-    lines = [f"HTTP/1.1 {status}", f"content-type: {content_type}", *more]
-    lines += ["transfer-encoding: chunked" if length is None else f"content-length: {length}"]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode()
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _json(status: str, body: Any, *more: str) -> bytes:
-    data = _compact(body).encode()
-    return _head(status, "application/json", len(data), *more) + data
-
-
-def _failure(status: str, kind: str, message: str, *more: str) -> bytes:
-    error = {"message": message, "type": kind, "param": None, "code": int(status.split()[0])}
-    return _json(status, {"error": error}, *more)
-
-
-class _Words:
-    """The events of one endpoint, encoded once."""
-
-    def __init__(self, options: Options, chat: bool) -> None:
-        self._options, self._chat = options, chat
-        self.head = _head("200 OK", "text/event-stream; charset=utf-8", None)
-        self.event = self._write(self._choice(options.word, None))
-        self.last = self._write(self._choice(options.word, "length"))
-        self.role = self._write(self._choice("", None, role="assistant")) if chat else b""
-        self.error = self._write({"error": {"message": "the engine fell over", "code": 500}})
-        self.done = self._write("[DONE]") + b"0\r\n\r\n"
-        # A stamp is always as long as this one, so that the frame around it stays right.
-        stamp = f"{time.perf_counter():017.6f} "
-        self.stamped, self.stamped_last = (
-            self._write(self._choice(stamp, reason))
-            .replace(b"%", b"%%")
-            .replace(stamp.encode(), b"%017.6f ")
-            for reason in (None, "length")
-        )
-
-    def usage(self, usage: dict[str, Any]) -> bytes:
-        return self._write({**self._shell(), "choices": [], "usage": usage})
-
-    def whole(self, count: int, usage: dict[str, Any]) -> bytes:
-        """An answer that is not streamed."""
-        text, choice = self._options.word * count, {"index": 0, "finish_reason": "length"}
-        output = (
-            {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        )
-        return _json("200 OK", {**self._shell(), "choices": [{**choice, **output}], "usage": usage})
-
-    def _shell(self) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return {"id": "cmpl-0123456789abcdef", "object": kind, "created": 1, "model": MODEL}
-
-    def _choice(self, text: str, reason: str | None, role: str | None = None) -> dict[str, Any]:
-        output: dict[str, Any] = {"text": text}
-        if self._chat:
-            output = {"delta": {"role": role, "content": text} if role else {"content": text}}
-        choice = {"index": 0, **output, "logprobs": None, "finish_reason": reason}
-        return {**self._shell(), "choices": [choice]}
-
-    def _write(self, event: Any) -> bytes:
-        text = event if isinstance(event, str) else _compact(event)
-        end = "\r\n" if self._options.crlf else "\n"
-        ping = f": ping{end}{end}" if self._options.ping else ""
-        return _chunk(f"{ping}data: {text}{end}{end}".encode())
-
-
 class _Stream:
     """A streamed answer on its way."""
 
     __slots__ = ("begun", "connection", "due_s", "fault", "left", "tail", "words")
 
     def __init__(
-        self, connection: "_Connection", words: _Words, tokens: int, tail: bytes, fault: str
+        self, connection: "_Connection", words: Words, tokens: int, tail: bytes, fault: str
     ) -> None:
         self.connection, self.words, self.tail, self.fault = connection, words, tail, fault
         self.left, self.due_s, self.begun = tokens, 0.0, False
@@ -266,7 +193,9 @@ class Server:
         self.accepted = 0
         self.connections: set[_Connection] = set()
         self._late_s: deque[float] = deque(maxlen=100_000)
-        self._words = {chat: _Words(options, chat) for chat in (False, True)}
+        self._words = {
+            chat: Words(chat, options.word, options.crlf, options.ping) for chat in (False, True)
+        }
         self._fails, self._errs = _Share(options.error_rate), _Share(options.event_error_rate)
         self._cuts = _Share(options.cut_rate)
         self._allowance, self._allowed_s = options.rate_limit, time.perf_counter()
@@ -290,15 +219,15 @@ class Server:
 
     def answer(self, connection: _Connection, method: str, url: str, body: bytes) -> None:
         if url == "/v1/models":
-            connection.send(_json("200 OK", {"object": "list", "data": [{"id": MODEL}]}))
+            connection.send(json_answer("200 OK", {"object": "list", "data": [{"id": MODEL}]}))
         elif url == "/stats":
-            connection.send(_json("200 OK", self._stats()))
+            connection.send(json_answer("200 OK", self._stats()))
         elif url == "/health":
-            connection.send(_json("200 OK", {}))
+            connection.send(json_answer("200 OK", {}))
         elif method == "POST" and url in ("/v1/completions", "/v1/chat/completions"):
             self._generate(connection, json.loads(body), chat="chat" in url)
         else:
-            connection.send(_failure("404 Not Found", "not_found", f"no such page: {url}"))
+            connection.send(failure("404 Not Found", "not_found", f"no such page: {url}"))
 
     def _generate(self, connection: _Connection, request: dict[str, Any], chat: bool) -> None:
         self._note_stall()
@@ -306,12 +235,12 @@ class Server:
             self._count("429")
             refusal = "rate limit reached"
             connection.send(
-                _failure("429 Too Many Requests", "rate_limit", refusal, "retry-after: 1")
+                failure("429 Too Many Requests", "rate_limit", refusal, "retry-after: 1")
             )
         elif self._fails():
             self._count("500")
             connection.send(
-                _failure("500 Internal Server Error", "server_error", "the engine is dead")
+                failure("500 Internal Server Error", "server_error", "the engine is dead")
             )
         else:
             self._count("200")

@@ -21,7 +21,9 @@ from bench.engine.tuning import Search
 from bench.figures import Run
 from bench.measure import METRICS, Measures, Slo
 from bench.pages import compare
-from bench.search.rate import RateResult, RateSearch, Seen
+from bench.search.rate import RateSearch
+from bench.search.rateresult import RateResult
+from bench.search.seen import Seen
 
 # --- comparisons ----------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ second.
 """
 
 from bench.search.control import Controller, Probe, run, summarise
-from bench.search.rate import Forecast, RatePoint, RateResult, RateSearch, Share
+from bench.search.rate import RateSearch
+from bench.search.rateresult import Forecast, RatePoint, RateResult, Share
 from bench.search.sweep import Sweep, SweepResult, UsersPoint
 
 __all__ = [

@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 from bench import measure
 from bench.records import Record
-from bench.search.rate import RatePoint, RateResult
+from bench.search.rateresult import RatePoint, RateResult
 from bench.search.sweep import SweepResult, UsersPoint
 
 Probe = Callable[[float, int], Awaitable[list[Record]]]

@@ -15,244 +15,34 @@ doubted.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
-import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from bench import correlation, interval, measure
 from bench.errors import BenchError
-from bench.measure import Mean, Measures, Slo, validity
+from bench.measure import Slo, validity
 from bench.records import Record
-from bench.result import Asked
 from bench.search.knee import Block, Knee, expected_slope, fit, forgets
-
-Verdict = Literal["pass", "fail", "unresolved"]
+from bench.search.rateresult import Forecast, RatePoint, RateResult
+from bench.search.seen import BELOW, TELLS, Seen, blocks, judge, reach
 
 # The first probes say in which direction to go, and no more.
 _CLIMB_S, _CLIMB_LEAST, _CLIMB_MOST = 8.0, 16, 400
 _CLIMB_MISSES, _CLIMB_ODDS = 3, 2.0
-# Of a probe near the limit: the misses that it should see, and how much of all requests it is.
-_MISSES, _PARTS = 40, 7
+# Of a probe near the limit: the misses that it should see, its share of all requests, and its
+# length as a multiple of the requests over which the queue forgets its past.
+_MISSES, _PARTS, _LONG = 40, 7, 14.0
 _FEWEST = 400
-# A queue forgets that it began empty over about as many requests as one independent one is worth:
-# a probe is so many times as long, and so many times that are left out at its beginning.
-_LONG, _START, _START_MOST = 14.0, 3.0, 0.3
 # A probe lasts at least so many times as a request takes.
 _TURNS = 4.0
-# Blocks of a probe, each with some misses expected.
-_BLOCKS, _MISSES_OF_BLOCK = 8, 3
-# Probes count for the regression while the log odds that it expects are no farther than this from
-# those allowed, and within these ratios of its estimate: farther off they do not grow evenly.
-_NEAR_ODDS, _NEAR = 2.5, (1.15, 1.35)
 # Log odds to either side of those allowed at which is probed, by what the slope is taken for.
 _ODDS_APART, _APART = 0.5, (0.03, 0.15)
-# The capacity is seen where so many miss; a rate above this share of it is no use.
-_OVERLOADED, _BELOW, _BUSY = 0.5, 0.97, 0.8
-_MIDDLE = (0.2, 0.8)
+_BUSY = 0.8  # The first probes near the limit are below this share of the capacity.
 _LEAST_ROUNDS, _MOST_ROUNDS, _EARLIER = 5, 40, 0.5
-_TELLS = 1.0  # An interval that is wider than this says nothing; beyond, not even a forecast.
-_MOST_FORECAST = 100.0
+_MOST_FORECAST = 100.0  # An interval that is wider than this has no forecast.
 # With fewer requests under way than this on average, they hardly ever meet.
 _IDLE = 0.5
 _LOOKS = 4
-
-
-class Share(msgspec.Struct, kw_only=True):
-    """How many of the requests of a point were within the objective.
-
-    Attributes:
-        good, counted: requests; failures are counted and not good.
-        unknown: requests that only bench made miss; not counted.
-        independent: how many independent requests the counted ones are worth.
-        low, high: exact interval for the share of that many.
-    """
-
-    good: int = 0
-    counted: int = 0
-    unknown: int = 0
-    independent: int = 0
-    low: float = 0.0
-    high: float = 1.0
-
-
-class RatePoint(msgspec.Struct, kw_only=True):
-    """One rate, and what its probes showed.
-
-    Attributes:
-        verdict: by the interval of the whole search, where there is one.
-        summary: of `measures`, once the search is over.
-    """
-
-    rate: float
-    verdict: Verdict = "unresolved"
-    looks: int = 0
-    share: Share = msgspec.field(default_factory=Share)
-    measures: list[Measures] = []
-    summary: dict[str, Mean] = {}
-    doubts: list[str] = []
-
-
-class Forecast(msgspec.Struct, frozen=True, kw_only=True):
-    """What remains until the precision is reached: requests, and their time."""
-
-    requests: int
-    seconds: float
-
-
-class RateResult(Asked, frozen=True, kw_only=True):
-    """The highest rate under the objective lies from `rate` to `fails_at`.
-
-    Attributes:
-        estimate: the most likely rate; None where it was not bracketed.
-        rate: a rate that keeps the objective, requests per second; None where none did.
-        fails_at: a rate that does not; None where all did.
-        confidence: that the true rate lies between them.
-        resolved: both are known and differ by no more than the precision.
-        reason: why it is not resolved; empty where it is.
-        goodput_per_s: measured at the highest rate that passed.
-        elapsed_s: of all probes.
-        forecast: what more would resolve it; None where it is resolved, or nothing is known.
-        doubts: of every probe, each once.
-        points: in the order of their rates.
-    """
-
-    benchmark: str = "search"
-    estimate: float | None = None
-    rate: float | None
-    fails_at: float | None
-    confidence: float = 0.0
-    resolved: bool
-    reason: str
-    goodput_per_s: float | None = None
-    elapsed_s: float = 0.0
-    forecast: Forecast | None = None
-    points: list[RatePoint]
-
-
-class Seen(msgspec.Struct, frozen=True, kw_only=True):
-    """What a probe showed of a rate.
-
-    Attributes:
-        missed: for each request that was judged, in the order of planned times, whether it missed.
-        unknown: how many could not be judged.
-        failed: how many were answered with an error, or never.
-        running: requests under way on average.
-        served_per_s: answers a second in the middle of the probe.
-        took_s: until the last answer.
-    """
-
-    missed: NDArray[np.bool_]
-    unknown: int
-    failed: int
-    running: float
-    served_per_s: float
-    took_s: float
-
-    def overloaded(self, allowed: float) -> bool:
-        """Whether far more requests missed than the allowed share."""
-        if not len(self.missed):
-            return False
-        return float(self.missed.mean()) > max(_OVERLOADED, (1 + allowed) / 2)
-
-
-def judge(records: Sequence[Record], slo: Slo) -> Seen:
-    """What records say of the server, whose start is left out where a steady state begins later."""
-    span = measure.window(records, None)
-    ordered = sorted(records, key=lambda record: record.planned_s)
-    counted = [r for r in ordered if span is None or r.planned_s >= span[0]]
-    judged = [(slo.used(record) <= 1, record) for record in counted]
-    late = [not good and _only_late(record, slo) for good, record in judged]
-    end_s = max((r.end_s for r in records if r.end_s is not None), default=0.0)
-    took_s = sum(r.end_s - r.planned_s for r in records if r.end_s is not None)
-    return Seen(
-        missed=np.array(
-            [not good for (good, _), is_late in zip(judged, late, strict=True) if not is_late],
-            dtype=bool,
-        ),
-        unknown=sum(late),
-        failed=sum(not record.ok for record in records),
-        running=took_s / end_s if end_s > 0 else 0.0,
-        served_per_s=_served_per_s([r.end_s for r in records if r.end_s is not None and r.ok]),
-        took_s=end_s,
-    )
-
-
-def _served_per_s(end_s: Sequence[float]) -> float:
-    """Answers a second of the middle of a probe, neither filling up nor running dry."""
-    if len(end_s) < 2:
-        return 0.0
-    first_s, last_s = np.quantile(end_s, _MIDDLE)
-    apart = (_MIDDLE[1] - _MIDDLE[0]) * len(end_s)
-    return float(apart / (last_s - first_s)) if last_s > first_s else math.inf
-
-
-def _only_late(record: Record, slo: Slo) -> bool:
-    """Whether it would have been good, had it been planned for when it was sent."""
-    sent_s = record.sent_s
-    if sent_s is None or not record.ok:
-        return False
-    return slo.met_by(msgspec.structs.replace(record, planned_s=sent_s))
-
-
-def blocks(
-    seen: Sequence[tuple[float, Seen]],
-    rate: float,
-    capacity: float,
-    allowed: float,
-    memory: float = 1.0,
-) -> list[Block]:
-    """Blocks of the probes near a rate, without the time in which the queue still filled.
-
-    Args:
-        memory: over how many requests the queue was seen to forget its past, where that is longer
-            than it is for one of its load in theory.
-    """
-    fewest = max(1, math.ceil(_MISSES_OF_BLOCK / allowed))
-    near, forgotten = _reach(rate, capacity, allowed), forgets(rate / capacity)
-    made = []
-    for probe, (at, each) in enumerate(seen):
-        # Above capacity the share of misses is that of the probe's length.
-        if not 1 / near <= at / rate <= near or at > _BELOW * capacity:
-            continue
-        start = min(_START * max(memory, forgets(at / capacity)), _START_MOST * len(each.missed))
-        recent = each.missed[int(start) :]
-        for part in np.array_split(recent, min(_BLOCKS, len(recent) // fewest) or 1):
-            if len(part):
-                made.append(
-                    Block(
-                        rate=at,
-                        missed=int(part.sum()),
-                        counted=len(part),
-                        probe=probe,
-                        weight=forgotten / forgets(at / capacity),
-                    )
-                )
-    return made
-
-
-def _reach(rate: float, capacity: float, allowed: float) -> float:
-    """The ratio up to which probes count for the regression around a rate."""
-    slope = expected_slope(allowed, rate / capacity)
-    return min(max(math.exp(min(1.0, _NEAR_ODDS / slope)), _NEAR[0]), _NEAR[1])
-
-
-def estimate(
-    seen: Sequence[tuple[float, Seen]],
-    rate: float,
-    allowed: float,
-    confidence: float = interval.CONFIDENCE,
-) -> Knee | None:
-    """The highest rate within the objective, by probes that another search made around `rate`.
-
-    None where they are too short, or too few, to bound it: an interval wider than a factor of two.
-    """
-    full = [each.served_per_s for _, each in seen if each.overloaded(allowed)]
-    highest = max((at for at, _ in seen), default=0.0)
-    capacity = max(max(full, default=highest / _BELOW**2), rate)
-    knee = fit(blocks(seen, rate, capacity, allowed), allowed, confidence, rate / capacity)
-    return knee if knee is not None and knee.width <= _TELLS else None
 
 
 class RateSearch:
@@ -387,8 +177,8 @@ class RateSearch:
         Not below a rate that keeps the objective: a server may get slower in overload.
         """
         passed, _ = self._bracket()
-        full = max(self._overloads(), default=max(self._points) / _BELOW**2)
-        return max(full, (passed or 0.0) / _BELOW**2)
+        full = max(self._overloads(), default=max(self._points) / BELOW**2)
+        return max(full, (passed or 0.0) / BELOW**2)
 
     def _memory(self) -> float:
         """How many requests are worth one independent request, by the regression so far."""
@@ -409,7 +199,7 @@ class RateSearch:
         blocks = self._near(self._middle)
         knee = fit(blocks, self._allowed, self._confidence, self._load(self._middle))
         if knee is not None:  # Not farther at a time than the probes so far reach.
-            near = _reach(self._middle, self._capacity(), self._allowed)
+            near = reach(self._middle, self._capacity(), self._allowed)
             self._middle = min(max(knee.rate, self._middle / near), self._middle * near)
             self._widths.append((sum(block.counted for block in blocks), knee.width))
         return knee
@@ -444,7 +234,7 @@ class RateSearch:
 
     def _judge_points(self) -> None:
         for point in self._points.values():
-            if self._knee is not None and self._knee.width <= _TELLS:
+            if self._knee is not None and self._knee.width <= TELLS:
                 above, below = point.rate > self._knee.high, point.rate < self._knee.low
                 point.verdict = "fail" if above else "pass" if below else "unresolved"
             elif point.share.low > 1 - self._allowed:
@@ -498,7 +288,7 @@ class RateSearch:
             slope = max(slope, self._knee.slope)
         apart = min(max(_ODDS_APART / slope, _APART[0]), _APART[1])
         turned = self._middle * math.exp(apart if self._rounds % 2 else -apart)
-        return float(min(max(turned, self._lowest), self._highest, _BELOW * self._capacity()))
+        return float(min(max(turned, self._lowest), self._highest, BELOW * self._capacity()))
 
     def _count(self, rate: float) -> int:
         passed, failed = self._bracket()
@@ -539,7 +329,7 @@ class RateSearch:
 
     def _ends(self) -> tuple[float | None, float | None]:
         knee = self._knee
-        if knee is not None and knee.width <= _TELLS:
+        if knee is not None and knee.width <= TELLS:
             return knee.low, knee.high
         if None not in self._bracket():
             return None, None

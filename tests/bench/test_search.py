@@ -16,7 +16,7 @@ from bench.itself import power
 from bench.measure import Slo
 from bench.records import Record
 from bench.search import RateResult, RateSearch, Sweep, SweepResult
-from bench.search.rate import Seen
+from bench.search.seen import Seen
 
 
 def answered(index: int, at_s: float, first_s: float, end_s: float, user: int | None) -> Record:

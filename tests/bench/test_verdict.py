@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import measure
-from bench.itself.known_server import MODEL, Options, serving
+from bench.itself.known_server import Options, serving
+from bench.itself.known_words import MODEL
 from bench.measure import SLOS
 from bench.records import Record
 from bench.traffic.client import Client

@@ -75,7 +75,6 @@ ENGINES = (
     "tests/bench/test_locustfile.py",
     "tests/bench/test_main_path.py",
     "tests/bench/test_run.py",
-    "tests/bench/test_scale.py",
     "tests/bench/test_tune.py",
     "tests/runpod/test_deploy.py",
     "tests/runpod/test_install.py",
@@ -93,6 +92,7 @@ LONG = (
     "tests/bench/test_search.py",
     "tests/bench/test_sharing.py",
     "tests/bench/test_simulate.py",
+    "tests/bench/test_story.py",
     "tests/bench/test_trials.py",
     "tests/scaling/test_policy.py",
 )

@@ -19,13 +19,11 @@ from bench.errors import BenchError
 
 TEMPLATE = Path(__file__).parents[2] / "serve_config.yaml"
 # Arguments of vLLM that have a key of their own in the application's settings.
-_OWN = ("tensor_parallel_size", "pipeline_parallel_size")
+OWN = ("tensor_parallel_size", "pipeline_parallel_size")
 _INDENT = " " * 8
 
 
-def text(
-    *, model: str, engine: Mapping[str, Any], tuned: Mapping[str, Any], why: str, replicas: int = 1
-) -> str:
+def text(*, model: str, engine: Mapping[str, Any], tuned: Mapping[str, Any], why: str) -> str:
     """The configuration.
 
     Args:
@@ -38,11 +36,9 @@ def text(
     lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
     _set(lines, "model", model)
     everything = {**engine, **tuned}
-    for name in _OWN:
+    for name in OWN:
         if name in everything:
             _set(lines, name, everything.pop(name))
-    if replicas > 1:
-        _set_replicas(lines, replicas)
     place = _place(lines, r"      engine:") + 1
     keys = {line.strip().partition(":")[0] for line in lines[place : place + 2]}
     added = [f"{_INDENT}# {why}"]
@@ -71,13 +67,6 @@ def _set(lines: list[str], key: str, value: Any) -> None:
     place = _place(lines, rf"      {key}: ")
     _, comment_mark, comment = lines[place].partition(" # ")
     lines[place] = f"      {key}: {json.dumps(value)}{comment_mark}{comment}"
-
-
-def _set_replicas(lines: list[str], replicas: int) -> None:
-    for key in ("min", "max"):
-        place = _place(lines, rf"        {key}: ")
-        _, mark, comment = lines[place].partition(" # ")
-        lines[place] = f"        {key}: {replicas}{mark}{comment}"
 
 
 def _place(lines: list[str], pattern: str) -> int:

@@ -1,14 +1,18 @@
 """`bench scale`: the GPUs of a host as one engine over all of them, or as a replica on each.
 
     python -m bench scale --model FOLDER --out DIR [--gpus 4] [--together] [--workload W ...]
+    python -m bench scale ... --systems ours,rust,apis4 --saturation 256,512
     python -m bench scale ... --only TP=1,TP=4 --variant 'one_split={"attention_config": {...}}'
 
-For 1, 2, 4, ... GPUs, tensor parallelism (TP) against replicas behind this application: the latency
-of one request alone, tokens/s with 100 prompts at once, and at saturation. Efficiency is against
-so many times the single GPU. TP makes each step shorter, at the price of GPUs that wait for each
-other twice a layer; replicas share nothing, so they add up, and shorten no step. What to take for
-which goal follows (`advice`), for each workload. A layout that does not start is a row with its
-reason.
+For 1, 2, 4, ... GPUs, tensor parallelism (TP) against replicas behind this application: one request
+alone, 100 requests at once, and saturation. TP makes each step shorter, at the price of GPUs that
+wait for each other twice a layer; replicas share nothing, so they add up, and shorten no step. The
+result says which layout suits which goal, for each workload. A layout that does not start is a row
+with its reason.
+
+Each layout stands once for each system of `--systems` (names of `bench/engine/systems.py`), with
+replicas for this application alone. Its figures have ratios, with intervals, to the strongest other
+system in the same layout.
 
 By default one layout is started, measured and ended after the other. With `--together` all stand
 at once, spread over the GPUs, and are measured in turn, round after round, so that a host that
@@ -16,11 +20,11 @@ drifts drifts under all of them, and their starts take the time of one. Their en
 then fix the size of the KV cache (`kv_cache_memory_bytes`), since they share the memory.
 
 With `--variant NAME=JSON` each engine (not the replicas) stands once more with these arguments
-besides, as TP=4 NAME: what they are worth beside the same single GPU. `--only` names the layouts.
+besides, as "TP=4 NAME". `--only` names the layouts.
 
 At saturation a GPU has `--saturation` requests at once, or fewer where prompts are long: so many
 that they hold as many tokens. Where that is fewer than 100 prompts, 100 at once is saturation. With
-0 only the latency of one request is measured.
+0 only one request alone is measured.
 
 Without a GPU the engines are CPU engines, which shows that the command works and no more.
 """
@@ -32,201 +36,45 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import msgspec
+import pynvml
 
-from bench import interval, machine, measure, result, run
+from bench import measure, result, run
+from bench.engine import systems
+from bench.engine.floor import Floor, Lengths
+from bench.engine.knobs import Settings
+from bench.engine.layouts import Layout, layouts, placed
+from bench.engine.meters import Used, metered
+from bench.engine.scaled import (
+    ALONE,
+    AT_ONCE,
+    Load,
+    OfWorkload,
+    Row,
+    Scaled,
+    advice,
+    in_short,
+    table,
+)
 from bench.engine.served import Served, crowded
-from bench.engine.trial import LoadOutcome
+from bench.engine.trial import LoadOutcome, output_tokens_per_s
 from bench.errors import BenchError
-from bench.hardware import gpu
-from bench.result import EngineResult, Line
+from bench.hardware import ceilings, gpu
+from bench.records import Record
+from bench.result import Line
 from bench.traffic import workload
 from bench.traffic.crowd import Crowd
 
-_ALONE, _AT_ONCE = 4, 100
+_ALONE, _AT_ONCE = 4, 100  # Requests of the first load, users of the second.
 _FULL_TOKENS = 256  # Prompt tokens of a request up to which --saturation is meant as it is.
-
-
-class Row(msgspec.Struct, kw_only=True):
-    """A layout under a workload, and its figures, each a list over repeats.
-
-    Attributes:
-        variant, engine: a name, and the engine arguments that make it another one.
-        ttft_s, tpot_s: of one request alone.
-        tokens_per_s: output tokens with 100 prompts at once; `saturated` with as many as it takes.
-        failure: why there are none, or no more.
-    """
-
-    tensor_parallel: int
-    replicas: int
-    workload: str = ""
-    variant: str = ""
-    engine: dict[str, Any] = {}
-    ttft_s: list[float] = []
-    tpot_s: list[float] = []
-    tokens_per_s: list[float] = []
-    saturated: list[float] = []
-    load_s: float = 0.0
-    failure: str = ""
-
-    @property
-    def gpus(self) -> int:
-        return self.tensor_parallel * self.replicas
-
-    @property
-    def name(self) -> str:
-        if self.replicas > 1:
-            return f"{self.replicas} replicas"
-        return f"TP={self.tensor_parallel} {self.variant}".rstrip()
-
-
-# --- what follows from the figures ----------------------------------------------------------
-
-
-def layouts(gpus: int) -> list[tuple[int, int]]:
-    """(TP, replicas): one GPU, then each power of two as TP and as replicas, and all of them."""
-    sizes = [2**power for power in range(1, gpus.bit_length()) if 2**power <= gpus]
-    if gpus > 1 and gpus not in sizes:
-        sizes.append(gpus)
-    return [(1, 1), *(layout for size in sizes for layout in ((size, 1), (1, size)))]
-
-
-def rows_of(
-    gpus: int, workloads: Sequence[str], variants: dict[str, dict[str, Any]], only: Sequence[str]
-) -> list[Row]:
-    """What is to be measured: every layout, those of one engine in each variant too.
-
-    Raises BenchError for a name in `only` that no layout has.
-    """
-    each: list[tuple[str, dict[str, Any]]] = [("", {}), *variants.items()]
-    rows = [
-        Row(tensor_parallel=parallel, replicas=replicas, workload=what, variant=name, engine=more)
-        for parallel, replicas in layouts(gpus)
-        for name, more in (each if replicas == 1 else each[:1])
-        for what in workloads
-    ]
-    names = list(dict.fromkeys(row.name for row in rows))
-    for name in only:
-        if name not in names:
-            raise BenchError.of("only", name, "no such layout", names)
-    return [row for row in rows if not only or row.name in only]
-
-
-class Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """A layout beside one GPU: means over repeats; None where there are none.
-
-    Attributes:
-        load_s: of the start.
-        ttft_s, tpot_s: of one request alone.
-        tokens_per_s: output tokens with 100 prompts at once; `saturated`: at saturation.
-        *_times: the same over that of one GPU, with `*_bounds`, its 95 % interval.
-        *_efficiency: of the linear gain, so many times one GPU.
-        failure: why there are no figures, or no more.
-    """
-
-    name: str
-    gpus: int
-    tensor_parallel: int
-    replicas: int
-    load_s: float = 0.0
-    failure: str = ""
-    ttft_s: float | None = None
-    ttft_s_times: float | None = None
-    ttft_s_bounds: interval.Bounds | None = None
-    tpot_s: float | None = None
-    tpot_s_times: float | None = None
-    tpot_s_bounds: interval.Bounds | None = None
-    tokens_per_s: float | None = None
-    tokens_per_s_times: float | None = None
-    tokens_per_s_bounds: interval.Bounds | None = None
-    tokens_per_s_efficiency: float | None = None
-    saturated: float | None = None
-    saturated_times: float | None = None
-    saturated_bounds: interval.Bounds | None = None
-    saturated_efficiency: float | None = None
-
-
-class OfWorkload(msgspec.Struct, frozen=True, kw_only=True):
-    """The layouts under one workload, and which of them to take."""
-
-    workload: str = ""
-    table: list[Layout]
-    advice: list[str]
-
-
-class Scaled(EngineResult, frozen=True, kw_only=True):
-    """The result of `bench scale`.
-
-    Attributes:
-        together: whether all layouts stood at once and were measured in turn.
-        rows: every repeat; `table` and `advice` are those of the first workload.
-    """
-
-    benchmark: str = "scale"
-    together: bool = False
-    rows: list[Row] = []
-    workloads: list[OfWorkload] = []
-    table: list[Layout] = []
-    advice: list[str] = []
-
-
-def table(rows: Sequence[Row]) -> list[Layout]:
-    """Each layout beside one GPU: shares and efficiency, with intervals over repeats."""
-    plain = (row for row in rows if row.gpus == 1 and not row.variant and not row.failure)
-    single = next(plain, None)
-    return [_beside(row, single) for row in rows]
-
-
-def _beside(row: Row, single: Row | None) -> Layout:
-    ratios: dict[str, Any] = {}
-    for metric in ("ttft_s", "tpot_s", "tokens_per_s", "saturated"):
-        values = getattr(row, metric)
-        ratios[metric] = fmean(values) if values else None
-        base = getattr(single, metric) if single else []
-        ratios[f"{metric}_times"] = fmean(values) / fmean(base) if values and base else None
-        ratios[f"{metric}_bounds"] = interval.of_ratio(values, base) if row is not single else None
-    for metric in ("tokens_per_s", "saturated"):
-        times = ratios[f"{metric}_times"]
-        ratios[f"{metric}_efficiency"] = times / row.gpus if times is not None else None
-    return Layout(
-        name=row.name,
-        gpus=row.gpus,
-        tensor_parallel=row.tensor_parallel,
-        replicas=row.replicas,
-        load_s=row.load_s,
-        failure=row.failure,
-        **ratios,
-    )
-
-
-def advice(rows: Sequence[Layout]) -> list[str]:
-    """Which layout to take for which goal."""
-    sentences = []
-    for gpus in sorted({row.gpus for row in rows if row.gpus > 1}):
-        same = [row for row in rows if row.gpus == gpus and not row.failure]
-        fast = min((r for r in same if r.tpot_s), key=lambda r: r.tpot_s or 0.0, default=None)
-        wide = max((r for r in same if r.saturated), key=lambda r: r.saturated or 0.0, default=None)
-        if fast is None:
-            sentences.append(f"{gpus} GPUs: not measured")
-            continue
-        single = _of(fast.tpot_s_times)
-        goals = f"for the latency of one request {fast.name} ({single} of one GPU's time per token)"
-        if wide is not None:
-            many, linear = _of(wide.saturated_times), _of(wide.saturated_efficiency)
-            goals += f"; for throughput {wide.name} ({many} times one GPU, {linear} of linear)"
-        sentences.append(f"{gpus} GPUs: {goals}")
-    return sentences
-
-
-def _of(value: float | None) -> str:
-    return "?" if value is None else f"{value:.2f}"
-
-
-# --- measuring ------------------------------------------------------------------------------
+# Between the seeds of the loads of one repeat.
+_SEEDS = 1000
+_FORMATS = ("quantization", "kv_cache_dtype")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -234,22 +82,32 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="a local folder or a hub id")
     add("--engine", type=json.loads, default={}, help="vLLM arguments, as JSON")
+    add("--systems", type=_words, default=["ours"], help="separated by commas; ours by default")
     add("--gpus", type=int, help="number to use; all by default")
     add("--workload", action="append", help="may be repeated; input=200,output=128 by default")
     add("--variant", action="append", type=_variant, default=[], help="NAME=JSON, may be repeated")
+    add("--only", type=_words, default=[], help="names of the layouts to measure")
     add(
-        "--only",
-        type=lambda text: text.split(","),
-        default=[],
-        help="names of the layouts to measure",
+        "--saturation",
+        type=_numbers,
+        default=[256],
+        help="concurrent requests per GPU, separated by commas; 0: none",
     )
-    add("--saturation", type=int, default=256, help="concurrent requests per GPU; 0: none")
+    add("--roofline", type=Path, help="a result of `bench roofline`, to compare with")
     add("--repeats", type=int, default=3)
     add("--together", action="store_true", help="start all layouts, measure them in turn")
     add("--clients", type=int, help="client processes; one per 4 cores by default")
     add("--budget-s", type=float, default=3600.0, help="time limit in seconds")
     add("--port", type=int, default=8895)
     add("--out", type=Path, required=True, help="folder of the result")
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [number for word in text.split(",") if (number := int(word))]
 
 
 def _variant(text: str) -> tuple[str, dict[str, Any]]:
@@ -265,23 +123,40 @@ def command(options: argparse.Namespace) -> Line:
         )
     options.workload = options.workload or ["synthetic:input=200,output=128"]
     options.end_s = time.monotonic() + options.budget_s
-    gpus = options.gpus or (len(machine.gpus()) if gpu.present() else 2)
+    options.devices = _devices(options.gpus)
+    wanted = layouts(len(options.devices), options.systems, dict(options.variant), options.only)
+    rows = [Row(layout=layout, workload=what) for layout in wanted for what in options.workload]
     where = "GPUs" if gpu.present() else "engines on a CPU"
-    head = result.header(f"{options.model} on {gpus} {where}")
-    rows = rows_of(gpus, options.workload, dict(options.variant), options.only)
+    head = result.header(f"{options.model} on {len(options.devices)} {where}")
     with Crowd(options.clients or max(1, min(16, (os.cpu_count() or 1) // 4))) as crowd:
-        for measured in _rounds(rows, gpus, crowd, options):
+        for measured in _rounds(rows, crowd, options):
             run.say(json.dumps(msgspec.to_builtins(measured)))
-            # What there is so far, in case there is no more.
+            # A run that is ended early keeps what was measured.
             output = result.write(options.out, _summary(head, rows, options))
-    return result.line(output, options.out, "table", "advice", "workloads")
+    return result.line(output, options.out, "advice", **in_short(output.workloads))
+
+
+def _devices(count: int | None) -> list[int]:
+    """The GPUs to use, as NVML numbers them; without a GPU, one for each CPU engine.
+
+    Raises:
+        BenchError: there are not as many.
+    """
+    if not gpu.present():
+        return list(range(count or 2))
+    pynvml.nvmlInit()
+    devices = gpu.visible()
+    pynvml.nvmlShutdown()
+    if count and count > len(devices):
+        raise BenchError.of("gpus", count, f"this process may use {len(devices)}")
+    return devices[:count]
 
 
 def _summary(head: Line, rows: Sequence[Row], options: argparse.Namespace) -> Scaled:
-    doubts = [f"{row.name}, {row.workload}: {row.failure}" for row in rows if row.failure]
+    doubts = [f"{row.layout.title}, {row.workload}: {row.failure}" for row in rows if row.failure]
     workloads = []
     for what in options.workload:
-        shown = table([row for row in rows if row.workload == what])
+        shown = table([row for row in rows if row.workload == what], options.together)
         workloads.append(OfWorkload(workload=what, table=shown, advice=advice(shown)))
     return Scaled(
         **head,
@@ -297,67 +172,147 @@ def _summary(head: Line, rows: Sequence[Row], options: argparse.Namespace) -> Sc
     )
 
 
-def _rounds(rows: list[Row], gpus: int, crowd: Crowd, options: argparse.Namespace) -> Iterator[Row]:
+# --- rounds ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """The rows of one layout, one for each workload, and the server that they are measured on.
+
+    Attributes:
+        devices: the GPUs of the layout.
+        floor: what the hardware allows the engine, with `formats` of its weights and cache.
+    """
+
+    rows: list[Row]
+    devices: list[int]
+    server: Served
+    floor: Floor
+    formats: Settings
+
+    @property
+    def layout(self) -> Layout:
+        return self.rows[0].layout
+
+
+def _rounds(rows: list[Row], crowd: Crowd, options: argparse.Namespace) -> Iterator[Row]:
     """Measure; yields each row whenever it has grown."""
-    layouts_of = {row.name: [other for other in rows if other.name == row.name] for row in rows}
-    if not options.together:
-        took_s = 0.0
-        for mine in layouts_of.values():
-            began_s = time.monotonic()
-            if options.end_s - began_s < took_s:
-                _failed(mine, "not run: the time was over")
-                yield from mine
-                continue
-            with _started([mine], gpus, options) as servers:
-                for seed in range(-1, options.repeats):
-                    yield from _round(servers, seed, crowd, options)
-            yield from (row for row in mine if row.failure)
-            took_s = max(took_s, time.monotonic() - began_s)
+    rows_of = {row.layout.title: [r for r in rows if r.layout == row.layout] for row in rows}
+    if options.together:
+        with _started(list(rows_of.values()), options) as groups:
+            yield from (row for row in rows if row.failure)
+            for seed in range(-1, options.repeats):
+                yield from _round(groups, seed, crowd, options)
         return
-    with _started(list(layouts_of.values()), gpus, options) as servers:
-        yield from (row for row in rows if row.failure)
-        for seed in range(-1, options.repeats):
-            yield from _round(servers, seed, crowd, options)
+    took_s = 0.0
+    for mine in rows_of.values():
+        began_s = time.monotonic()
+        if options.end_s - began_s < took_s:
+            _failed(mine, "not run: the time was over")
+            yield from mine
+            continue
+        with _started([mine], options) as groups:
+            for seed in range(-1, options.repeats):
+                yield from _round(groups, seed, crowd, options)
+        yield from (row for row in mine if row.failure)
+        took_s = max(took_s, time.monotonic() - began_s)
 
 
 def _round(
-    servers: Sequence[tuple[list[Row], Served]],
-    seed: int,
-    crowd: Crowd,
-    options: argparse.Namespace,
+    groups: Sequence[Group], seed: int, crowd: Crowd, options: argparse.Namespace
 ) -> Iterator[Row]:
     """Every layout under every workload, once. Seed -1: every path runs once before it counts."""
     for place in range(len(options.workload)):
-        for rows, server in servers:
-            row = rows[place]
-            if row.failure or (row.tpot_s and time.monotonic() > options.end_s):
+        for group in groups:
+            row = group.rows[place]
+            if row.failure or (row.loads and time.monotonic() > options.end_s):
                 continue
             try:
-                _measure(row, server, seed, crowd, options)
+                if seed < 0:
+                    _warm_up(group, row.workload, crowd, options)
+                else:
+                    _measure(group, row, seed, crowd, options)
             except BenchError as error:
-                row.failure = str(error)[:300]
+                _failed([row], str(error))
             yield row
 
 
-def _measure(
-    row: Row, server: Served, seed: int, crowd: Crowd, options: argparse.Namespace
-) -> None:
-    what = row.workload
-    if seed < 0:
-        _load(crowd, server, what, 1, 1, seed)
-        if options.saturation:
-            _load(crowd, server, what, _AT_ONCE, _AT_ONCE // 4 if _long(what) else _AT_ONCE, seed)
-        return
-    alone = _load(crowd, server, what, 1, _ALONE, seed)
-    row.ttft_s.append(_mean(alone, measure.ttft_s))
-    row.tpot_s.append(_mean(alone, measure.tpot_s))
-    if not options.saturation:
-        return
-    at_once = _load(crowd, server, what, _AT_ONCE, _AT_ONCE, seed + 1000)
-    users = at_saturation(what, options.saturation, row.gpus)
-    full = _load(crowd, server, what, users, 2 * users, seed + 2000) if users else at_once
-    row.tokens_per_s.append(_tokens_per_s(at_once))
-    row.saturated.append(_tokens_per_s(full))
+@contextlib.contextmanager
+def _started(rows_of: Sequence[list[Row]], options: argparse.Namespace) -> Iterator[list[Group]]:
+    """A server for each layout, started at once; one that does not start is noted in its rows."""
+    places = placed([rows[0].layout for rows in rows_of], len(options.devices))
+    left_s = max(30.0, options.end_s - time.monotonic())
+    with contextlib.ExitStack() as stack:
+
+        def start(index: int) -> Group | None:
+            rows, layout = rows_of[index], rows_of[index][0].layout
+            devices = [options.devices[place] for place in places[index]]
+            # Said for one GPU too: the application would choose by what the model needs.
+            arguments = {**options.engine, **layout.engine}
+            arguments["tensor_parallel_size"] = layout.tensor_parallel
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
+            server = Served(
+                layout.system,
+                options.model,
+                arguments,
+                options.out / layout.title.replace(" ", "-"),
+                options.port + 100 * index,  # Each has ranges of ports of its own.
+                left_s,
+                layout.replicas,
+                visible if gpu.present() else {},
+            )
+            try:
+                stack.push(server.__enter__())
+            except BenchError as error:
+                _failed(rows, str(error))
+                return None
+            for row in rows:
+                row.load_s = server.load_s
+            formats = {name: arguments[name] for name in _FORMATS if name in arguments}
+            return Group(rows, devices, server, _floor(arguments, options), formats)
+
+        with ThreadPoolExecutor(len(rows_of)) as pool:
+            groups = list(pool.map(start, range(len(rows_of))))
+        yield [group for group in groups if group is not None]
+
+
+def _floor(arguments: dict[str, Any], options: argparse.Namespace) -> Floor:
+    known = ceilings.shape_and_ceilings(options.roofline, options.model, arguments)
+    shape, limits = known or (None, None)
+    # The number of tokens in a step is the engine's choice, not a limit of the hardware.
+    return Floor(shape=shape, ceilings=limits, tokens=10**9)
+
+
+def _failed(rows: Sequence[Row], why: str) -> None:
+    for row in rows:
+        row.failure = why[:300]
+
+
+# --- loads ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crowding:
+    """A closed load: its name in the result, requests at once, and requests."""
+
+    name: str
+    users: int
+    count: int
+
+
+def loads(what: str, saturation: Sequence[int], gpus: int) -> list[Crowding]:
+    """The loads of one repeat of a workload."""
+    alone = Crowding(ALONE, 1, _ALONE)
+    if not saturation:
+        return [alone]
+    at_once = Crowding(AT_ONCE, _AT_ONCE, _AT_ONCE)
+    full = [
+        Crowding(f"{each} a GPU", users, 2 * users)
+        if (users := at_saturation(what, each, gpus))
+        else replace(at_once, name=f"{each} a GPU")
+        for each in saturation
+    ]
+    return [alone, at_once, *full]
 
 
 def at_saturation(what: str, each: int, gpus: int) -> int | None:
@@ -374,66 +329,61 @@ def _long(what: str) -> float:
     return times if times > 1 else 0.0
 
 
-@contextlib.contextmanager
-def _started(
-    groups: Sequence[list[Row]], gpus: int, options: argparse.Namespace
-) -> Iterator[list[tuple[list[Row], Served]]]:
-    """A server for each layout, started at once; one that does not start is noted in its rows."""
-    places = placed([(rows[0].tensor_parallel, rows[0].replicas) for rows in groups], gpus)
-    left_s = max(30.0, options.end_s - time.monotonic())
-    with contextlib.ExitStack() as stack:
-
-        def start(index: int) -> Served | None:
-            rows, row = groups[index], groups[index][0]
-            # Said for one GPU too: the application would choose by what the model needs.
-            arguments = {**options.engine, **row.engine}
-            arguments["tensor_parallel_size"] = row.tensor_parallel
-            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, places[index]))}
-            server = Served(
-                "ours",
-                options.model,
-                arguments,
-                options.out / f"tp{row.tensor_parallel}-replicas{row.replicas}{row.variant}",
-                options.port + 100 * index,  # Each has ranges of ports of its own.
-                left_s,
-                row.replicas,
-                visible if gpu.present() else {},
-            )
-            try:
-                started = server.__enter__()
-            except BenchError as error:
-                _failed(rows, str(error))
-                return None
-            stack.push(server)
-            for each in rows:
-                each.load_s = started.load_s
-            return started
-
-        with ThreadPoolExecutor(len(groups)) as pool:
-            servers = list(pool.map(start, range(len(groups))))
-        yield [
-            (rows, server)
-            for rows, server in zip(groups, servers, strict=True)
-            if server is not None
-        ]
+def _warm_up(group: Group, what: str, crowd: Crowd, options: argparse.Namespace) -> None:
+    _load(crowd, group.server, what, 1, 1, -1)
+    if options.saturation:
+        count = _AT_ONCE // 4 if _long(what) else _AT_ONCE
+        _load(crowd, group.server, what, _AT_ONCE, count, -1)
 
 
-def placed(wanted: Sequence[tuple[int, int]], gpus: int) -> list[list[int]]:
-    """Which GPUs each (TP, replicas) gets, so that the fullest holds the fewest weights."""
-    used = [0.0] * gpus
-    places: list[list[int]] = [[] for _ in wanted]
-    for index in sorted(range(len(wanted)), key=lambda i: -wanted[i][0] * wanted[i][1]):
-        parallel, replicas = wanted[index]
-        order = sorted(range(gpus), key=lambda place: used[place])
-        places[index] = sorted(order[: parallel * replicas])
-        for place in places[index]:
-            used[place] += 1 / parallel
-    return places
+def _measure(group: Group, row: Row, seed: int, crowd: Crowd, options: argparse.Namespace) -> None:
+    """All loads of one repeat. Loads that differ in their name only are measured once."""
+    measured: dict[tuple[int, int], Load] = {}
+    for place, each in enumerate(loads(row.workload, options.saturation, row.layout.gpus)):
+        size = each.users, each.count
+        if size not in measured:
+            with metered(group.server.processes, group.devices) as used:
+                outcome = _load(crowd, group.server, row.workload, *size, seed + _SEEDS * place)
+            measured[size] = _loaded(outcome, each.users, used, group)
+        row.loads.setdefault(each.name, []).append(measured[size])
 
 
-def _failed(rows: Sequence[Row], why: str) -> None:
-    for row in rows:
-        row.failure = why[:300]
+def _loaded(outcome: LoadOutcome, users: int, used: Used, group: Group) -> Load:
+    records = outcome.records
+    tokens_per_s = output_tokens_per_s(outcome)
+    tokens = sum(record.output_tokens or 0 for record in records)
+    # Processor time is counted in steps of 10 ms, and of one request it is mostly idle work.
+    in_front = systems.is_ours(group.layout.system) and users > 1
+    return Load(
+        users=users,
+        tokens_per_s=tokens_per_s,
+        ttft_s=_mean(records, measure.ttft_s),
+        tpot_s=_mean(records, measure.tpot_s),
+        joules_per_token=_each(used.joules, tokens),
+        roofline=_share(records, users, tokens_per_s, group),
+        haproxy_s=_each(used.haproxy_s, len(records)) if in_front else None,
+        door_s=_each(used.door_s, len(records)) if in_front else None,
+    )
+
+
+def _share(
+    records: Sequence[Record], users: int, tokens_per_s: float, group: Group
+) -> float | None:
+    """Tokens/s as a share of what the hardware allows for this number of requests at once."""
+    if group.floor.shape is None:
+        return None
+    count, replicas = len(records), min(users, group.layout.replicas)
+    lengths = Lengths(
+        read=sum((each.input_tokens or 0) - (each.cached_tokens or 0) for each in records) / count,
+        written=sum(each.output_tokens or 0 for each in records) / count,
+    )
+    floor = msgspec.structs.replace(group.floor, seqs=users // replicas)
+    most = replicas * lengths.written * floor.requests_per_s(lengths, group.formats)
+    return tokens_per_s / most
+
+
+def _each(total: float | None, count: int) -> float | None:
+    return None if total is None else total / count
 
 
 def _load(
@@ -446,9 +396,5 @@ def _load(
     return answer
 
 
-def _mean(answer: LoadOutcome, latency: Any) -> float:
-    return fmean(value for r in answer.records if (value := latency(r)) is not None)
-
-
-def _tokens_per_s(answer: LoadOutcome) -> float:
-    return sum(record.output_tokens or 0 for record in answer.records) / answer.elapsed_s
+def _mean(records: Sequence[Record], latency: Any) -> float:
+    return fmean(value for record in records if (value := latency(record)) is not None)

@@ -3,19 +3,14 @@
     with Served("ours", model, arguments, folder, port=8890) as server:
         answer = server.load("synthetic:input=200,output=64", "poisson:rate=5", count=100, seed=0)
 
-The systems are a bare vLLM ("bare") and this application ("ours"), which may have several replicas.
+The systems are those of `bench.engine.systems`; this application may have several replicas.
 Requests are sent from this process at their planned times, whatever came of the others; `crowded`
 sends a closed load from several, for servers that one Python cannot keep busy.
 """
 
 import asyncio
 import contextlib
-import json
-import os
-import subprocess
-import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +18,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
-import yaml
+import psutil
 
 from bench import measure
-from bench.engine import deployment, systems, trial
+from bench.engine import systems, trial
+from bench.engine.systems import System
 from bench.engine.trial import EngineError, LoadOutcome
 from bench.errors import BenchError
 from bench.measure import Slo
@@ -37,11 +33,8 @@ from bench.traffic.crowd import Crowd
 from bench.traffic.request import Request
 from bench.traffic.schedule import Closed, Open
 from bench.traffic.target import Target
-from serve_app import processes
 
 _LAG_S = 0.05
-_STOP_S = 60.0
-SYSTEMS = ("bare", "ours")
 
 
 class Served:
@@ -49,10 +42,12 @@ class Served:
 
     Args:
         arguments: vLLM's, tensor_parallel_size among them.
-        replicas: of "ours".
+        replicas: of this application.
         environment: more of it, such as CUDA_VISIBLE_DEVICES.
 
-    Raises EngineError where it does not start.
+    Raises:
+        BenchError: there is no such system, or it cannot have replicas.
+        EngineError: it does not start.
     """
 
     def __init__(
@@ -66,17 +61,17 @@ class Served:
         replicas: int = 1,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        if system not in SYSTEMS:
-            raise BenchError.of("system", system, "no such system", SYSTEMS)
-        if replicas > 1 and system == "bare":
-            raise BenchError.of("replicas", replicas, "a bare vLLM has one")
+        if system not in systems.NAMES:
+            raise BenchError.of("system", system, "no such system", systems.NAMES)
+        if replicas > 1 and not systems.is_ours(system):
+            raise BenchError.of("replicas", replicas, f"{system} has one")
+        changes = {"replicas": {"min": replicas, "max": replicas}} if replicas > 1 else None
         folder.mkdir(parents=True, exist_ok=True)
-        self._port, self._folder, self._start_s = port, folder, start_s
-        if system == "bare":
-            self._command = _bare(model, arguments, port)
-        else:
-            self._command = _ours(model, arguments, port, folder, replicas)
-        self._environment = {**systems.QUIET, **systems.apart(port), **(environment or {})}
+        self._running = systems.running(
+            system, arguments, model, port, folder, environment, changes
+        )
+        self._port, self._start_s = port, start_s
+        self._stack = contextlib.ExitStack()
         self.load_s = 0.0
         self._loads = 0
 
@@ -84,23 +79,15 @@ class Served:
     def port(self) -> int:
         return self._port
 
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the server that run now."""
+        return self._system.family()
+
     def __enter__(self) -> Self:
-        begun_s = time.monotonic()
-        self._log = open(self._folder / "server.log", "wb")
-        self._process = subprocess.Popen(
-            self._command,
-            env={**os.environ, **self._environment},
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
-        try:
-            self._wait()
-        except BaseException:
-            self._end()
-            raise
-        self.load_s = time.monotonic() - begun_s
+        with contextlib.ExitStack() as stack:
+            self._system = stack.enter_context(self._running)
+            self.load_s = self._wait(self._system)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -109,12 +96,7 @@ class Served:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        """Stop the server, and check that none of its processes remains."""
-        processes.end_family(self._process, _STOP_S)
-        self._log.close()
+        self._stack.close()
 
     def load(
         self,
@@ -136,18 +118,20 @@ class Served:
         requests = [_begun(request, self._loads) for request in made]
         return asyncio.run(_load(self._port, requests, when, seed, limit_s))
 
-    def _wait(self) -> None:
-        """Until it answers a request: a route may be there before its replica is."""
-        deadline_s = time.monotonic() + self._start_s
+    def _wait(self, system: System) -> float:
+        """Wait until it answers a request, as a route may exist before its replica does.
+
+        Returns how long its start took, in seconds.
+        """
         url = f"http://127.0.0.1:{self._port}/v1/models"
         request = urllib.request.Request(url, headers=systems.key_header())
-        while time.monotonic() < deadline_s:
-            if self._process.poll() is not None:
-                log = (self._folder / "server.log").read_text(errors="replace")
-                raise trial.failure(log, self._process.returncode)
+        while (took_s := time.perf_counter() - system.started_s) < self._start_s:
+            if system.process.poll() is not None:
+                log = system.log.read_text(errors="replace")
+                raise trial.failure(log, system.process.returncode)
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(request, timeout=5).close()
-                return
+                return took_s
             time.sleep(0.2)
         raise EngineError(f"the server was not ready after {self._start_s:.0f} s")
 
@@ -250,35 +234,6 @@ def _share(
     made = workload.parse(what, seed)
     requests = [made.request(index) for index in range(place, count, shares)]
     return asyncio.run(_closed(port, requests, users, limit_s))
-
-
-def _bare(model: str, arguments: Mapping[str, Any], port: int) -> list[str]:
-    words = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
-    words += ["--model", model, "--served-model-name", systems.NAME, "--host", "127.0.0.1"]
-    words += ["--port", str(port), "--disable-uvicorn-access-log"]
-    return words + [_flag(name, value) for name, value in arguments.items()]
-
-
-def _flag(name: str, value: Any) -> str:
-    """An argument as vLLM's command line has it: JSON for objects, --no-x for False."""
-    option = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    text = json.dumps(value) if isinstance(value, dict | list) else value
-    return f"--{option}={text}"
-
-
-def _ours(
-    model: str, arguments: Mapping[str, Any], port: int, folder: Path, replicas: int
-) -> list[str]:
-    config = yaml.safe_load(
-        deployment.text(model=model, engine=arguments, tuned={}, why="bench", replicas=replicas)
-    )
-    config["http_options"]["port"] = port
-    config["applications"][0]["args"]["served_model_name"] = systems.NAME
-    path = folder / f"{port}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return [sys.executable, "-m", "serve_app", "serve", "--config", str(path)]
 
 
 def lag(records: list[Record]) -> str:

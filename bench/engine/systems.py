@@ -7,6 +7,7 @@ A bare vLLM ("bare"; "apis4" with four Python front ends, "bare-si4" sending fou
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import psutil
 import yaml
 
+from bench.engine import deployment
 from bench.hardware import gpu
 from serve_app import processes
 
@@ -69,6 +71,8 @@ _PEERS: Mapping[str, list[str]] = {
     "apis4": ["--api-server-count=4"],
     "rust": [],
 }
+_OTHERS = ("classic", "ray-serve-llm", "ray-serve-llm-direct")
+NAMES = (*_PEERS, *_OURS, *_OTHERS)
 # Environment that a system needs to be what its name says, or that its own guide has set for it.
 _GUIDED = {
     "rust": {"VLLM_USE_RUST_FRONTEND": "1"},
@@ -113,24 +117,33 @@ class System:
 
 
 def _bare(engine: Mapping[str, Any], model: str, port: int) -> list[str]:
-    arguments = [
-        f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in engine.items()
-    ]
+    arguments = [_flag(name, value) for name, value in engine.items()]
     words = [sys.executable, "-W", "ignore", "-m", "bench.engine.vllm_serve"]
     words += ["--model", model, "--served-model-name", NAME, "--host", "127.0.0.1"]
     return [*words, "--port", str(port), "--disable-uvicorn-access-log", *arguments]
 
 
+def _flag(name: str, value: Any) -> str:
+    """An argument on vLLM's command line: JSON for objects, --no-x for False."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    text = json.dumps(value) if isinstance(value, dict | list) else value
+    return f"--{option}={text}"
+
+
 def _configuration(
     engine: Mapping[str, Any], model: str, port: int, folder: Path, **args: Any
 ) -> str:
-    config = yaml.safe_load(Path("serve_config.yaml").read_text())
+    config = yaml.safe_load(deployment.TEMPLATE.read_text())
     config["http_options"]["port"] = port
     application = config["applications"][0]["args"]
     application |= {"model": model, "served_model_name": NAME, **args}
     if os.environ.get(KEYS_VARIABLE):
         application["api_keys"] = {"env": KEYS_VARIABLE}
-    application["engine"] = dict(engine)
+    own = {name: value for name, value in engine.items() if name in deployment.OWN}
+    application |= own
+    application["engine"] = {name: engine[name] for name in engine if name not in own}
     path = folder / f"{port}.yaml"
     path.write_text(yaml.safe_dump(config))
     return str(path)
@@ -190,8 +203,12 @@ def command(
     if name in ("ray-serve-llm", "ray-serve-llm-direct"):
         direct = name == "ray-serve-llm-direct"
         return [*serve, _ray_serve_llm(engine, model, port, folder, direct)]
-    names = ", ".join((*_PEERS, *_OURS, "classic", "ray-serve-llm", "ray-serve-llm-direct"))
-    raise SystemExit(f"unknown system {name!r}: {names}")
+    raise SystemExit(f"unknown system {name!r}: {', '.join(NAMES)}")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a system is this application."""
+    return name in _OURS
 
 
 def changed(name: str) -> dict[str, Any]:

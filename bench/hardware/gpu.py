@@ -93,6 +93,9 @@ def visible() -> list[int]:
 def sampling(start_s: float, period_s: float = 0.5) -> Iterator[list[GpuSample]]:
     """Sample every visible GPU until the block ends; the list stays empty where there is none.
 
+    The first sample is taken before the block and the last one after it, so that the energy of the
+    whole block is known.
+
     Args:
         start_s: start of the run, on `time.time()`.
     """
@@ -109,27 +112,32 @@ def sampling(start_s: float, period_s: float = 0.5) -> Iterator[list[GpuSample]]
     meters = {index: _Meter(handle) for index, handle in handles.items()}
 
     def sample() -> None:
-        while not done.wait(period_s):
-            for index, handle in handles.items():
-                rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
-                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-                samples.append(
-                    GpuSample(
-                        t_s=time.time() - start_s,
-                        gpu=index,
-                        utilisation=rates.gpu / 100,
-                        memory_gib=memory.used / 2**30,
-                        joules=meters[index].joules(),
-                    )
+        for index, handle in handles.items():
+            rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            samples.append(
+                GpuSample(
+                    t_s=time.time() - start_s,
+                    gpu=index,
+                    utilisation=rates.gpu / 100,
+                    memory_gib=memory.used / 2**30,
+                    joules=meters[index].joules(),
                 )
+            )
 
-    thread = threading.Thread(target=sample, daemon=True)
+    def sample_often() -> None:
+        while not done.wait(period_s):
+            sample()
+
+    sample()
+    thread = threading.Thread(target=sample_often, daemon=True)
     thread.start()
     try:
         yield samples
     finally:
         done.set()
         thread.join()
+        sample()
         pynvml.nvmlShutdown()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from bench import measure, pareto, records, result, search
-from bench.engine import confirm, kvcache, profile, scale, scheduler, tuned
+from bench.engine import confirm, kvcache, profile, scaled, scheduler, tuned
 from bench.errors import ResultError
 from bench.figures import Load, Run
 from bench.hardware import roofline
@@ -32,7 +32,7 @@ KINDS: Mapping[str, type[Result]] = {
     "scheduler": scheduler.Schedules,
     "tune": tuned.Tuned,
     "confirm": confirm.Confirmed,
-    "scale": scale.Scaled,
+    "scale": scaled.Scaled,
     "simulate": Asked,
     "chaos": Asked,
     "quality": Asked,

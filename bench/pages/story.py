@@ -9,7 +9,7 @@ what was tuned, what more GPUs bring. A chapter only lays out what its result sa
 result does not have are left out by name, not drawn as zero.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from bench.engine.effects import Effect
 from bench.engine.gain import Gain
 from bench.engine.kvcache import KvCache, View
 from bench.engine.profile import Profile
-from bench.engine.scale import Layout, OfWorkload, Scaled
+from bench.engine.scaled import ALONE, OfWorkload, Point, Scaled
 from bench.engine.scheduler import Schedules
 from bench.engine.tuned import Tuned
 from bench.figures import Run
@@ -377,54 +377,74 @@ def _scale(data: Scaled, place: int) -> Chapter:
         what = each.workload
         chapter.sentences += [f"{what}, {text}." if what else f"{text}." for text in each.advice]
         chapter.tables.append(_scale_table(what, each.table))
-        panels = _scale_panels([row for row in each.table if not row.failure])
+        panels = _scale_panels(each.table)
         if panels:
             name = f"scale{place}-{len(chapter.figures)}"
             chapter.figures.append(Markup(plots.curves(panels, "GPUs", name)))
     return chapter
 
 
-def _scale_table(what: str, rows: Sequence[Layout]) -> Table:
-    head = ["layout", "GPUs", "TTFT alone, ms", "TPOT alone, ms", "tokens/s at 100"]
-    head += ["tokens/s saturated", "of linear"]
-    table = Table(caption=what, head=head, rows=[])
-    for row in rows:
-        if row.failure and not row.saturated:
-            table.rows.append([row.name, row.gpus, row.failure[:160], "", "", "", ""])
-            continue
-        table.rows.append(
-            [
-                row.name,
-                row.gpus,
-                _ms(row.ttft_s),
-                _ms(row.tpot_s),
-                _number(row.tokens_per_s),
-                _number(row.saturated),
-                _share(row.saturated_efficiency),
-            ]
-        )
-    return table
+def _scale_table(what: str, points: Sequence[Point]) -> Table:
+    """A line for each load; a column that no line has a value for is left out."""
+    columns: list[tuple[str, Callable[[Point], Any]]] = [
+        ("system", lambda point: point.system),
+        ("load", lambda point: point.load or point.failure[:160]),
+        ("TTFT, ms", lambda point: _ms(point.ttft_s)),
+        ("TPOT, ms", lambda point: _ms(point.tpot_s)),
+        ("tokens/s", lambda point: _number(point.tokens_per_s)),
+        ("of linear", lambda point: _share(point.efficiency)),
+        ("of the hardware", lambda point: _share(point.roofline)),
+        ("joules a token", lambda point: _figure(point.joules_per_token)),
+        ("HAProxy, µs a request", lambda point: _number(_times(point.haproxy_s, 1e6))),
+        ("door, µs a request", lambda point: _number(_times(point.door_s, 1e6))),
+        ("TPOT, to the strongest peer", lambda point: _peer(point, "tpot_s")),
+        ("tokens/s, to the strongest peer", lambda point: _peer(point, "tokens_per_s")),
+    ]
+    used = [
+        (head, of) for head, of in columns if any(of(point) not in ("", "—") for point in points)
+    ]
+    rows = [[point.layout, *(of(point) for _, of in used)] for point in points]
+    return Table(caption=what, head=["layout", *(head for head, _ in used)], rows=rows)
 
 
-def _scale_panels(table: Sequence[Layout]) -> list[tuple[str, str, Sequence[Curve]]]:
+def _peer(point: Point, metric: str) -> str:
+    peer = point.peers.get(metric)
+    return peer.in_words if peer else "—"
+
+
+def _scale_panels(points: Sequence[Point]) -> list[tuple[str, str, Sequence[Curve]]]:
+    loads = [point.load for point in points if point.load not in ("", ALONE)]
     panels: list[tuple[str, str, Sequence[Curve]]] = []
-    for metric, title, unit, times in (
-        ("tpot_s", "Time per token of one request", "ms", 1e3),
-        ("saturated", "Throughput at saturation", "tokens/s", 1.0),
+    for load, metric, title, unit, times in (
+        (ALONE, "tpot_s", "Time per token of one request", "ms", 1e3),
+        (loads[-1] if loads else "", "tokens_per_s", "Throughput at saturation", "tokens/s", 1.0),
     ):
+        mine = [point for point in points if point.load == load and getattr(point, metric)]
         lines = []
-        # One GPU is where both lines begin.
-        for label, other in (("tensor parallelism", "replicas"), ("replicas", "tensor_parallel")):
-            mine = [
-                (float(each.gpus), value * times)
-                for each in table
-                if getattr(each, other) == 1 and (value := getattr(each, metric))
-            ]
-            if len(mine) > 1:
-                lines.append(Curve(label=label, x=[x for x, _ in mine], y=[y for _, y in mine]))
+        for system in dict.fromkeys(point.system for point in mine):
+            # One GPU is where both lines begin.
+            for label, other in (("TP", "replicas"), ("replicas", "tensor_parallel")):
+                line = sorted(
+                    (float(point.gpus), getattr(point, metric) * times)
+                    for point in mine
+                    if point.system == system
+                    and getattr(point, other) == 1
+                    and point.layout in (f"TP={point.gpus}", f"{point.gpus} replicas")
+                )
+                if len({gpus for gpus, _ in line}) > 1:
+                    x, y = [gpus for gpus, _ in line], [value for _, value in line]
+                    lines.append(Curve(label=f"{label} of {system}", x=x, y=y))
         if lines:
             panels.append((title, unit, lines))
     return panels
+
+
+def _figure(value: float | None) -> str:
+    return "—" if value is None else f"{value:,.3g}"
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
 
 def _ms(value: float | None) -> str:

@@ -25,7 +25,6 @@ def test_what_was_found_is_what_the_application_reads(tmp_path: Path) -> None:
         engine={"max_model_len": 4096, "dtype": "bfloat16"},
         tuned=tuned,
         why=WHY,
-        replicas=2,
     )
     text = path.read_text()
     config = yaml.safe_load(text)
@@ -34,7 +33,6 @@ def test_what_was_found_is_what_the_application_reads(tmp_path: Path) -> None:
     settings = Settings.parse(args)
     assert settings.model == "/models/it's a folder"
     assert settings.tensor_parallel_size == 2
-    assert (settings.replicas.min, settings.replicas.max) == (2, 2)
     assert settings.engine["max_num_seqs"] == 128
     assert settings.engine["enable_chunked_prefill"] is False
     assert settings.engine["speculative_config"] == tuned["speculative_config"]

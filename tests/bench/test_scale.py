@@ -1,65 +1,78 @@
-"""What follows from the figures of several layouts, schedules and steps: pure parts."""
+"""`bench scale`: layouts, their ratios, and the whole command on servers that are models."""
 
-import json
-import sys
+import argparse
+import contextlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench import result
-from bench.engine import kvcache, profile, scale, scheduler
-from bench.engine.scale import Row
-from bench.engine.trial import LoadOutcome, Ready
+from bench.engine import layouts, scale, scaled
+from bench.engine.layouts import Layout
+from bench.engine.scaled import Load, OfWorkload, Row
+from bench.engine.trial import EngineError, LoadOutcome
 from bench.errors import BenchError
-from bench.experiments import gpu_run
-from bench.pages import story
-from bench.pages.loaded import KINDS
+from bench.hardware import roofline
+from bench.hardware.roofline import Ceilings, Shape
 from bench.records import Record
-from bench.result import Result
-from tests.bench import made
 
 
 def test_layouts_are_powers_of_two_and_all_there_are() -> None:
-    assert scale.layouts(1) == [(1, 1)]
-    assert scale.layouts(2) == [(1, 1), (2, 1), (1, 2)]
-    assert scale.layouts(4) == [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4)]
-    assert scale.layouts(6)[-2:] == [(6, 1), (1, 6)]
+    assert layouts.splits(1) == [(1, 1)]
+    assert layouts.splits(2) == [(1, 1), (2, 1), (1, 2)]
+    assert layouts.splits(4) == [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4)]
+    assert layouts.splits(6)[-2:] == [(6, 1), (1, 6)]
 
 
 def test_an_engine_stands_in_each_variant_and_replicas_do_not() -> None:
     one_split = {"attention_config": {"flash_attn_max_num_splits_for_cuda_graph": 1}}
-    rows = scale.rows_of(2, ["w"], {"one": one_split}, [])
+    every = layouts.layouts(2, variants={"one": one_split})
     names = ["TP=1", "TP=1 one", "TP=2", "TP=2 one", "2 replicas"]
-    assert [row.name for row in rows] == names
-    assert [row.engine for row in rows] == [{}, one_split, {}, one_split, {}]
-    only = scale.rows_of(2, ["a", "b"], {"one": one_split}, ["TP=1", "TP=2 one"])
-    assert [row.name for row in only] == ["TP=1", "TP=1", "TP=2 one", "TP=2 one"]
+    assert [layout.name for layout in every] == names
+    assert [layout.engine for layout in every] == [{}, one_split, {}, one_split, {}]
+    only = layouts.layouts(2, variants={"one": one_split}, only=["TP=1", "TP=2 one"])
+    assert [layout.name for layout in only] == ["TP=1", "TP=2 one"]
     with pytest.raises(BenchError, match=r"only = 'TP=3': no such layout"):
-        scale.rows_of(2, ["w"], {}, ["TP=3"])
+        layouts.layouts(2, only=["TP=3"])
 
 
-def test_a_variant_is_compared_with_the_plain_single_gpu() -> None:
-    better = Row(tensor_parallel=1, replicas=1, variant="one", tpot_s=[0.009])
-    plain = Row(tensor_parallel=1, replicas=1, tpot_s=[0.010])
-    both = Row(tensor_parallel=2, replicas=1, variant="one", tpot_s=[0.005])
-    table = scale.table([better, plain, both])
-    assert [row.tpot_s_times for row in table] == pytest.approx([0.9, 1.0, 0.5])
-    goal = "2 GPUs: for the latency of one request TP=2 one (0.50 of one GPU's time per token)"
-    assert scale.advice(table) == [goal]
+@given(
+    st.integers(1, 9),
+    st.lists(st.sampled_from(["ours", "ours-python", "rust", "apis4"]), min_size=1, unique=True),
+)
+def test_each_system_has_each_layout_once_and_peers_have_no_replicas(
+    gpus: int, names: list[str]
+) -> None:
+    every = layouts.layouts(gpus, names)
+    stood = [(layout.system, layout.tensor_parallel, layout.replicas) for layout in every]
+    assert len(set(stood)) == len(stood)
+    for name in names:
+        mine = [split for system, *split in stood if system == name]
+        splits = [list(split) for split in layouts.splits(gpus)]
+        assert mine == [split for split in splits if name.startswith("ours") or split[1] == 1]
+
+
+def test_an_unknown_system_is_refused_by_name() -> None:
+    with pytest.raises(BenchError, match=r"systems = 'rusty': no such system; did you mean 'rust'"):
+        layouts.layouts(2, ["ours", "rusty"])
 
 
 def test_layouts_that_stand_together_share_the_gpus_evenly() -> None:
-    wanted = scale.layouts(4)
-    places = scale.placed(wanted, 4)
-    assert [len(place) for place in places] == [parallel * many for parallel, many in wanted]
+    wanted = layouts.layouts(4)
+    places = layouts.placed(wanted, 4)
+    assert [len(place) for place in places] == [layout.gpus for layout in wanted]
     waiting = [0.0] * 4
-    for (parallel, _), place in zip(wanted, places, strict=True):
+    for layout, place in zip(wanted, places, strict=True):
         assert len(set(place)) == len(place)
         for gpu_ in place:
-            waiting[gpu_] += 1 / parallel
+            waiting[gpu_] += 1 / layout.tensor_parallel
     assert max(waiting) <= 2.75  # In models: 4 replicas, 2 replicas, one, and parts of two more.
-    assert scale.placed([(1, 1)], 1) == [[0]]
+    assert layouts.placed([Layout(tensor_parallel=1)], 1) == [[0]]
 
 
 def test_at_saturation_long_prompts_are_fewer() -> None:
@@ -69,287 +82,312 @@ def test_at_saturation_long_prompts_are_fewer() -> None:
     assert scale.at_saturation("synthetic:input=8000,output=64", 256, 4) is None
 
 
+def test_a_gpu_may_be_saturated_in_several_ways() -> None:
+    short = scale.loads("synthetic:input=200,output=128", [256, 512], 2)
+    assert [(load.name, load.users) for load in short] == [
+        ("1 request", 1),
+        ("100 at once", 100),
+        ("256 a GPU", 512),
+        ("512 a GPU", 1024),
+    ]
+    # Long prompts saturate at 100: such a load has the figures of that one.
+    long = scale.loads("synthetic:input=8000,output=64", [256, 512], 2)
+    assert [(load.users, load.count) for load in long[1:]] == [(100, 100)] * 3
+    assert [load.name for load in scale.loads("synthetic:input=200,output=128", [], 2)] == [
+        "1 request"
+    ]
+
+
+def loads(tpot_s: list[float], *tokens_per_s: list[float], ttft_s: float = 0.1) -> dict[str, Any]:
+    """One request alone, and loads with these tokens/s."""
+    names = ["100 at once", "256 a GPU", "512 a GPU"][: len(tokens_per_s)]
+    every = {"1 request": [Load(users=1, tokens_per_s=9, ttft_s=ttft_s, tpot_s=t) for t in tpot_s]}
+    for name, values in zip(names, tokens_per_s, strict=True):
+        every[name] = [Load(users=9, tokens_per_s=v, ttft_s=ttft_s, tpot_s=0.1) for v in values]
+    return every
+
+
 ROWS = [
     Row(
-        tensor_parallel=1,
-        replicas=1,
-        ttft_s=[0.1, 0.1],
-        tpot_s=[0.010, 0.010],
-        tokens_per_s=[1000.0, 1010.0],
-        saturated=[2000.0, 2020.0],
+        layout=Layout(tensor_parallel=1),
+        loads=loads([0.010, 0.010], [1000.0, 1010.0], [2000.0, 2020.0]),
     ),
     Row(
-        tensor_parallel=2,
-        replicas=1,
-        ttft_s=[0.06, 0.06],
-        tpot_s=[0.006, 0.006],
-        tokens_per_s=[1500.0, 1490.0],
-        saturated=[3000.0, 3010.0],
+        layout=Layout(tensor_parallel=2),
+        loads=loads([0.006, 0.006], [1500.0, 1490.0], [3000.0, 3010.0]),
     ),
     Row(
-        tensor_parallel=1,
-        replicas=2,
-        ttft_s=[0.1, 0.1],
-        tpot_s=[0.010, 0.010],
-        tokens_per_s=[1800.0, 1790.0],
-        saturated=[3900.0, 3980.0],
+        layout=Layout(tensor_parallel=1, replicas=2),
+        loads=loads([0.010, 0.010], [1800.0, 1790.0], [3900.0, 3980.0]),
     ),
-    Row(tensor_parallel=4, replicas=1, failure="out of memory"),
+    Row(layout=Layout(tensor_parallel=4), failure="out of memory"),
 ]
 
 
+def point(points: list[scaled.Point], layout: str, load: str, system: str = "ours") -> scaled.Point:
+    (found,) = [
+        each for each in points if (each.layout, each.load, each.system) == (layout, load, system)
+    ]
+    return found
+
+
+def test_a_variant_is_compared_with_the_plain_single_gpu() -> None:
+    better = Row(layout=Layout(tensor_parallel=1, variant="one"), loads=loads([0.009]))
+    plain = Row(layout=Layout(tensor_parallel=1), loads=loads([0.010]))
+    both = Row(layout=Layout(tensor_parallel=2, variant="one"), loads=loads([0.005]))
+    table = scaled.table([better, plain, both])
+    assert [row.single["tpot_s"].ratio for row in table] == pytest.approx([0.9, 1.0, 0.5])
+    goal = "2 GPUs: for the latency of one request TP=2 one (0.50 of one GPU's time per token)"
+    assert scaled.advice(table) == [goal]
+
+
 def test_a_split_is_advised_for_each_goal() -> None:
-    table = scale.table(ROWS)
-    assert table[1].tpot_s_times == pytest.approx(0.6)
-    assert table[2].saturated_efficiency == pytest.approx(0.98, abs=0.01)
-    low, high = table[2].saturated_bounds
-    assert low < table[2].saturated_times < high
-    output = scale.advice(table)
+    table = scaled.table(ROWS)
+    assert point(table, "TP=2", "1 request").single["tpot_s"].ratio == pytest.approx(0.6)
+    assert point(table, "TP=2", "1 request").efficiency is None
+    wide = point(table, "2 replicas", "256 a GPU")
+    assert wide.efficiency == pytest.approx(0.98, abs=0.01)
+    ratio = wide.single["tokens_per_s"]
+    assert ratio.low < ratio.ratio < ratio.high
+    output = scaled.advice(table)
     assert len(output) == 2
     assert "latency of one request TP=2 (0.60" in output[0]
     assert "throughput 2 replicas (1.96 times one GPU, 0.98 of linear)" in output[0]
     assert output[1] == "4 GPUs: not measured"
     # A single GPU that failed leaves nothing to compare with.
-    assert scale.table(ROWS[1:])[0].tpot_s_times is None
+    assert scaled.table(ROWS[1:])[0].single == {}
 
 
-def record(index: int, kind: str, planned_s: float, first_s: float) -> Record:
-    return Record(
-        index=index,
-        kind=kind,
-        planned_s=planned_s,
-        sent_s=planned_s,
-        status=200,
-        chunk_s=[first_s, first_s + 0.1],
-        end_s=first_s + 0.1,
-        input_tokens=10,
-        output_tokens=2,
+def of_system(system: str, parallel: int, tpot_s: float, tokens_per_s: float) -> Row:
+    drift = (0.9, 1.0, 1.1)
+    return Row(
+        layout=Layout(tensor_parallel=parallel, system=system),
+        loads=loads([tpot_s * d for d in drift], [tokens_per_s * d for d in drift]),
     )
 
 
-def test_who_passes_whom() -> None:
-    longs = [record(0, "long", 0.0, 1.0)]
-    shorts = [
-        record(1, "short", 0.0, 0.5),  # Behind it, and passed it.
-        record(2, "short", 0.2, 1.2),  # Behind it, and waited.
-        record(3, "short", 1.1, 1.2),  # It had its token already.
+SYSTEMS = [
+    of_system("ours", 1, 0.010, 1000.0),
+    of_system("rust", 1, 0.010, 2000.0),
+    of_system("apis4", 1, 0.020, 900.0),
+    of_system("ours", 2, 0.006, 1500.0),
+    of_system("rust", 2, 0.005, 1400.0),
+    of_system("apis4", 2, 0.004, 1600.0),
+]
+
+
+def test_a_system_is_compared_with_its_own_single_gpu() -> None:
+    table = scaled.table(SYSTEMS)
+    efficiency = {
+        (each.system, each.layout): each.efficiency for each in table if each.load == "100 at once"
+    }
+    assert efficiency["ours", "TP=2"] == pytest.approx(0.75)
+    assert efficiency["rust", "TP=2"] == pytest.approx(0.35)
+    assert efficiency["apis4", "TP=2"] == pytest.approx(1600 / 900 / 2)
+
+
+def test_ours_is_compared_with_the_strongest_peer_of_each_figure() -> None:
+    table = scaled.table(SYSTEMS)
+    alone, many = point(table, "TP=2", "1 request"), point(table, "TP=2", "100 at once")
+    assert (alone.peers["tpot_s"].to, many.peers["tokens_per_s"].to) == ("apis4", "apis4")
+    assert alone.peers["tpot_s"].ratio == pytest.approx(1.5)
+    one = point(table, "TP=1", "100 at once").peers["tokens_per_s"]
+    assert (one.to, one.ratio) == ("rust", pytest.approx(0.5))
+    assert one.low < 0.5 < one.high
+    assert all(not each.peers for each in table if each.system != "ours")
+    # Measured in turn, what drifts under both does not count.
+    paired = point(scaled.table(SYSTEMS, paired=True), "TP=1", "100 at once").peers["tokens_per_s"]
+    assert (paired.low, paired.high) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert "0.94" in scaled.advice(table)[0]
+    assert "of apis4" in scaled.advice(table)[0]
+
+
+def test_repeats_beyond_the_time_limit_have_no_pair() -> None:
+    cut = SYSTEMS[1].loads | {"100 at once": SYSTEMS[1].loads["100 at once"][:2]}
+    rows = [SYSTEMS[0], Row(layout=SYSTEMS[1].layout, loads=cut)]
+    ratio = point(scaled.table(rows, paired=True), "TP=1", "100 at once").peers["tokens_per_s"]
+    assert ratio.ratio == pytest.approx(0.5)
+
+
+def test_the_last_line_has_units_and_a_workload_only_where_there_are_several() -> None:
+    of = OfWorkload(workload="w", table=scaled.table(SYSTEMS), advice=[])
+    short = scaled.in_short([of])
+    assert short["table"][0]["tpot_ms"] == pytest.approx(10.0)
+    assert {row["figure"] for row in short["peers"]} == {"tokens_per_s", "ttft_s", "tpot_s"}
+    assert {row["system"] for row in short["peers"]} == {"ours"}
+    assert "workload" not in short["table"][0]
+    twice = scaled.in_short([of, of])
+    assert {row["workload"] for rows in twice.values() for row in rows} == {"w"}
+
+
+# --- the whole command, with servers and a client that are models ---------------------------
+
+
+@dataclass
+class Model:
+    """Stands for a server: how fast it is follows from its layout.
+
+    Attributes:
+        open: servers that run now.
+    """
+
+    system: str
+    arguments: dict[str, Any]
+    replicas: int
+    environment: dict[str, str]
+    load_s: float = 3.0
+    open: ClassVar[list["Model"]] = []
+    started: ClassVar[list["Model"]] = []
+
+    def __enter__(self) -> "Model":
+        if self.system == "apis4" and self.arguments["tensor_parallel_size"] == 2:
+            raise EngineError("out of memory")
+        Model.open.append(self)
+        Model.started.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Model.open.remove(self)
+
+    def processes(self) -> list[Any]:
+        return []
+
+    def step_s(self) -> float:
+        slower = {"ours": 1.0, "rust": 0.8}.get(self.system, 1.0)
+        return 0.01 * slower / self.arguments["tensor_parallel_size"] ** 0.5
+
+
+def served(system: str, model: str, arguments: Any, *more: Any) -> Model:
+    _folder, _port, _left_s, replicas, environment = more
+    return Model(system, arguments, replicas, environment)
+
+
+def crowded(_: object, server: Model, what: str, users: int, count: int, seed: int) -> LoadOutcome:
+    """Each replica serves 200 at a time, the rest wait."""
+    assert server in Model.open
+    tokens, waves = 10, -(-users // (200 * server.replicas))
+    tpot_s = server.step_s() * (1 + 0.01 * (seed % 1000))
+    records = [
+        Record(
+            index=index,
+            planned_s=0.0,
+            chunk_s=[tpot_s * (1 + token) for token in range(tokens)],
+            end_s=tpot_s * tokens,
+            input_tokens=200,
+            output_tokens=tokens,
+        )
+        for index in range(count)
     ]
-    assert scheduler.order(longs, shorts) == (0.5, 1.0)
-    assert scheduler.order(longs, shorts[1:2]) == (0.0, 0.0)
-    assert scheduler.order(longs, shorts[2:]) == (None, None)
-    on = scheduler.case("fcfs", True, [*longs, *shorts], 2.0)
-    assert on.ttft_max_s == {"short": 1.0, "long": 1.0}
-    assert on.tokens_per_s == 4.0
-    slow = [record(1, "short", 0.0, 2.0), record(0, "long", 0.0, 1.0)]
-    off = scheduler.case("fcfs", False, slow, 2.0)
-    output = scheduler.advice([on, off])
-    assert output == [
-        "fcfs: without chunked prefill short prompts wait 4.00 times as long for their first "
-        "token (median), long ones 1.00 times"
+    elapsed_s = waves * tpot_s * tokens * max(1, count // users)
+    return LoadOutcome(records=records, elapsed_s=elapsed_s)
+
+
+def scale_with_models(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> scaled.Scaled:
+    Model.open, Model.started = [], []
+    monkeypatch.setattr(scale, "Served", served)
+    monkeypatch.setattr(scale, "crowded", crowded)
+    monkeypatch.setattr(scale, "Crowd", lambda size: contextlib.nullcontext())
+    parser = argparse.ArgumentParser()
+    scale.arguments(parser)
+    scale.command(parser.parse_args(["--model", "m", "--out", str(folder), *words]))
+    assert Model.open == []
+    return result.read(folder, scale=scaled.Scaled)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_each_layout_is_measured_once_for_each_system(
+    together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--gpus", "2", "--systems", "ours,rust,apis4", "--saturation", "256,512"]
+    if together:
+        words += ["--together", "--engine", '{"kv_cache_memory_bytes": 1}']
+    measured = scale_with_models(tmp_path, monkeypatch, *words)
+    assert [row.layout.title for row in measured.rows] == [
+        "TP=1 of ours",
+        "TP=1 of rust",
+        "TP=1 of apis4",
+        "TP=2 of ours",
+        "TP=2 of rust",
+        "TP=2 of apis4",
+        "2 replicas of ours",
     ]
+    assert len(Model.started) == 6
+    for row in measured.rows[:5]:
+        assert {name: len(each) for name, each in row.loads.items()} == {
+            "1 request": 3,
+            "100 at once": 3,
+            "256 a GPU": 3,
+            "512 a GPU": 3,
+        }
+    # One that does not start is a row with its reason, and a doubt.
+    assert not measured.valid
+    assert measured.doubts == [
+        "TP=2 of apis4, synthetic:input=200,output=128: out of memory",
+    ]
+    many = point(measured.table, "TP=1", "512 a GPU")
+    assert many.users == 512
+    assert many.peers["tokens_per_s"].to == "rust"
+    assert many.peers["tokens_per_s"].ratio == pytest.approx(0.8)
+    assert point(measured.table, "2 replicas", "256 a GPU").efficiency == pytest.approx(1.0)
+    assert "of rust" in measured.advice[0]
+    # Nothing counts joules here, and the models have no processes.
+    assert (many.joules_per_token, many.door_s, many.roofline) == (None, None, None)
 
 
-def test_blocks_that_are_partly_empty_are_waste() -> None:
-    ready = Ready(limits={}, kv_blocks=101, block_tokens=16, load_s=1.0)
-    sample = {"t_s": 1.0, "blocks": 50.0, "tokens": 600.0, "running": 3.0, "waiting": 1.0}
-    answer = LoadOutcome(records=[], kv=[sample, sample | {"tokens": 900.0}], preempted=2)
-    view = kvcache.view(ready, answer)
-    assert view.tokens == 1600
-    assert view.used_peak == 0.5
-    assert view.waste_share == pytest.approx(0.125)  # A quarter, and none.
-    assert view.preempted == 2
-    assert view.hit_rate is None
-    assert kvcache.fits(100, 16, (16, 17, 5000)) == {16: 100, 17: 50, 5000: 0}
-    assert len(kvcache.thinned([sample] * 1000, 100)) == 100
-
-
-def test_the_hottest_function_is_the_one_most_samples_ended_in() -> None:
-    stacks = "main;a (x.py:1);b (x.py:2) 30\nmain;a (x.py:1) 10\nmain;c;b (x.py:2) 20\nnonsense\n"
-    outcome = profile.hottest(stacks)
-    assert outcome[0] == profile.Hot(function="b (x.py:2)", share=50 / 60)
-    assert outcome[1].share == pytest.approx(10 / 60)
-    assert profile.hottest("") == []
-
-
-# --- the GPU's part in one command ----------------------------------------------------------
-
-
-def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, *more: str) -> dict[str, Any]:
-    """Run stages with `bench` replaced by a script."""
-    (tmp_path / "bench").mkdir(exist_ok=True)
-    (tmp_path / "bench" / "__init__.py").write_text("")
-    (tmp_path / "bench" / "__main__.py").write_text(script)
-    monkeypatch.chdir(tmp_path)
-    words = ["gpu_run", "--models", "/m/seven,/m/half", "--out", str(tmp_path / "out")]
-    words += ["--work", str(tmp_path / "work"), *more]
-    monkeypatch.setattr(sys, "argv", words)
-    gpu_run.main()
-    rows = [json.loads(line) for line in (tmp_path / "out/steps.jsonl").read_text().splitlines()]
-    return {row["step"]: row for row in rows}
-
-
-GOOD = """
-import json, pathlib, sys
-out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-out.mkdir(parents=True)
-(out / "result.json").write_text("{}")
-print("noise")
-print(json.dumps({"benchmark": sys.argv[1], "valid": True}))
-"""
-SLOW = """
-import subprocess, sys, time
-if sys.argv[1] == "baseline":
-    subprocess.Popen(["sleep", "77"])
-    print("it had this", flush=True)
-    time.sleep(60)
-sys.exit(3)
-"""
-
-
-def test_stages_are_run_one_after_the_other_and_what_they_made_comes_back(
+def test_what_was_measured_is_beside_what_the_hardware_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tarfile
-
-    rows = gpu(
-        tmp_path, monkeypatch, GOOD, "--stage", "roofline,baseline,profile", "--limit-s", "100"
+    shape = Shape(
+        name="m",
+        layers=2,
+        hidden=64,
+        heads=4,
+        kv_heads=4,
+        head_dim=16,
+        intermediate=128,
+        vocab=1000,
     )
-    # All of the first model comes before any of the second.
-    assert list(rows) == [
-        f"{stage}-{model}"
-        for model in ("seven", "half")
-        for stage in ("roofline", "baseline", "profile")
-    ]
-    assert all(row["status"] == 0 for row in rows.values())
-    assert rows["profile-half"]["last"] == {"benchmark": "profile", "valid": True}
-    assert "--roofline" in rows["baseline-seven"]["command"]
-    with tarfile.open(tmp_path / "out/results.tar.gz") as archive:
-        names = archive.getnames()
-    assert "baseline-half/result.json" in names
-    assert "profile-seven.log" in names
+    limits = Ceilings(flops_per_s=1e12, bytes_per_s=1e9, source="test")
+    monkeypatch.setattr(
+        scale.ceilings,
+        "shape_and_ceilings",
+        lambda folder, model, engine: (
+            msgspec.structs.replace(shape, gpus=engine["tensor_parallel_size"]),
+            limits,
+        ),
+    )
+    measured = scale_with_models(tmp_path, monkeypatch, "--gpus", "2")
+    one = point(measured.table, "TP=1", "1 request")
+    step_s = roofline.decode(shape, 1, 200).least_s(limits)
+    assert one.roofline == pytest.approx(one.tokens_per_s * step_s, rel=0.02)
+    # One request uses one of two replicas.
+    assert point(measured.table, "2 replicas", "1 request").roofline == pytest.approx(one.roofline)
+    # Two replicas at twice the tokens/s are as far from their limit as one.
+    single, both = (
+        point(measured.table, name, "256 a GPU").roofline for name in ("TP=1", "2 replicas")
+    )
+    assert both == pytest.approx(single)
 
 
-def test_a_step_that_fails_or_is_too_slow_does_not_end_the_others(
+def test_a_layout_that_fails_keeps_what_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import psutil
+    def failing(*args: Any) -> LoadOutcome:
+        outcome = crowded(*args)
+        if args[3] > 100:
+            outcome.records[0].error = "HTTP 500"
+        return outcome
 
-    monkeypatch.setattr(gpu_run, "_END_S", 0.5)
-    monkeypatch.setattr(gpu_run.Step, "__init__", _small(gpu_run.Step.__init__))
-    rows = gpu(tmp_path, monkeypatch, SLOW, "--stage", "roofline,baseline", "--limit-s", "4")
-    assert rows["roofline-seven"]["status"] == 3
-    assert str(rows["baseline-seven"]["status"]).startswith("stopped after")
-    assert rows["baseline-seven"]["last"] == "it had this"
-    assert "not begun" in str(rows["baseline-half"]["status"])
-    left = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "77"]]
-    assert left == []
-
-
-def _small(init: Any) -> Any:
-    """Steps that are worth a start however little time is left."""
-
-    def made(self: Any, name: str, words: tuple[str, ...], least_s: float = 1.0) -> None:
-        init(self, name, words, 1.0)
-
-    return made
-
-
-# --- the story ------------------------------------------------------------------------------
-
-
-def outcome_of(benchmark: str, **more: Any) -> Result:
-    about = {"benchmark": benchmark, "name": benchmark, "command": f"bench {benchmark}"}
-    return made.typed(KINDS[benchmark], about | more)
-
-
-GAIN = {"ratio": 1.2, "low": 1.1, "high": 1.3}
-TUNE = outcome_of(
-    "tune",
-    score="output tokens/s",
-    best={"described": "max_num_seqs <64>", "score": 120.0},
-    default={"score": 100.0},
-    gain=GAIN,
-    trials=[{"described": "a", "rung": 1, "score": 120.0, "failure": ""}],
-    pruned={"b": "cannot exceed 3"},
-    effects=[
-        {"knob": "k", "value": 64, "trials": 2} | GAIN,
-        {"knob": "k", "value": {"a": 1}, "trials": 2, "ratio": 1.0, "low": None, "high": None},
-    ],
-)
-
-
-def test_a_story_has_each_step_with_its_gain_and_its_command(tmp_path: Path) -> None:
-    rows = scale.table(ROWS)
-    of_all = {"table": rows, "advice": scale.advice(rows)}
-    scaled = outcome_of("scale", **of_all)
-    workloads = [{"workload": what} | of_all for what in ("short", "long ones")]
-    twice = outcome_of("scale", workloads=workloads, **of_all)
-    verdict = {
-        "took_s": 0.006,
-        "least_s": 0.005,
-        "mbu": 0.83,
-        "mfu": 0.01,
-        "memory_s": 0.005,
-        "compute_s": 0.0001,
-        "host_s": 0.001,
-        "text": "",
-        "bound": "memory-bound",
-        "times": 5.0,
-    }
-    of_cell = dict(name="5-50-1", workload="", input_tokens=5, users=1, output_tokens=50)
-    cell = {"name": "5-50-1", "cell": of_cell, "roofline": {"decode": verdict}} | made.UNMEASURED
-    ceilings = {"flops_per_s": 1.0, "bytes_per_s": 1.0, "source": "measured"}
-    base = outcome_of("baseline", cells=[cell], roofline={"ceilings": ceilings})
-    kv = {
-        "blocks": 10,
-        "block_tokens": 16,
-        "tokens": 160,
-        "used_peak": 0.5,
-        "used_mean": 0.2,
-        "hit_rate": None,
-        "running_peak": 1,
-        "waiting_peak": 0,
-        "waste_share": 0.1,
-        "preempted": 0,
-        "fits": {"500": 3},
-    }
-    sample = {"t_s": 0.0, "blocks": 5.0, "tokens": 60.0, "running": 2.0, "waiting": 0.0}
-    cached = outcome_of("kv", kv=kv, samples=[sample, sample | {"t_s": 1.0}])
-    confirmed = outcome_of(
-        "confirm", system="bare", gain=GAIN, scores={"default": [1.0], "best": [1.2]}
-    )
-    compared = story.chapters([scaled, TUNE, base, cached, confirmed, outcome_of("starts")])
-    assert [each.kind for each in compared] == ["baseline", "kv", "tune", "confirm", "scale"]
-    steps = story.steps(compared)
-    assert steps[0]["gain"] == "decode MBU 0.83 at best"
-    assert steps[1]["gain"].startswith("1.20 times the output tokens/s by max_num_seqs")
-    assert "(1.10 to 1.30)" in steps[1]["gain"]
-    page = tmp_path / "story.html"
-    story.page([scaled, TUNE, base, cached, confirmed], page, ["a machine"])
-    both = tmp_path / "both.html"
-    story.page([twice], both, ["a machine"])
-    assert "long ones, 2 GPUs" in both.read_text()
-    assert both.read_text().count("<svg") == 2
-    html = page.read_text()
-    assert "bench tune" in html
-    assert "&lt;64&gt;" in html
-    assert "<64>" not in html
-    assert html.count("<svg") == 3
-    assert "src=" not in html
-    assert "not measured" in html
-
-
-def test_a_report_has_chapters_beside_its_own_sections(tmp_path: Path) -> None:
-    from bench.pages import report
-
-    made.cells(tmp_path / "base", "baseline", "alone")
-    result.write(tmp_path / "tune", TUNE)
-    report.report([tmp_path / "base", tmp_path / "tune"], tmp_path / "all.html")
-    html = (tmp_path / "all.html").read_text()
-    assert 'href="#chapter-1"' in html
-    assert 'id="chapter-1"' in html
-    report.report([tmp_path / "tune"], tmp_path / "alone.html")
-    report.tell_story([tmp_path / "tune"], tmp_path / "story.html")
-    assert "Retrospective" in (tmp_path / "story.html").read_text()
-    with pytest.raises(result.ResultError, match="chapter"):
-        report.tell_story([tmp_path / "base"], tmp_path / "none.html")
+    monkeypatch.setattr(scale, "Served", served)
+    words = ["--gpus", "1", "--repeats", "1"]
+    measured = None
+    with monkeypatch.context() as patched:
+        patched.setattr(scale, "Crowd", lambda size: contextlib.nullcontext())
+        patched.setattr(scale, "crowded", failing)
+        parser = argparse.ArgumentParser()
+        scale.arguments(parser)
+        scale.command(parser.parse_args(["--model", "m", "--out", str(tmp_path), *words]))
+        measured = result.read(tmp_path, scale=scaled.Scaled)
+    assert list(measured.rows[0].loads) == ["1 request", "100 at once"]
+    assert measured.rows[0].failure == "1 of 512 requests failed: HTTP 500"
+    assert not measured.valid

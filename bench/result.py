@@ -18,7 +18,7 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import msgspec
 
@@ -98,8 +98,18 @@ R = TypeVar("R", bound=Result)
 Line = dict[str, Any]  # The last line of a command: its result in short, as JSON.
 
 
-def header(name: str) -> dict[str, Any]:
-    """The first fields of a result: what is measured, where, when and by which command."""
+class Header(TypedDict):
+    """The fields of a `Result` that say what was measured, where, when and by which command."""
+
+    name: str
+    command: str
+    started: str
+    commit: str
+    machine: Machine
+
+
+def header(name: str) -> Header:
+    """The first fields of a result that begins now."""
     return {
         "name": name,
         "command": machine.command(),

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
 import msgspec
@@ -208,10 +208,30 @@ async def warm_up(job: Job) -> None:
                 raise TargetFailed(f"url = {job.target.url!r}: the warm-up failed: {record.error}")
 
 
-def load_fields(job: Job) -> dict[str, Any]:
+class LoadFields(TypedDict):
     """The fields of a result that describe the load (`result.Asked`)."""
-    same = ("workload", "load", "count", "duration_s", "seed", "salt", "slo")
-    return {"target": named(job.target)} | {name: getattr(job, name) for name in same}
+
+    target: TargetName
+    workload: str
+    load: str
+    count: int | None
+    duration_s: float | None
+    seed: int
+    salt: str
+    slo: Slo | None
+
+
+def load_fields(job: Job) -> LoadFields:
+    return LoadFields(
+        target=named(job.target),
+        workload=job.workload,
+        load=job.load,
+        count=job.count,
+        duration_s=job.duration_s,
+        seed=job.seed,
+        salt=job.salt,
+        slo=job.slo,
+    )
 
 
 def named(target: Target) -> TargetName:

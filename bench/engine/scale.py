@@ -66,7 +66,7 @@ from bench.engine.trial import LoadOutcome, output_tokens_per_s
 from bench.errors import BenchError
 from bench.hardware import ceilings, gpu
 from bench.records import Record
-from bench.result import Line
+from bench.result import Header, Line
 from bench.traffic import workload
 from bench.traffic.crowd import Crowd
 
@@ -152,7 +152,7 @@ def _devices(count: int | None) -> list[int]:
     return devices[:count]
 
 
-def _summary(head: Line, rows: Sequence[Row], options: argparse.Namespace) -> Scaled:
+def _summary(head: Header, rows: Sequence[Row], options: argparse.Namespace) -> Scaled:
     doubts = [f"{row.layout.title}, {row.workload}: {row.failure}" for row in rows if row.failure]
     workloads = []
     for what in options.workload:

@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import psutil
@@ -37,7 +36,7 @@ from bench.faults.victims import Cluster
 from bench.hardware import gpu
 from bench.options import json_object, whole
 from bench.result import Line, Result
-from serve_app.observe.phases import Span, durations, segments
+from serve_app.observe.phases import Logged, Span, durations, segments
 from serve_app.replica.sleep import ASLEEP
 from serve_app.replica.startup import FILE_VARIABLE, read
 
@@ -262,21 +261,26 @@ def _framed(pieces: list[Span], began_s: float, ended_s: float, ours: bool) -> l
     return segments([*whole, *pieces])
 
 
+class _Event(msgspec.Struct):
+    """A line of a replica's log; `phases` are those of a start."""
+
+    event: str = ""
+    time: str = ""
+    phases: list[Logged] = []
+
+
 def _of_ours(port: int, scenario: str) -> list[Span]:
     """The phases that the newest replica logged."""
     event = _EVENTS.get(scenario, "start")
     folder = Path(f"/tmp/ray-{port}/ray/session_latest/logs/serve_app")
-    starts_of: list[dict[str, Any]] = []
+    logged: list[_Event] = []
     for path in folder.glob("engine*.log"):
         for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if entry.get("event") == event:
-                    starts_of.append(entry)
-    if not starts_of:
-        return []
-    newest = max(starts_of, key=lambda entry: str(entry["time"]))
-    return [Span(p["phase"], p["began_s"], p["began_s"] + p["took_s"]) for p in newest["phases"]]
+            with contextlib.suppress(msgspec.DecodeError):
+                logged.append(msgspec.json.decode(line, type=_Event))
+    starts_of = [each for each in logged if each.event == event]
+    newest = max(starts_of, key=lambda each: each.time, default=_Event())
+    return [phase.span() for phase in newest.phases]
 
 
 def _restarted(system: System) -> float:

@@ -33,7 +33,8 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from bench import measure
 from bench.engine.systems import ENGINE, NAME, System, key_header, running, wait
@@ -45,14 +46,45 @@ from bench.traffic.response import Response
 from bench.traffic.target import Target
 from serve_app.launch import rust as rust_frontend
 
-_METRICS = (
-    "tokens_per_s",
-    "cpu_us_per_token",
-    "ttft_p50_ms",
-    "ttft_p99_ms",
-    "itl_p50_ms",
-    "itl_p99_ms",
-)
+
+class Figures(msgspec.Struct, kw_only=True):
+    """Of one load of one system, or medians over rounds."""
+
+    tokens_per_s: float
+    cpu_us_per_token: float
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    itl_p50_ms: float
+    itl_p99_ms: float
+
+
+class Row(Figures, kw_only=True):
+    """One load of one system in one round."""
+
+    system: str
+    round: int
+    concurrency: int
+
+
+class Ratio(msgspec.Struct):
+    """A system beside the reference, over the rounds."""
+
+    median: float
+    min: float
+    max: float
+
+
+class Compared(Figures, kw_only=True):
+    """One system at one concurrency: its medians, and their ratios to the reference."""
+
+    system: str
+    concurrency: int
+    tokens_per_s_ratio: Ratio
+    cpu_us_per_token_ratio: Ratio
+    ttft_p50_ms_ratio: Ratio
+    ttft_p99_ms_ratio: Ratio
+    itl_p50_ms_ratio: Ratio
+    itl_p99_ms_ratio: Ratio
 
 
 @dataclass
@@ -73,15 +105,18 @@ class Sample:
     def tokens_per_s(self) -> float:
         return self.tokens / self.elapsed_s
 
-    def summary(self) -> dict[str, float]:
-        return {
-            "tokens_per_s": self.tokens_per_s,
-            "cpu_us_per_token": self.cpu_s / self.tokens * 1e6,
-            "ttft_p50_ms": _percentile(self.ttft_s, 50) * 1e3,
-            "ttft_p99_ms": _percentile(self.ttft_s, 99) * 1e3,
-            "itl_p50_ms": _percentile(self.itl_s, 50) * 1e3,
-            "itl_p99_ms": _percentile(self.itl_s, 99) * 1e3,
-        }
+    def row(self, system: str, round_: int, concurrency: int) -> Row:
+        return Row(
+            system=system,
+            round=round_,
+            concurrency=concurrency,
+            tokens_per_s=self.tokens_per_s,
+            cpu_us_per_token=self.cpu_s / self.tokens * 1e6,
+            ttft_p50_ms=_percentile(self.ttft_s, 50) * 1e3,
+            ttft_p99_ms=_percentile(self.ttft_s, 99) * 1e3,
+            itl_p50_ms=_percentile(self.itl_s, 50) * 1e3,
+            itl_p99_ms=_percentile(self.itl_s, 99) * 1e3,
+        )
 
 
 def _percentile(values: list[float], percent: int) -> float:
@@ -159,11 +194,9 @@ def together(
 # --- the comparison -------------------------------------------------------------------------
 
 
-def interleaved(
-    systems: list[System], crowd: Crowd, options: argparse.Namespace
-) -> list[dict[str, Any]]:
+def interleaved(systems: list[System], crowd: Crowd, options: argparse.Namespace) -> list[Row]:
     """Every concurrency, every round, every system in turn. One row for each."""
-    rows = []
+    rows: list[Row] = []
     go = signal.SIGCONT
     stop = go if options.running else signal.SIGSTOP
     for system in systems:
@@ -182,9 +215,8 @@ def interleaved(
                 system.signal(stop)
                 if round_ == 0:
                     continue  # Every path runs once before it counts.
-                row = {"system": system.name, "round": round_, "concurrency": concurrency}
-                rows.append({**row, **sample.summary()})
-                print(json.dumps({k: _short(v) for k, v in rows[-1].items()}), file=sys.stderr)
+                rows.append(sample.row(system.name, round_, concurrency))
+                print(_json(rows[-1]), file=sys.stderr)
     for system in systems:
         system.signal(go)
     return rows
@@ -199,46 +231,44 @@ def default_systems() -> list[str]:
     return ["bare", "ours", "apis4", "bare-si4"]
 
 
-def _short(value: Any) -> Any:
-    return round(value, 2) if isinstance(value, float) else value
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
-def compare(rows: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
+def compare(rows: list[Row], reference: str) -> list[Compared]:
     """For each system and concurrency: its ratio to the reference of the same round."""
     compared = []
-    keys = sorted({(row["concurrency"], row["system"]) for row in rows})
-    for concurrency, name in keys:
+    for concurrency, name in sorted({(row.concurrency, row.system) for row in rows}):
         mine, theirs = (
-            [r for r in rows if r["concurrency"] == concurrency and r["system"] == system]
+            [row for row in rows if (row.concurrency, row.system) == (concurrency, system)]
             for system in (name, reference)
         )
-        entry: dict[str, Any] = {"system": name, "concurrency": concurrency}
-        for metric in _METRICS:
-            ratios = [a[metric] / b[metric] for a, b in zip(mine, theirs, strict=True)]
-            entry[metric] = round(statistics.median(row[metric] for row in mine), 3)
-            entry[metric + "_ratio"] = {
-                "median": round(statistics.median(ratios), 3),
-                "min": round(min(ratios), 3),
-                "max": round(max(ratios), 3),
-            }
-        compared.append(entry)
+        figures: dict[str, object] = {"system": name, "concurrency": concurrency}
+        for metric in Figures.__struct_fields__:
+            values = [getattr(row, metric) for row in mine]
+            to = [value / getattr(row, metric) for value, row in zip(values, theirs, strict=True)]
+            figures[metric] = round(statistics.median(values), 3)
+            figures[f"{metric}_ratio"] = Ratio(
+                *(round(figure, 3) for figure in (statistics.median(to), min(to), max(to)))
+            )
+        compared.append(msgspec.convert(figures, Compared))
     return compared
 
 
-def table(compared: list[dict[str, Any]]) -> str:
+def table(compared: list[Compared]) -> str:
     lines = [
         f"{'system':18}{'conc':>5}{'tok/s':>8}{'ratio':>7} (min-max)    {'CPU':>6} "
         f"{'TTFT p50':>9}{'ratio':>7}{'p99':>7}{'ITL p50':>9}{'ratio':>7}{'p99':>7}"
     ]
     for row in compared:
-        ratio = row["tokens_per_s_ratio"]
+        ratio = row.tokens_per_s_ratio
         lines.append(
-            f"{row['system']:18}{row['concurrency']:>5}{row['tokens_per_s']:>8.0f}"
-            f"{ratio['median']:>7.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
-            f"{row['cpu_us_per_token_ratio']['median']:>7.2f}"
-            f"{row['ttft_p50_ms']:>10.1f}{row['ttft_p50_ms_ratio']['median']:>8.2f}"
-            f"{row['ttft_p99_ms_ratio']['median']:>7.2f}{row['itl_p50_ms']:>9.2f}"
-            f"{row['itl_p50_ms_ratio']['median']:>7.2f}{row['itl_p99_ms_ratio']['median']:>7.2f}"
+            f"{row.system:18}{row.concurrency:>5}{row.tokens_per_s:>8.0f}"
+            f"{ratio.median:>7.2f} ({ratio.min:.2f}-{ratio.max:.2f})"
+            f"{row.cpu_us_per_token_ratio.median:>7.2f}"
+            f"{row.ttft_p50_ms:>10.1f}{row.ttft_p50_ms_ratio.median:>8.2f}"
+            f"{row.ttft_p99_ms_ratio.median:>7.2f}{row.itl_p50_ms:>9.2f}"
+            f"{row.itl_p50_ms_ratio.median:>7.2f}{row.itl_p99_ms_ratio.median:>7.2f}"
         )
     return "\n".join(lines)
 
@@ -288,7 +318,7 @@ def main() -> None:
     print(table(compared))
     ready = {system.name: round(system.ready_s, 1) for system in systems}
     print(
-        json.dumps(
+        _json(
             {"benchmark": "overhead", "reference": names[0], "ready_s": ready, "results": compared}
         )
     )

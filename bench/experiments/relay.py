@@ -18,10 +18,11 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import msgspec
 import psutil
 import uvicorn
 import uvloop
@@ -191,7 +192,24 @@ def _started(
         process.join()
 
 
-def measured(port: int, pid: int, options: argparse.Namespace) -> dict[str, float]:
+class Figures(msgspec.Struct, kw_only=True):
+    """Of one load of a gateway, or medians over rounds."""
+
+    tokens_per_s: float
+    cpu_us_per_token: float
+    tokens_per_piece: float
+
+    @classmethod
+    def medians(cls, rounds: Sequence["Figures"]) -> "Figures":
+        return cls(
+            **{
+                name: round(statistics.median(getattr(each, name) for each in rounds), 3)
+                for name in cls.__struct_fields__
+            }
+        )
+
+
+def measured(port: int, pid: int, options: argparse.Namespace) -> Figures:
     """One load of a gateway."""
     before = psutil.Process(pid).cpu_times()
     took_s, clients = asyncio.run(_load(port, options.streams))
@@ -199,11 +217,11 @@ def measured(port: int, pid: int, options: argparse.Namespace) -> dict[str, floa
     tokens = sum(client.tokens for client in clients)
     assert tokens == options.streams * options.tokens, "tokens were lost"
     cpu_s = after.user + after.system - before.user - before.system
-    return {
-        "tokens_per_s": tokens / took_s,
-        "cpu_us_per_token": cpu_s / tokens * 1e6,
-        "tokens_per_piece": tokens / sum(client.pieces for client in clients),
-    }
+    return Figures(
+        tokens_per_s=tokens / took_s,
+        cpu_us_per_token=cpu_s / tokens * 1e6,
+        tokens_per_piece=tokens / sum(client.pieces for client in clients),
+    )
 
 
 def main() -> int:
@@ -217,7 +235,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    rounds: dict[str, list[dict[str, float]]] = {"every token": [], "together": []}
+    rounds: dict[str, list[Figures]] = {"every token": [], "together": []}
     with (
         _started(_engine, options.tokens, options.step_ms / 1000) as (engine, _),
         _started(_gateway, engine, 0.0) as every,
@@ -228,17 +246,14 @@ def main() -> int:
         for _ in range(options.rounds):
             for name, gateway in zip(rounds, (every, together), strict=True):
                 rounds[name].append(measured(*gateway, options))
-                print(name, json.dumps(rounds[name][-1]), file=sys.stderr)
-    output: dict[str, Any] = {
+                print(name, rounds[name][-1], file=sys.stderr)
+    output = {
         "benchmark": "relay",
         "streams": options.streams,
         "offered_tokens_per_s": round(options.streams / options.step_ms * 1000),
+        **{name: Figures.medians(each) for name, each in rounds.items()},
     }
-    for name, each in rounds.items():
-        output[name] = {
-            key: round(statistics.median(one[key] for one in each), 3) for key in each[0]
-        }
-    print(json.dumps(output))
+    print(msgspec.json.encode(output).decode())
     return 0
 
 

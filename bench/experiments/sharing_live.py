@@ -35,7 +35,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -251,8 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compared = summary(rounds)
     print(table(compared))
     arguments = {**vars(options), "engine": engine}
-    result: dict[str, Any] = {"benchmark": "sharing_live", "arguments": arguments}
-    print(json.dumps({**result, "results": compared}))
+    result = {"benchmark": "sharing_live", "arguments": arguments, "results": compared}
+    print(json.dumps(result))
     return 0
 
 

@@ -33,11 +33,11 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
 
 import msgspec
 
 from bench.itself import known_server
+from bench.itself.known_server import Stats
 from bench.itself.peer import Peer
 from bench.traffic import load
 from bench.traffic.request import Request
@@ -212,7 +212,7 @@ def _describe(name: str, reading: Reading) -> str:
 
 
 def measure(
-    probes: dict[str, Probe], stats: Callable[[], dict[str, Any]], options: argparse.Namespace
+    probes: dict[str, Probe], stats: Callable[[], Stats], options: argparse.Namespace
 ) -> dict[str, list[Capacity]]:
     """Every client's capacity, round after round."""
     tokens = round((options.seconds + _SETTLE_S) * 1e3 / options.itl_ms)
@@ -225,7 +225,7 @@ def measure(
             events, cpu_s, wall_s = probe(streams, tokens)
             reading.cpu = cpu_s / wall_s
             reading.cpu_us_per_event = cpu_s * 1e6 / (streams * tokens)
-            reading.server_late_s = stats()["late_p99_ms"] / 1e3
+            reading.server_late_s = stats().late_p99_ms / 1e3
             read(events, reading)
             print(_describe(name, reading), file=sys.stderr)
             return reading

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httptools
+import msgspec
 
 from bench.itself.known_words import MODEL, Words, failure, json_answer
 from bench.traffic.alarm import Alarm
@@ -183,6 +184,24 @@ class _Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_later(idle_ms / 1e3, self.transport.close)
 
 
+class Stats(msgspec.Struct, kw_only=True):
+    """What the server did.
+
+    Attributes:
+        answers: their numbers, by status.
+        accepted: connections.
+        events: sent since this was last asked; so is `late_p99_ms`.
+        late_p99_ms: how late the server itself was.
+        cpu_s: of its process.
+    """
+
+    answers: dict[str, int]
+    accepted: int
+    events: int
+    late_p99_ms: float
+    cpu_s: float
+
+
 class Server:
     """The server's state, shared by its connections. Counts what it answered, by status."""
 
@@ -221,7 +240,7 @@ class Server:
         if url == "/v1/models":
             connection.send(json_answer("200 OK", {"object": "list", "data": [{"id": MODEL}]}))
         elif url == "/stats":
-            connection.send(json_answer("200 OK", self._stats()))
+            connection.send(json_answer("200 OK", msgspec.to_builtins(self._stats())))
         elif url == "/health":
             connection.send(json_answer("200 OK", {}))
         elif method == "POST" and url in ("/v1/completions", "/v1/chat/completions"):
@@ -283,13 +302,17 @@ class Server:
     def _count(self, status: str) -> None:
         self.answers[status] = self.answers.get(status, 0) + 1
 
-    def _stats(self) -> dict[str, Any]:
-        """What was done since this was last asked: events, and how late the server itself was."""
+    def _stats(self) -> Stats:
         late, self._late_s = sorted(self._late_s), deque(maxlen=100_000)
         events, self.events = self.events, 0
         p99_ms = late[int(len(late) * 0.99)] * 1e3 if late else 0.0
-        answers = {"answers": self.answers, "accepted": self.accepted}
-        return {**answers, "events": events, "late_p99_ms": p99_ms, "cpu_s": time.process_time()}
+        return Stats(
+            answers=self.answers,
+            accepted=self.accepted,
+            events=events,
+            late_p99_ms=p99_ms,
+            cpu_s=time.process_time(),
+        )
 
     # --- time -------------------------------------------------------------------------------
 
@@ -415,10 +438,9 @@ class Process:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Stats:
         with urllib.request.urlopen(f"{self.url}/stats", timeout=10) as answer:
-            stats: dict[str, Any] = json.load(answer)
-            return stats
+            return msgspec.json.decode(answer.read(), type=Stats)
 
 
 @contextlib.contextmanager

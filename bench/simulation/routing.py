@@ -27,7 +27,6 @@ The last line is one JSON object.
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -37,7 +36,8 @@ from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+
+import msgspec
 
 from bench.simulation.batch import Batch
 from bench.simulation.enginemodel import Engine, roofline
@@ -52,7 +52,35 @@ WARM_SHARE = 0.2
 # --- cost -----------------------------------------------------------------------------------
 
 
-def cost(replicas: int, prompts: int, tokens: int, common: float, decisions: int) -> dict[str, Any]:
+class Quantiles(msgspec.Struct, frozen=True):
+    """Of the times of many decisions."""
+
+    p50: float
+    p99: float
+    mean: float
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one decision.
+
+    Attributes:
+        common: share of each prompt that all of them begin with.
+        live_prefixes: prompts that the router still knows whole.
+        bytes, bytes_a_key: memory of the router.
+    """
+
+    replicas: int
+    common: float
+    live_prefixes: int
+    keys_a_prompt: int
+    keys_us: Quantiles
+    choose_us: Quantiles
+    decision_us: Quantiles
+    bytes: int
+    bytes_a_key: float
+
+
+def cost(replicas: int, prompts: int, tokens: int, common: float, decisions: int) -> Cost:
     """Of one decision, all `prompts` being remembered; `common` is the share they begin with."""
     rng = random.Random(0)
     same = rng.randbytes(int(tokens * common) * BYTES_A_TOKEN)
@@ -96,26 +124,26 @@ def cost(replicas: int, prompts: int, tokens: int, common: float, decisions: int
         if number >= decisions // 10:
             keys_us.append((keyed - began) / 1e3)
             choose_us.append((ended - keyed) / 1e3)
-    return {
-        "replicas": replicas,
-        "common": common,
-        "live_prefixes": live,
-        "keys_a_prompt": tokens * BYTES_A_TOKEN // routing.BLOCK_BYTES,
-        "keys_us": _quantiles(keys_us),
-        "choose_us": _quantiles(choose_us),
-        "decision_us": _quantiles([a + b for a, b in zip(keys_us, choose_us, strict=True)]),
-        "bytes": used,
-        "bytes_a_key": round(used / remembered, 1),
-    }
+    return Cost(
+        replicas=replicas,
+        common=common,
+        live_prefixes=live,
+        keys_a_prompt=tokens * BYTES_A_TOKEN // routing.BLOCK_BYTES,
+        keys_us=_quantiles(keys_us),
+        choose_us=_quantiles(choose_us),
+        decision_us=_quantiles([a + b for a, b in zip(keys_us, choose_us, strict=True)]),
+        bytes=used,
+        bytes_a_key=round(used / remembered, 1),
+    )
 
 
-def _quantiles(values: Sequence[float]) -> dict[str, float]:
+def _quantiles(values: Sequence[float]) -> Quantiles:
     ordered = sorted(values)
-    return {
-        "p50": round(ordered[len(ordered) // 2], 1),
-        "p99": round(ordered[int(0.99 * (len(ordered) - 1))], 1),
-        "mean": round(statistics.fmean(ordered), 1),
-    }
+    return Quantiles(
+        p50=round(ordered[len(ordered) // 2], 1),
+        p99=round(ordered[int(0.99 * (len(ordered) - 1))], 1),
+        mean=round(statistics.fmean(ordered), 1),
+    )
 
 
 # --- worth ----------------------------------------------------------------------------------
@@ -181,13 +209,36 @@ class Gateway:
         return self.replicas[index]
 
 
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How a fleet served a load.
+
+    Attributes:
+        hit_share: prompt tokens that came from a cache.
+        queue_max_over_mean, work_max_over_mean: the busiest replica beside the mean of all.
+    """
+
+    hit_share: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    queue_max_over_mean: float
+    work_max_over_mean: float
+
+
+class Row(Outcome, frozen=True, kw_only=True):
+    """The outcome of one policy on one fleet."""
+
+    replicas: int
+    popularity: str
+    policy: str
+
+
 def simulate(
     made: Callable[[random.Random], Router],
     load: Load,
     engine: Engine,
     replicas: int,
     gateways: int = 1,
-) -> dict[str, Any]:
+) -> Outcome:
     """One policy on one fleet; the same requests for every policy."""
     rng = random.Random(load.seed)
     weights = [1 / number if load.zipf else 1.0 for number in range(1, load.prefixes + 1)]
@@ -226,14 +277,14 @@ def simulate(
         replica.work_tokens += job.input_tokens - job.cached_tokens + job.output_tokens
     read = sum(job.input_tokens for job, _ in jobs)
     ttft_s.sort()
-    return {
-        "hit_share": round(sum(job.cached_tokens for job, _ in jobs) / read, 4),
-        "ttft_p50_s": round(ttft_s[len(ttft_s) // 2], 4),
-        "ttft_p99_s": round(ttft_s[int(0.99 * (len(ttft_s) - 1))], 4),
+    return Outcome(
+        hit_share=round(sum(job.cached_tokens for job, _ in jobs) / read, 4),
+        ttft_p50_s=round(ttft_s[len(ttft_s) // 2], 4),
+        ttft_p99_s=round(ttft_s[int(0.99 * (len(ttft_s) - 1))], 4),
         # Poisson arrivals see what is there over time.
-        "queue_max_over_mean": _max_over_mean([sum(each) for each in zip(*queues, strict=True)]),
-        "work_max_over_mean": _max_over_mean([replica.work_tokens for replica in fleet]),
-    }
+        queue_max_over_mean=_max_over_mean([sum(each) for each in zip(*queues, strict=True)]),
+        work_max_over_mean=_max_over_mean([replica.work_tokens for replica in fleet]),
+    )
 
 
 def _blocks(prefix: int, load: Load, engine: Engine) -> tuple[int, ...]:
@@ -281,7 +332,7 @@ def main() -> int:
     for replicas in (2, 8, 64) if options.decisions else ():
         for common in (0.0, 0.25):
             costs.append(cost(replicas, options.live, 4000, common, options.decisions))
-            print(json.dumps(costs[-1]), file=sys.stderr)
+            print(_json(costs[-1]), file=sys.stderr)
     load = replace(
         load,
         common=options.common,
@@ -301,12 +352,20 @@ def main() -> int:
                 outcome = simulate(
                     make, replace(load, zipf=zipf), engine, replicas, options.gateways
                 )
-                popularity = "zipf" if zipf else "uniform"
-                row = {"replicas": replicas, "popularity": popularity, "policy": policy, **outcome}
+                row = Row(
+                    replicas=replicas,
+                    popularity="zipf" if zipf else "uniform",
+                    policy=policy,
+                    **msgspec.structs.asdict(outcome),
+                )
                 worth.append(row)
-                print(json.dumps(row), file=sys.stderr)
-    print(json.dumps({"benchmark": "routing", "cost": costs, "worth": worth}))
+                print(_json(row), file=sys.stderr)
+    print(_json({"benchmark": "routing", "cost": costs, "worth": worth}))
     return 0
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ that address fetch it. Run it where the hardware is that of the replicas: as a j
 
 import argparse
 import asyncio
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from serve_app.caches import archive, engine, source
 from serve_app.caches import key as keys
@@ -40,12 +41,31 @@ def run(argv: Sequence[str]) -> int:
     gpus = local_gpus()
     for each in settings.of_each_model():
         plan = decide_on(each, [Node(gpus)] if gpus else [])
-        print(json.dumps(warm(each, plan, address)), flush=True)
+        print(msgspec.json.encode(warm(each, plan, address)).decode(), flush=True)
     return 0
 
 
-def warm(settings: Settings, plan: Plan, address: str) -> dict[str, Any]:
-    """Start one engine, end it, and publish its caches. Returns a sentence about the result."""
+class Warmed(msgspec.Struct, kw_only=True):
+    """An engine whose caches were published.
+
+    Attributes:
+        key: of its caches.
+        found: what of them was on this machine before.
+        start_s: how long it took to start and to answer.
+        bytes: of the archive.
+        to: its address.
+    """
+
+    model: str
+    key: str
+    found: str
+    start_s: float
+    bytes: int
+    to: str
+
+
+def warm(settings: Settings, plan: Plan, address: str) -> Warmed:
+    """Start one engine, end it, and publish its caches."""
     os.environ.update(plan.environment)
     if plan.cpu_threads is None:
         kernels.settle()
@@ -66,14 +86,14 @@ def warm(settings: Settings, plan: Plan, address: str) -> dict[str, Any]:
         )
     key = keys.key(described)
     size = archive.publish(cache.folder, key, described, source.at(address))
-    return {
-        "model": plan.model,
-        "key": key,
-        "found": cache.found,
-        "start_s": round(took_s, 1),
-        "bytes": size,
-        "to": address,
-    }
+    return Warmed(
+        model=plan.model,
+        key=key,
+        found=cache.found,
+        start_s=round(took_s, 1),
+        bytes=size,
+        to=address,
+    )
 
 
 async def _start_once(arguments: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from serve_app.observe import metrics
 from serve_app.observe.export import Exporter
 from serve_app.observe.logs import Log
 from serve_app.observe.meter import Meter
-from serve_app.observe.phases import Span, as_json, durations, sentence
+from serve_app.observe.phases import Logged, Span, durations, sentence
 from serve_app.observe.tracing import Tracer
 from serve_app.progress import say
 from serve_app.settings import Observe, Replicas
@@ -55,7 +55,7 @@ class Observation:
         """Log and count a start, or the restart of an engine. Returns the seconds of each phase."""
         took_s = durations(segments)
         say(sentence(kind, took_s))
-        self.log.write("info", kind, phases=as_json(segments))
+        self.log.write("info", kind, phases=[Logged.of(segment) for segment in segments])
         for phase, seconds in took_s.items():
             metrics.start_phases.labels(model, kind, phase).observe(seconds)
         return took_s

@@ -10,7 +10,8 @@ Times are Unix time in seconds: the spans of a start come from several processes
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 # In the order in which a start meets them.
 PHASES: Mapping[str, str] = {
@@ -106,13 +107,16 @@ def of_vllm(name: str, began_ns: int, ended_ns: int) -> Span | None:
     return None if phase is None else Span(phase, began_ns / 1e9, ended_ns / 1e9)
 
 
-def as_json(pieces: Sequence[Span]) -> list[dict[str, Any]]:
-    """For the log: each piece with its beginning, in Unix time."""
-    return [
-        {
-            "phase": piece.phase,
-            "began_s": round(piece.began_s, 3),
-            "took_s": round(piece.ended_s - piece.began_s, 3),
-        }
-        for piece in pieces
-    ]
+class Logged(msgspec.Struct, frozen=True):
+    """A span as the log has it. Its beginning is in Unix time."""
+
+    phase: str
+    began_s: float
+    took_s: float
+
+    @classmethod
+    def of(cls, span: Span) -> "Logged":
+        return cls(span.phase, round(span.began_s, 3), round(span.ended_s - span.began_s, 3))
+
+    def span(self) -> Span:
+        return Span(self.phase, self.began_s, self.began_s + self.took_s)

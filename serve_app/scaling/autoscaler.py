@@ -64,12 +64,12 @@ def report(load: ReplicaLoad, start_s: Mapping[str, float] | None = None) -> dic
 
 def load_of(numbers: Mapping[str, float]) -> ReplicaLoad:
     """The load from the numbers of `report`; a missing number counts as 0."""
-    values: dict[str, Any] = {}
+    values: dict[str, float] = {}
     for field in fields(ReplicaLoad):
         value = numbers.get(field.name, _NOTHING)
         if value != _NOTHING:
             values[field.name] = round(value) if field.name in _COUNTS else value
-    return ReplicaLoad(**values)
+    return ReplicaLoad(**values)  # type: ignore[arg-type]  # Counts are whole by `_COUNTS`.
 
 
 class OngoingRequests:

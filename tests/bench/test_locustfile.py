@@ -188,8 +188,7 @@ def faulty(options: Options, folder: Path, port: int) -> tuple[int, str, dict[st
 
 
 def _answers(server: Process) -> dict[str, int]:
-    answers: dict[str, int] = server.stats()["answers"]
-    return answers
+    return server.stats().answers
 
 
 def test_failures_are_counted_with_their_texts(tmp_path: Path) -> None:

@@ -385,20 +385,20 @@ def test_on_a_modelled_fleet_prefixes_are_read_once_and_the_load_is_even(
     load = bench.Load(requests=200, rate=3.0, zipf=zipf)
     engine = bench.engine_for(load, cache=0.6)
 
-    def run(made: Callable[..., routing.Router], **options: int) -> dict:
+    def run(made: Callable[..., routing.Router], **options: int) -> bench.Outcome:
         return bench.simulate(lambda rng: made(rng, **options), load, engine, replicas)
 
     ours = run(PrefixRouter, held_bytes=bench.held_bytes(engine))
     theirs = run(routing.ROUTERS["least_connections"])
-    assert ours["hit_share"] > theirs["hit_share"]
-    assert ours["hit_share"] > 0.85
+    assert ours.hit_share > theirs.hit_share
+    assert ours.hit_share > 0.85
     # By Zipf half of all requests are for the few prefixes that everybody holds anyway.
-    assert ours["ttft_p50_s"] < (0.9 if zipf else 0.7) * theirs["ttft_p50_s"]
-    assert ours["queue_max_over_mean"] < 1.5
-    assert ours["work_max_over_mean"] < 1.5
+    assert ours.ttft_p50_s < (0.9 if zipf else 0.7) * theirs.ttft_p50_s
+    assert ours.queue_max_over_mean < 1.5
+    assert ours.work_max_over_mean < 1.5
     # Without room for anything to be remembered it is power of two choices.
     blind = run(PrefixRouter, held_bytes=0)
-    assert blind["hit_share"] < ours["hit_share"]
+    assert blind.hit_share < ours.hit_share
 
 
 def test_the_model_counts_what_is_outstanding_as_it_goes() -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from serve_app.observe.phases import (
     PHASES,
     VLLM_SPANS,
+    Logged,
     Span,
-    as_json,
     durations,
     segments,
     sentence,
@@ -74,7 +74,7 @@ def test_a_start_with_an_engine_inside() -> None:
         "other": 5,
     }
     assert sentence("start", took_s).startswith("start: 20.0 s: imports 5.0, configuration 1.0")
-    assert as_json(segments(found))[1] == {"phase": "other", "began_s": 5, "took_s": 1}
+    assert Logged.of(segments(found)[1]) == Logged("other", began_s=5, took_s=1)
 
 
 def test_phases_of_vllm_are_phases() -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import time
-from typing import Any
 
 from bench import result, run
 from bench.engine import served
@@ -96,7 +95,7 @@ def confirm(options: argparse.Namespace) -> Line:
     return result.line(output, options.out, "settings", "scores", "gain")
 
 
-def _fresh(options: argparse.Namespace, given: dict[str, Any]) -> Engine | served.Served:
+def _fresh(options: argparse.Namespace, given: Settings) -> Engine | served.Served:
     folder = options.out / "engine"
     if options.system == "engine":
         return Engine(options.model, given, folder)

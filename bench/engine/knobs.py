@@ -179,9 +179,9 @@ def _values(text: str) -> list[Any]:
         return text.split(",")
 
 
-def points(knobs: Sequence[Knob]) -> list[dict[str, Any]]:
+def points(knobs: Sequence[Knob]) -> list[Settings]:
     """Every combination: the full grid."""
-    points_so_far: list[dict[str, Any]] = [{}]
+    points_so_far: list[Settings] = [{}]
     for knob in knobs:
         points_so_far = [
             point if value is None else {**point, knob.name: value}
@@ -191,7 +191,7 @@ def points(knobs: Sequence[Knob]) -> list[dict[str, Any]]:
     return points_so_far
 
 
-def started_with(settings: Settings, knobs: Sequence[Knob]) -> dict[str, Any]:
+def started_with(settings: Settings, knobs: Sequence[Knob]) -> Settings:
     """The part of a setting that an engine must be started with: all but the live knobs."""
     live = {knob.name for knob in knobs if knob.live}
     return {name: value for name, value in settings.items() if name not in live}

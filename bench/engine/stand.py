@@ -24,12 +24,12 @@ class Stand:
     def __init__(self, model: str, fixed: Mapping[str, Any], space: Sequence[Knob], folder: Path):
         self._model, self._fixed, self._space, self._folder = model, dict(fixed), space, folder
         self._engine: Engine | None = None
-        self._base: dict[str, Any] = {}
+        self._base: knobs.Settings = {}
         self._raised: dict[str, int] = {}
         self._defaults: dict[str, dict[str, int]] = {}
         self.starts, self.start_s = 0, _START_GUESS_S
 
-    def would_start(self, settings: Mapping[str, Any]) -> bool:
+    def would_start(self, settings: knobs.Settings) -> bool:
         """Whether a setting needs an engine other than the one that stands."""
         if self._engine is None or self._engine.ready is None:
             return True
@@ -43,7 +43,7 @@ class Stand:
 
     @contextlib.contextmanager
     def engine(
-        self, settings: Mapping[str, Any], start_s: float
+        self, settings: knobs.Settings, start_s: float
     ) -> Iterator[tuple[Engine, dict[str, int]]]:
         """An engine for a setting, and the limits to give it.
 
@@ -78,14 +78,14 @@ class Stand:
             self._engine.__exit__(None, None, None)
             self._engine = None
 
-    def _live(self, settings: Mapping[str, Any]) -> dict[str, int]:
+    def _live(self, settings: knobs.Settings) -> dict[str, int]:
         live = {knob.name for knob in self._space if knob.live}
         return {name: int(value) for name, value in settings.items() if name in live}
 
     def _measured_tokens(self) -> dict[str, int] | None:
         return self._defaults.get(knobs.key(self._base))
 
-    def _start(self, settings: Mapping[str, Any], start_s: float) -> None:
+    def _start(self, settings: knobs.Settings, start_s: float) -> None:
         self._base = knobs.started_with(settings, self._space)
         tokens = self._measured_tokens()
         # Only what is above the defaults; less can be told to the engine later.

@@ -218,7 +218,7 @@ class Search:
 
     def _screen(self) -> Generator[Trial, Outcome, Settings]:
         """One knob at a time around the best so far, the most promising first."""
-        best: dict[str, Any] = {}
+        best: Settings = {}
         knobs = list(self._knobs)
         while knobs:
             knob = max(knobs, key=lambda each: self._promise(each, best))
@@ -235,7 +235,7 @@ class Search:
             scores = [self._score(point, 0) for point in tried]
             place = scores.index(max(scores))
             if scores[place] > scores[0] * (1 + _TIE):
-                best = dict(tried[place])
+                best = tried[place]
         return best
 
     def _promise(self, knob: Knob, best: Settings) -> tuple[float, bool]:
@@ -248,7 +248,7 @@ class Search:
     def _promising(self, best: Settings) -> list[Settings]:
         """Combinations not yet measured, the best by the product of their effects first."""
         logs = self._logs()
-        points: list[dict[str, Any]] = [{}]
+        points: list[Settings] = [{}]
         for knob in self._knobs:
             tried = [value for value in knob.values if value is None or _name(knob, value) in logs]
             by_worth = sorted(tried, key=lambda value: -_log_of(logs, knob.name, value))

@@ -124,6 +124,16 @@ def figures(
         if outcome.interrupted:
             reasons.append("interrupted: the rest of the load was not sent")
         doubts += [f"repeat {number + 1}: {doubt}" for doubt in reasons]
+    # Repeats without a window, or that fell behind, are doubtful for that already.
+    doubts += measure.unsettled(
+        measure.settling_of_all(
+            [
+                (repeat.outcome.records, (inside.from_s, inside.to_s))
+                for repeat, inside in zip(repeats, steady, strict=True)
+                if inside.steady and not measure.falls_behind(inside)
+            ]
+        )
+    )
     efficiency = [
         measure.efficiency(inside, gpu.energy(repeat.gpu), gpus, usd_per_gpu_hour)
         for repeat, inside in zip(repeats, steady, strict=True)

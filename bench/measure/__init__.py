@@ -41,13 +41,21 @@ from bench.measure.efficiency import (
     efficiency_summary,
     on_front,
 )
-from bench.measure.figures import METRICS, Kind, Mean, Measures, measure, summary
+from bench.measure.figures import (
+    METRICS,
+    Kind,
+    Mean,
+    Measures,
+    measure,
+    settling_of_all,
+    summary,
+)
 from bench.measure.flow import Timeline, Window, output_tokens_by_slice, timeline
 from bench.measure.latency import e2e_s, gaps, itl_s, lag_s, present, reason, tpot_s, ttft_s
 from bench.measure.sessions import Sessions, Turn, sessions
 from bench.measure.slo import SLOS, Slo, parse_slo
 from bench.measure.steady import window
-from bench.measure.validity import answer_doubts, busy, doubts, falls_behind
+from bench.measure.validity import answer_doubts, busy, doubts, falls_behind, unsettled
 from bench.measure.vllm_result import vllm_names
 
 __all__ = [
@@ -80,10 +88,12 @@ __all__ = [
     "parse_slo",
     "reason",
     "sessions",
+    "settling_of_all",
     "summary",
     "timeline",
     "tpot_s",
     "ttft_s",
+    "unsettled",
     "vllm_names",
     "window",
 ]

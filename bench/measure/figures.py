@@ -30,7 +30,7 @@ from bench.measure.latency import (
     ttft_s,
 )
 from bench.measure.slo import Slo
-from bench.measure.steady import Settling, settling
+from bench.measure.steady import Settling, averaged, settling
 from bench.records import Record
 
 # The metrics of a system under load, and which way is better. Lag is not one: it is bench's own.
@@ -176,12 +176,11 @@ def measure(
     counted = [record for record in everything if from_s <= record.planned_s <= to_s]
     counted.sort(key=lambda record: record.planned_s)  # Intervals need the order of time.
     ok = [record for record in counted if record.ok]
+    latencies = _latencies(ok)
     ended = sum(from_s < record.end_s <= to_s for record in everything if record.end_s is not None)
     good = {id(record) for record in everything if slo and slo.met_by(record)}
     flow = rates(everything, (from_s, to_s), window is None, good if slo else None)
     good_share = sum(id(r) in good for r in counted) / len(counted) if counted else None
-    latencies = {"ttft": present(map(ttft_s, ok)), "tpot": present(map(tpot_s, ok))}
-    latencies["e2e"] = present(map(e2e_s, ok))
     lags = present(map(lag_s, counted))
     duration_s = to_s - from_s
     per_s = partial(per_second, duration_s=duration_s)
@@ -220,11 +219,7 @@ def measure(
         lag_p50_s=percentile(lags, 50),
         lag_p99_s=float(np.percentile(lags, 99)) if len(lags) else None,
         lag_max_s=float(lags.max()) if len(lags) else None,
-        settling={
-            name: settled
-            for name, of in latencies.items()
-            if (settled := settling(of, _users(counted)))
-        },
+        settling=_settling(latencies, _users(counted)),
         intervals=_intervals(latencies),
         answers=answers(ok),
         **_statistics("ttft", latencies["ttft"]),
@@ -232,6 +227,28 @@ def measure(
         **_statistics("itl", gaps(ok)),
         **_statistics("e2e", latencies["e2e"]),
     )
+
+
+def settling_of_all(repeats: Sequence[tuple[Sequence[Record], Window]]) -> dict[str, Settling]:
+    """How well each mean latency is known from all repeats together, each in its window."""
+    counted = [
+        sorted((r for r in records if from_s <= r.planned_s <= to_s), key=lambda r: r.planned_s)
+        for records, (from_s, to_s) in repeats
+    ]
+    if not counted:
+        return {}
+    each = [_latencies([record for record in repeat if record.ok]) for repeat in counted]
+    latencies = {name: averaged([of[name] for of in each]) for name in each[0]}
+    return _settling(latencies, _users(counted[0]))
+
+
+def _latencies(ok: Sequence[Record]) -> dict[str, Values]:
+    latencies = {"ttft": ttft_s, "tpot": tpot_s, "e2e": e2e_s}
+    return {name: present(map(of, ok)) for name, of in latencies.items()}
+
+
+def _settling(latencies: Mapping[str, Values], users: int | None) -> dict[str, Settling]:
+    return {name: of for name, values in latencies.items() if (of := settling(values, users))}
 
 
 class Mean(TypedDict):

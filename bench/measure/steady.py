@@ -201,7 +201,7 @@ class Settling(msgspec.Struct, frozen=True, kw_only=True):
     """How well a steady mean is known from correlated latencies.
 
     Attributes:
-        requests: whose latencies are known.
+        requests: whose latencies are known, in each repeat.
         independent: how many independent requests they are worth.
         error_s: half of a 95% interval for the mean, at that worth; as `error_share` of the mean.
     """
@@ -245,6 +245,18 @@ def settling(values: Values, users: int | None = None) -> Settling | None:
         error_s=error_s,
         error_share=error_s / mean if mean > 0 else 0.0,
     )
+
+
+def averaged(repeats: Sequence[Values]) -> Values:
+    """Repeats of a run as one series: at each place in the order of time, their mean.
+
+    What differs between repeats by chance averages out. What all of them have at the same place, as
+    a queue that grows does, stays.
+    """
+    shortest = min(map(len, repeats))
+    places = [np.linspace(0, len(values) - 1, shortest).round().astype(int) for values in repeats]
+    means: Values = np.mean([v[at] for v, at in zip(repeats, places, strict=True)], axis=0)
+    return means
 
 
 def _error_of_turns_s(values: Values, users: int) -> float:

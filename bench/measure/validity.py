@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from bench.measure.figures import Measures
+from bench.measure.steady import Settling
 
 _LAG_S, _LAG_OF_TTFT = 0.005, 0.05
 _LATENCY_NAMES = {"ttft": "TTFT", "tpot": "time per token", "e2e": "end-to-end time"}
@@ -28,7 +29,7 @@ class Doubt(msgspec.Struct, frozen=True, kw_only=True):
         text: for people, one sentence.
     """
 
-    kind: Literal["unsteady", "late", "busy", "failed", "answers", "behind", "unsettled"]
+    kind: Literal["unsteady", "late", "busy", "failed", "answers", "behind"]
     text: str
 
 
@@ -52,7 +53,7 @@ def find(
     whole: Measures | None = None,
     batch: bool = False,
 ) -> list[Doubt]:
-    """Every doubt about a repeat.
+    """Every doubt about a repeat by itself; `unsettled` is about all of them together.
 
     Args:
         measures: of the window, or of the whole where there was no steady state.
@@ -72,8 +73,6 @@ def find(
             "run lasted"
         )
         doubts.append(Doubt(kind="behind", text=text))
-    elif measures.steady:
-        doubts += [Doubt(kind="unsettled", text=text) for text in _unsettled(measures)]
     return doubts
 
 
@@ -137,9 +136,9 @@ def answer_doubts(measures: Measures) -> list[str]:
     return doubts
 
 
-def _unsettled(measures: Measures) -> list[str]:
+def unsettled(settling: Mapping[str, Settling]) -> list[str]:
     """Of the latency that is known worst; empty where all have settled."""
-    open_ = {name: of for name, of in measures.settling.items() if not of.settled}
+    open_ = {name: of for name, of in settling.items() if not of.settled}
     if not open_:
         return []
     worst = max(open_, key=lambda name: open_[name].error_share)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from bench.figures import Load
-from bench.measure import Measures, doubts, e2e_s, measure, summary, ttft_s, window
+from bench.measure import Measures, doubts, e2e_s, measure, summary, ttft_s, unsettled, window
 from bench.records import Record
 
 _FIGURES = ["requests_per_s", "output_tokens_per_s", "user_tokens_per_s", "max_running"]
@@ -97,7 +97,8 @@ def result(
     whole = measure(heard)
     steady = measure(heard, window=window(heard, users))
     shown = steady if steady.steady else whole
-    doubts_of_run = doubts(shown, cpu, whole) + ([cut_short] if cut_short else [])
+    doubts_of_run = [*doubts(shown, cpu, whole), *unsettled(shown.settling)]
+    doubts_of_run += [cut_short] if cut_short else []
     return Locust(
         **about,
         **{name: getattr(shown, name) for name in _FIGURES},

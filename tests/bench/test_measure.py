@@ -4,6 +4,7 @@ import ast
 import heapq
 import importlib.util
 import json
+import math
 import random
 import types
 import warnings
@@ -20,7 +21,7 @@ from bench import interval, measure
 from bench.errors import BenchError
 from bench.itself import batching, processes
 from bench.measure import Measures, Slo
-from bench.measure.steady import Settling, settling
+from bench.measure.steady import Settling, averaged, settling
 from bench.records import Record
 
 
@@ -428,7 +429,9 @@ def test_above_capacity_the_rate_is_the_servers(offered: float) -> None:
     measures = measure.measure(records, None, window)
     assert measures.requests_per_s == pytest.approx(1.0, rel=0.003)
     assert measures.output_tokens_per_s == pytest.approx(10.0, rel=0.003)
-    assert measure.doubts(measures, whole=measure.measure(records)) != []
+    doubts = measure.doubts(measures, whole=measure.measure(records))
+    doubts += measure.unsettled(measure.settling_of_all([(records, window)] * 3 if window else []))
+    assert doubts != []
 
 
 @pytest.mark.parametrize(("spread", "users", "turns"), [(0.05, 8, 5), (0.5, 8, 8), (1.0, 8, 16)])
@@ -507,6 +510,43 @@ def test_users_who_stay_in_step_settle_once_their_turns_agree() -> None:
     drifting = np.concatenate([wave * (1 + 0.1 * turn) for turn in range(8)])
     assert not steady_of(drifting, 64).settled
     assert not steady_of(alike[:128], 64).settled
+
+
+def test_repeats_settle_together() -> None:
+    """Three repeats, none of which settles alone: their mean is within a twentieth of the truth."""
+    rng, truth = np.random.default_rng(8), 10.0
+    errors = [
+        abs(np.mean(repeats) - truth)
+        for repeats in (correlated(rng, truth, 3) for _ in range(300))
+        if not any(steady_of(repeat).settled for repeat in repeats)
+        and steady_of(averaged(repeats)).settled
+    ]
+    assert len(errors) >= 50
+    assert np.mean(np.array(errors) <= 0.05 * truth) >= 0.92
+
+
+def test_what_every_repeat_has_does_not_settle_by_repeating() -> None:
+    """A queue that grows, in each of 30 repeats."""
+    rng = np.random.default_rng(9)
+    growing = [np.linspace(1, 3, count) * rng.normal(1, 0.1, count) for count in range(300, 330)]
+    assert not steady_of(growing[0]).settled
+    assert not steady_of(averaged(growing)).settled
+    records = [
+        [answered(n, n / 50, chunk_s=[n / 50 + took]) for n, took in enumerate(values)]
+        for values in growing
+    ]
+    whole = [(repeat, (0.0, 7.0)) for repeat in records]
+    assert "TTFT did not settle" in measure.unsettled(measure.settling_of_all(whole))[0]
+    assert measure.unsettled(measure.settling_of_all([])) == []
+
+
+def correlated(rng: np.random.Generator, mean: float, count: int) -> list[NDArray[np.float64]]:
+    """AR(1) processes of 1,000 samples that are worth about 40 independent ones each."""
+    noise = rng.normal(0, 2.0 * math.sqrt(1 - 0.92**2), (count, 1200))
+    values = np.zeros((count, 1200))
+    for place in range(1, 1200):
+        values[:, place] = 0.92 * values[:, place - 1] + noise[:, place]
+    return list(mean + values[:, 200:])
 
 
 def steady_of(values: NDArray[np.float64], users: int | None = None) -> Settling:

@@ -202,6 +202,8 @@ class Stream:
             self._names.learn(event)
             return True
         elif last:
+            if self.method is not None and self._fresh.finish is None:
+                raise Malformed("it ends without a finish reason")
             self.ended = self._complete = True
         elif self.method is None and not event.startswith(_PREAMBLE):
             self._unmarked = True
@@ -238,7 +240,7 @@ class Stream:
                 continue
             try:
                 self._note(line)
-            except (ValueError, msgspec.MsgspecError):
+            except (ValueError, RecursionError):
                 self._unmarked = True
         return event or comment
 

@@ -43,7 +43,7 @@ def error_code(event: bytes) -> str | None:
         return None
     try:
         data = msgspec.json.decode(next(sse.data_lines(event), b""))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # No JSON, or no UTF-8.
         data = None
     code = _code(data) if isinstance(data, dict) else None
     return _UNNAMED if failed and code is None else code

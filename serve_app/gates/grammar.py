@@ -87,5 +87,5 @@ def _json(text: str) -> Any:
     """The JSON in a text; the text, if there is none: the engine will say so."""
     try:
         return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text

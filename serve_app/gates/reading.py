@@ -188,7 +188,7 @@ def _read(route: Route, body: bytes) -> Reading:
         if body.lstrip().startswith(b"{"):
             raise BadRequest(f"The body is not valid JSON: {error}") from None
         raise BadRequest("The body must be a JSON object.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"The body is not valid JSON: {error}") from None
     _refuse_removed(fields)
     sampling = fields.sampling_params if isinstance(fields.sampling_params, dict) else {}

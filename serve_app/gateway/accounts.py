@@ -217,7 +217,7 @@ class Accounts:
         url = f"http://{replica.address}{PATH}"
         headers = {TOKEN_HEADER: replica.token, HEADER: self.name}
         while True:
-            with contextlib.suppress(aiohttp.ClientError, OSError, msgspec.MsgspecError):
+            with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
                 async with self._session.get(url, headers=headers) as response:
                     response.raise_for_status()
                     async for line in response.content:

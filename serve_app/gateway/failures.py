@@ -20,7 +20,7 @@ class WholeResponse:
         """The message of an error in JSON, or else the beginning of the body."""
         try:
             return str(msgspec.json.decode(self.body)["error"]["message"])
-        except (msgspec.DecodeError, KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):
             return self.body[:200].decode("utf-8", "replace")
 
 

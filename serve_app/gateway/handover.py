@@ -99,7 +99,7 @@ class FastStream(Stream):
             raise Malformed("not an event of an answer")
         try:
             chunk = _decode(event[len(DATA) :])
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise Malformed(f"not an event of an answer: {error}") from error
         return self._of_fast(event, chunk) if self._fast else self._of_full(event, chunk)
 

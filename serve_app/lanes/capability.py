@@ -272,7 +272,7 @@ def obstacle(
         return "the header content-type"
     try:
         values = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return "the body"
     if type(values) is not dict:
         return "the body"

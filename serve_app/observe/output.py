@@ -72,7 +72,7 @@ def usage(data: bytes) -> tuple[int, int, int] | None:
     for text in (data, *reversed(list(sse.data_lines(data)))):
         try:
             parsed = msgspec.json.decode(text, type=_Counted)
-        except (msgspec.MsgspecError, RecursionError):
+        except (ValueError, RecursionError):
             continue
         counts = parsed.usage or (parsed.response.usage if parsed.response else None)
         if counts is None:
@@ -131,7 +131,7 @@ def _events(data: bytes) -> Iterator[Any]:
     for line in sse.data_lines(data):
         try:
             yield msgspec.json.decode(line)
-        except (msgspec.DecodeError, RecursionError):
+        except (ValueError, RecursionError):  # No JSON, or no UTF-8.
             yield None
 
 
@@ -165,5 +165,5 @@ def _word(error: dict[str, Any]) -> str:
 def _answer(body: bytes) -> _Answer | None:
     try:
         return msgspec.json.decode(body, type=_Answer)
-    except (msgspec.MsgspecError, RecursionError):
+    except (ValueError, RecursionError):
         return None

@@ -176,5 +176,5 @@ def _rows(lines: list[bytes]) -> Iterator[Row]:
     for line in lines:
         try:
             yield _decoder.decode(line)
-        except msgspec.MsgspecError:
+        except ValueError:
             continue  # The last line, which the kill cut off, or the end of a full file.

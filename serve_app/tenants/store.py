@@ -98,7 +98,7 @@ class Store:
     def _decoded(self, name: str, data: str) -> Tenant:
         try:
             return _decoder.decode(data)
-        except msgspec.MsgspecError as error:
+        except ValueError as error:
             problem = f"its tenant {name!r} cannot be read: {error}"
             raise ConfigError("tenants.database", self.database.address, problem) from None
 

@@ -103,6 +103,8 @@ class Engine:
             current.marks.how(Method.RESUME)
             current.marks.group([token])
             ends = token == LENGTH - 1
+            if ends:
+                current.marks.end("length", None)
             choice = {"text": f"{token} ", "finish_reason": "length" if ends else None}
             event = b"data: " + json.dumps({"id": "a", "choices": [choice]}).encode() + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
@@ -150,6 +150,8 @@ LAST = (b"data: [DONE]", b"event: response.completed", b"event: message_stop")
 
 @SLOW
 @given(FLEETS, METHODS, st.booleans(), st.integers(1, 4), PATHS)
+@example([[Fault(instead={5: streams.DONE})]], "resume", False, 1, streams.COMPLETIONS)
+@example([[Fault(error_after=5)]], "resume", False, 1, streams.RESPONSES)
 def test_a_stream_ends_with_its_last_event_or_an_error(
     faults: list[list[Fault]], method: str, fast: bool, max_deaths: int, path: str
 ) -> None:
@@ -165,6 +167,8 @@ def test_a_stream_ends_with_its_last_event_or_an_error(
         assert failed or events[-1].startswith(LAST)
         assert events[-1].startswith(LAST) or events[-1] == failed[-1]
         assert sum(event.startswith(LAST) for event in events) <= 1
+        if not failed and path in (streams.COMPLETIONS, streams.CHAT):
+            assert streams.Read.of(client.body).finishes, "it ends without a finish reason"
         assert line["status"] == (500 if failed else 200)
         assert bool(line.get("reason")) == bool(failed)
     elif client.status >= 400:

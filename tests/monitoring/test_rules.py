@@ -66,7 +66,7 @@ ray_serve_deployment_replica_starts_total
 ray_serve_deployment_status
 
 haproxy_backend_active_servers
-haproxy_backend_http_responses_total
+haproxy_frontend_http_responses_total
 
 ALERTS
 up

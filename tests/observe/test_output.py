@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.gateway.failures import WholeResponse
 from serve_app.observe import output
 
 OPENAI = {
@@ -34,6 +35,19 @@ def test_cached_tokens_are_a_part_of_the_prompt(usage: dict[str, Any], stream: b
     if stream:
         data = b"data: {}\n\nevent: message_delta\ndata: " + data + b"\n\ndata: [DONE]\n\n"
     assert output.usage(data) == (42, 32, 8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b'{"error": "\xff"}', b'{"error": {"code": "\xc3("}}', b"[" * 9999, b"1e", b""],
+)
+def test_what_cannot_be_read_breaks_nothing(text: bytes) -> None:
+    """Bytes that are no UTF-8 are no msgspec.DecodeError."""
+    assert output.failure_code(text) is None
+    assert output.output_tokens(text) is None
+    assert output.usage(text) is None
+    assert output.begins_output(b"data: " + text + b"\n\n")
+    assert WholeResponse(500, [], text).message == text[:200].decode("utf-8", "replace")
 
 
 def test_an_answer_without_a_cache_has_no_cached_tokens() -> None:

@@ -87,7 +87,10 @@ ROW = Row(
             "Responses that HAProxy sent, its own included. Not on EKS, where Prometheus does "
             "not scrape it.",
             "reqps",
-            {"{{code}}": f"sum by (code) (rate(haproxy_backend_http_responses_total[{INTERVAL}]))"},
+            {
+                "{{code}}": "sum by (code) (rate(haproxy_frontend_http_responses_total"
+                f'{{proxy="http_frontend"}}[{INTERVAL}]))'
+            },
             stacked=True,
         ),
         Panel(

@@ -383,8 +383,8 @@ def shape_of(model: str, engine: Mapping[str, Any] | None = None) -> ModelShape 
             shape = ModelShape.from_config(json.loads(config.read_text(encoding="utf-8")))
         else:
             return None
-    except (KeyError, TypeError, AttributeError):
-        return None  # Another architecture or quantization.
+    except (KeyError, TypeError, AttributeError, ArithmeticError):
+        return None  # Another architecture or quantization, or what is no dimension.
     except ValueError as error:
         raise ConfigError("model", model, f"its config.json is not JSON: {error}") from None
     return shape.served(engine or {})

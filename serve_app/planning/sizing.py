@@ -50,7 +50,7 @@ class EngineMemory:
         fitted: vLLM takes as long a context as fits (`max_model_len: auto`).
         utilization: share of the GPU memory that the engine may use.
         kv_cache_bytes: of the KV cache, where that is set.
-        kv_value_bytes: of one value in it.
+        kv_value_bytes: of one value in it, at least; None: as the model has it.
         offload_bytes: of the weights that stay in the machine's memory, for each GPU.
     """
 
@@ -58,7 +58,7 @@ class EngineMemory:
     fitted: bool = False
     utilization: float = DEFAULT_UTILIZATION
     kv_cache_bytes: int | None = None
-    kv_value_bytes: int = 2
+    kv_value_bytes: float | None = None
     offload_bytes: int = 0
 
     @classmethod
@@ -82,9 +82,19 @@ class EngineMemory:
             fitted=fitted,
             utilization=DEFAULT_UTILIZATION if utilization is None else utilization,
             kv_cache_bytes=None if kv_bytes is None else int(kv_bytes),
-            kv_value_bytes=1 if str(engine.get("kv_cache_dtype", "")).startswith("fp8") else 2,
+            kv_value_bytes=_kv_value_bytes(str(engine.get("kv_cache_dtype") or "auto")),
             offload_bytes=int((_number("cpu_offload_gb", engine, 0.0) or 0.0) * GIB),
         )
+
+
+def _kv_value_bytes(dtype: str) -> float | None:
+    """Of a value in a KV cache of this type, at least; None: as the model has it."""
+    if dtype == "auto":
+        return None
+    if dtype in _BYTES:
+        return _BYTES[dtype]
+    # fp8_e4m3, int8_per_token_head; nvfp4, int4_per_token_head, turboquant_3bit_nc.
+    return 1.0 if dtype.startswith(("fp8", "int8")) else 3 / 8
 
 
 _READABLE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)")
@@ -114,6 +124,8 @@ class ModelShape:
         experts, expert_size, shared_size: of a layer that is a mixture of experts: how many, the
             width of each, and of those that every token passes.
         dense_layers: layers that are not.
+        window: tokens that attention looks back at most; None: all.
+        kv_value_bytes: of one value of the KV cache.
     """
 
     hidden_size: int
@@ -132,6 +144,17 @@ class ModelShape:
     expert_size: int = 0
     shared_size: int = 0
     dense_layers: int = 0
+    window: int | None = None
+    kv_value_bytes: float = 2.0
+
+    def __post_init__(self) -> None:
+        sizes = [self.hidden_size, self.num_attention_heads, self.num_key_value_heads]
+        sizes += [self.num_hidden_layers, self.vocab_size, self.head_dim, self.intermediate_size]
+        sizes += [self.max_position_embeddings]
+        optional = [self.experts, self.expert_size, self.shared_size, self.window or 1]
+        for size in [*sizes, *(each for each in optional if each != 0)]:
+            if type(size) is not int or size < 1:
+                raise TypeError(f"{size!r} is no dimension")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -167,6 +190,9 @@ class ModelShape:
             expert_size=config.get("moe_intermediate_size") or config["intermediate_size"],
             shared_size=config.get("shared_expert_intermediate_size") or 0,
             dense_layers=_dense_layers(config, layers) if experts else layers,
+            # Qwen's configs have a window that is not in use.
+            window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+            kv_value_bytes=1.0 if _has_narrow_kv(config) else 2.0,
         )
 
     def served(self, engine: Mapping[str, Any]) -> "ModelShape | None":
@@ -213,11 +239,18 @@ class ModelShape:
         rest = self.parameters - self._linear
         return int(self._linear * linear_bytes + rest * self.bytes_per_weight)
 
-    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+    def kv_bytes_per_token(self, bytes_per_value: float | None = None) -> int:
         """Keys and values of one token in all layers."""
-        return (
-            2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
-        )
+        values = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+        return int(values * (bytes_per_value or self.kv_value_bytes))
+
+
+def _has_narrow_kv(config: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint says that the KV cache has values of a byte or less."""
+    quantization = config.get("quantization_config") or {}
+    inner = quantization.get("quantization") or quantization
+    keys = ("kv_cache_scheme", "kv_cache_quant_algo")
+    return any(each.get(key) for each in (quantization, inner) for key in keys)
 
 
 def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
@@ -254,7 +287,13 @@ def _linear_bits(config: Mapping[str, Any]) -> float | None:
 
 
 def _with_scales(bits: int, group_size: int | None) -> float:
-    """With a scale of 16 bits and a zero point for each group, where there are groups."""
+    """With a scale of 16 bits and a zero point for each group, where there are groups.
+
+    Raises:
+        KeyError: no quantization has so many bits.
+    """
+    if type(bits) is not int or not 1 <= bits <= 16:
+        raise KeyError(bits)
     if bits >= 8 or not group_size or group_size < 0:
         return float(bits)
     return bits + (16 + bits) / group_size
@@ -312,6 +351,7 @@ def _kv_bytes(shape: ModelShape, memory: EngineMemory, tp: int, pp: int) -> int:
     # With more GPUs than KV heads each head is kept more than once.
     shards = min(tp, shape.num_key_value_heads) * pp
     tokens = memory.max_model_len or shape.max_position_embeddings
+    tokens = min(tokens, shape.window or tokens)
     return shape.kv_bytes_per_token(memory.kv_value_bytes) * tokens // shards
 
 

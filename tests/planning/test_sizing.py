@@ -154,6 +154,18 @@ def test_weights_are_as_large_as_their_checkpoints(
         quantized(QWEN_7B, quant_method="compressed-tensors"),
         quantized(QWEN_7B, quant_method="modelopt", quant_algo="MIXED_PRECISION"),
         QWEN_7B | {"quantization_config": "x"},
+        # What is no dimension.
+        QWEN_7B | {"hidden_size": "3584"},
+        QWEN_7B | {"num_attention_heads": 0},
+        QWEN_7B | {"num_hidden_layers": [28]},
+        QWEN_7B | {"vocab_size": float("inf")},
+        QWEN_7B | {"max_position_embeddings": "32k"},
+        QWEN_7B | {"head_dim": {"a": 1}},
+        QWEN3_30B_A3B | {"num_experts": 2.5},
+        QWEN3_30B_A3B | {"decoder_sparse_step": "x"},
+        quantized(QWEN_7B, quant_method="awq", bits="4"),
+        quantized(QWEN_7B, quant_method="gptq", bits=float("inf")),
+        quantized(QWEN_7B, quant_method="compressed-tensors", config_groups={"g": None}),
     ],
 )
 def test_what_is_not_known_is_left_to_vllm(config: dict[str, Any], tmp_path: Path) -> None:
@@ -236,6 +248,54 @@ def test_engine_arguments_change_what_is_needed() -> None:
     assert shape.served({"hf_overrides": {"num_hidden_layers": 2}}) is None
     narrow = EngineMemory.of({"kv_cache_dtype": "fp8", "max_model_len": 4096})
     assert needed_bytes(shape, narrow) < needed_bytes(shape, 4096)
+
+
+MISTRAL_7B = {
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "sliding_window": 4096,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "engine", "kv_mib"),
+    [
+        (MISTRAL_7B, {}, 512),  # 128 KiB a token; no more than the window.
+        (MISTRAL_7B | {"sliding_window": None}, {}, 4096),
+        (QWEN_7B | {"sliding_window": 4096, "use_sliding_window": False}, {}, 1792),
+        (QWEN_7B, {"kv_cache_dtype": "auto"}, 1792),
+        (QWEN_7B, {"kv_cache_dtype": "fp8_e5m2"}, 896),
+        (QWEN_7B, {"kv_cache_dtype": "int8_per_token_head"}, 896),
+        (QWEN_7B, {"kv_cache_dtype": "nvfp4"}, 336),
+        (QWEN_7B, {"kv_cache_dtype": "bfloat16"}, 1792),
+        (quantized(QWEN_7B, quant_method="fp8", kv_cache_scheme={"num_bits": 8}), {}, 896),
+        (
+            quantized(
+                QWEN_7B,
+                quant_method="modelopt",
+                quantization={"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+            ),
+            {},
+            896,
+        ),
+        (
+            quantized(QWEN_7B, quant_method="fp8", kv_cache_scheme={"num_bits": 8}),
+            {"kv_cache_dtype": "bfloat16"},
+            1792,
+        ),
+    ],
+)
+def test_the_kv_cache_needs_no_more_than_the_model_keeps(
+    config: dict[str, Any], engine: dict[str, Any], kv_mib: int
+) -> None:
+    shape, memory = ModelShape.from_config(config), EngineMemory.of(engine)
+    kv_bytes = needed_bytes(shape, memory, overhead_bytes=0) - shape.weights_bytes
+    assert kv_bytes == kv_mib * 2**20
 
 
 def test_a_gpu_whose_memory_is_not_known_is_left_to_vllm() -> None:

@@ -22,7 +22,7 @@ import psutil
 from bench.errors import LoadError
 from bench.faults.disturb import Disturbance, Due, planned
 from bench.faults.gaps import Span
-from bench.faults.victims import Cluster, Replica, title
+from bench.faults.victims import Cluster, Replica, family, title
 from bench.traffic.alarm import sleep_until
 
 _LOOK_S = 0.25  # How often it is looked whether enough are ready.
@@ -210,7 +210,8 @@ class Disturber:
             + disturbance.nodes[: turn % len(disturbance.nodes)]
         )
         for raylet in (raylet for node in named for raylet in raylets if raylet.is_(node)):
-            elsewhere = [r for r in ready if raylet.process not in r.process.parents()]
+            here = family(raylet.process)
+            elsewhere = [replica for replica in ready if replica.process not in here]
             if len(elsewhere) < disturbance.min_up - 1:
                 return None, f"{len(elsewhere)} of {disturbance.deployment} ready on other nodes"
             name = raylet.name or raylet.node_id[:8]

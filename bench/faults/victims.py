@@ -7,7 +7,8 @@
 The process tree is read each time, because killed processes are replaced. Processes outside its
 roots are never returned, whatever their titles: a second cluster of the same machine, an engine
 that lost its parent, this process itself. A process is identified by its id and its start time, so
-a later process with the same id is not mistaken for it.
+a later process with the same id is not mistaken for it. With `template: true` a raylet has a
+stand-in for each worker (serve_app/replica/worker.py), and the worker counts as below it.
 
 A replica is ready once it answers HTTP on its own port, which it does when its engine has loaded.
 Any answer counts, because a replica may require a secret, except its own errors (5xx). With
@@ -37,6 +38,8 @@ PARTS = {
     "frontend": re.compile(r"(.*/)?vllm-rs$"),
     "any": re.compile(r"VLLM::(EngineCore|Worker)|(.*/)?vllm-rs$"),
 }
+# What a stand-in calls itself.
+_STAND_IN = re.compile(r"for (\d+)")
 _ANY = ("0.0.0.0", "::")  # "::" takes IPv4 as well.
 _ANSWER_S = 3.0  # A replica under full load on a busy machine takes a second.
 
@@ -173,7 +176,7 @@ class Cluster:
         for root in roots:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if root.is_running():
-                    processes |= dict.fromkeys([root, *root.children(recursive=True)])
+                    processes |= dict.fromkeys(family(root))
         return list(processes)
 
     def _titled(self, name: str) -> list[psutil.Process]:
@@ -213,13 +216,23 @@ def of_url(url: str) -> Cluster:
             continue
         if not connection.laddr or connection.laddr.port != port:
             continue
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(connection.pid)
-            for ancestor in [process, *process.parents()]:
-                if session := _argument(_raylet(ancestor), "session-name"):
-                    return Cluster(session=session)
+        for raylet in filter(_raylet, psutil.process_iter()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if connection.pid in {process.pid for process in family(raylet)}:
+                    return Cluster(session=_argument(_raylet(raylet), "session-name"))
     problem = "no process of a Ray cluster listens there: say whose with --pid or --session"
     raise ClusterError.of("url", url, problem)
+
+
+def family(root: psutil.Process) -> list[psutil.Process]:
+    """A process and all below it, with the workers that its stand-ins are for."""
+    processes = [root, *root.children(recursive=True)]
+    for process in processes:  # It grows meanwhile.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if stand_in := _STAND_IN.fullmatch(process.name()):
+                worker = psutil.Process(int(stand_in[1]))
+                processes += [worker, *worker.children(recursive=True)]
+    return list(dict.fromkeys(processes))
 
 
 def title(process: psutil.Process) -> str:

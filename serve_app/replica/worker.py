@@ -52,6 +52,7 @@ class Fork:
     """
 
     def __init__(self, pid: int, connection: socket.socket) -> None:
+        self.pid = pid
         self._connection = connection
         try:
             self._descriptor = os.pidfd_open(pid)
@@ -126,6 +127,15 @@ def stranger(connection: socket.socket) -> str | None:
     return None if pid > 0 else "it runs in another container"
 
 
+def name_this_process(pid: int) -> None:
+    """Let `ps` and `bench chaos` see which worker this process stands in for."""
+    try:
+        with open("/proc/self/comm", "w") as name:
+            name.write(f"for {pid}")
+    except OSError:
+        return  # Only its name.
+
+
 def main(argv: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED)  # Until somebody is there to get them.
     try:
@@ -135,6 +145,7 @@ def main(argv: Sequence[str]) -> int:
         os.environ[REFUSAL_VARIABLE] = str(error) or type(error).__name__
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
         os.execv(sys.executable, [sys.executable, *argv])
+    name_this_process(forked.pid)
     for number in _PASSED:
         signal.signal(number, lambda number, _: forked.signal(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)

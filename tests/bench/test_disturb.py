@@ -14,7 +14,7 @@ from bench.faults import disturb, gaps
 from bench.faults.disturb import Due, parse, planned
 from bench.faults.disturber import Disturber
 from bench.faults.gaps import Span
-from bench.faults.victims import Cluster, ClusterError, of_url, title
+from bench.faults.victims import Cluster, ClusterError, family, of_url, title
 from bench.traffic.transcript import Transcript
 from tests.server import wait
 from tests.services import fleet
@@ -143,6 +143,22 @@ def test_the_cluster_of_a_url_is_that_of_who_listens_there(ours: psutil.Process)
 
     assert wait(lambda: bool(ports()))
     assert of_url(f"http://127.0.0.1:{ports()[0]}").session == SESSION
+
+
+def test_workers_that_a_template_forked_belong_to_the_raylet_of_their_stand_in(
+    ours: psutil.Process,
+) -> None:
+    """`of_url` found no cluster, and --session no replica, of an application with a template."""
+    with fleet.running(2, session="session_of_forks", forked=True) as raylet:
+        cluster = Cluster(session="session_of_forks")
+        assert wait(lambda: len(engines(cluster)) == 2)
+        replica = cluster.replicas("llm:engine")[0].process
+        assert replica.pid not in below(raylet)
+        assert replica in family(raylet)
+        assert not {process.pid for process in engines(cluster)} & below(ours)
+        assert wait(lambda: bool(replica.net_connections("tcp")))
+        port = replica.net_connections("tcp")[0].laddr.port
+        assert of_url(f"http://127.0.0.1:{port}").session == "session_of_forks"
 
 
 def test_a_replica_is_ready_once_it_answers_and_not_while_it_is_stopped() -> None:

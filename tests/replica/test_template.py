@@ -190,6 +190,12 @@ def test_a_killed_stand_in_takes_its_worker_along(running: Running) -> None:
     assert wait(lambda: gone(forked.pid))
 
 
+def test_a_stand_in_is_called_after_its_worker(running: Running) -> None:
+    process, forked = running.waiting()
+    assert wait(lambda: psutil.Process(process.pid).name() == f"for {forked.pid}")
+    process.communicate(timeout=60)
+
+
 def test_signals_reach_the_worker_and_its_status_the_caller(running: Running) -> None:
     stand_in, _ = running.waiting()
     stand_in.terminate()

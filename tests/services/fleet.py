@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import http.server
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -33,30 +34,41 @@ def running(
     session: str = "",
     title: str = REPLICA,
     restart: bool = False,
+    forked: bool = False,
 ) -> Iterator[psutil.Process]:
-    """A fleet; with a session, below a process that looks like the raylet of it."""
+    """A fleet; with a session, below a process that looks like the raylet of it.
+
+    Args:
+        forked: the raylet has a stand-in for the fleet, which is not below it.
+    """
     words = ["--replicas", str(replicas), "--start-s", str(start_s), "--title", title]
     words += ["--restart"] if restart else []
     command = [sys.executable, "-m", "tests.services.fleet", *words]
+    started = []
+    if forked:
+        started.append(subprocess.Popen(command, cwd=ROOT))
+        command = ["sh", "-c", f"printf 'for %d' {started[0].pid} > /proc/$$/comm; sleep 1000; :"]
     if session:
         # A shell that is called raylet, and whose arguments are those of one.
-        script = " ".join(f"'{word}'" for word in command) + "; :"
+        script = f"{shlex.join(command)}; :"
         arguments = [f"--session-name={session}", "--node_id=0123456789abcdef", "--node-name=one"]
         shell = ["raylet", "-c", script, *arguments]
-        process = subprocess.Popen(shell, executable="/bin/sh", cwd=ROOT)
+        started.append(subprocess.Popen(shell, executable="/bin/sh", cwd=ROOT))
     else:
-        process = subprocess.Popen(command, cwd=ROOT)
-    below = psutil.Process(process.pid)
+        started.append(subprocess.Popen(command, cwd=ROOT))
+    roots = [psutil.Process(process.pid) for process in started]
     try:
-        yield below
+        yield roots[-1]
     finally:
-        family = [below]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family += below.children(recursive=True)
-        for member in family:
+        members = list(roots)
+        for root in roots:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                members += root.children(recursive=True)
+        for member in members:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-        process.wait(10)
+        for process in started:
+            process.wait(10)
 
 
 class _Nothing(http.server.BaseHTTPRequestHandler):

@@ -27,10 +27,9 @@ class CorsGate:
 
     def __init__(self, app: ASGIApp, engine: Mapping[str, Any]) -> None:
         self._app = app
-        self._origins = _list(engine.get("allowed_origins"), [])
         self._cors = CORSMiddleware(
             app,
-            allow_origins=self._origins,
+            allow_origins=allowed_origins(engine),
             allow_methods=_list(engine.get("allowed_methods"), ["*"]),
             allow_headers=_list(engine.get("allowed_headers"), ["*"]),
             allow_credentials=str(engine.get("allow_credentials")).lower() in ("true", "1", "yes"),
@@ -53,6 +52,11 @@ class CorsGate:
             await error(scope, receive, send)
             return
         await self._cors(scope, receive, send)
+
+
+def allowed_origins(engine: Mapping[str, Any]) -> list[str]:
+    """The origins whose pages may use the server; `*` stands for all."""
+    return _list(engine.get("allowed_origins"), [])
 
 
 def _list(value: Any, default: list[str]) -> list[str]:

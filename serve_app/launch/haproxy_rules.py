@@ -208,6 +208,32 @@ BODY_TIMEOUT_VARIABLE = "SERVE_APP_BODY_TIMEOUT_S"
 KEYS_VARIABLE = "SERVE_APP_KEYS_REQUIRED"
 _KEY_HEADERS = ("authorization", "x-api-key")
 
+# Origins, separated by spaces, whose pages in a browser may read HAProxy's own errors. Replicas add
+# these headers to all that they answer (gates/cors.py).
+ORIGINS_VARIABLE = "SERVE_APP_ALLOWED_ORIGINS"
+
+
+def cors_rules(environment: Mapping[str, str]) -> tuple[Rule, ...]:
+    """The rules of a HAProxy whose errors pages may read."""
+    origins = environment.get(ORIGINS_VARIABLE, "").split()
+    if not origins or not all(re.fullmatch(r"[\w.:/*\[\]-]+", origin) for origin in origins):
+        return ()
+    of_page = "{ var(txn.origin) -m found }"
+    if "*" not in origins:
+        of_page = f"{{ var(txn.origin) -m str {' '.join(origins)} }}"
+    header = r"\1http-after-response set-header"
+    missing = "!{ res.hdr(access-control-allow-origin) -m found }"
+    return (
+        Rule(
+            why="a page in a browser can read errors that no replica has seen",
+            pattern=r"^( *)# Routes endpoint$",
+            replacement=r"\1http-request set-var(txn.origin) req.hdr(origin)"
+            rf"\n{header} vary Origin if {of_page} {missing}"
+            rf"\n{header} access-control-allow-origin %[var(txn.origin)] if {of_page} {missing}"
+            r"\n\g<0>",
+        ),
+    )
+
 
 def door_rules(environment: Mapping[str, str]) -> tuple[Rule, ...]:
     """The rules of a HAProxy that asks doors."""
@@ -287,7 +313,8 @@ def rewritten(text: str, environment: Mapping[str, str] | None = None) -> str:
     fast = bool((environment or {}).get(SECRET_VARIABLE))
     more = _SUCCESSOR.format(address=_frontend(text)) + _fallback(text)
     more += _fast_backends(text) if fast else ""
-    for rule in (*RULES, *(door_rules(environment or {}) if fast else ())):
+    environment = environment or {}
+    for rule in (*RULES, *cors_rules(environment), *(door_rules(environment) if fast else ())):
         text = rule.apply(text)
     return f"{MARK}\n{text}{more}"
 

@@ -33,8 +33,14 @@ import yaml
 
 from serve_app import processes
 from serve_app.errors import ConfigError
+from serve_app.gates.cors import allowed_origins
 from serve_app.launch import orphans, template
-from serve_app.launch.haproxy_rules import BODY_TIMEOUT_VARIABLE, KEYS_VARIABLE, SECRET_VARIABLE
+from serve_app.launch.haproxy_rules import (
+    BODY_TIMEOUT_VARIABLE,
+    KEYS_VARIABLE,
+    ORIGINS_VARIABLE,
+    SECRET_VARIABLE,
+)
 from serve_app.launch.template import Template
 from serve_app.planning.plan import find
 from serve_app.progress import FAILED, MARK, READY
@@ -166,8 +172,8 @@ def environment_for(settings: Settings) -> dict[str, str]:
 def haproxy_settings(settings: Settings) -> dict[str, str]:
     """Environment with what HAProxy must know of the settings.
 
-    How long it waits for a replica (wait_for_replica.lua) and for a body, and whether a request
-    needs a key.
+    How long it waits for a replica (wait_for_replica.lua) and for a body, whether a request needs a
+    key, and whose pages may read its errors.
     """
     asleep = settings.replicas.min == 0 and not settings.gateway.enabled
     # A request that wakes an application waits for the whole start of a replica.
@@ -178,6 +184,8 @@ def haproxy_settings(settings: Settings) -> dict[str, str]:
     }
     if settings.api_keys.configured or settings.tenants.configured:
         variables[KEYS_VARIABLE] = "1"
+    if origins := allowed_origins(settings.engine):
+        variables[ORIGINS_VARIABLE] = " ".join(origins)
     return variables | ({"SERVE_APP_SCALES_TO_ZERO": "1"} if asleep else {})
 
 

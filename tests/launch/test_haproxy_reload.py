@@ -17,6 +17,7 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions
 
 from serve_app.launch import launcher
+from serve_app.launch.haproxy_rules import ORIGINS_VARIABLE
 
 PORT = 8660
 
@@ -272,6 +273,31 @@ async def test_an_application_that_sleeps_takes_requests(
         async with session.get(f"{proxy.url}/-/healthz") as answer:
             assert answer.status == 200
     fallback.stop()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "shown"),
+    [
+        ("*", "https://a.example", "https://a.example"),
+        ("https://a.example https://b.example", "https://b.example", "https://b.example"),
+        ("https://a.example", "https://evil.example", None),
+        ("*", None, None),
+        ("", "https://a.example", None),
+    ],
+)
+async def test_a_page_can_read_what_haproxy_itself_answers(
+    allowed: str,
+    origin: str | None,
+    shown: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(ORIGINS_VARIABLE, allowed)
+    headers = {"origin": origin} if origin else {}
+    async with proxied(tmp_path) as proxy, aiohttp.ClientSession(headers=headers) as session:
+        status, _, answered = await _get(session, proxy, "/health")
+        assert status == 503
+        assert answered.get("access-control-allow-origin") == shown
 
 
 async def test_of_applications_below_each_other_each_answers_for_itself(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ ASLEEP = {"replicas": {"min": 0, "max": 1}, "limits": {"request_timeout_s": 900.
         ({"limits": {"body_timeout_s": 5.0}}, {}, ("SERVE_APP_BODY_TIMEOUT_S=5",)),
         ({"api_keys": {"env": "KEYS"}}, {}, ("SERVE_APP_KEYS_REQUIRED=1",)),
         ({"tenants": {"file": "tenants.yaml"}}, {}, ("SERVE_APP_KEYS_REQUIRED=1",)),
+        ({"engine": {"allowed_origins": ["*"]}}, {}, ("SERVE_APP_ALLOWED_ORIGINS=*",)),
         ({"gateway": {"replica_timeout_s": 5.0}}, {}, ("SERVE_APP_REPLICA_TIMEOUT_S=5",)),
     ],
 )

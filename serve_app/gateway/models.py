@@ -59,7 +59,8 @@ class Models:
         if path in ("/health", "/ping"):
             await self._health(scope, receive, send)
             return
-        request = Request.of(scope, await _body(receive), self._session_header)
+        main = next(iter(self._relays))
+        request = Request.of(scope, await _body(receive), self._session_header, main)
         if scope["method"] == "GET" and path == _LIST_PATH:
             await _reply(send, {"object": "list", "data": await self._cards(request)})
         elif scope["method"] == "GET" and path.startswith(f"{_LIST_PATH}/"):

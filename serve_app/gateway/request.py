@@ -77,8 +77,14 @@ class Request:
     reports: Attempts | None = None
 
     @classmethod
-    def of(cls, scope: Scope, body: bytes, session_header: str) -> "Request":
-        """The request of an ASGI scope, with the reading that LimitGate stored in it."""
+    def of(
+        cls, scope: Scope, body: bytes, session_header: str, main: str | None = None
+    ) -> "Request":
+        """The request of an ASGI scope, with the reading that LimitGate stored in it.
+
+        Args:
+            main: the model of requests that name none.
+        """
         given = {name: value for name, value in scope["headers"]}
         request_id = _text(given.get(b"x-request-id", b"")) or uuid.uuid4().hex
         headers = [
@@ -105,7 +111,7 @@ class Request:
         made.session = header or parsed.session
         if parsed.sequences:
             # The KV cache of an adapter is not the one of its model, or of another adapter.
-            made.keys = prefix_keys(parsed.prompt_head, of=parsed.model)
+            made.keys = prefix_keys(parsed.prompt_head, of=parsed.model or main)
             made.tokens = parsed.prompt_tokens_expected + parsed.output_tokens_expected
         return made
 

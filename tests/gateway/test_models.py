@@ -199,6 +199,17 @@ def test_prompts_of_two_adapters_share_nothing(shared: Any, first: str, other: s
     assert bool(set(keys_of[0]) & set(keys_of[1])) == (first == other)
 
 
+@pytest.mark.parametrize(("path", "body"), SHARED)
+def test_a_request_without_a_model_shares_keys_with_those_of_the_first(
+    path: str, body: Any
+) -> None:
+    scope = {"method": "POST", "path": path, "headers": [], "query_string": b""}
+    asked = body("a b ")
+    unnamed = Request.of(scope, json.dumps(asked).encode(), "x-session-id", main="m")
+    assert unnamed.keys == prefix(path, {"model": "m", **asked})
+    assert unnamed.model is None
+
+
 @pytest.fixture(autouse=True)
 def named_tenant() -> Iterator[None]:
     token = keys.tenant.set("Größe 学校")

@@ -32,8 +32,9 @@ class Exposition:
             await self.app(scope, receive, send)
             return
         encode, content_type = choose_encoder(Headers(scope=scope).get("accept", ""))
-        tenant_name = metrics.tenant_label(tenant.get()) if self._by_tenant else None
-        body = encode(_FilteredRegistry(tenant_name))
+        # No series has an empty label: who has none of its own is shown no tenant's.
+        shown = (metrics.own_label(tenant.get()) or "") if self._by_tenant else None
+        body = encode(_FilteredRegistry(shown))
         headers = [
             (b"content-type", content_type.encode()),
             (b"content-length", str(len(body)).encode()),

@@ -128,6 +128,12 @@ def tenant_label(name: str) -> str:
     return _tenants.get(name, _OTHER_TENANTS)
 
 
+def own_label(name: str) -> str | None:
+    """The label that this tenant has alone; None if it is counted together with others."""
+    label = tenant_label(name)
+    return None if label == _OTHER_TENANTS else label
+
+
 quota_used = Gauge(
     "serve_app_quota_used_ratio",
     "Used share of a quota, for the tenants that are nearest to it.",

@@ -1,5 +1,6 @@
 """/metrics: whose figures a key shows."""
 
+import asyncio
 from contextvars import copy_context
 
 import httpx
@@ -42,14 +43,26 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("key", "who"), [("one", "team-a"), ("two", "team-b")])
 def test_a_key_shows_the_series_of_its_tenant(key: str, who: str) -> None:
-    import asyncio
-
     result = copy_context().run(asyncio.run, shown(key))
     assert result["serve_app_requests_total"] == {who}
     assert result["serve_app_generated_tokens_total"] == {who}
     assert result["serve_app_requests_queued"] == {""}
     everybodys = {name for tenants in result.values() for name in tenants}
     assert everybodys == {who, ""}
+
+
+def test_a_tenant_that_is_counted_with_others_is_not_shown_their_sum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metrics, "_tenants", {"team-a": "team-a"})
+    monkeypatch.setattr(metrics, "_MOST_TENANTS", 1)
+    for who in ("team-b", "team-c", "other"):
+        label = metrics.tenant_label(who)
+        metrics.requests.labels("exposed", "/v1/completions", "200", label).inc()
+    monkeypatch.setenv("KEYS", "team-b two,other three")
+    for key in ("two", "three"):
+        result = copy_context().run(asyncio.run, shown(key))
+        assert {name for tenants in result.values() for name in tenants} == {""}
 
 
 async def test_without_keys_nothing_is_hidden() -> None:

@@ -83,7 +83,9 @@ def local_gpus(visible: str | None = None) -> tuple[Gpu, ...]:
     wanted = None if visible == "all" else [w.strip() for w in visible.split(",") if w.strip()]
     fields = "index,uuid,name,memory.total,memory.free,compute_cap,driver_version"
     listing = _nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-    devices = [_device(line) for line in listing.strip().splitlines()]
+    # A worn board makes it print a warning among its answers.
+    lines = [line for line in listing.splitlines() if line.strip()]
+    devices = [_device(line) for line in lines if not line.upper().startswith("WARNING")]
     slices = _slices(devices)
     if wanted is None:
         # CUDA sees the slices of a GPU that is divided, and not the GPU.
@@ -120,9 +122,10 @@ def _nvidia_smi(*arguments: str) -> str:
 def _device(line: str) -> tuple[str, str, Gpu]:
     """Index, UUID and GPU of one line. A value in brackets, such as [N/A], is unknown."""
     words = [word.strip() for word in line.split(",")]
-    if len(words) != 7:
+    if len(words) < 7:
         raise HardwareError(f"nvidia-smi printed a line that cannot be parsed: {line!r}")
-    index, uuid, name, total, free, capability, driver = words
+    index, uuid, *names, total, free, capability, driver = words
+    name = ", ".join(names)
     major, _, minor = capability.partition(".")
     version = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
     return index, uuid, Gpu(name, _mib(total), _mib(free), version, driver)

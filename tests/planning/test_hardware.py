@@ -48,6 +48,16 @@ def test_memory_that_the_driver_does_not_report_is_not_known(
     assert hardware.local_gpus() == (Gpu("NVIDIA X", None, 5 * MIB, None, "580.1"),)
 
 
+def test_warnings_and_names_with_commas_are_no_riddle(driver: Callable[..., None]) -> None:
+    warning = "WARNING: infoROM is corrupted at gpu 0000:3B:00.0"
+    named = "1, GPU-2222, NVIDIA X, limited edition, 81559, 81000, 9.0, 580.65.06"
+    driver(f"{H100}\n{named}\n{warning}")
+    assert [gpu.name for gpu in hardware.local_gpus()] == [
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA X, limited edition",
+    ]
+
+
 @pytest.mark.parametrize(
     ("visible", "sizes_gb"),
     [(None, [10, 40]), ("MIG-bbbb", [40]), ("MIG-aaaa,MIG-bbbb", [10, 40])],

@@ -92,6 +92,15 @@ def test_6_a_parser_lists_its_arguments() -> None:
     assert {action.dest for action in parser._actions} == {"help", "one"}
 
 
+def test_6_vllm_annotates_its_arguments_with_their_kinds() -> None:
+    from serve_app.replica.arguments import _kinds
+
+    kinds = _kinds()
+    assert kinds["allowed_origins"] == {list}
+    assert kinds["speculative_config"] == kinds["default_chat_template_kwargs"] == {dict}
+    assert kinds["served_model_name"] == {str, list}
+
+
 def test_7_the_fork_server_is_this_object() -> None:
     import multiprocessing.forkserver as module
 

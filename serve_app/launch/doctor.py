@@ -139,7 +139,9 @@ def engine_arguments(settings: Settings) -> Check:
     """Whether vLLM takes every argument of `engine`, asked of a process of its own: a broken vllm
     must not end this one."""
     encoded = json.dumps(dict(settings.engine), sort_keys=True, default=str)
-    digest = hashlib.sha256(f"{PINS['vllm']} {encoded}".encode()).hexdigest()
+    # What was good for an older check may not be for this one.
+    checker = (Path(__file__).parents[1] / "replica" / "arguments.py").read_bytes()
+    digest = hashlib.sha256(f"{PINS['vllm']} {encoded}".encode() + checker).hexdigest()
     # vLLM takes ten seconds to import. Arguments that name no file are good once and for all.
     cache_file = embedded.cache_dir() / "engine-arguments" / digest
     if not cache_file.exists():

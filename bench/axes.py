@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bench.figure import SERIES, SERIES_COLOURS
+from bench.pages.figures import distinct
 
 # A second cue beside the colour.
 _DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1)), "-"]
@@ -51,30 +52,31 @@ def log_ticks(axis: Any) -> None:
     """
     low, high = axis.get_view_interval()
     subs = (1.0,) if high / max(low, 1e-12) > 300 else (1.0, 2.0, 5.0)
-    locator: Any = LogLocator(base=10, subs=subs, numticks=12)
-    ticks = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
-    if len(ticks) < 2:
-        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-        locator = FixedLocator(ticks)
-    axis.set_major_locator(locator)
+    ticks = _inside(LogLocator(base=10, subs=subs, numticks=12), low, high)
+    for most in (4, 8, 16):
+        if len(ticks) < 2:
+            ticks = _inside(MaxNLocator(most), low, high)
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: distinct(value, ticks)))
     axis.set_minor_formatter(NullFormatter())
 
 
-def distinct(value: float, ticks: Sequence[float]) -> str:
-    """A tick in as few digits, three at least, as tell it from the others."""
-    for digits in range(3, 12):
-        texts = {plain(tick, digits=digits) for tick in ticks}
-        if len(texts) == len(set(ticks)):
-            break
-    return plain(value, digits=digits)
+def _inside(locator: Any, low: float, high: float) -> list[float]:
+    return [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
 
 
-def plain(value: float, _: object = None, digits: int = 3) -> str:
-    """A tick without an exponent."""
-    if value >= 10 ** (digits - 1):
-        return f"{value:,.0f}" if value >= 1000 or digits == 3 else f"{value:.0f}"
-    return f"{value:.{digits}g}"
+def linear_ticks(axis: Any, most: int = 6, whole: bool = False) -> None:
+    """Plain numbers on a linear axis.
+
+    Args:
+        most: intervals between ticks, at most.
+        whole: only whole numbers, as of users.
+    """
+    locator = MaxNLocator(most, integer=whole, steps=[1, 2, 2.5, 5, 10])
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: distinct(value, axis.get_majorticklocs()))
+    )
 
 
 def ratio_ticks(span: float) -> list[float]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib
 import msgspec
-import numpy as np
 from matplotlib.figure import Figure
 
 SERIES_COLOURS = 6
@@ -73,13 +72,45 @@ class Tip(msgspec.Struct, frozen=True, kw_only=True):
     y: float
     text: str
 
+    def element(self, page: "_Page") -> str:
+        across, up = page.place(self.axis.transData.transform((self.x, self.y)))
+        return f'<circle cx="{across:.2f}" cy="{up:.2f}" r="{_TIP_RADIUS}"'
+
+
+class StripTip(msgspec.Struct, frozen=True, kw_only=True):
+    """What a span of the x axis says, at any height."""
+
+    axis: Any
+    from_x: float
+    to_x: float
+    text: str
+
+    def element(self, page: "_Page") -> str:
+        bounds = self.axis.bbox
+        left, right = self.axis.transData.transform([(self.from_x, 1), (self.to_x, 1)])[:, 0]
+        at, top = page.place((left, bounds.y1))
+        end, bottom = page.place((right, bounds.y0))
+        size = f'width="{end - at:.2f}" height="{bottom - top:.2f}"'
+        return f'<rect x="{at:.2f}" y="{top:.2f}" {size}'
+
+
+class _Page:
+    """Where the pixels of a figure are in its SVG."""
+
+    def __init__(self, figure: Figure) -> None:
+        self._scale = _POINTS_PER_INCH / figure.dpi
+        self._height = figure.get_figheight() * _POINTS_PER_INCH
+
+    def place(self, pixel: Any) -> tuple[float, float]:
+        return self._scale * pixel[0], self._height - self._scale * pixel[1]
+
 
 class Plot(Figure):
     """A figure with tips. They are no artists of matplotlib, whose layout would measure each."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.tips: list[Tip] = []
+        self.tips: list[Tip | StripTip] = []
 
 
 @contextmanager
@@ -90,8 +121,15 @@ def figure(width_in: float, height_in: float) -> Iterator[Plot]:
 
 
 def add_tip(axis: Any, x: float, y: float, text: str) -> None:
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    axis.figure.tips.append(Tip(axis=axis, x=x, y=y, text=printable))
+    axis.figure.tips.append(Tip(axis=axis, x=x, y=y, text=_printable(text)))
+
+
+def add_strip_tip(axis: Any, from_x: float, to_x: float, text: str) -> None:
+    axis.figure.tips.append(StripTip(axis=axis, from_x=from_x, to_x=to_x, text=_printable(text)))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def standalone(svg: str) -> str:
@@ -123,18 +161,17 @@ def svg(figure: Plot, prefix: str, label: str) -> str:
     text = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", text, count=1)
     text = re.sub(r"\n\s*", "\n", text)
     text = text.replace("</svg>", f"{_tips(figure)}</svg>")
-    return text.replace("<svg ", f'<svg class="plot" role="img" aria-label="{label}" ', 1)
+    return text.replace(
+        "<svg ", f'<svg class="plot" role="img" aria-label="{html.escape(label)}" ', 1
+    )
 
 
 def _tips(figure: Plot) -> str:
-    """Unseen circles over the points that say something, laid out as the figure was saved."""
-    scale, height = _POINTS_PER_INCH / figure.dpi, figure.get_figheight() * _POINTS_PER_INCH
-    circles = []
-    for tip in figure.tips:
-        across, up = scale * tip.axis.transData.transform((tip.x, tip.y))
-        if not np.isfinite([across, up]).all():  # Such as 0 on a log axis.
-            continue
-        at = f'cx="{across:.2f}" cy="{height - up:.2f}" r="{_TIP_RADIUS}"'
-        title = f"<title>{html.escape(tip.text, quote=False)}</title>"
-        circles.append(f'<circle {at} fill="transparent">{title}</circle>\n')
-    return "".join(circles)
+    """Unseen shapes over what says something, laid out as the figure was saved."""
+    page = _Page(figure)
+    elements = [(tip.element(page), html.escape(tip.text, quote=False)) for tip in figure.tips]
+    return "".join(
+        f'{element} fill="transparent"><title>{text}</title></{element[1:].split()[0]}>\n'
+        for element, text in elements
+        if "nan" not in element and "inf" not in element  # Such as 0 on a log axis.
+    )

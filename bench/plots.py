@@ -5,25 +5,36 @@ that both light and dark backgrounds allow.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from bench.axes import MARKERS, legend_below, line_style, log_ticks, plain, ratio_ticks, short
+from bench.axes import (
+    MARKERS,
+    legend_below,
+    line_style,
+    linear_ticks,
+    log_ticks,
+    ratio_ticks,
+    short,
+)
 from bench.figure import (
     GRID,
     INK,
     MUTED,
     SERIES,
     SERIES_COLOURS,
+    add_strip_tip,
     add_tip,
     figure,
     svg,
 )
 from bench.measure import CurvePoint
+from bench.pages.figures import distinct, plain
 
 # Blue to orange differ for every common kind of colour blindness; faint to opaque reads as
 # few to many on white and on black alike.
@@ -34,6 +45,7 @@ _LINE_POINTS = 300
 # Points of a curve that say their value when pointed at.
 _TIPS = 60
 _WIDTH_IN = 10.4
+_COUNTS = 64  # Whole numbers up to this are counts, such as of GPUs, with ticks between none.
 
 
 class Curve(msgspec.Struct, kw_only=True):
@@ -98,7 +110,7 @@ def cdfs(
 
 
 def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, prefix: str) -> str:
-    """Latency over throughput: one panel for each (title, y title, curves), log y."""
+    """Curves over one quantity: one panel for each (title, y title, curves), log y."""
     with figure(_WIDTH_IN, 3.5) as plot:
         axes = plot.subplots(1, len(panels), squeeze=False)[0]
         for axis, (title, y_title, lines) in zip(axes, panels, strict=True):
@@ -112,8 +124,10 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, pre
                     **line_style(index),
                 )
             axis.set(title=title, xlabel=x_title, ylabel=y_title, yscale="log")
-            axis.margins(x=0.08, y=0.16)
-            axis.set_xlim(left=0)
+            axis.margins(y=0.16)
+            xs = [x for curve in lines for x in curve.x]
+            axis.set_xlim(0, 1.06 * max(xs, default=1.0) or 1.0)
+            linear_ticks(axis.xaxis, whole=all(x == round(x) and x <= _COUNTS for x in xs))
             low, high = axis.get_ylim()
             if high < 1.4 * low:  # Magnified, noise would look like a trend.
                 axis.set_ylim(low / 1.2, high * 1.2)
@@ -122,9 +136,18 @@ def curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], x_title: str, pre
             for curve in lines:
                 for at, (x, y) in enumerate(zip(curve.x, curve.y, strict=True)):
                     load = f"{curve.notes[at]}: " if at < len(curve.notes) else ""
-                    add_tip(axis, x, y, f"{curve.label}, {load}{plain(y)} at {plain(x)} tokens/s")
+                    add_tip(
+                        axis,
+                        x,
+                        y,
+                        f"{curve.label}, {load}{plain(y)} {_unit(y_title)} at {plain(x)} {x_title}",
+                    )
         legend_below(plot, axes)
-        return svg(plot, prefix, "Latency over throughput")
+        return svg(plot, prefix, f"{', '.join(title for title, _, _ in panels)}, over {x_title}")
+
+
+def _unit(axis_title: str) -> str:
+    return axis_title.removesuffix(" (log)")
 
 
 def pareto(lines: Sequence[tuple[str, Sequence[CurvePoint]]], prefix: str) -> str:
@@ -152,6 +175,8 @@ def pareto(lines: Sequence[tuple[str, Sequence[CurvePoint]]], prefix: str) -> st
         )
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
+        linear_ticks(axis.xaxis)
+        linear_ticks(axis.yaxis)
         legend_below(plot, [axis])
         return svg(plot, prefix, "Throughput of a GPU against that of a user")
 
@@ -231,6 +256,7 @@ def timeline(
             )
         axes[-1].set(xlabel="seconds since the start of the run")
         axes[0].margins(x=0.005)
+        linear_ticks(axes[-1].xaxis, most=9)
         plot.align_ylabels(axes)
         return svg(plot, prefix, "Timeline of the run")
 
@@ -250,6 +276,10 @@ def heat(at_s: Sequence[float], heights: Sequence[float], y_title: str, prefix: 
         axis.set(yscale="log", xlabel="seconds since the start of the run", ylabel=y_title)
         axis.grid(False)
         log_ticks(axis.yaxis)
+        linear_ticks(axis.xaxis, most=9)
+        column_of = np.clip(np.searchsorted(x_edges, times, "right") - 1, 0, len(x_edges) - 2)
+        for column, (from_s, to_s) in enumerate(pairwise(x_edges)):
+            _tell_column(axis, from_s, to_s, values[column_of == column])
         bar = plot.colorbar(mesh, ax=axis, pad=0.015, aspect=28)
         bar.set_label("gaps in the cell (log)")
         bar.outline.set_visible(False)
@@ -258,6 +288,17 @@ def heat(at_s: Sequence[float], heights: Sequence[float], y_title: str, prefix: 
         if bar.solids is not None:
             bar.solids.set(rasterized=True, edgecolor="none")
         return svg(plot, prefix, "Heat map of the gaps between tokens over time")
+
+
+def _tell_column(axis: Any, from_s: float, to_s: float, gaps_ms: np.ndarray[Any, Any]) -> None:
+    if not len(gaps_ms):
+        return
+    middle, slow = np.percentile(gaps_ms, [50, 95])
+    text = (
+        f"{from_s:.1f} to {to_s:.1f} s: {len(gaps_ms):,} gaps, median {plain(middle)} ms, "
+        f"95 % within {plain(slow)} ms, longest {plain(gaps_ms.max())} ms"
+    )
+    add_strip_tip(axis, from_s, to_s, text)
 
 
 def ratios(panels: Sequence[tuple[str, Sequence[Ratio]]], x_title: str, prefix: str) -> str:
@@ -304,11 +345,16 @@ def _forest(axis: Any, rows: Sequence[Ratio]) -> None:
         if row.low is not None and row.high is not None:
             axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2.2)
         axis.plot([row.ratio], [place], marker, color=colour, markersize=6)
+        bounds = (
+            "" if row.low is None or row.high is None else f" ({row.low:.3f} to {row.high:.3f})"
+        )
+        add_tip(axis, row.ratio, place, f"{row.label}: {row.ratio:.3f}{bounds}, {row.verdict}")
     ends = [end for row in rows for end in (row.low, row.high, row.ratio) if end]
     span = max(1.02, *(max(end, 1 / end) for end in ends)) ** 1.1
     axis.set(xscale="log", xlim=(1 / span, span))
-    axis.xaxis.set_major_locator(FixedLocator(ratio_ticks(span)))
-    axis.xaxis.set_major_formatter(FuncFormatter(plain))
+    ticks = ratio_ticks(span)
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: distinct(value, ticks)))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0, labelcolor=INK)
@@ -331,7 +377,7 @@ def _strip(axis: Any, panel: Panel) -> None:
     axis.set(title=panel.title, ylabel=panel.y_title)
     highest = max((y for curve in panel.curves for y in curve.y), default=0.0)
     axis.set_ylim(bottom=0, top=panel.top or (None if highest > 0 else 1.0))
-    axis.yaxis.set_major_locator(MaxNLocator(nbins=3 if panel.low else 4, integer=highest >= 1))
+    linear_ticks(axis.yaxis, most=3 if panel.low else 4, whole=highest >= 1)
     if len(panel.curves) > 1:
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 

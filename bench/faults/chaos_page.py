@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from bench.faults.damage import Chaos, Judged
 from bench.faults.gaps import Lengths
+from bench.pages.figures import distinct
 from serve_app.document import document
 
 _WIDTH, _LANE, _HEAD = 1100, 9, 16  # In the SVG's own units.
@@ -158,11 +159,16 @@ def _lanes(result: Chaos, judged: Sequence[Judged], kinds: Sequence[str]) -> str
             )
     for record in judged:
         parts.append(_line(record, scale, result.silences.from_s))
-    for tenth in range(11):
+    for tenth, label in enumerate(clock(until_s)):
         x, anchor = _WIDTH * tenth / 10, ("start", "middle", "end")[(tenth > 0) + (tenth > 9)]
-        label = f"{until_s * tenth / 10:.0f} s"
         parts.append(f'<text x="{x:.0f}" y="{height - 3}" text-anchor="{anchor}">{label}</text>')
     return "\n".join([*parts, "</svg>"])
+
+
+def clock(until_s: float) -> list[str]:
+    """The labels of the time axis at each tenth of it."""
+    ticks_s = [until_s * tenth / 10 for tenth in range(11)]
+    return [f"{distinct(tick_s, ticks_s)} s" for tick_s in ticks_s]
 
 
 def _line(record: Judged, scale: float, gap_s: float) -> str:

@@ -255,7 +255,8 @@ def timeline(
                 color=SERIES[1],
             )
         axes[-1].set(xlabel="seconds since the start of the run")
-        axes[0].margins(x=0.005)
+        for axis in axes:
+            axis.margins(x=0.005)
         linear_ticks(axes[-1].xaxis, most=9)
         plot.align_ylabels(axes)
         return svg(plot, prefix, "Timeline of the run")

@@ -107,6 +107,8 @@ def load(folder: Path) -> Loaded:
 def _records(folder: Path) -> tuple[list[Record], str]:
     path = folder / result.RECORDS
     readable: list[Record] = []
+    if folder.is_file():
+        return [], "the result is a single file, without records of its requests"
     try:
         for record in records.read(path):
             readable.append(record)

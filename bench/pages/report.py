@@ -72,6 +72,9 @@ def _page(
     """Everything the template shows, section by section."""
     everything = loaded
     loaded = [result for result in loaded if result.kind not in story.ONLY_CHAPTERS]
+    served = list(enumerate(charts.served(loaded)))
+    timelines = [overtime.timeline(result, place) for place, result in served]
+    heats = [overtime.heat(result, place) for place, result in served]
     return {
         "title": _title(everything),
         "started": _span([result.data.started for result in everything]),
@@ -92,12 +95,10 @@ def _page(
             for result in loaded
             if isinstance(result.data, SweepResult | RateResult)
         ],
-        "timelines": [
-            overtime.timeline(result, place) for place, result in enumerate(charts.served(loaded))
-        ],
-        "heats": [
-            overtime.heat(result, place) for place, result in enumerate(charts.served(loaded))
-        ],
+        "timelines": timelines,
+        "timelines_absent": _absent(timelines),
+        "heats": heats,
+        "heats_absent": _absent(heats),
         "comparison": beside.comparison(loaded, against),
         "matrices": [
             matrices.matrix(result.name, result.data)
@@ -109,6 +110,12 @@ def _page(
         ],
         "needed": {p: interval.samples_needed(p / 100) for p in (50, 90, 95, 99)},
     }
+
+
+def _absent(drawn: Sequence[charts.Chart]) -> list[str]:
+    """Why a section has no plot at all."""
+    reasons = [f"{chart.name}: {why}" for chart in drawn for why in chart.absent]
+    return reasons or ["no single run is in this report; those of a matrix have their own reports"]
 
 
 def _title(loaded: Sequence[Loaded]) -> str:

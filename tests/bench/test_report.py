@@ -634,6 +634,20 @@ def test_sections_with_nothing_in_them_are_folded(tmp_path: Path) -> None:
     assert not any("Over time" in part.split("</details>")[0] for part in folded)
 
 
+@without_plots
+def test_a_result_without_records_folds_what_is_drawn_from_them(tmp_path: Path) -> None:
+    made.run(tmp_path / "a", "mine", [made.records(60)])
+    (tmp_path / "a" / result.RECORDS).unlink()
+    (tmp_path / "a" / result.RESULT).rename(tmp_path / "moved.json")
+    html = page(tmp_path, "moved.json").html
+    folded = " ".join(part.split("</details>")[0] for part in html.split('class="empty">')[1:])
+    for title in ("Latency", "Over time", "Gaps between tokens"):
+        assert title in folded
+    assert "mine: the result is a single file, without records of its requests" in folded
+    # What the result has stays.
+    assert "Headline" not in folded
+
+
 def test_a_point_is_pointed_at_where_it_is_drawn() -> None:
     """On both kinds of axes, after the layout has moved them; text of others stays text."""
     at_s, tokens = [0.0, 1.0, 2.0], [2.0, 8.0, 4.0]

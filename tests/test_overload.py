@@ -34,6 +34,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     config = configuration(
         8720,
         model=str(tiny),
+        template=True,
         limits=LIMITS,
         api_keys={"env": "SERVE_TEST_KEYS", "file": None},
         engine={"max_model_len": 16384},

@@ -28,6 +28,7 @@ def fleet(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         model=str(tiny),
         served_model_name="m",
         replicas=2,
+        template=True,  # Four replicas start here, each in half of the time.
         cpus_per_replica=0.5,
         lane="auto",
         gateway={"enabled": True, "cpus": 0.1},

@@ -60,6 +60,7 @@ def watched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wa
             PORT,
             model=str(tiny),
             served_model_name="m",
+            template=True,
             cpus_per_replica=0.5,
             replicas={"min": 1, "max": 2},
             gateway={"enabled": True, "cpus": 0.1},

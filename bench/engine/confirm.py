@@ -8,8 +8,9 @@ from bench.engine import served
 from bench.engine.gain import Gain, gain
 from bench.engine.knobs import Settings
 from bench.engine.measured import Measured, Outcome
+from bench.engine.orders import LoadOutcome
 from bench.engine.score import named, rung_of, score
-from bench.engine.trial import Engine, LoadOutcome
+from bench.engine.trial import Engine
 from bench.engine.tuned import Tuned
 from bench.errors import BenchError
 from bench.quality import Agreement

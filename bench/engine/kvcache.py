@@ -21,7 +21,8 @@ import msgspec
 
 from bench import result, run
 from bench.engine import trial
-from bench.engine.trial import Engine, LoadOutcome, Ready
+from bench.engine.orders import LoadOutcome, Ready
+from bench.engine.trial import Engine
 from bench.result import EngineResult, Line
 
 LENGTHS = (500, 1000, 2000, 4000, 8000, 16000, 32000)

@@ -50,6 +50,7 @@ from bench.engine.floor import Floor, Lengths
 from bench.engine.knobs import Settings
 from bench.engine.layouts import Layout, layouts, placed
 from bench.engine.meters import Used, metered
+from bench.engine.orders import LoadOutcome
 from bench.engine.scaled import (
     ALONE,
     AT_ONCE,
@@ -62,7 +63,7 @@ from bench.engine.scaled import (
     table,
 )
 from bench.engine.served import Served, crowded
-from bench.engine.trial import LoadOutcome, output_tokens_per_s
+from bench.engine.trial import output_tokens_per_s
 from bench.errors import BenchError
 from bench.hardware import ceilings, gpu
 from bench.records import Record

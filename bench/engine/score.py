@@ -9,7 +9,8 @@ import msgspec
 
 from bench.engine import trial
 from bench.engine.climb import Climb
-from bench.engine.trial import Engine, LoadOutcome
+from bench.engine.orders import LoadOutcome
+from bench.engine.trial import Engine
 from bench.interval import Bounds
 from bench.measure import Slo
 from bench.search import seen

@@ -22,8 +22,9 @@ import psutil
 
 from bench import measure
 from bench.engine import systems, trial
+from bench.engine.orders import LoadOutcome
 from bench.engine.systems import System
-from bench.engine.trial import EngineError, LoadOutcome
+from bench.engine.trial import EngineError
 from bench.errors import BenchError
 from bench.measure import Slo
 from bench.records import Record

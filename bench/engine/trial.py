@@ -21,11 +21,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 
 from bench import measure
+from bench.engine import orders
+from bench.engine.orders import Completions, LoadOutcome, Ready, Refused
 from bench.errors import BenchError
 from bench.measure import Slo
 from bench.records import Record, read
@@ -51,42 +53,7 @@ class EngineError(BenchError):
     oom: bool = False
 
 
-class Ready(msgspec.Struct, kw_only=True):
-    """The report of an engine that has started.
-
-    Attributes:
-        limits: of its scheduler, vLLM's defaults resolved.
-        kv_blocks, block_tokens: of the KV cache.
-        load_s: how long its start took.
-    """
-
-    limits: dict[str, int]
-    kv_blocks: int
-    block_tokens: int
-    load_s: float
-
-
-class LoadOutcome(msgspec.Struct, kw_only=True):
-    """The requests of a load and what the engine did for them.
-
-    Attributes:
-        lost: the load was aborted, because the objective could no longer be met.
-        elapsed_s: until the last answer; `cpu_s`: of the engine's process meanwhile.
-        steps: of the engine, and how long all of them took.
-        kv_peak: greatest share of the KV cache in use; `preempted`: sequences that lost blocks.
-        kv: samples of the KV cache over the load: time, blocks in use, tokens in them, running,
-            waiting.
-    """
-
-    records: list[Record] = []
-    lost: bool = False
-    elapsed_s: float = 0.0
-    cpu_s: float = 0.0
-    steps: int = 0
-    step_s: float = 0.0
-    kv_peak: float = 0.0
-    preempted: int = 0
-    kv: list[dict[str, float]] = []
+A = TypeVar("A", Ready, LoadOutcome, Completions)
 
 
 class Engine:
@@ -127,7 +94,7 @@ class Engine:
             process_group=0,
         )
         try:
-            self.ready = msgspec.convert(self._answer(self._start_s), Ready)
+            self.ready = self._answer(Ready, self._start_s)
         except BaseException:
             self._end()
             raise
@@ -166,24 +133,19 @@ class Engine:
             EngineError: the engine ended, or did not answer in time.
         """
         path = self._folder / "load.jsonl"
-        order = {
-            "what": what,
-            "when": when,
-            "count": count,
-            "seed": seed,
-            "slo": msgspec.to_builtins(slo),
-            "live": dict(live or {}),
-            "limit_s": limit_s,
-            "path": str(path),
-            "priorities": dict(priorities or {}),
-        }
-        assert self._process.stdin
-        try:
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            self._failed()
-        outcome = msgspec.convert(self._answer(limit_s + 60), LoadOutcome)
+        order = orders.Load(
+            what=what,
+            when=when,
+            count=count,
+            seed=seed,
+            slo=slo,
+            live=dict(live or {}),
+            limit_s=limit_s,
+            path=str(path),
+            priorities=dict(priorities or {}),
+        )
+        self._order(order)
+        outcome = self._answer(LoadOutcome, limit_s + 60)
         outcome.records = list(read(path))
         return outcome
 
@@ -193,16 +155,18 @@ class Engine:
         Raises:
             EngineError: the engine ended, or did not answer in time.
         """
+        self._order(orders.Complete(prompts=list(prompts), tokens=tokens))
+        return self._answer(Completions, limit_s).tokens
+
+    def _order(self, order: orders.Order) -> None:
         assert self._process.stdin
-        order = {"prompts": list(prompts), "tokens": tokens}
         try:
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.write(msgspec.json.encode(order) + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             self._failed()
-        return msgspec.convert(self._answer(limit_s)["completions"], list[list[int]])
 
-    def _answer(self, timeout_s: float) -> dict[str, Any]:
+    def _answer(self, kind: type[A], timeout_s: float) -> A:
         """The next line of the process that is an answer; what vLLM prints is not."""
         assert self._process.stdout
         deadline_s = time.monotonic() + timeout_s
@@ -212,10 +176,11 @@ class Engine:
             line = self._process.stdout.readline()
             if not line:
                 self._failed()
-            if line.startswith(b'{"bench"'):
-                answer: dict[str, Any] = json.loads(line)["bench"]
-                if "error" in answer:
-                    raise BenchError(answer["error"])
+            if line.startswith(orders.PREFIX):
+                answer = msgspec.json.decode(line, type=orders.Line).bench
+                if isinstance(answer, Refused):
+                    raise BenchError(answer.error)
+                assert isinstance(answer, kind)
                 return answer
         raise EngineError(f"the engine did not answer within {timeout_s:.0f} s")
 

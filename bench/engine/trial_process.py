@@ -4,7 +4,7 @@ The loop adds the requests that are due before each step, as vLLM's own loop doe
 and no detokenizer, so the difference between two trials is the engine's. Latencies count from the
 planned time. A load is aborted as soon as more requests have missed the objective than it allows.
 
-Orders arrive as lines of JSON on standard input; each is answered with one line (`trial.Engine`).
+Orders arrive as lines of JSON on standard input; each is answered with one line (orders.py).
 """
 
 import argparse
@@ -19,7 +19,9 @@ from typing import Any
 
 import msgspec
 
-from bench.engine.trial import LIVE, LoadOutcome, Ready
+from bench.engine import orders
+from bench.engine.orders import Completions, LoadOutcome, Ready, Refused
+from bench.engine.trial import LIVE
 from bench.errors import BenchError
 from bench.hardware import gpu
 from bench.measure import Slo
@@ -56,24 +58,25 @@ def main() -> None:
         block_tokens=int(cache.block_size),
         load_s=time.monotonic() - began_s,
     )
-    print(json.dumps({"bench": msgspec.to_builtins(ready)}), file=answers, flush=True)
-    for line in sys.stdin:
-        order = json.loads(line)
-        if "prompts" in order:
-            completions = {"completions": _complete(engine, order["prompts"], order["tokens"])}
-            print(json.dumps({"bench": completions}), file=answers, flush=True)
+    answer: orders.Answer = ready
+    while True:
+        print(msgspec.json.encode(orders.Line(answer)).decode(), file=answers, flush=True)
+        if not (line := sys.stdin.readline()):
+            return
+        order: orders.Order = msgspec.json.decode(line, type=orders.Order)
+        if isinstance(order, orders.Complete):
+            answer = Completions(_complete(engine, order.prompts, order.tokens))
             continue
         try:
-            _limit(scheduler, limits, order["live"])
-            outcome = _drive(engine, scheduler, order)
+            _limit(scheduler, limits, order.live)
+            answer = _drive(engine, scheduler, order)
         except BenchError as error:
-            print(json.dumps({"bench": {"error": str(error)}}), file=answers, flush=True)
+            answer = Refused(str(error))
             continue
-        path = Path(order["path"])
+        path = Path(order.path)
         path.write_bytes(b"")
-        append(path, outcome.records)
-        outcome.records = []
-        print(json.dumps({"bench": msgspec.to_builtins(outcome)}), file=answers, flush=True)
+        append(path, answer.records)
+        answer.records = []
 
 
 def _start(model: str, arguments: dict[str, Any]) -> Any:
@@ -132,14 +135,11 @@ def _complete(engine: Any, prompts: Sequence[str], tokens: int) -> list[list[int
     return completions
 
 
-def _drive(engine: Any, scheduler: Any, order: Mapping[str, Any]) -> LoadOutcome:
+def _drive(engine: Any, scheduler: Any, order: orders.Load) -> LoadOutcome:
     """Run one load: add requests at their times, and step until all are answered."""
-    slo = msgspec.convert(order["slo"], Slo) if order["slo"] else None
-    source = workload.parse(order["what"], order["seed"], salt="")
-    count = order["count"]
-    requests = source.take(count)
-    times_s = _times_s(order["when"], len(requests), order["seed"])
-    prepared = [_prepared(engine, request, order["priorities"]) for request in requests]
+    requests = workload.parse(order.what, order.seed, salt="").take(order.count)
+    times_s = _times_s(order.when, len(requests), order.seed)
+    prepared = [_prepared(engine, request, order.priorities) for request in requests]
     records = [
         Record(
             index=index,
@@ -153,7 +153,7 @@ def _drive(engine: Any, scheduler: Any, order: Mapping[str, Any]) -> LoadOutcome
     ]
     engine.reset_prefix_cache()
     pool = scheduler.kv_cache_manager.block_pool
-    outcome, waiting, at = LoadOutcome(), _Waiting(slo, records), 0
+    outcome, waiting, at = LoadOutcome(), _Waiting(order.slo, records), 0
     blocks = pool.num_gpu_blocks - 1
     start_s, cpu_s = time.monotonic(), time.process_time()
     look_s = 0.0
@@ -185,7 +185,7 @@ def _drive(engine: Any, scheduler: Any, order: Mapping[str, Any]) -> LoadOutcome
             outcome.kv.append(_kv(scheduler, ended_s, used))
             outcome.kv_peak = max(outcome.kv_peak, used / blocks)
             outcome.lost = waiting.lost(ended_s, engine.output_processor.request_states, start_s)
-            if outcome.lost or ended_s > order["limit_s"]:
+            if outcome.lost or ended_s > order.limit_s:
                 outcome.lost = True
                 engine.abort_request([str(index) for index in waiting.open])
                 break

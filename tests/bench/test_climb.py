@@ -5,7 +5,7 @@ import heapq
 import numpy as np
 
 from bench.engine import score
-from bench.engine.trial import LoadOutcome
+from bench.engine.orders import LoadOutcome
 from bench.itself.power import LIMIT
 from bench.measure import Slo
 from bench.records import Record

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from bench import result
 from bench.engine import layouts, scale, scaled
 from bench.engine.layouts import Layout
+from bench.engine.orders import LoadOutcome
 from bench.engine.scaled import Load, OfWorkload, Row
-from bench.engine.trial import EngineError, LoadOutcome
+from bench.engine.trial import EngineError
 from bench.errors import BenchError
 from bench.hardware import roofline
 from bench.hardware.roofline import Ceilings, Shape

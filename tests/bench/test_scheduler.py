@@ -3,7 +3,7 @@
 import pytest
 
 from bench.engine import kvcache, profile, scheduler
-from bench.engine.trial import LoadOutcome, Ready
+from bench.engine.orders import LoadOutcome, Ready
 from bench.records import Record
 
 

@@ -15,8 +15,9 @@ import yaml
 from bench.engine import gain, kvcache, score, served, stand, trial
 from bench.engine.journal import JOURNAL, Journal
 from bench.engine.measured import Measured, Outcome, Trial
+from bench.engine.orders import LoadOutcome
 from bench.engine.stand import Stand
-from bench.engine.trial import Engine, EngineError, LoadOutcome, failure
+from bench.engine.trial import Engine, EngineError, failure
 from bench.errors import BenchError, ResultError
 from bench.measure import Slo
 from bench.records import Record

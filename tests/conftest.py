@@ -41,16 +41,17 @@ SERVERS = (
 SERVED = "tests/served/"
 LANES = ("tests/lanes/test_contract.py", "tests/lanes/test_restart.py")
 # They import vLLM, which takes 15 s of CPU time, so they run in one process: its tests and fixtures
-# import it, never the modules themselves, as every worker loads all of them.
+# import it, never the modules themselves, as every worker loads all of them. In this order: those
+# that compare vLLM's own names come before engines, which replace some, and before the plugin.
 VLLM = (
-    *LANES,
-    "tests/test_continuation.py",
     "tests/test_upstream.py",
     "tests/gates/test_reading.py",
     "tests/lanes/test_fastlane.py",
     "tests/lanes/test_scheduler.py",
-    "tests/replica/test_arguments.py",
+    *LANES,
+    "tests/test_continuation.py",
     "tests/replica/test_bounds.py",
+    "tests/replica/test_arguments.py",
     "tests/replica/test_engine.py",
     "tests/replica/test_frontends.py",
     "tests/replica/test_hermes.py",

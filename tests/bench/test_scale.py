@@ -4,6 +4,7 @@ import argparse
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import msgspec
@@ -368,6 +369,20 @@ def test_what_was_measured_is_beside_what_the_hardware_allows(
         point(measured.table, name, "256 a GPU").roofline for name in ("TP=1", "2 replicas")
     )
     assert both == pytest.approx(single)
+
+
+def test_servers_get_the_gpus_that_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = SimpleNamespace(nvmlInit=lambda: None, nvmlShutdown=lambda: None)
+    monkeypatch.setattr(scale, "pynvml", nvml)
+    monkeypatch.setattr(scale.gpu, "present", lambda: True)
+    monkeypatch.setattr(scale.gpu, "visible", lambda: [5, 2, 3])
+    scale_with_models(tmp_path, monkeypatch, "--gpus", "2", "--repeats", "1")
+    visible = [server.environment["CUDA_VISIBLE_DEVICES"] for server in Model.started]
+    assert visible == ["5", "5,2", "5,2"]
+    with pytest.raises(BenchError, match="gpus = '4': this process may use 3"):
+        scale_with_models(tmp_path, monkeypatch, "--gpus", "4")
 
 
 def test_a_layout_that_fails_keeps_what_it_had(

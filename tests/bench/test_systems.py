@@ -11,6 +11,7 @@ import yaml
 
 from bench.engine import systems
 from bench.experiments import overhead
+from serve_app.settings import Settings
 
 ENGINE = {"max_model_len": 512, "enforce_eager": True}
 
@@ -104,6 +105,28 @@ def test_the_peer_has_the_same_engine_and_one_replica(name: str, tmp_path: Path)
 def test_bare_is_told_by_flags(tmp_path: Path) -> None:
     words = systems.command("bare", ENGINE, "/model", 8123, tmp_path)
     assert {"--max-model-len=512", "--enforce-eager", "/model", "8123"} <= set(words)
+
+
+def test_every_kind_of_engine_argument_reaches_every_system(tmp_path: Path) -> None:
+    engine = {
+        "tensor_parallel_size": 2,
+        "enable_prefix_caching": False,
+        "compilation_config": {"compile_sizes": [1]},
+    }
+    words = systems.command("rust", engine, "/model", 8123, tmp_path)
+    assert words[-3:] == [
+        "--tensor-parallel-size=2",
+        "--no-enable-prefix-caching",
+        '--compilation-config={"compile_sizes": [1]}',
+    ]
+    changes = {"replicas": {"min": 2, "max": 2}}
+    path = systems.command("ours", engine, "/model", 8123, tmp_path, changes)[-1]
+    settings = Settings.parse(yaml.safe_load(Path(path).read_text())["applications"][0]["args"])
+    assert (settings.tensor_parallel_size, settings.replicas.min) == (2, 2)
+    assert settings.engine == {
+        "enable_prefix_caching": False,
+        "compilation_config": {"compile_sizes": [1]},
+    }
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from tests.server import ENGINE
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 SERVED = capability.Served(frozenset({"tiny"}), max_model_len=2048, vocabulary=1024)
 ASK = [{"role": "user", "content": "Tell me something."}]
+# Little of the context is left for its answer. A greedy answer of this model never ends by itself.
+LONG = [{"role": "user", "content": "~" * 1600}]
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hello, 世界!"},
@@ -58,7 +60,7 @@ PROMPTS: tuple[tuple[str, dict[str, Any]], ...] = (
 PARAMETERS: tuple[dict[str, Any], ...] = (
     {},
     {"max_tokens": 1},
-    {"max_tokens": None, "ignore_eos": True, "stop_token_ids": [78]},
+    {"max_tokens": None, "stop_token_ids": [*range(78, 1024, 16)], "temperature": 1.0, "seed": 9},
     {"stop": ["e", "o"]},
     {"stop": "a", "min_tokens": 4, "include_stop_str_in_output": True},
     {"presence_penalty": 1.5, "frequency_penalty": 0.5},
@@ -93,6 +95,7 @@ COMPLETIONS: tuple[dict[str, Any], ...] = (
 )
 ECHOES: tuple[dict[str, Any], ...] = ({"echo": True}, {"echo": True, "stop": None})
 CHATS: tuple[dict[str, Any], ...] = (
+    {"messages": LONG, "max_tokens": None, "ignore_eos": True},
     {"max_tokens": None, "max_completion_tokens": 7},
     {"max_completion_tokens": None},
     {"logprobs": True},

@@ -6,8 +6,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from bench.digits import distinct
 from bench.figure import SERIES, SERIES_COLOURS
-from bench.pages.figures import distinct
 
 # A second cue beside the colour.
 _DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1)), "-"]

@@ -22,6 +22,7 @@ from bench.axes import (
     ratio_ticks,
     short,
 )
+from bench.digits import distinct, plain
 from bench.figure import (
     GRID,
     INK,
@@ -34,7 +35,6 @@ from bench.figure import (
     svg,
 )
 from bench.measure import CurvePoint
-from bench.pages.figures import distinct, plain
 
 # Blue to orange differ for every common kind of colour blindness; faint to opaque reads as
 # few to many on white and on black alike.

@@ -8,9 +8,9 @@ import html
 import string
 from collections.abc import Iterable, Mapping, Sequence
 
+from bench.digits import distinct
 from bench.faults.damage import Chaos, Judged
 from bench.faults.gaps import Lengths
-from bench.pages.figures import distinct
 from serve_app.document import document
 
 _WIDTH, _LANE, _HEAD = 1100, 9, 16  # In the SVG's own units.

@@ -1,8 +1,9 @@
 """How figures are written for people: the same unit and as many digits everywhere."""
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from bench.digits import plain
 
 _UNIT = {"ttft": ("ms", 1e3), "tpot": ("ms", 1e3), "itl": ("ms", 1e3), "e2e": ("s", 1.0)}
 
@@ -13,24 +14,6 @@ def number(value: float) -> str:
     if size >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 1 else plain(value)
-
-
-def distinct(value: float, ticks: Iterable[float]) -> str:
-    """A tick in as few digits, three at least, as tell it from the others."""
-    others = {float(tick) for tick in ticks}
-    for digits in range(3, 16):
-        if len({plain(tick, digits=digits) for tick in others}) == len(others):
-            break
-    return plain(value, digits=digits)
-
-
-def plain(value: float, digits: int = 3) -> str:
-    """A number with this many significant digits, without an exponent and trailing zeros."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if decimals else text
 
 
 def half(value: float) -> str:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from bench import plots
 from bench.axes import linear_ticks, log_ticks, ratio_ticks
+from bench.digits import distinct, plain
 from bench.faults.chaos_page import clock
 from bench.figure import figure
-from bench.pages.figures import distinct, plain
 from bench.plots import Curve, Panel, Ratio
 from tests.examples import examples
 

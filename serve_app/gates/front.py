@@ -1,8 +1,8 @@
 """The outermost gate after the meter: it normalises the path and the method of a request.
 
 Clients join base addresses and paths in different ways, and check with HEAD whether a route exists.
-A doubled slash counts as one, and HEAD is a GET whose answer has no body. Header lines beyond a
-bound are refused here, in JSON.
+A doubled slash counts as one, a slash at the end as none, and HEAD is a GET whose answer has no
+body. Header lines beyond a bound are refused here, in JSON.
 """
 
 import re
@@ -46,9 +46,10 @@ class FrontGate:
             await error(scope, receive, send)
             return
         # The server's own scope is changed, and no copy: gates further out read from it too.
-        if "//" in scope["path"]:
-            scope["path"] = re.sub("/+", "/", scope["path"])
-            scope["raw_path"] = re.sub(b"/+", b"/", scope.get("raw_path") or b"")
+        if "//" in scope["path"] or scope["path"].endswith("/"):
+            scope["path"] = re.sub("/+", "/", scope["path"]).rstrip("/") or "/"
+            raw = re.sub(b"/+", b"/", scope.get("raw_path") or b"")
+            scope["raw_path"] = raw.rstrip(b"/") or b"/"
         if scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return

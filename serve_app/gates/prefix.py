@@ -2,7 +2,7 @@
 
 Ray Serve leaves the prefix in the path of a request, and names it in ASGI's `root_path`. Every gate
 compares paths, so the prefix is removed in front of the first one. vLLM's application gets it back,
-because its redirects, /docs and /openapi.json name addresses.
+because its /docs and /openapi.json name addresses.
 """
 
 from urllib.parse import quote

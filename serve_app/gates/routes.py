@@ -102,7 +102,7 @@ OTHER = Route("other")
 def find(path: str) -> Route | None:
     """The route of a request's path, or None: there is no such route.
 
-    A slash at the end makes no difference here: the application redirects to the path without.
+    A slash at the end makes no difference.
     """
     bare = path.rstrip("/") or "/"
     if (route := _EXACT.get(bare)) is not None:

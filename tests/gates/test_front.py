@@ -26,6 +26,10 @@ def application() -> FastAPI:
     async def models() -> dict[str, str]:
         return {"object": "list"}
 
+    @app.get("/v1/models/{model:path}")  # It takes an empty name as well.
+    async def model(model: str) -> dict[str, str]:
+        raise HTTPException(404, "no such model")
+
     @app.post("/v1/chat/completions")
     @app.post("/v1/messages")
     async def chat(body: dict[str, Any]) -> StreamingResponse:
@@ -130,10 +134,12 @@ def test_vllm_adds_no_headers_a_second_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "http://testserver//v1/models", "/v1//models", "/v1/models//"]
+    "path",
+    ["/v1/models", "http://testserver//v1/models", "/v1//models", "/v1/models//", "/v1/models/"],
 )
 def test_a_doubled_slash_is_one(client: TestClient, path: str) -> None:
-    assert client.get(path, headers=KEY).json() == {"object": "list"}
+    answer = client.get(path, headers=KEY, follow_redirects=False)
+    assert answer.json() == {"object": "list"}
 
 
 def test_head_is_where_get_is(client: TestClient) -> None:

@@ -70,11 +70,7 @@ def test_every_gate_works_below_a_prefix(stack: ASGIApp, prefix: str) -> None:
 @PREFIXES
 def test_addresses_in_answers_have_the_prefix(stack: ASGIApp, prefix: str) -> None:
     client = TestClient(below(prefix, stack), follow_redirects=False)
-    moved = client.get(f"{prefix}/v1/models/", headers=KEY)
-    assert (moved.status_code, moved.headers["location"]) == (
-        307,
-        f"http://testserver{prefix}/v1/models",
-    )
+    assert client.get(f"{prefix}/v1/models/", headers=KEY).json() == {"object": "list"}
     assert f"'{prefix}/openapi.json'" in client.get(f"{prefix}/docs", headers=KEY).text
 
 

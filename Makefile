@@ -14,6 +14,8 @@ INSTALLED = $(VENV)/installed-$(FLAVOUR)
 
 # Three modules at a time: one of them mostly waits for servers. tests/conftest.py groups them.
 BESIDE = --numprocesses 3
+# Tests without servers wait as well: at least three processes, and otherwise one for each core, up to 8.
+FAST_BESIDE = $(shell nproc 2>/dev/null | awk '{print $$1 < 3 ? 3 : $$1 > 8 ? 8 : $$1}' | grep . || echo 3)
 
 .DEFAULT_GOAL = help
 
@@ -33,7 +35,7 @@ test: install ## Run the tests, except the slow ones.
 	$(BIN)/python -m pytest $(BESIDE)
 
 test-fast: install ## Run the tests without servers, engines, clusters, vLLM and long simulations.
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow and not server"
+	$(BIN)/python -m pytest --numprocesses $(FAST_BESIDE) -m "not slow and not server"
 
 test-slow: install ## Run the tests that take several minutes each.
 	$(BIN)/python -m pytest $(BESIDE) -m slow

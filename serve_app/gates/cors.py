@@ -6,7 +6,6 @@ The settings are vLLM's: `engine.allowed_origins`, `allowed_methods`, `allowed_h
 preflight without a key, and hides errors without CORS headers from a page. Starlette does the work.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.errors import BadRequest
+from serve_app.gates.origins import allowed_origins, as_list
 
 # What a page may read of an answer beside its body.
 _EXPOSED = ("x-request-id", "retry-after")
@@ -30,8 +30,8 @@ class CorsGate:
         self._cors = CORSMiddleware(
             app,
             allow_origins=allowed_origins(engine),
-            allow_methods=_list(engine.get("allowed_methods"), ["*"]),
-            allow_headers=_list(engine.get("allowed_headers"), ["*"]),
+            allow_methods=as_list(engine.get("allowed_methods"), ["*"]),
+            allow_headers=as_list(engine.get("allowed_headers"), ["*"]),
             allow_credentials=str(engine.get("allow_credentials")).lower() in ("true", "1", "yes"),
             expose_headers=_EXPOSED,
             max_age=_MAX_AGE_S,
@@ -52,20 +52,3 @@ class CorsGate:
             await error(scope, receive, send)
             return
         await self._cors(scope, receive, send)
-
-
-def allowed_origins(engine: Mapping[str, Any]) -> list[str]:
-    """The origins whose pages may use the server; `*` stands for all."""
-    return _list(engine.get("allowed_origins"), [])
-
-
-def _list(value: Any, default: list[str]) -> list[str]:
-    """A list, as serve_config.yaml may have it: a list, JSON, or one text."""
-    if value is None:
-        return default
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return [value]
-    return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]

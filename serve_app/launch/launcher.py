@@ -33,7 +33,7 @@ import yaml
 
 from serve_app import processes
 from serve_app.errors import ConfigError
-from serve_app.gates.cors import allowed_origins
+from serve_app.gates.origins import allowed_origins
 from serve_app.launch import orphans, template
 from serve_app.launch.haproxy_rules import (
     BODY_TIMEOUT_VARIABLE,

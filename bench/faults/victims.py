@@ -186,13 +186,14 @@ class Cluster:
         return sorted(processes, key=_started_s)
 
     def _answering(self, replicas: Iterable[Replica]) -> set[psutil.Process]:
-        """The processes that answer HTTP. Once a port has answered, only that port is asked."""
-        doors = [
-            (replica.process, host, port)
-            for replica in replicas
-            for host, port in _listens(replica.process)
-            if self._ports.get(replica.process) in (None, port)
-        ]
+        """The processes that answer HTTP. Once a port has answered, only that port is asked, as
+        long as it is there: that of vllm-rs is another one after a restart.
+        """
+        doors = []
+        for process in (replica.process for replica in replicas):
+            addresses = list(_listens(process))
+            known = [each for each in addresses if each[1] == self._ports.get(process)]
+            doors += [(process, host, port) for host, port in known or addresses]
         # All at once, because a loading replica delays its answer.
         with ThreadPoolExecutor(max_workers=len(doors) or 1) as pool:
             answered = pool.map(lambda door: _answers(door[1], door[2]), doors)

@@ -1,9 +1,6 @@
 """What is disturbed: the plan, whom it meets in a tree of processes, and whom it never does."""
 
 import asyncio
-import contextlib
-import http.server
-import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -180,32 +177,23 @@ def test_a_replica_is_ready_once_it_answers_and_not_while_it_is_stopped() -> Non
         assert wait(lambda: cluster.ready(result, "http", 0.0) == result)
 
 
-class _NotFound(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_error(404)
-
-
-@contextlib.contextmanager
-def answering() -> Iterator[None]:
-    """This process answers HTTP on a port of its own."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _NotFound) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def test_a_replica_that_answers_on_another_port_than_before_is_ready() -> None:
     """A killed vllm-rs listens on another one, and its replica was never disturbed again."""
-    cluster = Cluster(session="session_of_ports")
-    replica = Replica(psutil.Process(), fleet.REPLICA)
-    assert cluster.ready([replica], "http", 0.0) == []
-    for _ in range(2):
-        with answering():
-            assert cluster.ready([replica], "http", 0.0) == [replica]
+    with fleet.running(1, restart=True) as running:
+        cluster = Cluster(pids=[running.pid])
+
+        def ready() -> list[Replica]:
+            return cluster.ready(cluster.replicas("llm:engine"), "http", 0.0)
+
+        def port() -> int:
+            return int(replica.process.net_connections("tcp")[0].laddr.port)
+
+        assert wait(lambda: len(ready()) == 1)
+        (replica,) = ready()
+        before = port()
+        replica.engine[0].kill()
+        assert wait(lambda: port() != before)
+        assert wait(lambda: ready() != [] and ready()[0].process == replica.process)
 
 
 def test_a_replica_that_was_struck_is_not_ready_though_it_answers_yet() -> None:

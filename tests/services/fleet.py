@@ -3,8 +3,8 @@
     python -m tests.services.fleet --replicas 2 --start-s 0.5
 
 Each replica has an engine below it, listens once it has started, ends when its engine ends (with
---restart it starts another), and is replaced by the process that was started. What it answers is
-404, as a replica with a secret does.
+--restart it starts another and listens on another port), and is replaced by the process that was
+started. What it answers is 404, as a replica with a secret does.
 """
 
 import argparse
@@ -94,17 +94,25 @@ def _fleet(options: argparse.Namespace) -> None:
         running = [p if p.poll() is None else _start("replica", options) for p in running]
 
 
+def _listen() -> http.server.ThreadingHTTPServer:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Nothing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
 def _replica(options: argparse.Namespace) -> None:
     setproctitle(options.title)
     engine = _start("engine", options)
     time.sleep(options.start_s)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Nothing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = _listen()
     while os.getppid() == options.parent:
         if engine.poll() is not None:
             if not options.restart:
                 break
             engine = _start("engine", options)
+            before, server = server, _listen()
+            before.shutdown()
+            before.server_close()
         time.sleep(_LOOK_S)
     engine.kill()
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -242,4 +243,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """SmolLM2-135M-Instruct: real weights."""
+    if not embedded.converted():  # In a process of its own, because it imports torch.
+        code = "from serve_app.planning import embedded; embedded.path()"
+        subprocess.run([sys.executable, "-c", code], check=True)
     return embedded.path()

@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from bench import measure
+from bench.errors import TargetFailed
 from bench.itself import known_server, tools
 from bench.itself.peer import Peer
 from bench.itself.tools import Environment, Tool, ToolError
@@ -83,6 +84,7 @@ def ours(options: argparse.Namespace) -> Measure:
             seed,
         )
         outcome = asyncio.run(load.run(plan, target, 1, lambda records, progress: None))
+        _require_answers(OURS, options.url, [record.error for record in outcome.records])
         return measure.vllm_names(outcome.records, max_concurrency=options.users)
 
     return once
@@ -95,9 +97,23 @@ def theirs(options: argparse.Namespace, peer: Peer) -> Measure:
 
     def once(seed: int) -> Measured:
         requests = workload.parse(options.workload, seed).take(options.requests)
-        return medians(peer.run(arguments, [(str(r.prompt), r.output_tokens) for r in requests]))
+        result = peer.run(arguments, [(str(r.prompt), r.output_tokens) for r in requests])
+        _require_answers(VLLM, options.url, result["errors"])
+        return medians(result)
 
     return once
+
+
+def _require_answers(tool: str, url: str, errors: Sequence[str | None]) -> None:
+    """Figures are compared only where every request was answered.
+
+    Raises:
+        TargetFailed: one was not.
+    """
+    failed = [error for error in errors if error]
+    if failed:
+        problem = f"{len(failed)} of {len(errors)} requests failed: {failed[0].strip()[-300:]}"
+        raise TargetFailed.of("url", url, f"{tool}: {problem}")
 
 
 def medians(result: Measured) -> Measured:
@@ -188,7 +204,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> Line:
-    """What `python -m bench agreement` does with its options; returns its last line."""
+    """What `python -m bench agreement` does with its options; returns its last line.
+
+    Raises:
+        TargetFailed: the server does not answer every request of bench and of `vllm bench serve`.
+        ToolError: an option names no tool, or a tokenizer is missing.
+    """
     others = _tools(options)
     with ExitStack() as stack:
         if options.fake:

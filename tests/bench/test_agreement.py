@@ -4,11 +4,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from bench.errors import TargetFailed
 from bench.itself import agreement, tools
+from bench.itself.peer import Peer
 from bench.itself.tools import TOOLS, Ask, Environment, ToolError
 
 FIGURES = {
@@ -228,3 +231,23 @@ def test_a_mistake_in_the_command_ends_it_before_anything_starts(
     agreement.arguments(parser)
     with pytest.raises(ToolError, match=problem):
         agreement.command(parser.parse_args(["--url", "http://127.0.0.1:1", *arguments]))
+
+
+@pytest.mark.parametrize("tool", ["ours", "vllm"])
+def test_figures_of_a_server_that_does_not_answer_are_not_compared(
+    tool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a traceback: "no median for empty data"."""
+    errors = ["", "Traceback:\nConnectionRefusedError: port 1"]
+
+    async def run(*arguments: object) -> SimpleNamespace:
+        return SimpleNamespace(records=[SimpleNamespace(error=error) for error in errors])
+
+    monkeypatch.setattr(agreement.load, "run", run)
+    parser = argparse.ArgumentParser()
+    agreement.arguments(parser)
+    options = parser.parse_args(["--url", "http://127.0.0.1:1", "--model", "m"])
+    peer = cast(Peer, SimpleNamespace(run=lambda arguments, requests: {"errors": errors}))
+    measured = agreement.ours(options) if tool == "ours" else agreement.theirs(options, peer)
+    with pytest.raises(TargetFailed, match=f"{tool}: 1 of 2 requests failed: (?s:.*)port 1"):
+        measured(0)

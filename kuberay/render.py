@@ -231,7 +231,7 @@ def documents(
     for document in written:
         if document["kind"] == "RayService":
             _set_environment(document, haproxy)
-            if settings.template:
+            if settings.template is True:
                 _start_template(document)
         if document["kind"] == "ConfigMap" and document["metadata"]["name"] == "cluster":
             given = {"name": cluster, "region": region}

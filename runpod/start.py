@@ -180,7 +180,7 @@ class Run:
         environ.pop("VLLM_API_KEY", None)  # vLLM would ask for it, and know no other key.
         if choice.offline:
             environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        if choice.settings.template:  # Before Ray: it imports while Ray starts.
+        if choice.settings.template is True:  # Before Ray: it imports while Ray starts.
             # As the head and its replicas have it.
             self._template = Template({**environ, "PYTHONUNBUFFERED": "1"}, choice.settings)
             environ = self._template.environ

@@ -227,7 +227,7 @@ class Settings(_Frozen):
     sleep: Sleep = Field(default_factory=Sleep)
     lane: Literal["auto", "python"] = "auto"
     compiled: Annotated[str, Field(min_length=1)] | None = None
-    template: bool = False
+    template: bool | Literal["auto"] = "auto"
     engine: dict[str, Any] = Field(default_factory=dict)
     limits: Limits = Field(default_factory=Limits)
     gateway: Gateway = Field(default_factory=Gateway)

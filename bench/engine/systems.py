@@ -61,6 +61,7 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
     "ours-asleep": {"replicas": {"min": 0, "max": 1, "idle_s": 5.0}},
     "ours-dozing": {"sleep": {"after_s": 2.0}},
     "ours-template": {"template": True},
+    "ours-no-template": {"template": False},
     "ours-unmeasured": {"observe": {"metrics": False}},
     "ours-every-token": {"stream_gap_ms": 0.0},
 }

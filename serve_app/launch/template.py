@@ -36,7 +36,7 @@ def wanted(
     Not if replicas run in a cluster that others started, or with packages of their own.
     """
     foreign = bool(application.get("runtime_env")) or "RAY_ADDRESS" in environ
-    return settings.template and not foreign
+    return settings.template is not False and not foreign
 
 
 def runtime_env(settings: Settings, plan: Plan, beside: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,8 +45,9 @@ def runtime_env(settings: Settings, plan: Plan, beside: Mapping[str, Any]) -> di
     Args:
         beside: the application's own `runtime_env`.
     """
+    there = worker.NAME_VARIABLE in os.environ if settings.template == "auto" else settings.template
     # The workers of an engine on several nodes would inherit it.
-    if not settings.template or plan.placement.executor is not None:
+    if not there or plan.placement.executor is not None:
         return {}
     ours = ("py_executable", _PYTHON)
     if other := sorted(key for key in beside.keys() - _HARMLESS if (key, beside[key]) != ours):

@@ -39,6 +39,7 @@ def written(name: str, folder: Path) -> dict[str, Any]:
             {"gateway": {"enabled": True}, "lane": "auto", "stream_gap_ms": 0.0},
         ),
         ("ours-template", {"template": True}),
+        ("ours-no-template", {"template": False}),
         ("ours-unmeasured", {"observe": {"metrics": False}}),
         ("ours-every-token", {"stream_gap_ms": 0.0}),
         ("classic", {}),

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -419,10 +419,16 @@ def test_what_an_import_set_is_kept_unless_a_cache_decides() -> None:
         (True, {"runtime_env": {}}, {}, True),
         (True, {"runtime_env": {"pip": ["x"]}}, {}, False),
         (True, {}, {"RAY_ADDRESS": "auto"}, False),
+        ("auto", {}, {}, True),
+        ("auto", {"runtime_env": {"pip": ["x"]}}, {}, False),
+        ("auto", {}, {"RAY_ADDRESS": "auto"}, False),
     ],
 )
 def test_when_the_launcher_starts_a_template(
-    asked: bool, application: dict[str, Any], environ: dict[str, str], wanted: bool
+    asked: bool | Literal["auto"],
+    application: dict[str, Any],
+    environ: dict[str, str],
+    wanted: bool,
 ) -> None:
     assert launched.wanted(Settings(template=asked), application, environ) is wanted
 
@@ -442,6 +448,17 @@ def test_ray_learns_where_a_replica_comes_from(capfd: pytest.CaptureFixture[str]
     assert "the runtime_env has pip, uv" in capfd.readouterr().out
     several = Plan("m", "m", Placement(8, 2, executor="ray"), cpu_threads=None)
     assert launched.runtime_env(Settings(template=True), several, {}) == {}
+
+
+def test_by_default_replicas_come_from_the_template_of_the_launcher_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = Plan("m", "m", Placement(1, 1), cpu_threads=3)
+    monkeypatch.delenv(worker.NAME_VARIABLE, raising=False)
+    assert launched.runtime_env(Settings(), plan, {}) == {}
+    monkeypatch.setenv(worker.NAME_VARIABLE, "serve-app-template-1")
+    assert launched.runtime_env(Settings(), plan, {}) != {}
+    assert launched.runtime_env(Settings(template=False), plan, {}) == {}
 
 
 def test_the_command_becomes_the_template_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:

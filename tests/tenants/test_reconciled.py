@@ -19,10 +19,11 @@ import httpx
 import psutil
 import pytest
 
+from bench.engine.systems import apart
 from serve_app.tenants.commands import main
 from serve_app.tenants.database import Database
 from serve_app.tenants.ledger import COLUMNS, Ledger
-from tests.server import Server, apart, configuration, launched, wait
+from tests.server import Server, configuration, launched, wait
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 

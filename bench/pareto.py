@@ -51,7 +51,8 @@ async def curve(job: Job, users: Sequence[int], per_user: int, folder: Path) -> 
     """
     from bench import figure, plots  # These load matplotlib, which takes a second.
 
-    head = result.header(job.name or f"{job.workload} on {job.gpus or '?'} GPUs")
+    gpus = "1 GPU" if job.gpus == 1 else f"{job.gpus or '?'} GPUs"
+    head = result.header(job.name or f"{job.workload} on {gpus}")
     points: list[CurvePoint] = []
     for place, count in enumerate(users):
         run.say(f"{count} users ({place + 1} of {len(users)})")

@@ -1,6 +1,8 @@
 """The data of the status page, from a Prometheus that answers with planted samples."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,3 +67,11 @@ def test_the_page_gets_every_list_without_data_and_the_reason_of_a_failure(probl
     body = shown(Planted({}, problem))
     assert body["error"] == problem
     assert {"figures", "replicas", "starts", "alerts"} <= body.keys()
+
+
+def test_figures_and_headings_of_tables_are_not_broken_between_letters() -> None:
+    """The page lets long words break anywhere: at 390 px each cell was one letter wide."""
+    page = (Path(status.__file__).with_name("status.html")).read_text()
+    cells = re.search(r"^  th, td \{(.*)\}$", page, re.MULTILINE)
+    assert cells is not None
+    assert "white-space: nowrap" in cells[1]

@@ -53,9 +53,9 @@ def log_ticks(axis: Any) -> None:
     low, high = axis.get_view_interval()
     subs = (1.0,) if high / max(low, 1e-12) > 300 else (1.0, 2.0, 5.0)
     ticks = _inside(LogLocator(base=10, subs=subs, numticks=12), low, high)
-    for most in (4, 8, 16):
+    for intervals in (4, 8, 16):
         if len(ticks) < 2:
-            ticks = _inside(MaxNLocator(most), low, high)
+            ticks = _inside(MaxNLocator(intervals), low, high)
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: distinct(value, ticks)))
     axis.set_minor_formatter(NullFormatter())
@@ -65,14 +65,14 @@ def _inside(locator: Any, low: float, high: float) -> list[float]:
     return [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
 
 
-def linear_ticks(axis: Any, most: int = 6, whole: bool = False) -> None:
+def linear_ticks(axis: Any, max_intervals: int = 6, whole: bool = False) -> None:
     """Plain numbers on a linear axis.
 
     Args:
-        most: intervals between ticks, at most.
+        max_intervals: between ticks.
         whole: only whole numbers, as of users.
     """
-    locator = MaxNLocator(most, integer=whole, steps=[1, 2, 2.5, 5, 10])
+    locator = MaxNLocator(max_intervals, integer=whole, steps=[1, 2, 2.5, 5, 10])
     axis.set_major_locator(locator)
     axis.set_major_formatter(
         FuncFormatter(lambda value, _: distinct(value, axis.get_majorticklocs()))

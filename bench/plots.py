@@ -257,7 +257,7 @@ def timeline(
         axes[-1].set(xlabel="seconds since the start of the run")
         for axis in axes:
             axis.margins(x=0.005)
-        linear_ticks(axes[-1].xaxis, most=9)
+        linear_ticks(axes[-1].xaxis, max_intervals=9)
         plot.align_ylabels(axes)
         return svg(plot, prefix, "Timeline of the run")
 
@@ -277,7 +277,7 @@ def heat(at_s: Sequence[float], heights: Sequence[float], y_title: str, prefix: 
         axis.set(yscale="log", xlabel="seconds since the start of the run", ylabel=y_title)
         axis.grid(False)
         log_ticks(axis.yaxis)
-        linear_ticks(axis.xaxis, most=9)
+        linear_ticks(axis.xaxis, max_intervals=9)
         column_of = np.clip(np.searchsorted(x_edges, times, "right") - 1, 0, len(x_edges) - 2)
         for column, (from_s, to_s) in enumerate(pairwise(x_edges)):
             _tell_column(axis, from_s, to_s, values[column_of == column])
@@ -378,7 +378,7 @@ def _strip(axis: Any, panel: Panel) -> None:
     axis.set(title=panel.title, ylabel=panel.y_title)
     highest = max((y for curve in panel.curves for y in curve.y), default=0.0)
     axis.set_ylim(bottom=0, top=panel.top or (None if highest > 0 else 1.0))
-    linear_ticks(axis.yaxis, most=3 if panel.low else 4, whole=highest >= 1)
+    linear_ticks(axis.yaxis, max_intervals=3 if panel.low else 4, whole=highest >= 1)
     if len(panel.curves) > 1:
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 

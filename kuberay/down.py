@@ -350,12 +350,12 @@ def refused(refusals: Refusals, swept: Sweep) -> tuple[Gap, ...]:
 def arguments(parser: argparse.ArgumentParser) -> None:
     target.arguments(parser)
     add = parser.add_argument
-    add("--yes", action="store_true", help="do not ask")
+    add("--yes", action="store_true", help="do not ask for confirmation")
     add("--keep-data", action="store_true", help="leave volumes, snapshots, file systems, logs, "
         "images and keys, and report them")  # fmt: skip
-    add("--if-expired", action="store_true", help="only if it has expired; do not ask then")
+    add("--if-expired", action="store_true", help="delete only an expired cluster, without asking")
     add("--json", action="store_true", help="print the report as one JSON object")
     add("--report", type=Path, help="also write the report to this file")
     add("--pause", type=float, default=Pace.pause_s, help="seconds between rounds of leftovers")
     add("--patience", type=float, default=Pace.patience_s,
-        help="seconds without change until leftovers are given up on")  # fmt: skip
+        help="seconds without progress after which it gives up")  # fmt: skip

@@ -130,7 +130,7 @@ def preflight(to: Target, choice: Choice) -> Preflight:
     checks += guarded("model", lambda: service.model(account, plan, choice.model_config))
     checks += guarded("upgrade", lambda: service.upgrade(plan))
     checks += service.versions(plan)
-    checks += guarded("image", lambda: service.image_there(account, plan))
+    checks += guarded("image", lambda: service.image_exists(account, plan))
     checks += guarded("cluster", lambda: access.cluster(account, to))
     bill = cost.bill(plan, lambda kind: prices.rate(account, kind))
     return Preflight(tuple(checks), bill, tuple(manifests), config)

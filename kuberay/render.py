@@ -63,9 +63,9 @@ def overlays(folder: Path = HERE) -> list[str]:
 
 
 def _check_overlay(overlay: str, folder: Path) -> None:
-    there = overlays(folder)
-    if overlay not in there:
-        raise EksError(f"no overlay {overlay}; there are: {', '.join(there)}")
+    names = overlays(folder)
+    if overlay not in names:
+        raise EksError(f"no overlay {overlay}; there are: {', '.join(names)}")
 
 
 def serve_config(

@@ -5,9 +5,10 @@
     qwen-lane       what HAProxy and the doors of the replicas share; made up
     qwen-hub        HF_TOKEN, where it is set
 
-What the environment names replaces what is there, so that a changed key or token arrives with the
-next `up`; what it does not name stays. Values go to kubectl through a pipe, where no list of
-processes shows them, and by server-side apply, which keeps no copy of them in an annotation.
+A value in the environment replaces the existing value, so a changed key or token arrives with the
+next `up`. A value that is not in the environment stays. Values go to kubectl through a pipe, where
+no list of processes shows them, and by server-side apply, which keeps no copy of them in an
+annotation.
 """
 
 import base64
@@ -32,8 +33,8 @@ def make(run: Tools) -> str:
     Returns:
         An API key that the service takes.
     """
-    there = current(run)
-    lines = _lines(there)
+    existing = current(run)
+    lines = _lines(existing)
     if given := _given():
         if lines and lines != given:
             say(
@@ -41,25 +42,25 @@ def make(run: Tools) -> str:
             )
         lines = given
     lines = lines or [new_key()]
-    _apply(run, there, _API_KEYS, {"keys": "".join(f"{line}\n" for line in lines)})
-    if _REDIS not in there:
+    _apply(run, existing, _API_KEYS, {"keys": "".join(f"{line}\n" for line in lines)})
+    if _REDIS not in existing:
         # A new password would lock the head out of its state.
-        _apply(run, there, _REDIS, {"password": secrets.token_urlsafe(32)})
-    if _LANE not in there:
+        _apply(run, existing, _REDIS, {"password": secrets.token_urlsafe(32)})
+    if _LANE not in existing:
         # Pods read it when they start: another one would reach some of them only.
-        _apply(run, there, _LANE, {"secret": secrets.token_urlsafe(32)})
+        _apply(run, existing, _LANE, {"secret": secrets.token_urlsafe(32)})
     if token := os.environ.get(_TOKEN):
-        if _HUB in there and there[_HUB].get(_TOKEN) != token:
+        if _HUB in existing and existing[_HUB].get(_TOKEN) != token:
             say("    the hub's token is replaced: workers take it when they start")
-        _apply(run, there, _HUB, {_TOKEN: token})
+        _apply(run, existing, _HUB, {_TOKEN: token})
     return _key(lines)
 
 
 def rotate(run: Tools, only: bool) -> str:
-    """Add a new API key before those that are there, or put it in their place. Returns it."""
-    there, key = current(run), new_key()
-    lines = [key, *([] if only else _lines(there))]
-    _apply(run, there, _API_KEYS, {"keys": "".join(f"{line}\n" for line in lines)})
+    """Add a new API key before the existing ones, or put it in their place. Returns it."""
+    existing, key = current(run), new_key()
+    lines = [key, *([] if only else _lines(existing))]
+    _apply(run, existing, _API_KEYS, {"keys": "".join(f"{line}\n" for line in lines)})
     return key
 
 
@@ -78,9 +79,9 @@ def current(run: Tools) -> dict[str, Values]:
     }
 
 
-def _lines(there: Mapping[str, Values]) -> list[str]:
-    """The lines of the API keys that are there: a key, or a tenant's name and its key."""
-    text = there.get(_API_KEYS, {}).get("keys", "")
+def _lines(existing: Mapping[str, Values]) -> list[str]:
+    """The lines of the existing API keys: a key, or a tenant's name and its key."""
+    text = existing.get(_API_KEYS, {}).get("keys", "")
     stripped = [line.strip() for line in text.splitlines()]
     return [line for line in stripped if line and not line.startswith("#")]
 
@@ -93,9 +94,9 @@ def _given() -> list[str]:
     return [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
 
 
-def _apply(run: Tools, there: Mapping[str, Values], name: str, values: Values) -> None:
+def _apply(run: Tools, existing: Mapping[str, Values], name: str, values: Values) -> None:
     """Make a Secret, unless it has these values already."""
-    if there.get(name) == values:
+    if existing.get(name) == values:
         return
     manifest = {
         "apiVersion": "v1",

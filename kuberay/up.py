@@ -214,10 +214,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--ttl-hours",
         type=ttl.hours,
         default=8.0,
-        help="then `status` fails; 0: never (%(default)s)",
+        help="lifetime of the cluster, then `status` fails; 0: unlimited (default: %(default)s)",
     )
     add("--on-expiry", choices=ttl.ACTIONS, default="report",
-        help="what `down --if-expired` then does; default: %(default)s")  # fmt: skip
+        help="what `down --if-expired` does after the lifetime; default: %(default)s")  # fmt: skip
     add("--wait", type=float, default=_WAIT_S, help="seconds within which the model must answer")
-    add("--monitoring", action="store_true", help="Prometheus and Grafana in the cluster, too")
-    add("--yes", action="store_true", help="do not ask")
+    add(
+        "--monitoring",
+        action="store_true",
+        help="also install Prometheus and Grafana in the cluster",
+    )
+    add("--yes", action="store_true", help="do not ask for consent to the cost")

@@ -107,9 +107,9 @@ def find(account: Account, owner: Owner, plan: Layout) -> Zones:
         and zone.get("ZoneType", "availability-zone") == "availability-zone"
         and zone.get("ZoneId") not in _WITHOUT_EKS
     ]
-    there = _of_cluster(account, owner)
+    current = _of_cluster(account, owner)
     frozen = {kind: frozenset(zones) for kind, zones in offered.items()}
-    return choose(plan.groups, frozen, usable, there or plan.zones, made=bool(there))
+    return choose(plan.groups, frozen, usable, current or plan.zones, made=bool(current))
 
 
 def _of_cluster(account: Account, owner: Owner) -> tuple[str, ...]:

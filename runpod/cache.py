@@ -160,8 +160,8 @@ def missing_bytes(model: str, revision: str | None, folder: Path) -> int | None:
 
 def free_bytes(folder: Path) -> int:
     """What the disk below a folder, which need not be there yet, has room for."""
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def _first_line(error: Exception) -> str:

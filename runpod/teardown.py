@@ -163,11 +163,11 @@ def bill(kind: Kind, thing: Mapping[str, Any], hourly: Mapping[str, float] | Non
 def _workers(workers: list[Mapping[str, Any]], hourly: Mapping[str, float]) -> str:
     """What the workers that are there cost, from their start to their end."""
     # One that waits for capacity has no machine.
-    there = [worker for worker in workers if worker["status"] != "THROTTLED"]
-    if not there:
+    charged = [worker for worker in workers if worker["status"] != "THROTTLED"]
+    if not charged:
         return ""
-    each = [hourly.get(worker.get("gpuTypeId") or "") for worker in there]
+    each = [hourly.get(worker.get("gpuTypeId") or "") for worker in charged]
     if None in each:
-        return f"{len(there)} worker(s) by the second"
-    total = sum(w["gpuCount"] * price for w, price in zip(there, each, strict=True) if price)
-    return f"${total:.2f} per hour for {len(there)} worker(s)"
+        return f"{len(charged)} worker(s) by the second"
+    total = sum(w["gpuCount"] * price for w, price in zip(charged, each, strict=True) if price)
+    return f"${total:.2f} per hour for {len(charged)} worker(s)"

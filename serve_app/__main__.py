@@ -25,10 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("--config", default="serve_config.yaml", help="default: %(default)s")
     serve.add_argument("--model", default=None, help="model to serve instead of the configured one")
     commands.add_parser("doctor", help="check this machine", add_help=False)
-    commands.add_parser("tenants", help="who shares the fleet", add_help=False)
-    commands.add_parser("observe", help="watch what is served", add_help=False)
-    commands.add_parser("warm", help="compile once what every start would", add_help=False)
-    commands.add_parser("template", help="import once for a node's replicas", add_help=False)
+    commands.add_parser("tenants", help="manage tenants and their keys", add_help=False)
+    commands.add_parser(
+        "observe", help="start Prometheus, Grafana or a status page", add_help=False
+    )
+    commands.add_parser("warm", help="compile kernels once, for later starts", add_help=False)
+    commands.add_parser(
+        "template", help="start the process from which replicas are forked", add_help=False
+    )
     arguments, rest = parser.parse_known_args(argv)
     try:
         if arguments.command == "doctor":

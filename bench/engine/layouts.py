@@ -78,10 +78,10 @@ def layouts(
         for name in names
         if many == 1 or systems.is_ours(name)
     ]
-    known = list(dict.fromkeys(layout.name for layout in every))
+    names_of_all = list(dict.fromkeys(layout.name for layout in every))
     for name in only:
-        if name not in known:
-            raise BenchError.of("only", name, "no such layout", known)
+        if name not in names_of_all:
+            raise BenchError.of("only", name, "no such layout", names_of_all)
     return [layout for layout in every if not only or layout.name in only]
 
 

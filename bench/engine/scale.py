@@ -278,8 +278,8 @@ def _started(rows_of: Sequence[list[Row]], options: argparse.Namespace) -> Itera
 
 
 def _floor(arguments: dict[str, Any], options: argparse.Namespace) -> Floor:
-    known = ceilings.shape_and_ceilings(options.roofline, options.model, arguments)
-    shape, limits = known or (None, None)
+    shape_and_limits = ceilings.shape_and_ceilings(options.roofline, options.model, arguments)
+    shape, limits = shape_and_limits or (None, None)
     # The number of tokens in a step is the engine's choice, not a limit of the hardware.
     return Floor(shape=shape, ceilings=limits, tokens=10**9)
 

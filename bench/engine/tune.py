@@ -82,7 +82,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=float,
         default=10.0,
-        help="of a full probe, up to 4 times as long where requests are",
+        help="seconds of a full probe; up to 4 times as many if requests take long",
     )
     add("--rungs", type=int, default=3, help="measurements, each twice as long as the last")
     add(
@@ -100,8 +100,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--roofline", type=Path, help="a result of `bench roofline`: prunes more")
     add("--price", type=float, help="price of this machine per hour, for the cost of tokens")
     add("--against", type=Path, help="a result of tune: measure its best and the defaults again")
-    add("--system", choices=["engine", "bare", "ours"], default="engine", help="of --against")
-    add("--port", type=int, default=8890, help="of --system bare or ours")
+    add(
+        "--system",
+        choices=["engine", "bare", "ours"],
+        default="engine",
+        help="what to start for --against: the engine, bare vLLM or this application",
+    )
+    add("--port", type=int, default=8890, help="port of the server, with --system bare or ours")
 
 
 # --- the search -----------------------------------------------------------------------------

@@ -269,16 +269,16 @@ class Search:
 
     def _better_half(self, rung: int) -> list[Settings]:
         """The better half of those that reached the rung before, engines that stand first."""
-        there = [
+        candidates = [
             each
             for each in self.measured.values()
             if rung - 1 in each.outcomes and each.score(rung - 1) > 0
         ]
-        there.sort(key=lambda each: -each.score(rung - 1))
-        best = there[0].score(rung - 1) if there else 0.0
-        there = [each for each in there if each.score(rung - 1) >= _HOPEFUL * best]
+        candidates.sort(key=lambda each: -each.score(rung - 1))
+        best = candidates[0].score(rung - 1) if candidates else 0.0
+        candidates = [each for each in candidates if each.score(rung - 1) >= _HOPEFUL * best]
         # The first rung has many that only differ in what does not matter: few go on.
-        better = there[: max(2, math.ceil(len(there) / 2**rung))]
+        better = candidates[: max(2, math.ceil(len(candidates) / 2**rung))]
         if rung == self._rungs - 1:
             better = better[:2]
         return self._standing_first([each.settings for each in better if rung not in each.outcomes])

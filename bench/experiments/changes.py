@@ -233,11 +233,11 @@ def apply(options: argparse.Namespace) -> int:
         command = [serve, "deploy", path, "-a", options.dashboard]
         # As the launcher starts Ray: with its token.
         subprocess.run(command, env={**os.environ, "RAY_AUTH_MODE": "token"}, check=True)
-    there = _is_applied(options, config, before)
+    is_applied = _is_applied(options, config, before)
     deadline_s = time.monotonic() + _CHANGE_S
-    while not there():
+    while not is_applied():
         if time.monotonic() > deadline_s:
-            print(f"{options.step}: not there after {_CHANGE_S:g} s", file=sys.stderr)
+            print(f"{options.step}: not applied after {_CHANGE_S:g} s", file=sys.stderr)
             return 1
         time.sleep(_LOOK_S)
     after = _settled(options)

@@ -180,13 +180,13 @@ def _started(
 ) -> Iterator[tuple[Any, int]]:
     """A process with an event loop; yields what it says once it is up, and its id."""
     spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_run, args=(work, *args, there), daemon=True)
+    parent_end, child_end = spawn.Pipe()
+    process = spawn.Process(target=_run, args=(work, *args, child_end), daemon=True)
     process.start()
     try:
         assert process.pid is not None
-        assert here.poll(60), "not up after 60 s"
-        yield here.recv(), process.pid
+        assert parent_end.poll(60), "not up after 60 s"
+        yield parent_end.recv(), process.pid
     finally:
         process.terminate()
         process.join()

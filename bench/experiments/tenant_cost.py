@@ -36,7 +36,7 @@ _ROUNDS = 20
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
     done = scope["state"].get("work")
     if done is not None:
-        done.known, done.prompt_tokens, done.output_tokens = True, 200, 128
+        done.has_counts, done.prompt_tokens, done.output_tokens = True, 200, 128
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"{}"})
 

@@ -274,7 +274,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--endpoint", choices=["completions", "chat"], default="completions")
     access.arguments(add)
     add("--workload", required=True, help="the requests: see docs/benchmarking.md")
-    add("--requests", type=int, required=True, help="the least number of requests")
+    add("--requests", type=int, required=True, help="minimum number of requests")
     add("--users", type=int, required=True, help="concurrent requests")
     add("--distinct", type=int, default=64, help="distinct prompts, each sent many times")
     add("--whole", type=float, default=0.0, help="share of requests that are not streamed")
@@ -283,7 +283,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--most-think",
         type=float,
         default=0.0,
-        help="longest random pause; --think: shortest",
+        help="longest pause of a user in seconds; --think is the shortest",
     )
     about = "keep each user's connection between its requests (the default)"
     add("--keep-alive", action=argparse.BooleanOptionalAction, default=True, help=about)
@@ -293,14 +293,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         action="append",
         default=[],
-        help="disturb only its process tree",
+        help="disturb only the processes below this one; may be repeated",
     )
     add("--session", default="", help="session of Ray: disturb only children of its raylets")
     add(
         "--tie-margin",
         type=float,
         default=0.02,
-        help="nats within which choices tie",
+        help="difference of log-probabilities (nats) below which tokens count as tied",
     )
     add("--gap", type=float, default=0.5, help="seconds of silence that count as a pause")
     add("--most", type=float, help="seconds after which the load ends")

@@ -192,8 +192,8 @@ class Cluster:
         doors = []
         for process in (replica.process for replica in replicas):
             addresses = list(_listens(process))
-            known = [each for each in addresses if each[1] == self._ports.get(process)]
-            doors += [(process, host, port) for host, port in known or addresses]
+            last_answered = [each for each in addresses if each[1] == self._ports.get(process)]
+            doors += [(process, host, port) for host, port in last_answered or addresses]
         # All at once, because a loading replica delays its answer.
         with ThreadPoolExecutor(max_workers=len(doors) or 1) as pool:
             answered = pool.map(lambda door: _answers(door[1], door[2]), doors)

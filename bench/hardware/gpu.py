@@ -77,7 +77,7 @@ def visible() -> list[int]:
     uuids = [
         pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)
     ]
-    found: list[int] = []
+    indices: list[int] = []
     for name in map(str.strip, named.split(",")):
         if name.isdecimal():
             matches = [int(name)] if int(name) < count else []
@@ -85,8 +85,8 @@ def visible() -> list[int]:
             matches = [index for index, uuid in enumerate(uuids) if name and uuid.startswith(name)]
         if len(matches) != 1:
             break
-        found.append(matches[0])
-    return found
+        indices.append(matches[0])
+    return indices
 
 
 @contextlib.contextmanager

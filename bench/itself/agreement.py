@@ -187,19 +187,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench agreement`."""
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url")
-    where.add_argument("--fake", action="store_true", help="a small server of 50 and 10 ms")
+    where.add_argument(
+        "--fake",
+        action="store_true",
+        help="measure a small server with known latencies: TTFT 50 ms, ITL 10 ms",
+    )
     add = parser.add_argument
     add("--model", default="fake")
     add("--workload", default="synthetic:input=50,output=64")
     add("--users", type=whole(1), default=8)
     add("--requests", type=whole(1), default=64)
     add("--rounds", type=whole(1), default=5)
-    add("--tools", default="", help=f"other benchmarks, of {', '.join(tools.TOOLS)}")
-    add("--tokenizer", default="", help="a folder with the model's tokenizer, for those")
+    add("--tools", default="", help=f"other benchmarks to run: {', '.join(tools.TOOLS)}")
+    add("--tokenizer", default="", help="folder of the model's tokenizer, for the other benchmarks")
     add(
         "--environments",
         default="results/tools",
-        help="where each of them is installed, in an environment of its own",
+        help="folder with one Python environment for each other benchmark",
     )
 
 

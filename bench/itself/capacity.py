@@ -310,14 +310,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clients", default="ours,vllm,two", help="two: two actors of ours")
+    parser.add_argument(
+        "--clients",
+        default="ours,vllm,two",
+        help="clients to measure; two: two load actors of bench",
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0, help="the window of a probe")
-    parser.add_argument("--steps", type=int, default=5, help="rates that are tried to narrow it")
-    parser.add_argument("--tries", type=int, default=2, help="probes before a rate is too high")
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of a probe in seconds")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=5,
+        help="rates to try between the highest good and the lowest bad one",
+    )
+    parser.add_argument(
+        "--tries", type=int, default=2, help="failed probes after which a rate counts as too high"
+    )
     parser.add_argument("--first", type=int, default=50, help="streams of the first probe")
     parser.add_argument("--itl-ms", type=float, default=20.0)
-    parser.add_argument("--ttft-ms", type=float, default=1500.0, help="time for all to connect")
+    parser.add_argument(
+        "--ttft-ms",
+        type=float,
+        default=1500.0,
+        help="limit of the TTFT in ms; all streams connect at once",
+    )
     parser.add_argument("--port", type=int, default=8869)
     options = parser.parse_args()
     server_options = known_server.Options(

@@ -166,15 +166,15 @@ class Searched(msgspec.Struct, kw_only=True):
     rows: list[Probed]
 
 
-def search(name: str, found: SweepResult | RateResult) -> Searched:
+def search(name: str, result: SweepResult | RateResult) -> Searched:
     """The points of a search, and its result."""
-    points: Sequence[UsersPoint | RatePoint] = found.points
+    points: Sequence[UsersPoint | RatePoint] = result.points
     return Searched(
         name=name,
-        by_rate=isinstance(found, RateResult),
-        text=_found(found),
-        resolved=found.resolved,
-        reason=found.reason,
+        by_rate=isinstance(result, RateResult),
+        text=_conclusion(result),
+        resolved=result.resolved,
+        reason=result.reason,
         rows=[_probed(point) for point in points],
     )
 
@@ -198,13 +198,13 @@ def _probed(point: UsersPoint | RatePoint) -> Probed:
     )
 
 
-def _found(found: SweepResult | RateResult) -> str:
-    if isinstance(found, RateResult):
-        text = f"; {found.fails_at:.3g} did not" if found.fails_at is not None else ""
-        if found.rate is None:
+def _conclusion(result: SweepResult | RateResult) -> str:
+    if isinstance(result, RateResult):
+        text = f"; {result.fails_at:.3g} did not" if result.fails_at is not None else ""
+        if result.rate is None:
             return f"no rate passed{text}"
-        return f"{found.rate:.3g} requests/s kept the objective{text}"
-    if found.users is None or not found.tokens_per_s:
+        return f"{result.rate:.3g} requests/s kept the objective{text}"
+    if result.users is None or not result.tokens_per_s:
         return "nothing was answered"
-    rate = f"{figures.number(found.tokens_per_s)} output tokens/s"
-    return f"throughput levels off at {found.users} users, at {rate}"
+    rate = f"{figures.number(result.tokens_per_s)} output tokens/s"
+    return f"throughput levels off at {result.users} users, at {rate}"

@@ -239,11 +239,11 @@ def demo(name: str, result: Locust) -> Demo:
         for latency, title, unit in (("e2e", "whole answer", "s"), ("ttft", "first token", "ms"))
         for statistic in ("mean", "p50", "p95", "p99")
     ]
-    known = result.failed is not None and result.requests is not None
+    has_counts = result.failed is not None and result.requests is not None
     return Demo(
         name=name,
         result=result,
-        failed=f"{result.failed:,} of {result.requests:,}" if known else "—",
+        failed=f"{result.failed:,} of {result.requests:,}" if has_counts else "—",
         tiles=[
             (label, tables.plain(getattr(result, metric), metric, ok))
             for label, metric in (*tiles, *latencies)

@@ -319,14 +319,25 @@ def main() -> int:
     parser.add_argument("--replicas", default="2,4,8", help="of the modelled fleets")
     parser.add_argument("--requests", type=int, default=load.requests, help="a replica")
     parser.add_argument("--rate", type=float, default=load.rate, help="requests/s and replica")
-    parser.add_argument("--shared", type=int, default=load.shared, help="tokens of a prefix")
-    parser.add_argument("--common", type=int, default=load.common, help="of which all share these")
-    parser.add_argument("--unique", type=int, default=load.unique, help="tokens after it")
+    parser.add_argument("--shared", type=int, default=load.shared, help="tokens of a shared prefix")
+    parser.add_argument(
+        "--common", type=int, default=load.common, help="of them, tokens that all prefixes share"
+    )
+    parser.add_argument(
+        "--unique", type=int, default=load.unique, help="tokens of a request after the prefix"
+    )
     parser.add_argument("--cache", type=float, default=0.6, help="prefixes that a replica holds")
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--seed", type=int, default=load.seed)
-    parser.add_argument("--decisions", type=int, default=20_000, help="timed; 0 for no cost")
-    parser.add_argument("--live", type=int, default=10_000, help="prefixes that are remembered")
+    parser.add_argument(
+        "--decisions",
+        type=int,
+        default=20_000,
+        help="routing decisions to time; 0: do not time any",
+    )
+    parser.add_argument(
+        "--live", type=int, default=10_000, help="prefixes that the router remembers"
+    )
     options = parser.parse_args()
     costs = []
     for replicas in (2, 8, 64) if options.decisions else ():

@@ -401,21 +401,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--engine", default="H100/Qwen2.5-7B", help="GPU/model: %(default)s")
-    parser.add_argument("--seqs", type=int, default=256, help="of the batch: %(default)s")
+    parser.add_argument("--seqs", type=int, default=256, help="max_num_seqs: %(default)s")
     parser.add_argument(
         "--budget", type=int, help="max_num_batched_tokens; the engine's by default"
     )
-    parser.add_argument("--load", type=float, default=0.8, help="of its share: %(default)s")
-    parser.add_argument("--flood", type=float, default=10.0, help="times capacity: %(default)s")
-    parser.add_argument("--flood-prompts", type=float, default=600.0, help="median: %(default)s")
-    parser.add_argument("--queued", type=int, default=256, help="bound: %(default)s")
+    parser.add_argument(
+        "--load",
+        type=float,
+        default=0.8,
+        help="rate of the quiet tenant, relative to its share: %(default)s",
+    )
+    parser.add_argument(
+        "--flood",
+        type=float,
+        default=10.0,
+        help="rate of the flood, relative to the capacity: %(default)s",
+    )
+    parser.add_argument(
+        "--flood-prompts",
+        type=float,
+        default=600.0,
+        help="median prompt tokens of the flood: %(default)s",
+    )
+    parser.add_argument("--queued", type=int, default=256, help="bound of the queue: %(default)s")
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--warm", type=float, default=40.0)
-    parser.add_argument("--seeds", type=int, default=3, help="how many: %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds: %(default)s")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--unread", type=int, default=UNREAD_TOKENS, help="max_unread_tokens")
-    parser.add_argument("--synchronous", action="store_true", help="steps are scheduled in turn")
-    parser.add_argument("--priority", action="store_true", help="a row for vLLM's priorities")
+    parser.add_argument("--synchronous", action="store_true", help="no asynchronous scheduling")
+    parser.add_argument(
+        "--priority", action="store_true", help="add a row for vLLM's priority scheduling"
+    )
     parser.add_argument("--oracle", default="", help="prompt tokens of others in a step: 700,1000")
     arguments = parser.parse_args(argv)
     gpu, _, model = arguments.engine.partition("/")

@@ -321,36 +321,48 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the result")
-    add("--workload", help="what is sent: see bench/traffic/workload.py")
+    add("--workload", help="the requests: see bench/traffic/workload.py")
     add(
         "--load",
         default="trace",
-        help="when: see bench/traffic/schedule.py and bench/simulation/demand.py",
+        help="their arrival times: see bench/traffic/schedule.py and bench/simulation/demand.py",
     )
-    add("--requests", type=int, help="the first so many")
-    add("--duration", type=float, help="seconds of it")
-    add("--copies", type=int, default=1, help="of each request")
-    add("--policy", action="append", help="see bench/simulation/policies.py; several times")
-    add("--slo", default="ttft_ms=2000,tpot_ms=100,percentile=99", help="as of `bench search`")
+    add("--requests", type=int, help="simulate only the first N requests")
+    add("--duration", type=float, help="simulate only the first seconds of the load")
+    add("--copies", type=int, default=1, help="copies of each request")
+    add("--policy", action="append", help="see bench/simulation/policies.py; may be repeated")
+    add(
+        "--slo",
+        default="ttft_ms=2000,tpot_ms=100,percentile=99",
+        help="objective: a preset, or limits, as in `bench search`",
+    )
     add("--judge-from", type=float, default=0.0, help="seconds that are simulated but not judged")
-    add("--seed", type=int, default=0, help="the first one")
+    add("--seed", type=int, default=0, help="first seed")
     about = "loads to draw, for intervals and verdicts; 1 with --beside; default: %(default)s"
     add("--seeds", type=whole(1, 1000), default=5, help=about)
-    add("--gpu", default="H100", help=f"of the engines: {', '.join(enginemodel.GPUS)}")
-    add("--gpus", type=int, default=1, help="of one replica")
+    add("--gpu", default="H100", help=f"GPU of the modelled engines: {', '.join(enginemodel.GPUS)}")
+    add("--gpus", type=int, default=1, help="GPUs of one replica")
     add("--model", default="Qwen2.5-7B", help=", ".join(enginemodel.MODELS))
     add("--beside", type=Path, help="folder of a `bench run --dashboard ..`, instead of --workload")
-    add("--engine", type=Path, help="instead: the result of --validate, or a file with an engine")
+    add(
+        "--engine",
+        type=Path,
+        help="engine to use instead of --gpu and --model: a result of --validate, or a file",
+    )
     add("--start", type=float, help="seconds until a replica serves; 120, or as it was --beside")
-    add("--start-spread", type=float, default=0.0, help="its share by which that varies")
+    add("--start-spread", type=float, default=0.0, help="share of --start by which starts vary")
     add("--period", type=float, default=5.0, help="seconds between decisions")
-    add("--min", type=int, default=1, help="replicas at least")
-    add("--max", type=int, default=16, help="replicas at most")
-    add("--initial", type=int, help="replicas at the start; what the first minute needs")
-    add("--records", action="store_true", help="keep them, with the time of every token")
-    add("--validate", type=Path, action="append", help="folder of a measured run; several times")
+    add("--min", type=int, default=1, help="minimum number of replicas")
+    add("--max", type=int, default=16, help="maximum number of replicas")
+    add(
+        "--initial",
+        type=int,
+        help="replicas at the start; by default as many as the first minute needs",
+    )
+    add("--records", action="store_true", help="write the records, with the time of every token")
+    add("--validate", type=Path, action="append", help="folder of a measured run; may be repeated")
     for name in ("max_num_seqs", "token_budget", "kv_blocks", "block_tokens"):
-        add(f"--{name.replace('_', '-')}", type=int, help="of the engine")
+        add(f"--{name.replace('_', '-')}", type=int, help=f"{name} of the engine")
 
 
 def command(options: argparse.Namespace) -> Line:

@@ -153,9 +153,9 @@ def _notes(sessions: Sequence[Sequence[Call]], failed: int, without_usage: int) 
         notes.append(f"{failed} model calls that failed were left out")
     if without_usage:
         notes.append(f"{without_usage} model calls without {_INPUT[0]} were left out")
-    known = [c for calls in sessions for c in calls if c.cached_tokens is not None]
-    if read := sum(call.input_tokens for call in known):
-        share = sum(call.cached_tokens or 0 for call in known) / read
+    reporting = [c for calls in sessions for c in calls if c.cached_tokens is not None]
+    if read := sum(call.input_tokens for call in reporting):
+        share = sum(call.cached_tokens or 0 for call in reporting) / read
         notes.append(f"in the recording {share:.0%} of the prompt tokens came from a cache")
     return tuple(notes)
 

@@ -145,7 +145,7 @@ def versions(plan: Layout) -> list[Check]:
     return [*checks, Check("KubeRay", OK if good else FAIL, summary, mend)]
 
 
-def image_there(account: Account, plan: Layout) -> list[Check]:
+def image_exists(account: Account, plan: Layout) -> list[Check]:
     """Whether the image is in its repository."""
     checks = []
     for image in plan.service.images if plan.service else ():
@@ -159,7 +159,7 @@ def image_there(account: Account, plan: Layout) -> list[Check]:
             checks.append(Check("image", WARN, summary, mend))
         elif (described := images.described(account, address)) is None:
             push = "build it and push it (README.md, The image)"
-            checks.append(Check("image", FAIL, f"{image}: not there", push))
+            checks.append(Check("image", FAIL, f"{image}: not in its repository", push))
         else:
             size_gb = described.get("imageSizeInBytes", 0) / prices.GB
             checks.append(Check("image", OK, f"{image}: {size_gb:.1f} GB"))

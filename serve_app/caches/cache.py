@@ -41,11 +41,11 @@ class Cache:
 
     Attributes:
         folder: where it is.
-        found: what there was before the engine: "here", "fetched" or "nothing".
+        origin: where its content came from: "here", "fetched" or "nothing".
     """
 
     folder: Path
-    found: str
+    origin: str
     _lock: int | None
 
     @classmethod
@@ -65,13 +65,13 @@ class Cache:
             fcntl.flock(lock, fcntl.LOCK_SH)
             return cls(folder, "here" if folder.is_dir() else "nothing", lock)
         try:
-            found = _make_ready(folder, key, source)
+            origin = _make_ready(folder, key, source)
             folder.mkdir(exist_ok=True)
             fcntl.flock(lock, fcntl.LOCK_SH)
         except BaseException:
             os.close(lock)
             raise
-        return cls(folder, found, lock)
+        return cls(folder, origin, lock)
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """Variables that have the engine's libraries keep their things here; none that is set."""

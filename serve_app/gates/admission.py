@@ -252,7 +252,7 @@ class Admission:
         self.running -= request.room
         read = done.prompt_tokens - done.cached_tokens
         # What the engine says nothing of was as much work as expected.
-        spent = work_of(read, done.output_tokens) if done.known else request.entry.work
+        spent = work_of(read, done.output_tokens) if done.has_counts else request.entry.work
         self._queue.end(request.entry, spent)
         self._changed.set()
         self._wake()

@@ -20,7 +20,7 @@ class Work:
         cached_tokens: of the prompt tokens, those that were found in the prefix cache.
         gpu_s: seconds of GPUs (BatchClock).
         begun: whether the engine was asked for it.
-        known: whether the engine reported the request.
+        has_counts: whether the engine reported the counts of the request.
         estimated: whether part of it is an estimate, because a replica was killed.
         reported: done once the counts are complete, if the engine belongs to another process.
     """
@@ -30,7 +30,7 @@ class Work:
     output_tokens: int = 0
     gpu_s: float = 0.0
     begun: bool = False
-    known: bool = False
+    has_counts: bool = False
     estimated: bool = False
     reported: "asyncio.Future[None] | None" = None
 

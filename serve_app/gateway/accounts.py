@@ -137,14 +137,14 @@ class Attempts:
         work.gpu_s = sum(report.gpu_s for report in reports)
         work.gpu_s += sum(self._accounts.gpu_s_of(each.replica, each.lasted_s) for each in lost)
         work.estimated = bool(lost)
-        known = [report for report in reports if report.known]
-        if not known:
+        reported = [report for report in reports if report.has_counts]
+        if not reported:
             return
-        work.known = True
+        work.has_counts = True
         # A continuing attempt reads the same prompt again, and more of it comes from the cache.
-        work.prompt_tokens = max(each.prompt_tokens for each in known)
-        work.cached_tokens = known[0].cached_tokens
-        work.output_tokens = max(seen_tokens, sum(each.output_tokens for each in known))
+        work.prompt_tokens = max(each.prompt_tokens for each in reported)
+        work.cached_tokens = reported[0].cached_tokens
+        work.output_tokens = max(seen_tokens, sum(each.output_tokens for each in reported))
 
 
 class Accounts:

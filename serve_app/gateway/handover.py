@@ -154,14 +154,14 @@ class FastStream(Stream):
 
     def _without_client_text(self, text: str) -> str:
         start = self._repeated_characters
-        known = self._client_text[start : start + len(text)]
-        if not text.startswith(known):
+        client_part = self._client_text[start : start + len(text)]
+        if not text.startswith(client_part):
             raise CannotContinue(
                 "The replica that generated this response failed, and another one generated "
                 "another text. Try again."
             )
-        self._repeated_characters += len(known)
-        return text[len(known) :]
+        self._repeated_characters += len(client_part)
+        return text[len(client_part) :]
 
 
 def _with(event: bytes, text: str, ids: list[int]) -> bytes:

@@ -116,9 +116,9 @@ class Lanes:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         headers, body = request.headers_for(replica), request.body
         if answer.stream.sent:
-            known = state_of(answer.stream)
-            headers.append((CONTINUE_HEADER, str(len(known))))
-            body = known + body
+            state = state_of(answer.stream)
+            headers.append((CONTINUE_HEADER, str(len(state))))
+            body = state + body
         else:
             answer.stream = Stream()
         url = URL(f"http://{replica.address}{request.path}", encoded=True)

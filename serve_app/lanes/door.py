@@ -151,7 +151,7 @@ class Grant:
 
     def _count(self, timeline: Timeline) -> None:
         if (done := work.get()) is not None:
-            done.known = not timeline.broken
+            done.has_counts = not timeline.broken
             done.prompt_tokens += timeline.prompt_tokens
             done.cached_tokens += timeline.cached_tokens
             done.output_tokens += timeline.generated_tokens

@@ -45,9 +45,11 @@ def runtime_env(settings: Settings, plan: Plan, beside: Mapping[str, Any]) -> di
     Args:
         beside: the application's own `runtime_env`.
     """
-    there = worker.NAME_VARIABLE in os.environ if settings.template == "auto" else settings.template
+    enabled = settings.template
+    if enabled == "auto":
+        enabled = worker.NAME_VARIABLE in os.environ
     # The workers of an engine on several nodes would inherit it.
-    if not there or plan.placement.executor is not None:
+    if not enabled or plan.placement.executor is not None:
         return {}
     ours = ("py_executable", _PYTHON)
     if other := sorted(key for key in beside.keys() - _HARMLESS if (key, beside[key]) != ours):

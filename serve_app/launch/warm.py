@@ -89,7 +89,7 @@ def warm(settings: Settings, plan: Plan, address: str) -> Warmed:
     return Warmed(
         model=plan.model,
         key=key,
-        found=cache.found,
+        found=cache.origin,
         start_s=round(took_s, 1),
         bytes=size,
         to=address,

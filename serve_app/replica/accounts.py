@@ -28,7 +28,7 @@ class Account(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     Attributes:
         number: the gateway's.
-        known: whether the engine was asked and said anything.
+        has_counts: whether the engine received the request and reported on it.
     """
 
     number: int
@@ -36,7 +36,7 @@ class Account(msgspec.Struct, array_like=True, frozen=True, gc=False):
     cached_tokens: int
     output_tokens: int
     gpu_s: float
-    known: bool
+    has_counts: bool
 
 
 class _Lines:
@@ -103,7 +103,7 @@ class Accounts:
         gateway, _, number = header.partition(" ")
         counts = done.prompt_tokens, done.cached_tokens, done.output_tokens
         lines = self._lines(gateway)
-        lines.waiting.append(Account(int(number), *counts, done.gpu_s, done.known))
+        lines.waiting.append(Account(int(number), *counts, done.gpu_s, done.has_counts))
         lines.news.set()
 
     def _lines(self, gateway: str) -> _Lines:

@@ -83,7 +83,7 @@ class Backend:
     """ASGI middleware: asks for the token, hands `Progress` to the engine, marks the events.
 
     Args:
-        there: whether there is an engine.
+        has_engine: whether an engine runs.
         stalled_s: for how long it has been asked and has neither answered nor worked.
         accounts: get the work of each request.
     """
@@ -92,20 +92,20 @@ class Backend:
         self,
         app: ASGIApp,
         token: str,
-        there: Callable[[], bool] = lambda: True,
+        has_engine: Callable[[], bool] = lambda: True,
         stalled_s: Callable[[], float] = lambda: 0.0,
         accounts: Accounts | None = None,
     ) -> None:
         self.app = app
         self.token = token.encode()
-        self._there, self._stalled_s = there, stalled_s
+        self._has_engine, self._stalled_s = has_engine, stalled_s
         self._accounts = accounts or Accounts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if not self._there():  # Anybody may know, as of a port that is closed.
+        if not self._has_engine():  # Anybody may know, as of a port that is closed.
             await _send_status(send, 502, FAILED_HEADER, ABSENT)
             return
         headers = dict(scope["headers"])
@@ -217,11 +217,11 @@ class Server:
     def start(
         self,
         app: ASGIApp,
-        there: Callable[[], bool] = lambda: True,
+        has_engine: Callable[[], bool] = lambda: True,
         stalled_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         config = uvicorn.Config(
-            Backend(app, self.token, there, stalled_s, self.accounts),
+            Backend(app, self.token, has_engine, stalled_s, self.accounts),
             log_config=None,  # It would close the handlers of everybody else.
             log_level="critical",  # What broke is the gateway's to tell.
             access_log=False,

@@ -426,15 +426,15 @@ class GatewayReplica(ReplicaBase):
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Called once by Ray Serve, which passes the result to the gateways."""
-        told: dict[str, Any] = {"address": self._server.address, "token": self._server.token}
+        metadata: dict[str, Any] = {"address": self._server.address, "token": self._server.token}
         if self._door is not None:
-            told[FAST_LANE] = {
+            metadata[FAST_LANE] = {
                 "door": self._door.address,
                 "models": [self._model],
                 "max_model_len": self._engine.max_model_len,
                 "vocabulary": self._engine.vocabulary,
             }
-        return told
+        return metadata
 
     async def wake(self) -> None:
         """Nothing. That a call waits makes Ray Serve start a replica where there is none."""

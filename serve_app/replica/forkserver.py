@@ -52,7 +52,7 @@ def _fork_server(path: object, args: object, passfds: Sequence[int]) -> int:
     """In place of a new Python that runs `stdlib.main`. Returns the server's pid."""
     if pid := os.fork():
         return pid
-    kept = {0, 1, 2, *passfds}
+    inherited = {0, 1, 2, *passfds}
     try:
         # Ray has a copy of setproctitle, and only the copy that was used first can set a title.
         # vLLM titles the engine's processes with the other one.
@@ -61,7 +61,7 @@ def _fork_server(path: object, args: object, passfds: Sequence[int]) -> int:
         setproctitle.setproctitle("serve_app fork server")
         stdlib._forkserver.__init__()  # type: ignore[misc]  # Its lock is taken.
         for descriptor in map(int, os.listdir("/proc/self/fd")):
-            if descriptor not in kept:
+            if descriptor not in inherited:
                 with contextlib.suppress(OSError):  # The one of this listing.
                     os.close(descriptor)
         listener, alive = passfds

@@ -101,8 +101,8 @@ def _refusal(args: argparse.Namespace) -> str | None:
     given = jsonify_non_default_args(_arguments(args, ""), exclude=_OF_THE_MANAGER)
     given["model_tag"] = args.model
     command = [str(binary()), "frontend", "--args-json", json.dumps(given)]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
-    _, refused, reason = said.partition("for '--args-json <JSON>':")
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
+    _, refused, reason = output.partition("for '--args-json <JSON>':")
     if not refused:
         return None
     if names := re.findall(r"^- (\w+)$", reason, re.MULTILINE):

@@ -19,7 +19,7 @@ _CHECK_S = 0.5
 _START_S = 60.0
 
 
-class Kept(Protocol):
+class Frontend(Protocol):
     """What the keeper needs of a Rust front end."""
 
     @property
@@ -45,7 +45,7 @@ class Keeper:
 
     def __init__(
         self,
-        frontend: Callable[[], Kept | None],
+        frontend: Callable[[], Frontend | None],
         hang_timeout_s: float,
         restart: Callable[[], Awaitable[None]],
     ) -> None:
@@ -56,36 +56,36 @@ class Keeper:
     async def watch(self) -> None:
         """Run until a restart fails."""
         while True:
-            kept = self._frontend()
-            if kept is None:
+            frontend = self._frontend()
+            if frontend is None:
                 await asyncio.sleep(_CHECK_S)
                 continue
-            failure = await self._look(kept)
-            if self._frontend() is not kept:
+            failure = await self._look(frontend)
+            if self._frontend() is not frontend:
                 continue  # It was replaced together with its engine.
             if failure is None:
                 self.failure = None
                 await asyncio.sleep(_CHECK_S)
                 continue
             self.failure = failure
-            kept.kill()
-            if not kept.may_restart:
-                kept.stop()  # Connections that wait for it are refused, too.
+            frontend.kill()
+            if not frontend.may_restart:
+                frontend.stop()  # Connections that wait for it are refused, too.
                 logger.error("%s too often; Python answers every request from now on", failure)
                 return
             logger.error("%s; restarting it, and Python answers every request meanwhile", failure)
             await self._try_restart()
 
-    async def _look(self, kept: Kept) -> str | None:
+    async def _look(self, frontend: Frontend) -> str | None:
         """What is wrong with it, or None."""
         probe: asyncio.Future[None] | None = None
         # Counted in rounds and not by the clock: this process may itself have been stopped.
         silent_s = 0.0
         try:
             while silent_s < self._hang_timeout_s:
-                if not kept.alive:
+                if not frontend.alive:
                     return "vllm-rs died"
-                probe = probe or asyncio.ensure_future(kept.probe())
+                probe = probe or asyncio.ensure_future(frontend.probe())
                 await asyncio.wait({probe}, timeout=_CHECK_S)
                 if probe.done():
                     if probe.exception() is None:

@@ -52,7 +52,7 @@ class CountingLLM(async_llm.AsyncLLM):  # type: ignore[misc]
         try:
             async with contextlib.aclosing(stream):
                 async for output in stream:
-                    done.known = True
+                    done.has_counts = True
                     if not read:
                         read = len(output.prompt_token_ids or ())
                         done.prompt_tokens += read

@@ -191,8 +191,8 @@ class Reaper:
     itself, and what those had started, as an engine's processes, would stay for ever.
 
     Args:
-        kept: descriptors that it keeps open until what it kills has ended: what they lock is locked
-            for as long.
+        held_open: descriptors that it keeps open until the processes that it kills have ended, so
+            that their locks are held for as long.
     """
 
     _SCRIPT = (
@@ -203,9 +203,9 @@ class Reaper:
         "for l in $p; do while lives $l; do sleep 0.1; done; done; } <&3 2>/dev/null & echo $!"
     )
 
-    def __init__(self, kept: Iterable[int] = ()) -> None:
+    def __init__(self, held_open: Iterable[int] = ()) -> None:
         # The script has numbers below 10 for itself.
-        copies = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 10) for each in kept]
+        copies = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 10) for each in held_open]
         # In a process group of its own: a Ctrl-C in the terminal must not end it before its time.
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", self._SCRIPT],

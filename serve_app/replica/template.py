@@ -36,7 +36,7 @@ from typing import Any
 import psutil
 
 from serve_app.replica import forkserver
-from serve_app.replica.worker import FORK_SERVER_VARIABLE, RAY_ENVIRONMENT, stranger
+from serve_app.replica.worker import FORK_SERVER_VARIABLE, RAY_ENVIRONMENT, distrust_reason
 
 MODULES = (
     "ray._private.workers.default_worker",
@@ -173,7 +173,7 @@ class Template:
 
     def _obstacle(self, connection: socket.socket, request: Request) -> str | None:
         """Why no worker can be forked for this request; None: one can."""
-        if (why := stranger(connection) or unforkable()) is not None:
+        if (why := distrust_reason(connection) or unforkable()) is not None:
             return why
         if names := differing(self._given, os.environ, request.environment):
             return f"its environment differs in {', '.join(names)}"
@@ -294,8 +294,8 @@ def become(request: Request, given: Mapping[str, str]) -> None:
         os.close(descriptor)
     os.chdir(request.folder)
     # A pod raises it for `ray start`, after the start of the template.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(request.max_files, most), most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(request.max_files, hard_limit), hard_limit))
     # A shell ignores it for what it starts in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     variables = environment(given, os.environ, request.environment)

@@ -97,7 +97,7 @@ def fork(name: str, argv: Sequence[str]) -> Fork:
         connection.connect("\0" + name)
     except ConnectionRefusedError:
         raise Refused("none runs on this node (python -m serve_app template)") from None
-    if (why := stranger(connection)) is not None:
+    if (why := distrust_reason(connection)) is not None:
         raise Refused(why)
     request = {
         "argv": list(argv),
@@ -111,13 +111,13 @@ def fork(name: str, argv: Sequence[str]) -> Fork:
     answer = connection.recv(4096)
     if not answer:
         raise Refused("it ended")
-    told = json.loads(answer)
-    if "pid" not in told:
-        raise Refused(told["refused"])
-    return Fork(told["pid"], connection)
+    reply = json.loads(answer)
+    if "pid" not in reply:
+        raise Refused(reply["refused"])
+    return Fork(reply["pid"], connection)
 
 
-def stranger(connection: socket.socket) -> str | None:
+def distrust_reason(connection: socket.socket) -> str | None:
     """Why the process at the other end of a Unix socket is not to be trusted; None: it is."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     pid, uid, _ = struct.unpack("3i", credentials)

@@ -162,7 +162,7 @@ class Book:
             self._rows.append(row)
         self._run()
 
-    async def known(self, tenant: Tenant) -> list[Allowance]:
+    async def allowances(self, tenant: Tenant) -> list[Allowance]:
         """This process's part of each limit of a tenant, as the database knows them now."""
         self._run()
         allowances = self._account(tenant, self._now_s()).allowances
@@ -229,11 +229,11 @@ class Book:
 
     def _allowance(self, tenant: str, kind: Kind, limit: int, now_s: float) -> Allowance:
         start, _ = kind.window(now_s)
-        found = self._allowances.get((tenant, kind))
-        if found is None or found.start != start:
-            found = self._allowances[tenant, kind] = Allowance(kind, limit, start)
-        found.limit = limit
-        return found
+        allowance = self._allowances.get((tenant, kind))
+        if allowance is None or allowance.start != start:
+            allowance = self._allowances[tenant, kind] = Allowance(kind, limit, start)
+        allowance.limit = limit
+        return allowance
 
     def _fits(self, part: Allowance, amount: float) -> bool:
         if part.free >= amount:
@@ -395,18 +395,18 @@ class Book:
 def headers_of(parts: list[Allowance], now_s: float | None = None) -> list[tuple[bytes, bytes]]:
     """OpenAI's headers, which LiteLLM sends as well: of the limits of a minute."""
     now_s = time.time() if now_s is None else now_s
-    found = []
+    headers = []
     for part in parts:
         if part.kind not in _HEADERS:
             continue
         limit, remaining, reset = _HEADERS[part.kind]
         _, end_s = part.kind.window(now_s)
-        found += [
+        headers += [
             (limit, b"%d" % part.limit),
             (remaining, b"%d" % part.remaining),
             (reset, b"%ds" % max(0, math.ceil(end_s - now_s))),
         ]
-    return found
+    return headers
 
 
 _HEADERS = {

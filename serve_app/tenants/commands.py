@@ -52,20 +52,27 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("add", help="a new tenant; prints its key, once")
+    add = commands.add_parser(
+        "add", help="create a tenant; prints its key, which is not shown again"
+    )
     add.set_defaults(run=_add)
     _describe(add)
     change = commands.add_parser("set", help="change what a tenant may use")
     change.set_defaults(run=_set)
     _describe(change)
-    every = commands.add_parser("list", help="all tenants, of file and database")
+    every = commands.add_parser("list", help="list all tenants of the file and the database")
     every.set_defaults(run=_list)
-    every.add_argument("--json", action="store_true", help="one JSON object a line")
-    rotate = commands.add_parser("rotate", help="a new key; the old ones end after a while")
+    every.add_argument("--json", action="store_true", help="print one JSON object per tenant")
+    rotate = commands.add_parser(
+        "rotate", help="create a new key; the old keys end after --overlap"
+    )
     rotate.set_defaults(run=_rotate)
     rotate.add_argument("name")
     rotate.add_argument(
-        "--overlap", type=_span, default=timedelta(days=1), help="for how long: 30m, 24h, 7d"
+        "--overlap",
+        type=_span,
+        default=timedelta(days=1),
+        help="how long the old keys stay valid, such as 30m, 24h or 7d",
     )
     _add_expiry(rotate)
     for word, run in (("disable", _disable), ("enable", _enable)):
@@ -74,42 +81,61 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("name")
     month = commands.add_parser("report", help="what tenants used in a month")
     month.set_defaults(run=_report)
-    month.add_argument("--month", default=f"{now():%Y-%m}", help="default: this one, %(default)s")
-    month.add_argument("--tenant", help="default: all")
+    month.add_argument(
+        "--month", default=f"{now():%Y-%m}", help="default: the current month, %(default)s"
+    )
+    month.add_argument("--tenant", help="only this tenant; default: all")
     month.add_argument(
         "--out", default="-", help="a .html, .csv or .parquet file; -: a table (default)"
     )
     forget = commands.add_parser("forget", help="delete old rows of the ledger")
     forget.set_defaults(run=_forget)
-    forget.add_argument("--older-than", type=_span, required=True, help="as 400d")
-    commands.add_parser("key", help="a new key, and the lines for a file of tenants")
+    forget.add_argument(
+        "--older-than", type=_span, required=True, help="age of the rows to delete, such as 400d"
+    )
+    commands.add_parser("key", help="print a new key and its lines for a tenants file")
     of_store = [command for word, command in commands.choices.items() if word != "key"]
     for command in of_store:
-        command.add_argument("--config", default="serve_config.yaml", help="where tenants are set")
-        command.add_argument("--database", help="a SQLite file or postgresql://, for --config")
+        command.add_argument(
+            "--config",
+            default="serve_config.yaml",
+            help="configuration that names the tenants file or database",
+        )
+        command.add_argument(
+            "--database", help="SQLite file or postgresql:// address, instead of --config"
+        )
     parser.epilog = "\n".join(command.format_usage().strip() for command in of_store)
     return parser
 
 
 def _describe(command: argparse.ArgumentParser) -> None:
     command.add_argument("name")
-    command.add_argument("--weight", type=float, help="its share, relative to others: 1")
-    command.add_argument("--priority", choices=["high", "normal", "low"], help="its class: normal")
-    command.add_argument("--model", action="append", dest="models", help="that it may use: all")
+    command.add_argument("--weight", type=float, help="share relative to other tenants; default: 1")
+    command.add_argument(
+        "--priority", choices=["high", "normal", "low"], help="priority class; default: normal"
+    )
+    command.add_argument(
+        "--model",
+        action="append",
+        dest="models",
+        help="model that the tenant may use; may be repeated; default: all",
+    )
     for field in Quota.__struct_fields__:
         command.add_argument(f"--{field.replace('_', '-')}", type=int, help="0: no limit")
     _add_expiry(command)
 
 
 def _add_expiry(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--expires", type=_span, help="of the new key, from now: 90d")
+    command.add_argument("--expires", type=_span, help="lifetime of the new key, such as 90d")
 
 
 def _add(store: Store, source: Source, arguments: argparse.Namespace) -> int:
     if source.file is not None and arguments.name in read_file(Path(source.file)):
         raise ConfigError("tenant", arguments.name, f"is in {source.file}")
-    key, kept = _generated(arguments.expires)
-    store.add(parse({"name": arguments.name, "keys": [kept], **_described(arguments, Quota())}))
+    key, stored_key = _generated(arguments.expires)
+    store.add(
+        parse({"name": arguments.name, "keys": [stored_key], **_described(arguments, Quota())})
+    )
     _show(key)
     return 0
 
@@ -124,7 +150,7 @@ def _set(store: Store, source: Source, arguments: argparse.Namespace) -> int:
 
 
 def _rotate(store: Store, source: Source, arguments: argparse.Namespace) -> int:
-    key, kept = _generated(arguments.expires)
+    key, stored_key = _generated(arguments.expires)
     ends = now() + arguments.overlap
 
     def rotated(tenant: Tenant) -> Tenant:
@@ -133,7 +159,7 @@ def _rotate(store: Store, source: Source, arguments: argparse.Namespace) -> int:
             for key in tenant.keys
             if key.valid(now())
         ]
-        return msgspec.structs.replace(tenant, keys=(*old, kept))
+        return msgspec.structs.replace(tenant, keys=(*old, stored_key))
 
     store.change(arguments.name, rotated)
     _show(key)
@@ -151,9 +177,9 @@ def _enable(store: Store, source: Source, arguments: argparse.Namespace) -> int:
 
 
 def _list(store: Store, source: Source, arguments: argparse.Namespace) -> int:
-    found = store.read()
-    assert found is not None  # It is only None for a version that is known already.
-    tenants = dict(found[1])
+    current = store.read()
+    assert current is not None  # It is only None for a version that is known already.
+    tenants = dict(current[1])
     if source.file is not None:
         tenants |= read_file(Path(source.file))
     for tenant in tenants.values():
@@ -219,8 +245,8 @@ def _limits(quota: Quota) -> dict[str, int]:
 
 def _described(arguments: argparse.Namespace, quota: Quota) -> dict[str, Any]:
     """What the command says of a tenant; what it leaves out stays as it is."""
-    said = {name: getattr(arguments, name) for name in ("weight", "priority", "models")}
-    values = {name: value for name, value in said.items() if value is not None}
+    options = {name: getattr(arguments, name) for name in ("weight", "priority", "models")}
+    values = {name: value for name, value in options.items() if value is not None}
     limits: dict[str, int | None] = dict(_limits(quota))
     for name in Quota.__struct_fields__:
         if (limit := getattr(arguments, name)) is not None:
@@ -235,9 +261,9 @@ def _generated(expires: timedelta | None) -> tuple[str, Key]:
 
 
 def _new_key() -> int:
-    key, kept = _generated(None)
+    key, stored_key = _generated(None)
     _show(key)
-    print(f"    keys:\n      - sha256: {kept.sha256}")
+    print(f"    keys:\n      - sha256: {stored_key.sha256}")
     return 0
 
 

@@ -229,14 +229,14 @@ class FairQueue(Generic[Item]):
         class. None: that is the tenant of the new request itself.
         """
         own = self._accounts.get(share.name)
-        most = (share.rank, ((len(own.waiting) if own else 0) + 1) / share.weight)
-        found = None
+        longest = (share.rank, ((len(own.waiting) if own else 0) + 1) / share.weight)
+        youngest = None
         for rank, tenants in self._active.items():
             for name, each in tenants.items():
                 size = (rank, len(each.waiting) / each.share.weight)
-                if name != share.name and size > most:
-                    most, found = size, each.waiting[-1]
-        return found
+                if name != share.name and size > longest:
+                    longest, youngest = size, each.waiting[-1]
+        return youngest
 
     def _clear_if_idle(self) -> None:
         """Reset all counters when no request waits or runs: nothing remains to compare."""

@@ -162,7 +162,7 @@ class TenantGate:
         """The row of a request that is over."""
         answer.tell(done)
         outcome = answer.outcome
-        if outcome == "error" and not done.known and answer.lane == "python":
+        if outcome == "error" and not done.has_counts and answer.lane == "python":
             outcome = REFUSED  # It never reached the engine, or the engine would not have it.
         changes: dict[str, Any] = {
             "model": str(scope["state"].get("model", opened.model)),
@@ -174,7 +174,7 @@ class TenantGate:
             "gpu_s": done.gpu_s,
             "dollars": done.gpu_s * self._dollars_per_gpu_s,
         }
-        if done.known:
+        if done.has_counts:
             changes |= {
                 "prompt_tokens": done.prompt_tokens,
                 "cached_tokens": done.cached_tokens,
@@ -222,9 +222,9 @@ class _Answer:
 
     def tell(self, done: Work) -> None:
         """Add the token counts of the answer, for an engine in another process."""
-        if not done.known and (usage := output.usage(self._usage)) is not None:
+        if not done.has_counts and (usage := output.usage(self._usage)) is not None:
             done.prompt_tokens, done.cached_tokens, done.output_tokens = usage
-            done.known = True
+            done.has_counts = True
 
     @property
     def outcome(self) -> str:
@@ -243,7 +243,7 @@ class _Answer:
             body = message.get("body", b"")
             if self.first_s is None and body:
                 self.first_s = time.time()
-            if not self._done.known and b'"usage"' in body:
+            if not self._done.has_counts and b'"usage"' in body:
                 self._usage = body
         if (timeline := message.get("timeline")) is not None:
             self.lane, self.status = "fast", timeline.status

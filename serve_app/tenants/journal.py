@@ -108,11 +108,11 @@ class Legacy:
     def rows(self) -> list[Row]:
         """The rows that a process left: requests that had ended, and those lost with it."""
         lines = self._path.read_bytes().split(b"\n")
-        found: dict[str, Row] = {}
+        latest: dict[str, Row] = {}
         for row in _rows(lines):
-            if row.outcome != OPEN or row.id not in found:
-                found[row.id] = row
-        rows = [row for row in found.values() if row.outcome != REFUSED]
+            if row.outcome != OPEN or row.id not in latest:
+                latest[row.id] = row
+        rows = [row for row in latest.values() if row.outcome != REFUSED]
         if _ROLLED in lines:
             return [row for row in rows if row.outcome != OPEN]
         return _closed(rows, os.fstat(self._descriptor).st_mtime)

@@ -233,14 +233,14 @@ class Ledger:
     def used(self, tenant: str, starts: Mapping[str, int]) -> dict[str, float]:
         """What a tenant has used in these windows."""
         with self.database.transaction(writes=False) as transaction:
-            found = {}
+            amounts = {}
             for kind, start in starts.items():
                 rows = transaction.ask(
                     "SELECT amount FROM used WHERE tenant = ? AND kind = ? AND start = ?",
                     [tenant, kind, start],
                 )
-                found[kind] = float(rows[0][0]) if rows else 0.0
-        return found
+                amounts[kind] = float(rows[0][0]) if rows else 0.0
+        return amounts
 
     def forget(self, before_s: float) -> int:
         """Delete the rows of requests that ended before a time. Returns how many there were."""

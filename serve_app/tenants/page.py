@@ -52,7 +52,7 @@ async def usage(tenant: Tenant, book: Book) -> Usage:
     month_s = at.replace(day=1, hour=0, minute=0, second=0, microsecond=0).timestamp()
     totals = await book.totals(tenant.name, month_s, at.timestamp() + 1)
     limits = {}
-    for part in await book.known(tenant):
+    for part in await book.allowances(tenant):
         _, end_s = part.kind.window(at.timestamp())
         resets_s = 0 if part.kind is Kind.RUNNING_REQUESTS else round(end_s - at.timestamp())
         limits[part.kind.value] = Left(part.limit, part.remaining, resets_s)

@@ -67,8 +67,8 @@ def _window(kind: Kind, now_s: int) -> tuple[int, int]:
 @lru_cache(4096)
 def limits_of(quota: Quota) -> dict[Kind, int]:
     """The limits that a quota sets."""
-    found = {kind: getattr(quota, kind.value) for kind in Kind}
-    return {kind: limit for kind, limit in found.items() if limit is not None}
+    limits = {kind: getattr(quota, kind.value) for kind in Kind}
+    return {kind: limit for kind, limit in limits.items() if limit is not None}
 
 
 @dataclass(slots=True)
@@ -108,8 +108,8 @@ class Allowance:
     @property
     def remaining(self) -> int:
         """The remaining quota that the tenant sees."""
-        known = self.free + self.left if self.asked else self.limit - self.reserved - self.used
-        return max(0, min(self.limit, int(known)))
+        remaining = self.free + self.left if self.asked else self.limit - self.reserved - self.used
+        return max(0, min(self.limit, int(remaining)))
 
     def need(self, tokens: float) -> float:
         """What a request takes; one that is larger than the limit takes all of it."""
@@ -137,9 +137,9 @@ class Allowance:
 
     def give_back(self) -> float:
         """Reduce the lease to the reserved amount and a little more for the next request."""
-        kept = min(max(0.0, self.free), self.limit // _BORROWED_PART)
-        self.lease = self.reserved + self.spent + kept
-        return self.reserved + kept
+        reserve = min(max(0.0, self.free), self.limit // _BORROWED_PART)
+        self.lease = self.reserved + self.spent + reserve
+        return self.reserved + reserve
 
     def wish(self) -> float:
         """How much more to borrow."""

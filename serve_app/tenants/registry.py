@@ -79,8 +79,8 @@ class Registry:
         return None if name is None or self.tenant(name).disabled else name
 
     def tenant(self, name: str) -> Tenant:
-        found = self._tenants.get(name)
-        return found if found is not None else Tenant.default(name)
+        tenant = self._tenants.get(name)
+        return tenant if tenant is not None else Tenant.default(name)
 
     def __len__(self) -> int:
         return len(self._holders) + len(self._ring)
@@ -143,12 +143,12 @@ def keys_of(settings: Settings) -> Keys:
 
 
 def _holders(tenants: dict[str, Tenant]) -> _Holders:
-    found: _Holders = {}
+    holders: _Holders = {}
     for tenant in tenants.values():
         for key in () if tenant.disabled else tenant.keys:
             expires_s = float("inf") if key.expires is None else key.expires.timestamp()
-            found[bytes.fromhex(key.sha256)] = tenant.name, expires_s
-    return found
+            holders[bytes.fromhex(key.sha256)] = tenant.name, expires_s
+    return holders
 
 
 def _signature(path: Path) -> tuple[int, int, int]:

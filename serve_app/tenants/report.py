@@ -44,12 +44,12 @@ class Month:
     def days_s(self) -> list[float]:
         """When its days begin, and the next month's first."""
         day = datetime(self.year, self.month, 1, tzinfo=UTC)
-        found = [day.timestamp()]
+        starts_s = [day.timestamp()]
         while True:
             day += timedelta(days=1)
-            found.append(day.timestamp())
+            starts_s.append(day.timestamp())
             if day.month != self.month:
-                return found
+                return starts_s
 
     def __str__(self) -> str:
         return f"{self.year}-{self.month:02}"
@@ -125,7 +125,7 @@ def html(ledger: Ledger, month: Month, tenant: str | None) -> str:
 
 def page(name: str, facts: Sequence[tuple[str, str]]) -> str:
     """A page of facts about one tenant."""
-    rows = "".join(f"<tr><th>{escape(what)}<td>{escape(said)}</tr>" for what, said in facts)
+    rows = "".join(f"<tr><th>{escape(label)}<td>{escape(value)}</tr>" for label, value in facts)
     return document(name, f"<table>{rows}</table>", _STYLE)
 
 
@@ -153,12 +153,12 @@ def _plot(title: str, names: Sequence[str], days: Sequence[Sequence[float]]) -> 
     shown = list(names[: len(_COLOURS) - 1])
     stacks = [[*day[: len(shown)], sum(day[len(shown) :])] for day in days]
     legend = [*shown, *(["others"] if len(names) > len(shown) else [])]
-    most = max((sum(stack) for stack in stacks), default=0) or 1
+    highest = max((sum(stack) for stack in stacks), default=0) or 1
     bars = []
     for place, stack in enumerate(stacks):
         top = 200.0
         for colour, value in zip(_COLOURS, stack, strict=False):
-            height = 190 * value / most
+            height = 190 * value / highest
             top -= height
             if height:
                 bars.append(
@@ -172,7 +172,7 @@ def _plot(title: str, names: Sequence[str], days: Sequence[Sequence[float]]) -> 
     )
     width = 20 * len(days)
     return (
-        f"<h2>{title}</h2><p>{keys}; the highest day has {most:,.2f}</p>"
+        f"<h2>{title}</h2><p>{keys}; the highest day has {highest:,.2f}</p>"
         f'<svg viewBox="0 0 {width} 220" role="img" aria-label="{title}">{"".join(bars)}</svg>'
     )
 

@@ -35,20 +35,20 @@ class Store:
                 "INSERT INTO meta VALUES ('schema', ?), ('tenants', 0) ON CONFLICT DO NOTHING",
                 [_SCHEMA_VERSION],
             )
-            found = _number(transaction, "schema")
-        if found > _SCHEMA_VERSION:
-            problem = f"its tables have version {found}, and this program knows {_SCHEMA_VERSION}"
+            version = _number(transaction, "schema")
+        if version > _SCHEMA_VERSION:
+            problem = f"its tables have version {version}, and this program knows {_SCHEMA_VERSION}"
             raise ConfigError("tenants.database", self.database.address, problem)
 
-    def read(self, known: int = -1) -> tuple[int, dict[str, Tenant]] | None:
-        """All tenants and their version; None: the version is still the `known` one.
+    def read(self, known_version: int = -1) -> tuple[int, dict[str, Tenant]] | None:
+        """All tenants and their version; None: the version is still `known_version`.
 
         Raises:
             ConfigError: a tenant cannot be read, such as one of a later version of this program.
         """
         with self.database.transaction(writes=False) as transaction:
             version = _number(transaction, "tenants")
-            if version == known:
+            if version == known_version:
                 return None
             rows = transaction.ask("SELECT name, data FROM tenant ORDER BY name")
         return version, by_name(self._decoded(*row) for row in rows)

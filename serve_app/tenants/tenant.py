@@ -128,10 +128,10 @@ def read_file(path: Path) -> dict[str, Tenant]:
         raise ConfigError("tenants.file", str(path), " ".join(str(error).split())) from None
     try:
         # An empty file is no list without tenants: somebody is writing it.
-        found = msgspec.convert(content, _File)
+        parsed = msgspec.convert(content, _File)
     except msgspec.ValidationError as error:
         raise _sentence(path, str(error)) from None
-    return by_name(found.tenants)
+    return by_name(parsed.tenants)
 
 
 def by_name(tenants: Iterable[Tenant]) -> dict[str, Tenant]:
@@ -140,16 +140,16 @@ def by_name(tenants: Iterable[Tenant]) -> dict[str, Tenant]:
     Raises:
         ConfigError: two have one name or one key.
     """
-    found: dict[str, Tenant] = {}
+    named: dict[str, Tenant] = {}
     owners: dict[str, str] = {}
     for tenant in tenants:
-        if tenant.name in found:
+        if tenant.name in named:
             raise ConfigError("tenants", tenant.name, "there are two tenants of this name")
-        found[tenant.name] = tenant
+        named[tenant.name] = tenant
         for key in tenant.keys:
             if (owner := owners.setdefault(key.sha256, tenant.name)) != tenant.name:
                 raise ConfigError("tenants", tenant.name, f"has a key that {owner} has as well")
-    return found
+    return named
 
 
 def parse(changes: dict[str, Any]) -> Tenant:

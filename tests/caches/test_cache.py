@@ -41,11 +41,11 @@ def sealed(root: Path) -> Path:
 
 def test_a_start_uses_what_the_last_one_sealed(tmp_path: Path) -> None:
     first = Cache.prepare(tmp_path, KEY)
-    assert first.found == "nothing"
+    assert first.origin == "nothing"
     fill(first.folder)
     assert first.seal()
     second = Cache.prepare(tmp_path, KEY)
-    assert second.found == "here"
+    assert second.origin == "here"
     assert contents(second.folder) == FILES
 
 
@@ -53,14 +53,14 @@ def test_of_a_start_that_did_not_end_nothing_is_used(tmp_path: Path) -> None:
     cache = Cache.prepare(tmp_path, KEY)
     fill(cache.folder)
     cache.close()
-    assert Cache.prepare(tmp_path, KEY).found == "nothing"
+    assert Cache.prepare(tmp_path, KEY).origin == "nothing"
     assert contents(tmp_path / KEY) == {}
 
 
 def test_what_came_after_the_seal_is_removed_and_the_rest_used(tmp_path: Path) -> None:
     folder = sealed(tmp_path)
     fill(folder, {"triton/later": b"half"})
-    assert Cache.prepare(tmp_path, KEY).found == "here"
+    assert Cache.prepare(tmp_path, KEY).origin == "here"
     assert contents(folder) == FILES
 
 
@@ -97,7 +97,7 @@ def test_a_damaged_cache_is_never_used(tmp_path: Path, data: st.DataObject) -> N
     after = contents(found.folder)
     # Whole, or gone. Where a seal was damaged, so that it lists less, less is used.
     assert all(FILES.get(name) == content for name, content in after.items())
-    if changed and found.found == "here":
+    if changed and found.origin == "here":
         assert after.items() <= FILES.items()
     shutil.rmtree(root)
 
@@ -119,12 +119,12 @@ def test_an_archive_is_fetched_whole_or_not_at_all(tmp_path: Path, data: st.Data
         else:
             path.write_bytes(content[:at] + bytes([content[at] ^ 0x40]) + content[at + 1 :])
     cache = Cache.prepare(root / "local", KEY, source)
-    if cache.found == "fetched":
+    if cache.origin == "fetched":
         assert contents(cache.folder) == FILES
         if name.endswith(".tar"):
             pytest.fail("a damaged archive was unpacked")
     else:
-        assert cache.found == "nothing"
+        assert cache.origin == "nothing"
         assert name, "a whole archive was not taken"
         assert contents(cache.folder) == {}
     left = {p.name for p in (root / "local").iterdir()} - {KEY, f"{KEY}.json", f"{KEY}.lock"}
@@ -138,7 +138,7 @@ def test_a_fetched_cache_is_sealed(tmp_path: Path) -> None:
     archive.publish(tmp_path / "made", KEY, {}, source)
     Cache.prepare(tmp_path / "local", KEY, source).close()
     shutil.rmtree(tmp_path / "source")
-    assert Cache.prepare(tmp_path / "local", KEY, source).found == "here"
+    assert Cache.prepare(tmp_path / "local", KEY, source).origin == "here"
 
 
 def test_an_archive_for_another_engine_is_not_taken(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_an_archive_for_another_engine_is_not_taken(tmp_path: Path) -> None:
         (tmp_path / "source" / f"other.{kind}").rename(tmp_path / "source" / f"{KEY}.{kind}")
     with pytest.raises(archive.ForeignArchive, match="another engine"):
         archive.fetch(source, KEY, tmp_path / "into")
-    assert Cache.prepare(tmp_path / "local", KEY, source).found == "nothing"
+    assert Cache.prepare(tmp_path / "local", KEY, source).origin == "nothing"
 
 
 def test_an_archive_does_not_write_elsewhere(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_an_archive_does_not_write_elsewhere(tmp_path: Path) -> None:
     about = {"schema": 1, "key": KEY, "bytes": len(packed)}
     about["sha256"] = hashlib.sha256(packed).hexdigest()
     (folder / f"{KEY}.json").write_text(json.dumps(about))
-    assert Cache.prepare(tmp_path / "local", KEY, Folder(folder)).found == "nothing"
+    assert Cache.prepare(tmp_path / "local", KEY, Folder(folder)).origin == "nothing"
     assert not [*tmp_path.rglob("evil-came-out")]
 
 
@@ -226,7 +226,7 @@ def test_replicas_that_start_together_share_one(tmp_path: Path, seed: int) -> No
     ]
     assert [start.wait(60) for start in starts] == [0] * 4
     # Whoever was ready last sealed it, with all files whole.
-    assert Cache.prepare(tmp_path, "together").found == "here"
+    assert Cache.prepare(tmp_path, "together").origin == "here"
     found = contents(tmp_path / "together")
     assert found == {f"kernel-{n}": bytes([n]) * 1000 for n in range(5)}
 
@@ -236,7 +236,7 @@ def test_one_who_starts_alone_does_not_take_it_from_one_who_starts(tmp_path: Pat
     first = Cache.prepare(tmp_path, KEY)
     fill(folder, {"triton/new": b"being written"})
     second = Cache.prepare(tmp_path, KEY)
-    assert second.found == "here"
+    assert second.origin == "here"
     assert "triton/new" in contents(folder)
     assert not second.seal()  # The first one may be writing.
     assert first.seal()

@@ -45,13 +45,13 @@ def test_one_node_compiles_and_the_others_fetch(tmp_path: Path) -> None:
     where = source.at("s3://warm/caches/")
     archive.publish(made(tmp_path / "made"), KEY, {"vllm": "0.32.0"}, where)
     cache = Cache.prepare(tmp_path / "other-node", KEY, source.at("s3://warm/caches"))
-    assert cache.found == "fetched"
+    assert cache.origin == "fetched"
     assert (cache.folder / "triton" / "kernel").read_bytes() == b"k" * 3_000_000
 
 
 @pytest.mark.parametrize("address", ["s3://warm/nothing-here", "s3://no-such-bucket/x"])
 def test_a_bucket_without_one_is_no_error(tmp_path: Path, address: str) -> None:
-    assert Cache.prepare(tmp_path, KEY, source.at(address)).found == "nothing"
+    assert Cache.prepare(tmp_path, KEY, source.at(address)).origin == "nothing"
 
 
 def test_an_upload_that_did_not_end_is_not_taken(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_an_upload_that_did_not_end_is_not_taken(tmp_path: Path) -> None:
     s3 = boto3.client("s3")
     body = s3.get_object(Bucket="warm", Key=f"cut/{KEY}.tar")["Body"].read()
     s3.put_object(Bucket="warm", Key=f"cut/{KEY}.tar", Body=body[: len(body) // 2])
-    assert Cache.prepare(tmp_path / "a", KEY, where).found == "nothing"
+    assert Cache.prepare(tmp_path / "a", KEY, where).origin == "nothing"
     s3.delete_object(Bucket="warm", Key=f"cut/{KEY}.tar")
-    assert Cache.prepare(tmp_path / "b", KEY, where).found == "nothing"
+    assert Cache.prepare(tmp_path / "b", KEY, where).origin == "nothing"
 
 
 def test_an_endpoint_that_does_not_answer_is_given_up(
@@ -72,7 +72,7 @@ def test_an_endpoint_that_does_not_answer_is_given_up(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         began_s = time.monotonic()
-        assert Cache.prepare(tmp_path, KEY, source.at("s3://warm/caches")).found == "nothing"
+        assert Cache.prepare(tmp_path, KEY, source.at("s3://warm/caches")).origin == "nothing"
         assert time.monotonic() - began_s < 30  # Each of a few attempts is bounded.
 
 
@@ -84,6 +84,6 @@ def test_an_address_that_is_none(address: str) -> None:
 
 def test_a_folder_is_an_address(tmp_path: Path) -> None:
     archive.publish(made(tmp_path / "made"), KEY, {}, source.at(str(tmp_path / "volume")))
-    assert Cache.prepare(tmp_path / "node", KEY, source.at(str(tmp_path / "volume"))).found == (
+    assert Cache.prepare(tmp_path / "node", KEY, source.at(str(tmp_path / "volume"))).origin == (
         "fetched"
     )

@@ -104,7 +104,7 @@ class World:
 
     def arrive(self, sequences: int, timeout_s: float, share: Share = EVERYBODY) -> None:
         client = Client(sequences, len(self.clients), share=share)
-        client.done.known, client.done.output_tokens = sequences % 2 == 0, 7 * sequences
+        client.done.has_counts, client.done.output_tokens = sequences % 2 == 0, 7 * sequences
         self.clients.append(client)
         client.task = self.loop.create_task(self._ask(client, timeout_s))
 

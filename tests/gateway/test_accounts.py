@@ -87,7 +87,7 @@ class Engine:
         assert current is not None
         asked = json.loads((await receive())["body"])
         self.asked.set()
-        done.known, done.prompt_tokens, done.cached_tokens = True, PROMPT, CACHED
+        done.has_counts, done.prompt_tokens, done.cached_tokens = True, PROMPT, CACHED
         kind = b"text/event-stream" if asked.get("stream") else b"application/json"
         start = {"type": "http.response.start", "status": 200}
         await send({**start, "headers": [(b"content-type", kind)]})

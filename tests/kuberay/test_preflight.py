@@ -241,7 +241,7 @@ def test_an_image_that_is_not_there_fails(cloud: Cloud, kustomize: Commands) -> 
     result, checks = checked()
     registry = f"{ACCOUNT_ID}.dkr.ecr.{REGION}.amazonaws.com/qwen-ray-serve:{IMAGE}"
     assert (result.returncode, checks["image"]["status"]) == (1, "FAIL")
-    assert checks["image"]["found"] == f"{registry}: not there"
+    assert checks["image"]["found"] == f"{registry}: not in its repository"
     push(cloud, tag="9.9.9")
     assert checked()[1]["image"]["status"] == "FAIL"
     other = checked("--image", "docker.io/me/qwen:1")[1]["image"]

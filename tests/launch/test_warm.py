@@ -88,13 +88,13 @@ def test_replicas_fetch_what_was_compiled_once(
     arguments = plan.engine_arguments(settings)
     cache = caches.prepare(arguments, plan.placement.num_gpus, address)
     assert cache is not None
-    assert cache.found == "fetched"
+    assert cache.origin == "fetched"
     assert (cache.folder / "triton" / "kernel").read_bytes() == b"compiled"
     cache.close()
     # With other arguments there is nothing to fetch.
     other = caches.prepare({**arguments, "max_num_seqs": 64}, 1, address)
     assert other is not None
-    assert other.found == "nothing"
+    assert other.origin == "nothing"
 
 
 def test_an_address_is_needed(tmp_path: Path, model: Path, capsys: Any) -> None:

@@ -300,9 +300,9 @@ def test_who_may_ask(pid: int, uid: int, why: str | None) -> None:
         def getsockopt(self, *_: int) -> bytes:
             return struct.pack("3i", pid, os.getuid() + uid, 0)
 
-    found = worker.stranger(Connection())  # type: ignore[arg-type]
+    found = worker.distrust_reason(Connection())  # type: ignore[arg-type]
     assert found is None if why is None else why in str(found)
-    assert worker.stranger(socket.socketpair()[0]) is None
+    assert worker.distrust_reason(socket.socketpair()[0]) is None
 
 
 def test_an_engine_process_comes_from_a_fork_of_the_worker(running: Running) -> None:

@@ -146,7 +146,7 @@ class Engine:
             return JSONResponse({"error": {}}, status_code=400)
         if self.says:
             done = request.scope["state"]["work"]
-            done.known = True
+            done.has_counts = True
             done.prompt_tokens, done.cached_tokens, done.output_tokens = 600, 100, 50
             done.gpu_s = 3.6
         usage = {"prompt_tokens": 600, "completion_tokens": 50}

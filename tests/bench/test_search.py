@@ -311,7 +311,7 @@ async def test_what_is_over_takes_no_more() -> None:
 
 
 def test_rates_must_be_in_order() -> None:
-    with pytest.raises(BenchError, match=r"start = .1.0.: must be from 2 to most"):
+    with pytest.raises(BenchError, match=r"start = .1.0.: must be from 2 to 10000"):
         RateSearch(Slo(ttft_s=1.0), start=1.0, lowest=2.0)
 
 
@@ -391,7 +391,7 @@ async def test_a_dead_server_has_no_saturation() -> None:
 
 
 def test_users_must_be_in_order() -> None:
-    with pytest.raises(BenchError, match=r"start = .8.: must be from 1 to most, 4"):
+    with pytest.raises(BenchError, match=r"start = .8.: must be from 1 to 4"):
         Sweep(start=8, max_users=4)
 
 

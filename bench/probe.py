@@ -23,7 +23,7 @@ async def sweep(
     job: Job, folder: Path, start: int, max_users: int, gain: float
 ) -> search.SweepResult:
     """Double the users until throughput no longer grows by `gain`."""
-    controller = search.Sweep(start, max_users=max_users, gain=gain)
+    controller = search.Sweep(start, most=max_users, gain=gain)
     output: search.SweepResult = await _search(
         job, folder, controller, lambda users: f"users={users:g}"
     )
@@ -41,7 +41,7 @@ async def highest_rate(
     """Find the highest Poisson rate that keeps the job's SLO, to within `precision` or a time."""
     assert job.slo is not None
     controller = search.RateSearch(
-        job.slo, start, max_rate=max_rate, precision=precision, budget_s=budget_s
+        job.slo, start, most=max_rate, precision=precision, budget_s=budget_s
     )
     output: search.RateResult = await _search(
         job, folder, controller, lambda rate: f"poisson:rate={rate!r}"

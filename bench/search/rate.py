@@ -51,7 +51,7 @@ class RateSearch:
     Args:
         slo: the objective.
         start: the first rate, requests per second.
-        lowest, max_rate: limits of the rate.
+        lowest, most: limits of the rate.
         precision: how far apart the ends of the interval may be, 0.15: 15%.
         confidence: that the interval holds the true rate.
         budget_s: time for all probes; None for as long as the precision takes.
@@ -63,15 +63,15 @@ class RateSearch:
         start: float = 1.0,
         *,
         lowest: float = 0.01,
-        max_rate: float = 10_000.0,
+        most: float = 10_000.0,
         precision: float = 0.15,
         confidence: float = interval.CONFIDENCE,
         budget_s: float | None = None,
     ) -> None:
-        if not 0 < lowest <= start <= max_rate:
-            raise BenchError.of("start", start, f"must be from {lowest:g} to {max_rate:g}")
+        if not 0 < lowest <= start <= most:
+            raise BenchError.of("start", start, f"must be from {lowest:g} to {most:g}")
         self._slo, self._allowed = slo, 1 - slo.percentile / 100
-        self._lowest, self._highest, self._precision = lowest, max_rate, precision
+        self._lowest, self._highest, self._precision = lowest, most, precision
         self._confidence, self._budget_s = confidence, budget_s
         self._points: dict[float, RatePoint] = {}
         self._seen: list[tuple[float, Seen]] = []

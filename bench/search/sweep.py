@@ -79,7 +79,7 @@ class Sweep:
     less sure of the two is probed again.
 
     Args:
-        start, max_users: limits of the number of users.
+        start, most: limits of the number of users.
         gain: what counts as growth, 0.05: 5% from one point to the next.
         looks: how often a point is probed at most, each time with twice the requests.
         least_count: requests of the smallest probe.
@@ -89,15 +89,15 @@ class Sweep:
         self,
         start: int = 1,
         *,
-        max_users: int = 1024,
+        most: int = 1024,
         gain: float = 0.05,
         looks: int = _LOOKS,
         least_count: int = 48,
     ) -> None:
-        if not 1 <= start <= max_users:
-            raise BenchError.of("start", start, f"must be from 1 to {max_users}")
+        if not 1 <= start <= most:
+            raise BenchError.of("start", start, f"must be from 1 to {most}")
         self._max_users, self._grown, self._looks, self._least = (
-            max_users,
+            most,
             1 + gain,
             looks,
             least_count,

@@ -183,7 +183,7 @@ async def test_a_slow_server_gets_the_time_to_fill_up() -> None:
             return [answered(n, at_s, at_s + 1, at_s + 20, None) for n, at_s in enumerate(times)]
 
     server = Slow()
-    await search.run(RateSearch(Slo(ttft_s=2.0, percentile=90.0), max_rate=4.0), server.probe)
+    await search.run(RateSearch(Slo(ttft_s=2.0, percentile=90.0), most=4.0), server.probe)
     first = {rate: count for rate, count in reversed(server.probes)}
     assert first[1.0] == 16
     assert first[4.0] >= 4 * 20 * 2
@@ -245,9 +245,7 @@ class Late(Server):
 
 
 async def test_a_rate_that_only_bench_missed_does_not_fail_and_is_doubted() -> None:
-    result = await search.run(
-        RateSearch(Slo(ttft_s=0.5, percentile=90.0), max_rate=64.0), Late().probe
-    )
+    result = await search.run(RateSearch(Slo(ttft_s=0.5, percentile=90.0), most=64.0), Late().probe)
     assert (result.rate, result.fails_at) == (64.0, None)
     late = [point.rate for point in result.points if point.doubts]
     assert late == [point.rate for point in result.points if point.rate > 6]
@@ -258,7 +256,7 @@ async def test_a_rate_that_only_bench_missed_does_not_fail_and_is_doubted() -> N
 
 async def test_what_is_doubtful_about_any_probe_reaches_the_result() -> None:
     result = await search.run(
-        RateSearch(Slo(ttft_s=1.0, percentile=90.0), max_rate=4.0),
+        RateSearch(Slo(ttft_s=1.0, percentile=90.0), most=4.0),
         Knee(1e9).probe,
         doubts=lambda: ["load actor 0 died"],
     )
@@ -285,7 +283,7 @@ async def test_an_objective_that_an_idle_server_misses_ends_the_search() -> None
 async def test_a_server_without_limit_ends_at_the_highest_rate() -> None:
     server = Knee(1e9)
     result = await search.run(
-        RateSearch(Slo(ttft_s=1.0, percentile=90.0), start=1.0, max_rate=30.0), server.probe
+        RateSearch(Slo(ttft_s=1.0, percentile=90.0), start=1.0, most=30.0), server.probe
     )
     assert (result.rate, result.fails_at, result.resolved) == (30.0, None, False)
     assert "highest rate" in result.reason
@@ -366,13 +364,13 @@ async def test_growth_that_equals_the_gain_stays_open() -> None:
                 records.append(answered(index, at_s, at_s + took_s / 9, free_s[user], user))
             return records
 
-    points = [(await search.run(Sweep(max_users=2), Creeping(n).probe)).points for n in range(12)]
+    points = [(await search.run(Sweep(most=2), Creeping(n).probe)).points for n in range(12)]
     assert sum(two.resolved for _, two in points) <= 1
     assert all(1 <= (two.gain or 0) <= 1.1 for _, two in points)
 
 
 async def test_the_sweep_ends_at_the_most_users() -> None:
-    result = await search.run(Sweep(max_users=6), Slots(100, noise=0.05).probe)
+    result = await search.run(Sweep(most=6), Slots(100, noise=0.05).probe)
     assert [point.users for point in result.points] == [1, 2, 4, 6]
     assert not result.resolved
     assert "up to 6 users" in result.reason
@@ -392,7 +390,7 @@ async def test_a_dead_server_has_no_saturation() -> None:
 
 def test_users_must_be_in_order() -> None:
     with pytest.raises(BenchError, match=r"start = .8.: must be from 1 to 4"):
-        Sweep(start=8, max_users=4)
+        Sweep(start=8, most=4)
 
 
 # --- for result.json ------------------------------------------------------------------------
@@ -418,7 +416,7 @@ async def test_each_probe_is_told_of_and_all_is_json() -> None:
 
 
 async def test_a_sweep_is_json() -> None:
-    result: SweepResult = await search.run(Sweep(max_users=2), Slots(8, noise=0.05).probe)
+    result: SweepResult = await search.run(Sweep(most=2), Slots(8, noise=0.05).probe)
     search.summarise(result)
     body = json.loads(msgspec.json.encode(result))
     assert [point["users"] for point in body["points"]] == [1, 2]

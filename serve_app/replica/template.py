@@ -282,7 +282,7 @@ def _loaded(name: str) -> ctypes.CDLL | None:
 
 def _send(connection: socket.socket, message: Mapping[str, object]) -> None:
     try:
-        connection.sendall(json.dumps(message).encode())
+        connection.sendall(json.dumps(message).encode() + b"\n")
     except OSError:
         return  # The stand-in is gone.
 

@@ -75,8 +75,8 @@ class Fork:
         """
         self._connection.settimeout(None)
         if raylet not in select.select([self._connection.fileno(), raylet], [], [])[0]:
-            if answer := self._connection.recv(64):
-                status = int(json.loads(answer)["status"])
+            if line := _line(self._connection):
+                status = int(json.loads(line)["status"])
                 return 128 - status if status < 0 else status
             # The template is gone, and with it the status.
             if self._descriptor >= 0:
@@ -108,13 +108,27 @@ def fork(name: str, argv: Sequence[str]) -> Fork:
     payload = json.dumps(request).encode()
     socket.send_fds(connection, [struct.pack("!I", len(payload))], [0, 1, 2])
     connection.sendall(payload)
-    answer = connection.recv(4096)
-    if not answer:
+    line = _line(connection)
+    if not line:
         raise Refused("it ended")
-    reply = json.loads(answer)
+    reply = json.loads(line)
     if "pid" not in reply:
         raise Refused(reply["refused"])
     return Fork(reply["pid"], connection)
+
+
+def _line(connection: socket.socket) -> bytes:
+    """The next message of the template, a line of JSON; empty if the template has ended.
+
+    Nothing beyond the line is read. The status of a worker that ends at once follows its pid
+    immediately, and `select` must see it.
+    """
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (byte := connection.recv(1)):
+            return b""
+        line += byte
+    return line
 
 
 def distrust_reason(connection: socket.socket) -> str | None:

@@ -183,6 +183,33 @@ def test_a_template_that_dies_while_it_imports_stops_no_start(tmp_path: Path) ->
     assert json.loads(output)["pid"] == stand_in.pid
 
 
+def test_the_status_of_a_worker_may_come_with_its_pid() -> None:
+    """A worker that ended at once: both messages were read as one, which is not JSON."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    name = f"serve-app-test-{secrets.token_hex(8)}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0" + name)
+        listener.listen()
+
+        def template() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                (size,) = struct.unpack("!I", connection.recv(4))
+                connection.recv(size, socket.MSG_WAITALL)
+                pid = json.dumps({"pid": ended.pid})
+                connection.sendall(f'{pid}\n{{"status": 3}}\n'.encode())
+
+        thread = threading.Thread(target=template)
+        thread.start()
+        raylet = os.pidfd_open(os.getpid())
+        try:
+            assert worker.fork(name, []).wait(raylet) == 3
+        finally:
+            os.close(raylet)
+            thread.join()
+
+
 def test_a_killed_stand_in_takes_its_worker_along(running: Running) -> None:
     stand_in, forked = running.waiting()
     stand_in.kill()

@@ -327,7 +327,7 @@ def validate(measured: Sequence[Load], engine: Engine) -> list[Foretold]:
     if len(measured) == 1:
         (only,) = measured
         if len(only.repeats) < 2:
-            raise ResultError(f"{only.name}: one load of one repeat leaves nothing to foretell")
+            raise ResultError(f"{only.name}: one load of one repeat leaves nothing to predict")
         even, odd = (replace(only, repeats=only.repeats[start::2]) for start in (0, 1))
         return [foretell(odd, replace(engine, costs=fit([even], engine).costs), 1)]
     return [

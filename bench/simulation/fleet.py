@@ -69,10 +69,12 @@ class Fleet:
         if not self.min_replicas <= self.initial <= self.max_replicas:
             problem = f"must be from {self.min_replicas} to {self.max_replicas}"
             raise BenchError.of("initial", self.initial, problem)
-        if self.period_s <= 0 or self.start_s < 0 or not 0 <= self.start_spread < 1:
-            times = f"{self.period_s}, {self.start_s}, {self.start_spread}"
-            problem = "must be above 0, at least 0, and from 0 to below 1"
-            raise BenchError.of("period_s, start_s, start_spread", times, problem)
+        if self.period_s <= 0:
+            raise BenchError.of("period_s", self.period_s, "must be above 0")
+        if self.start_s < 0:
+            raise BenchError.of("start_s", self.start_s, "must be at least 0")
+        if not 0 <= self.start_spread < 1:
+            raise BenchError.of("start_spread", self.start_spread, "must be from 0 to below 1")
 
 
 @dataclass(frozen=True)

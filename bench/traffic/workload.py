@@ -188,7 +188,7 @@ def _mixed(options: spec.Options, seed: _Seed) -> Workload:
     longs, shorts = options.whole("longs", minimum=0), options.whole("shorts", minimum=0)
     output = options.whole("output", minimum=1)
     if not longs + shorts:
-        raise WorkloadError.of("longs", longs, "a round of no long and no short ones is empty")
+        raise WorkloadError.of("longs", longs, "must not be 0 if shorts is 0 as well")
     before = min(shorts, max(1, shorts // 10))
 
     def request(index: int) -> Request:

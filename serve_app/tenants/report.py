@@ -37,7 +37,7 @@ class Month:
         try:
             first = datetime.strptime(text, "%Y-%m")
         except ValueError:
-            raise ConfigError("--month", text, "is no month as 2026-11") from None
+            raise ConfigError("--month", text, "is not a month, such as 2026-11") from None
         return cls(first.year, first.month)
 
     @property
@@ -110,15 +110,15 @@ def html(ledger: Ledger, month: Month, tenant: str | None) -> str:
     lines = [_line(name, model, whole[name, model]) for name, model in sorted(whole)]
     every = sum(whole.values(), Total())
     parts = [
-        "<table><tr><th>tenant<th>model<th>requests<th>errors<th>prompt tokens<th>cached"
+        "<div><table><tr><th>tenant<th>model<th>requests<th>errors<th>prompt tokens<th>cached"
         "<th>output tokens<th>mean TTFT, s<th>GPU hours<th>dollars</tr>",
         *lines,
         _line("all", "", every),
-        "</table>",
+        "</table></div>",
         _plot("Tokens by day", names, [[day[n].tokens for n in names] for day in by_day]),
         _plot("Dollars by day", names, [[day[n].dollars for n in names] for day in by_day]),
         "<p>Dollars are seconds of GPUs in which a tenant's sequences ran, times the price of a "
-        "GPU; idle time is nobody's. Times are UTC.</p>",
+        "GPU. Idle time is charged to nobody. Times are UTC.</p>",
     ]
     return document(f"Tenants, {month}", "\n".join(parts), _STYLE)
 
@@ -126,7 +126,7 @@ def html(ledger: Ledger, month: Month, tenant: str | None) -> str:
 def page(name: str, facts: Sequence[tuple[str, str]]) -> str:
     """A page of facts about one tenant."""
     rows = "".join(f"<tr><th>{escape(label)}<td>{escape(value)}</tr>" for label, value in facts)
-    return document(name, f"<table>{rows}</table>", _STYLE)
+    return document(name, f"<div><table>{rows}</table></div>", _STYLE)
 
 
 def _sum(whole: dict[tuple[str, str], Total], name: str) -> Total:

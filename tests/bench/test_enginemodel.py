@@ -379,7 +379,7 @@ def test_what_cannot_be_fitted(tmp_path: Path) -> None:
     few = tuple(serve(ENGINE, [Job(0, 0.0, 10, 3)]))
     with pytest.raises(ResultError, match="too few"):
         enginefit.fit([Load("few", (few,))], ENGINE)
-    with pytest.raises(ResultError, match="nothing to foretell"):
+    with pytest.raises(ResultError, match="nothing to predict"):
         enginefit.validate([Load("few", (few,))], ENGINE)
 
 

@@ -71,6 +71,7 @@ def test_html(filled: str, tmp_path: Path) -> None:
     assert "&lt;script&gt;" in text
     assert text.count("<rect") == 2 * 2 * 3  # Two plots, two days, three tenants.
     assert "<td class=n>600" in text  # All prompt tokens of the month.
+    assert text.count("<div><table>") == text.count("<table") == 1  # On a phone only it scrolls.
     assert "$" not in text
     assert "1.50" in text
     run(filled, "report", "--month", "2026-02", "--out", str(tmp_path / "empty.html"))
@@ -103,6 +104,6 @@ def test_old_rows_are_forgotten(filled: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ConfigError, match="is no month"):
+    with pytest.raises(ConfigError, match="is not a month"):
         Month.parse("2026-13")
     assert len(Month.parse("2028-02").days_s) == 30

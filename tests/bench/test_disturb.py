@@ -188,7 +188,7 @@ def test_a_replica_that_answers_on_another_port_than_before_is_ready() -> None:
         def port() -> int:
             return int(replica.process.net_connections("tcp")[0].laddr.port)
 
-        assert wait(lambda: len(ready()) == 1)
+        assert wait(lambda: len(ready()) == len(engines(cluster)) == 1)
         (replica,) = ready()
         before = port()
         replica.engine[0].kill()

@@ -65,7 +65,9 @@ def results(command: list[str], url: str, model: Path) -> dict[str, str | None]:
     }
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SUITE_S)
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"check"')]
+    # A program that was killed, as for its memory, leaves out the checks that it had not begun.
     assert lines, ran.stdout + ran.stderr
+    assert ran.returncode >= 0, f"{command} ended with {ran.returncode} after {len(lines)} checks"
     return {line["check"]: line["error"] for line in lines}
 
 
@@ -90,6 +92,7 @@ def test_vllms_own_tests_pass_here_where_they_pass_at_a_bare_vllm(
     program = PROGRAMS / "vllm_entrypoints.py"
     command = [sys.executable, str(program)]
     here, there = results(command, ours, smollm), results(command, bare, smollm)
+    assert here.keys() == there.keys()
     assert not only_here(program.name, here, there)
 
 

@@ -105,6 +105,8 @@ _OF = "{ var(txn.application) -m str \\g<2> }"
 # Whether it is, and no replica is up.
 _NONE_UP = f"if {_OF} !{{ nbsrv(\\g<2>) ge 1 }} !{{ stopping }}"
 _HEALTH = "{ path_end /health /ping }"
+# Whether a door has let it in (ask_door.lua).
+_FAST = "{ var(txn.lane) -m str fast }"
 
 RULES = (
     Rule(
@@ -113,10 +115,11 @@ RULES = (
         replacement=_load_lua("wait_for_replica.lua"),
     ),
     Rule(
-        why="a worker that was replaced passes requests to its successor, which logs them",
+        why="a worker that was replaced passes requests to its successor, which logs them; but not "
+        "one that waited at a door and was let in meanwhile: its place is held by this worker",
         pattern=r"^( *)# Static routing based on path prefixes.*$",
         replacement=r"\1http-request set-log-level silent if { stopping }"
-        r"\n\1use_backend successor if { stopping }\n\g<0>",
+        rf"\n\1use_backend successor if {{ stopping }} !{_FAST}\n\g<0>",
     ),
     Rule(
         why="with no replica up, a health check is answered at once, and other requests wait a "
@@ -199,7 +202,6 @@ _COULD_BE_FAST = (
     f"{{ req.fhdr_cnt(content-length) eq 1 }} {{ req.hdr_val(content-length) 1:{_BODY_BYTES} }} "
     "!{ stopping }"
 )
-_FAST = "{ var(txn.lane) -m str fast }"
 # How long HAProxy waits for such a body. Of others limits.body_timeout_s says it.
 BODY_TIMEOUT_VARIABLE = "SERVE_APP_BODY_TIMEOUT_S"
 # Set where a request needs an API key. The gate of the full lane refuses a request by its headers

@@ -218,14 +218,19 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def proxy(replica: Replica, tmp_path: Path, wrapped: None) -> AsyncIterator[str]:
+async def haproxy(replica: Replica, tmp_path: Path, wrapped: None) -> AsyncIterator[Proxy]:
     running = Proxy(tmp_path, None, PORT)
     running.know(replica.config)
     await running.api.start()
     try:
-        yield running.url
+        yield running
     finally:
         await running.api.stop()
+
+
+@pytest.fixture
+def proxy(haproxy: Proxy) -> str:
+    return haproxy.url
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -474,6 +479,22 @@ async def test_a_full_queue_refuses_and_a_waiting_request_is_answered(
     await replica.settled()
 
 
+async def test_requests_that_wait_while_haproxy_is_reloaded_get_one_place_each(
+    replica: Replica, haproxy: Proxy
+) -> None:
+    """Their worker is replaced meanwhile. Its successor must not ask for a second place."""
+    replica.frontend.gap_s = 0.5
+    answers = [asyncio.create_task(ask(haproxy.url)) for _ in range(4)]  # Two run, two wait.
+    await until(lambda: replica.admission.queued == 2)
+    await haproxy.api.reload()
+    for answer in answers:
+        status, headers, body = await answer
+        assert (status, headers["x-serve-lane"]) == (200, "fast")
+        assert body == b"data: x\n\n" * 4
+    await replica.settled()
+    assert len(replica.frontend.heads) == len(replica.timelines) == 4
+
+
 async def test_no_room_in_time_is_a_503(replica: Replica, proxy: str) -> None:
     replica.gate.limits = replica.limits.model_copy(update={"queue_timeout_s": 0.2})
     replica.frontend.gap_s = 0.2
@@ -549,14 +570,15 @@ async def test_a_door_that_hangs_is_a_503(replica: Replica, proxy: str) -> None:
     assert len(replica.frontend.heads) == 1
 
 
-async def test_no_place_is_lost_whatever_clients_do(replica: Replica, proxy: str) -> None:
-    """Random starts, ends and departures, some of them in the queue."""
+async def test_no_place_is_lost_whatever_clients_do(replica: Replica, haproxy: Proxy) -> None:
+    """Random starts, ends and departures, some of them in the queue, while HAProxy is reloaded."""
     chance = random.Random(7)
     replica.frontend.gap_s = 0.002
 
     async def client() -> None:
         for _ in range(12):
-            request = asyncio.create_task(ask(proxy, {**ASK, "max_tokens": chance.randint(1, 8)}))
+            body = {**ASK, "max_tokens": chance.randint(1, 8)}
+            request = asyncio.create_task(ask(haproxy.url, body))
             if chance.random() < 0.5:
                 await asyncio.sleep(chance.random() * 0.03)
                 request.cancel()
@@ -564,7 +586,12 @@ async def test_no_place_is_lost_whatever_clients_do(replica: Replica, proxy: str
                 await request
             assert replica.admission.running <= 2
 
-    await asyncio.gather(*(client() for _ in range(8)))
+    async def reload() -> None:
+        for _ in range(3):
+            await asyncio.sleep(chance.random())
+            await haproxy.api.reload()
+
+    await asyncio.gather(reload(), *(client() for _ in range(8)))
     await replica.settled()
     assert replica.frontend.running == 0
 

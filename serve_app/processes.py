@@ -1,4 +1,5 @@
-"""Ends a child process: by a signal first, and by a kill if it has not ended in time.
+"""Ends a child process: by a signal first, and by a kill if it has not ended in time. Tells
+processes of one pid apart.
 
 To end a single process the standard library is enough; psutil finds the children of a process.
 """
@@ -6,6 +7,7 @@ To end a single process the standard library is enough; psutil finds the childre
 import contextlib
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 
@@ -47,3 +49,13 @@ def end_family(
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
     process.wait()
+
+
+def start_ticks(pid: int) -> str | None:
+    """When a process started, in the clock ticks of /proc; None: it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The second field is the program's name in parentheses, and may hold anything.
+    return stat.rpartition(")")[2].split()[19]

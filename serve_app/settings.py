@@ -228,6 +228,7 @@ class Settings(_Frozen):
     lane: Literal["auto", "python"] = "auto"
     compiled: Annotated[str, Field(min_length=1)] | None = None
     template: bool | Literal["auto"] = "auto"
+    keep_weights: bool = False
     engine: dict[str, Any] = Field(default_factory=dict)
     limits: Limits = Field(default_factory=Limits)
     gateway: Gateway = Field(default_factory=Gateway)
@@ -255,6 +256,7 @@ class Settings(_Frozen):
             if key in _OWNED:
                 raise ConfigError(f"engine.{key}", settings.engine[key], _OWNED[key])
         settings._check_sleep()
+        settings._check_keep_weights()
         if settings.models and not settings.gateway.enabled:
             raise ConfigError(
                 "models", settings.models, "more than one model needs gateway.enabled: true"
@@ -274,6 +276,23 @@ class Settings(_Frozen):
         if sleep.shared and replicas.max > 1:
             problem = "replicas of one model would take turns on a GPU; set replicas.max to 1"
             raise ConfigError("sleep.models_per_gpu", sleep.models_per_gpu, problem)
+
+    def _check_keep_weights(self) -> None:
+        if not self.keep_weights:
+            return
+        if self.sleep.enabled:
+            problem = "an engine whose weights are another process's cannot sleep"
+            raise ConfigError(
+                "keep_weights", True, f"{problem}; set either 'sleep' or 'keep_weights'"
+            )
+        if self.model.startswith("s3://"):
+            problem = "only for a model with files on this machine: a hub id or a folder"
+            raise ConfigError("keep_weights", True, problem)
+        for key, possible in _WITH_KEPT_WEIGHTS.items():
+            value = self.engine.get(key)
+            if value is not None and str(value).lower() not in possible:
+                problem = f"with keep_weights it can only be {' or '.join(possible)}"
+                raise ConfigError(f"engine.{key}", value, problem)
 
     def limits_with(self, user_config: Mapping[str, Any]) -> Limits:
         """The limits, with those that a deployment's `user_config` replaces.
@@ -316,6 +335,15 @@ class Settings(_Frozen):
 _SHARED = frozenset(
     {"gateway", "models", "template", "api_keys", "tenants", "allow_unauthenticated_network"}
 )
+
+# Engine arguments that move the weights, or change them, or load what is no file; and the values
+# that do not.
+_WITH_KEPT_WEIGHTS = {
+    "load_format": ("auto", "safetensors", "dummy"),
+    "cpu_offload_gb": ("0", "0.0"),
+    "data_parallel_size": ("1",),
+    "enable_eplb": ("false",),
+}
 
 # Engine arguments that have a key of their own here, and two places for one value would disagree.
 _OWNED = {

@@ -57,6 +57,7 @@ VLLM = (
     "tests/replica/test_frontends.py",
     "tests/replica/test_hermes.py",
     "tests/replica/test_unreadable.py",
+    "tests/replica/test_weightcache.py",
 )
 # Single tests of these import vLLM or torch; they are marked as server.
 VLLM_IN_PART = (

@@ -85,6 +85,29 @@ def test_settings_are_frozen() -> None:
             "sleep; leave out 'sleep'",
         ),
         (
+            {"keep_weights": True, "sleep": {"after_s": 1.0}},
+            "keep_weights = True: an engine whose weights are another process's cannot sleep; "
+            "set either 'sleep' or 'keep_weights'",
+        ),
+        (
+            {"keep_weights": True, "model": "s3://bucket/model"},
+            "keep_weights = True: only for a model with files on this machine: a hub id or a "
+            "folder",
+        ),
+        (
+            {"keep_weights": True, "engine": {"load_format": "ipc_cache"}},
+            "engine.load_format = 'ipc_cache': with keep_weights it can only be auto or "
+            "safetensors or dummy",
+        ),
+        (
+            {"keep_weights": True, "engine": {"cpu_offload_gb": 4}},
+            "engine.cpu_offload_gb = 4: with keep_weights it can only be 0 or 0.0",
+        ),
+        (
+            {"keep_weights": True, "engine": {"enable_eplb": True}},
+            "engine.enable_eplb = True: with keep_weights it can only be false",
+        ),
+        (
             {"engine": {"model": "m"}},
             "engine.model = 'm': set the top-level key 'model' instead",
         ),
@@ -94,3 +117,9 @@ def test_a_bad_value_is_one_sentence(args: dict[str, object], sentence: str) -> 
     with pytest.raises(ConfigError) as error:
         Settings.parse(args)
     assert str(error.value) == sentence
+
+
+def test_kept_weights_go_with_what_does_not_touch_them() -> None:
+    engine = {"load_format": "dummy", "cpu_offload_gb": 0, "enable_eplb": False}
+    assert Settings.parse({"keep_weights": True, "engine": engine}).keep_weights
+    assert Settings.parse({"engine": {"load_format": "ipc_cache"}})

@@ -487,3 +487,34 @@ def test_52_serve_run_waits_for_the_proxies_that_this_function_returns(
     source = inspect.getsource(api.serve_start)
     assert "controller, proxy_ready_refs = _create_controller_and_proxy_refs(" in source
     assert "if proxy_ready_refs:" in source
+
+
+def test_53_weights_are_held_by_a_daemon_and_mapped_by_this_load_format(tmp_path: Path) -> None:
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.weight_cache import daemon, protocol
+    from vllm.v1.worker import gpu_worker
+
+    from serve_app.replica import weightcache
+
+    assert parameters(daemon.WeightCacheDaemon.__init__)[1:6] == [
+        "vllm_config",
+        "global_rank",
+        "local_rank",
+        "distributed_init_method",
+        "socket_dir",
+    ]
+    # vLLM's own launcher does the same, with a warm-up in between.
+    run = inspect.getsource(daemon._run_daemon)
+    assert run.index("daemon.load_model()") < run.index("daemon.serve_forever(")
+    assert 'cmd == "get_memory"' in inspect.getsource(daemon.WeightCacheDaemon._handle_connection)
+    names = {Path(protocol.get_socket_path(gpu, "/folder")).name for gpu in ("GPU-1", "MIG-GPU-12")}
+    assert {len(name) for name in names} == {len(weightcache.SOCKET_NAME)}
+    assert all(name.endswith(".sock") for name in names)
+    assert len(names) == 2
+    loader = get_model_loader(LoadConfig(**weightcache.load_arguments(tmp_path)))
+    assert (loader.socket_dir, loader.fallback, loader.mode) == (str(tmp_path), True, "zero_copy")
+    # What the engine may take of the GPU's memory is less by what the daemon has.
+    assert ".get_external_weight_memory(self.vllm_config)" in inspect.getsource(gpu_worker)
+    with pytest.raises(protocol.UnsupportedPlatformForIPCError):
+        protocol.check_ipc_platform_support()

@@ -101,7 +101,7 @@ class Cache:
         self._lock = None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _write(_seal_of(self.folder), files(self.folder))
+            write(_seal_of(self.folder), files(self.folder))
             return True
         except BlockingIOError:
             return False
@@ -131,7 +131,7 @@ def _make_ready(folder: Path, key: str, source: Source | None) -> str:
     if source is not None:
         try:
             archive.fetch(source, key, folder)
-            _write(_seal_of(folder), files(folder))
+            write(_seal_of(folder), files(folder))
             return "fetched"
         except FileNotFoundError:
             logger.info("there are no compiled kernels for this engine in %s", source)
@@ -199,7 +199,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-def _write(path: Path, content: Any) -> None:
+def write(path: Path, content: Any) -> None:
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(json.dumps(content))
     fresh.replace(path)

@@ -65,6 +65,55 @@ def describe(
 _OF_GPU = ("compute_capability", "driver_version")
 
 
+# Arguments that do not change the weights on a GPU. Others might, as max_model_len changes the
+# tables of some rotary embeddings.
+_NOT_THE_WEIGHTS = frozenset(
+    {
+        *_NOT_THE_ENGINES,
+        "disable_log_stats",
+        "enable_chunked_prefill",
+        "enable_log_requests",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "generation_config",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_logprobs",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "override_generation_config",
+        "reasoning_parser",
+        "scheduling_policy",
+        "stream_interval",
+    }
+)
+# Variables of vLLM that name folders, or what is kept there.
+_PLACES = frozenset({"VLLM_CACHE_ROOT", "VLLM_ENABLE_STARTUP_PLAN"})
+
+
+def describe_weights(
+    content: str,
+    arguments: Mapping[str, Any],
+    devices: Sequence[str],
+    environ: Mapping[str, str],
+) -> dict[str, Any]:
+    """All that weights depend on as they lie on the GPUs: quantized, split, in a kernel's layout.
+
+    Args:
+        content: digest of the model's folder.
+        devices: the names of a replica's GPUs on this machine, in the order of its ranks.
+    """
+    return {
+        "content": content,
+        "versions": versions(),
+        "devices": list(devices),
+        "arguments": {k: v for k, v in sorted(arguments.items()) if k not in _NOT_THE_WEIGHTS},
+        "environment": {
+            k: v for k, v in sorted(environ.items()) if k.startswith("VLLM_") and k not in _PLACES
+        },
+    }
+
+
 def key(description: Mapping[str, Any]) -> str:
     """A name for a description, short enough for a folder."""
     text = json.dumps(description, sort_keys=True, default=str)

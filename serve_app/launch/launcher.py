@@ -390,6 +390,7 @@ class _Child:
                 _show("`serve run` did not finish in time and was killed")
         if self._template is not None:
             self._template.end()
+        orphans.end_weights()
         left = orphans.wait(5)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -7,11 +7,14 @@ table of processes for as long as this one runs.
 
 import contextlib
 import ctypes
+import logging
 import os
 import threading
 import time
 
 import psutil
+
+logger = logging.getLogger("serve_app")
 
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 _PERIOD_S = 5.0
@@ -55,3 +58,13 @@ def wait(timeout_s: float) -> list[psutil.Process]:
             return [process for process in alive if process.is_running()]
         time.sleep(0.05)
     return []
+
+
+def end_weights() -> None:
+    """End adopted processes that keep weights for another replica (replica/weights.py)."""
+    from serve_app.replica import weights
+
+    try:
+        weights.end_below(weights.root(), {each.pid for each in psutil.Process().children()})
+    except (weights.Unavailable, OSError) as why:
+        logger.warning("kept weights may stay for a while: %s", why)

@@ -69,10 +69,10 @@ def warm(settings: Settings, plan: Plan, address: str) -> Warmed:
     os.environ.update(plan.environment)
     if plan.cpu_threads is None:
         kernels.settle()
-    arguments = plan.engine_arguments(settings)
-    described = engine.description(arguments, plan.placement.num_gpus)
+    arguments, count = plan.engine_arguments(settings), plan.placement.num_gpus
+    described = engine.description(arguments, count, settings.keep_weights)
     # Not from the address: what is there may be what is to be replaced.
-    cache = engine.prepare(arguments, plan.placement.num_gpus, None)
+    cache = engine.prepare(arguments, count, None, settings.keep_weights)
     if cache is None:
         raise ConfigError(
             "SERVE_APP_COMPILED", str(engine.root()), "no cache can be made there; the log says why"

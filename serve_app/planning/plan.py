@@ -262,6 +262,9 @@ def decide_on(settings: Settings, nodes: Sequence[Node]) -> Plan:
     kinds = _kinds(nodes)
     kind, gpus, model, placement = _fitting(settings, kinds or [("", ())])
     _check_sleep(settings, placement)
+    if settings.keep_weights and placement.bundles is not None:
+        problem = "an engine on several nodes cannot keep them; leave it out, or use fewer GPUs"
+        raise ConfigError("keep_weights", True, problem)
     return Plan(
         model=model,
         served_model_name=settings.served_model_name or _short_name(model),

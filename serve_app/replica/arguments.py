@@ -10,6 +10,7 @@ break its diagnosis.
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import importlib
@@ -67,6 +68,14 @@ def parse(arguments: Mapping[str, Any]) -> argparse.Namespace:
         _check_kind(key, value, getattr(args, key, None))
     _check_plugins(arguments, args)
     return args
+
+
+def loading(args: argparse.Namespace, load: Mapping[str, Any]) -> argparse.Namespace:
+    """vLLM's parsed arguments, with others for how weights are loaded."""
+    changed = copy.copy(args)
+    for name, value in load.items():
+        setattr(changed, name, value)
+    return changed
 
 
 class _Unparsable(Exception):

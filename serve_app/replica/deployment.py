@@ -34,7 +34,7 @@ from serve_app.pacing import Pacer
 from serve_app.planning import kernels
 from serve_app.planning.plan import Plan
 from serve_app.progress import READY, reported, say, stage
-from serve_app.replica import forkserver
+from serve_app.replica import forkserver, weights
 from serve_app.replica.backend import FAST_LANE, Backend, Server
 from serve_app.replica.keeper import Keeper
 from serve_app.replica.sharing import SharedGpu
@@ -61,6 +61,7 @@ class ReplicaBase:
     _cache: Cache | None = None
     _sleeper: Sleeper | None = None
     _gpu: Gpu = Gpu()
+    _weights: weights.KeptWeights | None = None
     _started_s: Mapping[str, float] = {}
 
     def _load(self, settings: Settings, plan: Plan) -> None:
@@ -90,23 +91,36 @@ class ReplicaBase:
             # Without a GPU nothing is compiled; an engine on several nodes compiles on each.
             if count := plan.placement.num_gpus:
                 with startup.phase("caches"):
-                    self._cache = caches.prepare(arguments, count, settings.compiled)
-            with stage("loading the engine"), self._reaper.following(), logs.preserved():
-                with startup.phase("imports"), forkserver.undisturbed():
+                    self._cache = caches.prepare(
+                        arguments, count, settings.compiled, settings.keep_weights
+                    )
+            with stage("loading the engine"), logs.preserved():
+                following = self._reaper.following()
+                with following, startup.phase("imports"), forkserver.undisturbed():
                     # Imported here: `build` runs on a head node that may hold no engine.
                     from serve_app.replica.engine import Engine
                 with startup.phase("turn"):
                     self._gpu.wait()  # A start needs the GPU's memory.
                 began_s = time.monotonic()
-                self._engine = Engine.start(
-                    arguments,
-                    self._pacer,
-                    self._signals,
-                    startup=startup,
-                    continuing=self._continuing,
-                    fast_host=self._fast_host(),
-                )
+                # Not guarded by the reaper: kept weights outlive this replica.
+                with startup.phase("weights"):
+                    self._weights = weights.of(settings, arguments, count)
+                    load = self._load_arguments()
+                with self._reaper.following():
+                    self._engine = Engine.start(
+                        arguments,
+                        self._pacer,
+                        self._signals,
+                        startup=startup,
+                        continuing=self._continuing,
+                        fast_host=self._fast_host(),
+                        load=load,
+                    )
                 self._loaded_s = time.monotonic() - began_s
+
+    def _load_arguments(self) -> dict[str, Any]:
+        """How the engine that starts next loads its weights, if not as its arguments say."""
+        return {} if self._weights is None else self._weights.load_arguments()
 
     def _secret(self) -> str | None:
         """The secret of the fast lane's door; None if nothing can ask there."""
@@ -249,8 +263,11 @@ class ReplicaBase:
 
     async def _start_anew(self) -> None:
         startup = Startup(dedicated=False)
+        await self._engine.ended()
+        with startup.phase("weights"):
+            load = await asyncio.to_thread(self._load_arguments)
         with self._reaper.following():
-            await self._engine.restart(startup)
+            await self._engine.restart(startup, load)
         with startup.phase("front ends"):
             answer = await self._answer()
         with startup.phase("warm-up"):
@@ -343,6 +360,8 @@ class ReplicaBase:
             self._sleeper.stop()
         if (engine := getattr(self, "_engine", None)) is not None:
             engine.stop()
+        if self._weights is not None:
+            self._weights.close()
         if self._cache is not None:
             self._cache.seal()  # With what was compiled for requests.
         if (reaper := getattr(self, "_reaper", None)) is not None:

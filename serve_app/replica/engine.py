@@ -37,7 +37,7 @@ from serve_app.gates import routes
 from serve_app.pacing import Pacer
 from serve_app.progress import say
 from serve_app.replica import forkserver, frontends, unreadable
-from serve_app.replica.arguments import first_sentence, parse
+from serve_app.replica.arguments import first_sentence, loading, parse
 from serve_app.replica.bounds import Bounds
 from serve_app.replica.iterations import FastIteration, iteration_of
 from serve_app.replica.llm import ContinuingLLM, CountingLLM
@@ -76,13 +76,14 @@ class Engine:
     def __init__(
         self,
         args: argparse.Namespace,
-        launch: Callable[[Startup], _Launched],
+        launch: Callable[[Startup, Mapping[str, Any]], _Launched],
         pacer: Pacer,
         startup: Startup,
+        load: Mapping[str, Any],
     ) -> None:
         self._args, self._launch, self._pacer = args, launch, pacer
         self.bounds = Bounds()
-        self._take(*self._launched(startup))
+        self._take(*self._launched(startup, load))
         self.max_running_requests: int = self._llm.vllm_config.scheduler_config.max_num_seqs
         self.max_model_len: int = self._llm.model_config.max_model_len
 
@@ -95,6 +96,7 @@ class Engine:
         continuing: bool = False,
         fast_host: str | None = None,
         startup: Startup | None = None,
+        load: Mapping[str, Any] | None = None,
     ) -> "Engine":
         """Load the model; blocks until the engine's processes are ready.
 
@@ -105,6 +107,7 @@ class Engine:
             continuing: whether it is behind a gateway, which goes on with what broke off.
             fast_host: the address on which a Rust front end listens; None: there is to be none.
             startup: is told what the start is doing.
+            load: arguments about loading, in place of those in `arguments`.
 
         Raises:
             ConfigError: for an argument that vLLM does not know or cannot honour.
@@ -126,15 +129,16 @@ class Engine:
             say(f"no fast lane: {why}; Python answers every request")
             fast_host = None
 
-        def launch(startup: Startup) -> _Launched:
+        def launch(startup: Startup, load: Mapping[str, Any]) -> _Launched:
             # The usage context sets vLLM's default batch limits: this one is `vllm serve`'s.
             context = UsageContext.OPENAI_API_SERVER
             try:
                 if fast_host is not None:
                     recorders = [_recorder(signals, None)]
-                    return frontends.launch(kind, args, fast_host, recorders, startup)
+                    return frontends.launch(kind, args, fast_host, recorders, startup, load)
                 with startup.configuration():
-                    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(context)
+                    engine_args = AsyncEngineArgs.from_cli_args(loading(args, load))
+                    config = engine_args.create_engine_config(context)
             except (ValueError, OSError) as error:
                 raise ConfigError("engine", args.model, first_sentence(error)) from error
             llm = kind.from_vllm_config(
@@ -145,29 +149,37 @@ class Engine:
             )
             return llm, None
 
-        return cls(args, launch, pacer, startup)
+        return cls(args, launch, pacer, startup, load or {})
 
-    async def restart(self, startup: Startup) -> None:
+    async def ended(self) -> None:
+        """Return once its processes have ended, after `kill()`: the memory that they had of a GPU
+        is free.
+        """
+        await asyncio.to_thread(psutil.wait_procs, self._processes, 30)
+
+    async def restart(self, startup: Startup, load: Mapping[str, Any] | None = None) -> None:
         """Restart the engine after `kill()`. `app()` then returns the application that serves it.
 
         Only its own processes are new: this one has imported everything already. The event loop
         turns meanwhile.
+
+        Args:
+            load: as in `start`.
         """
-        # A GPU's memory is free once those who held it are gone.
-        await asyncio.to_thread(psutil.wait_procs, self._processes, 30)
+        await self.ended()
         self._llm.shutdown(timeout=0)
         if self.fast is not None:
             self.fast.stop()
 
         def start() -> _Launched:
             forkserver.start()  # Should it have died as well.
-            return self._launched(startup)
+            return self._launched(startup, load or {})
 
         self._take(*await asyncio.to_thread(start))
 
-    def _launched(self, startup: Startup) -> _Launched:
+    def _launched(self, startup: Startup, load: Mapping[str, Any]) -> _Launched:
         with startup.phase("engine process"), startup.engine():
-            return self._launch(startup)
+            return self._launch(startup, load)
 
     def _take(self, llm: async_llm.AsyncLLM, fast: frontends.RustFrontend | None) -> None:
         self._llm, self.fast = llm, fast

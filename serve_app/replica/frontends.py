@@ -18,7 +18,7 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from vllm.utils.network_utils import ZmqListener, get_open_zmq_ipc_path, make_zm
 from vllm.v1.executor import Executor
 from vllm.v1.utils import RustFrontendProcessManager
 
+from serve_app.replica.arguments import loading
 from serve_app.replica.scheduler import FAST, FULL, ReportingAsyncScheduler, ReportingScheduler
 from serve_app.replica.startup import Startup
 
@@ -203,6 +204,7 @@ def launch(
     host: str,
     stat_loggers: list[Any],
     startup: Startup,
+    load: Mapping[str, Any],
 ) -> tuple[async_llm.AsyncLLM, RustFrontend]:
     """Start an engine and both of its front ends; blocks until the engine's processes are ready.
 
@@ -210,11 +212,12 @@ def launch(
         kind: the class of the Python front end.
         host: the address that vllm-rs listens on.
         startup: is told what the start is doing.
+        load: arguments about loading, in place of those in `args`. vllm-rs loads nothing.
 
     Raises:
         ValueError, OSError: from vLLM, for arguments that it cannot honour.
     """
-    engine_args = AsyncEngineArgs.from_cli_args(args)
+    engine_args = AsyncEngineArgs.from_cli_args(loading(args, load))
     engine_args._api_process_count = 2
     engine_args._api_process_rank = -1
     # The usage context sets vLLM's default batch limits: this one is `vllm serve`'s.

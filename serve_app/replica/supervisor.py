@@ -18,10 +18,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 import psutil
+
+from serve_app.processes import start_ticks
 
 logger = logging.getLogger("serve_app")
 
@@ -224,7 +225,7 @@ class Reaper:
     def guard(self, pids: Iterable[int]) -> None:
         """Kill these processes, too, should this one vanish."""
         assert self._process.stdin is not None
-        lines = (f"{pid}:{started}\n" for pid in pids if (started := _start_ticks(pid)))
+        lines = (f"{pid}:{started}\n" for pid in pids if (started := start_ticks(pid)))
         self._process.stdin.write("".join(lines).encode())
         self._process.stdin.flush()
 
@@ -260,13 +261,3 @@ class Reaper:
             self._process.stdin.close()
         self._process.stdout.read()  # Ends when it does.
         self._process.stdout.close()
-
-
-def _start_ticks(pid: int) -> str | None:
-    """When a process started, in the clock ticks of /proc; None: it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    # The second field is the program's name in parentheses, and may hold anything.
-    return stat.rpartition(")")[2].split()[19]

@@ -63,6 +63,48 @@ def test_the_same_weights_in_another_folder_are_the_same(model: Path) -> None:
     assert keys.identity("s3://bucket/a") != keys.identity("s3://bucket/b")
 
 
+# --- weights that stay on GPUs --------------------------------------------------------------------
+
+
+def weights_key(arguments: Any = None, devices: Any = ("0",), environ: Any = None) -> str:
+    asked = {"model": "/a", "max_num_seqs": 256, **(arguments or {})}
+    return keys.key(keys.describe_weights("content", asked, devices, environ or {}))
+
+
+def test_what_may_change_weights_changes_their_key(monkeypatch: Any) -> None:
+    found = {weights_key()}
+    found.add(keys.key(keys.describe_weights("other", {"model": "/a"}, ("0",), {})))
+    for arguments in (
+        {"dtype": "float16"},
+        {"quantization": "fp8"},
+        {"tensor_parallel_size": 2},
+        {"load_format": "dummy"},
+        {"max_model_len": 4096},  # Tables of rotary embeddings may depend on it.
+        {"an_argument_of_a_later_vllm": 1},
+    ):
+        found.add(weights_key(arguments))
+    found.add(weights_key(devices=("1",)))
+    found.add(weights_key(devices=("0", "1")))
+    found.add(weights_key(devices=("1", "0")))
+    found.add(weights_key(environ={"VLLM_TEST_FORCE_FP8_MARLIN": "1"}))
+    monkeypatch.setattr(keys, "versions", lambda: {"vllm": "0.33.0"})
+    found.add(weights_key())
+    assert len(found) == 13
+
+
+def test_what_cannot_change_weights_leaves_their_key() -> None:
+    same = {
+        "model": "/b",
+        "max_num_seqs": 64,
+        "gpu_memory_utilization": 0.5,
+        "served_model_name": ["x"],
+        "enforce_eager": True,
+    }
+    # The folder of compiled kernels depends on all arguments.
+    environ = {"VLLM_CACHE_ROOT": "/c", "VLLM_ENABLE_STARTUP_PLAN": "1", "HOME": "/d"}
+    assert weights_key(same, environ=environ) == weights_key()
+
+
 # --- the memory for the KV cache, which vLLM keeps in it --------------------------------------
 
 

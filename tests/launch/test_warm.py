@@ -95,6 +95,10 @@ def test_replicas_fetch_what_was_compiled_once(
     other = caches.prepare({**arguments, "max_num_seqs": 64}, 1, address)
     assert other is not None
     assert other.origin == "nothing"
+    # Nor where the weights are another process's, which changes what is measured.
+    kept = caches.prepare(arguments, 1, address, keep_weights=True)
+    assert kept is not None
+    assert kept.origin == "nothing"
 
 
 def test_an_address_is_needed(tmp_path: Path, model: Path, capsys: Any) -> None:
@@ -116,3 +120,14 @@ def test_the_job_of_kubernetes_warms_what_the_overlay_serves() -> None:
     assert container["command"][:4] == ["python", "-m", "serve_app", "warm"]
     mounted = {each["name"] for each in container["volumeMounts"]}
     assert mounted == {each["name"] for each in job["spec"]["template"]["spec"]["volumes"]}
+
+
+def test_replicas_that_keep_their_weights_fetch_what_was_compiled_for_them(
+    tmp_path: Path, model: Path, capsys: Any
+) -> None:
+    config = configuration(tmp_path, model, keep_weights=True)
+    assert commands.main(["warm", "--config", str(config), "--to", str(tmp_path / "volume")]) == 0
+    settings = Settings.parse({"model": str(model), "keep_weights": True})
+    arguments = decide_on(settings, [warm.Node((GPU,))]).engine_arguments(settings)
+    described = caches.description(arguments, 1, settings.keep_weights)
+    assert json.loads(capsys.readouterr().out)["key"] == caches.keys.key(described)

@@ -88,6 +88,16 @@ def test_a_model_fits_only_beside_those_that_sleep() -> None:
         decide_on(sleeping(6, **model, **room), [Node((GPU,))])
 
 
+def test_kept_weights_need_an_engine_on_one_node(tiny_config: Path) -> None:
+    settings = Settings.parse(
+        {"keep_weights": True, "model": str(tiny_config), "pipeline_parallel_size": 2}
+    )
+    assert decide_on(settings, [Node((GPU, GPU))]).placement.num_gpus == 2
+    assert decide_on(settings, []).placement.num_gpus == 0  # It has no effect there.
+    with pytest.raises(ConfigError, match="keep_weights = True: an engine on several nodes"):
+        decide_on(settings, [Node((GPU,))] * 2)
+
+
 @pytest.mark.parametrize(
     ("models", "nodes", "sizes", "sentence"),
     [

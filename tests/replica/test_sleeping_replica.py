@@ -34,6 +34,7 @@ class Engine:
     def __init__(self) -> None:
         self.bounds = SimpleNamespace(change=lambda limits: None)
         self.awake, self.dead, self.failing = True, False, False
+        self.loads: list[Mapping[str, Any]] = []
         self.last_sign_s = 0.0
 
     async def app(self) -> ASGIApp:
@@ -64,8 +65,11 @@ class Engine:
             raise RuntimeError("out of memory")
         self.awake = True
 
-    async def restart(self, startup: Startup) -> None:
+    async def ended(self) -> None: ...
+
+    async def restart(self, startup: Startup, load: Mapping[str, Any]) -> None:
         self.awake, self.dead, self.failing = True, False, False
+        self.loads.append(load)
 
     def kill(self) -> None:
         self.dead = True
@@ -173,6 +177,24 @@ async def test_replicas_on_one_gpu_start_and_answer_in_turn(
         assert [engine.awake for engine in engines] == [turn == 0, turn == 1]
     for replica in replicas:
         replica.end()
+
+
+async def test_each_restart_asks_anew_how_the_weights_are_loaded() -> None:
+    """A daemon may have died since, or may be there again."""
+    replica = Replica({"sleep": {}})
+    await replica._stack()
+    mapped = {"load_format": "ipc_cache"}
+    answers: list[Mapping[str, Any]] = [mapped, {}, mapped]
+    replica._weights = SimpleNamespace(load_arguments=lambda: answers[len(engine.loads)])  # type: ignore[assignment]
+    engine: Any = replica._engine
+    for _ in answers:
+        await replica._restart()
+    assert engine.loads == answers
+    replica._weights = None
+    await replica._restart()
+    assert engine.loads[-1] == {}
+    assert replica.starts[-4:] == ["restart"] * 4
+    replica.end()
 
 
 async def test_without_the_setting_nothing_sleeps() -> None:

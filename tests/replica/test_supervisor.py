@@ -287,7 +287,7 @@ def test_a_reaper_spares_a_process_that_has_the_pid_of_one_it_guarded(
     # A name that /proc shows with what separates its fields.
     sleeper = subprocess.Popen(["bash", "-c", "exec -a ') 1 (' sleep 300"])
     if another:
-        monkeypatch.setattr(supervisor, "_start_ticks", lambda pid: "1")
+        monkeypatch.setattr(supervisor, "start_ticks", lambda pid: "1")
     reaper.guard([sleeper.pid])
     assert reaper._process.stdin is not None
     reaper._process.stdin.close()  # As when the replica is gone.

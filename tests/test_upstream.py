@@ -518,3 +518,13 @@ def test_53_weights_are_held_by_a_daemon_and_mapped_by_this_load_format(tmp_path
     assert ".get_external_weight_memory(self.vllm_config)" in inspect.getsource(gpu_worker)
     with pytest.raises(protocol.UnsupportedPlatformForIPCError):
         protocol.check_ipc_platform_support()
+
+
+def test_54_a_process_forgets_the_tracker_of_its_parent() -> None:
+    from multiprocessing import resource_tracker
+
+    tracker = type(resource_tracker._resource_tracker)()
+    tracker._fd, tracker._pid = 7, 8  # type: ignore[attr-defined]
+    tracker.__init__()  # type: ignore[misc]
+    assert (tracker._fd, tracker._pid) == (None, None)  # type: ignore[attr-defined]
+    assert resource_tracker.register.__self__ is resource_tracker._resource_tracker  # type: ignore[attr-defined]

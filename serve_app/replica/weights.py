@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ _GLANCE_S = 1.0
 # How long processes that were killed may take to end. A GPU's memory is freed meanwhile.
 _END_S = 30.0
 # The slowest loading that is waited for.
-_LEAST_LOAD_S, _LEAST_BYTES_PER_S = 60.0, 100e6
+_LEAST_LOAD_S, _LEAST_BYTES_PER_S = 120.0, 100e6
 # The longest path of a Unix socket.
 _SOCKET_PATH_BYTES = 107
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -114,6 +115,8 @@ def _detach(folder: Path, holder: int) -> None:
     for descriptor, number in ((null, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, number)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    # What shares memory starts one of its own, and must not write to this one's number.
+    resource_tracker._resource_tracker.__init__()  # type: ignore[misc]
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         if descriptor not in (0, 1, 2, holder):
             with contextlib.suppress(OSError):  # The one of this listing.
@@ -221,13 +224,16 @@ class KeptWeights:
             raise Unavailable(f"{self.folder / 'users'} is locked")
         if is_held(self.folder):
             try:
-                return self._await()
+                self._await()
+                say("the weights are on the GPU already, and the engine maps them")
+                return
             except Exception as why:
                 logger.warning("the weights in %s are loaded again: %s", self.folder, why)
         end(self.folder)
         try:
             self._start()
             self._await()
+            say("the weights were loaded to stay, and the engine maps them")
         except BaseException:
             end(self.folder)  # The engine needs the memory.
             raise

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -163,7 +164,7 @@ kept = replica(Path(sys.argv[1]), linger_s=5.0)
 assert kept.load_arguments()
 with reaper.following():
     time.sleep(0.5)
-os.write(1, b"ready")
+os.write(1, b"ready\\n")
 time.sleep(300)
 """
 
@@ -171,7 +172,7 @@ time.sleep(300)
 def test_they_outlive_a_replica_that_is_killed_and_end_after_a_while(root: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", _REPLICA, root], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    assert process.stdout.read(5) == b"ready"
+    assert b"ready\n" in process.stdout
     [daemon], kept = pids(root / "a"), holder(root / "a")
     # Neither what ends with the replica's session nor what ends with its family.
     assert os.getsid(kept.pid) == os.getsid(daemon) != os.getsid(process.pid)
@@ -190,6 +191,13 @@ def test_a_holder_keeps_nothing_of_the_process_that_started_it(root: Path) -> No
     os.close(writer)
     assert os.read(reader, 1) == b""  # As of a fork server, which ends at the end of its pipe.
     os.close(reader)
+
+
+def test_daemons_may_share_memory_with_each_other(root: Path) -> None:
+    resource_tracker.ensure_running()  # It notes shared memory, and is this process's.
+    kept = replica(root)
+    (kept.folder / "behaviour").write_text("share")
+    assert kept.load_arguments() == MAPPED, (kept.folder / "log").read_text()
 
 
 @pytest.mark.parametrize("which", ["holder", "daemon"])
@@ -256,7 +264,7 @@ def test_replicas_that_start_together_share_one_holder(root: Path) -> None:
     ]
     for process in processes:
         assert process.stdout is not None
-        assert process.stdout.read(5) == b"ready"
+        assert b"ready\n" in process.stdout
     assert len(pids(root / "a")) == 1
     titles = [each.cmdline() for each in psutil.process_iter() if _is_of(each, root)]
     assert len(titles) == 2  # A holder and its daemon.

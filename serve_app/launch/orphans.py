@@ -61,10 +61,10 @@ def wait(timeout_s: float) -> list[psutil.Process]:
 
 
 def end_weights() -> None:
-    """End adopted processes that keep weights for another replica (replica/weights.py)."""
-    from serve_app.replica import weights
+    """End adopted processes that keep weights for another replica (replica/holder.py)."""
+    from serve_app.replica import holder
 
     try:
-        weights.end_below(weights.root(), {each.pid for each in psutil.Process().children()})
-    except (weights.Unavailable, OSError) as why:
+        holder.end_below(holder.root(), {each.pid for each in psutil.Process().children()})
+    except (holder.Unavailable, OSError) as why:
         logger.warning("kept weights may stay for a while: %s", why)

@@ -1,7 +1,7 @@
 """vLLM's weight cache: a daemon that holds the weights of one GPU, and how an engine maps them.
 
 `vllm preload` starts such daemons through a command line that imports everything again, and leaves
-them alone. Here replica/weights.py starts them and ends them. The names of vLLM that are used are
+them alone. Here replica/holder.py starts them and ends them. The names of vLLM that are used are
 in docs/upstream.md.
 """
 

@@ -86,10 +86,10 @@ def test_where_vllm_cannot_share_memory_an_engine_loads_its_weights_itself(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """All of it with vLLM's own daemon, which refuses a CPU once it has read its arguments."""
-    from serve_app.replica import forkserver, weights
+    from serve_app.replica import forkserver, holder, weights
     from serve_app.settings import Settings
 
-    monkeypatch.setattr(weights, "root", lambda: folder)
+    monkeypatch.setattr(holder, "root", lambda: folder)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     running = stdlib._forkserver._forkserver_pid is not None  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def test_where_vllm_cannot_share_memory_an_engine_loads_its_weights_itself(
         log = (kept.folder / "log").read_text()
         assert "does not support CUDA IPC" in log, log
         assert "their process ended" in capfd.readouterr().out
-        assert not weights.is_held(kept.folder)
+        assert not holder.is_held(kept.folder)
         kept.close()
     finally:
         if not running:
@@ -114,12 +114,12 @@ def test_a_path_that_is_too_long_for_a_socket_is_said(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from serve_app.replica import weights
+    from serve_app.replica import holder, weights
     from serve_app.settings import Settings
 
     long = tmp_path / ("x" * 60)
     long.mkdir(mode=0o700)
-    monkeypatch.setattr(weights, "root", lambda: long)
+    monkeypatch.setattr(holder, "root", lambda: long)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     arguments = {"model": str(tiny_config)}
     assert weights.of(Settings.parse({"keep_weights": True}), arguments, 1) is None

@@ -27,8 +27,9 @@ from hypothesis.stateful import (
 )
 
 from serve_app.processes import start_ticks
-from serve_app.replica import weights
-from serve_app.replica.weights import KeptWeights, Linger
+from serve_app.replica import holder, weights
+from serve_app.replica.holder import Linger
+from serve_app.replica.weights import KeptWeights
 from serve_app.settings import Settings
 from tests.examples import examples
 from tests.services.weights import ask, serve
@@ -43,7 +44,7 @@ _WITHIN_S = 60.0
 @pytest.fixture
 def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for weights, with a path that is short enough; whatever was held there is ended."""
-    monkeypatch.setattr(weights, "_CHECK_S", 0.02)
+    monkeypatch.setattr(holder, "_CHECK_S", 0.02)
     with _root() as folder:
         yield folder
 
@@ -55,7 +56,7 @@ def _root() -> Iterator[Path]:
         yield folder
     finally:
         for path in folder.glob("*/holder"):
-            weights.end(path.parent)
+            holder.end(path.parent)
         shutil.rmtree(folder)
 
 
@@ -63,7 +64,7 @@ def start(folder: Path, devices: list[str], linger_s: float) -> None:
     """What a replica has its fork server do."""
     if (pid := os.fork()) == 0:
         try:
-            weights.begin(folder, devices, partial(serve, folder), linger_s)
+            holder.begin(folder, devices, partial(serve, folder), linger_s)
         finally:
             os._exit(1)
     assert os.waitpid(pid, 0) == (pid, 0)
@@ -89,7 +90,7 @@ def pids(folder: Path) -> list[int]:
     return [ask(path) for path in sorted(folder.glob("*.sock"))]
 
 
-def holder(folder: Path) -> psutil.Process:
+def holder_of(folder: Path) -> psutil.Process:
     return psutil.Process(json.loads((folder / "holder").read_bytes())["pid"])
 
 
@@ -136,13 +137,13 @@ def test_they_end_a_while_after_their_last_user(root: Path) -> None:
     first, second = replica(root, linger_s=_SHORT_S), replica(root)
     first.load_arguments()
     second.load_arguments()
-    [daemon], process = pids(first.folder), holder(first.folder)
+    [daemon], process = pids(first.folder), holder_of(first.folder)
     first.close()
     time.sleep(2 * _SHORT_S)
     assert pids(second.folder) == [daemon]
     second.close()
     eventually(lambda: gone(daemon) and gone(process.pid))
-    assert not weights.is_held(first.folder)
+    assert not holder.is_held(first.folder)
 
 
 def test_a_replica_that_comes_in_time_finds_them(root: Path) -> None:
@@ -173,7 +174,7 @@ def test_they_outlive_a_replica_that_is_killed_and_end_after_a_while(root: Path)
     process = subprocess.Popen([sys.executable, "-c", _REPLICA, root], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert b"ready\n" in process.stdout
-    [daemon], kept = pids(root / "a"), holder(root / "a")
+    [daemon], kept = pids(root / "a"), holder_of(root / "a")
     # Neither what ends with the replica's session nor what ends with its family.
     assert os.getsid(kept.pid) == os.getsid(daemon) != os.getsid(process.pid)
     assert psutil.Process(process.pid).children(recursive=True) == []
@@ -206,7 +207,7 @@ def test_if_one_is_killed_all_end_and_the_next_engine_starts_them_again(
 ) -> None:
     kept = replica(root, gpus="0,1")
     kept.load_arguments()
-    daemons, process = pids(kept.folder), holder(kept.folder)
+    daemons, process = pids(kept.folder), holder_of(kept.folder)
     os.kill(process.pid if which == "holder" else daemons[1], signal.SIGKILL)
     eventually(lambda: all(map(gone, [*daemons, process.pid])))
     assert kept.load_arguments() == MAPPED
@@ -217,7 +218,7 @@ def test_if_one_is_killed_all_end_and_the_next_engine_starts_them_again(
 def test_what_hangs_is_replaced(root: Path, which: str) -> None:
     kept = replica(root)
     kept.load_arguments()
-    [daemon], process = pids(kept.folder), holder(kept.folder)
+    [daemon], process = pids(kept.folder), holder_of(kept.folder)
     os.kill(daemon, signal.SIGSTOP)
     if which == "holder":
         process.suspend()
@@ -239,7 +240,7 @@ def test_an_engine_loads_itself_what_a_daemon_cannot(
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 1
     assert reason in lines[0]
-    assert not weights.is_held(kept.folder)  # Its memory is free.
+    assert not holder.is_held(kept.folder)  # Its memory is free.
     if behaviour == "fail":
         assert "no memory for the weights" in (kept.folder / "log").read_text()
     (kept.folder / "behaviour").unlink()
@@ -289,7 +290,7 @@ def test_other_weights_that_nobody_uses_leave_the_gpu_at_once(root: Path) -> Non
     daemons = pids(other.folder)
     other.close()
     elsewhere.close()
-    weights.clear(root, ["0"])
+    holder.clear(root, ["0"])
     assert all(map(gone, daemons))
     assert len(pids(elsewhere.folder)) == 1
     assert len(pids(used.folder)) == 1
@@ -298,10 +299,10 @@ def test_other_weights_that_nobody_uses_leave_the_gpu_at_once(root: Path) -> Non
 def test_a_holder_that_hangs_is_ended_as_well(root: Path) -> None:
     other = replica(root, "b")
     other.load_arguments()
-    process = holder(other.folder)
+    process = holder_of(other.folder)
     process.suspend()
     other.close()
-    weights.clear(root, ["0"], root / "a")
+    holder.clear(root, ["0"], root / "a")
     assert gone(process.pid)
 
 
@@ -310,19 +311,19 @@ def test_the_weights_of_the_replica_itself_stay(root: Path) -> None:
     kept.load_arguments()
     daemons = pids(kept.folder)
     kept.close()
-    weights.clear(root, ["0"], kept.folder)
+    holder.clear(root, ["0"], kept.folder)
     assert pids(kept.folder) == daemons
 
 
 def test_a_process_that_has_the_pid_of_a_holder_is_spared(root: Path) -> None:
     kept = replica(root, linger_s=_SHORT_S)
     kept.load_arguments()
-    process = holder(kept.folder)
+    process = holder_of(kept.folder)
     kept.close()
     sleeper = subprocess.Popen(["sleep", "300"])
     owner = {"pid": sleeper.pid, "started": start_ticks(process.pid), "devices": ["0"]}
     (kept.folder / "holder").write_text(json.dumps(owner))
-    weights.end(kept.folder)  # It waits for the real one, which has nobody to wait for.
+    holder.end(kept.folder)  # It waits for the real one, which has nobody to wait for.
     assert gone(process.pid)
     assert sleeper.poll() is None
     sleeper.kill()
@@ -333,18 +334,18 @@ def test_a_launcher_ends_its_own(root: Path) -> None:
     mine, other = replica(root), replica(root, "b", "1")
     mine.load_arguments()
     other.load_arguments()
-    weights.end_below(root, {holder(mine.folder).pid})
-    assert not weights.is_held(mine.folder)
-    assert weights.is_held(other.folder)
+    holder.end_below(root, {holder_of(mine.folder).pid})
+    assert not holder.is_held(mine.folder)
+    assert holder.is_held(other.folder)
 
 
 def test_a_folder_that_others_can_enter_is_not_used(root: Path) -> None:
     (root / "a").mkdir()
     (root / "a").chmod(0o755)
-    with pytest.raises(weights.Unavailable, match="not a folder of this user alone"):
+    with pytest.raises(holder.Unavailable, match="not a folder of this user alone"):
         replica(root)
     (root / "b").symlink_to(root / "a")
-    with pytest.raises(weights.Unavailable, match="not a folder of this user alone"):
+    with pytest.raises(holder.Unavailable, match="not a folder of this user alone"):
         replica(root, "b")
 
 
@@ -358,15 +359,15 @@ def test_without_a_gpu_one_line_says_so(capfd: pytest.CaptureFixture[str]) -> No
 def test_a_replica_that_keeps_none_clears_its_gpu(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "root", lambda: root)
+    monkeypatch.setattr(holder, "root", lambda: root)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     other, elsewhere = replica(root, "b", "3"), replica(root, "c", "0")
     for each in (other, elsewhere):
         each.load_arguments()
         each.close()
     assert weights.of(Settings.parse({}), {}, 2) is None
-    assert not weights.is_held(other.folder)
-    assert weights.is_held(elsewhere.folder)
+    assert not holder.is_held(other.folder)
+    assert holder.is_held(elsewhere.folder)
 
 
 # --- any order ------------------------------------------------------------------------------------
@@ -394,9 +395,9 @@ class Lives(RuleBasedStateMachine):
 
     def _come(self, model: str) -> None:
         new = replica(self.root, model, linger_s=_SHORT_S)
-        weights.clear(self.root, ["0"], new.folder)
+        holder.clear(self.root, ["0"], new.folder)
         for folder in self.root.iterdir():
-            assert folder == new.folder or not weights.is_held(folder)
+            assert folder == new.folder or not holder.is_held(folder)
         assert new.load_arguments() == MAPPED
         self.replicas.append(new)
 
@@ -410,10 +411,10 @@ class Lives(RuleBasedStateMachine):
     def fails(self, failure: str) -> None:
         """A process fails, and the engine of the last replica is restarted."""
         kept = self.replicas[-1]
-        pid = holder(kept.folder).pid if "holder" in failure else pids(kept.folder)[0]
+        pid = holder_of(kept.folder).pid if "holder" in failure else pids(kept.folder)[0]
         os.kill(pid, signal.SIGSTOP if "hangs" in failure else signal.SIGKILL)
         # One that dies just when it has answered is vLLM's to notice.
-        eventually(lambda: "hangs" in failure or not weights.is_held(kept.folder))
+        eventually(lambda: "hangs" in failure or not holder.is_held(kept.folder))
         assert kept.load_arguments() == MAPPED
 
     @rule()
@@ -423,17 +424,17 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: not self.replicas)
     @rule()
     def much_time_passes(self) -> None:
-        eventually(lambda: not any(map(weights.is_held, self.root.iterdir())))
+        eventually(lambda: not any(map(holder.is_held, self.root.iterdir())))
 
     @invariant()
     def weights_that_are_used_are_held(self) -> None:
         for kept in self.replicas:
-            assert weights.is_held(kept.folder)
+            assert holder.is_held(kept.folder)
 
     def teardown(self) -> None:
         for kept in self.replicas:
             kept.close()
-        eventually(lambda: not any(map(weights.is_held, self.root.iterdir())))
+        eventually(lambda: not any(map(holder.is_held, self.root.iterdir())))
         self._undo.close()
 
 
@@ -441,7 +442,7 @@ class Lives(RuleBasedStateMachine):
 def test_in_any_order_used_weights_are_held_and_unused_ones_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(weights, "_CHECK_S", 0.02)
+    monkeypatch.setattr(holder, "_CHECK_S", 0.02)
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Lives, settings=examples(15, stateful_step_count=8, deadline=None)
     )

@@ -2,11 +2,13 @@
 
     cache = Cache.prepare(root, key, source)     before the engine: fetched, checked, locked
     os.environ.update(cache.environment(...))    vLLM, Triton, FlashInfer and the driver write there
-    cache.seal()                                 once the engine is ready, and when it stops
+    cache.seal()                                 once an engine is ready, and when it stops
 
 A seal lists every file with its digest. A cache that does not match its seal is deleted before the
 engine uses it, because some compilers crash on a truncated file. A cache without a seal, whose
 start did not end, is deleted too. A failure here costs the time of compiling, never the start.
+Small files that Inductor writes again while an engine runs are not listed; they are kept if they
+can be read.
 
 Replicas of one machine share the folder, and a lock while they start. A replica that starts alone
 may delete the folder. A replica that starts at the same time as another uses the folder unchecked,
@@ -29,6 +31,10 @@ from serve_app.caches import archive
 from serve_app.caches.source import Source
 
 logger = logging.getLogger("serve_app")
+
+
+# How Inductor tuned a kernel. It is written again, whole, each time that the kernel is loaded.
+_REWRITTEN = ".best_config"
 
 
 class Broken(Exception):
@@ -156,7 +162,7 @@ def check(folder: Path) -> None:
         raise Broken("its seal is not one")
     for path in _walk(folder):
         name = str(path.relative_to(folder))
-        if name not in listed:
+        if name not in listed and not _is_tuning(path):
             path.unlink()
     for name, expected in listed.items():
         path = folder / name
@@ -169,11 +175,22 @@ def check(folder: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, list[Any]]:
-    """Size and digest of each file."""
+    """Size and digest of each file that must not change."""
     return {
         str(path.relative_to(folder)): [path.stat().st_size, digest(path)]
         for path in sorted(_walk(folder))
+        if path.suffix != _REWRITTEN
     }
+
+
+def _is_tuning(path: Path) -> bool:
+    """Whether a file says how Inductor tuned a kernel, and can be read."""
+    if path.suffix != _REWRITTEN:
+        return False
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except ValueError:
+        return False
 
 
 def digest(path: Path) -> str:

@@ -195,12 +195,16 @@ class ReplicaBase:
             self._sleeper = Sleeper(engine, self._wake, self._admission, after_s, self._gpu)
             self._sleeper.start()
         self._tell()
-        if self._cache is not None:
-            self._sealing = asyncio.create_task(asyncio.to_thread(self._cache.seal))
+        self._seal()
         took_s = self._observation.started(self._model, "start", self._startup.segments())
         self._started_s = parts_of(took_s)
         say(f"{READY}: {sum(took_s.values()):.1f} s after the replica began")
         return self._full_gates
+
+    def _seal(self) -> None:
+        """Let later starts rely on what this engine compiled and tuned."""
+        if self._cache is not None:
+            self._sealing = asyncio.create_task(asyncio.to_thread(self._cache.seal))
 
     def _gates(self, answer: ASGIApp, cancellable: bool = False) -> LimitGate:
         """What is in front of an answer, in either lane. Both share one queue.
@@ -273,6 +277,7 @@ class ReplicaBase:
         with startup.phase("warm-up"):
             await self._engine.warm_up()
         self._admitted[0].app = answer
+        self._seal()
         took_s = self._observation.started(self._model, "restart", startup.segments())
         say(f"the engine was started anew: {sum(took_s.values()):.1f} s")
         metrics.engine_restarts.labels(self._model).inc()

@@ -73,6 +73,19 @@ def test_what_was_compiled_for_requests_is_kept_by_an_orderly_stop(tmp_path: Pat
     assert contents(Cache.prepare(tmp_path, KEY).folder) == {**FILES, "triton/later": b"whole"}
 
 
+def test_what_inductor_tunes_again_while_an_engine_runs_breaks_no_cache(tmp_path: Path) -> None:
+    """An engine that is killed then leaves files that the seal does not know."""
+    cache = Cache.prepare(tmp_path, KEY)
+    tuned = {"vllm/7z/kernel.best_config": b'{"XBLOCK": 1}', "vllm/7z/other.best_config": b"{}"}
+    fill(cache.folder, FILES | tuned)
+    assert cache.seal()
+    again = {"vllm/7z/kernel.best_config": b'{"XBLOCK": 2}', "vllm/8a/new.best_config": b"{}"}
+    fill(cache.folder, again | {"vllm/7z/other.best_config": b'{"XBL'})
+    found = Cache.prepare(tmp_path, KEY)
+    assert found.origin == "here"
+    assert contents(found.folder) == FILES | again
+
+
 @examples(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_cache_is_never_used(tmp_path: Path, data: st.DataObject) -> None:

@@ -59,6 +59,14 @@ def test_what_a_tenant_gets_is_compared_with_what_it_has_alone() -> None:
     assert "ours" in sharing_live.table(summary)
 
 
+def test_a_tenant_above_its_share_is_doubted() -> None:
+    alone, fcfs = Phase([0.1], 1.0, 400.0, 400.0), Phase([9.0], 0.1, 1000.0, 40.0)
+    within, above = Phase([0.2], 1.0, 990.0, 400.0), Phase([0.2], 1.0, 700.0, 400.0)
+    for ours, count in ((within, 0), (above, 1)):
+        summary = sharing_live.summary([{"alone": alone, "fcfs": fcfs, "ours": ours}])
+        assert len(sharing_live.doubts(summary)) == count
+
+
 def test_a_tenant_that_gets_no_answer_has_no_time_to_first_token() -> None:
     alone, starved = Phase([0.1], 1.0, 400.0, 400.0), Phase([], 0.0, 900.0, 0.0)
     summary = sharing_live.summary([{"alone": alone, "fcfs": starved, "ours": starved}])

@@ -290,6 +290,7 @@ def test_20_the_scheduler_ends_requests_and_steps_by_these_methods() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.request import Request
+    from vllm.v1.structured_output import StructuredOutputManager
 
     for name in ("update_from_output", "make_stats", "add_request"):
         assert callable(getattr(Scheduler, name))
@@ -300,6 +301,11 @@ def test_20_the_scheduler_ends_requests_and_steps_by_these_methods() -> None:
     assert "self.prefill_stats: PrefillStats | None" in inspect.getsource(Request.__init__)
     assert "Return stats to only one of the front-ends" in source
     assert {"outputs", "scheduler_stats"} <= set(EngineCoreOutputs.__struct_fields__)
+    # The first request with a grammar names the compiler of all.
+    assert "self.structured_output_manager = structured_output_manager" in source
+    source = inspect.getsource(StructuredOutputManager.grammar_init)
+    assert "if self.backend is None:" in source
+    assert "self.backend = XgrammarBackend(" in source
 
 
 def test_21_vllm_rs_takes_these_options() -> None:

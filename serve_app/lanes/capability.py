@@ -21,7 +21,14 @@ Check = Callable[[Any], bool]
 
 # Headers that one of the two reads and the other does not, or that ask for another form of answer.
 _HEADERS = frozenset(
-    {b"origin", b"content-encoding", b"x-vllm-priority", b"x-data-parallel-rank", b"expect"}
+    {
+        b"origin",
+        b"content-encoding",
+        b"x-vllm-priority",
+        b"x-data-parallel-rank",
+        b"endpoint-load-metrics-format",
+        b"expect",
+    }
 )
 _ROLES = frozenset({"system", "user", "assistant"})
 
@@ -182,13 +189,10 @@ def _response_format(value: Any) -> bool:
 
 
 def _structured_outputs(value: Any) -> bool:
-    """One constraint that cannot be broken. A broken regex or grammar gets another answer."""
-    if type(value) is not dict or len(value) != 1:
-        return False
-    ((kind, constraint),) = value.items()
-    if kind == "json":
-        return _schema(constraint)
-    return kind == "choice" and bool(constraint) and _texts(constraint)
+    """A schema. A broken regex or grammar gets another answer, and choices one from only some of
+    the engine's compilers (`obstacle`).
+    """
+    return type(value) is dict and value.keys() == {"json"} and _schema(value["json"])
 
 
 _LARGEST_INT = 2**31 - 1
@@ -257,12 +261,20 @@ class Served:
 
 
 def obstacle(
-    path: str, headers: Mapping[bytes, bytes], body: bytes, served: Served, limits: Limits
+    path: str,
+    headers: Mapping[bytes, bytes],
+    body: bytes,
+    served: Served,
+    limits: Limits,
+    grammars: bool = True,
 ) -> str | None:
     """Why a POST must take the full lane; None: both lanes answer it alike.
 
     Args:
         headers: by their names in lower case.
+        grammars: whether the engine has the grammar compiler that the full lane asks for. An engine
+            keeps the one that its first request with a grammar names, and the lanes name different
+            ones.
     """
     if (fields := FIELDS.get(path)) is None:
         return "the route"
@@ -281,7 +293,16 @@ def obstacle(
             return f"the field {name}"
     if (field := _combination_obstacle(values)) is not None:
         return f"the field {field}"
+    if not grammars and _has_grammar(values):
+        return "the first grammar"
     return _size_obstacle(path, values, body, served, limits)
+
+
+def _has_grammar(values: Mapping[str, Any]) -> bool:
+    if values.get("structured_outputs") is not None:
+        return True
+    response_format = values.get("response_format")
+    return response_format is not None and response_format["type"] != "text"
 
 
 def _combination_obstacle(values: Mapping[str, Any]) -> str | None:

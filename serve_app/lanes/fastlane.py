@@ -16,6 +16,11 @@ if TYPE_CHECKING:  # It imports vllm.
     from serve_app.replica.engine import Engine
 
 
+# The backend of structured outputs that the full lane asks for, but for a grammar that it cannot
+# compile. An engine with another one gets all grammars from the full lane.
+_GRAMMAR_COMPILER = "XgrammarBackend"
+
+
 class FastLane:
     """Joins door, engine and signals.
 
@@ -31,6 +36,8 @@ class FastLane:
         self._engine: Engine | None = None
         self._door: Door | None = None
         self.unread_tokens = 0
+        # By the last report, and of which front end's engine.
+        self._grammar_compiler: tuple[Frontend | None, str] = (None, "")
 
     def grant(self, engine: "Engine", timeout_s: Callable[[], float]) -> Grant:
         """The application behind the gates."""
@@ -66,7 +73,9 @@ class FastLane:
             if (why := failure()) is not None:
                 return why
             headers = dict(request.headers)
-            return capability.obstacle(request.path, headers, request.body, served, limits())
+            return capability.obstacle(
+                request.path, headers, request.body, served, limits(), self._compiles_grammars()
+            )
 
         self._receiver.start()
         self._door = Door(app, self._secret, obstacle, lambda: limits().queue_timeout_s)
@@ -81,8 +90,16 @@ class FastLane:
     def close(self) -> None:
         self._receiver.close()
 
+    def _compiles_grammars(self) -> bool:
+        """Whether the engine that runs now compiles grammars as it does for the full lane."""
+        frontend, compiler = self._grammar_compiler
+        assert self._engine is not None
+        return frontend is self._engine.fast and compiler == _GRAMMAR_COMPILER
+
     def _receive(self, report: Report) -> None:
         self.unread_tokens = report.unread_tokens
+        if self._engine is not None:
+            self._grammar_compiler = (self._engine.fast, report.grammar_compiler)
         self._signals.steps(
             report.engine,
             report.steps,

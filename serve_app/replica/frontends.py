@@ -166,9 +166,15 @@ class RustFrontend:
 
     def restart(self) -> None:
         """Start another process in the place of one that has ended."""
-        self.manager.shutdown(timeout=0)  # Removes its sockets, too.
-        inputs = make_zmq_listener(self._spare_inputs.pop(0), zmq.ROUTER)
-        self.start(inputs, make_zmq_listener(self._output, zmq.PULL))
+        self.manager.shutdown(timeout=0)  # Removes its sockets, but not those of a failed attempt.
+        Path(self._output.removeprefix("ipc://")).unlink(missing_ok=True)
+        output = make_zmq_listener(self._output, zmq.PULL)
+        try:
+            inputs = make_zmq_listener(self._spare_inputs.pop(0), zmq.ROUTER)
+        except BaseException:
+            output.cleanup()
+            raise
+        self.start(inputs, output)
 
     @property
     def alive(self) -> bool:

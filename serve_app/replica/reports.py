@@ -79,6 +79,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
             between them.
         preempted: how often requests of the fast lane lost their place.
         ended: requests of the fast lane that ended.
+        grammar_compiler: the class of the engine's backend of structured outputs; empty: none yet.
     """
 
     engine: int
@@ -95,6 +96,7 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
     gap_s: float
     preempted: int
     ended: list[Ended]
+    grammar_compiler: str = ""
 
 
 class Sender:

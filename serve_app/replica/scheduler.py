@@ -176,6 +176,7 @@ class _Reporting(Scheduler):  # type: ignore[misc]
 
     def _report(self) -> None:
         self._report_s = time.monotonic()
+        compiler = self.structured_output_manager.backend
         report = Report(
             engine=0,
             steps=self._steps,
@@ -191,6 +192,7 @@ class _Reporting(Scheduler):  # type: ignore[misc]
             gap_s=self._gap_s,
             preempted=self._preempted,
             ended=self._ended,
+            grammar_compiler=type(compiler).__name__ if compiler is not None else "",
         )
         self._clear()
         if self._sender is None:

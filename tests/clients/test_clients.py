@@ -24,6 +24,21 @@ from tests.clients.environments import CLIENTS, PROGRAMS, Client
 _SUITE_S = 1800
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * _SUITE_S)]
 
+# vLLM's own tests that fail here on purpose, or by chance.
+_CHATS = "openai/chat_completion/test_chat.py"
+EXPECTED = {
+    # /invocations is 404 (docs/limits.md).
+    f"{_CHATS}::test_invocations",
+    "serve/sagemaker/test_sagemaker_stateful_sessions.py::test_create_session_badrequest",
+    # The finish reason of a stream has an event of its own (docs/lanes.md).
+    f"{_CHATS}::test_chat_streaming[bench]",
+    # Every answer has an id.
+    "serve/middleware/test_optional_middleware.py::test_no_request_id_header",
+    # Two answers that are drawn at random must differ.
+    f"{_CHATS}::test_structured_outputs_regex_chat",
+    f"{_CHATS}::test_structured_outputs_choice_chat",
+}
+
 ENGINE = {
     **systems.ENGINE,
     "enable_auto_tool_choice": True,
@@ -93,7 +108,7 @@ def test_vllms_own_tests_pass_here_where_they_pass_at_a_bare_vllm(
     command = [sys.executable, str(program)]
     here, there = results(command, ours, smollm), results(command, bare, smollm)
     assert here.keys() == there.keys()
-    assert not only_here(program.name, here, there)
+    assert not only_here(program.name, here, there).keys() - EXPECTED
 
 
 def only_here(

@@ -100,6 +100,9 @@ def lanes(tiny: Path) -> Iterator[Lanes]:
         httpx.Client(base_url=fast, headers=key, timeout=60) as rust,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as python,
     ):
+        # The engine keeps the grammar compiler that the full lane asks for (lanes/fastlane.py).
+        grammar = {"model": "tiny", "prompt": "x", "structured_outputs": {"choice": ["yes", "no"]}}
+        assert python.post("/v1/completions", json=grammar).status_code == 200
         found.append(Lanes(loop, engine, rust, python))
         yield found[0]
     server.should_exit = True

@@ -48,6 +48,24 @@ def test_a_plain_request_takes_the_fast_lane() -> None:
     assert why({**COMPLETION, "logprobs": None, "seed": None, "stop": None}) is None
 
 
+def test_a_grammar_takes_the_fast_lane_once_the_engine_has_the_compiler_for_it() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    named = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    for grammar in (
+        {"structured_outputs": {"json": schema}},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": named},
+    ):
+        data = json.dumps(CHAT | grammar).encode()
+        asked = ("/v1/chat/completions", JSON, data, SERVED, Limits())
+        assert obstacle(*asked, grammars=True) is None
+        assert obstacle(*asked, grammars=False) == "the first grammar"
+    for none in ({"structured_outputs": None}, {"response_format": {"type": "text"}}):
+        data = json.dumps(CHAT | none).encode()
+        asked = ("/v1/chat/completions", JSON, data, SERVED, Limits())
+        assert obstacle(*asked, grammars=False) is None
+
+
 _FLAGS = (
     "ignore_eos",
     "echo",
@@ -110,11 +128,11 @@ def test_no_value_is_taken_that_is_not_known_to_be_answered_alike(field: str, va
         ({**COMPLETION, "echo": True, "return_token_ids": True}, "the field echo"),
         ({**COMPLETION, "priority": 1}, "the field priority"),
         ({**COMPLETION, "structured_outputs": {"regex": "a+"}}, "the field structured_outputs"),
-        ({**COMPLETION, "structured_outputs": {"choice": []}}, "the field structured_outputs"),
+        ({**COMPLETION, "structured_outputs": {"choice": ["a"]}}, "the field structured_outputs"),
         (
             {
                 **COMPLETION,
-                "structured_outputs": {"choice": ["a"]},
+                "structured_outputs": {"json": {"type": "object"}},
                 "response_format": {"type": "json_object"},
             },
             "the field structured_outputs",

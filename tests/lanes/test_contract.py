@@ -74,7 +74,6 @@ PARAMETERS: tuple[dict[str, Any], ...] = (
     {"bad_words": [], "logit_bias": None, "cache_salt": "salt", "response_format": None},
     {"return_token_ids": True, "skip_special_tokens": False, "structured_outputs": None},
     {"return_token_ids": False},
-    {"structured_outputs": {"choice": ["yes", "no"]}},
     {"structured_outputs": {"json": POINT}, "max_tokens": 40},
     {"response_format": {"type": "text"}},
     {"response_format": {"type": "json_object"}, "max_tokens": 30},

@@ -4,6 +4,7 @@ import asyncio
 import random
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from serve_app.lanes.door import Ends
@@ -99,7 +100,9 @@ def test_what_the_scheduler_saw_is_what_the_policy_gets() -> None:
     lane = FastLane("tiny", "secret", signals)
     recorder = _recorder(signals, None)(None, 0)
     lane._engine = SimpleNamespace(
-        count=lambda report: recorder.record(None, iteration_of(report)), last_sign_s=0.0
+        count=lambda report: recorder.record(None, iteration_of(report)),
+        last_sign_s=0.0,
+        fast=None,
     )
     lane._receive(report(ended("cmpl-a"), ended("cmpl-b", "abort")))
     now_s += 1.0
@@ -113,6 +116,18 @@ def test_what_the_scheduler_saw_is_what_the_policy_gets() -> None:
     assert load.missed_per_s == 2  # A first token after 1 s, and 0.2 s between tokens.
     assert lane.unread_tokens == 70
     assert lane._engine.last_sign_s > 0
+    lane.close()
+
+
+def test_the_compiler_of_grammars_is_that_of_the_engine_that_runs() -> None:
+    lane = FastLane("tiny", "secret", Signals())
+    lane._engine = engine = SimpleNamespace(count=lambda report: None, last_sign_s=0.0, fast=1)
+    assert not lane._compiles_grammars()
+    for compiler, known in (("", False), ("GuidanceBackend", False), ("XgrammarBackend", True)):
+        lane._receive(msgspec.structs.replace(report(), grammar_compiler=compiler))
+        assert lane._compiles_grammars() == known
+    engine.fast = 2  # It was started anew, and has reported nothing yet.
+    assert not lane._compiles_grammars()
     lane.close()
 
 

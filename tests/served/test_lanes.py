@@ -1,5 +1,6 @@
 """The fast lane of the shipped configuration: what only HAProxy, door and engine show together."""
 
+import random
 from typing import Any
 
 import httpx
@@ -48,3 +49,36 @@ def test_a_client_that_leaves_the_fast_lane_ends_its_work(server: Server) -> Non
 def test_what_only_python_answers_is_answered_by_it(server: Server, field: dict[str, Any]) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", json={**ASK, **field}, timeout=60)
     assert answer.headers["x-serve-lane"] == "python"
+
+
+def test_grammars_are_answered_in_any_order(server: Server) -> None:
+    """The lanes name different compilers of grammars, and an engine keeps the first one."""
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    constraints: tuple[dict[str, Any], ...] = (
+        {"json": schema},
+        {"choice": ["Python", "C++"]},
+        {"regex": "[ab]{3}"},
+        {"grammar": 'root ::= "yes" | "no"'},
+    )
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Choose."}], "max_tokens": 30}
+    lanes: dict[str, list[str]] = {}
+    for each in random.Random(5).sample(constraints * 4, 16):
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json={**body, "structured_outputs": each},
+            timeout=60,
+        )
+        assert answer.status_code == 200, (each, answer.text)
+        text = answer.json()["choices"][0]["message"]["content"]
+        lanes.setdefault(next(iter(each)), []).append(answer.headers["x-serve-lane"])
+        if "choice" in each:
+            assert text in each["choice"]
+    assert lanes["json"][-1] == "fast"
+    assert set(lanes["choice"]) == {"python"}
+
+
+def test_a_header_that_asks_for_the_load_is_answered(server: Server) -> None:
+    headers = {"endpoint-load-metrics-format": "JSON"}
+    answer = httpx.post(f"{server.url}/v1/completions", json=ASK, headers=headers, timeout=60)
+    assert answer.headers["x-serve-lane"] == "python"
+    assert "named_metrics" in answer.headers["endpoint-load-metrics"]

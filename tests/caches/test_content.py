@@ -9,15 +9,6 @@ from serve_app.caches import content
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"0" * 1000)
-    return folder
-
-
-@pytest.fixture
 def notes(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "digests.json"
 

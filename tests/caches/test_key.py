@@ -18,15 +18,6 @@ def key(arguments: dict[str, Any], gpus: Any = (GPU,), environ: Any = None) -> s
     return keys.key(keys.describe(arguments, gpus, environ or {}))
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"hidden_size": 64}')
-    (folder / "model.safetensors").write_bytes(b"0" * 100)
-    return folder
-
-
 def test_what_changes_an_engine_changes_the_key(model: Path, monkeypatch: Any) -> None:
     asked = {"model": str(model), "gpu_memory_utilization": 0.5, "max_num_seqs": 256}
     found = {key(asked)}
